@@ -1,0 +1,1 @@
+"""embedport: Qwen3 embedding and reranker checkpoints, made fit for production."""

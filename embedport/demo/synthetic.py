@@ -1,0 +1,256 @@
+"""Checkpoints with seeded random weights, in the hub's exact layout.
+
+They have no meaning, but the architecture, the files and (at a model's own geometry) the size and
+speed are the real ones: for the demo, the tests and the benchmarks. Written shard by shard, so the
+8B geometry needs no more memory than one shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
+from tokenizers.trainers import BpeTrainer
+
+from ..files import INDEX, SINGLE
+from ..prompts import DEFAULT_INSTRUCTION, append_end_of_text, query_prompt
+from ..spec import ModelSpec, Task
+
+# The words Qwen's tokenizer splits at, and its special tokens in the order of their ids
+# (tokenizer.json of Qwen3).
+PRE_TOKENS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ADDED_TOKENS = ["<think>", "</think>"]
+STORED: dict[str, Any] = {
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+    "float32": np.float32,
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a Qwen3 model; names as in ModelSpec."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    tied: bool = True
+    vocab_size: int | None = None  # the tokenizer's size unless given
+    max_position_embeddings: int = 32768
+
+
+TINY = Geometry(64, 2, 4, 2, 32, 160)
+QWEN3_0_6B = Geometry(1024, 28, 16, 8, 128, 3072, vocab_size=151_669)
+QWEN3_4B = Geometry(2560, 36, 32, 8, 128, 9728, vocab_size=151_669)
+QWEN3_8B = Geometry(4096, 36, 32, 8, 128, 12288, tied=False, vocab_size=151_669)
+
+
+def write_checkpoint(
+    folder: Path,
+    geometry: Geometry,
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    shard_bytes: int = 2 << 30,
+    seed: int = 0,
+) -> Path:
+    """Write a checkpoint with random weights.
+
+    Args:
+        folder: Made, or emptied of an earlier checkpoint by being overwritten file by file.
+        geometry: The model's sizes.
+        task: Decides the tensors' names (`Qwen3Model` or `Qwen3ForCausalLM`) and the files beside.
+        tokenizer: Saved as tokenizer.json; ends texts with `<|endoftext|>` for embeddings.
+        dtype: The stored dtype.
+        shard_bytes: A new shard begins once one holds this many bytes.
+        seed: Of the random weights.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    if task == "embedding":
+        append_end_of_text(tokenizer, folder / "tokenizer.json")
+        _write_sentence_transformers(folder, geometry.hidden_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocab_size = geometry.vocab_size or tokenizer.get_vocab_size()
+    _write_json(folder / "config.json", _config(geometry, vocab_size, task, dtype))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "model_max_length": 131072,
+            "padding_side": "left",
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+            "bos_token": None,
+            "unk_token": None,
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "errors": "replace",
+            "split_special_tokens": False,
+        },
+    )
+    spec = ModelSpec.from_checkpoint(folder, task=task)
+    _write_shards(spec, STORED[dtype], shard_bytes, seed)
+    return folder
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:
+    """A small byte-level BPE with Qwen's pre-tokenization, special tokens, and whole "yes", "no"."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = NFC()
+    tokenizer.pre_tokenizer = PreTokenizers(
+        [
+            Split(Regex(PRE_TOKENS), behavior="isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(ADDED_TOKENS),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Words that must be one token are made frequent.
+    tokenizer.train_from_iterator([*texts, *["yes", "no"] * 1000], trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.add_tokens(ADDED_TOKENS)
+    return tokenizer
+
+
+def _config(geometry: Geometry, vocab_size: int, task: Task, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643 if task == "embedding" else 151645,
+        "head_dim": geometry.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": geometry.hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": geometry.intermediate_size,
+        "max_position_embeddings": geometry.max_position_embeddings,
+        "max_window_layers": geometry.num_layers,
+        "model_type": "qwen3",
+        "num_attention_heads": geometry.num_heads,
+        "num_hidden_layers": geometry.num_layers,
+        "num_key_value_heads": geometry.num_kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": geometry.tied,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": vocab_size,
+    }
+
+
+def _write_sentence_transformers(folder: Path, hidden_size: int) -> None:
+    classes = {
+        "": "sentence_transformers.models.Transformer",
+        "1_Pooling": "sentence_transformers.models.Pooling",
+        "2_Normalize": "sentence_transformers.models.Normalize",
+    }
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": kind}
+        for i, (path, kind) in enumerate(classes.items())
+    ]
+    _write_json(folder / "modules.json", modules)
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": False,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+            "pooling_mode_weightedmean_tokens": False,
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        },
+    )
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": {"query": query_prompt(DEFAULT_INSTRUCTION), "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(spec: ModelSpec, dtype: Any, shard_bytes: int, seed: int) -> None:
+    folder = spec.source.folder
+    prefix = "model." if spec.task == "reranker" else ""
+    index: dict[str, str] = {}
+    shards = list(_group(spec.tensor_shapes(), np.dtype(dtype).itemsize, shard_bytes))
+    generator = np.random.default_rng(seed)
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            stored = name if name == "lm_head.weight" else prefix + name
+            tensors[stored] = _random(generator, spec.tensor_shapes()[name], dtype)
+            index[stored] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {}, "weight_map": index})
+
+
+def _group(
+    shapes: dict[str, tuple[int, ...]], itemsize: int, shard_bytes: int
+) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        nbytes = int(np.prod(shape)) * itemsize
+        if names and size + nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes
+    yield names
+
+
+def _random(generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """RMSNorm gains around 1, matrices with the standard deviation of Qwen's initializer."""
+    if len(shape) == 1:
+        return (1 + 0.1 * generator.standard_normal(shape, np.float32)).astype(dtype)
+    tensor = np.empty(shape, dtype)
+    for start in range(0, shape[0], 4096):
+        rows = tensor[start : start + 4096]
+        rows[...] = 0.02 * generator.standard_normal(rows.shape, np.float32)
+    return tensor

@@ -1,0 +1,69 @@
+"""Everything embedport raises on purpose.
+
+    EmbedportError
+      InputError        the request is wrong: a text, an option, a path          exit code 2
+      CheckpointError   the source checkpoint is not what it should be           exit code 2
+      ArtifactError     the artifact folder is damaged, incomplete or too new    exit code 2
+      DeviceError       the device asked for cannot run the artifact here        exit code 2
+      MissingPackageError    an optional package is needed; names the install line    exit code 2
+      VerificationError what was just written does not run or gives no numbers   exit code 1
+
+Each message says which file and tensor, what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class EmbedportError(Exception):
+    """Base of all errors raised by embedport; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+
+class InputError(EmbedportError):
+    """The request is wrong: a text, an option or a path."""
+
+
+class CheckpointError(EmbedportError):
+    """The source checkpoint is not a usable Qwen3 checkpoint."""
+
+
+class ArtifactError(EmbedportError):
+    """The artifact folder is damaged, incomplete, or written by a newer embedport."""
+
+
+class DeviceError(EmbedportError):
+    """The device asked for cannot run the artifact on this machine."""
+
+
+class MissingPackageError(EmbedportError):
+    """An optional package is missing."""
+
+
+class VerificationError(EmbedportError):
+    """What was just written does not load, does not run, or gives NaN or infinity."""
+
+    exit_code = 1
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: The module's import name.
+        extra: The extra of embedport that brings it.
+
+    Raises:
+        MissingPackageError: With the line that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise MissingPackageError(
+            f"{module} is not installed: pip install 'embedport[{extra}]'"
+        ) from error

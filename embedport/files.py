@@ -1,0 +1,116 @@
+"""A checkpoint's files, read strictly: JSON, the index of shards, and the shards' headers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it holds; `name` as stored, `dtype` in safetensors' spelling."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, not JSON, or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: is this a checkpoint's folder?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of all tensors in a checkpoint's folder, from the headers only."""
+    if (folder / INDEX).exists():
+        return set(_read_index(folder / INDEX))
+    if not (folder / SINGLE).exists():
+        # Only the configuration of a hub checkpoint was fetched.
+        return set()
+    with open_shard(folder / SINGLE) as shard:
+        return set(shard.keys())
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint by its stored name, sharded or in a single file.
+
+    Raises:
+        CheckpointError: A shard is missing or damaged, the index names a tensor that its shard
+            lacks, or a file outside the folder.
+    """
+    index_path = folder / INDEX
+    if not index_path.exists():
+        if not (folder / SINGLE).exists():
+            pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+            raise CheckpointError(
+                f"{folder} has neither {SINGLE} nor {INDEX}"
+                + (f"; {pickled.name} is pickled and is not read, convert it" if pickled else "")
+            )
+        return _read_shard(folder / SINGLE)
+    index = _read_index(index_path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(index.values())):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file} is missing; {INDEX} names it")
+        tensors |= _read_shard(folder / file)
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(f"{folder / file} lacks tensor {name}; {INDEX} says it is there")
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{path}: weight_map should map tensors to shards, found {index!r}")
+    for name, file in index.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(
+                f"{path}: {name} should be in a file beside the index, found {file!r}"
+            )
+    return index
+
+
+def _read_shard(path: Path) -> dict[str, TensorInfo]:
+    tensors = {}
+    with open_shard(path) as shard:
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            view = shard.get_slice(name)
+            tensors[name] = TensorInfo(name, path, view.get_dtype(), tuple(view.get_shape()))
+    return tensors
+
+
+def open_shard(path: Path) -> Any:
+    """Map a shard: a context manager with `keys()` and `get_slice(name)`.
+
+    Raises:
+        CheckpointError: The file is truncated or not safetensors.
+    """
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download it again"
+        ) from error

@@ -1,0 +1,85 @@
+"""Where a checkpoint's files are: a local folder, or a Hugging Face hub id in the local cache."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CheckpointError, InputError
+
+# A checkpoint is its configuration, its tokenizer and its safetensors. Nothing else is fetched:
+# no pickled weights, no code.
+CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json"]
+WEIGHT_PATTERNS = ["*.safetensors"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's origin: `id` as the user gave it, `revision` a commit hash if from the hub."""
+
+    id: str
+    revision: str | None
+    folder: Path
+
+
+def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool = True) -> Source:
+    """Find a checkpoint's folder, downloading it through huggingface_hub when it is a hub id.
+
+    The hub's cache, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
+
+    Args:
+        checkpoint: A folder, or a hub id such as "Qwen/Qwen3-Embedding-0.6B".
+        revision: A branch, tag or commit of the hub repository.
+        weights: Whether the safetensors are needed too, or the configuration only.
+
+    Raises:
+        InputError: The folder does not exist, or a revision is given for a folder.
+        CheckpointError: The hub does not have it, or cannot be reached and the cache lacks it.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{checkpoint} is a local folder and has no revision {revision!r}; "
+                "leave the revision out"
+            )
+        return Source(str(checkpoint), None, folder)
+    if folder.exists():
+        raise InputError(f"{checkpoint} is a file; give the checkpoint's folder")
+    if not HUB_ID.fullmatch(str(checkpoint)):
+        raise InputError(f"{checkpoint}: no such folder, and not a hub id of the form owner/name")
+    return _download(str(checkpoint), revision, weights)
+
+
+def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
+    at = f" at revision {revision}" if revision else ""
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise CheckpointError(f"{repo_id} is gated: log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo_id} has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: no such folder here and no such repository on the hub "
+            "(or it is private: log in with `hf auth login`)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}{at}: no such folder here, not in the hub's cache, and the hub cannot be "
+            "reached (HF_HUB_OFFLINE or no network)"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{repo_id}{at} could not be downloaded: {error}") from error
+    return Source(repo_id, folder.name, folder)

@@ -1,0 +1,3 @@
+"""The version of embedport."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,77 @@
+"""Lazy, memory-mapped access to a checkpoint's safetensors.
+
+Nothing is held: each read maps the shard, copies the rows asked for, and lets the map go, so the
+process never holds more than the caller keeps. Both naming schemes are read: `Qwen3Model`
+("layers.0…", embedding checkpoints) and `Qwen3ForCausalLM` ("model.layers.0…", rerankers).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CheckpointError
+from .files import TensorInfo, open_shard, read_headers
+from .spec import ModelSpec
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+class Weights:
+    """The tensors of a checkpoint by their `Qwen3Model` names, checked against the spec at once.
+
+    Args:
+        spec: The checkpoint's spec; every tensor of `spec.tensor_shapes()` must be there.
+
+    Raises:
+        CheckpointError: A shard is missing or truncated, or a tensor is missing, has another
+            shape, or a dtype other than bf16, fp16 and fp32.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        tensors = read_headers(spec.source.folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, shape in spec.tensor_shapes().items():
+            info = tensors.get(name) or tensors.get(f"model.{name}")
+            if info is None:
+                raise CheckpointError(
+                    f"{spec.source.folder}: tensor {name} (or model.{name}) of shape {list(shape)} "
+                    f"is missing from {', '.join(sorted({t.file.name for t in tensors.values()}))}"
+                )
+            if info.shape != shape:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} should have shape {list(shape)} by "
+                    f"config.json, found {list(info.shape)}"
+                )
+            if info.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, "
+                    f"found {info.dtype}"
+                )
+            self.tensors[name] = info
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards that hold the tensors, in order of name."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Copy a tensor, or a range of its rows, out of its shard.
+
+        Returns:
+            The stored dtype (bfloat16 is `ml_dtypes.bfloat16`), shape as stored.
+        """
+        info = self.tensors[name]
+        with open_shard(info.file) as shard:
+            return shard.get_slice(info.name)[rows]
+
+    def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """As `read`, converted to float32, which holds all three stored dtypes exactly."""
+        return self.read(name, rows).astype(np.float32)
+
+    def lm_head_rows(self, ids: list[int]) -> np.ndarray:
+        """Rows of the output head, which is the embedding table when tied: float32 [n, hidden]."""
+        name = "embed_tokens.weight" if self.spec.tied else "lm_head.weight"
+        return np.concatenate([self.read_fp32(name, slice(i, i + 1)) for i in ids])

@@ -1,0 +1,1 @@
+"""Exporters: a checkpoint becomes what a runtime executes."""

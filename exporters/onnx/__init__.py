@@ -1,0 +1,1 @@
+"""ONNX graphs of Qwen3, built from the checkpoint, not traced."""

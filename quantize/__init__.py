@@ -1,0 +1,1 @@
+"""Quantization: schemes and algorithms, independent of any output format."""

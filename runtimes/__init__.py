@@ -1,0 +1,1 @@
+"""Runtimes: artifacts run here, behind one interface."""

@@ -1,0 +1,1 @@
+"""Validation: an artifact against the reference, in numbers."""
