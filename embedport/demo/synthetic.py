@@ -120,7 +120,7 @@ def write_checkpoint(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:
-    """A small byte-level BPE with Qwen's pre-tokenization, special tokens, and whole "yes", "no"."""
+    """A small byte-level BPE with Qwen's pre-tokenization, in which "yes" and "no" are tokens."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = NFC()
     tokenizer.pre_tokenizer = PreTokenizers(

@@ -1,0 +1,68 @@
+"""The model card that lies beside an artifact: how it was made, how to run it, its parity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .artifact import Manifest
+
+NOT_VALIDATED = "Not validated yet: `embedport validate {name} --reference {source}`"
+
+
+def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -> str:
+    """Render README.md.
+
+    Args:
+        manifest: The artifact's manifest.
+        name: The artifact folder's name.
+        parity_table: The last validation in Markdown.
+    """
+    source = manifest.source
+    revision = f" at `{source.revision}`" if source.revision else ""
+    kept = ", ".join(f"`{part}`" for part in manifest.kept_in_fp32) or "nothing"
+    rows = {
+        "Source": f"`{source.id}`{revision}",
+        "Task": manifest.task,
+        "Graph": f"`{manifest.graph}`, {manifest.dialect} dialect, ONNX opset {manifest.opset}",
+        "Precision": manifest.precision,
+        "Kept in fp32": kept,
+        "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in manifest.inputs),
+        "Output": ", ".join(f"`{each}`" for each in manifest.outputs),
+        "Longest text": f"{manifest.max_length:,} tokens",
+        "Runtime": manifest.requires,
+        "Made with": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
+    }
+    if manifest.embedding_dim:
+        rows["Dimensions"] = str(manifest.embedding_dim)
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    parity = parity_table or NOT_VALIDATED.format(name=name, source=source.id)
+    return (
+        f"# {name}\n\n"
+        f"An ONNX export of a Qwen3 {manifest.task} model by embedport.\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        f"## Run it\n\n{_usage(manifest, name)}\n"
+        f"## Parity with the reference\n\n{parity}\n"
+    )
+
+
+def _usage(manifest: Manifest, name: str) -> str:
+    if manifest.output == "hidden":
+        return (
+            "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+            f'model = SentenceTransformer("{name}", backend="onnx")\n```\n'
+        )
+    if manifest.task == "reranker":
+        return (
+            "```python\nimport embedport\n\n"
+            f'reranker = embedport.load("{name}")\n'
+            'reranker.rank("What is the capital of China?", ["Beijing is.", "Paris."], top_k=1)\n'
+            "```\n"
+        )
+    return (
+        "```python\nimport embedport\n\n"
+        f'embedder = embedport.load("{name}")\n'
+        'queries = embedder.encode(["What is the capital of China?"], prompt="query")\n'
+        'documents = embedder.encode(["The capital of China is Beijing."], prompt="document")\n'
+        "```\n"
+    )

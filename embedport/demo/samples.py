@@ -1,0 +1,98 @@
+"""Real texts: the built-in ones, and the user's own from .txt and .jsonl files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text and the name of its prompt, "query" or "document"."""
+
+    text: str
+    prompt: str = "document"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a reranker judges."""
+
+    query: str
+    document: str
+
+
+def builtin_samples() -> list[Sample]:
+    """The built-in texts: queries, passages and code in several languages, 1 to 700 words."""
+    rows = _builtin("texts.jsonl")
+    return [Sample(row["text"], "query" if row["kind"] == "query" else "document") for row in rows]
+
+
+def builtin_pairs() -> list[Pair]:
+    """The built-in pairs: six queries with six documents each, of mixed relevance."""
+    return [Pair(row["query"], row["document"]) for row in _builtin("pairs.jsonl")]
+
+
+def _builtin(name: str) -> list[dict[str, Any]]:
+    text = (files("embedport") / "demo" / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Read texts: one a line of a .txt file, or {"text": …, "prompt": …} a line of a .jsonl file.
+
+    Raises:
+        InputError: The file is missing, empty or malformed; names the line.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path, lambda row: Sample(row["text"], row.get("prompt", "document")))
+    return _nonempty(path, [Sample(line) for line in _lines(path)])
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read pairs: {"query": …, "document": …} a line of a .jsonl file.
+
+    Raises:
+        InputError: The file is missing, empty or malformed; names the line.
+    """
+    return _read_jsonl(Path(path), lambda row: Pair(row["query"], row["document"]))
+
+
+def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = make(json.loads(line))
+            if not all(isinstance(value, str) for value in vars(row).values()):
+                raise TypeError("a value is not a string")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f'{path}:{number} should be an object like {{"text": …}} or {{"query": …, '
+                f'"document": …}}, found {line[:80]!r} ({error})'
+            ) from error
+        rows.append(row)
+    return _nonempty(path, rows)
+
+
+def _lines(path: Path) -> Iterable[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    # Not splitlines(): U+2028 and its like may stand inside a text.
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def _nonempty(path: Path, rows: list[T]) -> list[T]:
+    if not rows:
+        raise InputError(f"{path} holds no text")
+    return rows

@@ -1,0 +1,83 @@
+"""Files proven to be what a manifest says, hashed once for each state of the file.
+
+A file's sha256 is remembered in the user's cache folder under its device, inode, size and times of
+change, so that only the first load after a copy or a change pays for hashing gigabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's size in bytes and its sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def record_files(paths: Iterable[Path]) -> dict[Path, FileRecord]:
+    """Hash files, two at a time, and remember the results."""
+    paths = list(paths)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(paths, pool.map(_record, paths), strict=True))
+
+
+def check_files(folder: Path, expected: dict[str, FileRecord]) -> None:
+    """Check files of a folder against their records.
+
+    Args:
+        folder: The folder that the names in `expected` are relative to.
+        expected: Relative posix path to record.
+
+    Raises:
+        ArtifactError: A file is missing, has another size, or has changed.
+    """
+    for name, record in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; the manifest lists it")
+        size = path.stat().st_size
+        if size != record.size:
+            raise ArtifactError(
+                f"{path} should have {record.size:,} bytes, found {size:,}; copy or export it again"
+            )
+    found = record_files(folder / name for name in expected)
+    for name, record in expected.items():
+        if found[folder / name] != record:
+            raise ArtifactError(
+                f"{folder / name} has changed since it was written: sha256 should be "
+                f"{record.sha256}, found {found[folder / name].sha256}; copy or export it again"
+            )
+
+
+def _record(path: Path) -> FileRecord:
+    status = path.stat()
+    identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+    # A changed byte changes ctime even where mtime was set back.
+    stamp = _cache_folder() / f"{identity}-{status.st_ctime_ns}"
+    with contextlib.suppress(OSError, ValueError):
+        sha256 = stamp.read_text(encoding="ascii")
+        if len(sha256) == 64:
+            return FileRecord(status.st_size, sha256)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    # A read-only home only costs the next load its time.
+    with contextlib.suppress(OSError):
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(sha256, encoding="ascii")
+    return FileRecord(status.st_size, sha256)
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "embedport" / "sha256"

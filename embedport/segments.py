@@ -1,0 +1,96 @@
+"""A written graph, run part by part: one layer's weights in memory at a time, whatever its size.
+
+Nodes are named "{scope}/{operator}_{n}" by the exporter; a run of nodes of one scope is a segment.
+Also here: how a CPU, which has no bf16 arithmetic in onnxruntime, runs a bf16 graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import onnx_ir as ir
+
+BFLOAT16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
+    """Cut a model into its scopes.
+
+    Yields:
+        (scope, model): run in order, each takes outputs of earlier ones and the model's inputs by
+        their names, and the last gives the model's outputs. Weights stay where they are.
+    """
+    graph = model.graph
+    outputs = set(graph.outputs)
+    parts = [
+        (scope, list(nodes))
+        for scope, nodes in groupby(list(graph), key=lambda node: str(node.name).split("/")[0])
+    ]
+    part_of = {node: i for i, (_, nodes) in enumerate(parts) for node in nodes}
+    for i, (scope, nodes) in enumerate(parts):
+        produced = [value for node in nodes for value in node.outputs]
+        inside = set(produced)
+        taken = dict.fromkeys(
+            value
+            for node in nodes
+            for value in node.inputs
+            if value is not None and value not in inside and not value.is_initializer()
+        )
+        given = [
+            value
+            for value in produced
+            if value in outputs or any(part_of[node] != i for node, _ in value.uses())
+        ]
+        part = ir.convenience.extract(graph, list(taken), given)
+        yield scope, ir.Model(part, ir_version=model.ir_version)
+
+
+def widen_bfloat16(model: ir.Model) -> bool:
+    """Make a bf16 graph one that computes in fp32 and rounds each result to bf16.
+
+    onnxruntime has no bf16 kernels on a CPU. Rounding after each operation gives what a GPU, which
+    accumulates in fp32 and stores bf16, would give. Weights stay bf16 in their file.
+
+    Returns:
+        Whether there was anything to widen.
+    """
+    graph = model.graph
+    values = [value for node in graph for value in node.outputs if value.dtype == BFLOAT16]
+    weights = [value for value in graph.initializers.values() if value.dtype == BFLOAT16]
+    for value in values:
+        node = value.producer()
+        assert node is not None
+        if node.op_type == "Cast" or (node.op_type == "Gather" and node.inputs[0] in weights):
+            rounded = value
+        else:
+            value.dtype = FLOAT
+            rounded = _cast(value, BFLOAT16)
+        _cast(rounded, FLOAT)
+    for weight in weights:
+        for node, index in list(weight.uses()):
+            # Rows are gathered first and widened then: a table of 150,000 rows stays bf16.
+            if node.op_type == "Gather" and index == 0:
+                continue
+            name = f"{node.name}/{weight.name}"
+            wide = ir.Value(name=f"{name}:fp32", type=ir.TensorType(FLOAT))
+            cast = ir.node("Cast", [weight], {"to": FLOAT}, outputs=[wide], name=name)
+            graph.insert_before(node, cast)
+            node.replace_input_with(index, wide)
+    return bool(values or weights)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Insert a cast behind a value, and give it all the value's uses."""
+    node = value.producer()
+    assert node is not None
+    assert node.graph is not None
+    users = list(value.uses())
+    out = ir.Value(name=f"{value.name}:{dtype.name.lower()}", type=ir.TensorType(dtype))
+    cast = ir.node(
+        "Cast", [value], {"to": dtype}, outputs=[out], name=f"{node.name}/to_{dtype.name}"
+    )
+    node.graph.insert_after(node, cast)
+    for user, index in users:
+        user.replace_input_with(index, out)
+    return out

@@ -1,0 +1,97 @@
+"""A small layer over onnx-ir's tape: every value gets a dtype, every node a scope in its name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+class GraphBuilder:
+    """Records nodes and initializers, and makes the model of them.
+
+    Attributes:
+        scope: The part of the model being described; nodes are named "{scope}/{operator}_{n}".
+            A graph is cut into its parts by these names (see embedport.segments).
+        probes: Values worth watching, by name; a calibration graph reads them.
+    """
+
+    def __init__(self) -> None:
+        self.scope = ""
+        self.probes: dict[str, ir.Value] = {}
+        self._tape = ir.tape.Tape()
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._count = 0
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        dtype: ir.DataType | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node with one output, of the first input's dtype unless another is given."""
+        return self.op_outputs(op_type, *inputs, dtypes=[dtype], domain=domain, **attributes)[0]
+
+    def op_outputs(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        dtypes: Sequence[ir.DataType | None],
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Add a node with an output for each of `dtypes`; None is the first input's dtype."""
+        name = f"{self.scope}/{op_type}_{self._count}"
+        self._count += 1
+        first = inputs[0].dtype if inputs and inputs[0] is not None else None
+        outputs = [
+            ir.Value(name=f"{name}:{i}", type=ir.TensorType(dtype or first or ir.DataType.FLOAT))
+            for i, dtype in enumerate(dtypes)
+        ]
+        self._tape.op_multi_out(
+            op_type, inputs, attributes, domain=domain, name=name, outputs=outputs
+        )
+        return outputs
+
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Cast, or the value itself when it has the dtype."""
+        if value.dtype == dtype:
+            return value
+        return self.op("Cast", value, dtype=dtype, to=dtype)
+
+    def constant(self, value: Any, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        """A small constant, made once for each value and dtype."""
+        array = np.asarray(value, dtype.numpy())
+        key = (dtype, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self.initializer(ir.tensor(array, dtype=dtype, name=name))
+        return self._constants[key]
+
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """A weight, by the tensor's name."""
+        return self._tape.initializer(tensor)
+
+    def model(
+        self,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        *,
+        opsets: dict[str, int],
+        ir_version: int,
+        name: str,
+    ) -> ir.Model:
+        """The model of everything recorded."""
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports=opsets,
+            name=name,
+        )
+        return ir.Model(graph, ir_version=ir_version, producer_name="embedport")

@@ -1,0 +1,228 @@
+"""A checkpoint becomes an artifact with an ONNX graph: in one pass, checked, then put in place."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from ...artifact import Artifact, Manifest, SourceRecord, staged, write_manifest
+from ...demo.samples import (
+    Sample,
+    builtin_pairs,
+    builtin_samples,
+    read_pairs,
+    read_samples,
+)
+from ...errors import InputError
+from ...hub import fetch
+from ...integrity import record_files
+from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
+from ...spec import ModelSpec, Task, read_spec
+from ...weights import Weights
+from .calibration import choose_fp16, measure_activations
+from .companions import write_companions
+from .dialects import find_dialect
+from .graph import INPUTS, Design, build_model
+from .precision import FLOAT16, Precision, find_precision
+from .verify import verify_graph
+
+GRAPH = "onnx/model.onnx"
+DATA = "model.onnx_data"
+# Massive activations show in a text's first tokens.
+CALIBRATION_TOKENS = 64
+PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+Progress = Callable[[str, int, int], None]
+
+
+def export_onnx(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    task: Task | None = None,
+    precision: str = "fp32",
+    dialect: str = "ort",
+    outputs: Literal["pooled", "hidden"] = "pooled",
+    dim: int | None = None,
+    max_length: int | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Artifact:
+    """Export a Qwen3 embedding or reranker checkpoint to an ONNX artifact.
+
+    The graph takes `input_ids` and `attention_mask`, both int64 [batch, sequence], with padding on
+    either side, and gives `sentence_embedding`, float32 [batch, dim] of unit length, or `score`,
+    float32 [batch], the probability of "yes". Weights are read, converted and written one at a
+    time; memory stays at one layer.
+
+    Args:
+        checkpoint: A folder in the hub's layout, or a hub id.
+        output: The artifact's folder; it appears only when it is complete and checked.
+        revision: A branch, tag or commit, for a hub id.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        precision: "fp32", "fp16" (what would overflow stays in fp32, found by calibration) or
+            "bf16" (the residual stream stays in fp32).
+        dialect: "ort" (onnxruntime's fused operators) or "standard" (ONNX opset 23 only).
+        outputs: "pooled", or "hidden" for `last_hidden_state`, float32 [batch, sequence,
+            hidden_size], which sentence-transformers' ONNX backend opens.
+        dim: Leading values of the embedding to keep (MRL); by default all, and `encode` chooses.
+        max_length: Tokens after which a text is cut by default; the model's own if not given.
+        calibration: Texts (.txt, .jsonl) instead of the built-in ones, for fp16.
+        force: Whether to replace an artifact that is already there.
+        progress: Called with (stage, done, total) as the work goes on.
+
+    Raises:
+        InputError: An option is wrong, the output exists, or the disk is too small.
+        CheckpointError: The checkpoint is not a whole Qwen3 checkpoint.
+        VerificationError: The written graph does not run or gives NaN.
+    """
+    spec = read_spec(fetch(checkpoint, revision), task)
+    weights = Weights(spec)
+    chosen_dialect, chosen_precision = find_dialect(dialect), find_precision(precision)
+    _check_options(spec, outputs, dim, max_length)
+    max_length = max_length or spec.max_length
+    rows = tokenize_samples(spec, max_length, calibration)
+    head = reranker_head(weights) if spec.task == "reranker" else None
+    itemsize = chosen_precision.compute.itemsize
+    needs = int(spec.parameters * itemsize) + _size(spec, ".json") + (64 << 20)
+    with staged(Path(output), force=force, needs=needs) as folder:
+        if chosen_precision.compute == FLOAT16:
+            chosen_precision = _calibrate(weights, rows, folder, progress)
+        design = Design(weights, chosen_dialect, chosen_precision, outputs == "hidden", dim, head)
+        model = build_model(design)
+        write_companions(spec, folder)
+        _write_graph(model, folder / GRAPH, progress)
+        parts = spec.num_layers + 3
+        done = iter(range(1, parts + 1))
+        verify_graph(
+            folder / GRAPH,
+            rows[0],
+            lambda scope: progress("verify", next(done), parts),
+        )
+        write_manifest(
+            folder,
+            Manifest(
+                task=spec.task,
+                dialect=dialect,
+                precision=precision,
+                output=outputs,
+                graph=GRAPH,
+                opset=chosen_dialect.opsets[""],
+                inputs=INPUTS,
+                outputs=tuple(str(value.name) for value in model.graph.outputs),
+                kept_in_fp32=chosen_precision.kept_in_fp32,
+                embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
+                hidden_size=spec.hidden_size,
+                vocab_size=spec.vocab_size,
+                max_length=max_length,
+                max_position_embeddings=spec.max_position_embeddings,
+                prompts=dict(spec.prompts) if spec.task == "embedding" else {},
+                source=_source_record(weights),
+                requires=chosen_dialect.requires,
+                versions=_versions(),
+                files={},
+            ),
+        )
+    return Artifact.open(output)
+
+
+def reranker_head(weights: Weights) -> np.ndarray:
+    """W_yes - W_no, float32 [hidden_size, 1].
+
+    The softmax over two logits is the sigmoid of their difference, so one row does it.
+
+    Raises:
+        CheckpointError: "yes" or "no" is not a token.
+    """
+    path = weights.spec.source.folder / "tokenizer.json"
+    tokenizer = load_tokenizer(path)
+    yes, no = weights.lm_head_rows([token_id(tokenizer, word, path) for word in ("yes", "no")])
+    return (yes - no)[:, None]
+
+
+def tokenize_samples(
+    spec: ModelSpec, max_length: int, calibration: str | Path | None
+) -> list[np.ndarray]:
+    """Token ids of the calibration texts under the task's own template, int64 [tokens] each."""
+    path = spec.source.folder / "tokenizer.json"
+    if spec.task == "reranker":
+        pairs = read_pairs(calibration) if calibration else builtin_pairs()
+        tokenizer = RerankerTokenizer(path, max_length)
+        return tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
+    texts = read_samples(calibration) if calibration else builtin_samples()
+    tokenizer = EmbeddingTokenizer(path, max_length)
+    return [row for text in texts for row in _encode(tokenizer, spec, text)]
+
+
+def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
+    return tokenizer.encode([sample.text], spec.prompts.get(sample.prompt, "")).ids
+
+
+def _check_options(spec: ModelSpec, outputs: str, dim: int | None, max_length: int | None) -> None:
+    if outputs not in ("pooled", "hidden"):
+        raise InputError(f"output should be pooled or hidden, found {outputs!r}")
+    if spec.task == "reranker" and (outputs == "hidden" or dim is not None):
+        raise InputError("a reranker gives scores: it takes neither --output hidden nor --dim")
+    if outputs == "hidden" and dim is not None:
+        raise InputError("--dim shortens the pooled embedding; --output hidden has none")
+    if dim is not None and not 1 <= dim <= spec.hidden_size:
+        raise InputError(f"dim should be from 1 to {spec.hidden_size}, found {dim}")
+    if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
+        raise InputError(
+            f"max_length should be from 1 to {spec.max_position_embeddings}, found {max_length}"
+        )
+
+
+def _calibrate(
+    weights: Weights, rows: list[np.ndarray], folder: Path, progress: Progress
+) -> Precision:
+    layers = weights.spec.num_layers
+    done = iter(range(1, layers + 1))
+    largest = measure_activations(
+        weights,
+        [row[:CALIBRATION_TOKENS] for row in rows],
+        folder,
+        lambda: progress("calibrate", next(done), layers),
+    )
+    return choose_fp16(largest, layers)
+
+
+def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
+    path.parent.mkdir()
+
+    ir.save(
+        model,
+        path,
+        external_data=DATA,
+        callback=lambda tensor, info: progress("write", info.index + 1, info.total),
+    )
+
+
+def _source_record(weights: Weights) -> SourceRecord:
+    records = record_files(weights.files)
+    source = weights.spec.source
+    return SourceRecord(
+        source.id, source.revision, {path.name: each.sha256 for path, each in records.items()}
+    )
+
+
+def _size(spec: ModelSpec, suffix: str) -> int:
+    return sum(path.stat().st_size for path in spec.source.folder.glob(f"*{suffix}"))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,290 @@
+"""Qwen3, described once.
+
+    input_ids, attention_mask
+      -> rows rolled so that each begins with its first real token (any padding side goes in)
+      -> embedding -> layers -> last token of each row -> final RMSNorm
+      -> embedding: prefix of `dim` values, L2 norm       reranker: sigmoid((W_yes - W_no) . h)
+
+A layer adds the attention's and then the SwiGLU's output to the residual stream. Each addition is
+fused with the norm that follows it, so a layer hands on two values: the stream, and what is to be
+added to it.
+
+After the last layer's attention only the last token of each row matters: the rest is dropped there.
+Source of the architecture: Qwen3 Technical Report, arXiv:2505.09388, and transformers' qwen3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from ...spec import ModelSpec
+from ...weights import Weights
+from .builder import GraphBuilder
+from .dialects import Dialect, Positions
+from .precision import Precision
+from .tensors import CheckpointTensor
+
+FLOAT = ir.DataType.FLOAT
+INT64 = ir.DataType.INT64
+INPUTS = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Design:
+    """All that decides a graph.
+
+    Attributes:
+        weights: The checkpoint.
+        dialect: The operators to use.
+        precision: Which part computes in which dtype.
+        hidden: Whether to give each token's vector instead of one result a text.
+        dim: Leading values of the embedding that are kept (MRL); None for all.
+        head: float32 [hidden_size, 1], W_yes - W_no of a reranker; None for an embedding.
+    """
+
+    weights: Weights
+    dialect: Dialect
+    precision: Precision
+    hidden: bool = False
+    dim: int | None = None
+    head: np.ndarray | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The checkpoint's spec."""
+        return self.weights.spec
+
+
+class Stream(NamedTuple):
+    """Between layers: the residual stream, and what is to be added to it (None at the start)."""
+
+    residual: ir.Value
+    pending: ir.Value | None
+
+
+class Batch(NamedTuple):
+    """A batch's values that are computed once: see `describe_inputs`."""
+
+    input_ids: ir.Value
+    first: ir.Value
+    positions: Positions
+    rotary: list[ir.Value]
+    cache: tuple[ir.Value, ir.Value]
+
+
+def build_model(design: Design) -> ir.Model:
+    """The whole graph; its initializers read the checkpoint when they are written."""
+    g = GraphBuilder()
+    spec = design.spec
+    inputs = [ir.val(name, dtype=INT64, shape=("batch", "sequence")) for name in INPUTS]
+    batch = describe_inputs(g, design, *inputs)
+    stream = embed(g, design, batch)
+    for layer in range(spec.num_layers):
+        last_only = layer == spec.num_layers - 1 and not design.hidden
+        stream = describe_layer(g, design, layer, stream, batch, last_only=last_only)
+    output = describe_output(g, design, stream, batch)
+    return g.model(
+        inputs,
+        [output],
+        opsets=design.dialect.opsets,
+        ir_version=design.dialect.ir_version,
+        name=f"qwen3_{spec.task}",
+    )
+
+
+def describe_inputs(
+    g: GraphBuilder, design: Design, input_ids: ir.Value, attention_mask: ir.Value
+) -> Batch:
+    """Lengths and positions from the mask, and the rows rolled to begin with a real token."""
+    g.scope = "inputs"
+    shape = g.op("Shape", input_ids, dtype=INT64)
+    size = g.op("Gather", shape, g.constant(1), axis=0)
+    arange = g.op("Range", g.constant(0), size, g.constant(1))
+    count = g.op("ReduceSum", attention_mask, g.constant([1]), keepdims=1)
+    positions = Positions(
+        # A row without a real token is defined, if useless: its first token is used.
+        lengths=g.op("Max", count, g.constant(1)),
+        size=size,
+        arange=arange,
+        batch=g.op("Slice", shape, g.constant([0]), g.constant([1])),
+    )
+    first = g.op("ArgMax", attention_mask, dtype=INT64, axis=1, keepdims=1)
+    rolled = g.op("Mod", g.op("Add", arange, first), size)
+    return Batch(
+        input_ids=g.op("GatherElements", input_ids, rolled, axis=1),
+        first=first,
+        positions=positions,
+        rotary=design.dialect.rotary(g, positions),
+        cache=rotary_cache(g, design),
+    )
+
+
+def rotary_cache(g: GraphBuilder, design: Design) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines of every position, [max_position_embeddings, head_dim / 2] each.
+
+    In float32 as the reference computes them: RoFormer, arXiv:2104.09864, eq. 15, with the
+    frequencies theta^(-2i / head_dim).
+    """
+    spec = design.spec
+    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    frequencies = np.float32(1) / np.float32(spec.rope_theta) ** exponents
+    angles = np.arange(spec.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
+    dtype = design.precision.compute
+
+    def table(name: str, values: np.ndarray) -> ir.Value:
+        return g.initializer(ir.tensor(values.astype(dtype.numpy()), dtype=dtype, name=name))
+
+    return table("rotary.cos", np.cos(angles)), table("rotary.sin", np.sin(angles))
+
+
+def embed(g: GraphBuilder, design: Design, batch: Batch) -> Stream:
+    """The embedding table's rows: the beginning of the residual stream."""
+    g.scope = "embed_tokens"
+    precision = design.precision
+    table = g.initializer(
+        CheckpointTensor("embed_tokens.weight", design.weights, precision.compute)
+    )
+    rows = g.op("Gather", table, batch.input_ids, axis=0)
+    return Stream(g.cast(rows, precision.residual), None)
+
+
+def describe_layer(
+    g: GraphBuilder,
+    design: Design,
+    layer: int,
+    stream: Stream,
+    batch: Batch,
+    *,
+    last_only: bool = False,
+) -> Stream:
+    """One decoder layer.
+
+    Args:
+        g: The graph.
+        design: What to build.
+        layer: Its number.
+        stream: Residual stream and pending sum, [batch, size, hidden_size].
+        batch: The batch's values.
+        last_only: Whether to keep each row's last token only, [batch, 1, hidden_size].
+    """
+    prefix = f"layers.{layer}"
+    g.scope = prefix
+    precision = design.precision
+    normed, residual = add_norm(g, design, f"{prefix}.input_layernorm.weight", stream)
+    g.probes[f"{prefix}.residual"] = residual
+    attended = describe_attention(g, design, f"{prefix}.self_attn", normed, batch)
+    if last_only:
+        attended, residual = (last_token(g, x, batch) for x in (attended, residual))
+    projected = linear(g, design, f"{prefix}.self_attn.o_proj", attended)
+    stream = Stream(residual, g.cast(projected, precision.residual))
+    normed, residual = add_norm(g, design, f"{prefix}.post_attention_layernorm.weight", stream)
+    g.probes[f"{prefix}.mlp.residual"] = residual
+    return Stream(residual, describe_mlp(g, design, f"{prefix}.mlp", normed))
+
+
+def describe_attention(
+    g: GraphBuilder, design: Design, prefix: str, x: ir.Value, batch: Batch
+) -> ir.Value:
+    """Projections, per-head RMSNorm of queries and keys, rotary embedding, attention."""
+    spec, compute = design.spec, design.precision.compute
+
+    def normed_heads(name: str, heads: int) -> ir.Value:
+        projected = linear(g, design, f"{prefix}.{name}_proj", x)
+        split = g.op("Reshape", projected, g.constant([0, 0, heads, spec.head_dim]))
+        weight = norm_weight(g, design, f"{prefix}.{name}_norm.weight", split.dtype)
+        return g.cast(design.dialect.norm(g, split, weight, spec.rms_norm_eps), compute)
+
+    return design.dialect.attention(
+        g,
+        spec,
+        normed_heads("q", spec.num_heads),
+        normed_heads("k", spec.num_kv_heads),
+        g.cast(linear(g, design, f"{prefix}.v_proj", x), compute),
+        batch.rotary,
+        batch.cache,
+    )
+
+
+def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> ir.Value:
+    """SwiGLU, arXiv:2002.05202: down(silu(gate(x)) * up(x)), in the stream's dtype."""
+    down = f"{prefix}.down_proj"
+    dtype = design.precision.dtype_of(down)
+    gate = g.cast(linear(g, design, f"{prefix}.gate_proj", x), dtype)
+    up = g.cast(linear(g, design, f"{prefix}.up_proj", x), dtype)
+    product = design.dialect.silu_mul(g, gate, up)
+    g.probes[f"{down}.input"] = product
+    return g.cast(linear(g, design, down, product), design.precision.residual)
+
+
+def linear(g: GraphBuilder, design: Design, name: str, x: ir.Value) -> ir.Value:
+    """X times a projection's matrix, both in the dtype that the precision gives the projection."""
+    dtype = design.precision.dtype_of(name)
+    tensor = CheckpointTensor(f"{name}.weight", design.weights, dtype, transpose=True)
+    out = g.op("MatMul", g.cast(x, dtype), g.initializer(tensor))
+    g.probes[name] = out
+    return out
+
+
+def add_norm(
+    g: GraphBuilder, design: Design, weight_name: str, stream: Stream
+) -> tuple[ir.Value, ir.Value]:
+    """(RMSNorm of the stream with its pending sum added, the stream)."""
+    dialect, eps = design.dialect, design.spec.rms_norm_eps
+    weight = norm_weight(g, design, weight_name, stream.residual.dtype)
+    if stream.pending is None:
+        return dialect.norm(g, stream.residual, weight, eps), stream.residual
+    return dialect.add_norm(g, stream.residual, stream.pending, weight, eps)
+
+
+def norm_weight(g: GraphBuilder, design: Design, name: str, dtype: ir.DataType | None) -> ir.Value:
+    """An RMSNorm's gains in the dtype of what is normed."""
+    return g.initializer(CheckpointTensor(name, design.weights, dtype or FLOAT))
+
+
+def last_token(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
+    """[batch, size, n] -> [batch, 1, n]: each row's last real token."""
+    index = g.op("Sub", batch.positions.lengths, g.constant(1))
+    return g.op("GatherND", x, g.op("Unsqueeze", index, g.constant([2])), batch_dims=1)
+
+
+def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batch) -> ir.Value:
+    """The final norm and the task's head, in fp32."""
+    g.scope = "output"
+    spec = design.spec
+    assert stream.pending is not None  # a model has at least one layer
+    stream = Stream(g.cast(stream.residual, FLOAT), g.cast(stream.pending, FLOAT))
+    normed, _ = add_norm(g, design, "norm.weight", stream)
+    if design.hidden:
+        hidden = roll_back(g, normed, batch)
+        return named(hidden, "last_hidden_state", ("batch", "sequence", spec.hidden_size))
+    pooled = g.op("Squeeze", normed, g.constant([1]))
+    if design.head is not None:
+        head = g.initializer(ir.tensor(design.head, name="score.weight"))
+        probability = g.op("Sigmoid", g.op("MatMul", pooled, head))
+        return named(g.op("Squeeze", probability, g.constant([1])), "score", ("batch",))
+    dim = design.dim or spec.hidden_size
+    if dim < spec.hidden_size:
+        pooled = g.op("Slice", pooled, g.constant([0]), g.constant([dim]), g.constant([1]))
+    length = g.op("ReduceL2", pooled, g.constant([1]), keepdims=1)
+    # The floor of torch.nn.functional.normalize.
+    unit = g.op("Div", pooled, g.op("Max", length, g.constant(1e-12, FLOAT)))
+    return named(unit, "sentence_embedding", ("batch", dim))
+
+
+def roll_back(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
+    """[batch, size, n] with each token where the caller had it."""
+    size = batch.positions.size
+    index = g.op("Add", g.op("Sub", batch.positions.arange, batch.first), size)
+    index = g.op("Unsqueeze", g.op("Mod", index, size), g.constant([2]))
+    return g.op("GatherND", x, index, batch_dims=1)
+
+
+def named(value: ir.Value, name: str, shape: tuple[str | int, ...]) -> ir.Value:
+    """Make a value a graph's output."""
+    value.name = name
+    value.shape = ir.Shape(shape)
+    return value

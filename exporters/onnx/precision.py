@@ -1,0 +1,63 @@
+"""Which part of a graph computes in which dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ...errors import InputError
+
+FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+RESIDUAL = "residual stream"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a graph; its inputs and outputs, pooling and head are always fp32.
+
+    Attributes:
+        compute: Of matrices, attention and the embedding table.
+        residual: Of the residual stream and the RMSNorms on it.
+        kept: Projections ("layers.3.mlp.down_proj") that stay in fp32, weights and arithmetic.
+    """
+
+    compute: ir.DataType
+    residual: ir.DataType
+    kept: frozenset[str] = frozenset()
+
+    def dtype_of(self, projection: str) -> ir.DataType:
+        """The dtype in which a projection is stored and computed."""
+        return FLOAT if projection in self.kept else self.compute
+
+    @property
+    def kept_in_fp32(self) -> tuple[str, ...]:
+        """What stays in fp32 beyond inputs, outputs, pooling and head; nothing in an fp32 graph."""
+        if self.compute == FLOAT:
+            return ()
+        stream = (RESIDUAL,) if self.residual == FLOAT else ()
+        return stream + tuple(sorted(self.kept, key=_by_layer))
+
+
+def _by_layer(name: str) -> tuple[int, str]:
+    return int(name.split(".")[1]), name
+
+
+# bf16 has fp32's range but eight bits of mantissa, which a sum over 28 to 36 layers would lose:
+# its residual stream stays in fp32. What fp16 keeps is found by calibration.
+PRECISIONS = {
+    "fp32": Precision(FLOAT, FLOAT),
+    "fp16": Precision(FLOAT16, FLOAT16),
+    "bf16": Precision(BFLOAT16, FLOAT),
+}
+
+
+def find_precision(name: str) -> Precision:
+    """A precision by its name.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name not in PRECISIONS:
+        raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {name!r}")
+    return PRECISIONS[name]

@@ -1,0 +1,70 @@
+"""Initializers that are read from the checkpoint only when they are written, by a few rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from ...errors import CheckpointError
+from ...weights import Weights
+
+# Rows of this many bytes (in fp32) are converted at once.
+CHUNK_BYTES = 32 << 20
+FP16_MAX = 65504.0
+
+
+class CheckpointTensor(ir.LazyTensor):
+    """A checkpoint's tensor in another dtype, and transposed if asked: [in, out] for a MatMul.
+
+    Args:
+        name: The initializer's name, and the tensor's in `weights`.
+        weights: The checkpoint.
+        dtype: FLOAT, FLOAT16 or BFLOAT16.
+        transpose: Whether a matrix is stored transposed.
+    """
+
+    def __init__(
+        self, name: str, weights: Weights, dtype: ir.DataType, *, transpose: bool = False
+    ) -> None:
+        info = weights.tensors[name]
+        shape = ir.Shape(info.shape[::-1] if transpose else info.shape)
+        super().__init__(lambda: ir.tensor(self._read(), dtype=dtype), dtype, shape, name=name)
+        self._info = info
+        self._weights = weights
+        self._transpose = transpose
+
+    def _read(self) -> np.ndarray:
+        array = np.concatenate(list(self._chunks()))
+        return np.ascontiguousarray(array.T) if self._transpose else array
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the tensor; one that is not transposed never stands in memory as a whole."""
+        if self._transpose:
+            self._read().tofile(file)
+        else:
+            for chunk in self._chunks():
+                chunk.tofile(file)
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        rows, *rest = self._info.shape
+        step = max(1, CHUNK_BYTES // (4 * math.prod(rest)))
+        for start in range(0, rows, step):
+            yield self._convert(
+                self._weights.read(str(self.name), slice(start, min(start + step, rows)))
+            )
+
+    def _convert(self, stored: np.ndarray) -> np.ndarray:
+        target = self.dtype.numpy()
+        if stored.dtype == target:
+            return stored
+        values = stored.astype(np.float32)
+        if self.dtype == ir.DataType.FLOAT16 and np.abs(values).max(initial=0) > FP16_MAX:
+            raise CheckpointError(
+                f"{self._info.file}: tensor {self._info.name} has values beyond {FP16_MAX:.0f}, "
+                "the largest fp16; export with --precision bf16 or fp32"
+            )
+        return values if self.dtype == ir.DataType.FLOAT else values.astype(target)
