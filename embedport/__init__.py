@@ -1,1 +1,67 @@
-"""embedport: Qwen3 embedding and reranker checkpoints, made fit for production."""
+"""embedport: Qwen3 embedding and reranker checkpoints, made fit for production.
+
+    embedport.export("Qwen/Qwen3-Embedding-0.6B", "qwen3-fp32")
+    embedder = embedport.load("qwen3-fp32")
+    vectors = embedder.encode(["What is the capital of China?"], prompt="query")
+    report = embedport.validate("qwen3-fp32", reference="Qwen/Qwen3-Embedding-0.6B")
+
+Folders at the repository's top level are packages of this one: `exporters/` is imported as
+`embedport.exporters`, and so on. Names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+    from .errors import EmbedportError
+    from .exporters import export
+    from .prompts import query_prompt
+    from .runtimes import Embedder, Ranked, Reranker, load
+    from .spec import ModelSpec
+    from .validation import Report, validate
+
+_HOMES = {
+    "Artifact": "artifact",
+    "EmbedportError": "errors",
+    "Embedder": "runtimes",
+    "ModelSpec": "spec",
+    "Ranked": "runtimes",
+    "Report": "validation",
+    "Reranker": "runtimes",
+    "export": "exporters",
+    "load": "runtimes",
+    "query_prompt": "prompts",
+    "validate": "validation",
+}
+
+__all__ = [
+    "Artifact",
+    "Embedder",
+    "EmbedportError",
+    "ModelSpec",
+    "Ranked",
+    "Report",
+    "Reranker",
+    "__version__",
+    "export",
+    "load",
+    "query_prompt",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embedport' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,1 +1,33 @@
 """Exporters: a checkpoint becomes what a runtime executes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..artifact import Artifact
+from ..errors import InputError
+from .onnx import export_onnx
+
+__all__ = ["export", "export_onnx"]
+
+FORMATS = {"onnx": export_onnx}
+
+
+def export(
+    checkpoint: str | Path, output: str | Path, *, format: str = "onnx", **options: Any
+) -> Artifact:
+    """Export a checkpoint to an artifact.
+
+    Args:
+        checkpoint: A folder in the hub's layout, or a hub id.
+        output: The artifact's folder.
+        format: "onnx".
+        options: Of the format's own function: see `export_onnx`.
+
+    Raises:
+        InputError: There is no such format; and what the format's function raises.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format should be one of {', '.join(FORMATS)}, found {format!r}")
+    return FORMATS[format](checkpoint, output, **options)

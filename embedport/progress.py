@@ -1,0 +1,44 @@
+"""Progress bars for long work, shown on a terminal only."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Generator
+
+
+@contextlib.contextmanager
+def progress_bar(
+    description: str, total: int, *, enabled: bool = True
+) -> Generator[Callable[[int], None]]:
+    """A bar on standard error.
+
+    Args:
+        description: What is being done.
+        total: How many steps there are.
+        enabled: Whether it is wanted; off where standard error is not a terminal all the same.
+
+    Yields:
+        A function that advances the bar by a number of steps.
+    """
+    if not (enabled and sys.stderr.isatty()):
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda steps: progress.advance(task, steps)

@@ -1,0 +1,84 @@
+"""Batches: rows of like length together, none larger than a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..errors import InputError
+from ..progress import progress_bar
+
+# A batch this large keeps two cores busy; larger ones only take memory.
+BATCH_TOKENS = 4096
+
+
+def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group rows so that rows times the longest of them stays within the budget.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_tokens: The budget, padding counted; a longer row is a batch by itself.
+
+    Returns:
+        Batches of row numbers, the longest rows first, so that memory peaks at the start.
+
+    Raises:
+        InputError: The budget is not positive.
+    """
+    if batch_tokens < 1:
+        raise InputError(f"batch_tokens should be at least 1, found {batch_tokens}")
+    batches: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            longest = lengths[row]
+    return batches
+
+
+def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pad rows.
+
+    Returns:
+        (input_ids, attention_mask), both int64 [rows, longest]; padding is id 0, mask 0.
+    """
+    size = max(len(row) for row in rows)
+    input_ids = np.zeros((len(rows), size), np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = row
+        attention_mask[i, : len(row)] = 1
+    return input_ids, attention_mask
+
+
+def run_batches(
+    model: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    rows: Sequence[np.ndarray],
+    width: tuple[int, ...],
+    *,
+    batch_tokens: int,
+    description: str,
+    progress: bool,
+) -> np.ndarray:
+    """Run rows through a model in batches.
+
+    Args:
+        model: (input_ids, attention_mask), int64 [batch, size], to float32 [batch, *width].
+        rows: Token ids, int64 [tokens] each.
+        width: Shape of one row's result.
+        batch_tokens: The budget of a batch.
+        description: What the progress bar says.
+        progress: Whether to show it.
+
+    Returns:
+        float32 [rows, *width] in the order of `rows`.
+    """
+    results = np.empty((len(rows), *width), np.float32)
+    with progress_bar(description, len(rows), enabled=progress) as advance:
+        for batch in make_batches([len(row) for row in rows], batch_tokens):
+            results[batch] = model(*pad([rows[i] for i in batch]))
+            advance(len(batch))
+    return results

@@ -1,0 +1,125 @@
+"""Text in, vectors out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import InputError
+from ..prompts import EmbeddingTokenizer, Encoded
+from .batching import BATCH_TOKENS, run_batches
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder:
+    """An embedding artifact, loaded.
+
+    Attributes:
+        artifact: Where it came from.
+        model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, dim].
+        tokenizer: Texts to ids.
+        device: What it runs on.
+        dim: Width of its vectors.
+        prompts: Prompt name to the text put before an input.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        model: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        tokenizer: EmbeddingTokenizer,
+        *,
+        device: str,
+    ) -> None:
+        self.artifact = artifact
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+        self.dim = artifact.manifest.embedding_dim or artifact.manifest.hidden_size
+        self.prompts = dict(artifact.manifest.prompts)
+
+    def __repr__(self) -> str:
+        return f"Embedder({str(self.artifact.folder)!r}, dim={self.dim}, device={self.device!r})"
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str = "document",
+        dim: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Embed texts.
+
+        Args:
+            texts: The texts; an empty one is defined (the end token alone), an empty list too.
+            prompt: A name ("query", "document"), or the literal text to put before each input,
+                such as `embedport.query_prompt("Find the law that applies")`.
+            dim: Leading values to keep (MRL); the vectors are normalized again.
+            batch_tokens: Tokens of a batch at most, padding counted.
+            progress: Whether to show a progress bar on a terminal.
+
+        Returns:
+            float32 [len(texts), dim], unit length, in the order of `texts`.
+
+        Raises:
+            InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's.
+        """
+        if dim is not None and not 1 <= dim <= self.dim:
+            raise InputError(f"dim should be from 1 to {self.dim}, found {dim}")
+        encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
+        warn_truncated(encoded, self.tokenizer.max_length, "text")
+        vectors = run_batches(
+            self.model,
+            encoded.ids,
+            (self.dim,),
+            batch_tokens=batch_tokens,
+            description="Encoding",
+            progress=progress,
+        )
+        return vectors if dim is None else shorten(vectors, dim)
+
+    def prompt_text(self, prompt: str) -> str:
+        """The text that a prompt's name stands for, or a literal prompt itself.
+
+        Raises:
+            InputError: It is one word and not a known name: a typing error would go unnoticed.
+        """
+        if prompt in self.prompts:
+            return self.prompts[prompt]
+        if prompt and prompt.replace("_", "").replace("-", "").isalnum():
+            raise InputError(
+                f"no prompt is named {prompt!r}; there are {', '.join(sorted(self.prompts))}. A "
+                "literal prompt is more than a word: embedport.query_prompt(instruction) makes one"
+            )
+        return prompt
+
+
+def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """The first `dim` values of each vector, normalized again (MRL, arXiv:2205.13147).
+
+    Args:
+        vectors: float32 [n, m].
+        dim: At most m.
+    """
+    cut = vectors[:, :dim]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+
+
+def warn_truncated(encoded: Encoded, max_length: int, noun: str) -> None:
+    """Log which inputs were cut."""
+    if encoded.truncated:
+        logger.warning(
+            "%d of %d %ss were cut to %d tokens (the first: %s %d)",
+            len(encoded.truncated),
+            len(encoded.ids),
+            noun,
+            max_length,
+            noun,
+            encoded.truncated[0],
+        )

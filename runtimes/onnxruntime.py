@@ -1,0 +1,125 @@
+"""The onnxruntime adapter: an artifact's graph in a session, on the device that is really there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import ArtifactError, DeviceError, InputError, require
+
+logger = logging.getLogger(__name__)
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+class OnnxModel:
+    """A session of an artifact's graph: token ids in, vectors or scores out.
+
+    Args:
+        artifact: The artifact.
+        device: "cpu", "cuda", "tensorrt", or "auto" for CUDA where it works and else the CPU.
+
+    Attributes:
+        device: The device that the session runs on.
+        precision: What is computed in, in words.
+
+    Raises:
+        DeviceError: The device asked for is not there.
+        ArtifactError: onnxruntime does not take the graph.
+    """
+
+    def __init__(self, artifact: Artifact, device: str = "auto") -> None:
+        self._hidden = artifact.manifest.output == "hidden"
+        self.device, self._session = _open_session(artifact, device)
+        self.precision = artifact.manifest.precision
+        if _is_emulated(artifact, self.device):
+            self.precision = "bf16 weights, fp32 arithmetic rounded to bf16 (no bf16 on this CPU)"
+        logger.info("%s runs on %s in %s", artifact.folder, self.device, self.precision)
+
+    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Run a batch.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+
+        Returns:
+            float32: embeddings [batch, dim] of unit length, or scores [batch].
+        """
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        output = self._session.run(None, feeds)[0]
+        return _pool(output, attention_mask) if self._hidden else output
+
+
+def _pool(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    """The last real token's vector of each row, at unit length."""
+    last = attention_mask.shape[1] - 1 - np.argmax(attention_mask[:, ::-1], axis=1)
+    vectors = hidden[np.arange(len(hidden)), last]
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
+    ort = require("onnxruntime", "cpu")
+    if device not in (*PROVIDERS, "auto"):
+        raise InputError(f"device should be auto, {', '.join(PROVIDERS)}; found {device!r}")
+    available = ort.get_available_providers()
+    if device == "auto":
+        if PROVIDERS["cuda"] in available:
+            session = _create_session(ort, artifact, "cuda")
+            if session.get_providers()[0] == PROVIDERS["cuda"]:
+                return "cuda", session
+            logger.warning("onnxruntime has CUDA built in but found no working GPU: using the CPU")
+        return "cpu", _create_session(ort, artifact, "cpu")
+    if PROVIDERS[device] not in available:
+        raise DeviceError(
+            f"this onnxruntime has no {PROVIDERS[device]} (it has {', '.join(available)}): "
+            "pip uninstall onnxruntime, then pip install 'embedport[gpu]'; or use device='cpu'"
+        )
+    session = _create_session(ort, artifact, device)
+    if session.get_providers()[0] != PROVIDERS[device]:
+        raise DeviceError(
+            f"{PROVIDERS[device]} could not start on this machine (no GPU, or its libraries are "
+            "missing; onnxruntime's log says which); use device='cpu'"
+        )
+    return device, session
+
+
+def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    graph: str | bytes = str(artifact.graph)
+    if _is_emulated(artifact, device):
+        graph = _widened(artifact.graph)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
+        )
+    providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
+    try:
+        return ort.InferenceSession(graph, options, providers=providers)
+    except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
+        raise ArtifactError(
+            f"{artifact.graph}: onnxruntime {ort.__version__} does not take the graph "
+            f"(it needs {artifact.manifest.requires}): {error}"
+        ) from error
+
+
+def _is_emulated(artifact: Artifact, device: str) -> bool:
+    return device == "cpu" and artifact.manifest.precision == "bf16"
+
+
+def _widened(path: Path) -> bytes:
+    import onnx_ir as ir
+
+    from ..segments import widen_bfloat16
+
+    model = ir.load(path)
+    widen_bfloat16(model)
+    return ir.to_proto(model).SerializeToString()

@@ -1,0 +1,122 @@
+"""Pairs of texts in, probabilities of relevance out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import InputError
+from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
+from .batching import BATCH_TOKENS, run_batches
+from .embedder import warn_truncated
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A document's place in a ranking: its index in the list given, its score, and its text."""
+
+    index: int
+    score: float
+    document: str
+
+
+class Reranker:
+    """A reranker artifact, loaded.
+
+    Attributes:
+        artifact: Where it came from.
+        model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch].
+        tokenizer: Pairs to ids, under the reranker's template.
+        device: What it runs on.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        model: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        tokenizer: RerankerTokenizer,
+        *,
+        device: str,
+    ) -> None:
+        self.artifact = artifact
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+
+    def __repr__(self) -> str:
+        return f"Reranker({str(self.artifact.folder)!r}, device={self.device!r})"
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str = DEFAULT_INSTRUCTION,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Judge pairs.
+
+        Args:
+            pairs: (query, document) each; an empty list is defined.
+            instruction: What makes a document relevant.
+            batch_tokens: Tokens of a batch at most, padding counted.
+            progress: Whether to show a progress bar on a terminal.
+
+        Returns:
+            float32 [len(pairs)], the probability of "yes", in the order of `pairs`.
+
+        Raises:
+            InputError: A pair is not two strings of valid Unicode.
+        """
+        encoded = self.tokenizer.encode(pairs, instruction)
+        warn_truncated(encoded, self.tokenizer.max_length, "pair")
+        return run_batches(
+            self.model,
+            encoded.ids,
+            (),
+            batch_tokens=batch_tokens,
+            description="Scoring",
+            progress=progress,
+        )
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        instruction: str = DEFAULT_INSTRUCTION,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: bool = False,
+    ) -> list[Ranked]:
+        """Order documents by relevance to a query.
+
+        Args:
+            query: The query.
+            documents: The documents.
+            top_k: How many to return; all by default.
+            instruction: What makes a document relevant.
+            batch_tokens: Tokens of a batch at most, padding counted.
+            progress: Whether to show a progress bar on a terminal.
+
+        Returns:
+            The best first; equal scores in the order of `documents`.
+
+        Raises:
+            InputError: A text is not valid Unicode, or `top_k` is below 1.
+        """
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k should be at least 1, found {top_k}")
+        if isinstance(documents, str):
+            raise InputError("documents should be a list of strings, found one string")
+        scores = self.score(
+            [(query, document) for document in documents],
+            instruction=instruction,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [Ranked(int(i), float(scores[i]), documents[i]) for i in order]
