@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import CheckpointError, require
+from ...errors import CheckpointError
 from ...weights import Weights
 from .builder import GraphBuilder
 from .dialects import OrtDialect
 from .graph import INPUTS, Design, Stream, describe_inputs, describe_layer
 from .precision import FLOAT, FLOAT16, PRECISIONS, Precision
+from .session import open_session
 from .tensors import FP16_MAX
 
 # Texts not tried will go beyond those tried: leave room.
@@ -85,7 +86,6 @@ def _layer_session(
     design: Design, layer: int, folder: Path
 ) -> tuple[Callable[[dict[str, np.ndarray]], list[np.ndarray]], list[str]]:
     """A layer with its pending sum added, and the names of the magnitudes it also gives."""
-    ort = require("onnxruntime", "cpu")
     g = GraphBuilder()
     ids, mask = (ir.val(n, dtype=ir.DataType.INT64, shape=("batch", "sequence")) for n in INPUTS)
     stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
@@ -103,11 +103,7 @@ def _layer_session(
         name=f"layer_{layer}",
     )
     ir.save(model, folder / "layer.onnx", external_data=DATA)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        folder / "layer.onnx", options, providers=["CPUExecutionProvider"]
-    )
+    session = open_session(ir.load(folder / "layer.onnx"), folder, pack=True)
     return lambda feeds: session.run(None, feeds), list(g.probes)
 
 

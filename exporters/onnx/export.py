@@ -202,6 +202,7 @@ def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
         model,
         path,
         external_data=DATA,
+        max_workers=2,
         callback=lambda tensor, info: progress("write", info.index + 1, info.total),
     )
 

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ...errors import VerificationError, require
+from ...errors import MissingPackageError, VerificationError
 from ...segments import segments, widen_bfloat16
 from .dialects import MICROSOFT
+from .session import open_session
 
 
 def verify_graph(
@@ -61,18 +62,10 @@ def verify_graph(
 
 
 def _create_session(model: ir.Model, path: Path) -> Any:
-    ort = require("onnxruntime", "cpu")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # Weights stay mapped: nothing is packed into memory for a single run.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent)
-    )
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graph = ir.to_proto(model).SerializeToString()
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return open_session(model, path.parent, pack=False)
+    except MissingPackageError:
+        raise
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         raise VerificationError(f"{path}: onnxruntime does not take the graph: {error}") from error
 

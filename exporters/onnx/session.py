@@ -1,0 +1,34 @@
+"""onnxruntime sessions that take no more memory than their graph's weights, and give it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ...errors import require
+
+
+def open_session(model: ir.Model, folder: Path, *, pack: bool) -> Any:
+    """A CPU session of a graph whose weights are in files.
+
+    Args:
+        model: The graph.
+        folder: Where its external data is.
+        pack: Whether weights are copied into the layout that is fastest to multiply: worth it for
+            many runs. Otherwise they stay mapped, and nodes run as they are written.
+    """
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # The arena would keep what each session's largest run took.
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
+    if not pack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    graph = ir.to_proto(model).SerializeToString()
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
