@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..artifact import Artifact
+from ..artifact import Artifact, Manifest
 from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, Encoded
 from .batching import BATCH_TOKENS, run_batches
@@ -73,7 +73,7 @@ class Embedder:
         if dim is not None and not 1 <= dim <= self.dim:
             raise InputError(f"dim should be from 1 to {self.dim}, found {dim}")
         encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
-        warn_truncated(encoded, self.tokenizer.max_length, "text")
+        check_encoded(encoded, self.artifact.manifest, self.tokenizer.max_length, "text")
         vectors = run_batches(
             self.model,
             encoded.ids,
@@ -82,6 +82,7 @@ class Embedder:
             description="Encoding",
             progress=progress,
         )
+        warn_nonfinite(vectors, self.artifact.manifest.precision, "text")
         return vectors if dim is None else shorten(vectors, dim)
 
     def prompt_text(self, prompt: str) -> str:
@@ -111,15 +112,48 @@ def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
-def warn_truncated(encoded: Encoded, max_length: int, noun: str) -> None:
-    """Log which inputs were cut."""
+def check_encoded(encoded: Encoded, manifest: Manifest, max_length: int, noun: str) -> None:
+    """Log which inputs were cut.
+
+    Raises:
+        InputError: A token is beyond the model's embedding table: some checkpoints' tokenizers
+            know a few special tokens more than their table has rows.
+    """
+    for i, ids in enumerate(encoded.ids):
+        if ids.max() >= manifest.vocab_size:
+            raise InputError(
+                f"{noun} {i} holds token {ids.max()}, and the model's table has only "
+                f"{manifest.vocab_size} rows; take that special token out of the text"
+            )
     if encoded.truncated:
         logger.warning(
-            "%d of %d %ss were cut to %d tokens (the first: %s %d)",
+            "%d of %d %ss cut to %d tokens, the first is %s %d",
             len(encoded.truncated),
             len(encoded.ids),
             noun,
             max_length,
             noun,
             encoded.truncated[0],
+        )
+
+
+def warn_nonfinite(values: np.ndarray, precision: str, noun: str) -> None:
+    """Log which inputs gave NaN or infinity.
+
+    Args:
+        values: float32 [n] or [n, dim].
+        precision: The artifact's.
+        noun: What an input is called.
+    """
+    bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    if len(bad):
+        logger.error(
+            "%d of %d %ss gave NaN or infinity in %s, the first is %s %d; export with another "
+            "precision or with calibration texts like it",
+            len(bad),
+            len(values),
+            noun,
+            precision,
+            noun,
+            bad[0],
         )

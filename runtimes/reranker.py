@@ -11,7 +11,7 @@ from ..artifact import Artifact
 from ..errors import InputError
 from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
 from .batching import BATCH_TOKENS, run_batches
-from .embedder import warn_truncated
+from .embedder import check_encoded, warn_nonfinite
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Reranker:
             InputError: A pair is not two strings of valid Unicode.
         """
         encoded = self.tokenizer.encode(pairs, instruction)
-        warn_truncated(encoded, self.tokenizer.max_length, "pair")
-        return run_batches(
+        check_encoded(encoded, self.artifact.manifest, self.tokenizer.max_length, "pair")
+        scores = run_batches(
             self.model,
             encoded.ids,
             (),
@@ -81,6 +81,8 @@ class Reranker:
             description="Scoring",
             progress=progress,
         )
+        warn_nonfinite(scores, self.artifact.manifest.precision, "pair")
+        return scores
 
     def rank(
         self,

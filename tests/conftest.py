@@ -1,0 +1,70 @@
+"""Checkpoints in the hub's layout: small, seeded, of several geometries, made once a session."""
+
+import json
+import lzma
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from embedport.demo.samples import builtin_samples
+from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+DATA = Path(__file__).parent / "data"
+
+# kv heads 1, 2 and 8; tied and untied; head_dim other than hidden / heads.
+GEOMETRIES = {
+    "kv1": Geometry(96, 3, 4, 1, 32, 200, tied=True),
+    "kv2": Geometry(64, 2, 4, 2, 48, 160, tied=False),
+    "kv8": Geometry(128, 2, 16, 8, 16, 256, tied=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Remembered hashes stay out of the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    return train_tokenizer([sample.text for sample in builtin_samples()], 1024)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """Qwen3's own tokenizer."""
+    packed = (DATA / "qwen3-tokenizer" / "tokenizer.json.xz").read_bytes()
+    return Tokenizer.from_str(lzma.decompress(packed).decode("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, small_tokenizer):
+    """A function (geometry's name, task, **options of write_checkpoint) -> folder, cached."""
+    made = {}
+
+    def make(geometry="kv2", task="embedding", **options):
+        key = (geometry, task, json.dumps(options))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{task}-{geometry}") / "checkpoint"
+            made[key] = write_checkpoint(
+                folder, GEOMETRIES[geometry], task, small_tokenizer, **options
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A function that copies a folder, so that a test may damage it."""
+    import shutil
+
+    def copy(folder):
+        return Path(shutil.copytree(folder, tmp_path / folder.name))
+
+    return copy

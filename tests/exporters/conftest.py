@@ -1,0 +1,87 @@
+"""Artifacts made once a session, and the reference that they are compared with."""
+
+import json
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.demo.samples import builtin_pairs, builtin_samples
+
+TEXTS = [sample.text for sample in builtin_samples()] + [""]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory, checkpoints):
+    """A function (geometry, task, **options of export) -> loaded artifact on the CPU, cached."""
+    made = {}
+
+    def make(geometry="kv2", task="embedding", **options):
+        key = (geometry, task, json.dumps(options))
+        if key not in made:
+            output = tmp_path_factory.mktemp("artifact") / "model"
+            embedport.export(checkpoints(geometry, task), output, **options)
+            made[key] = embedport.load(output, device="cpu")
+        return made[key]
+
+    return make
+
+
+def transformers_embeddings(folder, rows):
+    """Each row alone, in fp32: float32 [n, hidden_size], unit length; all tokens' states too."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    vectors, states = [], []
+    with torch.no_grad():
+        for ids in rows:
+            hidden = model(input_ids=torch.from_numpy(ids)[None]).last_hidden_state[0]
+            states.append(hidden.numpy())
+            vectors.append(torch.nn.functional.normalize(hidden[-1], dim=0).numpy())
+    return np.stack(vectors), states
+
+
+def transformers_scores(folder, rows, yes, no):
+    """Each row alone, in fp32: the probability of yes, float64 [n]."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = [
+            model(input_ids=torch.from_numpy(ids)[None]).logits[0, -1, [no, yes]].double()
+            for ids in rows
+        ]
+    return torch.log_softmax(torch.stack(logits), dim=1)[:, 1].exp().numpy()
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoints, artifacts):
+    """A function (geometry, task) -> the reference's vectors of TEXTS, or scores of PAIRS."""
+    made = {}
+
+    def make(geometry, task):
+        if (geometry, task) not in made:
+            folder = checkpoints(geometry, task)
+            loaded = artifacts(geometry, task)
+            if task == "embedding":
+                made[geometry, task] = transformers_embeddings(
+                    folder, loaded.tokenizer.encode(TEXTS).ids
+                )[0]
+            else:
+                tokenizer = loaded.tokenizer.tokenizer
+                yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
+                made[geometry, task] = transformers_scores(
+                    folder, loaded.tokenizer.encode(PAIRS).ids, yes, no
+                )
+        return made[geometry, task]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_states(checkpoints):
+    """A function (geometry, rows) -> the reference's last hidden states, [tokens, hidden] each."""
+    return lambda geometry, rows: transformers_embeddings(checkpoints(geometry), rows)[1]

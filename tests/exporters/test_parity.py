@@ -1,0 +1,133 @@
+"""The graph against transformers, on real text in ragged batches."""
+
+import numpy as np
+import pytest
+
+from embedport.demo.samples import builtin_pairs, builtin_samples
+
+TEXTS = [sample.text for sample in builtin_samples()] + [""]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
+
+GEOMETRIES = ("kv1", "kv2", "kv8")
+DIALECTS = ("ort", "standard")
+# Minimum cosine, largest difference of score.
+LIMITS = {"fp32": (0.99999, 1e-4), "fp16": (0.9995, 1e-3), "bf16": (0.9995, 1e-2)}
+
+
+def cosines(a, b):
+    return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_embedding(artifacts, reference, geometry, dialect, precision):
+    embedder = artifacts(geometry, "embedding", dialect=dialect, precision=precision)
+    vectors = embedder.encode(TEXTS, batch_tokens=2048)
+    assert vectors.dtype == np.float32
+    assert np.isfinite(vectors).all()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert cosines(vectors, reference(geometry, "embedding")).min() >= LIMITS[precision][0]
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_reranker(artifacts, reference, geometry, dialect, precision):
+    reranker = artifacts(geometry, "reranker", dialect=dialect, precision=precision)
+    scores = reranker.score(PAIRS, batch_tokens=2048)
+    assert scores.dtype == np.float32
+    assert scores.shape == (len(PAIRS),)
+    difference = np.abs(scores - reference(geometry, "reranker"))
+    assert difference.max() <= LIMITS[precision][1]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_one_row_head_is_the_two_token_softmax(artifacts, reference, geometry, dialect):
+    reranker = artifacts(geometry, "reranker", dialect=dialect, precision="fp32")
+    difference = np.abs(reranker.score(PAIRS) - reference(geometry, "reranker"))
+    assert difference.max() <= 1e-6
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_text_alone_and_in_a_ragged_batch(artifacts, dialect):
+    embedder = artifacts("kv2", dialect=dialect)
+    together = embedder.encode(TEXTS, batch_tokens=100_000)
+    alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    assert cosines(together, alone).min() >= 0.999999
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("outputs", ["pooled", "hidden"])
+def test_any_padding_side(artifacts, dialect, outputs):
+    """Left, right, both and extra padding, whatever ids the padding has."""
+    embedder = artifacts("kv8", dialect=dialect, outputs=outputs)
+    rows = embedder.tokenizer.encode(TEXTS[:7]).ids
+    size = max(map(len, rows)) + 5
+    generator = np.random.default_rng(0)
+    expected = np.concatenate([embedder.model(ids[None], np.ones_like(ids[None])) for ids in rows])
+    for start_of in (
+        lambda n: 0,
+        lambda n: size - n,
+        lambda n: (size - n) // 2,
+        lambda n: int(generator.integers(size - n + 1)),
+    ):
+        input_ids = generator.integers(0, 1000, (len(rows), size))
+        mask = np.zeros_like(input_ids)
+        for i, ids in enumerate(rows):
+            start = start_of(len(ids))
+            input_ids[i, start : start + len(ids)] = ids
+            mask[i, start : start + len(ids)] = 1
+        assert cosines(embedder.model(input_ids, mask), expected).min() >= 0.999999
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_hidden_states_stay_where_the_tokens_are(artifacts, reference_states, dialect):
+    """`last_hidden_state` is after the final norm, at the caller's positions under left padding."""
+    import onnxruntime
+
+    embedder = artifacts("kv1", dialect=dialect, outputs="hidden")
+    session = onnxruntime.InferenceSession(
+        embedder.artifact.graph, providers=["CPUExecutionProvider"]
+    )
+    rows = embedder.tokenizer.encode(TEXTS[:5]).ids
+    size = max(map(len, rows)) + 2
+    input_ids = np.zeros((len(rows), size), np.int64)
+    mask = np.zeros_like(input_ids)
+    for i, ids in enumerate(rows):
+        input_ids[i, size - len(ids) :] = ids
+        mask[i, size - len(ids) :] = 1
+    feeds = {"input_ids": input_ids, "attention_mask": mask}
+    (hidden,) = session.run(["last_hidden_state"], feeds)
+    for i, expected in enumerate(reference_states("kv1", rows)):
+        np.testing.assert_allclose(hidden[i, size - len(expected) :], expected, atol=2e-4, rtol=0)
+
+
+def test_matryoshka_dimension_in_the_graph_and_at_run_time(artifacts):
+    whole, cut = artifacts("kv2"), artifacts("kv2", dim=16)
+    assert cut.dim == 16
+    np.testing.assert_allclose(
+        cut.encode(TEXTS[:9]), whole.encode(TEXTS[:9], dim=16), atol=1e-6, rtol=0
+    )
+    prefix = whole.encode(TEXTS[:9])[:, :16]
+    prefix /= np.linalg.norm(prefix, axis=1, keepdims=True)
+    np.testing.assert_allclose(whole.encode(TEXTS[:9], dim=16), prefix, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_contract_of_the_graph(artifacts, task, dialect):
+    """Two inputs, one named output, dynamic batch and length, no past, no position ids."""
+    import onnxruntime
+
+    artifact = artifacts("kv2", task, dialect=dialect).artifact
+    session = onnxruntime.InferenceSession(artifact.graph, providers=["CPUExecutionProvider"])
+    inputs = {value.name: (value.type, value.shape) for value in session.get_inputs()}
+    assert inputs == {
+        name: ("tensor(int64)", ["batch", "sequence"]) for name in ("input_ids", "attention_mask")
+    }
+    (output,) = session.get_outputs()
+    assert output.type == "tensor(float)"
+    expected = ("score", ["batch"]) if task == "reranker" else ("sentence_embedding", ["batch", 64])
+    assert (output.name, output.shape) == expected

@@ -1,0 +1,133 @@
+"""The house: one import name, imports in one direction, a light front door."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import embedport
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("exporters", "quantize", "runtimes", "validation")
+# What each place may import from; the trunk's front door and the command line are on top.
+ALLOWED = {
+    "embedport": set(),
+    "quantize": {"embedport"},
+    "exporters": {"embedport", "quantize"},
+    "runtimes": {"embedport"},
+    "validation": {"embedport", "runtimes"},
+}
+TOP = ("embedport/__init__.py", "embedport/cli/", "embedport/demo/pipeline.py")
+
+
+def python_files():
+    for place in ("embedport", *ROOMS):
+        for path in sorted((ROOT / place).rglob("*.py")):
+            parts = path.relative_to(ROOT).parts
+            if not (place == "embedport" and len(parts) > 1 and parts[1] in ROOMS):
+                yield place, path
+
+
+def imported_modules(path, module):
+    """Absolute names of everything a file imports, wherever in the file."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def room_of(name):
+    parts = name.split(".")
+    if parts[0] != "embedport":
+        return parts[0]
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "embedport"
+
+
+def test_imports_point_one_way():
+    checked = 0
+    for place, path in python_files():
+        relative = path.relative_to(ROOT)
+        if str(relative).startswith(TOP):
+            continue
+        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        module = module if place == "embedport" else f"embedport.{module}"
+        for name in imported_modules(path, module):
+            assert name.split(".")[0] not in ROOMS, f"{relative} imports {name} by its bare name"
+            if name.split(".")[0] == "embedport":
+                checked += 1
+                room = room_of(name)
+                assert room == place or room in ALLOWED[place], f"{relative} imports {name}"
+    assert checked > 50
+
+
+def test_public_names():
+    assert sorted(embedport.__all__) == list(embedport.__all__)
+    for name in embedport.__all__:
+        assert getattr(embedport, name) is not None
+    assert dir(embedport) == sorted(embedport.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = embedport.nothing
+
+
+def test_rooms_are_one_copy_under_one_name():
+    code = (
+        "import sys, embedport.exporters, embedport.quantize, embedport.runtimes, "
+        "embedport.validation; print([r for r in %r if r in sys.modules])" % (ROOMS,)
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_import_brings_nothing_heavy():
+    heavy = ("numpy", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "torch", "rich", "typer")
+    code = f"import sys, embedport; print([m for m in {heavy!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_running_needs_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import embedport; embedport.load, embedport.export, embedport.validate"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wheel_holds_the_package_only(tmp_path):
+    """Built with the build backend itself, from the files git would take."""
+    import zipfile
+
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in files:
+        target = tmp_path / "tree" / name
+        if (ROOT / name).is_file() and not (ROOT / name).is_symlink() and "tests/" not in name:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    code = "from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}", str(tmp_path)],
+        cwd=tmp_path / "tree",
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"embedport", wheel.name.rpartition("-py3")[0] + ".dist-info"}
+    for place, path in python_files():
+        name = path.relative_to(ROOT).as_posix()
+        assert (name if place == "embedport" else f"embedport/{name}") in names
+    assert "embedport/demo/texts.jsonl" in names

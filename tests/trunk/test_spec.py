@@ -1,0 +1,167 @@
+"""ModelSpec: all six models of the family, other geometries, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from embedport import ModelSpec
+from embedport.demo.synthetic import QWEN3_0_6B, QWEN3_4B, QWEN3_8B
+from embedport.errors import CheckpointError, InputError
+from embedport.hub import fetch
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    values.update(changes)
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize(
+    ("geometry", "parameters"),
+    # The model cards' counts, a vocabulary of 151,665 at 4B and 8B.
+    [
+        (QWEN3_0_6B, 595_776_512),
+        (replace(QWEN3_4B, vocab_size=151_665), 4_021_774_336),
+        (replace(QWEN3_8B, vocab_size=151_665), 7_567_295_488),
+    ],
+)
+def test_the_six_models(tmp_path, geometry, parameters, task):
+    """Read from configuration alone, as it is fetched first from the hub."""
+    from embedport.demo import synthetic
+
+    config = synthetic._config(geometry, geometry.vocab_size, task, "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if task == "embedding":
+        synthetic._write_sentence_transformers(tmp_path, geometry.hidden_size)
+    spec = ModelSpec.from_checkpoint(tmp_path)
+    assert spec.task == task
+    assert (spec.hidden_size, spec.num_layers) == (geometry.hidden_size, geometry.num_layers)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (
+        geometry.num_heads,
+        geometry.num_kv_heads,
+        128,
+    )
+    assert spec.tied == geometry.tied
+    assert spec.max_length == 32768
+    head = 0 if geometry.tied or task == "embedding" else 151_665 * 4096
+    assert spec.parameters == parameters + head
+    assert spec.prompts["document"] == ""
+    assert spec.prompts["query"] == (
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
+        "Query:"
+    )
+
+
+def test_rope_as_transformers_5_writes_it(checkpoints, copied):
+    folder = copied(checkpoints())
+    edit(
+        folder / "config.json",
+        rope_theta=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )
+    assert ModelSpec.from_checkpoint(folder).rope_theta == 5000.0
+
+
+def test_task_of_a_checkpoint_without_modules_json(checkpoints, copied):
+    folder = copied(checkpoints(task="embedding"))
+    (folder / "modules.json").unlink()
+    assert ModelSpec.from_checkpoint(folder).task == "embedding"
+    assert ModelSpec.from_checkpoint(folder, task="reranker").task == "reranker"
+    assert ModelSpec.from_checkpoint(checkpoints(task="reranker")).task == "reranker"
+
+
+def test_pooling_and_prompts_of_sentence_transformers(checkpoints, copied):
+    folder = copied(checkpoints())
+    edit(folder / "config_sentence_transformers.json", prompts={"query": "Q: ", "title": "T: "})
+    prompts = ModelSpec.from_checkpoint(folder).prompts
+    assert prompts == {"query": "Q: ", "title": "T: ", "document": ""}
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    assert ModelSpec.from_checkpoint(folder).task == "embedding"
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    with pytest.raises(CheckpointError, match=r"1_Pooling.*lasttoken, found mean_tokens"):
+        ModelSpec.from_checkpoint(folder)
+
+
+def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
+    folder = copied(checkpoints())
+    edit(folder / "tokenizer_config.json", model_max_length=1e30)
+    assert ModelSpec.from_checkpoint(folder).max_length == 32768
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 512}')
+    assert ModelSpec.from_checkpoint(folder).max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "model_type should be 'qwen3', found 'bert'"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size should be int, found '64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers should be positive, found 0"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) should be a multiple of"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "already quantized"),
+    ],
+)
+def test_refused(checkpoints, copied, changes, message):
+    folder = copied(checkpoints())
+    edit(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ModelSpec.from_checkpoint(folder)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        ModelSpec.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        ModelSpec.from_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="not a hub id"):
+        ModelSpec.from_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="has no revision 'main'"):
+        ModelSpec.from_checkpoint(tmp_path, revision="main")
+    with pytest.raises(InputError, match="task should be one of"):
+        ModelSpec.from_checkpoint(tmp_path, task="chat")
+
+
+class TestHub:
+    """Hub ids, through a cache in the hub's own layout, offline."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    @pytest.fixture
+    def cached(self, checkpoints, tmp_path, monkeypatch):
+        """Files are symbolic links into blobs, as huggingface_hub keeps them."""
+        from huggingface_hub import constants
+
+        repo = tmp_path / "hub" / "models--Qwen--Qwen3-Embedding-0.6B"
+        snapshot = repo / "snapshots" / self.COMMIT
+        source = checkpoints()
+        (repo / "blobs").mkdir(parents=True)
+        for path in source.rglob("*"):
+            if path.is_file():
+                blob = repo / "blobs" / path.relative_to(source).as_posix().replace("/", "-")
+                blob.write_bytes(path.read_bytes())
+                link = snapshot / path.relative_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(blob)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(self.COMMIT)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def test_from_the_cache(self, cached):
+        source = fetch("Qwen/Qwen3-Embedding-0.6B")
+        assert source.revision == self.COMMIT
+        spec = ModelSpec.from_checkpoint("Qwen/Qwen3-Embedding-0.6B", revision="main")
+        assert spec.task == "embedding"
+        assert spec.source.id == "Qwen/Qwen3-Embedding-0.6B"
+
+    def test_not_in_the_cache(self, cached):
+        with pytest.raises(CheckpointError, match="not in the hub's cache"):
+            ModelSpec.from_checkpoint("Qwen/Qwen3-Embedding-4B")
