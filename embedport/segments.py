@@ -1,7 +1,7 @@
 """A written graph, run part by part: one layer's weights in memory at a time, whatever its size.
 
 Nodes are named "{scope}/{operator}_{n}" by the exporter; a run of nodes of one scope is a segment.
-Also here: how a CPU, which has no bf16 arithmetic in onnxruntime, runs a bf16 graph.
+Also here: how a CPU, which has no 16-bit arithmetic to speak of, runs a 16-bit graph faithfully.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from itertools import groupby
 
 import onnx_ir as ir
 
-BFLOAT16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+FLOAT = ir.DataType.FLOAT
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
@@ -46,30 +47,33 @@ def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
         yield scope, ir.Model(part, ir_version=model.ir_version)
 
 
-def widen_bfloat16(model: ir.Model) -> bool:
-    """Make a bf16 graph one that computes in fp32 and rounds each result to bf16.
+def emulate_16_bits(model: ir.Model) -> bool:
+    """Make an fp16 or bf16 graph one that computes in fp32 and rounds each result to 16 bits.
 
-    onnxruntime has no bf16 kernels on a CPU. Rounding after each operation gives what a GPU, which
-    accumulates in fp32 and stores bf16, would give. Weights stay bf16 in their file.
+    onnxruntime has no bf16 kernels on a CPU. It runs fp16 in fp32 there and leaves out most of the
+    rounding, so that what overflows on a GPU does not overflow. Rounding after each operation gives
+    what a GPU gives, which accumulates in fp32 and stores 16 bits. Weights stay 16 bits in their
+    file.
 
     Returns:
-        Whether there was anything to widen.
+        Whether there was anything to emulate.
     """
     graph = model.graph
-    values = [value for node in graph for value in node.outputs if value.dtype == BFLOAT16]
-    weights = [value for value in graph.initializers.values() if value.dtype == BFLOAT16]
+    values = [value for node in graph for value in node.outputs if value.dtype in HALVES]
+    weights = [value for value in graph.initializers.values() if value.dtype in HALVES]
     for value in values:
-        node = value.producer()
+        node, dtype = value.producer(), value.dtype
         assert node is not None
+        assert dtype is not None
         if node.op_type == "Cast" or (node.op_type == "Gather" and node.inputs[0] in weights):
             rounded = value
         else:
             value.dtype = FLOAT
-            rounded = _cast(value, BFLOAT16)
+            rounded = _cast(value, dtype)
         _cast(rounded, FLOAT)
     for weight in weights:
         for node, index in list(weight.uses()):
-            # Rows are gathered first and widened then: a table of 150,000 rows stays bf16.
+            # Rows are gathered first and widened then: a table of 150,000 rows stays 16 bits.
             if node.op_type == "Gather" and index == 0:
                 continue
             name = f"{node.name}/{weight.name}"
@@ -87,9 +91,9 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
     assert node.graph is not None
     users = list(value.uses())
     out = ir.Value(name=f"{value.name}:{dtype.name.lower()}", type=ir.TensorType(dtype))
-    cast = ir.node(
-        "Cast", [value], {"to": dtype}, outputs=[out], name=f"{node.name}/to_{dtype.name}"
-    )
+    # The value's name begins with its node's, and so with the scope.
+    name = f"{value.name}/{dtype.name}"
+    cast = ir.node("Cast", [value], {"to": dtype}, outputs=[out], name=name)
     node.graph.insert_after(node, cast)
     for user, index in users:
         user.replace_input_with(index, out)

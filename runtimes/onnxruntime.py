@@ -41,7 +41,7 @@ class OnnxModel:
         self.device, self._session = _open_session(artifact, device)
         self.precision = artifact.manifest.precision
         if _is_emulated(artifact, self.device):
-            self.precision = "bf16 weights, fp32 arithmetic rounded to bf16 (no bf16 on this CPU)"
+            self.precision += " (on a CPU: fp32 arithmetic, each result rounded)"
         logger.info("%s runs on %s in %s", artifact.folder, self.device, self.precision)
 
     def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
     options.log_severity_level = 3
     graph: str | bytes = str(artifact.graph)
     if _is_emulated(artifact, device):
-        graph = _widened(artifact.graph)
+        graph = _emulated(artifact.graph)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
         )
@@ -112,14 +112,14 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
 
 
 def _is_emulated(artifact: Artifact, device: str) -> bool:
-    return device == "cpu" and artifact.manifest.precision == "bf16"
+    return device == "cpu" and artifact.manifest.precision in ("fp16", "bf16")
 
 
-def _widened(path: Path) -> bytes:
+def _emulated(path: Path) -> bytes:
     import onnx_ir as ir
 
-    from ..segments import widen_bfloat16
+    from ..segments import emulate_16_bits
 
     model = ir.load(path)
-    widen_bfloat16(model)
+    emulate_16_bits(model)
     return ir.to_proto(model).SerializeToString()

@@ -79,7 +79,7 @@ def test_public_names():
 def test_rooms_are_one_copy_under_one_name():
     code = (
         "import sys, embedport.exporters, embedport.quantize, embedport.runtimes, "
-        "embedport.validation; print([r for r in %r if r in sys.modules])" % (ROOMS,)
+        f"embedport.validation; print([r for r in {ROOMS} if r in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

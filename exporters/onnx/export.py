@@ -19,7 +19,7 @@ from ...demo.samples import (
     read_pairs,
     read_samples,
 )
-from ...errors import InputError
+from ...errors import EmbedportError, InputError
 from ...hub import fetch
 from ...integrity import record_files
 from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
@@ -197,14 +197,20 @@ def _calibrate(
 
 def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
     path.parent.mkdir()
-
-    ir.save(
-        model,
-        path,
-        external_data=DATA,
-        max_workers=2,
-        callback=lambda tensor, info: progress("write", info.index + 1, info.total),
-    )
+    try:
+        ir.save(
+            model,
+            path,
+            external_data=DATA,
+            max_workers=2,  # one converts a tensor while the other's goes to the disk
+            callback=lambda tensor, info: progress("write", info.index + 1, info.total),
+        )
+    except ir.serde.SerdeError as error:
+        # Small tensors are read while the graph is serialized, and onnx-ir wraps what that raises.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, EmbedportError):
+            cause = cause.__cause__
+        raise cause or error from None
 
 
 def _source_record(weights: Weights) -> SourceRecord:

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import MissingPackageError, VerificationError
-from ...segments import segments, widen_bfloat16
+from ...segments import segments, emulate_16_bits
 from .dialects import MICROSOFT
 from .session import open_session
 
@@ -42,7 +42,7 @@ def verify_graph(
     _check_external_data(path, model)
     if MICROSOFT not in model.opset_imports:
         _check_standard(path)
-    widen_bfloat16(model)
+    emulate_16_bits(model)
     _create_session(model, path)
     values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
     outputs: list[np.ndarray] = []

@@ -85,3 +85,9 @@ def reference(checkpoints, artifacts):
 def reference_states(checkpoints):
     """A function (geometry, rows) -> the reference's last hidden states, [tokens, hidden] each."""
     return lambda geometry, rows: transformers_embeddings(checkpoints(geometry), rows)[1]
+
+
+@pytest.fixture(scope="session")
+def reference_vectors():
+    """A function (checkpoint, rows) -> the reference's vectors, float32 [n, hidden_size]."""
+    return lambda folder, rows: transformers_embeddings(folder, rows)[0]
