@@ -145,7 +145,7 @@ def warn_nonfinite(values: np.ndarray, precision: str, noun: str) -> None:
         precision: The artifact's.
         noun: What an input is called.
     """
-    bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if len(bad):
         logger.error(
             "%d of %d %ss gave NaN or infinity in %s, the first is %s %d; export with another "

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from ...errors import MissingPackageError, VerificationError
-from ...segments import segments, emulate_16_bits
+from ...segments import emulate_16_bits, segments
 from .dialects import MICROSOFT
 from .session import open_session
 

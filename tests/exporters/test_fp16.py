@@ -65,7 +65,8 @@ def test_no_overflow(tmp_path, request, kind, dialect, reference_vectors):
     artifact = embedport.export(folder, tmp_path / "out", precision="fp16", dialect=dialect)
     kept = artifact.manifest.kept_in_fp32
     assert RESIDUAL in kept
-    assert ("layers.1.mlp.down_proj" in kept) and ("layers.0.mlp.down_proj" not in kept)
+    assert "layers.1.mlp.down_proj" in kept
+    assert "layers.0.mlp.down_proj" not in kept
     embedder = embedport.load(tmp_path / "out", device="cpu")
     vectors = embedder.encode(TEXTS)
     assert np.isfinite(vectors).all()

@@ -1,0 +1,28 @@
+# Each target does all its own set-up: Python 3.11+, pip, git and make are enough. uv is taken from
+# the PATH, or fetched into .tools/ (pip's --target needs neither a venv nor a writable system).
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+PYTHON ?= python3
+RUN = $(UV) run --frozen
+
+.PHONY: demo test lint format bench
+
+demo: $(UV)
+	$(RUN) embedport demo
+
+test: $(UV)
+	$(RUN) pytest
+
+lint: $(UV)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) ty check embedport embedport/exporters embedport/quantize embedport/runtimes embedport/validation tests benchmarks
+
+format: $(UV)
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: $(UV)
+	$(RUN) python -m benchmarks
+
+.tools/bin/uv:
+	PYTHONPATH= $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools uv

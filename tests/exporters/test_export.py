@@ -1,0 +1,274 @@
+"""The folder that an export writes, and what it leaves when it does not finish."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import onnx
+import pytest
+
+import embedport
+from embedport.artifact import Artifact, Manifest, record_parity, staged
+from embedport.errors import CheckpointError, InputError, VerificationError
+from embedport.exporters.onnx import verify
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder(artifacts, checkpoints):
+    artifact = artifacts("kv2").artifact
+    folder, manifest = artifact.folder, artifact.manifest
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {*manifest.files, "embedport.json", "README.md"}
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "config.json"} <= found
+    assert {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"} <= found
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    assert (manifest.task, manifest.precision, manifest.dialect) == ("embedding", "fp32", "ort")
+    assert manifest.embedding_dim == 64
+    assert manifest.source.id == str(checkpoints("kv2"))
+    assert list(manifest.source.files) == ["model.safetensors"]
+    assert manifest.versions["embedport"] == embedport.__version__
+    assert "Not validated yet" in (folder / "README.md").read_text()
+    assert Manifest.from_json(folder / "embedport.json") == manifest
+    assert artifact.size == sum((folder / name).stat().st_size for name in manifest.files)
+    assert (folder.stat().st_mode & 0o777) == 0o777 & ~current_umask()
+
+
+def current_umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_standard_dialect_is_standard(artifacts):
+    for task in ("embedding", "reranker"):
+        graph = artifacts("kv2", task, dialect="standard").artifact.graph
+        model = onnx.load(graph, load_external_data=False)
+        assert [(each.domain, each.version) for each in model.opset_import] == [("", 23)]
+        onnx.checker.check_model(graph, full_check=True)
+
+
+def test_from_a_cache_of_links(checkpoints, tmp_path):
+    """Plain files are written even when every source file is a symbolic link."""
+    source = checkpoints("kv2")
+    linked = tmp_path / "snapshot"
+    for path in source.rglob("*"):
+        if path.is_file():
+            link = linked / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    artifact = embedport.export(linked, tmp_path / "out")
+    assert not any(path.is_symlink() for path in artifact.folder.rglob("*"))
+    embedport.load(artifact.folder, device="cpu")
+
+
+def test_existing_output(checkpoints, tmp_path):
+    out = tmp_path / "out"
+    embedport.export(checkpoints("kv2"), out)
+    before = (out / "embedport.json").read_text()
+    with pytest.raises(InputError, match="exists; choose another place or replace it with --force"):
+        embedport.export(checkpoints("kv2"), out, precision="bf16")
+    assert (out / "embedport.json").read_text() == before
+    embedport.export(checkpoints("kv2"), out, precision="bf16", force=True)
+    assert Artifact.open(out).manifest.precision == "bf16"
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not an artifact, and is not replaced"):
+        embedport.export(checkpoints("kv2"), tmp_path / "home", force=True)
+    assert left_in(tmp_path / "home") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("embedding", {"precision": "fp8"}, "precision should be one of fp32, fp16, bf16"),
+        ("embedding", {"dialect": "latin"}, "dialect should be one of ort, standard"),
+        ("embedding", {"outputs": "mean"}, "output should be pooled or hidden"),
+        ("embedding", {"dim": 65}, "dim should be from 1 to 64, found 65"),
+        ("embedding", {"dim": 8, "outputs": "hidden"}, "--output hidden has none"),
+        ("embedding", {"max_length": 99999}, "max_length should be from 1 to 32768"),
+        ("embedding", {"format": "pickle"}, "format should be one of onnx"),
+        ("embedding", {"calibration": "nowhere.txt"}, "nowhere.txt cannot be read"),
+        ("reranker", {"outputs": "hidden"}, "a reranker gives scores"),
+        ("reranker", {"dim": 8}, "a reranker gives scores"),
+    ],
+)
+def test_bad_options(checkpoints, tmp_path, task, options, message):
+    with pytest.raises(InputError, match=message):
+        embedport.export(checkpoints("kv2", task), tmp_path / "out", **options)
+    assert left_in(tmp_path) == []
+
+
+def test_bad_checkpoint_leaves_nothing(checkpoints, copied, tmp_path):
+    folder = copied(checkpoints("kv2"))
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-64])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        embedport.export(folder, tmp_path / "out")
+    assert left_in(tmp_path) == ["checkpoint"]
+
+
+class TestDisk:
+    def test_too_small(self, checkpoints, tmp_path, monkeypatch):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+        with pytest.raises(InputError, match=r"has 0\.00 GB free, and the artifact needs 0\.0"):
+            embedport.export(checkpoints("kv2"), tmp_path / "out")
+        assert left_in(tmp_path) == []
+
+    def test_full_while_writing(self, checkpoints, tmp_path, monkeypatch):
+        """Another program took the space after the check."""
+        import errno
+
+        import onnx_ir as ir
+
+        def full(*_args, **_options):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(ir, "save", full)
+        with pytest.raises(InputError, match=r"disk full while writing.*Nothing was left behind"):
+            embedport.export(checkpoints("kv2"), tmp_path / "out")
+        assert left_in(tmp_path) == []
+
+    def test_a_real_small_disk(self, checkpoints, tmp_path):
+        """A tmpfs of 2 MB, where this user may mount one."""
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a tmpfs needs root")
+        try:
+            with pytest.raises(InputError, match="GB free, and the artifact needs"):
+                embedport.export(checkpoints("kv2"), disk / "out")
+            assert left_in(disk) == []
+            # The same disk, found too small only when it is full.
+            with (
+                pytest.raises(InputError, match="disk full while writing"),
+                staged(disk / "out", force=False, needs=0) as folder,
+            ):
+                (folder / "data").write_bytes(bytes(3 << 20))
+            assert left_in(disk) == []
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_killed(checkpoints, tmp_path):
+    """kill -9 leaves nothing that looks like an artifact; the next export tidies up."""
+    out = tmp_path / "out"
+    code = (
+        "import sys, time, embedport\n"
+        "def stop(stage, done, total):\n"
+        "    if stage == 'verify': print('here', flush=True); time.sleep(60)\n"
+        f"embedport.export({str(checkpoints('kv2'))!r}, {str(out)!r}, progress=stop)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    (partial,) = left_in(tmp_path)
+    assert partial.startswith(".out.partial-")
+    assert not (tmp_path / partial / "embedport.json").exists()
+    embedport.export(checkpoints("kv2"), out)
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_two_exports_at_once_do_not_tidy_each_other_up(checkpoints, tmp_path):
+    with staged(tmp_path / "out", force=False, needs=0) as first:
+        partial = first.with_name(f".out.partial-{os.getppid()}")
+        partial.mkdir()
+        (first / "embedport.json").write_text("{}")
+    assert partial.exists()
+
+
+def test_interrupted(checkpoints, tmp_path):
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embedport.export(checkpoints("kv2"), tmp_path / "out", progress=stop)
+    assert left_in(tmp_path) == []
+
+
+def test_progress(checkpoints, tmp_path):
+    seen = []
+    embedport.export(
+        checkpoints("kv2"), tmp_path / "out", precision="fp16", progress=lambda *s: seen.append(s)
+    )
+    stages = dict.fromkeys(stage for stage, _, _ in seen)
+    assert list(stages) == ["calibrate", "write", "verify"]
+    for stage in stages:
+        done = [(done, total) for name, done, total in seen if name == stage]
+        assert sorted(done) == [(i + 1, done[0][1]) for i in range(done[0][1])]
+
+
+class TestVerification:
+    """The written graph is opened again, its data measured, and run."""
+
+    IDS = np.array([5, 6, 7])
+
+    @pytest.fixture
+    def graph(self, artifacts, copied):
+        return copied(artifacts("kv2").artifact.folder) / "onnx" / "model.onnx"
+
+    def test_good(self, graph):
+        found = verify.verify_graph(graph, self.IDS)
+        expected = embedport.load(graph.parent.parent, device="cpu").model(
+            self.IDS[None], np.ones((1, 3), np.int64)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    def test_short_data(self, graph):
+        data = graph.with_name("model.onnx_data")
+        data.write_bytes(data.read_bytes()[:-1])
+        with pytest.raises(VerificationError, match=r"should be a plain file of at least"):
+            verify.verify_graph(graph, self.IDS)
+
+    def test_data_elsewhere(self, graph):
+        model = onnx.load(graph, load_external_data=False)
+        external = next(t for t in model.graph.initializer if t.external_data)
+        for entry in external.external_data:
+            if entry.key == "location":
+                entry.value = "../model.onnx_data"
+        graph.write_bytes(model.SerializeToString())
+        with pytest.raises(VerificationError, match="not beside the graph"):
+            verify.verify_graph(graph, self.IDS)
+
+    def test_invalid_graph(self, graph):
+        model = onnx.load(graph, load_external_data=False)
+        model.graph.node[5].op_type = "NoSuchOperator"
+        graph.write_bytes(model.SerializeToString())
+        with pytest.raises(VerificationError, match="onnxruntime does not take the graph"):
+            verify.verify_graph(graph, self.IDS)
+
+
+def test_parity_is_recorded(artifacts, copied):
+    folder = copied(artifacts("kv2").artifact.folder)
+    record_parity(folder, {"cosine": {"minimum": 0.999}}, "| cosine | 0.999 |")
+    assert Artifact.open(folder).manifest.parity == {"cosine": {"minimum": 0.999}}
+    assert "| cosine | 0.999 |" in (folder / "README.md").read_text()
+    assert json.loads((folder / "embedport.json").read_text())["parity"]
+
+
+def test_large_tensors_are_streamed(checkpoints, tmp_path, monkeypatch):
+    """In pieces of a few rows, a tensor is written as it is in one."""
+    from embedport.exporters.onnx import tensors
+
+    embedport.export(checkpoints("kv2"), tmp_path / "whole")
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", 4 * 64 * 7)
+    embedport.export(checkpoints("kv2"), tmp_path / "pieces")
+    name = "onnx/model.onnx_data"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "pieces" / name).read_bytes()

@@ -1,0 +1,47 @@
+"""Batches by length within a token budget."""
+
+import numpy as np
+import pytest
+
+from embedport.errors import InputError
+from embedport.runtimes.batching import make_batches, pad, run_batches
+
+
+def test_batches_stay_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 300, 500).tolist()
+    batches = make_batches(lengths, 1000)
+    assert sorted(row for batch in batches for row in batch) == list(range(500))
+    for batch in batches:
+        assert len(batch) * max(lengths[row] for row in batch) <= 1000
+    # The longest first, and like with like: hardly any padding.
+    order = [lengths[row] for batch in batches for row in batch]
+    assert order == sorted(lengths, reverse=True)
+    padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+
+
+def test_a_row_beyond_the_budget_is_alone():
+    assert make_batches([5, 50, 6], 12) == [[1], [2, 0]]
+    assert make_batches([], 12) == []
+    with pytest.raises(InputError, match="at least 1, found 0"):
+        make_batches([1], 0)
+
+
+def test_pad():
+    ids, mask = pad([np.array([7, 8, 9]), np.array([5])])
+    assert ids.tolist() == [[7, 8, 9], [5, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert ids.dtype == mask.dtype == np.int64
+
+
+def test_results_come_back_in_order():
+    rows = [np.arange(1, n + 1) for n in (3, 9, 1, 4, 4)]
+    found = run_batches(
+        lambda ids, mask: ids.sum(axis=1).astype(np.float32),
+        rows,
+        (),
+        batch_tokens=8,
+        description="",
+        progress=False,
+    )
+    assert found.tolist() == [row.sum() for row in rows]

@@ -1,0 +1,198 @@
+"""Embedder and Reranker through onnxruntime, and what they do with bad input."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.errors import ArtifactError, DeviceError, InputError
+from embedport.prompts import DEFAULT_INSTRUCTION, query_prompt
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, checkpoints):
+    base = tmp_path_factory.mktemp("artifacts")
+    for task in ("embedding", "reranker"):
+        embedport.export(checkpoints("kv2", task), base / task)
+    return base
+
+
+@pytest.fixture(scope="module")
+def embedder(folders):
+    return embedport.load(folders / "embedding", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reranker(folders):
+    return embedport.load(folders / "reranker", device="cpu")
+
+
+def test_kinds(embedder, reranker):
+    assert isinstance(embedder, embedport.Embedder)
+    assert isinstance(reranker, embedport.Reranker)
+    assert embedder.device == "cpu"
+    assert "dim=64" in repr(embedder)
+    assert "cpu" in repr(reranker)
+
+
+def test_prompts(embedder):
+    query = embedder.encode(["gravity"], prompt="query")
+    literal = embedder.encode(["gravity"], prompt=query_prompt(DEFAULT_INSTRUCTION))
+    document = embedder.encode([query_prompt(DEFAULT_INSTRUCTION) + "gravity"])
+    np.testing.assert_array_equal(query, literal)
+    np.testing.assert_array_equal(query, document)
+    assert (query * embedder.encode(["gravity"])).sum() < 0.999
+    with pytest.raises(InputError, match="no prompt is named 'qurey'; there are document, query"):
+        embedder.encode(["gravity"], prompt="qurey")
+
+
+def test_empty(embedder, reranker):
+    assert embedder.encode([]).shape == (0, 64)
+    assert embedder.encode([], dim=8).shape == (0, 8)
+    assert reranker.score([]).shape == (0,)
+    assert reranker.rank("query", []) == []
+    assert np.isfinite(embedder.encode([""])).all()
+
+
+def test_order_and_budget_change_nothing(embedder):
+    texts = ["a", "some longer text " * 20, "mid length text", "a"]
+    one = embedder.encode(texts, batch_tokens=1)
+    np.testing.assert_allclose(embedder.encode(texts), one, atol=1e-6)
+    np.testing.assert_allclose(embedder.encode(texts[::-1])[::-1], one, atol=1e-6)
+    np.testing.assert_array_equal(one[0], one[3])
+
+
+@pytest.mark.parametrize("dim", [0, 65, -1])
+def test_dim_out_of_range(embedder, dim):
+    with pytest.raises(InputError, match=f"dim should be from 1 to 64, found {dim}"):
+        embedder.encode(["a"], dim=dim)
+
+
+def test_rank(reranker):
+    documents = ["one", "two", "three", "one"]
+    scores = reranker.score([("query", document) for document in documents])
+    ranking = reranker.rank("query", documents)
+    assert [ranked.index for ranked in ranking] == np.argsort(-scores, kind="stable").tolist()
+    assert [ranked.document for ranked in ranking] == [documents[r.index] for r in ranking]
+    assert reranker.rank("query", documents, top_k=2) == ranking[:2]
+    assert ((scores > 0) & (scores < 1)).all()
+    other = reranker.score([("query", "one")], instruction="Judge something else")
+    assert other != scores[0]
+    with pytest.raises(InputError, match="top_k should be at least 1"):
+        reranker.rank("query", documents, top_k=0)
+    with pytest.raises(InputError, match="documents should be a list"):
+        reranker.rank("query", "one string")
+
+
+def test_long_text_is_cut_and_said(folders, caplog):
+    embedder = embedport.load(folders / "embedding", device="cpu", max_length=16)
+    with caplog.at_level(logging.WARNING):
+        vectors = embedder.encode(["short", "word " * 40_000])
+    assert "1 of 2 texts cut to 16 tokens, the first is text 1" in caplog.text
+    cut = embedder.tokenizer.tokenizer.decode(embedder.tokenizer.encode(["word " * 99]).ids[0])
+    np.testing.assert_allclose(vectors[1], embedder.encode([cut])[0], atol=1e-6)
+    with pytest.raises(InputError, match="max_length should be from 1 to 32768, found 99999"):
+        embedport.load(folders / "embedding", max_length=99999)
+
+
+def test_lone_surrogate(embedder):
+    with pytest.raises(InputError, match="lone surrogate"):
+        embedder.encode(["fine", "\ud83d"])
+
+
+def test_token_beyond_the_table(tmp_path, checkpoints, copied, small_tokenizer):
+    """Some checkpoints' tokenizers know special tokens that their table has no row for."""
+    from embedport.demo.synthetic import Geometry, write_checkpoint
+
+    size = small_tokenizer.get_vocab_size() - 1
+    geometry = Geometry(64, 1, 4, 2, 32, 160, vocab_size=size)
+    write_checkpoint(tmp_path / "checkpoint", geometry, "embedding", small_tokenizer)
+    embedport.export(tmp_path / "checkpoint", tmp_path / "out")
+    embedder = embedport.load(tmp_path / "out", device="cpu")
+    with pytest.raises(InputError, match=rf"text 1 holds token {size}, .* only {size} rows"):
+        embedder.encode(["fine", "</think>"])
+
+
+def test_nan_is_said(embedder, caplog, monkeypatch):
+    monkeypatch.setattr(embedder, "model", lambda ids, mask: np.full((len(ids), 64), np.nan, "f4"))
+    embedder.encode(["a", "b"])
+    assert "2 of 2 texts gave NaN or infinity in fp32, the first is text 0" in caplog.text
+
+
+def test_devices(folders):
+    with pytest.raises(InputError, match="device should be auto, cpu, cuda, tensorrt; found 'tpu'"):
+        embedport.load(folders / "embedding", device="tpu")
+    import onnxruntime
+
+    for device, provider in (
+        ("cuda", "CUDAExecutionProvider"),
+        ("tensorrt", "TensorrtExecutionProvider"),
+    ):
+        if provider not in onnxruntime.get_available_providers():
+            with pytest.raises(DeviceError, match=f"this onnxruntime has no {provider}"):
+                embedport.load(folders / "embedding", device=device)
+    assert embedport.load(folders / "embedding", device="auto").device in ("cpu", "cuda")
+
+
+class TestDamagedArtifact:
+    @pytest.fixture
+    def folder(self, folders, copied):
+        return copied(folders / "embedding")
+
+    @pytest.mark.parametrize("name", ["onnx/model.onnx_data", "onnx/model.onnx", "tokenizer.json"])
+    def test_changed_byte(self, folder, name):
+        embedport.load(folder, device="cpu")
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        with pytest.raises(ArtifactError, match=f"{name} has changed since it was written"):
+            embedport.load(folder)
+
+    def test_missing_and_truncated(self, folder):
+        data = folder / "onnx/model.onnx_data"
+        content = data.read_bytes()
+        data.write_bytes(content[:-1])
+        with pytest.raises(ArtifactError, match=r"should have .* bytes, found"):
+            embedport.load(folder)
+        data.unlink()
+        with pytest.raises(ArtifactError, match="is missing; the manifest lists it"):
+            embedport.load(folder)
+
+    def change(self, folder, **changes):
+        values = json.loads((folder / "embedport.json").read_text())
+        values.update(changes)
+        (folder / "embedport.json").write_text(json.dumps(values))
+
+    def test_newer_format(self, folder):
+        self.change(folder, format_version=99)
+        with pytest.raises(ArtifactError, match=r"format version 99.*upgrade embedport"):
+            embedport.load(folder)
+
+    def test_bad_manifests(self, folder):
+        self.change(folder, surprise=1)
+        with pytest.raises(ArtifactError, match="missing or unknown keys: surprise"):
+            embedport.load(folder)
+        (folder / "embedport.json").write_text("[]")
+        with pytest.raises(ArtifactError, match="is not a manifest"):
+            embedport.load(folder)
+        (folder / "embedport.json").unlink()
+        with pytest.raises(ArtifactError, match="is not an artifact"):
+            embedport.load(folder)
+        with pytest.raises(InputError, match="no such folder"):
+            embedport.load(folder / "nowhere")
+
+    @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
+    def test_path_outside_the_folder(self, folder, name):
+        self.change(folder, graph=name)
+        with pytest.raises(ArtifactError, match="is outside the artifact's folder"):
+            embedport.load(folder)
+
+    def test_graph_that_onnxruntime_does_not_take(self, folder):
+        from embedport.artifact import Manifest, write_manifest
+
+        (folder / "onnx/model.onnx").write_bytes(b"not a graph")
+        write_manifest(folder, Manifest.from_json(folder / "embedport.json"))
+        with pytest.raises(ArtifactError, match=r"does not take the graph \(it needs onnxruntime"):
+            embedport.load(folder)
