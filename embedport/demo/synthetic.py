@@ -96,7 +96,7 @@ def write_checkpoint(
         _write_sentence_transformers(folder, geometry.hidden_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = geometry.vocab_size or tokenizer.get_vocab_size()
-    _write_json(folder / "config.json", _config(geometry, vocab_size, task, dtype))
+    _write_json(folder / "config.json", _config(geometry, vocab_size, task, dtype, tokenizer))
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -143,13 +143,16 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:
     return tokenizer
 
 
-def _config(geometry: Geometry, vocab_size: int, task: Task, dtype: str) -> dict[str, Any]:
+def _config(
+    geometry: Geometry, vocab_size: int, task: Task, dtype: str, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    end_of_text, _, end_of_turn = map(tokenizer.token_to_id, SPECIAL_TOKENS)
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643 if task == "embedding" else 151645,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text if task == "embedding" else end_of_turn,
         "head_dim": geometry.head_dim,
         "hidden_act": "silu",
         "hidden_size": geometry.hidden_size,

@@ -27,11 +27,11 @@ def edit(path, **changes):
         (replace(QWEN3_8B, vocab_size=151_665), 7_567_295_488),
     ],
 )
-def test_the_six_models(tmp_path, geometry, parameters, task):
+def test_the_six_models(tmp_path, real_tokenizer, geometry, parameters, task):
     """Read from configuration alone, as it is fetched first from the hub."""
     from embedport.demo import synthetic
 
-    config = synthetic._config(geometry, geometry.vocab_size, task, "bfloat16")
+    config = synthetic._config(geometry, geometry.vocab_size, task, "bfloat16", real_tokenizer)
     (tmp_path / "config.json").write_text(json.dumps(config))
     if task == "embedding":
         synthetic._write_sentence_transformers(tmp_path, geometry.hidden_size)
