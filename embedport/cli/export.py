@@ -1,0 +1,138 @@
+"""`embedport export onnx`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .outputs import stderr_console, stdout_console
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+    from ..exporters.onnx.export import Progress
+
+STAGES = {"calibrate": "Calibrating", "write": "Writing", "verify": "Verifying"}
+
+
+def export_onnx(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
+    ],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    dialect: Annotated[
+        str,
+        typer.Option(help="ort (onnxruntime's fused operators) or standard (ONNX opset 23 only)."),
+    ] = "ort",
+    output: Annotated[
+        str, typer.Option(help="pooled, or hidden: last_hidden_state for sentence-transformers.")
+    ] = "pooled",
+    dim: Annotated[
+        int | None, typer.Option(help="Bake in an MRL dimension.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="embedding or reranker, if the files do not tell.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A hub revision.", show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut texts to so many tokens.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Texts (.txt, .jsonl) for fp16's calibration.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Export a checkpoint to an ONNX artifact.
+
+    Example: embedport export onnx Qwen/Qwen3-Embedding-0.6B -o qwen3-fp32
+    """
+    from ..exporters.onnx import export_onnx as run
+
+    start = time.monotonic()
+    with _stages() as progress:
+        artifact = run(
+            checkpoint,
+            out,
+            revision=revision,
+            task=task,  # ty: ignore[invalid-argument-type] (checked there)
+            precision=precision,
+            dialect=dialect,
+            outputs=output,  # ty: ignore[invalid-argument-type] (checked there)
+            dim=dim,
+            max_length=max_length,
+            calibration=calibration,
+            force=force,
+            progress=progress,
+        )
+    seconds = time.monotonic() - start
+    if as_json:
+        typer.echo(json.dumps(_facts(artifact, seconds)))
+    else:
+        _print(artifact, checkpoint, seconds)
+
+
+@contextmanager
+def _stages() -> Generator[Progress]:
+    """A bar for each stage, on a terminal."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description:11}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(STAGES[stage], total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield progress
+
+
+def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
+    manifest = artifact.manifest
+    return {
+        "artifact": str(artifact.folder),
+        "task": manifest.task,
+        "precision": manifest.precision,
+        "dialect": manifest.dialect,
+        "kept_in_fp32": manifest.kept_in_fp32,
+        "bytes": artifact.size,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
+    manifest, console = artifact.manifest, stdout_console()
+    console.print(
+        f"[bold]{artifact.folder}[/bold]: {manifest.task}, {manifest.precision}, "
+        f"{manifest.dialect} dialect, {artifact.size / 1e6:,.1f} MB, in {seconds:.1f} s"
+    )
+    if manifest.precision != "fp32":
+        kept = ", ".join(manifest.kept_in_fp32) or "nothing"
+        console.print(f"Kept in fp32: {kept}")
+    verb = "encode" if manifest.task == "embedding" else "rerank"
+    console.print("Next:")
+    texts = '"What is the capital of China?"'
+    texts += ' "The capital of China is Beijing."' if verb == "rerank" else " --prompt query"
+    for command in (
+        f"embedport {verb} {artifact.folder} {texts}",
+        f"embedport validate {artifact.folder} --reference {checkpoint}",
+    ):
+        console.print(f"  {command}", soft_wrap=True, markup=False)

@@ -1,0 +1,37 @@
+"""Where texts come from: arguments, a file, or standard input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def read_texts(arguments: list[str], file: Path | None) -> list[str]:
+    """The texts of the command line.
+
+    Args:
+        arguments: Texts given as arguments.
+        file: A .txt (one text a line) or .jsonl file ({"text": …}); "-" is standard input, one
+            text a line, which is also read when there are neither arguments nor a file and it is
+            not a terminal.
+
+    Raises:
+        InputError: There are no texts, or two sources of them.
+    """
+    if arguments and file is not None:
+        raise InputError("give texts as arguments or with --input, not both")
+    if arguments:
+        return arguments
+    if file is not None and str(file) != "-":
+        from ..demo.samples import read_samples
+
+        return [sample.text for sample in read_samples(file)]
+    if file is None and sys.stdin.isatty():
+        raise InputError("no texts: give them as arguments, with --input, or on standard input")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8: {error}") from error
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]

@@ -1,0 +1,79 @@
+"""Where results go: files written whole or not at all, JSON on standard output, tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+
+def stderr_console() -> Console:
+    """A console for people, which leaves standard output to results."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """A console for results that people read."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Generator[IO[bytes]]:
+    """A file that takes its name only when it is complete.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_suffix(path: Path | None, *suffixes: str) -> None:
+    """Refuse an output file of an unknown kind before any work is done.
+
+    Raises:
+        InputError: The name ends with none of the suffixes.
+    """
+    if path is not None and path.suffix not in suffixes:
+        raise InputError(f"{path} should end with {' or '.join(suffixes)}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with _written(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_npy(path: Path, vectors: np.ndarray) -> None:
+    """Write float32 [n, dim] as .npy."""
+    import numpy as np
+
+    with _written(path) as file:
+        np.save(file, vectors)
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> None:
+    """Write an object a line."""
+    with _written(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))

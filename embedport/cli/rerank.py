@@ -1,0 +1,92 @@
+"""`embedport rerank`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+from .inputs import read_texts
+from .outputs import check_suffix, stdout_console, write_jsonl
+
+if TYPE_CHECKING:
+    from ..runtimes import Ranked
+
+
+def rerank(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
+    documents: Annotated[
+        list[str] | None, typer.Argument(help="Documents to rank.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--input", help=".txt, .jsonl, or - for standard input.", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Show the best only.", show_default=False)
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What makes a document relevant.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help=".jsonl.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 4096,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut pairs to so many tokens.", show_default=False)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object a document.")
+    ] = False,
+) -> None:
+    """Order documents by relevance to a query.
+
+    Example: embedport rerank reranker-fp32 "What is the capital of China?" "Beijing is." "Paris."
+    """
+    from ..prompts import DEFAULT_INSTRUCTION
+    from ..runtimes import Reranker, load
+
+    check_suffix(out, ".jsonl")
+    inputs = read_texts(documents or [], file)
+    reranker = load(artifact, device=device, max_length=max_length)
+    if not isinstance(reranker, Reranker):
+        raise InputError(f"{artifact} is an embedding model: use `embedport encode`")
+    ranking = reranker.rank(
+        query,
+        inputs,
+        top_k=top_k,
+        instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
+        batch_tokens=batch_tokens,
+        progress=True,
+    )
+    if out is not None:
+        write_jsonl(out, map(asdict, ranking))
+        typer.echo(f"{out}: {len(ranking):,} documents, on {reranker.device}", err=True)
+    elif as_json or not sys.stdout.isatty():
+        for ranked in ranking:
+            typer.echo(json.dumps(asdict(ranked), ensure_ascii=False))
+    else:
+        _print(ranking)
+
+
+def _print(ranking: list[Ranked]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("Rank", justify="right")
+    table.add_column("Score", justify="right")
+    table.add_column("#", justify="right")
+    table.add_column("Document", overflow="ellipsis", no_wrap=True, ratio=1)
+    for rank, each in enumerate(ranking, 1):
+        document = Text(" ".join(each.document.split()))
+        table.add_row(str(rank), f"{each.score:.4f}", str(each.index), document)
+    stdout_console().print(table)

@@ -1,0 +1,87 @@
+"""`embedport validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .outputs import check_suffix, stdout_console, write_text
+
+if TYPE_CHECKING:
+    from ..demo.samples import Pair, Sample
+
+
+def validate(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="The checkpoint it was made from: a folder or hub id.", show_default=False
+        ),
+    ],
+    revision: Annotated[
+        str | None, typer.Option(help="The reference's hub revision.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl); built-in ones otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
+    ] = None,
+    max_score_difference: Annotated[
+        float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write it as .json or .md.", show_default=False)
+    ] = None,
+    record: Annotated[
+        bool, typer.Option(help="Put the figures into the manifest and the model card.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare an artifact with its checkpoint run by transformers; exit code 1 if a gate fails.
+
+    Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
+    """
+    from ..validation import validate as run
+
+    check_suffix(report, ".json", ".md")
+    texts, pairs = _read(artifact, file)
+    result = run(
+        artifact,
+        reference,
+        texts,
+        pairs,
+        revision=revision,
+        device=device,
+        min_cosine=min_cosine,
+        max_score_difference=max_score_difference,
+        record=record,
+        progress=True,
+    )
+    if report is not None:
+        write_text(report, result.to_json() if report.suffix == ".json" else result.to_markdown())
+    if as_json:
+        typer.echo(result.to_json())
+    else:
+        stdout_console().print(result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _read(artifact: Path, file: Path | None) -> tuple[list[Sample] | None, list[Pair] | None]:
+    if file is None:
+        return None, None
+    from ..artifact import Artifact
+    from ..demo.samples import read_pairs, read_samples
+
+    if Artifact.open(artifact).manifest.task == "reranker":
+        return None, read_pairs(file)
+    return read_samples(file), None
