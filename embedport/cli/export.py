@@ -70,7 +70,7 @@ def export_onnx(
             task=task,  # ty: ignore[invalid-argument-type] (checked there)
             precision=precision,
             dialect=dialect,
-            outputs=output,  # ty: ignore[invalid-argument-type] (checked there)
+            outputs=output,
             dim=dim,
             max_length=max_length,
             calibration=calibration,

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +48,7 @@ def export_onnx(
     task: Task | None = None,
     precision: str = "fp32",
     dialect: str = "ort",
-    outputs: Literal["pooled", "hidden"] = "pooled",
+    outputs: str = "pooled",
     dim: int | None = None,
     max_length: int | None = None,
     calibration: str | Path | None = None,

@@ -68,6 +68,7 @@ def test_no_overflow(tmp_path, request, kind, dialect, reference_vectors):
     assert "layers.1.mlp.down_proj" in kept
     assert "layers.0.mlp.down_proj" not in kept
     embedder = embedport.load(tmp_path / "out", device="cpu")
+    assert isinstance(embedder, embedport.Embedder)
     vectors = embedder.encode(TEXTS)
     assert np.isfinite(vectors).all()
     expected = reference_vectors(folder, embedder.tokenizer.encode(TEXTS).ids)

@@ -99,7 +99,7 @@ def test_hidden_states_stay_where_the_tokens_are(artifacts, reference_states, di
         input_ids[i, size - len(ids) :] = ids
         mask[i, size - len(ids) :] = 1
     feeds = {"input_ids": input_ids, "attention_mask": mask}
-    (hidden,) = session.run(["last_hidden_state"], feeds)
+    hidden = np.asarray(session.run(["last_hidden_state"], feeds)[0])
     for i, expected in enumerate(reference_states("kv1", rows)):
         np.testing.assert_allclose(hidden[i, size - len(expected) :], expected, atol=2e-4, rtol=0)
 

@@ -88,10 +88,12 @@ def test_rank(reranker):
 
 def test_long_text_is_cut_and_said(folders, caplog):
     embedder = embedport.load(folders / "embedding", device="cpu", max_length=16)
+    assert isinstance(embedder, embedport.Embedder)
     with caplog.at_level(logging.WARNING):
         vectors = embedder.encode(["short", "word " * 40_000])
     assert "1 of 2 texts cut to 16 tokens, the first is text 1" in caplog.text
-    cut = embedder.tokenizer.tokenizer.decode(embedder.tokenizer.encode(["word " * 99]).ids[0])
+    ids = embedder.tokenizer.encode(["word " * 99]).ids[0].tolist()
+    cut = embedder.tokenizer.tokenizer.decode(ids)
     np.testing.assert_allclose(vectors[1], embedder.encode([cut])[0], atol=1e-6)
     with pytest.raises(InputError, match="max_length should be from 1 to 32768, found 99999"):
         embedport.load(folders / "embedding", max_length=99999)
@@ -111,6 +113,7 @@ def test_token_beyond_the_table(tmp_path, checkpoints, copied, small_tokenizer):
     write_checkpoint(tmp_path / "checkpoint", geometry, "embedding", small_tokenizer)
     embedport.export(tmp_path / "checkpoint", tmp_path / "out")
     embedder = embedport.load(tmp_path / "out", device="cpu")
+    assert isinstance(embedder, embedport.Embedder)
     with pytest.raises(InputError, match=rf"text 1 holds token {size}, .* only {size} rows"):
         embedder.encode(["fine", "</think>"])
 

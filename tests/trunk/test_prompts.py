@@ -134,12 +134,12 @@ def test_bad_texts(folders):
     with pytest.raises(InputError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at"):
         tokenizer.encode(["fine", "bad \ud800"])
     with pytest.raises(InputError, match="text 0 should be a string, found int"):
-        tokenizer.encode([7])
+        tokenizer.encode([7])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="list of strings, found one string"):
         tokenizer.encode("one string")
     pairs = RerankerTokenizer(folders["reranker"] / "tokenizer.json", 200)
     with pytest.raises(InputError, match="pair 0 should be"):
-        pairs.encode(["query only"])
+        pairs.encode(["query only"])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="lone surrogate"):
         pairs.encode([("q", "\udfff")])
     assert tokenizer.encode([]).ids == []

@@ -126,7 +126,7 @@ def test_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="has no revision 'main'"):
         ModelSpec.from_checkpoint(tmp_path, revision="main")
     with pytest.raises(InputError, match="task should be one of"):
-        ModelSpec.from_checkpoint(tmp_path, task="chat")
+        ModelSpec.from_checkpoint(tmp_path, task="chat")  # ty: ignore[invalid-argument-type]
 
 
 class TestHub:
