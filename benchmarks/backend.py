@@ -1,0 +1,38 @@
+"""An artifact in sentence-transformers' ONNX backend, against our own vectors of it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import embedport
+from embedport.demo.samples import builtin_samples
+
+from .checkpoint import checkpoint
+from .machine import save
+from .process import peer, run
+
+
+def in_sentence_transformers() -> None:
+    """Queries with the prompt of the artifact's files, and documents; both must be equal."""
+    texts = [sample.text for sample in builtin_samples()]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        embedport.export(checkpoint("0.6b"), folder / "hidden", outputs="hidden")
+        (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+        names = [str(folder / each) for each in ("hidden", "texts.json", "vectors.npz")]
+        run(peer("sentence_transformers_onnx.py", *names))
+        theirs = np.load(folder / "vectors.npz")
+        embedder = embedport.load(folder / "hidden", device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
+        figures = {}
+        for prompt in ("query", "document"):
+            mine = embedder.encode(texts, prompt=prompt)
+            figures[prompt] = {
+                "minimum_cosine": float((mine * theirs[prompt]).sum(axis=1).min()),
+                "largest_difference": float(np.abs(mine - theirs[prompt]).max()),
+            }
+    save("sentence-transformers-onnx", {"texts": len(texts), **figures})
