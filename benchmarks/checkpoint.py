@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import lzma
+import subprocess
+import sys
 from pathlib import Path
-
-from tokenizers import Tokenizer
-
-from embedport.demo.synthetic import QWEN3_0_6B, QWEN3_8B, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "tests" / "data" / "qwen3-tokenizer" / "tokenizer.json.xz"
 CACHE = ROOT / "build" / "benchmarks"
-GEOMETRIES = {"0.6b": QWEN3_0_6B, "8b": QWEN3_8B}
 
 
 def checkpoint(geometry: str) -> Path:
-    """The embedding checkpoint of a geometry, made on first use under build/benchmarks/."""
+    """The embedding checkpoint of a geometry, "0.6b" or "8b", kept under build/benchmarks/.
+
+    Made in a process of its own: a child's ru_maxrss begins with its parent's memory, so whoever
+    measures children must stay small.
+    """
     folder = CACHE / f"embedding-{geometry}"
     if not (folder / "made").exists():
-        tokenizer = Tokenizer.from_str(lzma.decompress(TOKENIZER.read_bytes()).decode("utf-8"))
-        write_checkpoint(folder, GEOMETRIES[geometry], "embedding", tokenizer)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.checkpoint", geometry, str(folder), "embedding"],
+            check=True,
+        )
         (folder / "made").touch()
     return folder
+
+
+def make(geometry: str, folder: str, task: str) -> None:
+    """Write a checkpoint with Qwen3's own tokenizer."""
+    from tokenizers import Tokenizer
+
+    from embedport.demo import synthetic
+
+    sizes = {"0.6b": synthetic.QWEN3_0_6B, "8b": synthetic.QWEN3_8B}[geometry]
+    tokenizer = Tokenizer.from_str(lzma.decompress(TOKENIZER.read_bytes()).decode("utf-8"))
+    synthetic.write_checkpoint(
+        Path(folder), sizes, "reranker" if task == "reranker" else "embedding", tokenizer
+    )
+
+
+if __name__ == "__main__":
+    make(*sys.argv[1:])

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import lzma
 import shutil
 from dataclasses import asdict
 
-from tokenizers import Tokenizer
-
 import embedport
-from embedport.demo.synthetic import QWEN3_0_6B, write_checkpoint
-from embedport.spec import Task
 
-from .checkpoint import CACHE, TOKENIZER
+from .checkpoint import CACHE, make
 from .machine import save
-
-TASKS: tuple[Task, ...] = ("embedding", "reranker")
 
 
 def against_transformers() -> None:
     """Export, validate, record; an artifact is deleted once it is measured."""
     figures = {}
-    tokenizer = Tokenizer.from_str(lzma.decompress(TOKENIZER.read_bytes()).decode("utf-8"))
-    for task in TASKS:
+    for task in ("embedding", "reranker"):
         source = CACHE / f"parity-{task}"
-        write_checkpoint(source, QWEN3_0_6B, task, tokenizer)
+        make("0.6b", str(source), task)
         for dialect in ("ort", "standard"):
             for precision in ("fp32", "fp16", "bf16"):
                 out = CACHE / f"parity-{task}-{dialect}-{precision}"

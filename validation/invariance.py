@@ -16,7 +16,9 @@ from .measures import cosines
 Model = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 ROWS = 32
-ROW_TOKENS = 64
+# Rows are cut to lengths from the one to the other, their ends kept: a reranker's rows all begin
+# alike, and may all be equally long.
+SHORTEST, LONGEST = 8, 96
 EXTRA = 9
 BATCH_SIZES = (2, 7, 32)
 
@@ -26,15 +28,16 @@ def check_invariance(model: Model, rows: Sequence[np.ndarray]) -> dict[str, floa
 
     Args:
         model: (input_ids, attention_mask), int64 [batch, size], to [batch, dim] or [batch].
-        rows: Token ids, int64 [tokens] each; 32 of them at most are used, 64 tokens of each.
+        rows: Token ids, int64 [tokens] each; 32 of them at most are used, 96 tokens of each.
 
     Returns:
         Arrangement to agreement with each row alone: the least cosine of vectors, or the largest
         difference of scores. NaN if a result is not finite.
     """
-    rows = [row[:ROW_TOKENS] for row in _spread(rows)]
+    rows = _spread(rows)
     alone = _run(model, rows, size=1)
-    equal = [np.resize(row, min(ROW_TOKENS, max(map(len, rows)))) for row in rows]
+    longest = max(map(len, rows))
+    equal = [np.resize(row, longest) for row in rows]
     order = np.random.default_rng(0).permutation(len(rows))
     shuffled = np.empty_like(alone)
     shuffled[order] = _run(model, [rows[i] for i in order])
@@ -54,10 +57,12 @@ def check_invariance(model: Model, rows: Sequence[np.ndarray]) -> dict[str, floa
 
 
 def _spread(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """At most `ROWS` rows, from the shortest to the longest."""
+    """At most `ROWS` rows, from the shortest to the longest, of different lengths."""
     ordered = sorted(rows, key=len)
-    picked = np.linspace(0, len(ordered) - 1, min(ROWS, len(ordered))).round().astype(int)
-    return [ordered[i] for i in picked]
+    count = min(ROWS, len(ordered))
+    picked = np.linspace(0, len(ordered) - 1, count).round().astype(int)
+    limits = np.linspace(SHORTEST, LONGEST, count).round().astype(int)
+    return [ordered[i][-limit:] for i, limit in zip(picked, limits, strict=True)]
 
 
 def _run(
