@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from .compare import validate
 from .report import Report
-from .validate import validate
 
 __all__ = ["Report", "validate"]

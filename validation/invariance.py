@@ -18,7 +18,7 @@ Model = Callable[[np.ndarray, np.ndarray], np.ndarray]
 ROWS = 32
 # Rows are cut to lengths from the one to the other, their ends kept: a reranker's rows all begin
 # alike, and may all be equally long.
-SHORTEST, LONGEST = 8, 96
+SHORTEST, LONGEST = 4, 48
 EXTRA = 9
 BATCH_SIZES = (2, 7, 32)
 
@@ -28,7 +28,7 @@ def check_invariance(model: Model, rows: Sequence[np.ndarray]) -> dict[str, floa
 
     Args:
         model: (input_ids, attention_mask), int64 [batch, size], to [batch, dim] or [batch].
-        rows: Token ids, int64 [tokens] each; 32 of them at most are used, 96 tokens of each.
+        rows: Token ids, int64 [tokens] each; 32 of them at most are used, 48 tokens of each.
 
     Returns:
         Arrangement to agreement with each row alone: the least cosine of vectors, or the largest
