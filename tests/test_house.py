@@ -20,7 +20,12 @@ ALLOWED = {
     "runtimes": {"embedport"},
     "validation": {"embedport", "runtimes"},
 }
-TOP = ("embedport/__init__.py", "embedport/cli/", "embedport/demo/pipeline.py")
+TOP = (
+    "embedport/__init__.py",
+    "embedport/__main__.py",
+    "embedport/cli/",
+    "embedport/demo/pipeline.py",
+)
 
 
 def python_files():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import traceback
 from typing import Annotated
@@ -51,16 +50,13 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; what goes wrong is one line on standard error."""
+    """Run the command line; what goes wrong is one line on standard error.
+
+    Typer itself ends quietly when it is interrupted (130) or its reader goes away (1).
+    """
     logging.basicConfig(format="embedport: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         app()
-    except BrokenPipeError:
-        # The reader of our output has gone: nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except EmbedportError as error:
         _fail(str(error), error.exit_code)
     except Exception as error:

@@ -1,0 +1,325 @@
+"""The command line as a person and as a program use it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.cli import main
+
+TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, checkpoints):
+    base = tmp_path_factory.mktemp("cli")
+    for task in ("embedding", "reranker"):
+        embedport.export(checkpoints("kv2", task), base / task)
+    return base
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function (arguments, stdin) -> (exit code, standard output, standard error)."""
+
+    def call(*arguments, stdin=None):
+        import io
+
+        monkeypatch.setattr(sys, "argv", ["embedport", *map(str, arguments)])
+        buffer = io.BytesIO((stdin or "").encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(buffer, encoding="utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class TestExport:
+    def test_json(self, run, checkpoints, tmp_path):
+        code, out, err = run(
+            *("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out"),
+            *("--precision", "bf16", "--dialect", "standard", "--dim", 32, "--json"),
+        )
+        assert (code, err) == (0, "")
+        facts = json.loads(out)
+        assert facts["artifact"] == str(tmp_path / "out")
+        assert facts["kept_in_fp32"] == ["residual stream"]
+        manifest = embedport.Artifact.open(tmp_path / "out").manifest
+        assert (manifest.precision, manifest.dialect) == ("bf16", "standard")
+        assert manifest.embedding_dim == 32
+
+    def test_words(self, run, checkpoints, tmp_path):
+        arguments = ("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out")
+        code, out, _ = run(*arguments, "--precision", "fp16")
+        assert code == 0
+        assert "embedding, fp16, ort dialect" in " ".join(out.split())
+        assert "Kept in fp32: nothing" in out
+        assert f"embedport validate {tmp_path / 'out'} --reference {checkpoints('kv2')}" in out
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert "exists; choose another place or replace it with --force" in err
+        assert run(*arguments, "--force")[0] == 0
+
+    def test_hidden(self, run, checkpoints, tmp_path):
+        code, _, _ = run(
+            *("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out", "--output", "hidden")
+        )
+        assert code == 0
+        outputs = embedport.Artifact.open(tmp_path / "out").manifest.outputs
+        assert outputs == ("last_hidden_state",)
+
+
+class TestEncode:
+    def test_arguments_as_json(self, run, folders):
+        code, out, _ = run("encode", folders / "embedding", *TEXTS, "--prompt", "query")
+        assert code == 0
+        rows = json_lines(out)
+        assert [row["text"] for row in rows] == TEXTS
+        embedder = embedport.load(folders / "embedding")
+        assert isinstance(embedder, embedport.Embedder)
+        expected = embedder.encode(TEXTS, prompt="query")
+        np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-6)
+
+    def test_files(self, run, folders, tmp_path):
+        (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+        rows = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+        (tmp_path / "in.jsonl").write_text(rows, encoding="utf-8")
+        expected = embedport.load(folders / "embedding").encode(TEXTS, dim=16)  # ty: ignore
+        for name in ("in.txt", "in.jsonl"):
+            code, out, err = run(
+                *("encode", folders / "embedding", "--input", tmp_path / name),
+                *("--dim", 16, "-o", tmp_path / "out.npy"),
+            )
+            assert (code, out) == (0, "")
+            assert "3 vectors of 16, on cpu" in err
+            np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+        run("encode", folders / "embedding", *TEXTS, "-o", tmp_path / "out.jsonl")
+        assert len(json_lines((tmp_path / "out.jsonl").read_text())) == 3
+        assert not list(tmp_path.glob(".*partial*"))
+
+    def test_standard_input(self, run, folders):
+        piped = "\n".join(TEXTS) + "\n"
+        for more in ((), ("--input", "-")):
+            code, out, _ = run("encode", folders / "embedding", *more, stdin=piped)
+            assert code == 0
+            assert [row["text"] for row in json_lines(out)] == TEXTS
+        assert run("encode", folders / "embedding", stdin="") == (0, "", "")
+
+    def test_instruction(self, run, folders):
+        code, out, _ = run("encode", folders / "embedding", "noise", "--instruction", "Find it")
+        literal = run("encode", folders / "embedding", "Instruct: Find it\nQuery:noise")[1]
+        assert code == 0
+        assert json_lines(out)[0]["embedding"] == json_lines(literal)[0]["embedding"]
+
+    def test_truncation_is_said(self, run, folders, tmp_path):
+        command = [sys.executable, "-m", "embedport", "encode", str(folders / "embedding")]
+        found = subprocess.run(
+            [*command, "word " * 99, "--max-length", "8"], capture_output=True, text=True
+        )
+        assert found.returncode == 0
+        assert found.stderr == ("embedport: 1 of 1 texts cut to 8 tokens, the first is text 0\n")
+
+
+class TestRerank:
+    def test_json(self, run, folders):
+        code, out, _ = run("rerank", folders / "reranker", "query", *TEXTS, "--top-k", 2)
+        rows = json_lines(out)
+        assert code == 0
+        assert len(rows) == 2
+        assert rows[0]["score"] >= rows[1]["score"]
+        assert TEXTS[rows[0]["index"]] == rows[0]["document"]
+
+    def test_file(self, run, folders, tmp_path):
+        code, out, _ = run(
+            *("rerank", folders / "reranker", "query", "-o", tmp_path / "out.jsonl"),
+            stdin="one\ntwo\n",
+        )
+        assert (code, out) == (0, "")
+        found = json_lines((tmp_path / "out.jsonl").read_text())
+        assert {row["document"] for row in found} == {"one", "two"}
+
+
+class TestValidate:
+    def test_exit_codes_and_reports(self, run, folders, checkpoints, tmp_path):
+        (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+        arguments = ("validate", folders / "embedding", "--reference", checkpoints("kv2"))
+        arguments += ("--input", tmp_path / "texts.txt", "--no-record")
+        code, out, _ = run(*arguments, "--report", tmp_path / "report.md")
+        assert code == 0
+        assert out.startswith("Holds: 4 of 4 gates")
+        assert "**Holds" in (tmp_path / "report.md").read_text()
+        code, out, _ = run(*arguments, "--min-cosine", 1.1, "--json")
+        assert code == 1
+        assert json.loads(out)["passed"] is False
+
+    def test_pairs(self, run, folders, checkpoints, tmp_path):
+        rows = [{"query": "q", "document": text} for text in TEXTS]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        code, out, _ = run(
+            *("validate", folders / "reranker", "--reference", checkpoints("kv2", "reranker")),
+            *("--input", tmp_path / "pairs.jsonl", "--json"),
+        )
+        assert code == 0
+        assert json.loads(out)["texts"] == 3
+        parity = embedport.Artifact.open(folders / "reranker").manifest.parity
+        assert parity is not None
+        assert parity["passed"]
+
+
+class TestInspect:
+    def test_checkpoint(self, run, checkpoints):
+        facts = json.loads(run("inspect", checkpoints("kv1"), "--json")[1])
+        assert facts["task"] == "embedding"
+        assert (facts["num_kv_heads"], facts["head_dim"]) == (1, 32)
+        assert facts["bytes"]["fp32"] == 4 * facts["parameters"]
+        code, out, _ = run("inspect", checkpoints("kv1"))
+        assert code == 0
+        assert "num kv heads" in out
+
+    def test_artifact(self, run, folders):
+        facts = json.loads(run("inspect", folders / "embedding", "--json")[1])
+        assert facts["files"] == "all as the manifest says"
+        assert facts["parity"] == "not validated"
+        assert facts["precision"] == "fp32"
+        assert run("inspect", folders / "embedding")[0] == 0
+
+
+def test_demo(run, tmp_path):
+    for _ in range(2):  # an earlier demo's folder is replaced
+        code, out, _ = run("demo", "-o", tmp_path / "demo")
+        assert code == 0
+        assert out.count("Holds: 4 of 4 gates") == 2
+        assert "The weights are random" in out
+    (tmp_path / "mine").mkdir()
+    code, _, err = run("demo", "-o", tmp_path / "mine")
+    assert code == 2
+    assert "is not an earlier demo's" in err
+
+
+class TestErrors:
+    """One line on standard error, exit code 2, no traceback, nothing left behind."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["encode", "nowhere", "text"], "nowhere: no such folder"),
+            (["encode", "{here}", "text"], "is not an artifact"),
+            (["encode", "{embedding}", "a", "--device", "cuda"], "has no CUDAExecutionProvider"),
+            (["encode", "{embedding}", "a", "--prompt", "qurey"], "no prompt is named 'qurey'"),
+            (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
+            (["encode", "{embedding}", "a", "-o", "x.csv"], "should end with .npy or .jsonl"),
+            (["encode", "{embedding}", "a", "-o", "no/x.npy"], "no/x.npy cannot be written"),
+            (["encode", "{embedding}", "a", "--input", "b.txt"], "not both"),
+            (["encode", "{embedding}", "--input", "gone.txt"], "gone.txt cannot be read"),
+            (["encode", "{embedding}", "--input", "{here}/empty.txt"], "holds no text"),
+            (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "bad.jsonl:2 should be"),
+            (["encode", "{embedding}", "--input", "{here}/lone.jsonl"], "lone surrogate U+D800"),
+            (["encode", "{reranker}", "a"], "use `embedport rerank`"),
+            (["rerank", "{embedding}", "q", "a"], "use `embedport encode`"),
+            (["rerank", "{reranker}", "q", "a", "--top-k", "0"], "top_k should be at least 1"),
+            (["export", "onnx", "{here}", "-o", "{here}/out"], "config.json is missing"),
+            (["export", "onnx", "Qwen/Nowhere", "-o", "{here}/out"], "the hub cannot be reached"),
+            (
+                ["export", "onnx", "{kv2}", "-o", "{here}/out", "--precision", "x"],
+                "precision should",
+            ),
+            (["inspect", "{here}"], "config.json is missing"),
+            (["validate", "{embedding}", "--reference", "{here}"], "config.json is missing"),
+        ],
+    )
+    def test_one_line(self, run, folders, checkpoints, tmp_path, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "empty.txt").write_text("\n")
+        (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "?"}\n')
+        (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
+        before = sorted(tmp_path.iterdir())
+        places = {
+            "here": tmp_path,
+            "embedding": folders / "embedding",
+            "reranker": folders / "reranker",
+            "kv2": checkpoints("kv2"),
+        }
+        code, out, err = run(*(each.format(**places) for each in arguments))
+        assert (code, out) == (2, "")
+        assert err.startswith("embedport: ")
+        assert err.count("\n") == 1
+        assert message in err
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_unknown_option(self, run):
+        code, _, err = run("encode", "--colour")
+        assert code == 2
+        assert "No such option: --colour" in err
+
+    def test_debug_shows_where(self, run):
+        code, _, err = run("--debug", "encode", "nowhere", "text")
+        assert code == 2
+        assert "Traceback" in err
+
+    def test_a_bug_is_called_one(self, run, folders, monkeypatch):
+        from embedport import runtimes
+
+        def fail(*_args, **_options):
+            raise ZeroDivisionError("oops")
+
+        monkeypatch.setattr(runtimes, "load", fail)
+        code, _, err = run("encode", folders / "embedding", "text")
+        assert code == 1
+        assert err == "embedport: this is a bug: ZeroDivisionError: oops (--debug shows where)\n"
+
+    def test_interrupted(self, run, folders, monkeypatch):
+        from embedport import runtimes
+
+        def interrupt(*_args, **_options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runtimes, "load", interrupt)
+        code, out, err = run("encode", folders / "embedding", "text")
+        assert (code, out) == (130, "")
+        assert "Traceback" not in err
+
+    def test_reader_that_goes_away(self, folders):
+        command = f"yes text | head -3000 | {sys.executable} -m embedport encode "
+        found = subprocess.run(
+            f"({command} {folders / 'embedding'}; echo code $? >&2) | head -1 > /dev/null",
+            shell=True,
+            capture_output=True,
+            text=True,
+        )
+        assert found.stderr == "code 1\n"
+
+
+def test_version_and_help():
+    def shown(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "embedport", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert shown("--version") == f"embedport {embedport.__version__}\n"
+    for verb in ("export", "encode", "rerank", "validate", "inspect", "demo"):
+        assert verb in shown("--help")
+    assert "--precision" in shown("export", "onnx", "--help")
+
+
+def test_help_brings_nothing_heavy():
+    heavy = ("numpy", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "torch")
+    code = (
+        "import sys; sys.argv = ['embedport', '--help']\n"
+        "from embedport.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        f"    sys.exit(str([m for m in {heavy!r} if m in sys.modules]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stderr.strip() == "[]"
