@@ -6,13 +6,18 @@ import shutil
 from dataclasses import asdict
 
 import embedport
+from embedport.demo.samples import builtin_pairs, builtin_samples
 
 from .checkpoint import CACHE, make
 from .machine import save
 
 
 def against_transformers() -> None:
-    """Export, validate, record; an artifact is deleted once it is measured."""
+    """Export, validate, record; an artifact is deleted once it is measured.
+
+    Every fourth built-in text and every third pair: 16 and 12, of all lengths and languages.
+    """
+    texts, pairs = builtin_samples()[::4], builtin_pairs()[::3]
     figures = {}
     for task in ("embedding", "reranker"):
         source = CACHE / f"parity-{task}"
@@ -23,10 +28,18 @@ def against_transformers() -> None:
                 embedport.export(
                     source, out, dialect=dialect, precision=precision, force=out.exists()
                 )
-                report = embedport.validate(out, source, device="cpu", record=False)
+                report = embedport.validate(
+                    out,
+                    source,
+                    texts if task == "embedding" else None,
+                    pairs if task == "reranker" else None,
+                    device="cpu",
+                    record=False,
+                )
                 figures[f"{task} {dialect} {precision}"] = {
                     "passed": report.passed,
                     "gates": [asdict(gate) for gate in report.gates],
+                    "figures": report.comparisons[0].figures,
                 }
                 shutil.rmtree(out)
         shutil.rmtree(source)

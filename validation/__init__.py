@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compare import validate
+from .parity import validate
 from .report import Report
 
 __all__ = ["Report", "validate"]

@@ -1,95 +1,131 @@
-"""Whether a text's result depends on its neighbours or its padding. It must not.
+"""The invariance suite: a text must give the same result however it is batched and padded.
 
-What users of other exports met: texts that embed differently alone and in a batch, under left and
-right padding, or only when all of a batch are equally long
-(https://github.com/huggingface/text-embeddings-inference/issues/642, /704, /883).
+Each case runs real token ids with hand-made padding, and is compared with the same rows alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from .measures import cosines
+from ..progress import progress_bar
 
 Model = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 ROWS = 32
-# Rows are cut to lengths from the one to the other, their ends kept: a reranker's rows all begin
-# alike, and may all be equally long.
-SHORTEST, LONGEST = 4, 48
-EXTRA = 9
-BATCH_SIZES = (2, 7, 32)
+FEW = 8
+# Rows are cut to lengths spread between these, so that batches are ragged whatever the texts are,
+# and a batch of 32 stays small.
+SHORTEST, LONGEST = 8, 64
+EXTRA = 16
 
 
-def check_invariance(model: Model, rows: Sequence[np.ndarray]) -> dict[str, float]:
-    """Run texts alone, then in every arrangement, and compare.
+@dataclass(frozen=True)
+class Case:
+    """One way of batching and padding.
+
+    Attributes:
+        name: For the report.
+        rows: Token ids, int64 [tokens] each.
+        batch: Rows of a batch.
+        side: Where the padding is.
+        extra: Padding beyond the longest row of the batch.
+    """
+
+    name: str
+    rows: Sequence[np.ndarray]
+    batch: int
+    side: Literal["left", "right"] = "right"
+    extra: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case gave, and what its rows give alone: float32 [rows] or [rows, dim] each."""
+
+    case: str
+    found: np.ndarray
+    alone: np.ndarray
+
+
+def run_suite(model: Model, rows: Sequence[np.ndarray], *, progress: bool = False) -> list[Outcome]:
+    """Run every case.
 
     Args:
-        model: (input_ids, attention_mask), int64 [batch, size], to [batch, dim] or [batch].
-        rows: Token ids, int64 [tokens] each; 32 of them at most are used, 48 tokens of each.
-
-    Returns:
-        Arrangement to agreement with each row alone: the least cosine of vectors, or the largest
-        difference of scores. NaN if a result is not finite.
+        model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, ...].
+        rows: Token ids of the texts, int64 [tokens] each; at least one.
+        progress: Whether to show a progress bar on a terminal.
     """
-    rows = _spread(rows)
-    alone = _run(model, rows, size=1)
-    longest = max(map(len, rows))
-    equal = [np.resize(row, longest) for row in rows]
-    order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = np.empty_like(alone)
-    shuffled[order] = _run(model, [rows[i] for i in order])
-    arranged = {
-        "ragged batch": _run(model, rows),
-        "another order": shuffled,
-        "left padding": _run(model, rows, left=1.0),
-        "padding on both sides": _run(model, rows, left=0.5, extra=EXTRA),
-        "extra padding on the right": _run(model, rows, extra=EXTRA),
-        "extra padding on the left": _run(model, rows, left=1.0, extra=EXTRA),
-    }
-    for size in BATCH_SIZES:
-        arranged[f"batches of {size}"] = _run(model, rows, size=size)
-    agreement = {name: _agreement(found, alone) for name, found in arranged.items()}
-    agreement["equally long batch"] = _agreement(_run(model, equal), _run(model, equal, size=1))
-    return agreement
+    suite = make_cases(select_rows(rows))
+    known: dict[bytes, np.ndarray] = {}
+    outcomes = []
+    with progress_bar("Invariance", len(suite), enabled=progress) as advance:
+        for case in suite:
+            for ids in case.rows:
+                if ids.tobytes() not in known:
+                    known[ids.tobytes()] = model(ids[None], np.ones_like(ids[None]))[0]
+            alone = np.stack([known[ids.tobytes()] for ids in case.rows])
+            outcomes.append(Outcome(case.name, _run(model, case), alone))
+            advance(1)
+    return outcomes
 
 
-def _spread(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """At most `ROWS` rows, from the shortest to the longest, of different lengths."""
-    ordered = sorted(rows, key=len)
-    count = min(ROWS, len(ordered))
-    picked = np.linspace(0, len(ordered) - 1, count).round().astype(int)
-    limits = np.linspace(SHORTEST, LONGEST, count).round().astype(int)
-    return [ordered[i][-limit:] for i, limit in zip(picked, limits, strict=True)]
+def select_rows(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """32 rows of lengths from 8 to 64 tokens, in a mixed order; repeated if there are fewer.
+
+    A row is cut from its front, so that it ends as the whole text does.
+    """
+    by_length = sorted(rows, key=len)
+    picked = [by_length[i] for i in np.linspace(0, len(rows) - 1, ROWS).round().astype(int)]
+    lengths = np.linspace(SHORTEST, LONGEST, ROWS).round().astype(int)
+    cut = [ids[-length:] for ids, length in zip(picked, lengths, strict=True)]
+    return [cut[i] for i in np.random.default_rng(0).permutation(ROWS)]
 
 
-def _run(
-    model: Model,
-    rows: Sequence[np.ndarray],
-    *,
-    size: int | None = None,
-    left: float = 0.0,
-    extra: int = 0,
-) -> np.ndarray:
-    """Run rows in batches of `size`, a share `left` of the padding on the left."""
-    size = size or len(rows)
+def make_cases(rows: Sequence[np.ndarray]) -> list[Case]:
+    """The suite over the rows that `select_rows` gives."""
+    few = rows[:FEW]
+    median = sorted(map(len, rows))[len(rows) // 2]
+    equal = [ids[-median:] for ids in rows if len(ids) >= median][:FEW]
+    return [
+        Case("equal-length batch", equal, FEW),
+        Case("ragged batch, right padding", few, FEW, "right"),
+        Case("ragged batch, left padding", few, FEW, "left"),
+        Case("extra right padding", few, FEW, "right", EXTRA),
+        Case("extra left padding", few, FEW, "left", EXTRA),
+        Case("reversed order", few[::-1], FEW),
+        *(Case(f"batches of {size}", rows, size) for size in (1, 2, 7, 32)),
+    ]
+
+
+def _run(model: Model, case: Case) -> np.ndarray:
     results = []
-    for start in range(0, len(rows), size):
-        batch = rows[start : start + size]
-        width = max(map(len, batch)) + extra
-        input_ids = np.zeros((len(batch), width), np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        for i, row in enumerate(batch):
-            begin = int(left * (width - len(row)))
-            input_ids[i, begin : begin + len(row)] = row
-            attention_mask[i, begin : begin + len(row)] = 1
-        results.append(model(input_ids, attention_mask))
+    for start in range(0, len(case.rows), case.batch):
+        rows = case.rows[start : start + case.batch]
+        results.append(model(*pad(rows, case.side, case.extra)))
     return np.concatenate(results)
 
 
-def _agreement(a: np.ndarray, b: np.ndarray) -> float:
-    if a.ndim == 1:
-        return float(np.abs(a - b).max())
-    return float(cosines(a, b).min())
+def pad(
+    rows: Sequence[np.ndarray], side: Literal["left", "right"], extra: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad rows by hand.
+
+    Padding has the id of the row's last token, which for an embedding is what transformers pads
+    with: a model that takes padding for text is caught.
+
+    Returns:
+        (input_ids, attention_mask), int64 [rows, longest + extra] each.
+    """
+    width = max(map(len, rows)) + extra
+    input_ids = np.empty((len(rows), width), np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for i, ids in enumerate(rows):
+        start = 0 if side == "right" else width - len(ids)
+        input_ids[i] = ids[-1]
+        input_ids[i, start : start + len(ids)] = ids
+        attention_mask[i, start : start + len(ids)] = 1
+    return input_ids, attention_mask

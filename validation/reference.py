@@ -1,155 +1,243 @@
-"""The reference: transformers, unpatched, along the model card's own code.
+r"""The reference: the checkpoint run by transformers, by the model cards' own code.
 
-Nothing of embedport's tokenization, padding or pooling is used here, so that a mistake in one is
-not repeated in the other: texts go through AutoTokenizer with padding on the left, the last hidden
-state or logit at the last position is taken.
+Strings, tokenization, padding and pooling are written down here again from the model cards and
+shared with no other module, so that a mistake there cannot hide here.
 
-Source: https://github.com/QwenLM/Qwen3-Embedding, examples/qwen3_embedding_transformers.py and
-qwen3_reranker_transformers.py.
+Embedding: "Instruct: {task}\nQuery:{query}" or the bare document, left padding, the state of the
+last token after the final norm, L2 norm. Reranker: prefix, body and suffix tokenized by themselves,
+the body cut, left padding, softmax over the last position's logits of "no" and "yes".
+https://huggingface.co/Qwen/Qwen3-Embedding-0.6B, https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import gc
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import require
+from ..demo.samples import Pair, Sample
+from ..errors import CheckpointError, require
+from ..files import read_json
+from ..hub import fetch
 from ..progress import progress_bar
-from ..spec import ModelSpec
+from ..runtimes.batching import BATCH_TOKENS, make_batches
+from ..spec import ModelSpec, Task, read_spec
+from ..weights import Weights
 
-BATCH_TOKENS = 4096
+Arithmetic = Literal["fp16", "bf16", "fp32"]
+
+TASK = "Given a web search query, retrieve relevant passages that answer the query"
 PREFIX = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
-    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
-    "<|im_start|>user\n"
+    "<|im_start|>system\n"
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".'
+    "<|im_end|>\n<|im_start|>user\n"
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+# An fp32 reference must leave room on the GPU for activations.
+HEADROOM = 1.25
 
 
+@dataclass(frozen=True)
 class Reference:
-    """A checkpoint run by transformers.
+    """A checkpoint that is ready to run.
 
-    Args:
-        spec: The checkpoint.
-        precision: "fp16", "bf16", or "fp32 arithmetic on fp16 weights".
-        device: "cpu" or "cuda".
-
-    Raises:
-        MissingPackageError: torch or transformers is not installed.
+    Attributes:
+        spec: What it is and where.
+        tokenizer: transformers' tokenizer of it.
+        max_length: Tokens after which a text is cut.
     """
 
-    def __init__(self, spec: ModelSpec, precision: str, device: str) -> None:
-        self.spec = spec
-        self.precision = precision
-        self.device = device
-        self._tokenizer = _load_tokenizer(spec)
-        self._model = _load_model(spec, precision, device)
-
-    def embed(self, rows: Sequence[Sequence[int]], *, progress: bool) -> np.ndarray:
-        """Embed rows of token ids: float32 [n, hidden_size], unit length."""
-        import torch
-
-        def pool(output: Any) -> torch.Tensor:
-            vectors = output.last_hidden_state[:, -1].float()
-            return torch.nn.functional.normalize(vectors, p=2, dim=1)
-
-        return self._run(rows, (self.spec.hidden_size,), pool, progress)
-
-    def score(self, rows: Sequence[Sequence[int]], *, progress: bool) -> np.ndarray:
-        """Judge rows of token ids: float32 [n], the probability of "yes"."""
-        import torch
-
-        yes, no = (self._tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-
-        def probability(output: Any) -> torch.Tensor:
-            logits = output.logits[:, -1, [no, yes]].float()
-            return torch.nn.functional.log_softmax(logits, dim=1)[:, 1].exp()
-
-        # The logits of a whole batch would be 150,000 wide at each token.
-        return self._run(rows, (), probability, progress, logits_to_keep=1)
-
-    def _run(
-        self,
-        rows: Sequence[Sequence[int]],
-        width: tuple[int, ...],
-        result: Callable[[Any], Any],
-        progress: bool,
-        **options: int,
-    ) -> np.ndarray:
-        import torch
-
-        results = np.empty((len(rows), *width), np.float32)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        with progress_bar("Reference", len(rows), enabled=progress) as advance, torch.no_grad():
-            while order:
-                count = max(1, BATCH_TOKENS // len(rows[order[0]]))
-                batch, order = order[:count], order[count:]
-                inputs = self._tokenizer.pad(
-                    {"input_ids": [list(rows[i]) for i in batch]}, return_tensors="pt"
-                ).to(self.device)
-                found = result(self._model(**inputs, use_cache=False, **options))
-                results[batch] = found.cpu().numpy()
-                advance(len(batch))
-        return results
-
-    def embedding_ids(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of texts that already have their prompt."""
-        return self._tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-
-    def reranker_ids(
-        self, pairs: Sequence[tuple[str, str]], instruction: str, max_length: int
-    ) -> list[list[int]]:
-        """Token ids of (query, document) pairs under the template."""
-        tokenizer = self._tokenizer
-        prefix = tokenizer.encode(PREFIX, add_special_tokens=False)
-        suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
-        bodies = tokenizer(
-            [
-                f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
-                for query, document in pairs
-            ],
-            padding=False,
-            truncation="longest_first",
-            return_attention_mask=False,
-            max_length=max_length - len(prefix) - len(suffix),
-        )["input_ids"]
-        return [prefix + body + suffix for body in bodies]
+    spec: ModelSpec
+    tokenizer: Any
+    max_length: int
 
 
-def choose_device(device: str) -> str:
-    """Where the reference runs: "cuda" for a GPU device or "auto" with one, else "cpu"."""
-    torch = require("torch", "torch")
-    has_gpu = torch.cuda.is_available()
-    return "cuda" if device != "cpu" and has_gpu else "cpu"
+def open_reference(
+    checkpoint: str | Path, *, task: Task, max_length: int, revision: str | None = None
+) -> Reference:
+    """Find a checkpoint, check its weights' names and shapes, and load its tokenizer.
 
+    Args:
+        checkpoint: A folder, or a hub id.
+        task: What the artifact does.
+        max_length: Tokens after which the artifact cuts a text.
+        revision: A branch, tag or commit, for a hub id.
 
-def _load_tokenizer(spec: ModelSpec) -> Any:
+    Raises:
+        InputError: No such folder or hub id.
+        CheckpointError: It is not a Qwen3 checkpoint, or not whole.
+        MissingPackageError: torch or transformers is not installed.
+    """
+    require("torch", "torch")
     transformers = require("transformers", "torch")
-    return transformers.AutoTokenizer.from_pretrained(
-        spec.source.folder, padding_side="left", trust_remote_code=False
+    spec = read_spec(fetch(checkpoint, revision), task)
+    Weights(spec)  # transformers fills in a missing tensor with random numbers
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec.source.folder, padding_side="left")
+    return Reference(spec, tokenizer, max_length)
+
+
+def embedding_ids(reference: Reference, samples: Sequence[Sample]) -> list[list[int]]:
+    """Token ids of texts, each after its prompt (a name, or the literal text)."""
+    path = reference.spec.source.folder / "config_sentence_transformers.json"
+    prompts = {"query": f"Instruct: {TASK}\nQuery:", "document": ""}
+    if path.exists():
+        prompts |= read_json(path).get("prompts") or {}
+    texts = [prompts.get(sample.prompt, sample.prompt) + sample.text for sample in samples]
+    tokenizer, size = reference.tokenizer, reference.max_length
+    end = _single_token(reference, "<|endoftext|>")
+    if tokenizer("a")["input_ids"][-1] == end:
+        return tokenizer(texts, truncation=True, max_length=size)["input_ids"]
+    # The first tokenizers did not end a text, and the model card's code did.
+    cut = tokenizer(texts, truncation=True, max_length=size - 1)["input_ids"]
+    return [[*ids, end] for ids in cut]
+
+
+def reranker_ids(reference: Reference, pairs: Sequence[Pair]) -> list[list[int]]:
+    """Token ids of pairs under the model card's instruction."""
+    tokenizer = reference.tokenizer
+    prefix = tokenizer.encode(PREFIX, add_special_tokens=False)
+    suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
+    bodies = [
+        f"<Instruct>: {TASK}\n<Query>: {pair.query}\n<Document>: {pair.document}" for pair in pairs
+    ]
+    cut = tokenizer(
+        bodies,
+        padding=False,
+        truncation="longest_first",
+        return_attention_mask=False,
+        max_length=reference.max_length - len(prefix) - len(suffix),
+    )["input_ids"]
+    return [[*prefix, *ids, *suffix] for ids in cut]
+
+
+def find_device(device: str) -> str:
+    """Where the reference runs: "cuda" if torch has a GPU, unless the artifact is to run on a CPU.
+
+    Args:
+        device: As asked for the artifact.
+    """
+    torch = require("torch", "torch")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def choose_arithmetics(reference: Reference, device: str) -> tuple[Arithmetic, ...]:
+    """What the reference is run in, the usual one first.
+
+    On a GPU it is fp16, with fp32 beside it or, where that does not fit, bf16: an fp16 Qwen3-8B
+    gives NaN by itself. On a CPU it is fp32.
+
+    Args:
+        reference: The reference.
+        device: "cuda" or "cpu".
+    """
+    if device == "cpu":
+        return ("fp32",)
+    torch = require("torch", "torch")
+    fits = reference.spec.parameters * 4 * HEADROOM <= torch.cuda.mem_get_info()[0]
+    return ("fp16", "fp32" if fits else "bf16")
+
+
+def describe(arithmetic: Arithmetic, device: str) -> str:
+    """A reference's arithmetic in words."""
+    words = "fp32 on fp16-rounded weights" if arithmetic == "fp32" else arithmetic
+    return f"{words}, {device}"
+
+
+def run_reference(
+    reference: Reference,
+    rows: Sequence[Sequence[int]],
+    arithmetic: Arithmetic,
+    device: str,
+    *,
+    progress: bool = False,
+) -> np.ndarray:
+    """Run the reference.
+
+    Args:
+        reference: The reference.
+        rows: Token ids.
+        arithmetic: "fp16", "bf16", or "fp32", which rounds the weights to fp16 first.
+        device: "cuda" or "cpu".
+        progress: Whether to show a progress bar on a terminal.
+
+    Returns:
+        float32: unit vectors [rows, hidden_size], or probabilities of "yes" [rows].
+    """
+    torch = require("torch", "torch")
+    model = load_model(reference, arithmetic, device)
+    answers = None
+    if reference.spec.task == "reranker":
+        answers = [_single_token(reference, "no"), _single_token(reference, "yes")]
+    width = () if answers else (reference.spec.hidden_size,)
+    results = np.empty((len(rows), *width), np.float32)
+    description = f"Reference in {arithmetic}"
+    with (
+        torch.inference_mode(),
+        progress_bar(description, len(rows), enabled=progress) as advance,
+    ):
+        for batch in make_batches([len(row) for row in rows], BATCH_TOKENS):
+            inputs = _pad(reference, [rows[i] for i in batch]).to(device)
+            if answers:
+                # Of all positions' logits only the last are used: the others are not computed.
+                logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, answers]
+                output = torch.log_softmax(logits.float(), dim=1)[:, 1].exp()
+            else:
+                states = model(**inputs, use_cache=False).last_hidden_state
+                output = torch.nn.functional.normalize(states[:, -1].float(), p=2, dim=1)
+            results[batch] = output.cpu().numpy()
+            advance(len(batch))
+    del model
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    return results
+
+
+def load_model(reference: Reference, arithmetic: Arithmetic, device: str) -> Any:
+    """The checkpoint as transformers loads it, on a device; see `run_reference`."""
+    torch = require("torch", "torch")
+    transformers = require("transformers", "torch")
+    kind = (
+        transformers.AutoModel
+        if reference.spec.task == "embedding"
+        else transformers.AutoModelForCausalLM
     )
-
-
-def _load_model(spec: ModelSpec, precision: str, device: str) -> Any:
-    torch, transformers = require("torch", "torch"), require("transformers", "torch")
-    kind = transformers.AutoModel if spec.task == "embedding" else transformers.AutoModelForCausalLM
-    # transformers draws its own bar and warns of the small tokenizer's ids: neither says anything.
-    transformers.utils.logging.disable_progress_bar()
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float16
+    with _no_loading_bar(transformers):
         model = kind.from_pretrained(
-            spec.source.folder,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float16,
-            use_safetensors=True,
-            trust_remote_code=False,
+            reference.spec.source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    finally:
-        logger.setLevel(level)
-    if precision.startswith("fp32"):
+    if arithmetic == "fp32":
         model = model.float()
-    return model.eval().to(device)
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _no_loading_bar(transformers: Any) -> Generator[None]:
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _pad(reference: Reference, rows: list[Sequence[int]]) -> Any:
+    return reference.tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
+
+
+def _single_token(reference: Reference, token: str) -> int:
+    found = reference.tokenizer.convert_tokens_to_ids(token)
+    if found is None:
+        raise CheckpointError(
+            f"{reference.spec.source.folder}: {token!r} should be a single token, found none"
+        )
+    return found

@@ -1,81 +1,105 @@
-"""What a validation found: as data, as JSON, as Markdown for the model card, and in a terminal."""
+"""The report of a validation: facts and verdict, as JSON, Markdown and a terminal's tables."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-TEXT_WIDTH = 60
+from ..spec import Task
+
+EXCERPT = 60
+Sense = Literal["≥", "≤"]
+Table = tuple[str, list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition: a value, the limit it is held to, and whether it holds."""
+    """A condition that the artifact must meet; NaN meets none.
+
+    Attributes:
+        name: What is measured.
+        value: What was found.
+        sense: Whether the value must be at least or at most the limit.
+        limit: The threshold.
+        detail: Where the worst value is.
+    """
 
     name: str
     value: float
+    sense: Sense
     limit: float
-    at_least: bool
+    detail: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether the value is on the right side; NaN never is."""
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
+        """Whether the value is on the right side of the limit."""
+        return self.value >= self.limit if self.sense == "≥" else self.value <= self.limit
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The artifact against one reference.
+    """The artifact against one run of the reference.
 
     Attributes:
-        reference: What the reference computed in, and where.
-        reference_nonfinite: Its results with NaN or infinity.
-        figures: Name to value: cosine or score difference, and rank agreement.
-        dimensions: Embedding dimension (MRL) to its mean and minimum cosine; embeddings.
-        worst: (number of the text, its agreement), the worst first.
+        reference: The run's arithmetic and device.
+        reference_nonfinite: Inputs for which the reference gave NaN or infinity.
+        compared: Inputs for which both are finite; the figures are of these.
+        figures: Name to value: cosines, score differences, rank agreement; those that there are.
+        dimensions: Width (MRL) to figures of the cosines at that width; empty for a reranker.
     """
 
     reference: str
     reference_nonfinite: int
+    compared: int
     figures: Mapping[str, float]
-    dimensions: Mapping[int, tuple[float, float]]
-    worst: Sequence[tuple[int, float]]
+    dimensions: Mapping[int, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """An input far from the reference: its name, its cosine or difference of score, its text."""
+
+    name: str
+    value: float
+    text: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """A validation.
+    """What a validation found.
 
     Attributes:
         artifact: The artifact's folder.
-        checkpoint: The reference's folder or hub id.
+        precision: The artifact's precision.
+        device: What the artifact ran on.
+        reference: The reference's id, and its revision if it has one.
         task: "embedding" or "reranker".
-        precision: What the artifact computes in.
-        device: What it ran on.
-        texts: The texts (or "query | document").
-        mismatch: Where token ids first differ, in words; None where they are all equal. There are
-            no figures if they differ.
-        nonfinite: The artifact's results with NaN or infinity.
-        comparisons: The reference that decides first, others beside it.
-        invariance: Arrangement to agreement with each text alone.
-        gates: What decides.
-        versions: Packages that ran.
+        inputs: Number of texts or pairs.
+        tokens: Tokens of all of them.
+        gates: Conditions, in the order in which they were checked.
+        comparisons: One a run of the reference, the one that the gates are about first. Empty, like
+            what follows, when the token ids differ: no number would mean anything.
+        invariance: Case of the invariance suite to its worst agreement with the same texts alone:
+            the smallest cosine, or a reranker's largest difference of scores.
+        worst: The inputs farthest from the reference, the worst first.
+        versions: Packages that ran the reference and the artifact.
         date: Day of the validation, ISO 8601.
     """
 
     artifact: str
-    checkpoint: str
-    task: str
     precision: str
     device: str
-    texts: Sequence[str]
-    mismatch: str | None
-    nonfinite: int
-    comparisons: Sequence[Comparison]
+    reference: str
+    task: Task
+    inputs: int
+    tokens: int
+    gates: tuple[Gate, ...]
+    comparisons: tuple[Comparison, ...]
     invariance: Mapping[str, float]
-    gates: Sequence[Gate]
+    worst: tuple[Worst, ...]
     versions: Mapping[str, str]
     date: str
 
@@ -84,135 +108,148 @@ class Report:
         """Whether every gate holds."""
         return all(gate.passed for gate in self.gates)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it, the texts by their number only."""
-        values = asdict(self)
-        values["texts"] = len(self.texts)
-        values["passed"] = self.passed
-        for gate, written in zip(self.gates, values["gates"], strict=True):
-            written["passed"] = gate.passed
+    def to_record(self) -> dict[str, Any]:
+        """What a manifest keeps, as JSON can hold it (NaN becomes None): none of the texts.
+
+        An artifact may be published, its owner's texts may not.
+        """
+        values = self._values()
+        del values["worst"], values["artifact"]
+        for gate in values["gates"]:
+            del gate["detail"]
         return values
 
     def to_json(self) -> str:
-        """The report as JSON text; NaN is written as null."""
-        return json.dumps(_null_nan(self.to_dict()), indent=2, ensure_ascii=False)
+        """The whole report as JSON text; NaN becomes null."""
+        return json.dumps(self._values(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def _values(self) -> dict[str, Any]:
+        gates = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
+        return _without_nan({"passed": self.passed, **asdict(self), "gates": gates})
 
     def to_markdown(self) -> str:
-        """The report for a model card."""
+        """The report for a model card: none of the texts."""
         parts = [f"**{self.verdict()}**", self.method()]
-        parts += [_markdown(title, rows) for title, rows in self.tables()]
+        parts += [_markdown(*table) for table in self._tables()]
         return "\n\n".join(parts)
 
     def verdict(self) -> str:
         """One sentence: what holds or what does not."""
-        if self.passed:
-            return f"Holds: {len(self.gates)} of {len(self.gates)} gates"
         failed = [gate.name for gate in self.gates if not gate.passed]
-        return f"Does not hold: {', '.join(failed)}"
+        if failed:
+            return f"Does not hold: {', '.join(failed)}"
+        return f"Holds: {len(self.gates)} of {len(self.gates)} gates"
 
     def method(self) -> str:
         """One sentence: what was compared with what, where and with which versions."""
-        against = f", against {self.comparisons[0].reference}" if self.comparisons else ""
-        kind = "pairs" if self.task == "reranker" else "texts"
+        noun = "texts" if self.task == "embedding" else "pairs"
+        run = f"{self.comparisons[0].reference} of " if self.comparisons else ""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
-            f"{len(self.texts)} {kind}; {self.precision} on {self.device}{against} of "
-            f"`{self.checkpoint}`; {versions}; {self.date}."
+            f"{self.inputs:,} {noun}, {self.tokens:,} tokens; {self.precision} on {self.device} "
+            f"against {run}{self.reference}; {versions}; {self.date}."
         )
-
-    def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-        """(title, rows) of each table, the first row its head."""
-        rows: list[tuple[str, ...]]
-        yield (
-            "Gates",
-            [("Gate", "Value", "Limit", "")]
-            + [
-                (
-                    gate.name,
-                    number(gate.value),
-                    f"{'≥' if gate.at_least else '≤'} {number(gate.limit)}",
-                    "holds" if gate.passed else "FAILS",
-                )
-                for gate in self.gates
-            ],
-        )
-        if self.mismatch:
-            yield "Token ids", [("Where they differ",), (self.mismatch,)]
-        for comparison in self.comparisons:
-            rows = [("Measure", "Value")]
-            rows += [(name, number(value)) for name, value in comparison.figures.items()]
-            rows.append(("reference results with NaN", str(comparison.reference_nonfinite)))
-            yield f"Against {comparison.reference}", rows
-        if self.comparisons and self.comparisons[0].dimensions:
-            yield (
-                "By dimension (MRL)",
-                [("Dimension", "Mean cosine", "Minimum cosine")]
-                + [
-                    (str(dim), number(mean), number(least))
-                    for dim, (mean, least) in self.comparisons[0].dimensions.items()
-                ],
-            )
-        measure = "Largest difference" if self.task == "reranker" else "Minimum cosine"
-        if self.invariance:
-            yield (
-                "A text alone and …",
-                [("Arrangement", measure)]
-                + [(name, number(value)) for name, value in self.invariance.items()],
-            )
-        if self.comparisons:
-            yield (
-                "Worst texts",
-                [("Text", measure.split()[1].capitalize())]
-                + [
-                    (shorten(self.texts[i]), number(value))
-                    for i, value in self.comparisons[0].worst
-                ],
-            )
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """Verdict first, then the tables."""
+        """The report for a terminal: `rich.print(report)`."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
+        # Text, not str: what a text or a path holds may look like rich's markup.
         yield Text(self.verdict(), style="bold green" if self.passed else "bold red")
-        yield Text(self.method().replace("`", ""), style="dim")
-        for title, (head, *rows) in self.tables():
+        for gate in self.gates:
+            if gate.detail and not gate.passed:
+                yield Text(f"  {gate.name}: {gate.detail}", style="red")
+        yield Text(self.method(), style="dim")
+        for title, header, rows in (*self._tables(), *self._worst_table()):
             table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-            for i, column in enumerate(head):
-                table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+            for column in header:
+                side = "left" if column in (header[0], "Text") else "right"
+                table.add_column(column, justify=side, overflow="fold")
             for row in rows:
-                cells = [Text(cell) for cell in row]
-                if row[-1] == "FAILS":
-                    cells = [Text(cell, style="red") for cell in row]
-                table.add_row(*cells)
+                style = "red" if row[-1] == "FAILS" else ""
+                table.add_row(*(Text(cell, style=style) for cell in row))
             yield table
+
+    def _tables(self) -> Iterator[Table]:
+        """(title, header, rows) of each table that has rows."""
+        yield (
+            "Gates",
+            ["Gate", "Found", "Limit", ""],
+            [
+                [
+                    gate.name,
+                    number(gate.value),
+                    f"{gate.sense} {number(gate.limit)}",
+                    "holds" if gate.passed else "FAILS",
+                ]
+                for gate in self.gates
+            ],
+        )
+        if not self.comparisons:
+            return
+        names = dict.fromkeys(name for each in self.comparisons for name in each.figures)
+        rows = [
+            [name, *(number(each.figures.get(name, math.nan)) for each in self.comparisons)]
+            for name in names
+        ]
+        rows += [
+            ["inputs compared", *(str(each.compared) for each in self.comparisons)],
+            [
+                "reference results with NaN",
+                *(str(each.reference_nonfinite) for each in self.comparisons),
+            ],
+        ]
+        yield "Parity", ["Against", *(each.reference for each in self.comparisons)], rows
+        dimensions = self.comparisons[0].dimensions
+        if dimensions:
+            yield (
+                "By dimension (MRL)",
+                ["Dimension", *next(iter(dimensions.values()))],
+                [[str(dim), *map(number, values.values())] for dim, values in dimensions.items()],
+            )
+        yield (
+            "A text alone and …",
+            ["Arrangement", f"worst {self._measure()}"],
+            [[case, number(value)] for case, value in self.invariance.items()],
+        )
+
+    def _worst_table(self) -> Iterator[Table]:
+        """Not in `_tables`: it shows texts."""
+        if self.worst:
+            rows = [[worst.name, number(worst.value), worst.text] for worst in self.worst]
+            yield "Worst", ["Input", self._measure(), "Text"], rows
+
+    def _measure(self) -> str:
+        return "cosine" if self.task == "embedding" else "difference"
 
 
 def number(value: float) -> str:
     """A figure for people: enough digits to tell 0.999999 from 1, small ones as 1.2e-06."""
-    if value != value:
+    if math.isnan(value):
         return "NaN"
     if value == 0 or isinstance(value, int):
         return str(int(value))
     return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.7f}"
 
 
-def shorten(text: str) -> str:
-    """A text on one line of at most 60 characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= TEXT_WIDTH else f"{line[: TEXT_WIDTH - 1]}…"
+def excerpt(text: str) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text[: 4 * EXCERPT].split())
+    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 1]}…"
 
 
-def _markdown(title: str, rows: list[tuple[str, ...]]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [head, ["---"] * len(head), *body]
+def _markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _null_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _null_nan(each) for key, each in value.items()}
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_null_nan(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
+        return [_without_nan(item) for item in value]
+    return value

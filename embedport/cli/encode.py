@@ -84,8 +84,8 @@ def _print(texts: list[str], vectors: np.ndarray) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, title_justify="left")
-    table.add_column("#", justify="right")
+    table = Table(box=SIMPLE_HEAD, expand=True)
+    table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Text", overflow="ellipsis", no_wrap=True, ratio=1)
     table.add_column(f"First of {vectors.shape[1]} values", no_wrap=True)
     compared = 2 <= len(texts) <= MOST_COMPARED

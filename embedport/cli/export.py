@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .outputs import stderr_console, stdout_console
+from .outputs import size_words, stderr_console, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact import Artifact
@@ -122,7 +122,7 @@ def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
     manifest, console = artifact.manifest, stdout_console()
     console.print(
         f"[bold]{artifact.folder}[/bold]: {manifest.task}, {manifest.precision}, "
-        f"{manifest.dialect} dialect, {artifact.size / 1e6:,.1f} MB, in {seconds:.1f} s"
+        f"{manifest.dialect} dialect, {size_words(artifact.size)}, in {seconds:.1f} s"
     )
     if manifest.precision != "fp32":
         kept = ", ".join(manifest.kept_in_fp32) or "nothing"

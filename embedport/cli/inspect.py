@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .outputs import stdout_console
+from .outputs import size_words, stdout_console
 
 if TYPE_CHECKING:
     from ..spec import ModelSpec
@@ -112,7 +112,7 @@ def _words(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "nothing"
     if name in ("bytes", "sizes"):
-        return f"{value / 1e6:,.1f} MB"
+        return size_words(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return repr(value) if name == "prompts" else str(value)

@@ -48,6 +48,14 @@ def _written(path: Path) -> Generator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def size_words(size: int) -> str:
+    """Bytes for people: 812 B, 11.4 MB, 2.4 GB."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size} B"
+
+
 def check_suffix(path: Path | None, *suffixes: str) -> None:
     """Refuse an output file of an unknown kind before any work is done.
 

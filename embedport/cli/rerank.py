@@ -81,10 +81,10 @@ def _print(ranking: list[Ranked]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("Rank", justify="right")
-    table.add_column("Score", justify="right")
-    table.add_column("#", justify="right")
+    table = Table(box=SIMPLE_HEAD, expand=True)
+    table.add_column("Rank", justify="right", no_wrap=True)
+    table.add_column("Score", justify="right", no_wrap=True)
+    table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Document", overflow="ellipsis", no_wrap=True, ratio=1)
     for rank, each in enumerate(ranking, 1):
         document = Text(" ".join(each.document.split()))

@@ -1,245 +1,388 @@
-"""Validation of whole artifacts: what holds, and that each gate can fail."""
+"""validate() on real small artifacts, and on artifacts spoilt in known ways."""
 
 import json
+import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 import embedport
-from embedport.demo.samples import Pair, Sample
+from embedport.artifact import Artifact
+from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.errors import InputError
-from embedport.runtimes import onnxruntime as adapter
-from embedport.validation import compare
-from embedport.validation.reference import Reference
+from embedport.prompts import Encoded
+from embedport.validation import parity
+from embedport.validation.measures import unit
+from embedport.validation.tasks import EmbeddingTask
 from embedport.validation.thresholds import THRESHOLDS, find_thresholds
 
-TEXTS = [
-    Sample("What is the capital of China?", "query"),
-    Sample("Explain gravity", "query"),
-    Sample("The capital of China is Beijing."),
-    Sample("Gravity is a force that attracts two bodies towards each other."),
-    Sample("import numpy as np"),
-    Sample(""),
-]
-PAIRS = [
-    Pair("capital of China", "Beijing"),
-    Pair("capital of China", "Paris"),
-    Pair("capital of China", "A very long document about something else. " * 9),
-    Pair("gravity", "apples fall"),
-]
+SECRET = "our plan [bold]to merge[/bold] | do not publish"
+QUERIES = [Sample(text, "query") for text in ("What is the capital of China?", "Explain gravity")]
+DOCUMENTS = [s for s in builtin_samples() if s.prompt == "document" and len(s.text) < 500]
+SAMPLES = [*QUERIES, *DOCUMENTS][:20]
+PAIRS = [Pair("Explain gravity", s.text) for s in SAMPLES[2:8]]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, checkpoints):
-    base = tmp_path_factory.mktemp("artifacts")
-    for task in ("embedding", "reranker"):
-        embedport.export(checkpoints("kv2", task), base / task)
-    return base
+def strict_json(text):
+    """JSON without the constants NaN and Infinity that Python's json takes."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
 
 
-def gates(report):
-    return {gate.name: gate for gate in report.gates}
+def validate(folders, *args, **changes):
+    options: dict[str, Any] = {"device": "cpu", "record": False, **changes}
+    return embedport.validate(folders.artifact, folders.checkpoint, *args, **options)
 
 
-def test_embedding(folders, checkpoints, copied):
-    folder = copied(folders / "embedding")
-    report = embedport.validate(folder, checkpoints("kv2"), TEXTS, device="cpu")
-    assert report.passed
-    assert report.mismatch is None
+def gate(report, name):
+    (found,) = [each for each in report.gates if each.name == name]
+    return found
+
+
+def failed(report):
+    return {each.name for each in report.gates if not each.passed}
+
+
+def rotate(vectors, cosine):
+    """Unit vectors at this cosine to the given ones."""
+    other = np.roll(vectors, 1, axis=1)
+    other = unit(other - (other * vectors).sum(axis=1, keepdims=True) * vectors)
+    return (cosine * vectors + math.sqrt(1 - cosine**2) * other).astype(np.float32)
+
+
+def change_results(change, text=None):
+    """A change to an artifact's results, of one text (or pair) or of all."""
+
+    def apply(runtime):
+        model, ids = runtime.model, None
+        if isinstance(text, Sample):
+            ids = runtime.tokenizer.encode([text.text], runtime.prompt_text(text.prompt)).ids[0]
+        elif isinstance(text, Pair):
+            ids = runtime.tokenizer.encode([(text.query, text.document)]).ids[0]
+
+        def changed(input_ids, attention_mask):
+            results = model(input_ids, attention_mask).copy()
+            rows = [
+                ids is None or row[mask > 0].tolist() == ids.tolist()
+                for row, mask in zip(input_ids, attention_mask, strict=True)
+            ]
+            results[rows] = change(results[rows])
+            return results
+
+        runtime.model = changed
+
+    return apply
+
+
+@pytest.mark.parametrize("precision", THRESHOLDS)
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_an_export_passes(folders, task, precision):
+    report = validate(folders(task, precision=precision))
+    assert report.passed, report.gates
+    assert (report.task, report.precision, report.device) == (task, precision, "cpu")
+    assert report.inputs == len(builtin_samples() if task == "embedding" else builtin_pairs())
     (comparison,) = report.comparisons
-    assert comparison.reference == "fp32 arithmetic on fp16 weights (cpu)"
-    assert comparison.figures["minimum cosine"] >= 0.99999
-    assert comparison.figures["Kendall tau"] == 1
-    assert list(comparison.dimensions) == [32]
-    assert len(comparison.worst) == 5
+    assert comparison.reference == "fp32 on fp16-rounded weights, cpu"
+    assert comparison.compared == report.inputs
+    assert set(report.versions) >= {"embedport", "onnxruntime", "torch", "transformers"}
     assert len(report.invariance) == 10
-    recorded = embedport.Artifact.open(folder).manifest.parity
-    assert recorded is not None
-    assert recorded["passed"] is True
-    assert recorded["comparisons"][0]["figures"] == comparison.figures
-    assert "Holds: 4 of 4 gates" in (folder / "README.md").read_text()
+    assert len(report.worst) == 5
+    expected = {"mean score difference", "maximum score difference", "Kendall tau"}
+    if task == "embedding":
+        expected |= {"mean cosine", "1st percentile of cosine", "minimum cosine", "top-10 overlap"}
+        assert set(comparison.dimensions) == {32}
+    else:
+        expected |= {"top-3 overlap"}
+    assert set(comparison.figures) == expected
+    assert comparison.figures["Kendall tau"] > 0.9
 
 
-def test_reranker(folders, checkpoints):
-    pairs = [(pair.query, pair.document) for pair in PAIRS]
-    report = embedport.validate(
-        folders / "reranker", checkpoints("kv2", "reranker"), pairs=pairs, record=False
+def test_a_turned_vector_fails_with_its_cosine(folders, spoil):
+    spoil(change_results(lambda vectors: rotate(vectors, 0.98), SAMPLES[7]))
+    report = validate(folders("embedding"), SAMPLES)
+    assert failed(report) == {"minimum cosine", "maximum score difference"}
+    assert gate(report, "minimum cosine").value == pytest.approx(0.98, abs=1e-6)
+    assert gate(report, "minimum cosine").limit == 0.99999
+    figures = report.comparisons[0].figures
+    assert figures["mean cosine"] == pytest.approx(1 - 0.02 / 20, abs=1e-6)
+    assert report.worst[0].name == "text 7 (document)"
+    assert report.worst[0].value == pytest.approx(0.98, abs=1e-6)
+    assert validate(folders("embedding"), SAMPLES, min_cosine=0.97, max_score_difference=0.5).passed
+
+
+def test_a_shifted_score_fails_with_its_difference(folders, spoil):
+    spoil(change_results(lambda scores: scores + 0.02, PAIRS[3]))
+    report = validate(folders("reranker"), pairs=PAIRS)
+    assert failed(report) == {"maximum score difference"}
+    found = gate(report, "maximum score difference")
+    assert found.value == pytest.approx(0.02, abs=1e-5)
+    assert found.limit == 1e-4
+    mean = report.comparisons[0].figures["mean score difference"]
+    assert mean == pytest.approx(0.02 / 6, abs=1e-5)
+    assert report.worst[0].name == "pair 3"
+    assert validate(folders("reranker"), pairs=PAIRS, max_score_difference=0.03).passed
+
+
+def test_a_reversed_ranking_shows(folders, spoil):
+    spoil(change_results(lambda scores: 1 - scores))
+    figures = validate(folders("reranker"), pairs=PAIRS).comparisons[0].figures
+    assert figures["Kendall tau"] == -1
+    assert figures["top-3 overlap"] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_one_nan_fails(folders, spoil, task, value, copied):
+    """And the figures are of the other texts, and everything written is JSON."""
+    made = folders(task)
+    folder = copied(made.artifact)
+    inputs = SAMPLES if task == "embedding" else PAIRS
+    name = "text 4 (document)" if task == "embedding" else "pair 4"
+    spoil(change_results(lambda results: results * value, inputs[4]))
+    options: dict[str, Any] = {"texts" if task == "embedding" else "pairs": inputs}
+    report = embedport.validate(folder, made.checkpoint, device="cpu", **options)
+    assert failed(report) == {"results with NaN or infinity"}
+    assert gate(report, "results with NaN or infinity").value == 1
+    assert gate(report, "results with NaN or infinity").detail == name
+    assert report.worst[0].name == name
+    assert report.comparisons[0].compared == report.inputs - 1
+    assert all(map(math.isfinite, report.comparisons[0].figures.values()))
+    assert strict_json(report.to_json())["worst"][0]["value"] is None
+    assert strict_json((folder / "embedport.json").read_text())["parity"]["passed"] is False
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_nothing_but_nan_fails_every_gate_on_numbers(folders, spoil, task):
+    spoil(change_results(lambda results: results * np.nan))
+    report = validate(folders(task))
+    expected = {"results with NaN or infinity", "batch invariance"}
+    expected |= (
+        {"minimum cosine", "vectors' length to 1"}
+        if task == "embedding"
+        else {"maximum score difference"}
     )
+    assert failed(report) == expected
+    assert report.comparisons[0].compared == 0
+    strict_json(report.to_json())
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_token_ids_are_compared_before_any_number(folders, spoil, task, monkeypatch):
+    changed = SAMPLES[5].text if task == "embedding" else PAIRS[5].document
+
+    def spoil_tokenizer(runtime):
+        encode = runtime.tokenizer.encode
+
+        def wrong(texts, *args):
+            ids = encode(texts, *args).ids
+            for i, text in enumerate(texts):
+                if changed in text:
+                    ids[i] = ids[i].copy()
+                    ids[i][3] += 1
+            return Encoded(ids, [])
+
+        def never(*args):
+            raise AssertionError("a number was computed")
+
+        runtime.tokenizer.encode, runtime.model = wrong, never
+
+    spoil(spoil_tokenizer)
+    monkeypatch.setattr(parity, "run_reference", None)
+    options = {"texts": SAMPLES} if task == "embedding" else {"pairs": PAIRS}
+    report = validate(folders(task), **options)
+    assert failed(report) == {"inputs with other token ids"}
+    (only,) = report.gates
+    assert only.value == 1
+    assert only.detail.startswith("text 5 (document), '" if task == "embedding" else "pair 5, '")
+    assert ": token 3 is " in only.detail
+    assert report.comparisons == ()
+    assert report.invariance == {}
+    assert "Does not hold" in report.to_markdown()
+
+
+def test_a_row_that_is_too_short_differs():
+    assert parity._first_difference([1, 2], [1, 2, 3]) == ("token 2 is nothing, in the reference 3")
+    assert parity._first_difference([1, 9], [1, 2]) == "token 1 is 9, in the reference 2"
+
+
+def test_vectors_that_are_not_of_unit_length_fail(folders, spoil):
+    spoil(change_results(lambda vectors: vectors * 3))
+    report = validate(folders("embedding"), [s for s in SAMPLES if s.prompt == "document"])
+    assert failed(report) == {"vectors' length to 1"}
+    assert gate(report, "vectors' length to 1").value == pytest.approx(2, abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_a_model_that_pools_padding_is_not_invariant(folders, spoil, task):
+    """Left padding is not told to the model: alone and in equal batches nothing shows."""
+
+    def forget_left_padding(runtime):
+        model = runtime.model
+
+        def forgetful(input_ids, attention_mask):
+            mask = np.where(attention_mask[:, -1:] == 1, 1, attention_mask)
+            return model(input_ids, mask)
+
+        runtime.model = forgetful
+
+    spoil(forget_left_padding)
+    report = validate(folders(task))
+    assert failed(report) == {"batch invariance"}
+    assert "left padding" in gate(report, "batch invariance").detail
+    limit = find_thresholds("fp32").min_invariance
+    good = {case for case, value in report.invariance.items() if value in (0, 1) or value > limit}
+    if task == "embedding":
+        assert len(good) == 8
+        assert "ragged batch, left padding" not in good
+
+
+def test_a_baked_dimension_is_compared_with_the_references_prefix(folders):
+    report = validate(folders("embedding", dim=48), SAMPLES)
     assert report.passed
-    assert report.comparisons[0].figures["maximum score difference"] <= 1e-4
-    assert embedport.Artifact.open(folders / "reranker").manifest.parity is None
+    assert set(report.comparisons[0].dimensions) == {32}
 
 
-def test_built_in_texts(folders, checkpoints):
-    report = embedport.validate(folders / "embedding", checkpoints("kv2"), record=False)
+def test_the_mrl_gate():
+    """Vectors that are good at full width, bad in their first 256 values."""
+    generator = np.random.default_rng(0)
+    expected = generator.standard_normal((20, 1024))
+    expected[:, :256] *= 0.01
+    found = expected.copy()
+    found[3, :256] *= -1
+    found, expected = unit(found).astype(np.float32), unit(expected).astype(np.float32)
+    task = EmbeddingTask(SAMPLES)
+    comparison = task.compare(found, expected, "reference")
+    gates = {each.name: each for each in task.gates(comparison, found, find_thresholds("fp16"))}
+    assert gates["minimum cosine"].passed
+    assert not gates["minimum cosine at 256 dimensions"].passed
+    assert gates["minimum cosine at 256 dimensions"].value == pytest.approx(-1, abs=1e-6)
+    assert list(comparison.dimensions) == [512, 256, 128, 64, 32]
+    assert comparison.dimensions[256]["mean cosine"] == pytest.approx(0.9, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "spoilt", "first"),
+    [("fp16", (), "fp16"), ("fp16", ("fp16",), "bf16"), ("fp32", (), "fp32"), ("bf16", (), "fp16")],
+)
+def test_which_reference_decides(folders, monkeypatch, precision, spoilt, first):
+    """On a GPU: fp16, unless it gives NaN (as Qwen3-8B does) or the artifact is fp32."""
+    run = parity.run_reference
+    beside = "fp32" if precision == "fp32" else "bf16"
+
+    def run_on_cpu(source, rows, arithmetic, device, *, progress):
+        results = run(source, rows, "fp32", "cpu").copy()
+        if arithmetic in spoilt:
+            results[2] = np.nan
+        return results
+
+    monkeypatch.setattr(parity, "find_device", lambda device: "cuda")
+    monkeypatch.setattr(parity, "choose_arithmetics", lambda source, device: ("fp16", beside))
+    monkeypatch.setattr(parity, "run_reference", run_on_cpu)
+    report = validate(folders("embedding", precision=precision), SAMPLES)
     assert report.passed
-    assert len(report.texts) == 64
+    deciding, other = report.comparisons
+    assert deciding.reference.startswith(first)
+    assert (deciding.reference_nonfinite, other.reference_nonfinite) == (0, len(spoilt))
+    assert other.compared == len(SAMPLES) - len(spoilt)
+    table = report.to_markdown()
+    assert f"| Against | {deciding.reference} | {other.reference} |" in table
 
 
-def test_another_dimension(tmp_path, checkpoints):
-    embedport.export(checkpoints("kv2"), tmp_path / "out", dim=48)
-    assert embedport.validate(tmp_path / "out", checkpoints("kv2"), TEXTS, record=False).passed
+def test_a_reference_that_gives_nan_cannot_pass_anything(folders, monkeypatch):
+    run = parity.run_reference
+
+    def spoilt(*args, **options):
+        results = run(*args, **options)
+        results[2] = np.inf
+        return results
+
+    monkeypatch.setattr(parity, "run_reference", spoilt)
+    assert failed(validate(folders("embedding"), SAMPLES)) == {"reference results with NaN"}
 
 
-def test_hidden_output(tmp_path, checkpoints):
-    embedport.export(checkpoints("kv2"), tmp_path / "out", outputs="hidden")
-    assert embedport.validate(tmp_path / "out", checkpoints("kv2"), TEXTS, record=False).passed
+def test_figures_are_recorded_and_texts_are_not(folders, copied):
+    made = folders("embedding")
+    folder = copied(made.artifact)
+    report = embedport.validate(folder, made.checkpoint, [SECRET, *QUERIES], device="cpu")
+    manifest = Artifact.open(folder).manifest
+    assert manifest.parity is not None
+    assert manifest.parity == json.loads(json.dumps(report.to_record()))
+    assert manifest.parity["comparisons"][0]["figures"]["minimum cosine"] > 0.99999
+    card = (folder / "README.md").read_text()
+    assert report.to_markdown() in card
+    assert "| minimum cosine | 1.0000000 | ≥ 0.9999900 | holds |" in card
+    assert "Not validated yet" not in card
+    for text in (card, (folder / "embedport.json").read_text()):
+        assert "to merge" not in text
+        assert "Explain gravity" not in text
+    assert SECRET in report.to_json()
 
 
-def perturb(monkeypatch, change):
-    """Change what the artifact's session gives."""
-    call = adapter.OnnxModel.__call__
-    monkeypatch.setattr(
-        adapter.OnnxModel, "__call__", lambda self, ids, mask: change(call(self, ids, mask), ids)
-    )
-
-
-def test_a_perturbed_vector_is_found(folders, checkpoints, monkeypatch):
-    """Vectors turned by a known angle: the report gives its cosine."""
-
-    def turn(vectors, ids):
-        other = np.roll(vectors, 1, axis=1)
-        other -= (other * vectors).sum(axis=1, keepdims=True) * vectors
-        other /= np.linalg.norm(other, axis=1, keepdims=True)
-        return np.cos(0.1) * vectors + np.sin(0.1) * other
-
-    perturb(monkeypatch, turn)
-    report = embedport.validate(folders / "embedding", checkpoints("kv2"), TEXTS, record=False)
-    assert not report.passed
-    assert gates(report)["minimum cosine"].value == pytest.approx(np.cos(0.1), abs=1e-5)
-    assert report.verdict().startswith("Does not hold: minimum cosine")
-    assert embedport.validate(
-        folders / "embedding", checkpoints("kv2"), TEXTS, min_cosine=0.99, record=False
-    ).passed
-
-
-def test_nan_fails(folders, checkpoints, monkeypatch):
-    def poison(vectors, ids):
-        vectors[0] = np.nan
-        return vectors
-
-    perturb(monkeypatch, poison)
-    report = embedport.validate(folders / "embedding", checkpoints("kv2"), TEXTS, record=False)
-    failed = {gate.name for gate in report.gates if not gate.passed}
-    assert failed == {"results with NaN or infinity", "minimum cosine", "batch invariance"}
-    assert gates(report)["results with NaN or infinity"].value >= 1
-    values = json.loads(report.to_json())
-    assert values["passed"] is False
-    assert values["comparisons"][0]["figures"]["minimum cosine"] is None
-
-
-def test_score_difference_fails(folders, checkpoints, monkeypatch):
-    perturb(monkeypatch, lambda scores, ids: scores + np.float32(0.002))
-    arguments = (folders / "reranker", checkpoints("kv2", "reranker"), None, PAIRS)
-    report = embedport.validate(*arguments, record=False)
-    assert not report.passed
-    assert gates(report)["maximum score difference"].value == pytest.approx(0.002, abs=1e-5)
-    assert embedport.validate(*arguments, max_score_difference=0.003, record=False).passed
-
-
-def test_token_ids_come_before_numbers(folders, checkpoints, copied, monkeypatch):
-    """An artifact whose tokenizer lost the end token: found, named, and nothing is computed."""
-    from tokenizers import Tokenizer
-
-    from embedport.artifact import Manifest, write_manifest
-
-    folder = copied(folders / "reranker")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens(["capital"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_manifest(folder, Manifest.from_json(folder / "embedport.json"))
-    monkeypatch.setattr(Reference, "score", lambda *_, **__: pytest.fail("a number was computed"))
-    report = embedport.validate(folder, checkpoints("kv2", "reranker"), pairs=PAIRS, record=False)
-    assert not report.passed
-    assert report.comparisons == []
-    assert [gate.name for gate in report.gates] == ["texts with other token ids"]
-    assert report.mismatch is not None
-    assert "capital of China | Beijing" in report.mismatch
-    assert "at token" in report.mismatch
-
-
-def test_fp16_reference_with_nan_does_not_decide(folders, checkpoints, monkeypatch):
-    """As on a GPU with an 8B model: fp16 gives NaN, bf16 beside it decides."""
-    embed = Reference.embed
-    monkeypatch.setattr(compare, "REFERENCES", {"cpu": ("fp16", "fp32 arithmetic on fp16 weights")})
-
-    def overflowing(self, rows, **options):
-        vectors = embed(self, rows, **options)
-        return vectors * np.nan if self.precision == "fp16" else vectors
-
-    monkeypatch.setattr(Reference, "embed", overflowing)
-    report = embedport.validate(
-        folders / "embedding", checkpoints("kv2"), TEXTS, device="cpu", record=False
-    )
-    assert report.passed
-    assert [each.reference_nonfinite for each in report.comparisons] == [0, len(TEXTS)]
-
-
-def test_wrong_input(folders, checkpoints):
-    embedding, reranker = folders / "embedding", folders / "reranker"
-    checkpoint = checkpoints("kv2")
-    with pytest.raises(InputError, match="give texts, not pairs"):
-        embedport.validate(embedding, checkpoint, pairs=PAIRS)
-    with pytest.raises(InputError, match="give pairs, not texts"):
-        embedport.validate(reranker, checkpoint, ["text"])
-    with pytest.raises(InputError, match="there is nothing to compare"):
-        embedport.validate(embedding, checkpoint, [])
-    with pytest.raises(InputError, match="not the artifact's reference"):
-        embedport.validate(embedding, checkpoints("kv1"))
-
-
-def test_thresholds():
-    assert find_thresholds("fp32") == THRESHOLDS["fp32"]
-    with pytest.raises(InputError, match="no thresholds for precision 'int3'; there are fp32"):
-        find_thresholds("int3")
-
-
-class TestReference:
-    def test_weights_are_rounded_to_fp16(self, checkpoints):
-        """On a CPU: fp32 arithmetic on the weights that an fp16 GPU would hold."""
-        import torch
-
-        from embedport import ModelSpec
-
-        spec = ModelSpec.from_checkpoint(checkpoints("kv2", dtype="float32"))
-        weight = Reference(spec, "fp32 arithmetic on fp16 weights", "cpu")._model.norm.weight
-        assert weight.dtype == torch.float32
-        torch.testing.assert_close(weight, weight.half().float(), rtol=0, atol=0)
-        from embedport.weights import Weights
-
-        stored = torch.from_numpy(Weights(spec).read_fp32("norm.weight"))
-        assert not torch.equal(weight, stored)
-        assert torch.equal(weight, stored.half().float())
-
-    def test_batches_change_nothing(self, checkpoints, monkeypatch):
-        from embedport import ModelSpec
-        from embedport.validation import reference
-
-        spec = ModelSpec.from_checkpoint(checkpoints("kv2"))
-        runner = Reference(spec, "fp32 arithmetic on fp16 weights", "cpu")
-        ids = runner.embedding_ids([sample.text for sample in TEXTS], 512)
-        assert all(row[-1] == ids[-1][0] for row in ids)  # each ends with <|endoftext|>
-        together = runner.embed(ids, progress=False)
-        monkeypatch.setattr(reference, "BATCH_TOKENS", 1)
-        np.testing.assert_allclose(runner.embed(ids, progress=False), together, atol=1e-6)
-        np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
-
-
-def test_report_in_a_terminal_and_in_markdown(folders, checkpoints):
-    import io
-
+def test_the_terminal_shows_verdict_first_and_text_as_it_is(folders, spoil):
     from rich.console import Console
 
-    report = embedport.validate(folders / "embedding", checkpoints("kv2"), TEXTS, record=False)
-    for width in (60, 100):
-        file = io.StringIO()
-        Console(file=file, width=width).print(report)
-        shown = file.getvalue()
-        assert shown.startswith("Holds: 4 of 4 gates")
-        assert max(map(len, shown.splitlines())) <= width
-        assert "import numpy as np" in shown
-    markdown = report.to_markdown()
-    assert markdown.startswith("**Holds: 4 of 4 gates**")
-    assert (
-        "| minimum cosine | 1.0000000 | ≥ 0.9999900 | holds |" in markdown or "0.99999" in markdown
-    )
+    spoil(change_results(lambda vectors: rotate(vectors, 0.9), Sample(SECRET)))
+    report = validate(folders("embedding"), [SECRET, *QUERIES])
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report)
+    lines = capture.get().splitlines()
+    assert lines[0].strip() == "Does not hold: minimum cosine, maximum score difference"
+    assert SECRET in capture.get()
+
+
+def test_plain_strings_are_documents(folders):
+    report = validate(folders("embedding"), ["one text", "another"])
+    assert report.passed
+    assert {worst.name for worst in report.worst} == {"text 0 (document)", "text 1 (document)"}
+    # No queries: nothing to score or rank.
+    assert set(report.comparisons[0].figures) == {
+        "mean cosine",
+        "1st percentile of cosine",
+        "minimum cosine",
+    }
+
+
+def test_pairs_may_be_tuples(folders):
+    report = validate(folders("reranker"), pairs=[("a query", "a document"), ("b", "a document")])
+    assert report.passed
+    assert set(report.comparisons[0].figures) == {
+        "mean score difference",
+        "maximum score difference",
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("embedding", {"pairs": PAIRS}, "embedding model: give texts, not pairs"),
+        ("reranker", {"texts": SAMPLES}, "reranker: give pairs, not texts"),
+        ("embedding", {"texts": []}, r"at least one text or pair, found \[\]"),
+        ("reranker", {"pairs": []}, r"at least one text or pair, found \[\]"),
+        ("embedding", {"texts": "one string"}, "found 'one string'"),
+        ("reranker", {"pairs": ["ab"]}, r"a pair should be \(query, document\), found 'ab'"),
+        ("embedding", {"texts": ["bad \ud800"]}, "lone surrogate"),
+        ("embedding", {"texts": [Sample("x", "qurey")]}, "no prompt is named 'qurey'"),
+    ],
+)
+def test_wrong_inputs(folders, task, options, message):
+    with pytest.raises(InputError, match=message):
+        validate(folders(task), **options)
+
+
+def test_another_models_checkpoint(folders, checkpoints):
+    with pytest.raises(
+        InputError, match=r"the artifact was made from .*\(64, \d+\); the reference"
+    ):
+        embedport.validate(folders("embedding").artifact, checkpoints("kv1"), device="cpu")
+
+
+def test_unknown_precision():
+    with pytest.raises(InputError, match="for precision 'int3', only for fp32, fp16, bf16"):
+        find_thresholds("int3")
+    assert find_thresholds("fp16", min_cosine=0.9).min_cosine == 0.9
+    assert find_thresholds("fp16", min_cosine=0.9).max_score_difference == 0.01

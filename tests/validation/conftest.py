@@ -1,0 +1,40 @@
+"""Small artifacts with their checkpoints, and a way to spoil what an artifact computes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import embedport
+from embedport.validation import parity
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, checkpoints):
+    """A function (task, **options of export) -> the two folders, cached."""
+    made = {}
+
+    def make(task, **options):
+        key = (task, *options.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("artifact") / "model"
+            embedport.export(checkpoints("kv2", task), folder, **options)
+            made[key] = SimpleNamespace(artifact=folder, checkpoint=checkpoints("kv2", task))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """A function that takes a change to a loaded artifact, made each time validate loads one."""
+    load = parity.load
+
+    def install(change):
+        def spoiled(folder, **options):
+            runtime = load(folder, **options)
+            change(runtime)
+            return runtime
+
+        monkeypatch.setattr(parity, "load", spoiled)
+
+    return install

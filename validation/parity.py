@@ -1,0 +1,229 @@
+"""validate(): token ids first, then numbers, invariance, and a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Manifest, record_parity
+from ..demo.samples import Pair, Sample
+from ..errors import InputError
+from ..runtimes import load
+from ..spec import ModelSpec
+from .invariance import run_suite
+from .measures import finite_rows
+from .reference import (
+    Arithmetic,
+    Reference,
+    choose_arithmetics,
+    describe,
+    find_device,
+    open_reference,
+    run_reference,
+)
+from .report import Comparison, Gate, Report, Worst, excerpt
+from .tasks import EmbeddingTask, RerankerTask, choose_inputs
+from .thresholds import Thresholds, find_thresholds
+
+WORST = 5
+PACKAGES = ("embedport", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
+
+
+def validate(
+    artifact: str | Path,
+    reference: str | Path,
+    texts: Sequence[str | Sample] | None = None,
+    pairs: Sequence[tuple[str, str] | Pair] | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    min_cosine: float | None = None,
+    max_score_difference: float | None = None,
+    record: bool = True,
+    progress: bool = False,
+) -> Report:
+    """Measure how far an artifact is from the checkpoint it was made from.
+
+    The checkpoint is run by transformers: on a GPU in fp16, with fp32 or bf16 beside it; on a CPU
+    in fp32 on the weights rounded to fp16. The gates are about the fp16 run, or, for an fp32
+    artifact, which fp16 is too coarse for, the fp32 one; a run with NaN or infinity gives way to
+    one without. Token ids are compared first, and nothing else is done when they differ.
+
+    Args:
+        artifact: The artifact's folder.
+        reference: The checkpoint: a folder or a hub id.
+        texts: For an embedding artifact; a plain string is a document. Built-in ones by default.
+        pairs: For a reranker, (query, document) each. Built-in ones by default.
+        revision: A branch, tag or commit of the reference on the hub.
+        device: Where the artifact runs, as for `embedport.load`; the reference runs on the GPU that
+            torch has, unless this is "cpu".
+        min_cosine: Instead of the precision's limit.
+        max_score_difference: Instead of the precision's limit.
+        record: Whether to put the figures into the artifact's manifest and model card, whatever the
+            verdict. No text is put there.
+        progress: Whether to show progress bars on a terminal.
+
+    Raises:
+        InputError: The inputs are wrong, or the reference is another kind of model.
+        ArtifactError: It is not an artifact, or cannot be written to.
+        CheckpointError: The reference is not a whole Qwen3 checkpoint.
+        DeviceError: The device asked for is not there.
+        MissingPackageError: torch or transformers is not installed.
+    """
+    runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
+    runtime_device = runtime.device
+    manifest: Manifest = runtime.artifact.manifest
+    thresholds = find_thresholds(
+        manifest.precision, min_cosine=min_cosine, max_score_difference=max_score_difference
+    )
+    task = choose_inputs(manifest.task, texts, pairs)
+    source = open_reference(
+        reference, task=manifest.task, max_length=runtime.tokenizer.max_length, revision=revision
+    )
+    _check_same_model(manifest, source.spec)
+    rows = task.artifact_ids(runtime)
+    expected_rows = task.reference_ids(source)
+    gates = [_token_gate(task, rows, expected_rows)]
+    comparisons: list[Comparison] = []
+    invariance: dict[str, float] = {}
+    worst: list[Worst] = []
+    if gates[0].passed:
+        found = task.run(runtime, progress=progress)
+        for outcome in run_suite(runtime.model, rows, progress=progress):
+            values = task.agreement(outcome.found, outcome.alone)
+            invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
+        del runtime  # two copies of a large model may not fit
+        runs = _run_references(source, expected_rows, device, manifest.precision, progress)
+        comparisons = [task.compare(found, expected, run) for run, expected in runs.items()]
+        worst = _find_worst(task, found, next(iter(runs.values())))
+        gates += [
+            _finite_gate(task, found),
+            Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
+            *task.gates(comparisons[0], found, thresholds),
+            _invariance_gate(task, invariance, thresholds),
+        ]
+    report = Report(
+        artifact=str(artifact),
+        precision=manifest.precision,
+        device=runtime_device,
+        reference=_describe_source(source.spec),
+        task=manifest.task,
+        inputs=len(rows),
+        tokens=sum(map(len, rows)),
+        gates=tuple(gates),
+        comparisons=tuple(comparisons),
+        invariance=invariance,
+        worst=tuple(worst),
+        versions=_versions(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+    if record:
+        record_parity(artifact, report.to_record(), report.to_markdown())
+    return report
+
+
+def _check_same_model(manifest: Manifest, spec: ModelSpec) -> None:
+    made = (manifest.hidden_size, manifest.vocab_size)
+    if made != (spec.hidden_size, spec.vocab_size):
+        raise InputError(
+            f"the artifact was made from {manifest.source.id}, with hidden_size and vocab_size "
+            f"{made}; the reference {spec.source.id} has {(spec.hidden_size, spec.vocab_size)}"
+        )
+
+
+def _describe_source(spec: ModelSpec) -> str:
+    return spec.source.id + (f" at {spec.source.revision}" if spec.source.revision else "")
+
+
+def _token_gate(
+    task: EmbeddingTask | RerankerTask,
+    rows: Sequence[np.ndarray],
+    expected_rows: Sequence[Sequence[int]],
+) -> Gate:
+    different = [
+        i
+        for i, (ids, expected) in enumerate(zip(rows, expected_rows, strict=True))
+        if ids.tolist() != list(expected)
+    ]
+    detail = ""
+    if different:
+        i = different[0]
+        detail = (
+            f"{task.names[i]}, {excerpt(task.texts[i])!r}: "
+            f"{_first_difference(rows[i].tolist(), expected_rows[i])}"
+        )
+    return Gate("inputs with other token ids", len(different), "≤", 0, detail)
+
+
+def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> str:
+    shared = min(len(ids), len(expected))
+    position = next((i for i in range(shared) if ids[i] != expected[i]), shared)
+    artifact, reference = (
+        str(row[position]) if position < len(row) else "nothing" for row in (ids, expected)
+    )
+    return f"token {position} is {artifact}, in the reference {reference}"
+
+
+def _finite_gate(task: EmbeddingTask | RerankerTask, found: np.ndarray) -> Gate:
+    bad = np.flatnonzero(~finite_rows(found))
+    detail = ", ".join(task.names[i] for i in bad[:WORST])
+    return Gate("results with NaN or infinity", len(bad), "≤", 0, detail)
+
+
+def _run_references(
+    source: Reference,
+    rows: Sequence[Sequence[int]],
+    device: str,
+    precision: str,
+    progress: bool,
+) -> dict[str, np.ndarray]:
+    """Name of each run to its outputs, the one that the gates are about first."""
+    device = find_device(device)
+    outputs: dict[Arithmetic, np.ndarray] = {
+        arithmetic: run_reference(source, rows, arithmetic, device, progress=progress)
+        for arithmetic in choose_arithmetics(source, device)
+    }
+    preferred = "fp32" if precision == "fp32" else "fp16"
+    order = sorted(
+        outputs,
+        key=lambda each: (int((~finite_rows(outputs[each])).sum()), each != preferred),
+    )
+    return {describe(arithmetic, device): outputs[arithmetic] for arithmetic in order}
+
+
+def _find_worst(
+    task: EmbeddingTask | RerankerTask, found: np.ndarray, expected: np.ndarray
+) -> list[Worst]:
+    """The inputs farthest from the reference; those that are not finite come first."""
+    values = task.agreement(found, expected)
+    badness = np.where(np.isnan(values), np.inf, -values if task.sense == "≥" else values)
+    return [
+        Worst(task.names[i], float(values[i]), excerpt(task.texts[i]))
+        for i in np.argsort(-badness, kind="stable")[:WORST]
+    ]
+
+
+def _invariance_gate(
+    task: EmbeddingTask | RerankerTask, invariance: Mapping[str, float], thresholds: Thresholds
+) -> Gate:
+    values = np.array(list(invariance.values()))
+    # argmin and argmax find NaN first.
+    worst = int(values.argmin() if task.sense == "≥" else values.argmax())
+    limit = task.invariance_limit(thresholds)
+    return Gate(
+        "batch invariance", float(values[worst]), task.sense, limit, list(invariance)[worst]
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -1,0 +1,228 @@
+"""The two tasks behind one interface: their inputs, how they are run, and what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples
+from ..errors import InputError
+from ..runtimes import Embedder, Reranker
+from ..spec import Task
+from .measures import (
+    cosine_figures,
+    cosines,
+    difference_figures,
+    finite_rows,
+    rank_figures,
+    unit,
+)
+from .reference import Reference, embedding_ids, reranker_ids
+from .report import Comparison, Gate, Sense
+from .thresholds import Thresholds
+
+MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)
+# The narrowest width with a gate of its own: people store vectors of this width.
+MRL_GATE = 256
+
+
+@dataclass(frozen=True)
+class EmbeddingTask:
+    """Texts to vectors."""
+
+    samples: list[Sample]
+    sense: ClassVar[Sense] = "≥"  # of a cosine: more is better
+
+    @property
+    def names(self) -> list[str]:
+        """What the report calls each text."""
+        return [f"text {i} ({sample.prompt})" for i, sample in enumerate(self.samples)]
+
+    @property
+    def texts(self) -> list[str]:
+        """What the report shows of each."""
+        return [sample.text for sample in self.samples]
+
+    def artifact_ids(self, embedder: Embedder) -> list[np.ndarray]:
+        """Token ids as the artifact makes them."""
+        return [
+            embedder.tokenizer.encode([sample.text], embedder.prompt_text(sample.prompt)).ids[0]
+            for sample in self.samples
+        ]
+
+    def reference_ids(self, reference: Reference) -> list[list[int]]:
+        """Token ids as transformers makes them."""
+        return embedding_ids(reference, self.samples)
+
+    def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
+        """The artifact's vectors: float32 [texts, dim]."""
+        vectors = np.empty((len(self.samples), embedder.dim), np.float32)
+        for prompt in dict.fromkeys(sample.prompt for sample in self.samples):
+            rows = [i for i, sample in enumerate(self.samples) if sample.prompt == prompt]
+            texts = [self.samples[i].text for i in rows]
+            vectors[rows] = embedder.encode(texts, prompt=prompt, progress=progress)
+        return vectors
+
+    def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """The cosine of each vector: [n, dim] and [n, dim or more] to float64 [n]."""
+        return cosines(found, expected[:, : found.shape[1]])
+
+    def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
+        """The artifact's vectors against one run of the reference.
+
+        Args:
+            found: float32 [texts, dim].
+            expected: float32 [texts, hidden_size]; an artifact with a baked MRL dimension is
+                narrower.
+            run: The run's name.
+        """
+        width = found.shape[1]
+        expected = unit(expected[:, :width])
+        good = finite_rows(found) & finite_rows(expected)
+        is_query = np.array([sample.prompt == "query" for sample in self.samples])
+        queries, documents = good & is_query, good & ~is_query
+        # A plain product, as users compute it: a vector that is not of unit length shows.
+        scores = found[queries].astype(np.float64) @ found[documents].T
+        expected_scores = expected[queries] @ expected[documents].T
+        return Comparison(
+            reference=run,
+            reference_nonfinite=int((~finite_rows(expected)).sum()),
+            compared=int(good.sum()),
+            figures=cosine_figures(found[good], expected[good])
+            | difference_figures(scores, expected_scores)
+            | rank_figures(zip(scores, expected_scores, strict=True)),
+            dimensions={
+                dim: cosine_figures(found[good, :dim], expected[good, :dim])
+                for dim in MRL_DIMS
+                if dim < width and good.any()
+            },
+        )
+
+    def gates(
+        self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds
+    ) -> list[Gate]:
+        """The gates on the artifact's vectors [texts, dim] and their comparison."""
+        figures, limit = comparison.figures, thresholds.min_cosine
+        lengths = np.linalg.norm(found[finite_rows(found)].astype(np.float64), axis=1)
+        error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
+        gates = [
+            Gate("vectors' length to 1", error, "≤", thresholds.max_length_error),
+            Gate("minimum cosine", figures.get("minimum cosine", np.nan), "≥", limit),
+        ]
+        if MRL_GATE in comparison.dimensions:
+            value = comparison.dimensions[MRL_GATE]["minimum cosine"]
+            gates.append(Gate(f"minimum cosine at {MRL_GATE} dimensions", value, "≥", limit))
+        # Without queries there are no scores.
+        if "maximum score difference" in figures:
+            gates.append(_score_gate(comparison, thresholds))
+        return gates
+
+    def invariance_limit(self, thresholds: Thresholds) -> float:
+        """The limit for the invariance suite."""
+        return thresholds.min_invariance
+
+
+@dataclass(frozen=True)
+class RerankerTask:
+    """Pairs of texts to probabilities."""
+
+    pairs: list[Pair]
+    sense: ClassVar[Sense] = "≤"  # of a difference: less is better
+
+    @property
+    def names(self) -> list[str]:
+        """What the report calls each pair."""
+        return [f"pair {i}" for i in range(len(self.pairs))]
+
+    @property
+    def texts(self) -> list[str]:
+        """What the report shows of each."""
+        return [f"{pair.query} | {pair.document}" for pair in self.pairs]
+
+    def artifact_ids(self, reranker: Reranker) -> list[np.ndarray]:
+        """Token ids as the artifact makes them."""
+        return reranker.tokenizer.encode(self._tuples()).ids
+
+    def reference_ids(self, reference: Reference) -> list[list[int]]:
+        """Token ids as transformers makes them."""
+        return reranker_ids(reference, self.pairs)
+
+    def run(self, reranker: Reranker, *, progress: bool) -> np.ndarray:
+        """The artifact's scores: float32 [pairs]."""
+        return reranker.score(self._tuples(), progress=progress)
+
+    def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """The absolute difference of each score: [n] and [n] to float64 [n]."""
+        with np.errstate(invalid="ignore"):  # infinity - infinity
+            return np.abs(found.astype(np.float64) - expected)
+
+    def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
+        """The artifact's scores [pairs] against one run of the reference [pairs]."""
+        good = finite_rows(found) & finite_rows(expected)
+        rows_of: dict[str, list[int]] = {}
+        for i in np.flatnonzero(good):
+            rows_of.setdefault(self.pairs[i].query, []).append(i)
+        return Comparison(
+            reference=run,
+            reference_nonfinite=int((~finite_rows(expected)).sum()),
+            compared=int(good.sum()),
+            figures=difference_figures(found[good], expected[good])
+            | rank_figures((found[rows], expected[rows]) for rows in rows_of.values()),
+            dimensions={},
+        )
+
+    def gates(
+        self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds
+    ) -> list[Gate]:
+        """The gate on the comparison of the artifact's scores [pairs]."""
+        return [_score_gate(comparison, thresholds)]
+
+    def invariance_limit(self, thresholds: Thresholds) -> float:
+        """The limit for the invariance suite."""
+        return thresholds.max_invariance_difference
+
+    def _tuples(self) -> list[tuple[str, str]]:
+        return [(pair.query, pair.document) for pair in self.pairs]
+
+
+def _score_gate(comparison: Comparison, thresholds: Thresholds) -> Gate:
+    name = "maximum score difference"
+    value = comparison.figures.get(name, np.nan)
+    return Gate(name, value, "≤", thresholds.max_score_difference)
+
+
+def choose_inputs(
+    task: Task, texts: Sequence[str | Sample] | None, pairs: Sequence[tuple[str, str] | Pair] | None
+) -> EmbeddingTask | RerankerTask:
+    """The inputs of an artifact's task: the caller's, or the built-in ones.
+
+    Raises:
+        InputError: They are of the other task, or there are none.
+    """
+    if task == "embedding":
+        if pairs is not None:
+            raise InputError("the artifact is an embedding model: give texts, not pairs")
+        chosen = EmbeddingTask(builtin_samples() if texts is None else list(map(_sample, texts)))
+    else:
+        if texts is not None:
+            raise InputError("the artifact is a reranker: give pairs, not texts")
+        chosen = RerankerTask(builtin_pairs() if pairs is None else list(map(_pair, pairs)))
+    if isinstance(texts, str) or not chosen.texts:
+        given = pairs if texts is None else texts
+        raise InputError(f"give a list of at least one text or pair, found {given!r}")
+    return chosen
+
+
+def _sample(text: str | Sample) -> Sample:
+    return text if isinstance(text, Sample) else Sample(text)
+
+
+def _pair(pair: tuple[str, str] | Pair) -> Pair:
+    if isinstance(pair, Pair):
+        return pair
+    if isinstance(pair, str) or len(pair) != 2:
+        raise InputError(f"a pair should be (query, document), found {pair!r}")
+    return Pair(*pair)
