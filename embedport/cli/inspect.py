@@ -63,7 +63,10 @@ def _verdict(parity: dict[str, Any] | None) -> str:
     if parity is None:
         return "not validated"
     figures = parity["comparisons"][0]["figures"] if parity["comparisons"] else {}
-    words = ", ".join(f"{name} {value:.7g}" for name, value in figures.items())
+    words = ", ".join(
+        f"{name} {'NaN' if value is None else format(value, '.7g')}"
+        for name, value in figures.items()
+    )
     return f"{'holds' if parity['passed'] else 'does not hold'} ({parity['date']}): {words}"
 
 
