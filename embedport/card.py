@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .artifact import Manifest
+from .manifest import Manifest
 
 NOT_VALIDATED = "Not validated yet: `embedport validate {name} --reference {source}`"
 

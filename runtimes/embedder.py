@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..artifact import Artifact, Manifest
+from ..artifact import Artifact
 from ..errors import InputError
+from ..manifest import Manifest
 from ..prompts import EmbeddingTokenizer, Encoded
 from .batching import BATCH_TOKENS, run_batches
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Manifest, record_parity
+from ..artifact import record_parity
 from ..demo.samples import Pair, Sample
 from ..errors import InputError
+from ..manifest import Manifest
 from ..runtimes import load
 from ..spec import ModelSpec
 from .invariance import run_suite

@@ -30,7 +30,7 @@ def inspect(
 
     Example: embedport inspect Qwen/Qwen3-Embedding-0.6B
     """
-    from ..artifact import MANIFEST
+    from ..manifest import MANIFEST
 
     is_artifact = (Path(target).expanduser() / MANIFEST).is_file()
     facts = _artifact(target) if is_artifact else _checkpoint(target, revision)

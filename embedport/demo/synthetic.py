@@ -7,7 +7,6 @@ speed are the real ones: for the demo, the tests and the benchmarks. Written sha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.trainers import BpeTrainer
 
 from ..files import INDEX, SINGLE
-from ..prompts import DEFAULT_INSTRUCTION, append_end_of_text, query_prompt
-from ..spec import ModelSpec, Task
+from ..layout import write_json, write_sentence_transformers
+from ..prompts import append_end_of_text
+from ..spec import DEFAULT_PROMPTS, ModelSpec, Task
 
 # The words Qwen's tokenizer splits at, and its special tokens in the order of their ids
 # (tokenizer.json of Qwen3).
@@ -93,11 +93,11 @@ def write_checkpoint(
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     if task == "embedding":
         append_end_of_text(tokenizer, folder / "tokenizer.json")
-        _write_sentence_transformers(folder, geometry.hidden_size)
+        write_sentence_transformers(folder, geometry.hidden_size, DEFAULT_PROMPTS)
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab_size = geometry.vocab_size or tokenizer.get_vocab_size()
-    _write_json(folder / "config.json", _config(geometry, vocab_size, task, dtype, tokenizer))
-    _write_json(
+    write_json(folder / "config.json", _config(geometry, vocab_size, task, dtype, tokenizer))
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
@@ -176,45 +176,6 @@ def _config(
     }
 
 
-def _write_sentence_transformers(folder: Path, hidden_size: int) -> None:
-    classes = {
-        "": "sentence_transformers.models.Transformer",
-        "1_Pooling": "sentence_transformers.models.Pooling",
-        "2_Normalize": "sentence_transformers.models.Normalize",
-    }
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": kind}
-        for i, (path, kind) in enumerate(classes.items())
-    ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": hidden_size,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": False,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "pooling_mode_weightedmean_tokens": False,
-            "pooling_mode_lasttoken": True,
-            "include_prompt": True,
-        },
-    )
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "prompts": {"query": query_prompt(DEFAULT_INSTRUCTION), "document": ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-    )
-
-
-def _write_json(path: Path, values: object) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _write_shards(spec: ModelSpec, dtype: Any, shard_bytes: int, seed: int) -> None:
     folder = spec.source.folder
     prefix = "model." if spec.task == "reranker" else ""
@@ -230,7 +191,7 @@ def _write_shards(spec: ModelSpec, dtype: Any, shard_bytes: int, seed: int) -> N
             index[stored] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {}, "weight_map": index})
+        write_json(folder / INDEX, {"metadata": {}, "weight_map": index})
 
 
 def _group(

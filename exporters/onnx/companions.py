@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from ...errors import InputError
+from ...layout import write_sentence_transformers
 from ...prompts import append_end_of_text, load_tokenizer
 from ...spec import ModelSpec
 
@@ -18,11 +18,6 @@ COPIED = (
     "generation_config.json",
     "sentence_bert_config.json",
 )
-MODULES = {
-    "": "sentence_transformers.models.Transformer",
-    "1_Pooling": "sentence_transformers.models.Pooling",
-    "2_Normalize": "sentence_transformers.models.Normalize",
-}
 
 
 def write_companions(spec: ModelSpec, folder: Path) -> None:
@@ -42,7 +37,7 @@ def write_companions(spec: ModelSpec, folder: Path) -> None:
         raise InputError(f"{error.filename} cannot be copied: {error.strerror}") from error
     _write_tokenizer(spec, folder / "tokenizer.json")
     if spec.task == "embedding":
-        _write_sentence_transformers(spec, folder)
+        write_sentence_transformers(folder, spec.hidden_size, spec.prompts)
 
 
 def _write_tokenizer(spec: ModelSpec, path: Path) -> None:
@@ -56,37 +51,3 @@ def _write_tokenizer(spec: ModelSpec, path: Path) -> None:
             tokenizer.save(str(path))
             return
     shutil.copyfile(original, path)
-
-
-def _write_sentence_transformers(spec: ModelSpec, folder: Path) -> None:
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": kind}
-        for i, (path, kind) in enumerate(MODULES.items())
-    ]
-    _write_json(folder / "modules.json", modules)
-    _write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": spec.hidden_size,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": False,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "pooling_mode_weightedmean_tokens": False,
-            "pooling_mode_lasttoken": True,
-            "include_prompt": True,
-        },
-    )
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "prompts": dict(spec.prompts),
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-    )
-
-
-def _write_json(path: Path, values: object) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

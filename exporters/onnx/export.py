@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...artifact import Artifact, Manifest, SourceRecord, staged, write_manifest
+from ...artifact import Artifact, staged, write_manifest
 from ...demo.samples import (
     Sample,
     builtin_pairs,
@@ -21,6 +21,7 @@ from ...demo.samples import (
 from ...errors import EmbedportError, InputError
 from ...hub import fetch
 from ...integrity import record_files
+from ...manifest import Manifest, SourceRecord
 from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights

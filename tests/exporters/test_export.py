@@ -13,9 +13,10 @@ import onnx
 import pytest
 
 import embedport
-from embedport.artifact import Artifact, Manifest, record_parity, staged
+from embedport.artifact import Artifact, record_parity, staged
 from embedport.errors import CheckpointError, InputError, VerificationError
 from embedport.exporters.onnx import verify
+from embedport.manifest import Manifest
 
 
 def left_in(folder):

@@ -193,7 +193,8 @@ class TestDamagedArtifact:
             embedport.load(folder)
 
     def test_graph_that_onnxruntime_does_not_take(self, folder):
-        from embedport.artifact import Manifest, write_manifest
+        from embedport.artifact import write_manifest
+        from embedport.manifest import Manifest
 
         (folder / "onnx/model.onnx").write_bytes(b"not a graph")
         write_manifest(folder, Manifest.from_json(folder / "embedport.json"))

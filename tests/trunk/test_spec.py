@@ -9,6 +9,8 @@ from embedport import ModelSpec
 from embedport.demo.synthetic import QWEN3_0_6B, QWEN3_4B, QWEN3_8B
 from embedport.errors import CheckpointError, InputError
 from embedport.hub import fetch
+from embedport.layout import write_sentence_transformers
+from embedport.spec import DEFAULT_PROMPTS
 
 
 def edit(path, **changes):
@@ -34,7 +36,7 @@ def test_the_six_models(tmp_path, real_tokenizer, geometry, parameters, task):
     config = synthetic._config(geometry, geometry.vocab_size, task, "bfloat16", real_tokenizer)
     (tmp_path / "config.json").write_text(json.dumps(config))
     if task == "embedding":
-        synthetic._write_sentence_transformers(tmp_path, geometry.hidden_size)
+        write_sentence_transformers(tmp_path, geometry.hidden_size, DEFAULT_PROMPTS)
     spec = ModelSpec.from_checkpoint(tmp_path)
     assert spec.task == task
     assert (spec.hidden_size, spec.num_layers) == (geometry.hidden_size, geometry.num_layers)

@@ -1,0 +1,118 @@
+"""The manifest: embedport.json, all that is known of an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError
+from .integrity import FileRecord
+from .spec import Task
+
+FORMAT_VERSION = 1
+MANIFEST = "embedport.json"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The checkpoint an artifact was made from; `files` maps each shard to its sha256."""
+
+    id: str
+    revision: str | None
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that is known of an artifact.
+
+    Attributes:
+        task: "embedding" or "reranker".
+        dialect: Of the graph: "ort" or "standard".
+        precision: "fp32", "fp16" or "bf16".
+        output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
+        graph: The graph's path in the folder.
+        opset: Version of the graph's ONNX operators.
+        inputs: Names of the graph's inputs.
+        outputs: Names of the graph's outputs.
+        kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+        embedding_dim: Width of a vector; None for a reranker.
+        hidden_size: Width of the model.
+        vocab_size: Token ids are below this.
+        max_length: Tokens after which a text is cut, by default.
+        max_position_embeddings: Tokens of a text at most.
+        prompts: Prompt name to the text put before an input; empty for a reranker.
+        source: The checkpoint.
+        requires: Runtime package and its lowest version.
+        versions: Packages that made the artifact.
+        files: Relative path to size and sha256, of every file but the manifest and the card.
+        parity: Figures of the last validation, or None.
+    """
+
+    task: Task
+    dialect: str
+    precision: str
+    output: str
+    graph: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kept_in_fp32: tuple[str, ...]
+    embedding_dim: int | None
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+    max_position_embeddings: int
+    prompts: Mapping[str, str]
+    source: SourceRecord
+    requires: str
+    versions: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    parity: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The text of embedport.json."""
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Manifest:
+        """Read embedport.json.
+
+        Raises:
+            ArtifactError: It is missing, damaged, lacks a key, has an unknown one, or has a newer
+                format version.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format_version")
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path} is missing: {path.parent} is not an artifact; make one with "
+                "`embedport export onnx`"
+            ) from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path} has format version {version!r}, and this embedport reads up to "
+                f"{FORMAT_VERSION}: upgrade embedport"
+            )
+        known = {field.name for field in fields(cls)}
+        if values.keys() != known:
+            odd = ", ".join(sorted(values.keys() ^ known))
+            raise ArtifactError(f"{path}: missing or unknown keys: {odd}")
+        try:
+            for key in ("inputs", "outputs", "kept_in_fp32"):
+                values[key] = tuple(values[key])
+            values["source"] = SourceRecord(**values["source"])
+            values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
+        except (TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
+        for name in (values["graph"], *values["files"]):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
+        return cls(**values)
