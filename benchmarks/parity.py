@@ -1,4 +1,4 @@
-"""Parity at the 0.6B geometry with Qwen3's tokenizer: both tasks, dialects and 16-bit precisions."""
+"""Parity at the 0.6B geometry with Qwen3's tokenizer: both tasks, both dialects, 16 bits too."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         needs: Bytes that will be written, checked against the free space.
 
     Raises:
-        InputError: `output` exists, its parent cannot be written, or the disk is too small.
+        InputError: `output` exists, its parent cannot be written, the disk is too small or gets
+            full, or a file cannot be read or written on the way.
     """
     output = output.expanduser().absolute()
     _check_output(output, force)
@@ -91,6 +92,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         raise InputError(f"{output.parent} cannot be written: {error}") from error
     try:
         yield partial
+        _check_output(output, force)  # another export may have been quicker
         _put_in_place(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -98,7 +100,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
                 f"{output.parent}: disk full while writing; the artifact needs "
                 f"{needs / 1e9:.2f} GB. Nothing was left behind"
             ) from error
-        raise
+        raise InputError(f"{output} was not written: {error}. Nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

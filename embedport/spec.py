@@ -8,6 +8,7 @@ sentence_bert_config.json). Values that this project does not implement are refu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,7 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         """The number of weights, a tied lm_head counted once."""
-        shapes = self.tensor_shapes()
-        return sum(_product(shape) for shape in shapes.values())
+        return sum(map(math.prod, self.tensor_shapes().values()))
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name (in the `Qwen3Model` form, without "model.") to shape of every tensor needed."""
@@ -121,13 +121,6 @@ class ModelSpec:
         if self.task == "reranker" and not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 class _Config:
@@ -213,14 +206,16 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
 def _read_rope_theta(config: _Config) -> float:
     # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
     parameters = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise CheckpointError(
+            f"{config.path}: rope_parameters should be an object, found {parameters!r}"
+        )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise CheckpointError(
             f"{config.path}: rotary embedding of type {kind!r} is not supported, only 'default'"
         )
-    if "rope_theta" in parameters:
-        return float(parameters["rope_theta"])
-    return config.get("rope_theta", float)
+    return config.get("rope_theta", float, parameters.get("rope_theta"))
 
 
 def _read_modules(folder: Path) -> list[str]:

@@ -195,6 +195,15 @@ def test_two_exports_at_once_do_not_tidy_each_other_up(checkpoints, tmp_path):
     assert partial.exists()
 
 
+def test_another_export_was_quicker(tmp_path):
+    with (
+        pytest.raises(InputError, match="exists; choose another place"),
+        staged(tmp_path / "out", force=False, needs=0),
+    ):
+        (tmp_path / "out").mkdir()
+    assert left_in(tmp_path) == ["out"]
+
+
 def test_interrupted(checkpoints, tmp_path):
     def stop(stage, done, total):
         raise KeyboardInterrupt

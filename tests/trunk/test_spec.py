@@ -106,6 +106,8 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) should be a multiple of"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn' is not supported"),
+        ({"rope_scaling": [1]}, r"rope_parameters should be an object, found \[1\]"),
+        ({"rope_theta": None}, "rope_theta is missing"),
         ({"quantization_config": {"bits": 4}}, "already quantized"),
     ],
 )
