@@ -41,6 +41,7 @@ class Manifest:
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
         embedding_dim: Width of a vector; None for a reranker.
         hidden_size: Width of the model.
+        num_heads: Its query heads.
         vocab_size: Token ids are below this.
         max_length: Tokens after which a text is cut, by default.
         max_position_embeddings: Tokens of a text at most.
@@ -63,6 +64,7 @@ class Manifest:
     kept_in_fp32: tuple[str, ...]
     embedding_dim: int | None
     hidden_size: int
+    num_heads: int
     vocab_size: int
     max_length: int
     max_position_embeddings: int

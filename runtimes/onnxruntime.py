@@ -37,7 +37,7 @@ class OnnxModel:
     """
 
     def __init__(self, artifact: Artifact, device: str = "auto") -> None:
-        self._hidden = artifact.manifest.output == "hidden"
+        self._manifest = artifact.manifest
         self.device, self._session = _open_session(artifact, device)
         self.precision = artifact.manifest.precision
         if _is_emulated(artifact, self.device):
@@ -53,10 +53,38 @@ class OnnxModel:
 
         Returns:
             float32: embeddings [batch, dim] of unit length, or scores [batch].
+
+        Raises:
+            InputError: Attention would take more memory than there is.
         """
+        if self.device == "cpu" and self._manifest.dialect == "standard":
+            _check_memory(*input_ids.shape, self._manifest.num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
         output = self._session.run(None, feeds)[0]
-        return _pool(output, attention_mask) if self._hidden else output
+        return _pool(output, attention_mask) if self._manifest.output == "hidden" else output
+
+
+def _check_memory(batch: int, size: int, num_heads: int) -> None:
+    """Refuse what would get the process killed: the standard Attention holds all scores at once."""
+    needed = 2 * 4 * batch * num_heads * size * size  # scores and probabilities, in fp32
+    available = available_memory()
+    if available is not None and needed > available:
+        raise InputError(
+            f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB in the standard dialect "
+            f"on a CPU, and {available / 1e9:.0f} GB are free; load with a smaller max_length, or "
+            "export with --dialect ort, which takes little"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
+    )
 
 
 def _pool(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

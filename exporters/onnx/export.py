@@ -121,6 +121,7 @@ def export_onnx(
                 kept_in_fp32=chosen_precision.kept_in_fp32,
                 embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
                 hidden_size=spec.hidden_size,
+                num_heads=spec.num_heads,
                 vocab_size=spec.vocab_size,
                 max_length=max_length,
                 max_position_embeddings=spec.max_position_embeddings,

@@ -139,6 +139,41 @@ def test_devices(folders):
     assert embedport.load(folders / "embedding", device="auto").device in ("cpu", "cuda")
 
 
+def test_a_text_too_long_for_the_memory(tmp_path, checkpoints, monkeypatch):
+    """The standard dialect's attention is quadratic in the length: refused, not killed."""
+    from embedport.runtimes import onnxruntime as adapter
+
+    embedport.export(checkpoints("kv2"), tmp_path / "out", dialect="standard")
+    embedder = embedport.load(tmp_path / "out", device="cpu")
+    assert isinstance(embedder, embedport.Embedder)
+    monkeypatch.setattr(adapter, "available_memory", lambda: 10 * 2**20)
+    assert embedder.encode(["short"]).shape == (1, 64)
+    with pytest.raises(InputError, match=r"takes 7 GB in the standard dialect .* --dialect ort"):
+        embedder.encode(["word " * 5_000])
+    monkeypatch.setattr(adapter, "available_memory", lambda: None)
+    assert embedder.encode(["word " * 50]).shape == (1, 64)
+
+
+def test_memory_of_a_long_text_is_linear(embedder):
+    """The fused dialect's attention takes the flash kernel: 16,000 tokens in a child of its own."""
+    import subprocess
+    import sys
+
+    code = (
+        "import embedport, resource, sys\n"
+        "embedder = embedport.load(sys.argv[1], device='cpu')\n"
+        "embedder.encode(['short'])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "ids = embedder.tokenizer.encode(['word ' * 40_000]).ids[0][:16_000]\n"
+        "embedder.model(ids[None], ids[None] * 0 + 1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code, str(embedder.artifact.folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    # All scores of 4 heads would take 4 GB.
+    assert int(found.stdout) * 1024 < 1e9
+
+
 class TestDamagedArtifact:
     @pytest.fixture
     def folder(self, folders, copied):
