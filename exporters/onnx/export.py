@@ -34,8 +34,8 @@ from .verify import verify_graph
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
-# Massive activations show in a text's first tokens.
-CALIBRATION_TOKENS = 64
+# Massive activations show in a text's first tokens; a reranker's document begins after some 65.
+CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
 PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 Progress = Callable[[str, int, int], None]
@@ -189,7 +189,7 @@ def _calibrate(
     done = iter(range(1, layers + 1))
     largest = measure_activations(
         weights,
-        [row[:CALIBRATION_TOKENS] for row in rows],
+        [row[: CALIBRATION_TOKENS[weights.spec.task]] for row in rows],
         folder,
         lambda: progress("calibrate", next(done), layers),
     )
