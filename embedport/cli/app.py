@@ -5,16 +5,44 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import EmbedportError
 from ..version import __version__
 from . import demo, encode, export, inspect, rerank, validate
 
+
+class _StoppedError(Exception):
+    """Ctrl-C, at which typer would end without a word."""
+
+
+class _Verbs(TyperGroup):
+    """The verbs in the order in which a person needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Typer puts `export`, a group, after the commands."""
+        return sorted(super().list_commands(ctx), key=lambda name: name != "export")
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take `--debug` at the end too: it is added when a command has just failed."""
+        if args and args[-1] == "--debug" and "--" not in args:
+            args = ["--debug", *args[:-1]]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _StoppedError from error
+
+
 app = typer.Typer(
     name="embedport",
+    cls=_Verbs,
     help="Take a Qwen3-Embedding or Qwen3-Reranker checkpoint to ONNX, run it, and prove how close "
     "it stays to the reference.",
     add_completion=False,
@@ -52,15 +80,17 @@ def _options(
 def main() -> None:
     """Run the command line; what goes wrong is one line on standard error.
 
-    Typer itself ends quietly when it is interrupted (130) or its reader goes away (1).
+    Typer itself ends quietly when its reader goes away (1).
     """
     logging.basicConfig(format="embedport: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         app()
+    except _StoppedError:
+        _fail("interrupted", 130)
     except EmbedportError as error:
         _fail(str(error), error.exit_code)
     except Exception as error:
-        _fail(f"this is a bug: {type(error).__name__}: {error} (--debug shows where)", 1)
+        _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +12,10 @@ from .outputs import stderr_console, stdout_console
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ..demo.pipeline import Demo
+    from ..validation import Report
 
 NEXT = """\
 With a real checkpoint:
@@ -29,37 +32,69 @@ def demo(
 
     steps, console = stderr_console(), stdout_console()
     result = run_demo(out, lambda step: steps.print(f"{step} …", style="dim"))
-    _print(console, result)
+    _print_answers(console, result)
+    _print_parity(console, result)
+    console.rule("Where it is", align="left")
+    for artifact in result.artifacts:
+        console.print(f"  {artifact}", soft_wrap=True)
+    console.print(NEXT, soft_wrap=True)
     raise typer.Exit(0 if all(report.passed for report in result.reports) else 1)
 
 
-def _print(console: Console, result: Demo) -> None:
+def _print_answers(console: Console, result: Demo) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     from ..demo.pipeline import DOCUMENTS, QUERIES
 
-    console.rule("Embedding", align="left")
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("Cosine")
+    console.rule("The answers of random weights", align="left")
+    console.print(
+        "They mean nothing. What follows them, how close the artifacts stay to the reference, "
+        "means what it does for a trained model."
+    )
+    table = Table("Cosine", box=SIMPLE_HEAD)
     for document in DOCUMENTS:
-        table.add_column(f"{document[:24]}…", justify="right")
+        table.add_column(f"{document[:15]}…", justify="right")
     for query, row in zip(QUERIES, result.similarities, strict=True):
         table.add_row(query, *(f"{value:.4f}" for value in row))
     console.print(table)
-    console.rule("Reranking", align="left")
-    console.print(Text(result.query))
+    table = Table(box=SIMPLE_HEAD, expand=True)
+    table.add_column("Score", no_wrap=True)
+    table.add_column(result.query, overflow="ellipsis", no_wrap=True, ratio=1)
     for ranked in result.ranking:
-        console.print(Text(f"  {ranked.score:.4f}  {ranked.document[:70]}"))
-    for report in result.reports:
-        console.rule(f"Parity of the {report.task} artifact", align="left")
-        console.print(report)
-    console.rule("Where it is", align="left")
-    console.print(
-        "The weights are random: cosines and scores mean nothing here, parity with the reference "
-        "means what it does for a trained model."
-    )
-    for task in ("embedding", "reranker"):
-        console.print(f"  {result.folder / task}", soft_wrap=True)
-    console.print(NEXT, soft_wrap=True)
+        table.add_row(f"{ranked.score:.4f}", Text(ranked.document))
+    console.print(table)
+
+
+def _print_parity(console: Console, result: Demo) -> None:
+    console.rule("Parity with transformers", align="left")
+    if not result.reports:
+        console.print("Not measured, torch is missing: pip install 'embedport[torch]', then again.")
+        return
+    for task in dict.fromkeys(report.task for report in result.reports):
+        console.print(_parity([report for report in result.reports if report.task == task]))
+    console.print("All figures: README.md in each artifact's folder.")
+
+
+def _parity(reports: Sequence[Report]) -> Table:
+    """A column a precision: each gate's value and limit, then the other figures."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ..validation.report import number
+
+    first = reports[0]
+    table = Table(f"{first.task}, {first.inputs} inputs", box=SIMPLE_HEAD)
+    for report in reports:
+        table.add_column(report.precision, justify="right")
+    gates = [{gate.name: gate for gate in report.gates} for report in reports]
+    for name in gates[0]:
+        found = [each[name] for each in gates]
+        table.add_row(name, *(f"{number(g.value)} {g.sense} {number(g.limit)}" for g in found))
+    figures = [each.comparisons[0].figures if each.comparisons else {} for each in reports]
+    for name in figures[0]:
+        if name not in gates[0]:
+            table.add_row(name, *(number(each.get(name, float("nan"))) for each in figures))
+    table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
+    return table

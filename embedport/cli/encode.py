@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +10,14 @@ import typer
 
 from ..errors import InputError
 from .inputs import read_texts
-from .outputs import check_suffix, stdout_console, write_jsonl, write_npy
+from .outputs import check_output, stdout_console, to_json, write_jsonl, write_npy
 
 if TYPE_CHECKING:
     import numpy as np
 
-MOST_COMPARED = 8
+# What fits into 60 columns.
+SHOWN = 4
+MOST_COMPARED = 7
 
 
 def encode(
@@ -28,7 +29,12 @@ def encode(
         Path | None,
         typer.Option("--input", help=".txt, .jsonl, or - for standard input.", show_default=False),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="query, document, or a literal prompt.")] = "document",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="query, document (the default), or a literal prompt.", show_default=False
+        ),
+    ] = None,
     instruction: Annotated[
         str | None, typer.Option(help="Your own instruction for queries.", show_default=False)
     ] = None,
@@ -47,14 +53,10 @@ def encode(
 
     Example: embedport encode qwen3-fp32 "What is the capital of China?" --prompt query
     """
-    from ..prompts import query_prompt
     from ..runtimes import Embedder, load
 
-    check_suffix(out, ".npy", ".jsonl")
-    if instruction is not None:
-        if prompt != "document":
-            raise InputError("give --prompt or --instruction, not both")
-        prompt = query_prompt(instruction)
+    check_output(out, ".npy", ".jsonl")
+    prompt = _choose_prompt(prompt, instruction)
     inputs = read_texts(texts or [], file)
     embedder = load(artifact, device=device, max_length=max_length)
     if not isinstance(embedder, Embedder):
@@ -69,13 +71,22 @@ def encode(
         write_jsonl(out, rows)
     elif as_json or not sys.stdout.isatty():
         for row in rows:
-            typer.echo(json.dumps(row, ensure_ascii=False))
-        return
+            typer.echo(to_json(row))
     else:
         _print(inputs, vectors)
     if out is not None:
         count, width = vectors.shape
         typer.echo(f"{out}: {count:,} vectors of {width}, on {embedder.device}", err=True)
+
+
+def _choose_prompt(prompt: str | None, instruction: str | None) -> str:
+    if instruction is None:
+        return prompt or "document"
+    if prompt not in (None, "query"):
+        raise InputError("--instruction makes a prompt for queries: leave --prompt out")
+    from ..prompts import query_prompt
+
+    return query_prompt(instruction)
 
 
 def _print(texts: list[str], vectors: np.ndarray) -> None:
@@ -84,16 +95,19 @@ def _print(texts: list[str], vectors: np.ndarray) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console = stdout_console()
     table = Table(box=SIMPLE_HEAD, expand=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Text", overflow="ellipsis", no_wrap=True, ratio=1)
     table.add_column(f"First of {vectors.shape[1]} values", no_wrap=True)
-    compared = 2 <= len(texts) <= MOST_COMPARED
-    if compared:
-        table.add_column("Cosine to each", no_wrap=True)
     for i, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-        cells = [str(i), Text(" ".join(text.split())), " ".join(f"{x:+.3f}" for x in vector[:4])]
-        if compared:
-            cells.append(" ".join(f"{x:+.2f}" for x in vectors @ vector))
-        table.add_row(*cells)
-    stdout_console().print(table)
+        values = " ".join(f"{x:+.3f}" for x in vector[:SHOWN])
+        table.add_row(str(i), Text(" ".join(text.split())), values)
+    console.print(table)
+    if 2 <= len(texts) <= MOST_COMPARED:
+        cosines = Table("Cosine", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        for i in range(len(texts)):
+            cosines.add_column(str(i), justify="right", no_wrap=True)
+        for i, row in enumerate(vectors @ vectors.T):
+            cosines.add_row(Text(str(i), justify="right"), *(f"{x:.2f}" for x in row))
+        console.print(cosines)

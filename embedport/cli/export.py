@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -119,11 +120,15 @@ def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
 
 
 def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
+    from rich.text import Text
+
     manifest, console = artifact.manifest, stdout_console()
-    console.print(
-        f"[bold]{artifact.folder}[/bold]: {manifest.task}, {manifest.precision}, "
-        f"{manifest.dialect} dialect, {size_words(artifact.size)}, in {seconds:.1f} s"
+    facts = (
+        f"{manifest.task}, {manifest.precision}, {manifest.dialect} dialect, "
+        f"{size_words(artifact.size)}, in {seconds:.1f} s"
     )
+    line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
+    console.print(line, soft_wrap=True)
     if manifest.precision != "fp32":
         kept = ", ".join(manifest.kept_in_fp32) or "nothing"
         console.print(f"Kept in fp32: {kept}")
@@ -131,8 +136,9 @@ def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
     console.print("Next:")
     texts = '"What is the capital of China?"'
     texts += ' "The capital of China is Beijing."' if verb == "rerank" else " --prompt query"
+    folder = shlex.quote(str(artifact.folder))
     for command in (
-        f"embedport {verb} {artifact.folder} {texts}",
-        f"embedport validate {artifact.folder} --reference {checkpoint}",
+        f"embedport {verb} {folder} {texts}",
+        f"embedport validate {folder} --reference {shlex.quote(checkpoint)}",
     ):
-        console.print(f"  {command}", soft_wrap=True, markup=False)
+        console.print(f"  {command}", soft_wrap=True)

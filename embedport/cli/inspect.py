@@ -12,14 +12,17 @@ import typer
 from .outputs import size_words, stdout_console
 
 if TYPE_CHECKING:
-    from ..spec import ModelSpec
+    from collections.abc import Mapping
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+    from ..spec import ModelSpec
 
 
 def inspect(
     target: Annotated[
-        str, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
+        str,
+        typer.Argument(
+            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
+        ),
     ],
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)
@@ -32,45 +35,61 @@ def inspect(
     """
     from ..manifest import MANIFEST
 
-    is_artifact = (Path(target).expanduser() / MANIFEST).is_file()
-    facts = _artifact(target) if is_artifact else _checkpoint(target, revision)
+    if (Path(target).expanduser() / MANIFEST).is_file():
+        facts = _artifact_facts(target)
+        rows = _artifact_rows(facts)
+    else:
+        facts = _checkpoint_facts(target, revision)
+        rows = _checkpoint_rows(facts)
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        _print(facts)
+        _print(rows)
 
 
-def _artifact(folder: str) -> dict[str, Any]:
+def _artifact_facts(folder: str) -> dict[str, Any]:
+    """The manifest, and where it lies; opening it checks every file."""
     from ..artifact import Artifact
 
     artifact = Artifact.open(folder)
-    manifest = asdict(artifact.manifest)
-    files = {name: record["size"] for name, record in manifest.pop("files").items()}
-    source = manifest.pop("source")
-    parity = manifest.pop("parity")
-    return {
-        "artifact": folder,
-        "files": "all as the manifest says",
-        **manifest,
-        "source": source["id"] + (f" @ {source['revision']}" if source["revision"] else ""),
-        "parity": _verdict(parity),
-        "bytes": artifact.size,
-        "sizes": files,
+    return {"artifact": folder, "bytes": artifact.size, **asdict(artifact.manifest)}
+
+
+def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
+    vectors = f", vectors of {facts['embedding_dim']:,}" if facts["embedding_dim"] else ""
+    rows = {
+        "Artifact": facts["artifact"],
+        "Task": facts["task"] + vectors,
+        "Precision": facts["precision"],
+        "Graph": f"{facts['dialect']} dialect, opset {facts['opset']}: "
+        f"{', '.join(facts['inputs'])} to {', '.join(facts['outputs'])}",
+        "Longest text": _lengths(facts),
+        "Prompts": _prompts(facts["prompts"]),
+        "Source": _at(facts["source"]["id"], facts["source"]["revision"]),
+        "Runtime": facts["requires"],
+        "Made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "Parity": _verdict(facts["parity"]),
+        "Files": f"{size_words(facts['bytes'])}, all as the manifest says\n"
+        + "\n".join(f"{name}, {size_words(f['size'])}" for name, f in facts["files"].items()),
     }
+    if facts["precision"] != "fp32":
+        rows["Precision"] += f"; in fp32: {', '.join(facts['kept_in_fp32']) or 'nothing'}"
+    return rows
 
 
-def _verdict(parity: dict[str, Any] | None) -> str:
+def _verdict(parity: Mapping[str, Any] | None) -> str:
     if parity is None:
         return "not validated"
     figures = parity["comparisons"][0]["figures"] if parity["comparisons"] else {}
-    words = ", ".join(
+    words = [
         f"{name} {'NaN' if value is None else format(value, '.7g')}"
         for name, value in figures.items()
-    )
-    return f"{'holds' if parity['passed'] else 'does not hold'} ({parity['date']}): {words}"
+    ]
+    holds = "holds" if parity["passed"] else "does not hold"
+    return "\n".join([f"{holds} ({parity['date']})", *words])
 
 
-def _checkpoint(target: str, revision: str | None) -> dict[str, Any]:
+def _checkpoint_facts(target: str, revision: str | None) -> dict[str, Any]:
     from ..spec import ModelSpec
 
     spec = ModelSpec.from_checkpoint(target, revision=revision)
@@ -81,41 +100,84 @@ def _checkpoint(target: str, revision: str | None) -> dict[str, Any]:
         "revision": source["revision"],
         **facts,
         "parameters": spec.parameters,
-        "bytes": {name: spec.parameters * size for name, size in BYTES.items()},
-        "stored": _stored(spec),
+        "weights": _weights(spec),
+        "artifact_bytes": _artifact_bytes(spec),
     }
 
 
-def _stored(spec: ModelSpec) -> str:
-    """Dtypes and shards, where the weights are on this disk."""
+def _weights(spec: ModelSpec) -> dict[str, Any] | None:
+    """The tensors' dtypes and shards; None where they are not on this disk."""
     from ..weights import Weights
 
     if not any(spec.source.folder.glob("*.safetensors")):
-        return "weights not downloaded"
+        return None
     weights = Weights(spec)
-    dtypes = sorted({info.dtype for info in weights.tensors.values()})
-    return f"{len(weights.tensors)} tensors in {len(weights.files)} file(s), {', '.join(dtypes)}"
+    return {
+        "tensors": len(weights.tensors),
+        "dtypes": sorted({info.dtype for info in weights.tensors.values()}),
+        "shards": {path.name: path.stat().st_size for path in weights.files},
+    }
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
+    """About how large an artifact would be, by precision: the weights and the rotary tables."""
+    from ..exporters.onnx.precision import PRECISIONS
+
+    values = spec.parameters + spec.max_position_embeddings * spec.head_dim
+    if spec.task == "reranker" and not spec.tied:
+        values -= spec.vocab_size * spec.hidden_size  # one row of the head is enough
+    return {name: int(values * each.compute.itemsize) for name, each in PRECISIONS.items()}
+
+
+def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
+    sizes = [f"{size_words(size)} in {name}" for name, size in facts["artifact_bytes"].items()]
+    return {
+        "Checkpoint": _at(facts["checkpoint"], facts["revision"]),
+        "Task": facts["task"],
+        "Layers": f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}, intermediate "
+        f"{facts['intermediate_size']:,}",
+        "Heads": f"{facts['num_heads']}, {facts['num_kv_heads']} for keys and values, each of "
+        f"{facts['head_dim']}",
+        "Vocabulary": f"{facts['vocab_size']:,}, head {'tied' if facts['tied'] else 'not tied'}",
+        "Longest text": _lengths(facts),
+        "Prompts": _prompts(facts["prompts"] if facts["task"] == "embedding" else {}),
+        "Parameters": f"{facts['parameters']:,}",
+        "Weights": _shards(facts["weights"]),
+        "As an artifact": f"about {', '.join(sizes)}",
+    }
+
+
+def _shards(weights: Mapping[str, Any] | None) -> str:
+    if weights is None:
+        return "not on this disk"
+    shards = weights["shards"]
+    files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+    return (
+        f"{weights['tensors']} tensors, {', '.join(weights['dtypes'])}, {files}, "
+        f"{size_words(sum(shards.values()))}"
+    )
+
+
+def _lengths(facts: dict[str, Any]) -> str:
+    positions = f"the model has {facts['max_position_embeddings']:,} positions"
+    return f"{facts['max_length']:,} tokens; {positions}"
+
+
+def _prompts(prompts: Mapping[str, str]) -> str:
+    return "\n".join(f"{name}: {prompt!r}" for name, prompt in prompts.items()) or "none"
+
+
+def _at(source: str, revision: str | None) -> str:
+    return f"{source} @ {revision}" if revision else source
+
+
+def _print(rows: dict[str, str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), Text(_words(name, value)))
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
     stdout_console().print(table)
-
-
-def _words(name: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {_words(name, each)}" for key, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "nothing"
-    if name in ("bytes", "sizes"):
-        return size_words(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return repr(value) if name == "prompts" else str(value)

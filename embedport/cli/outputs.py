@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -17,17 +18,20 @@ if TYPE_CHECKING:
 
 
 def stderr_console() -> Console:
-    """A console for people, which leaves standard output to results."""
+    """A console for people, which leaves standard output to results.
+
+    Without rich's markup, which a path or a text may look like.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
 
 
 def stdout_console() -> Console:
-    """A console for results that people read."""
+    """A console for results that people read; without markup too."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False)
 
 
 @contextlib.contextmanager
@@ -56,14 +60,34 @@ def size_words(size: int) -> str:
     return f"{size} B"
 
 
-def check_suffix(path: Path | None, *suffixes: str) -> None:
-    """Refuse an output file of an unknown kind before any work is done.
+def check_output(path: Path | None, *suffixes: str) -> None:
+    """Refuse an output file before any work is done.
 
     Raises:
-        InputError: The name ends with none of the suffixes.
+        InputError: The name ends with none of the suffixes, or its folder does not exist.
     """
-    if path is not None and path.suffix not in suffixes:
+    if path is None:
+        return
+    if path.suffix not in suffixes:
         raise InputError(f"{path} should end with {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: no folder {path.parent}")
+
+
+def to_json(row: object) -> str:
+    """A line of JSON, in which NaN and infinity, which JSON lacks, are null."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(row), ensure_ascii=False)
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,4 +108,4 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> None:
     """Write an object a line."""
     with _written(path) as file:
         for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
+            file.write(f"{to_json(row)}\n".encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from ..errors import InputError
 from .inputs import read_texts
-from .outputs import check_suffix, stdout_console, write_jsonl
+from .outputs import check_output, stdout_console, to_json, write_jsonl
 
 if TYPE_CHECKING:
     from ..runtimes import Ranked
@@ -53,7 +52,7 @@ def rerank(
     from ..prompts import DEFAULT_INSTRUCTION
     from ..runtimes import Reranker, load
 
-    check_suffix(out, ".jsonl")
+    check_output(out, ".jsonl")
     inputs = read_texts(documents or [], file)
     reranker = load(artifact, device=device, max_length=max_length)
     if not isinstance(reranker, Reranker):
@@ -71,7 +70,7 @@ def rerank(
         typer.echo(f"{out}: {len(ranking):,} documents, on {reranker.device}", err=True)
     elif as_json or not sys.stdout.isatty():
         for ranked in ranking:
-            typer.echo(json.dumps(asdict(ranked), ensure_ascii=False))
+            typer.echo(to_json(asdict(ranked)))
     else:
         _print(ranking)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .outputs import check_suffix, stdout_console, write_text
+from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
     from ..demo.samples import Pair, Sample
@@ -53,7 +53,7 @@ def validate(
     """
     from ..validation import validate as run
 
-    check_suffix(report, ".json", ".md")
+    check_output(report, ".json", ".md")
     texts, pairs = _read(artifact, file)
     result = run(
         artifact,
@@ -73,6 +73,10 @@ def validate(
         typer.echo(result.to_json())
     else:
         stdout_console().print(result)
+    if record:
+        stderr_console().print(
+            f"Recorded in {artifact}: embedport.json and README.md", soft_wrap=True
+        )
     raise typer.Exit(0 if result.passed else 1)
 
 

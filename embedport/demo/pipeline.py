@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from ..exporters import export
 from ..runtimes import Embedder, Ranked, Reranker, load
+from ..spec import Task
 from .samples import builtin_pairs, builtin_samples
 from .synthetic import Geometry, train_tokenizer, write_checkpoint
 
@@ -34,6 +35,8 @@ DOCUMENTS = [
     "Gravity is a force that attracts two bodies towards each other. It gives weight to physical "
     "objects and is responsible for the movement of planets around the sun.",
 ]
+TASKS: tuple[Task, ...] = ("embedding", "reranker")
+PRECISIONS = ("fp32", "fp16")
 MARKER = "demo.txt"
 
 
@@ -42,14 +45,14 @@ class Demo:
     """What the demo made and found.
 
     Attributes:
-        folder: Where everything is.
+        artifacts: What was exported, each task in each precision.
         similarities: float32 [2, 2], QUERIES by DOCUMENTS.
         query: The query that was reranked.
         ranking: Its documents.
         reports: The validations; empty where torch is not installed.
     """
 
-    folder: Path
+    artifacts: list[Path]
     similarities: np.ndarray
     query: str
     ranking: list[Ranked]
@@ -70,32 +73,35 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
     say("Making a small embedder and reranker with random weights, in the hub's layout")
     tokenizer = train_tokenizer([sample.text for sample in builtin_samples()], VOCABULARY)
     checkpoints = folder / "checkpoints"
-    write_checkpoint(checkpoints / "embedding", GEOMETRY, "embedding", tokenizer)
-    write_checkpoint(checkpoints / "reranker", GEOMETRY, "reranker", tokenizer, seed=1)
-    for task in ("embedding", "reranker"):
-        say(f"Exporting the {task} checkpoint to ONNX")
-        export(checkpoints / task, folder / task)
-    say("Running both")
-    embedder, reranker = (load(folder / task) for task in ("embedding", "reranker"))
+    artifacts: dict[Path, Path] = {}
+    for seed, task in enumerate(TASKS):
+        checkpoint = write_checkpoint(checkpoints / task, GEOMETRY, task, tokenizer, seed=seed)
+        for precision in PRECISIONS:
+            say(f"Exporting the {task} checkpoint to ONNX in {precision}")
+            artifact = export(checkpoint, folder / f"{task}-{precision}", precision=precision)
+            artifacts[artifact.folder] = checkpoint
+    say("Running both in fp32")
+    embedder, reranker = (load(folder / f"{task}-fp32") for task in TASKS)
     assert isinstance(embedder, Embedder)
     assert isinstance(reranker, Reranker)
     queries = embedder.encode(QUERIES, prompt="query")
     documents = embedder.encode(DOCUMENTS)
     query = builtin_pairs()[0].query
     ranking = reranker.rank(query, [p.document for p in builtin_pairs() if p.query == query])
-    return Demo(folder, queries @ documents.T, query, ranking, _validate(folder, say))
+    reports = _validate(artifacts, say)
+    return Demo(list(artifacts), queries @ documents.T, query, ranking, reports)
 
 
-def _validate(folder: Path, say: Callable[[str], None]) -> list[Report]:
+def _validate(artifacts: dict[Path, Path], say: Callable[[str], None]) -> list[Report]:
+    """Each artifact against its checkpoint."""
     if find_spec("torch") is None or find_spec("transformers") is None:
-        say("Not validating: torch is missing; pip install 'embedport[torch]'")
         return []
     from ..validation import validate
 
     reports = []
-    for task in ("embedding", "reranker"):
-        say(f"Validating the {task} artifact against transformers")
-        reports.append(validate(folder / task, folder / "checkpoints" / task))
+    for artifact, checkpoint in artifacts.items():
+        say(f"Validating {artifact.name} against transformers")
+        reports.append(validate(artifact, checkpoint))
     return reports
 
 

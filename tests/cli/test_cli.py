@@ -1,6 +1,7 @@
 """The command line as a person and as a program use it."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ import pytest
 
 import embedport
 from embedport.cli import main
+from embedport.demo.samples import builtin_pairs, builtin_samples
 
 TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +26,16 @@ def folders(tmp_path_factory, checkpoints):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """A function (arguments, stdin) -> (exit code, standard output, standard error)."""
+    """A function (arguments, stdin) -> (exit code, standard output, standard error).
 
-    def call(*arguments, stdin=None):
+    With `terminal`, standard output is a terminal of 60 columns.
+    """
+
+    def call(*arguments, stdin=None, terminal=False):
         import io
+
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        monkeypatch.setenv("COLUMNS", "60" if terminal else "80")
 
         monkeypatch.setattr(sys, "argv", ["embedport", *map(str, arguments)])
         buffer = io.BytesIO((stdin or "").encode())
@@ -34,7 +43,7 @@ def run(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             main()
         captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
+        return ended.value.code or 0, STYLE.sub("", captured.out), captured.err
 
     return call
 
@@ -68,6 +77,13 @@ class TestExport:
         assert (code, out) == (2, "")
         assert "exists; choose another place or replace it with --force" in err
         assert run(*arguments, "--force")[0] == 0
+
+    def test_path_that_looks_like_markup(self, run, checkpoints, tmp_path):
+        output = tmp_path / "a model [/x]"
+        code, out, _ = run("export", "onnx", checkpoints("kv2"), "-o", output)
+        assert code == 0
+        assert out.startswith(f"{output}: embedding, fp32")
+        assert f"embedport encode '{output}' " in out
 
     def test_hidden(self, run, checkpoints, tmp_path):
         code, _, _ = run(
@@ -120,6 +136,37 @@ class TestEncode:
         assert code == 0
         assert json_lines(out)[0]["embedding"] == json_lines(literal)[0]["embedding"]
 
+        again = run(
+            "encode",
+            folders / "embedding",
+            "noise",
+            "--instruction",
+            "Find it",
+            "--prompt",
+            "query",
+        )[1]
+        assert again == out
+
+    def test_terminal(self, run, folders):
+        code, out, _ = run("encode", folders / "embedding", *TEXTS, terminal=True)
+        assert code == 0
+        vectors = embedport.load(folders / "embedding").encode(TEXTS)  # ty: ignore
+        for i, text in enumerate(TEXTS):
+            values = " ".join(f"{value:+.3f}" for value in vectors[i, :4])
+            line = next(line.split("  ") for line in out.splitlines() if values in line)
+            assert text.startswith(line[2].strip().rstrip("…")), line
+        cosines = " ".join(f"{value:.2f}" for value in vectors @ vectors[2])
+        assert f"2 {cosines}" in [" ".join(line.split()) for line in out.splitlines()]
+        assert max(map(len, out.splitlines())) <= 60
+
+    def test_nan_is_null(self, run, folders, monkeypatch):
+        def encode(_self, texts, **_options):
+            return np.full((len(texts), 2), [np.nan, 0.5], np.float32)
+
+        monkeypatch.setattr(embedport.Embedder, "encode", encode)
+        out = run("encode", folders / "embedding", "text")[1]
+        assert json.loads(out) == {"text": "text", "embedding": [None, 0.5]}
+
     def test_truncation_is_said(self, run, folders, tmp_path):
         command = [sys.executable, "-m", "embedport", "encode", str(folders / "embedding")]
         found = subprocess.run(
@@ -137,6 +184,15 @@ class TestRerank:
         assert len(rows) == 2
         assert rows[0]["score"] >= rows[1]["score"]
         assert TEXTS[rows[0]["index"]] == rows[0]["document"]
+
+    def test_terminal(self, run, folders):
+        documents = ["A long document, longer than a line of sixty columns can be.", "Short."]
+        code, out, _ = run("rerank", folders / "reranker", "query", *documents, terminal=True)
+        assert code == 0
+        rows = [line.split() for line in out.splitlines() if "…" in line or "Short." in line]
+        assert [row[0] for row in rows] == ["1", "2"]
+        assert float(rows[0][1]) >= float(rows[1][1])
+        assert {row[2] for row in rows} == {"0", "1"}
 
     def test_file(self, run, folders, tmp_path):
         code, out, _ = run(
@@ -164,7 +220,7 @@ class TestValidate:
     def test_pairs(self, run, folders, checkpoints, tmp_path):
         rows = [{"query": "q", "document": text} for text in TEXTS]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        code, out, _ = run(
+        code, out, err = run(
             *("validate", folders / "reranker", "--reference", checkpoints("kv2", "reranker")),
             *("--input", tmp_path / "pairs.jsonl", "--json"),
         )
@@ -173,6 +229,18 @@ class TestValidate:
         parity = embedport.Artifact.open(folders / "reranker").manifest.parity
         assert parity is not None
         assert parity["passed"]
+        assert "README.md" in err
+
+    def test_without_torch(self, folders, checkpoints):
+        code = "import sys; sys.modules['torch'] = None\nfrom embedport.cli import main; main()"
+        arguments = ("validate", folders / "embedding", "--reference", checkpoints("kv2"))
+        found = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+        )
+        assert found.returncode == 2
+        assert found.stderr == (
+            "embedport: torch is not installed: pip install 'embedport[torch]'\n"
+        )
 
 
 class TestInspect:
@@ -180,29 +248,72 @@ class TestInspect:
         facts = json.loads(run("inspect", checkpoints("kv1"), "--json")[1])
         assert facts["task"] == "embedding"
         assert (facts["num_kv_heads"], facts["head_dim"]) == (1, 32)
-        assert facts["bytes"]["fp32"] == 4 * facts["parameters"]
+        assert facts["weights"]["dtypes"] == ["BF16"]
+        assert list(facts["weights"]["shards"]) == ["model.safetensors"]
         code, out, _ = run("inspect", checkpoints("kv1"))
         assert code == 0
-        assert "num kv heads" in out
+        assert "4, 1 for keys and values, each of 32" in out
+
+    @pytest.mark.parametrize("task", ["embedding", "reranker"])
+    def test_estimated_size(self, run, folders, checkpoints, task):
+        facts = json.loads(run("inspect", checkpoints("kv2", task), "--json")[1])
+        found = json.loads(run("inspect", folders / task, "--json")[1])
+        weights = found["files"]["onnx/model.onnx_data"]["size"]
+        assert facts["artifact_bytes"]["fp32"] == pytest.approx(weights, rel=0.01)
+
+    def test_configuration_only(self, run, checkpoints, copied):
+        folder = copied(checkpoints("kv2"))
+        (folder / "model.safetensors").unlink()
+        assert "not on this disk" in run("inspect", folder)[1]
 
     def test_artifact(self, run, folders):
         facts = json.loads(run("inspect", folders / "embedding", "--json")[1])
-        assert facts["files"] == "all as the manifest says"
-        assert facts["parity"] == "not validated"
+        assert facts["files"].keys() >= {"onnx/model.onnx", "tokenizer.json"}
+        assert facts["parity"] is None
         assert facts["precision"] == "fp32"
-        assert run("inspect", folders / "embedding")[0] == 0
-
-
-def test_demo(run, tmp_path):
-    for _ in range(2):  # an earlier demo's folder is replaced
-        code, out, _ = run("demo", "-o", tmp_path / "demo")
+        code, out, _ = run("inspect", folders / "embedding")
         assert code == 0
-        assert out.count("Holds: ") == 2
-        assert "The weights are random" in out
-    (tmp_path / "mine").mkdir()
-    code, _, err = run("demo", "-o", tmp_path / "mine")
+        assert "all as the manifest says" in out
+        assert "not validated" in out
+
+    def test_damage(self, run, folders, copied):
+        folder = copied(folders / "embedding")
+        (folder / "tokenizer.json").write_text("{}")
+        code, out, err = run("inspect", folder)
+        assert (code, out) == (2, "")
+        assert "tokenizer.json should have" in err
+
+
+def test_demo(run, tmp_path, monkeypatch):
+    # Long texts take the most time and add nothing to what is tested here.
+    short = [sample for sample in builtin_samples() if len(sample.text) < 200]
+    pairs = [pair for pair in builtin_pairs() if len(pair.document) < 200]
+    monkeypatch.setattr("embedport.validation.tasks.builtin_samples", lambda: short)
+    monkeypatch.setattr("embedport.validation.tasks.builtin_pairs", lambda: pairs)
+    code, out, _ = run("demo", "-o", tmp_path / "demo")
+    assert code == 0
+    assert "random weights" in out
+    assert out.count("minimum cosine") == 1
+    assert out.count("maximum score difference") == 2
+    assert out.count("holds") == 4
+    for name in ("embedding-fp32", "embedding-fp16", "reranker-fp32", "reranker-fp16"):
+        parity = embedport.Artifact.open(tmp_path / "demo" / name).manifest.parity
+        assert parity is not None
+        assert parity["passed"]
+    # An earlier demo's folder is replaced. Without torch there is no reference.
+    monkeypatch.setattr("embedport.demo.pipeline.find_spec", lambda name: None)
+    code, out, _ = run("demo", "-o", tmp_path / "demo")
+    assert code == 0
+    assert "pip install 'embedport[torch]'" in out
+    parity = embedport.Artifact.open(tmp_path / "demo" / "embedding-fp32").manifest.parity
+    assert parity is None
+
+
+def test_demo_replaces_only_its_own(run, tmp_path):
+    code, _, err = run("demo", "-o", tmp_path)
     assert code == 2
     assert "is not an earlier demo's" in err
+    assert tmp_path.is_dir()
 
 
 class TestErrors:
@@ -232,6 +343,11 @@ class TestErrors:
                 ["export", "onnx", "{kv2}", "-o", "{here}/out", "--precision", "x"],
                 "precision should",
             ),
+            (["export", "onnx", "{here}/bert", "-o", "{here}/out"], "model_type should be 'qwen3'"),
+            (
+                ["encode", "{embedding}", "a", "--instruction", "b", "--prompt", "c"],
+                "leave --prompt",
+            ),
             (["inspect", "{here}"], "config.json is missing"),
             (["validate", "{embedding}", "--reference", "{here}"], "config.json is missing"),
         ],
@@ -241,7 +357,9 @@ class TestErrors:
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "?"}\n')
         (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
-        before = sorted(tmp_path.iterdir())
+        (tmp_path / "bert").mkdir()
+        (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+        before = sorted(tmp_path.rglob("*"))
         places = {
             "here": tmp_path,
             "embedding": folders / "embedding",
@@ -253,7 +371,7 @@ class TestErrors:
         assert err.startswith("embedport: ")
         assert err.count("\n") == 1
         assert message in err
-        assert sorted(tmp_path.iterdir()) == before
+        assert sorted(tmp_path.rglob("*")) == before
 
     def test_unknown_option(self, run):
         code, _, err = run("encode", "--colour")
@@ -261,9 +379,14 @@ class TestErrors:
         assert "No such option: --colour" in err
 
     def test_debug_shows_where(self, run):
-        code, _, err = run("--debug", "encode", "nowhere", "text")
-        assert code == 2
-        assert "Traceback" in err
+        for arguments in (
+            ("--debug", "encode", "nowhere", "text"),
+            ("encode", "nowhere", "text", "--debug"),
+        ):
+            code, _, err = run(*arguments)
+            assert code == 2
+            assert "Traceback" in err
+            assert err.endswith("embedport: nowhere: no such folder\n")
 
     def test_a_bug_is_called_one(self, run, folders, monkeypatch):
         from embedport import runtimes
@@ -274,7 +397,9 @@ class TestErrors:
         monkeypatch.setattr(runtimes, "load", fail)
         code, _, err = run("encode", folders / "embedding", "text")
         assert code == 1
-        assert err == "embedport: this is a bug: ZeroDivisionError: oops (--debug shows where)\n"
+        assert err == (
+            "embedport: this is a bug: ZeroDivisionError: oops (run it again with --debug)\n"
+        )
 
     def test_interrupted(self, run, folders, monkeypatch):
         from embedport import runtimes
@@ -284,8 +409,7 @@ class TestErrors:
 
         monkeypatch.setattr(runtimes, "load", interrupt)
         code, out, err = run("encode", folders / "embedding", "text")
-        assert (code, out) == (130, "")
-        assert "Traceback" not in err
+        assert (code, out, err) == (130, "", "embedport: interrupted\n")
 
     def test_reader_that_goes_away(self, folders):
         command = f"yes text | head -3000 | {sys.executable} -m embedport encode "
