@@ -126,7 +126,7 @@ def _encode(
 ) -> Encoded:
     if isinstance(texts, str):
         raise InputError("texts should be a list of strings, found one string")
-    inputs = [complete(check_text(i, text)) for i, text in enumerate(texts)]
+    inputs = [check_text(i, complete(check_text(i, text))) for i, text in enumerate(texts)]
     encodings = tokenizer.encode_batch_fast(inputs, add_special_tokens=special)
     return Encoded(
         [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings],

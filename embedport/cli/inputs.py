@@ -27,7 +27,13 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
     if file is not None and str(file) != "-":
         from ..demo.samples import read_samples
 
-        return [sample.text for sample in read_samples(file)]
+        samples = read_samples(file)
+        if any(sample.prompt != "document" for sample in samples):
+            raise InputError(
+                f"{file} names prompts text by text, which `validate` reads; here one prompt is "
+                "for all: take them out of the file, and give --prompt"
+            )
+        return [sample.text for sample in samples]
     if file is None and sys.stdin.isatty():
         raise InputError("no texts: give them as arguments, with --input, or on standard input")
     try:

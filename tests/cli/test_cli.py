@@ -334,6 +334,7 @@ class TestErrors:
             (["encode", "{embedding}", "--input", "{here}/empty.txt"], "holds no text"),
             (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "bad.jsonl:2 should be"),
             (["encode", "{embedding}", "--input", "{here}/lone.jsonl"], "lone surrogate U+D800"),
+            (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "names prompts text by"),
             (["encode", "{reranker}", "a"], "use `embedport rerank`"),
             (["rerank", "{embedding}", "q", "a"], "use `embedport encode`"),
             (["rerank", "{reranker}", "q", "a", "--top-k", "0"], "top_k should be at least 1"),
@@ -356,6 +357,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "?"}\n')
+        (tmp_path / "mixed.jsonl").write_text('{"text": "a", "prompt": "query"}\n')
         (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
         (tmp_path / "bert").mkdir()
         (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')

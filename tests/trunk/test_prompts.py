@@ -137,6 +137,8 @@ def test_bad_texts(folders):
         tokenizer.encode([7])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="list of strings, found one string"):
         tokenizer.encode("one string")
+    with pytest.raises(InputError, match="lone surrogate"):
+        tokenizer.encode(["fine"], "bad prompt \udcff")
     pairs = RerankerTokenizer(folders["reranker"] / "tokenizer.json", 200)
     with pytest.raises(InputError, match="pair 0 should be"):
         pairs.encode(["query only"])  # ty: ignore[invalid-argument-type]
