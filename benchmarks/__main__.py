@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import backend, export, inference, parity
+from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
-Rounds = Annotated[int, typer.Option(help="Interleaved rounds.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        file_okay=False,
+        help="A checkpoint's folder; random weights at the geometry unless given.",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 
 
 @app.callback()
@@ -23,21 +34,21 @@ def everything(context: typer.Context) -> None:
 
 
 @app.command("export")
-def _export(rounds: Rounds = 3) -> None:
+def _export(rounds: Rounds = 3, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Export time and memory against optimum-onnx."""
-    export.against_peer(rounds)
+    export.against_peer(rounds, checkpoint, out)
 
 
 @app.command("export-8b")
-def _export_8b(precision: str = "bf16") -> None:
+def _export_8b(precision: str = "bf16", checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Peak memory of exporting the 8B geometry."""
-    export.large(precision)
+    export.large(precision, checkpoint, out)
 
 
 @app.command("inference")
-def _inference(rounds: Rounds = 7) -> None:
+def _inference(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Tokens a second in fp32 against optimum-onnx's graph."""
-    inference.against_peer(rounds)
+    inference.against_peer(rounds, checkpoint, out)
 
 
 @app.command("parity")

@@ -12,7 +12,7 @@ import embedport
 from embedport.demo.samples import builtin_samples
 
 from .checkpoint import checkpoint
-from .machine import save
+from .machine import print_table, save
 from .process import peer, run
 
 
@@ -35,4 +35,8 @@ def in_sentence_transformers() -> None:
                 "minimum_cosine": float((mine * theirs[prompt]).sum(axis=1).min()),
                 "largest_difference": float(np.abs(mine - theirs[prompt]).max()),
             }
+    print_table(
+        ["sentence-transformers", "minimum cosine", "largest difference"],
+        [[prompt, *each.values()] for prompt, each in figures.items()],
+    )
     save("sentence-transformers-onnx", {"texts": len(texts), **figures})

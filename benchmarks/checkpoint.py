@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,21 @@ def checkpoint(geometry: str) -> Path:
         )
         (folder / "made").touch()
     return folder
+
+
+def require_space(needed: int) -> None:
+    """Stop before a disk is filled.
+
+    Args:
+        needed: Bytes that are about to be written under build/benchmarks/.
+
+    Raises:
+        RuntimeError: Fewer are free.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(CACHE).free
+    if free < needed:
+        raise RuntimeError(f"{CACHE}: {needed / 1e9:.0f} GB needed, {free / 1e9:.0f} GB free")
 
 
 def make(geometry: str, folder: str, task: str) -> None:

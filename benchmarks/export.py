@@ -7,18 +7,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .checkpoint import CACHE, checkpoint
-from .machine import save
-from .process import Run, ours, peer, run
+from .checkpoint import CACHE, checkpoint, require_space
+from .machine import RESULTS, print_table, save
+from .process import Run, ours, peer, peer_versions, run
+
+# What the 8B geometry takes: 16 GB of checkpoint, and as much again in 16 bits or twice in 32.
+CHECKPOINT_BYTES = 17_000_000_000
+EXPORT_BYTES = {"fp32": 34_000_000_000}
 
 
-def against_peer(rounds: int) -> None:
+def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
     """fp32, rounds interleaved: wall time and peak memory of the whole process."""
-    source = str(checkpoint("0.6b"))
-    run(peer("optimum_onnx.py", "warm"))
+    source = source or checkpoint("0.6b")
+    versions = peer_versions()
     commands = {
-        "embedport": lambda out: ours("export", "onnx", source, "-o", out),
-        "optimum-onnx": lambda out: peer("optimum_onnx.py", "export", source, out),
+        "embedport": lambda out: ours(
+            "export", "onnx", str(source), "-o", out, "--precision", "fp32"
+        ),
+        "optimum-onnx": lambda out: peer("optimum_onnx.py", "export", str(source), out),
     }
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -28,19 +34,44 @@ def against_peer(rounds: int) -> None:
             runs[name].append(run(command(str(out))))
     figures = {name: _summary(each) for name, each in runs.items()}
     ratio = figures["optimum-onnx"]["seconds"] / figures["embedport"]["seconds"]
-    save("export-0.6b", {"rounds": rounds, **figures, "times_faster": round(ratio, 2)})
+    print_table(
+        ["fp32 export", "median s", "from", "to", "peak GB"],
+        [
+            [
+                name,
+                each["seconds"],
+                min(each["all_seconds"]),
+                max(each["all_seconds"]),
+                each["peak_gb"],
+            ]
+            for name, each in figures.items()
+        ],
+    )
+    save(
+        "export-0.6b",
+        {"rounds": rounds, "peer": versions, **figures, "times_faster": round(ratio, 2)},
+        results,
+    )
 
 
-def large(precision: str) -> None:
+def large(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:
     """The 8B geometry, 16 GB of bf16 shards."""
-    source = str(checkpoint("8b"))
     out = CACHE / f"8b-{precision}"
     shutil.rmtree(out, ignore_errors=True)
+    made = source is not None or (CACHE / "embedding-8b" / "made").exists()
+    export_bytes = EXPORT_BYTES.get(precision, CHECKPOINT_BYTES)
+    require_space(export_bytes if made else CHECKPOINT_BYTES + export_bytes)
+    source = source or checkpoint("8b")
     try:
-        found = run(ours("export", "onnx", source, "-o", str(out), "--precision", precision))
-        save(f"export-8b-{precision}", {"embedport": _summary([found]), "bytes": _bytes(out)})
+        found = run(ours("export", "onnx", str(source), "-o", str(out), "--precision", precision))
+        figures = _summary([found]) | {"bytes": _bytes(out)}
     finally:
         shutil.rmtree(out, ignore_errors=True)
+    print_table(
+        [f"{precision} export", "s", "peak GB", "artifact GB"],
+        [["embedport", figures["seconds"], figures["peak_gb"], round(figures["bytes"] / 1e9, 2)]],
+    )
+    save(f"export-8b-{precision}", {"embedport": figures}, results)
 
 
 def _summary(runs: list[Run]) -> dict[str, Any]:

@@ -36,9 +36,15 @@ def describe() -> dict[str, Any]:
     }
 
 
-def save(name: str, figures: dict[str, Any]) -> None:
-    """Write benchmarks/results/{name}.json and print it."""
-    text = json.dumps({"machine": describe(), **figures}, indent=2)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+def save(name: str, figures: dict[str, Any], results: Path = RESULTS) -> None:
+    """Write {name}.json into the results folder."""
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{name}.json"
+    path.write_text(json.dumps({"machine": describe(), **figures}, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def print_table(columns: list[str], rows: list[list[Any]]) -> None:
+    """Print a Markdown table."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        print("|", " | ".join(str(cell) for cell in row), "|")

@@ -21,10 +21,12 @@ class Run:
     Attributes:
         seconds: Wall time from start to exit.
         peak_bytes: Largest resident set of it or a child of it (ru_maxrss), file pages counted.
+        output: What it said.
     """
 
     seconds: float
     peak_bytes: int
+    output: str
 
 
 def run(command: list[str]) -> Run:
@@ -34,22 +36,29 @@ def run(command: list[str]) -> Run:
         RuntimeError: It failed; with the end of what it said.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    os.sync()  # what an earlier process wrote must not slow down this one
     start = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     ) as process:
         assert process.stdout is not None
-        output = process.stdout.read()
+        output = process.stdout.read().decode(errors="replace")
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
     if process.returncode:
-        raise RuntimeError(f"{command}: {output.decode(errors='replace')[-3000:]}")
-    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024)
+        raise RuntimeError(f"{command}: {output[-3000:]}")
+    return Run(seconds, usage.ru_maxrss * 1024, output)
 
 
 def peer(script: str, *arguments: str) -> list[str]:
     """The command that runs a peer's script in its own environment."""
     return ["uv", "run", "--quiet", "--script", str(PEERS / script), *arguments]
+
+
+def peer_versions() -> dict[str, str]:
+    """The packages of optimum-onnx's environment; installs it where it is not."""
+    return json.loads(run(peer("optimum_onnx.py", "warm")).output.splitlines()[-1])
 
 
 def ours(*arguments: str) -> list[str]:

@@ -215,7 +215,7 @@ def _invariance_gate(
 ) -> Gate:
     values = np.array(list(invariance.values()))
     # argmin and argmax find NaN first.
-    worst = int(values.argmin() if task.sense == "≥" else values.argmax())
+    worst = int(np.argmin(values) if task.sense == "≥" else np.argmax(values))
     limit = task.invariance_limit(thresholds)
     return Gate(
         "batch invariance", float(values[worst]), task.sense, limit, list(invariance)[worst]

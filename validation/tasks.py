@@ -164,7 +164,7 @@ class RerankerTask:
         good = finite_rows(found) & finite_rows(expected)
         rows_of: dict[str, list[int]] = {}
         for i in np.flatnonzero(good):
-            rows_of.setdefault(self.pairs[i].query, []).append(i)
+            rows_of.setdefault(self.pairs[i].query, []).append(int(i))
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),

@@ -5,14 +5,17 @@
 """The peer: optimum-onnx's traced export, and onnxruntime running it.
 
 uv run --script optimum_onnx.py export CHECKPOINT OUT
-uv run --script optimum_onnx.py serve FOLDER THREADS
+uv run --script optimum_onnx.py serve FOLDER
 uv run --script optimum_onnx.py warm
 """
 
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+
+PACKAGES = ("optimum-onnx", "transformers", "torch", "onnxruntime", "numpy")
 
 
 def export(checkpoint: str, out: str) -> None:
@@ -29,30 +32,42 @@ def export(checkpoint: str, out: str) -> None:
     )
 
 
-def serve(folder: str, threads: int) -> None:
-    """Answer each line {"ids": FILE.npz} with the seconds of one run; vectors go beside the ids."""
+def warm() -> None:
+    """Install and import everything, and tell the versions."""
+    import optimum.exporters.onnx  # noqa: F401 (its import is what is slow the first time)
+
+    print(json.dumps({name: version(name) for name in PACKAGES}), flush=True)
+
+
+def serve(folder: str) -> None:
+    """Answer each line {"ids": FILE.npz, "repeats": N} with the seconds of N runs.
+
+    The vectors go beside the ids. Session options are the defaults, as on our side: a thread count
+    of one's own, even the same, turns off onnxruntime's pinning of threads to cores.
+    """
     import numpy as np
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
     graph = next(Path(folder).rglob("*.onnx"))
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    before = len(list(Path("/proc/self/task").iterdir()))
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    threads = len(list(Path("/proc/self/task").iterdir())) - before + 1
     wanted = {value.name for value in session.get_inputs()}
-    print(json.dumps({"ready": sorted(wanted)}), flush=True)
+    print(json.dumps({"inputs": sorted(wanted), "threads": threads}), flush=True)
     for line in sys.stdin:
-        path = json.loads(line)["ids"]
-        arrays = np.load(path)
+        request = json.loads(line)
+        arrays = np.load(request["ids"])
         ids, mask = arrays["input_ids"], arrays["attention_mask"]
         feeds = {"input_ids": ids, "attention_mask": mask}
         if "position_ids" in wanted:
             feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         start = time.perf_counter()
-        hidden = session.run(["last_hidden_state"], feeds)[0]
-        vectors = hidden[np.arange(len(ids)), mask.sum(axis=1) - 1]
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        for _ in range(request["repeats"]):
+            hidden = session.run(["last_hidden_state"], feeds)[0]
+            vectors = hidden[np.arange(len(ids)), mask.sum(axis=1) - 1]
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         seconds = time.perf_counter() - start
-        np.save(Path(path).with_suffix(".peer.npy"), vectors)
+        np.save(Path(request["ids"]).with_suffix(".peer.npy"), vectors)
         print(json.dumps({"seconds": seconds}), flush=True)
 
 
@@ -61,6 +76,6 @@ if __name__ == "__main__":
     if verb == "export":
         export(*arguments)
     elif verb == "serve":
-        serve(arguments[0], int(arguments[1]))
+        serve(*arguments)
     else:
-        import optimum.exporters.onnx  # noqa: F401 (installs and imports, nothing else)
+        warm()

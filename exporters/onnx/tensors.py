@@ -63,7 +63,7 @@ class CheckpointTensor(ir.LazyTensor):
         if stored.dtype == target:
             return stored
         values = stored.astype(np.float32)
-        if self.dtype == ir.DataType.FLOAT16 and max(values.max(), -values.min()) > FP16_MAX:
+        if self.dtype == ir.DataType.FLOAT16 and max(np.max(values), -np.min(values)) > FP16_MAX:
             raise CheckpointError(
                 f"{self._info.file}: tensor {self._info.name} has values beyond {FP16_MAX:.0f}, "
                 "the largest fp16; export with --precision bf16 or fp32"
