@@ -16,7 +16,7 @@ from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
 from .process import Worker, ours, peer, peer_versions, run
 
-SHAPES = ((1, 32), (8, 128), (1, 512))
+SHAPES = ((1, 32), (8, 128), (1, 512), (1, 2048))
 MINIMUM_COSINE = 0.9999  # below it the two do not do the same work
 ROUND_TOKENS = 512  # a shape smaller than this is run several times in a round
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -102,11 +103,14 @@ def export_onnx(
         _write_graph(model, folder / GRAPH, progress)
         parts = spec.num_layers + 3
         done = iter(range(1, parts + 1))
-        verify_graph(
-            folder / GRAPH,
-            rows[0],
-            lambda scope: progress("verify", next(done), parts),
-        )
+        with ThreadPoolExecutor(max_workers=1) as hashing:
+            # Hashes are remembered: the manifest's are ready when the text has run.
+            hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
+            verify_graph(
+                folder / GRAPH,
+                rows[0],
+                lambda scope: progress("verify", next(done), parts),
+            )
         write_manifest(
             folder,
             Manifest(
