@@ -1,50 +1,77 @@
-"""Parity at the 0.6B geometry with Qwen3's tokenizer: both tasks, both dialects, 16 bits too."""
+"""Parity at the 0.6B geometry with Qwen3's tokenizer: tasks, dialects and precisions."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import embedport
-from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.spec import Task
+from embedport.validation.reference import open_reference, run_reference
+from embedport.validation.tasks import EmbeddingTask, RerankerTask, choose_inputs
 
 from .checkpoint import CACHE, make
-from .machine import save
+from .machine import print_table, save
 
-# Each task in each dialect, and each 16-bit precision in one dialect a task: two minutes a case.
-CASES = {
-    "embedding": [("ort", "fp32"), ("standard", "fp32"), ("ort", "fp16"), ("ort", "bf16")],
-    "reranker": [("ort", "fp32"), ("standard", "fp32"), ("standard", "fp16"), ("ort", "bf16")],
-}
+CASES = [
+    (dialect, precision)
+    for dialect in ("ort", "standard")
+    for precision in ("fp32", "fp16", "bf16")
+]
+TASKS: tuple[Task, ...] = ("embedding", "reranker")
+# Every fourth built-in text and every fourth pair: all lengths and languages, ragged batches.
+EVERY = 4
+MAX_LENGTH = 1024
 
 
 def against_transformers() -> None:
-    """Export, validate, record; an artifact is deleted once it is measured.
-
-    Every fourth built-in text and every third pair: 16 and 12, of all lengths and languages.
-    """
-    texts, pairs = builtin_samples()[::4], builtin_pairs()[::3]
-    figures = {}
-    for task, cases in CASES.items():
-        source = CACHE / f"parity-{task}"
-        make("0.6b", str(source), task)
-        for dialect, precision in cases:
-            out = CACHE / f"parity-{task}-{dialect}-{precision}"
-            embedport.export(source, out, dialect=dialect, precision=precision, force=out.exists())
-            report = embedport.validate(
-                out,
-                source,
-                texts if task == "embedding" else None,
-                pairs if task == "reranker" else None,
-                device="cpu",
-                record=False,
-            )
-            figures[f"{task} {dialect} {precision}"] = {
-                "passed": report.passed,
-                "gates": [asdict(gate) for gate in report.gates],
-                "figures": report.comparisons[0].figures,
+    """Each artifact against one run of the reference; deleted once it is measured."""
+    figures: dict[str, Any] = {}
+    for name in TASKS:
+        source = CACHE / f"parity-{name}"
+        make("0.6b", str(source), name)
+        task = _inputs(name)
+        reference = open_reference(source, task=name, max_length=MAX_LENGTH)
+        expected = run_reference(reference, task.reference_ids(reference), "fp32", "cpu")
+        for dialect, precision in CASES:
+            found = _run(task, source, dialect, precision)
+            compared = task.compare(found, expected, "fp32 on fp16-rounded weights, cpu")
+            figures[f"{name} {dialect} {precision}"] = {
+                "compared": compared.compared,
+                **compared.figures,
             }
-            print(task, dialect, precision, report.verdict(), flush=True)
-            shutil.rmtree(out)
         shutil.rmtree(source)
-    save("parity-0.6b", {"reports": figures})
+    keys = ("minimum cosine", "maximum score difference", "Kendall tau")
+    print_table(
+        ["artifact", *keys],
+        [[case, *(each.get(key, "") for key in keys)] for case, each in figures.items()],
+    )
+    save("parity-0.6b", {"artifacts": figures})
+
+
+def _inputs(name: Task) -> EmbeddingTask | RerankerTask:
+    task = choose_inputs(name, None, None)
+    if isinstance(task, EmbeddingTask):
+        return EmbeddingTask(task.samples[::EVERY])
+    return RerankerTask(task.pairs[::EVERY])
+
+
+def _run(
+    task: EmbeddingTask | RerankerTask, source: Path, dialect: str, precision: str
+) -> np.ndarray:
+    out = CACHE / "parity-artifact"
+    embedport.export(
+        source,
+        out,
+        dialect=dialect,
+        precision=precision,
+        max_length=MAX_LENGTH,
+        force=out.exists(),
+    )
+    runtime: Any = embedport.load(out, device="cpu")
+    found = task.run(runtime, progress=False)
+    shutil.rmtree(out)
+    return found
