@@ -142,7 +142,7 @@ class OrtDialect:
         """GroupQueryAttention with an empty past, the rotary embedding inside.
 
         Nothing reads the keys and values it gives back, but onnxruntime takes its flash kernel only
-        if they are asked for: memory linear in the length, and half the time at 2,048 tokens
+        if they are asked for, whose memory is linear in the length
         (https://github.com/microsoft/onnxruntime/pull/28962).
         """
         seqlens_k, total = rotary
