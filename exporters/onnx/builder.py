@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+
+T = TypeVar("T")
 
 
 class GraphBuilder:
@@ -23,6 +25,7 @@ class GraphBuilder:
         self.probes: dict[str, ir.Value] = {}
         self._tape = ir.tape.Tape()
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._made: dict[Any, Any] = {}
         self._count = 0
 
     def op(
@@ -62,6 +65,12 @@ class GraphBuilder:
         if value.dtype == dtype:
             return value
         return self.op("Cast", value, dtype=dtype, to=dtype)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` returns, made the first time only: for values that several nodes share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def constant(self, value: Any, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """A small constant, made once for each value and dtype."""

@@ -25,7 +25,9 @@ from ...spec import ModelSpec
 from ...weights import Weights
 from .builder import GraphBuilder
 from .dialects import Dialect, Positions
+from .formats import TABLE
 from .precision import Precision
+from .quantized import QuantizedMatrices, QuantizedMatrix
 from .tensors import CheckpointTensor
 
 FLOAT = ir.DataType.FLOAT
@@ -44,6 +46,7 @@ class Design:
         hidden: Whether to give each token's vector instead of one result a text.
         dim: Leading values of the embedding that are kept (MRL); None for all.
         head: float32 [hidden_size, 1], W_yes - W_no of a reranker; None for an embedding.
+        matrices: The quantized matrices, where the precision has formats.
     """
 
     weights: Weights
@@ -52,6 +55,7 @@ class Design:
     hidden: bool = False
     dim: int | None = None
     head: np.ndarray | None = None
+    matrices: QuantizedMatrices | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -64,6 +68,16 @@ class Stream(NamedTuple):
 
     residual: ir.Value
     pending: ir.Value | None
+
+
+class Product(NamedTuple):
+    """A product that still lacks a factor for each token: `scales`, float32 [batch, size, 1].
+
+    What follows may not need the factor, or need it only on something smaller.
+    """
+
+    value: ir.Value
+    scales: ir.Value | None = None
 
 
 class Batch(NamedTuple):
@@ -119,12 +133,12 @@ def describe_inputs(
         first=first,
         positions=positions,
         rotary=design.dialect.rotary(g, positions),
-        cache=rotary_cache(g, design),
+        cache=rotary_cache(g, design, arange),
     )
 
 
-def rotary_cache(g: GraphBuilder, design: Design) -> tuple[ir.Value, ir.Value]:
-    """Cosines and sines of every position, [max_position_embeddings, head_dim / 2] each.
+def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines of the batch's positions, [size, head_dim / 2] each.
 
     In float32 as the reference computes them: RoFormer, arXiv:2104.09864, eq. 15, with the
     frequencies theta^(-2i / head_dim).
@@ -132,23 +146,21 @@ def rotary_cache(g: GraphBuilder, design: Design) -> tuple[ir.Value, ir.Value]:
     spec = design.spec
     exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
     frequencies = np.float32(1) / np.float32(spec.rope_theta) ** exponents
-    angles = np.arange(spec.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
-    dtype = design.precision.compute
-
-    def table(name: str, values: np.ndarray) -> ir.Value:
-        return g.initializer(ir.tensor(values.astype(dtype.numpy()), dtype=dtype, name=name))
-
-    return table("rotary.cos", np.cos(angles)), table("rotary.sin", np.sin(angles))
+    rows = g.op("Unsqueeze", g.cast(arange, FLOAT), g.constant([1]))
+    angles = g.op("Mul", rows, g.constant(frequencies[None], FLOAT))
+    compute = design.precision.compute
+    return g.cast(g.op("Cos", angles), compute), g.cast(g.op("Sin", angles), compute)
 
 
 def embed(g: GraphBuilder, design: Design, batch: Batch) -> Stream:
     """The embedding table's rows: the beginning of the residual stream."""
     g.scope = "embed_tokens"
     precision = design.precision
-    table = g.initializer(
-        CheckpointTensor("embed_tokens.weight", design.weights, precision.compute)
-    )
-    rows = g.op("Gather", table, batch.input_ids, axis=0)
+    if TABLE in precision.formats:
+        rows = design.dialect.gather_table(g, batch.input_ids, quantized(design, TABLE))
+    else:
+        table = CheckpointTensor(f"{TABLE}.weight", design.weights, precision.compute)
+        rows = g.op("Gather", g.initializer(table), batch.input_ids, axis=0)
     return Stream(g.cast(rows, precision.residual), None)
 
 
@@ -179,7 +191,7 @@ def describe_layer(
     attended = describe_attention(g, design, f"{prefix}.self_attn", normed, batch)
     if last_only:
         attended, residual = (last_token(g, x, batch) for x in (attended, residual))
-    projected = linear(g, design, f"{prefix}.self_attn.o_proj", attended)
+    projected = settle(g, linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended)))
     stream = Stream(residual, g.cast(projected, precision.residual))
     normed, residual = add_norm(g, design, f"{prefix}.post_attention_layernorm.weight", stream)
     g.probes[f"{prefix}.mlp.residual"] = residual
@@ -193,8 +205,9 @@ def describe_attention(
     spec, compute = design.spec, design.precision.compute
 
     def normed_heads(name: str, heads: int) -> ir.Value:
-        projected = linear(g, design, f"{prefix}.{name}_proj", x)
-        split = g.op("Reshape", projected, g.constant([0, 0, heads, spec.head_dim]))
+        # RMSNorm takes any factor of a token away again: none is put on.
+        projected = linear(g, design, f"{prefix}.{name}_proj", Product(x))
+        split = g.op("Reshape", projected.value, g.constant([0, 0, heads, spec.head_dim]))
         weight = norm_weight(g, design, f"{prefix}.{name}_norm.weight", split.dtype)
         return g.cast(design.dialect.norm(g, split, weight, spec.rms_norm_eps), compute)
 
@@ -203,7 +216,7 @@ def describe_attention(
         spec,
         normed_heads("q", spec.num_heads),
         normed_heads("k", spec.num_kv_heads),
-        g.cast(linear(g, design, f"{prefix}.v_proj", x), compute),
+        g.cast(settle(g, linear(g, design, f"{prefix}.v_proj", Product(x))), compute),
         batch.rotary,
         batch.cache,
     )
@@ -213,20 +226,47 @@ def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> i
     """SwiGLU, arXiv:2002.05202: down(silu(gate(x)) * up(x)), in the stream's dtype."""
     down = f"{prefix}.down_proj"
     dtype = design.precision.dtype_of(down)
-    gate = g.cast(linear(g, design, f"{prefix}.gate_proj", x), dtype)
-    up = g.cast(linear(g, design, f"{prefix}.up_proj", x), dtype)
-    product = design.dialect.silu_mul(g, gate, up)
+    gate = settle(g, linear(g, design, f"{prefix}.gate_proj", Product(x)))
+    up = linear(g, design, f"{prefix}.up_proj", Product(x))
+    product = design.dialect.silu_mul(g, g.cast(gate, dtype), g.cast(up.value, dtype))
     g.probes[f"{down}.input"] = product
-    return g.cast(linear(g, design, down, product), design.precision.residual)
+    # The factor of `up` goes through to the narrower output.
+    out = settle(g, linear(g, design, down, Product(product, up.scales)))
+    return g.cast(out, design.precision.residual)
 
 
-def linear(g: GraphBuilder, design: Design, name: str, x: ir.Value) -> ir.Value:
-    """X times a projection's matrix, both in the dtype that the precision gives the projection."""
-    dtype = design.precision.dtype_of(name)
-    tensor = CheckpointTensor(f"{name}.weight", design.weights, dtype, transpose=True)
-    out = g.op("MatMul", g.cast(x, dtype), g.initializer(tensor))
-    g.probes[name] = out
-    return out
+def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
+    """X times a projection's matrix, as the precision has it."""
+    precision, dialect = design.precision, design.dialect
+    format = precision.formats.get(name)
+    if format is None:
+        dtype = precision.dtype_of(name)
+        tensor = CheckpointTensor(f"{name}.weight", design.weights, dtype, transpose=True)
+        out = Product(g.op("MatMul", g.cast(x.value, dtype), g.initializer(tensor)), x.scales)
+        g.probes[name] = out.value
+        return out
+    matrix = quantized(design, name)
+    if not format.activations:
+        return Product(dialect.matmul_groups(g, x.value, matrix), x.scales)
+    width = matrix.shape[1]
+    rows = g.once((x.value, "rows"), lambda: dialect.quantize_rows(g, x.value, width))
+    scales = rows.scales if x.scales is None else g.op("Mul", rows.scales, x.scales)
+    return Product(dialect.matmul_rows(g, rows, matrix), scales)
+
+
+def settle(g: GraphBuilder, product: Product) -> ir.Value:
+    """The product with its factor."""
+    if product.scales is None:
+        return product.value
+    return g.op("Mul", product.value, product.scales)
+
+
+def quantized(design: Design, name: str) -> QuantizedMatrix:
+    """A matrix that the precision quantizes."""
+    assert design.matrices is not None
+    rows, columns = design.spec.tensor_shapes()[f"{name}.weight"]
+    scheme = design.precision.formats[name].scheme
+    return QuantizedMatrix(name, (rows, columns), scheme, design.matrices)
 
 
 def add_norm(

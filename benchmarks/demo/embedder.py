@@ -1,0 +1,140 @@
+"""The embedder's training: contrastive, distilled from the teacher, at three Matryoshka widths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, normalize
+from transformers import Qwen3Model
+
+from .model import GEOMETRY, last_states, make_model
+from .wordnet import Synset
+
+DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
+TEMPERATURE = 0.05
+PAIRS = 384
+LEARNING_RATE = 2e-3
+WARM_UP = 100
+ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts with their token ids and, for training, the teacher's vectors.
+
+    Attributes:
+        prompt: Token ids that every query begins with: the prompt but its colon, which is tokenized
+            with the word behind it.
+        queries: Text to its other token ids as a query.
+        documents: Text to its token ids as a document.
+        targets: float32 [texts, hidden], the teacher's principal components.
+        index: Text to its row in `targets`.
+    """
+
+    prompt: Sequence[int]
+    queries: Mapping[str, Sequence[int]]
+    documents: Mapping[str, Sequence[int]]
+    targets: np.ndarray
+    index: Mapping[str, int]
+
+
+def make_pairs(synsets: Sequence[Synset], generator: np.random.Generator) -> list[tuple[str, str]]:
+    """(query, document) of one epoch: words and definition, definition and example."""
+    pairs = []
+    for each in synsets:
+        # Every other time one of the words alone.
+        single = len(each.words) > 1 and generator.random() < 0.5
+        words = each.words[generator.integers(len(each.words))] if single else each.query
+        pairs.append((words, each.definition))
+        if each.examples:
+            pairs.append((each.definition, each.examples[generator.integers(len(each.examples))]))
+    return pairs
+
+
+def train_embedder(
+    synsets: Sequence[Synset], corpus: Corpus, vocab_size: int, *, steps: int, seed: int
+) -> Qwen3Model:
+    """Train from nothing; prints the losses as it goes."""
+    model = make_model(vocab_size, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    began = time.perf_counter()
+    shown = []
+    for step, pairs in zip(range(steps), _batches(synsets, seed), strict=False):
+        contrast, distance = _losses(model, pairs, corpus)
+        optimizer.zero_grad()
+        (contrast + distance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        shown.append((contrast.item(), distance.item()))
+        if (step + 1) % 50 == 0:
+            means = np.mean(shown[-50:], axis=0)
+            print(
+                f"embedder {step + 1}/{steps}: InfoNCE {means[0]:.3f}, distance to the teacher "
+                f"{means[1]:.3f}, {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+    return model.eval()
+
+
+def rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to nothing."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.5 * (1 + float(np.cos(np.pi * (step - WARM_UP) / max(1, steps - WARM_UP))))
+
+
+def _batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, str]]]:
+    generator = np.random.default_rng(seed)
+    while True:
+        pairs = make_pairs(synsets, generator)
+        order = generator.permutation(len(pairs))
+        for start in range(0, len(order) - PAIRS, PAIRS):
+            yield [pairs[i] for i in order[start : start + PAIRS]]
+
+
+def _losses(
+    model: Qwen3Model, pairs: Sequence[tuple[str, str]], corpus: Corpus
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(InfoNCE, distance to the teacher), each the mean over the widths."""
+    queries, documents = ([pair[i] for pair in pairs] for i in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [
+            last_states(model, [corpus.queries[text] for text in queries], corpus.prompt),
+            last_states(model, [corpus.documents[text] for text in documents]),
+        ]
+    targets = [
+        torch.from_numpy(corpus.targets[[corpus.index[text] for text in texts]])
+        for texts in (queries, documents)
+    ]
+    # Pairs may share a definition or a word: those are not each other's negatives.
+    same = torch.tensor([[q == p or d == e for p, d in pairs] for q, e in pairs])
+    same.fill_diagonal_(False)
+    contrasts, distances = [], []
+    for dim in DIMS:
+        q, d = (normalize(x[:, :dim], dim=-1) for x in found)
+        scores = (q @ d.T / TEMPERATURE).masked_fill(same, -torch.inf)
+        goal = torch.arange(len(pairs))
+        contrasts.append((cross_entropy(scores, goal) + cross_entropy(scores.T, goal)) / 2)
+        for x, target in zip((q, d), targets, strict=True):
+            distances.append(1 - (x * normalize(target[:, :dim], dim=-1)).sum(-1).mean())
+    return torch.stack(contrasts).mean(), torch.stack(distances).mean()
+
+
+def encode(
+    model: Qwen3Model, rows: Sequence[Sequence[int]], prefix: Sequence[int] = ()
+) -> np.ndarray:
+    """Unit vectors in fp32: float32 [rows, hidden]."""
+    with torch.inference_mode():
+        parts = [
+            normalize(last_states(model, rows[start : start + ROWS], prefix), dim=-1)
+            for start in range(0, len(rows), ROWS)
+        ]
+    return torch.cat(parts).numpy()

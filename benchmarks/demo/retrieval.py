@@ -1,0 +1,63 @@
+"""The held-out retrieval set, in the BEIR layout, with the embedder's candidates."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Model
+
+from .embedder import Corpus, encode
+from .wordnet import Split
+
+CANDIDATES = 50
+QUERIES = 1000
+
+
+def write_retrieval(folder: Path, split: Split, embedder: Qwen3Model, corpus: Corpus) -> None:
+    """Write corpus, queries, relevance, and the embedder's top 50 as a reranker's candidates.
+
+    Words ask for definitions, and definitions of other synsets for examples; one corpus holds both
+    kinds of documents, and no document is a query.
+    """
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    documents = {each.id: each.definition for each in split.words}
+    documents |= {each.id: each.examples[0] for each in split.definitions}
+    queries = {f"word-{each.id}": each.query for each in split.words[:QUERIES]}
+    queries |= {f"definition-{each.id}": each.definition for each in split.definitions[:QUERIES]}
+    ids_of: dict[str, list[str]] = {}
+    for key, text in documents.items():
+        ids_of.setdefault(text, []).append(key)
+    qrels = [
+        (query, key, "1") for query in queries for key in ids_of[documents[query.partition("-")[2]]]
+    ]
+    _write_texts(folder / "corpus.jsonl.gz", documents)
+    _write_texts(folder / "queries.jsonl.gz", queries)
+    _write_tsv(folder / "qrels" / "test.tsv", [("query-id", "corpus-id", "score"), *qrels])
+    found = torch.from_numpy(encode(embedder, [corpus.documents[t] for t in documents.values()]))
+    asked = torch.from_numpy(
+        encode(embedder, [corpus.queries[t] for t in queries.values()], corpus.prompt)
+    )
+    keys = list(documents)
+    best = (asked @ found.T).topk(CANDIDATES).indices.tolist()
+    candidates = [
+        (query, keys[i], str(rank))
+        for query, row in zip(queries, best, strict=True)
+        for rank, i in enumerate(row, 1)
+    ]
+    _write_tsv(folder / "candidates.tsv", [("query-id", "corpus-id", "rank"), *candidates])
+
+
+def _write_texts(path: Path, texts: Mapping[str, str]) -> None:
+    lines = [
+        json.dumps({"_id": key, "text": text}, ensure_ascii=False) + "\n"
+        for key, text in texts.items()
+    ]
+    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def _write_tsv(path: Path, rows: Iterable[tuple[str, ...]]) -> None:
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

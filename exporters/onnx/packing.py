@@ -1,0 +1,50 @@
+"""A QuantizedTensor's numbers in the layouts that ONNX operators take."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from ...quantize.schemes import QuantizedTensor
+from .tensors import transposed
+
+
+def signed(tensor: QuantizedTensor) -> np.ndarray:
+    """Symmetric codes around zero: int8 [out, in], of 4 bits in -8..7."""
+    return (tensor.codes - np.uint8(1 << (tensor.scheme.bits - 1))).view(np.int8)
+
+
+def signed_transposed(tensor: QuantizedTensor) -> np.ndarray:
+    """For MatMul and MatMulIntegerToFloat: int8 or int4 [in, out]."""
+    codes = transposed(signed(tensor))
+    return codes if tensor.scheme.bits == 8 else codes.astype(ml_dtypes.int4)
+
+
+def blocks(tensor: QuantizedTensor) -> np.ndarray:
+    """MatMulNBits' B: uint8 [out, blocks, block * bits / 8], the lower nibble first."""
+    rows, groups = tensor.scales.shape
+    size = tensor.scheme.group_size
+    assert size is not None
+    padded = np.zeros((rows, groups * size), np.uint8)
+    padded[:, : tensor.codes.shape[1]] = tensor.codes
+    return packed(padded, tensor.scheme.bits).reshape(rows, groups, -1)
+
+
+def table(tensor: QuantizedTensor) -> np.ndarray:
+    """GatherBlockQuantized's data: uint8 [rows, width * bits / 8]."""
+    return packed(tensor.codes, tensor.scheme.bits)
+
+
+def zero_points(tensor: QuantizedTensor) -> np.ndarray:
+    """uint8 [out, ceil(blocks * bits / 8)], packed like the codes."""
+    return packed(tensor.zero_points, tensor.scheme.bits)
+
+
+def packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes uint8 [n, m] to bytes [n, ceil(m * bits / 8)], the lower nibble first."""
+    if bits == 8:
+        return codes
+    low, high = codes[:, ::2], codes[:, 1::2]
+    out = low.copy()
+    out[:, : high.shape[1]] |= high << 4
+    return out

@@ -1,0 +1,141 @@
+"""Initializers of quantized matrices: quantized when they are written, and only once."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from ...quantize.schemes import QuantizedTensor, QuantScheme
+from . import packing
+
+FLOAT, INT8, INT4, UINT8 = (
+    ir.DataType.FLOAT,
+    ir.DataType.INT8,
+    ir.DataType.INT4,
+    ir.DataType.UINT8,
+)
+# Codes, scales and zero points are written one after the other, by two threads.
+REMEMBERED = 2
+
+
+class QuantizedMatrices:
+    """The quantized matrices of a model by name; the last ones are remembered.
+
+    Args:
+        quantize: Makes a matrix's QuantizedTensor.
+    """
+
+    def __init__(self, quantize: Callable[[str], QuantizedTensor]) -> None:
+        self._quantize = quantize
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[str, QuantizedTensor] = OrderedDict()
+
+    def __call__(self, name: str) -> QuantizedTensor:
+        """The matrix `name`; two threads never quantize one twice."""
+        with self._lock:
+            if name not in self._recent:
+                while len(self._recent) >= REMEMBERED:
+                    self._recent.popitem(last=False)
+                self._recent[name] = self._quantize(name)
+            return self._recent[name]
+
+
+class QuantizedPart(ir.LazyTensor):
+    """Codes, scales or zero points of a matrix, in the layout of an operator."""
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], np.ndarray],
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+    ) -> None:
+        super().__init__(lambda: ir.tensor(make(), dtype=dtype), dtype, ir.Shape(shape), name=name)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the tensor without keeping it."""
+        file.write(self._evaluate().tobytes())
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix [out, in] of a graph, as the initializers that the dialects' operators take.
+
+    Attributes:
+        name: The projection's, without ".weight".
+        shape: (out, in).
+        scheme: How it is quantized.
+        matrices: Where it comes from.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme
+    matrices: QuantizedMatrices
+
+    @property
+    def groups(self) -> int:
+        """Groups of an output row."""
+        return -(-self.shape[1] // (self.scheme.group_size or self.shape[1]))
+
+    def codes_transposed(self) -> QuantizedPart:
+        """int8 or int4 [in, out], around zero."""
+        dtype = INT8 if self.scheme.bits == 8 else INT4
+        return self._part("codes", packing.signed_transposed, dtype, self.shape[::-1])
+
+    def codes_in_blocks(self) -> QuantizedPart:
+        """uint8 [out, groups, group_size * bits / 8]."""
+        assert self.scheme.group_size is not None
+        size = self.scheme.group_size * self.scheme.bits // 8
+        return self._part("codes", packing.blocks, UINT8, (self.shape[0], self.groups, size))
+
+    def codes_as_table(self) -> QuantizedPart:
+        """uint8 [out, in * bits / 8]."""
+        width = self.shape[1] * self.scheme.bits // 8
+        return self._part("codes", packing.table, UINT8, (self.shape[0], width))
+
+    def codes_signed(self) -> QuantizedPart:
+        """int8 [out, in], around zero."""
+        assert self.scheme.bits == 8
+        return self._part("codes", packing.signed, INT8, self.shape)
+
+    def scales(self) -> QuantizedPart:
+        """float32 [out, groups]."""
+        return self._part("scales", lambda each: each.scales, FLOAT, (self.shape[0], self.groups))
+
+    def scales_flat(self) -> QuantizedPart:
+        """float32 [out]: one group an output row."""
+        return self._part("scales", lambda each: each.scales[:, 0], FLOAT, self.shape[:1])
+
+    def scales_transposed(self) -> QuantizedPart:
+        """float32 [groups, out]."""
+        return self._part(
+            "scales",
+            lambda each: np.ascontiguousarray(each.scales.T),
+            FLOAT,
+            (self.groups, self.shape[0]),
+        )
+
+    def zero_points(self) -> QuantizedPart | None:
+        """uint8 [out, ceil(groups * bits / 8)]; None where they are all in the middle."""
+        if self.scheme.symmetric:
+            return None
+        width = -(-self.groups * self.scheme.bits // 8)
+        return self._part("zero_points", packing.zero_points, UINT8, (self.shape[0], width))
+
+    def _part(
+        self,
+        part: str,
+        make: Callable[[QuantizedTensor], np.ndarray],
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+    ) -> QuantizedPart:
+        return QuantizedPart(
+            f"{self.name}.{part}", lambda: make(self.matrices(self.name)), dtype, shape
+        )
