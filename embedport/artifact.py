@@ -182,6 +182,24 @@ def record_parity(folder: str | Path, parity: Mapping[str, Any], table: str) -> 
         raise ArtifactError(f"{folder}: the figures cannot be recorded: {error}") from error
 
 
+def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
+    """Put the ranges of an embedder's values into its manifest.
+
+    Args:
+        folder: The artifact's folder.
+        ranges: Width to the smallest and largest of each value.
+
+    Raises:
+        ArtifactError: It is not an artifact, or cannot be written.
+    """
+    path = Path(folder).expanduser() / MANIFEST
+    manifest = replace(Manifest.from_json(path), ranges=dict(ranges))
+    try:
+        _write(path, manifest.to_json())
+    except OSError as error:
+        raise ArtifactError(f"{path}: the ranges cannot be recorded: {error}") from error
+
+
 def _write(path: Path, text: str) -> None:
     """Write a small file so that a reader finds the old text or the new, never half of it."""
     partial = path.with_name(f".{path.name}.partial")

@@ -23,7 +23,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         "Task": manifest.task,
         "Graph": f"`{manifest.graph}`, {manifest.dialect} dialect, ONNX opset {manifest.opset}",
         "Precision": manifest.precision,
-        "Kept in fp32": kept,
+        **({"Kept in fp32": kept} if manifest.precision in ("fp16", "bf16") else {}),
         "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in manifest.inputs),
         "Output": ", ".join(f"`{each}`" for each in manifest.outputs),
         "Longest text": f"{manifest.max_length:,} tokens",

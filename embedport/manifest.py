@@ -32,7 +32,8 @@ class Manifest:
     Attributes:
         task: "embedding" or "reranker".
         dialect: Of the graph: "ort" or "standard".
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", or "mixed" where a recipe
+            or a search decided for each matrix.
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         graph: The graph's path in the folder.
         opset: Version of the graph's ONNX operators.
@@ -50,6 +51,10 @@ class Manifest:
         requires: Runtime package and its lowest version.
         versions: Packages that made the artifact.
         files: Relative path to size and sha256, of every file but the manifest and the card.
+        recipe: How the matrices are quantized, and on what that was calibrated; None if they
+            are not.
+        ranges: Width of vectors to the smallest and largest of each value, for vectors in 8 bits;
+            None before they are measured.
         parity: Figures of the last validation, or None.
     """
 
@@ -73,6 +78,8 @@ class Manifest:
     requires: str
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    recipe: Mapping[str, Any] | None = None
+    ranges: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:

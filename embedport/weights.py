@@ -29,6 +29,9 @@ class Weights:
             shape, or a dtype other than bf16, fp16 and fp32.
     """
 
+    # A checkpoint's own states need no rotation back: see quantize.source.
+    output_rotation: np.ndarray | None = None
+
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         tensors = read_headers(spec.source.folder)

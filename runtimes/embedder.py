@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..artifact import Artifact
+from ..artifact import Artifact, record_ranges
 from ..errors import InputError
 from ..manifest import Manifest
 from ..prompts import EmbeddingTokenizer, Encoded
 from .batching import BATCH_TOKENS, run_batches
+from .vectors import VECTOR_PRECISIONS, measure_ranges, quantize_vectors, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Embedder:
         device: What it runs on.
         dim: Width of its vectors.
         prompts: Prompt name to the text put before an input.
+        ranges: Each value's range by width, for vectors in 8 bits; None before `calibrate`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Embedder:
         self.device = device
         self.dim = artifact.manifest.embedding_dim or artifact.manifest.hidden_size
         self.prompts = dict(artifact.manifest.prompts)
+        self.ranges = artifact.manifest.ranges
 
     def __repr__(self) -> str:
         return f"Embedder({str(self.artifact.folder)!r}, dim={self.dim}, device={self.device!r})"
@@ -52,6 +55,7 @@ class Embedder:
         *,
         prompt: str = "document",
         dim: int | None = None,
+        precision: str = "float32",
         batch_tokens: int = BATCH_TOKENS,
         progress: bool = False,
     ) -> np.ndarray:
@@ -62,15 +66,23 @@ class Embedder:
             prompt: A name ("query", "document"), or the literal text to put before each input,
                 such as `embedport.query_prompt("Find the law that applies")`.
             dim: Leading values to keep (MRL); the vectors are normalized again.
+            precision: Of the vectors: "float32"; "int8" or "uint8", after `calibrate`; "binary" or
+                "ubinary", a bit a value in bytes of eight.
             batch_tokens: Tokens of a batch at most, padding counted.
             progress: Whether to show a progress bar on a terminal.
 
         Returns:
-            float32 [len(texts), dim], unit length, in the order of `texts`.
+            float32 [len(texts), dim], unit length, in the order of `texts`; or integers, see
+            `quantize_vectors`.
 
         Raises:
-            InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's.
+            InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's,
+                or the precision needs ranges that were not measured.
         """
+        if precision not in VECTOR_PRECISIONS:
+            raise InputError(
+                f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
+            )
         if dim is not None and not 1 <= dim <= self.dim:
             raise InputError(f"dim should be from 1 to {self.dim}, found {dim}")
         encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
@@ -84,7 +96,24 @@ class Embedder:
             progress=progress,
         )
         warn_nonfinite(vectors, self.artifact.manifest.precision, "text")
-        return vectors if dim is None else shorten(vectors, dim)
+        vectors = vectors if dim is None else shorten(vectors, dim)
+        return quantize_vectors(vectors, precision, self.ranges)
+
+    def calibrate(self, texts: Sequence[str], *, prompt: str = "document") -> None:
+        """Measure the ranges that vectors in 8 bits need, and put them into the manifest.
+
+        Args:
+            texts: Texts like those to be embedded, a few hundred or more.
+            prompt: As for `encode`.
+
+        Raises:
+            InputError: There are fewer than two texts, or one is not valid Unicode.
+            ArtifactError: The manifest cannot be written.
+        """
+        if len(texts) < 2:
+            raise InputError(f"calibration needs at least two texts, found {len(texts)}")
+        self.ranges = measure_ranges(self.encode(texts, prompt=prompt))
+        record_ranges(self.artifact.folder, self.ranges)
 
     def prompt_text(self, prompt: str) -> str:
         """The text that a prompt's name stands for, or a literal prompt itself.
@@ -100,17 +129,6 @@ class Embedder:
                 "literal prompt is more than a word: embedport.query_prompt(instruction) makes one"
             )
         return prompt
-
-
-def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
-    """The first `dim` values of each vector, normalized again (MRL, arXiv:2205.13147).
-
-    Args:
-        vectors: float32 [n, m].
-        dim: At most m.
-    """
-    cut = vectors[:, :dim]
-    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
 def check_encoded(encoded: Encoded, manifest: Manifest, max_length: int, noun: str) -> None:

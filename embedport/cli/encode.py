@@ -39,6 +39,16 @@ def encode(
         str | None, typer.Option(help="Your own instruction for queries.", show_default=False)
     ] = None,
     dim: Annotated[int | None, typer.Option(help="MRL dimension.", show_default=False)] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the vectors: float32, int8, uint8, binary or ubinary.")
+    ] = "float32",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts (.txt, .jsonl) to measure the ranges of 8-bit vectors with, once.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".npy or .jsonl.", show_default=False)
     ] = None,
@@ -61,8 +71,15 @@ def encode(
     embedder = load(artifact, device=device, max_length=max_length)
     if not isinstance(embedder, Embedder):
         raise InputError(f"{artifact} is a reranker: use `embedport rerank`")
+    if calibrate is not None:
+        embedder.calibrate(read_texts([], calibrate), prompt=prompt)
     vectors = embedder.encode(
-        inputs, prompt=prompt, dim=dim, batch_tokens=batch_tokens, progress=True
+        inputs,
+        prompt=prompt,
+        dim=dim,
+        precision=precision,
+        batch_tokens=batch_tokens,
+        progress=True,
     )
     rows = ({"text": t, "embedding": v.tolist()} for t, v in zip(inputs, vectors, strict=True))
     if out is not None and out.suffix == ".npy":
@@ -96,15 +113,17 @@ def _print(texts: list[str], vectors: np.ndarray) -> None:
     from rich.text import Text
 
     console = stdout_console()
+    is_float = vectors.dtype.kind == "f"
+    style = "+.3f" if is_float else "4d"
     table = Table(box=SIMPLE_HEAD, expand=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Text", overflow="ellipsis", no_wrap=True, ratio=1)
     table.add_column(f"First of {vectors.shape[1]} values", no_wrap=True)
     for i, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-        values = " ".join(f"{x:+.3f}" for x in vector[:SHOWN])
+        values = " ".join(f"{x:{style}}" for x in vector[:SHOWN])
         table.add_row(str(i), Text(" ".join(text.split())), values)
     console.print(table)
-    if 2 <= len(texts) <= MOST_COMPARED:
+    if is_float and 2 <= len(texts) <= MOST_COMPARED:
         cosines = Table("Cosine", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for i in range(len(texts)):
             cosines.add_column(str(i), justify="right", no_wrap=True)

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from ..artifact import Artifact
     from ..exporters.onnx.export import Progress
 
-STAGES = {"calibrate": "Calibrating", "write": "Writing", "verify": "Verifying"}
+STAGES = {
+    "calibrate": "Calibrating",
+    "quantize": "Quantizing",
+    "write": "Writing",
+    "verify": "Verifying",
+}
 
 
 def export_onnx(
@@ -28,7 +33,9 @@ def export_onnx(
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
     ],
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight or int4.")
+    ] = "fp32",
     dialect: Annotated[
         str,
         typer.Option(help="ort (onnxruntime's fused operators) or standard (ONNX opset 23 only)."),
@@ -51,7 +58,35 @@ def export_onnx(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Texts (.txt, .jsonl) for fp16's calibration.", show_default=False),
+        typer.Option(
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq and awq; built-in "
+            "ones otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq (these two need torch).")
+    ] = "rtn",
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Rotate outliers away before quantizing.")
+    ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale: 32, 64 or 128; for int8-weight and int4.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(help="Of the embedding table: 4 or 8.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="recipe.json, or an artifact's embedport.json: quantize as it says.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -75,6 +110,11 @@ def export_onnx(
             dim=dim,
             max_length=max_length,
             calibration=calibration,
+            algorithm=algorithm,
+            rotate=rotate,
+            group_size=group_size,
+            embedding_bits=embedding_bits,
+            recipe=recipe,
             force=force,
             progress=progress,
         )
@@ -129,7 +169,7 @@ def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
     )
     line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
     console.print(line, soft_wrap=True)
-    if manifest.precision != "fp32":
+    if manifest.precision in ("fp16", "bf16"):
         kept = ", ".join(manifest.kept_in_fp32) or "nothing"
         console.print(f"Kept in fp32: {kept}")
     verb = "encode" if manifest.task == "embedding" else "rerank"

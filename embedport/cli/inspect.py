@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,9 +51,15 @@ def inspect(
 def _artifact_facts(folder: str) -> dict[str, Any]:
     """The manifest, and where it lies; opening it checks every file."""
     from ..artifact import Artifact
+    from ..sizes import graph_sizes
 
     artifact = Artifact.open(folder)
-    return {"artifact": folder, "bytes": artifact.size, **asdict(artifact.manifest)}
+    return {
+        "artifact": folder,
+        "bytes": artifact.size,
+        "weights": graph_sizes(artifact.graph),
+        **asdict(artifact.manifest),
+    }
 
 
 def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
@@ -65,6 +72,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         f"{', '.join(facts['inputs'])} to {', '.join(facts['outputs'])}",
         "Longest text": _lengths(facts),
         "Prompts": _prompts(facts["prompts"]),
+        "Weights": "\n".join(_part(part, sizes) for part, sizes in facts["weights"].items()),
         "Source": _at(facts["source"]["id"], facts["source"]["revision"]),
         "Runtime": facts["requires"],
         "Made with": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
@@ -72,9 +80,30 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         "Files": f"{size_words(facts['bytes'])}, all as the manifest says\n"
         + "\n".join(f"{name}, {size_words(f['size'])}" for name, f in facts["files"].items()),
     }
-    if facts["precision"] != "fp32":
+    if facts["recipe"] is not None:
+        rows["Precision"] += f"; {_quantization(facts['recipe'])}"
+    elif facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(facts['kept_in_fp32']) or 'nothing'}"
     return rows
+
+
+def _part(part: str, sizes: Mapping[str, int]) -> str:
+    dtypes = ", ".join(f"{size_words(size)} {dtype}" for dtype, size in sizes.items())
+    return f"{part}: {dtypes}"
+
+
+def _quantization(recipe: Mapping[str, Any]) -> str:
+    counts = Counter(recipe["formats"].values())
+    formats = ", ".join(f"{count} matrices {text}" for text, count in counts.most_common())
+    rotated = ", rotated" if recipe["rotate"] else ""
+    calibration = recipe["calibration"]
+    texts = ""
+    if calibration is not None:
+        texts = (
+            f"; calibrated on {calibration['texts']:,} texts of {calibration['source']}, "
+            f"sha256 {calibration['sha256'][:12]}"
+        )
+    return f"{recipe['algorithm']}{rotated}: {formats}{texts}"
 
 
 def _verdict(parity: Mapping[str, Any] | None) -> str:
@@ -120,13 +149,15 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
 
 
 def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
-    """About how large an artifact would be, by precision: the weights and the rotary tables."""
-    from ..exporters.onnx.precision import PRECISIONS
+    """About how large an artifact's weights would be, by precision."""
+    from ..exporters.onnx.formats import QUANTIZED, plan_formats
+    from ..exporters.onnx.precision import FLOAT, PRECISIONS, Precision, weight_bytes
 
-    values = spec.parameters + spec.max_position_embeddings * spec.head_dim
-    if spec.task == "reranker" and not spec.tied:
-        values -= spec.vocab_size * spec.hidden_size  # one row of the head is enough
-    return {name: int(values * each.compute.itemsize) for name, each in PRECISIONS.items()}
+    precisions = PRECISIONS | {
+        name: Precision(FLOAT, FLOAT, formats=plan_formats(spec, name, dialect="ort"))
+        for name in QUANTIZED
+    }
+    return {name: weight_bytes(spec, each) for name, each in precisions.items()}
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,13 +26,17 @@ from ...hub import fetch
 from ...integrity import record_files
 from ...manifest import Manifest, SourceRecord
 from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
+from ...quantize.source import WeightSource
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
 from .dialects import find_dialect
+from .formats import MIXED, QUANTIZED, parse_formats, plan_formats
 from .graph import INPUTS, Design, build_model
-from .precision import FLOAT16, Precision, find_precision
+from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
+from .quantization import carry_out, describe_calibration
+from .recipe import CALIBRATED, Recipe
 from .verify import verify_graph
 
 GRAPH = "onnx/model.onnx"
@@ -54,6 +60,11 @@ def export_onnx(
     dim: int | None = None,
     max_length: int | None = None,
     calibration: str | Path | None = None,
+    algorithm: str = "rtn",
+    rotate: bool = False,
+    group_size: int | None = None,
+    embedding_bits: int | None = None,
+    recipe: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -69,14 +80,22 @@ def export_onnx(
         output: The artifact's folder; it appears only when it is complete and checked.
         revision: A branch, tag or commit, for a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
-        precision: "fp32", "fp16" (what would overflow stays in fp32, found by calibration) or
-            "bf16" (the residual stream stays in fp32).
+        precision: "fp32"; "fp16" (what would overflow stays in fp32, found by calibration); "bf16"
+            (the residual stream stays in fp32); "int8" (weights and each token's activations);
+            "int8-weight" or "int4" (weights in groups; all else in fp32).
         dialect: "ort" (onnxruntime's fused operators) or "standard" (ONNX opset 23 only).
         outputs: "pooled", or "hidden" for `last_hidden_state`, float32 [batch, sequence,
             hidden_size], which sentence-transformers' ONNX backend opens.
         dim: Leading values of the embedding to keep (MRL); by default all, and `encode` chooses.
         max_length: Tokens after which a text is cut by default; the model's own if not given.
-        calibration: Texts (.txt, .jsonl) instead of the built-in ones, for fp16.
+        calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
+            GPTQ and AWQ.
+        algorithm: Of a quantized precision: "rtn", "hqq", "gptq" or "awq"; the last two need torch.
+        rotate: Whether to rotate the residual stream before quantizing, against outliers.
+        group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
+        embedding_bits: Of the embedding table, 4 or 8.
+        recipe: recipe.json, or the embedport.json of an artifact that is to be made again: decides
+            instead of `precision` and the options of quantization.
         force: Whether to replace an artifact that is already there.
         progress: Called with (stage, done, total) as the work goes on.
 
@@ -87,30 +106,49 @@ def export_onnx(
     """
     spec = read_spec(fetch(checkpoint, revision), task)
     weights = Weights(spec)
-    chosen_dialect, chosen_precision = find_dialect(dialect), find_precision(precision)
+    chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)
+    options = {"group_size": group_size, "embedding_bits": embedding_bits}
+    if recipe is not None:
+        if algorithm != "rtn" or rotate or any(options.values()):
+            raise InputError("a recipe decides everything: give no other option of quantization")
+        plan, precision = Recipe.from_file(Path(recipe)), MIXED
+    elif precision in QUANTIZED:
+        formats = plan_formats(spec, precision, dialect=dialect, **options)
+        plan = Recipe({name: str(each) for name, each in formats.items()}, algorithm, rotate)
+    elif algorithm != "rtn" or rotate or any(options.values()):
+        raise InputError(
+            f"precision {precision!r} quantizes nothing: --algorithm, --rotate, --group-size and "
+            f"--embedding-bits go with {', '.join(QUANTIZED)}"
+        )
+    else:
+        plan = None
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
-    head = reranker_head(weights) if spec.task == "reranker" else None
-    itemsize = chosen_precision.compute.itemsize
-    needs = int(spec.parameters * itemsize) + _size(spec, ".json") + (64 << 20)
+    if plan is None:
+        chosen = find_precision(precision)
+    else:
+        chosen = Precision(FLOAT, FLOAT, formats=parse_formats(spec, plan.formats, dialect))
+    needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
+    layers = Path(output).with_name(f".{Path(output).name}.layers")
     with staged(Path(output), force=force, needs=needs) as folder:
-        if chosen_precision.compute == FLOAT16:
-            chosen_precision = _calibrate(weights, rows, folder, progress)
-        design = Design(weights, chosen_dialect, chosen_precision, outputs == "hidden", dim, head)
+        source: WeightSource = weights
+        matrices = None
+        if plan is not None:
+            advance = _counted(progress, "quantize", spec.num_layers)
+            source, matrices = carry_out(weights, plan, chosen.formats, rows, layers, advance)
+        elif chosen.compute == FLOAT16:
+            chosen = _calibrate(weights, rows, folder, progress)
+        head = reranker_head(source) if spec.task == "reranker" else None
+        design = Design(source, chosen_dialect, chosen, outputs == "hidden", dim, head, matrices)
         model = build_model(design)
         write_companions(spec, folder)
         _write_graph(model, folder / GRAPH, progress)
-        parts = spec.num_layers + 3
-        done = iter(range(1, parts + 1))
+        advance = _counted(progress, "verify", spec.num_layers + 3)
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are remembered: the manifest's are ready when the text has run.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
-            verify_graph(
-                folder / GRAPH,
-                rows[0],
-                lambda scope: progress("verify", next(done), parts),
-            )
+            verify_graph(folder / GRAPH, rows[0], lambda scope: advance())
         write_manifest(
             folder,
             Manifest(
@@ -122,7 +160,7 @@ def export_onnx(
                 opset=chosen_dialect.opsets[""],
                 inputs=INPUTS,
                 outputs=tuple(str(value.name) for value in model.graph.outputs),
-                kept_in_fp32=chosen_precision.kept_in_fp32,
+                kept_in_fp32=chosen.kept_in_fp32,
                 embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
                 hidden_size=spec.hidden_size,
                 num_heads=spec.num_heads,
@@ -134,12 +172,30 @@ def export_onnx(
                 requires=chosen_dialect.requires,
                 versions=_versions(),
                 files={},
+                recipe=_recipe_record(plan, rows, calibration),
             ),
         )
+    shutil.rmtree(layers, ignore_errors=True)
     return Artifact.open(output)
 
 
-def reranker_head(weights: Weights) -> np.ndarray:
+def _recipe_record(
+    plan: Recipe | None, rows: list[np.ndarray], calibration: str | Path | None
+) -> dict[str, Any] | None:
+    if plan is None:
+        return None
+    used = None
+    if plan.algorithm in CALIBRATED:
+        used = describe_calibration(rows, Path(calibration).name if calibration else "built-in")
+    return {**plan.to_record(), "calibration": used}
+
+
+def _counted(progress: Progress, stage: str, total: int) -> Callable[[], None]:
+    done = iter(range(1, total + 1))
+    return lambda: progress(stage, next(done), total)
+
+
+def reranker_head(weights: WeightSource) -> np.ndarray:
     """W_yes - W_no, float32 [hidden_size, 1].
 
     The softmax over two logits is the sigmoid of their difference, so one row does it.
@@ -190,12 +246,11 @@ def _calibrate(
     weights: Weights, rows: list[np.ndarray], folder: Path, progress: Progress
 ) -> Precision:
     layers = weights.spec.num_layers
-    done = iter(range(1, layers + 1))
     largest = measure_activations(
         weights,
         [row[: CALIBRATION_TOKENS[weights.spec.task]] for row in rows],
         folder,
-        lambda: progress("calibrate", next(done), layers),
+        _counted(progress, "calibrate", layers),
     )
     return choose_fp16(largest, layers)
 

@@ -12,6 +12,8 @@ from ...spec import ModelSpec
 
 TABLE = "embed_tokens"
 QUANTIZED = ("int8", "int8-weight", "int4")
+# The precision of an artifact whose matrices each have a format of their own.
+MIXED = "mixed"
 GROUP_SIZES = (32, 64, 128)
 # A table has no speed to lose: its groups are as fine as its size allows.
 TABLE_GROUPS = {8: 128, 4: 64}
@@ -56,6 +58,16 @@ class Format:
         if self.activations:
             return f"int{scheme.bits}"
         return f"int{scheme.bits}/{scheme.group_size}{'s' if scheme.symmetric else ''}"
+
+
+def quantized_bytes(format: Format, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix [out, in]: its codes, fp32 scales and packed zero points."""
+    rows, columns = shape
+    scheme = format.scheme
+    groups = -(-columns // (scheme.group_size or columns))
+    codes = groups * (scheme.group_size or columns) * scheme.bits // 8
+    zero_points = 0 if scheme.symmetric else -(-groups * scheme.bits // 8)
+    return rows * (codes + 4 * groups + zero_points)
 
 
 def matrices(spec: ModelSpec) -> list[str]:
@@ -111,11 +123,12 @@ def plan_formats(
     return {TABLE: Format(QuantScheme(bits, TABLE_GROUPS[bits], symmetric=bits == 8))} | formats
 
 
-def parse_formats(spec: ModelSpec, texts: Mapping[str, str]) -> dict[str, Format]:
+def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> dict[str, Format]:
     """The formats that a recipe holds.
 
     Raises:
-        InputError: A name is not a matrix of the model, or a text not a format.
+        InputError: A name is not a matrix of the model, a text not a format, or a format not one
+            that the dialect or the matrix can have.
     """
     known = {TABLE, *matrices(spec)}
     if unknown := sorted(texts.keys() - known):
@@ -123,4 +136,13 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str]) -> dict[str, Format
             f"the recipe names {unknown[0]!r}, which is not a matrix of {spec.source.id}; "
             f"it has {len(known)}, such as {TABLE!r} and 'layers.0.mlp.down_proj'"
         )
-    return {name: Format.parse(text) for name, text in texts.items()}
+    formats = {name: Format.parse(text) for name, text in texts.items()}
+    for name, each in formats.items():
+        if dialect == "standard" and not each.scheme.symmetric:
+            raise InputError(
+                f"{name}: {each} has zero points, and the standard dialect's engines take none; "
+                f"use {each}s or --dialect ort"
+            )
+        if name == TABLE and (each.activations or (dialect, each.scheme.bits) == ("standard", 4)):
+            raise InputError(f"{name}: {each} is not a format of a table in dialect {dialect}")
+    return formats

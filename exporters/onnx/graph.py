@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from ...quantize.source import WeightSource
 from ...spec import ModelSpec
-from ...weights import Weights
 from .builder import GraphBuilder
 from .dialects import Dialect, Positions
 from .formats import TABLE
@@ -49,7 +49,7 @@ class Design:
         matrices: The quantized matrices, where the precision has formats.
     """
 
-    weights: Weights
+    weights: WeightSource
     dialect: Dialect
     precision: Precision
     hidden: bool = False
@@ -298,6 +298,13 @@ def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batc
     assert stream.pending is not None  # a model has at least one layer
     stream = Stream(g.cast(stream.residual, FLOAT), g.cast(stream.pending, FLOAT))
     normed, _ = add_norm(g, design, "norm.weight", stream)
+    rotation = design.weights.output_rotation
+    # A reranker's head is rotated instead.
+    if rotation is not None and design.head is None:
+        if not design.hidden:
+            rotation = rotation[:, : design.dim]
+        matrix = ir.tensor(np.ascontiguousarray(rotation), name="output.rotation")
+        normed = g.op("MatMul", normed, g.initializer(matrix))
     if design.hidden:
         hidden = roll_back(g, normed, batch)
         return named(hidden, "last_hidden_state", ("batch", "sequence", spec.hidden_size))
@@ -307,7 +314,7 @@ def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batc
         probability = g.op("Sigmoid", g.op("MatMul", pooled, head))
         return named(g.op("Squeeze", probability, g.constant([1])), "score", ("batch",))
     dim = design.dim or spec.hidden_size
-    if dim < spec.hidden_size:
+    if dim < spec.hidden_size and rotation is None:
         pooled = g.op("Slice", pooled, g.constant([0]), g.constant([dim]), g.constant([1]))
     length = g.op("ReduceL2", pooled, g.constant([1]), keepdims=1)
     # The floor of torch.nn.functional.normalize.

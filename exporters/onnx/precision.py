@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from ...errors import InputError
-from .formats import QUANTIZED, Format
+from ...spec import ModelSpec
+from .formats import QUANTIZED, Format, quantized_bytes
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 RESIDUAL = "residual stream"
@@ -43,6 +45,20 @@ class Precision:
         return stream + tuple(sorted(self.kept, key=_by_layer))
 
 
+def weight_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """About how many bytes a graph's weights take."""
+    total = 0
+    for name, shape in spec.tensor_shapes().items():
+        matrix = name.removesuffix(".weight")
+        if name == "lm_head.weight":
+            continue  # a reranker needs one row of it, an embedding model none
+        if matrix in precision.formats:
+            total += quantized_bytes(precision.formats[matrix], (shape[0], shape[1]))
+        else:
+            total += math.prod(shape) * precision.dtype_of(matrix).bitwidth // 8
+    return total
+
+
 def _by_layer(name: str) -> tuple[int, str]:
     return int(name.split(".")[1]), name
 
@@ -53,17 +69,18 @@ PRECISIONS = {
     "fp32": Precision(FLOAT, FLOAT),
     "fp16": Precision(FLOAT16, FLOAT16),
     "bf16": Precision(BFLOAT16, FLOAT),
-    # What is not a matrix stays in fp32.
-    **dict.fromkeys(QUANTIZED, Precision(FLOAT, FLOAT)),
 }
 
 
 def find_precision(name: str) -> Precision:
-    """A precision by its name.
+    """A precision by its name; of a quantized one, all but the formats of its matrices.
 
     Raises:
         InputError: There is none of that name.
     """
+    if name in QUANTIZED:
+        return PRECISIONS["fp32"]
     if name not in PRECISIONS:
-        raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {name!r}")
+        names = ", ".join((*PRECISIONS, *QUANTIZED))
+        raise InputError(f"precision should be one of {names}, found {name!r}")
     return PRECISIONS[name]

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...errors import CheckpointError
+from ...quantize.source import WeightSource
 from ...weights import Weights
 
 # Rows of this many bytes (in fp32) are converted at once.
@@ -29,17 +30,18 @@ class CheckpointTensor(ir.LazyTensor):
     """
 
     def __init__(
-        self, name: str, weights: Weights, dtype: ir.DataType, *, transpose: bool = False
+        self, name: str, weights: WeightSource, dtype: ir.DataType, *, transpose: bool = False
     ) -> None:
-        info = weights.tensors[name]
-        shape = ir.Shape(info.shape[::-1] if transpose else info.shape)
+        self._stored_shape = weights.spec.tensor_shapes()[name]
+        shape = ir.Shape(self._stored_shape[::-1] if transpose else self._stored_shape)
         super().__init__(lambda: ir.tensor(self._read(), dtype=dtype), dtype, shape, name=name)
-        self._info = info
         self._weights = weights
+        # As stored where nothing changes the weights on their way.
+        self._rows = weights.read if isinstance(weights, Weights) else weights.read_fp32
         self._transpose = transpose
 
     def _read(self) -> np.ndarray:
-        stored = self._weights.read(str(self.name))
+        stored = self._rows(str(self.name), slice(None))
         return self._convert(transposed(stored) if self._transpose else stored)
 
     def tofile(self, file: BinaryIO) -> None:
@@ -51,12 +53,10 @@ class CheckpointTensor(ir.LazyTensor):
                 chunk.tofile(file)
 
     def _chunks(self) -> Iterator[np.ndarray]:
-        rows, *rest = self._info.shape
+        rows, *rest = self._stored_shape
         step = max(1, CHUNK_BYTES // (4 * math.prod(rest)))
         for start in range(0, rows, step):
-            yield self._convert(
-                self._weights.read(str(self.name), slice(start, min(start + step, rows)))
-            )
+            yield self._convert(self._rows(str(self.name), slice(start, min(start + step, rows))))
 
     def _convert(self, stored: np.ndarray) -> np.ndarray:
         target = self.dtype.numpy()
@@ -65,7 +65,8 @@ class CheckpointTensor(ir.LazyTensor):
         values = stored.astype(np.float32)
         if self.dtype == ir.DataType.FLOAT16 and max(np.max(values), -np.min(values)) > FP16_MAX:
             raise CheckpointError(
-                f"{self._info.file}: tensor {self._info.name} has values beyond {FP16_MAX:.0f}, "
+                f"{self._weights.spec.source.folder}: tensor {self.name} has values beyond "
+                f"{FP16_MAX:.0f}, "
                 "the largest fp16; export with --precision bf16 or fp32"
             )
         return values if self.dtype == ir.DataType.FLOAT else values.astype(target)

@@ -1,0 +1,129 @@
+"""A model run layer by layer with onnxruntime, before there is an artifact.
+
+Each layer is an ONNX graph of its own in a temporary folder, with the operators that the artifact
+will have; memory stays at one layer and the texts' hidden states, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...quantize.source import WeightSource
+from .builder import GraphBuilder
+from .graph import INPUTS, Design, Stream, describe_inputs, describe_layer, embed
+from .precision import FLOAT
+from .session import open_session
+
+DATA = "part.onnx_data"
+
+
+class Layer(AbstractContextManager["Layer"]):
+    """One layer in a session; `with` deletes its graph.
+
+    Args:
+        design: The model.
+        layer: The layer's number.
+        folder: Where the graph may be written while it runs.
+
+    Attributes:
+        probes: Names of the magnitudes that `run_probed` gives.
+    """
+
+    def __init__(self, design: Design, layer: int, folder: Path) -> None:
+        self._temporary = tempfile.TemporaryDirectory(dir=folder)
+        g = GraphBuilder()
+        ids, mask = _inputs()
+        stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
+        batch = describe_inputs(g, design, ids, mask)
+        out = describe_layer(g, design, layer, Stream(stream, None), batch)
+        assert out.pending is not None
+        outputs = [g.op("Add", out.residual, out.pending)]
+        self.probes = list(g.probes)
+        for value in g.probes.values():
+            outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))
+        self._session = _open(
+            design, g, [ids, mask, stream], outputs, Path(self._temporary.name), f"layer_{layer}"
+        )
+        self._stream = outputs[0].name
+
+    def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The residual stream behind the layer: float32 [1, tokens, hidden_size], as `state`."""
+        return self._session.run([self._stream], _feeds(ids) | {"stream": state})[0]
+
+    def run_probed(
+        self, ids: np.ndarray, state: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `run`, with the largest magnitude of each watched value, by name."""
+        out, *found = self._session.run(None, _feeds(ids) | {"stream": state})
+        return out, dict(zip(self.probes, found, strict=True))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._temporary.cleanup()
+
+
+def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each text's first states in fp32, [1, tokens, hidden_size], from the rows it needs."""
+    name = "embed_tokens.weight"
+    wanted = np.unique(np.concatenate(rows))
+    table = {i: weights.read_fp32(name, slice(int(i), int(i) + 1))[0] for i in wanted}
+    return [np.stack([table[i] for i in ids])[None] for ids in rows]
+
+
+def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
+    """Each text's first states as the design's own table gives them."""
+    g = GraphBuilder()
+    ids, mask = _inputs()
+    out = embed(g, design, describe_inputs(g, design, ids, mask)).residual
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        session = _open(design, g, [ids, mask], [out], Path(temporary), "embed_tokens")
+        return [session.run(None, _feeds(row))[0] for row in rows]
+
+
+def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
+    """The final norm's output at each text's last token: float32 [texts, hidden_size]."""
+    last = np.concatenate([state[:, -1] for state in states])
+    scale = np.sqrt(np.mean(last**2, axis=1, keepdims=True) + design.spec.rms_norm_eps)
+    normed = last / scale * design.weights.read_fp32("norm.weight")
+    rotation = design.weights.output_rotation
+    return normed if rotation is None else normed @ rotation
+
+
+def _inputs() -> list[ir.Value]:
+    return [ir.val(name, dtype=ir.DataType.INT64, shape=("batch", "sequence")) for name in INPUTS]
+
+
+def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+
+
+def _open(
+    design: Design,
+    g: GraphBuilder,
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    folder: Path,
+    name: str,
+) -> Any:
+    model = g.model(
+        inputs,
+        outputs,
+        opsets=design.dialect.opsets,
+        ir_version=design.dialect.ir_version,
+        name=name,
+    )
+    path = folder / "part.onnx"
+    ir.save(model, path, external_data=DATA)
+    return open_session(ir.load(path), folder, pack=True)

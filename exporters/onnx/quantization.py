@@ -1,0 +1,91 @@
+"""A recipe carried out: where a graph's weights and quantized matrices come from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...quantize.rtn import quantize_rtn
+from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.source import WeightSource
+from ...weights import Weights
+from .formats import TABLE, Format
+from .quantized import QuantizedMatrices
+from .recipe import CALIBRATED, Recipe
+
+# Rows are quantized by themselves: a table of 150,000 never stands in memory in fp32.
+CHUNK_VALUES = 16 << 20
+Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
+
+
+def carry_out(
+    weights: Weights,
+    recipe: Recipe,
+    formats: dict[str, Format],
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+) -> tuple[WeightSource, QuantizedMatrices]:
+    """What a quantized graph is made from.
+
+    Args:
+        weights: The checkpoint.
+        recipe: How to quantize.
+        formats: The recipe's formats.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        folder: Where finished layers are kept, for "gptq" and "awq": a run that is interrupted goes
+            on there.
+        advance: Called after each layer, for "gptq" and "awq".
+
+    Returns:
+        (the weights that are not quantized, the quantized matrices).
+    """
+    source: WeightSource = weights
+    schemes = {name: each.scheme for name, each in formats.items()}
+    if recipe.algorithm not in CALIBRATED:
+        quantize = quantize_rtn
+        return source, QuantizedMatrices(
+            lambda name: quantize_rows(
+                source, name, schemes[name], quantize_rtn if name == TABLE else quantize
+            )
+        )
+    raise NotImplementedError
+
+
+def quantize_rows(
+    source: WeightSource, name: str, scheme: QuantScheme, quantize: Quantize
+) -> QuantizedTensor:
+    """Quantize a matrix a range of rows at a time."""
+    shape = source.spec.tensor_shapes()[f"{name}.weight"]
+    step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
+    parts = [
+        quantize(source.read_fp32(f"{name}.weight", slice(start, start + step)), scheme)
+        for start in range(0, shape[0], step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedTensor(
+        scheme,
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.zero_points for part in parts]),
+    )
+
+
+def describe_calibration(rows: Sequence[np.ndarray], source: str) -> dict[str, Any]:
+    """What a manifest says of the calibration texts: their hash, and none of them."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.int64(len(row)).tobytes())
+        digest.update(np.ascontiguousarray(row, np.int64).tobytes())
+    return {
+        "source": source,
+        "texts": len(rows),
+        "tokens": sum(map(len, rows)),
+        "sha256": digest.hexdigest(),
+    }

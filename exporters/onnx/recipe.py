@@ -1,0 +1,71 @@
+"""A recipe: all that decides how a model is quantized, so that it can be done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+
+ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
+CALIBRATED = ("gptq", "awq")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
+            matrix that is not named stays in fp32.
+        algorithm: "rtn", "hqq", "gptq" or "awq". The embedding table is always rounded.
+        rotate: Whether the residual stream and the attention's values are rotated.
+        seed: Of the rotation and of what calibration draws.
+    """
+
+    formats: Mapping[str, str]
+    algorithm: str = "rtn"
+    rotate: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(
+                f"algorithm should be one of {', '.join(ALGORITHMS)}, found {self.algorithm!r}"
+            )
+
+    def to_record(self) -> dict[str, Any]:
+        """What a manifest or recipe.json keeps."""
+        return asdict(self)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Recipe:
+        """Read a recipe from recipe.json, or from the embedport.json of an artifact.
+
+        Raises:
+            InputError: It is missing, damaged, or holds no recipe.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not a recipe: {error}") from error
+        if isinstance(values, dict) and "format_version" in values:
+            values = values.get("recipe")
+        known = {field.name for field in fields(cls)}
+        if (
+            not isinstance(values, dict)
+            or "formats" not in values
+            or not isinstance(values["formats"], dict)
+        ):
+            raise InputError(
+                f'{path} should hold {{"formats": {{"layers.0.mlp.down_proj": "int8", …}}, …}}, '
+                "or be the embedport.json of a quantized artifact"
+            )
+        # An artifact's record also says what it was calibrated on.
+        values.pop("calibration", None)
+        if odd := sorted(values.keys() - known):
+            raise InputError(f"{path}: {odd[0]!r} is not part of a recipe; its parts: {known}")
+        return cls(**values)

@@ -1,0 +1,258 @@
+"""The smallest assignment of bits to matrices that keeps a cosine, found by measuring.
+
+First each matrix alone is quantized and its layer run on real texts: what it does to the residual
+stream, for the bytes it saves, puts the matrices in order. Then whole models are run, with more and
+more matrices given more bits in that order, until the smallest one that keeps the cosine is found
+by bisection. Everything runs with the operators that the artifact will have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+from ...quantize.schemes import QuantizedTensor, QuantScheme
+from .formats import TABLE, Format, matrices
+from .graph import Design
+from .layerwise import Layer, embed_quantized, embed_rows, final_vectors
+from .precision import Precision, weight_bytes
+from .quantized import QuantizedMatrices
+
+# Fewest bytes first; "fp32" is a matrix without a format.
+LEVELS = ("int4/64", "int8/128s", "fp32")
+# Whole models are run some ten times.
+TOKENS = 2048
+LONGEST = 512
+
+Quantize = Callable[[str, QuantScheme], QuantizedTensor]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one matrix, or a whole layer, does to the residual stream behind its layer.
+
+    Attributes:
+        name: The matrix, or "layers.3" for all matrices of a layer.
+        level: Its format.
+        bytes: What it takes.
+        error: Sum of the squared differences by the sum of the squares, over all texts' tokens.
+    """
+
+    name: str
+    level: str
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A whole model that was run: how many matrices had which format, its bytes and cosine."""
+
+    counts: Mapping[str, int]
+    bytes: int
+    min_cosine: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        formats: The choice: matrix to the text of its format.
+        min_cosine: What was asked for.
+        trials: Whole models, in the order in which they were run.
+        sensitivities: Of each matrix and layer at each level.
+    """
+
+    formats: Mapping[str, str]
+    min_cosine: float
+    trials: Sequence[Trial]
+    sensitivities: Sequence[Sensitivity]
+
+    def to_record(self) -> dict[str, Any]:
+        """What the manifest keeps beside the recipe."""
+        record = asdict(self)
+        del record["formats"]
+        return record
+
+
+def search_formats(
+    design: Design,
+    quantize: Quantize,
+    rows: Sequence[np.ndarray],
+    min_cosine: float,
+    folder: Path,
+    advance: Callable[[], None],
+) -> Search:
+    """Find the smallest assignment whose worst text keeps `min_cosine`.
+
+    Args:
+        design: The model in fp32, in the `ort` dialect.
+        quantize: A matrix by its name, and a scheme, to the quantized matrix.
+        rows: Token ids of the texts, int64 [tokens] each; whole ones are used up to 2,048 tokens.
+        min_cosine: Smallest cosine of a text's final state to that of the fp32 model.
+        folder: Where a layer's graph may be written while it runs.
+        advance: Called after each layer whose matrices were measured.
+
+    Raises:
+        InputError: Not even fp32 keeps the cosine.
+    """
+    if not 0 < min_cosine <= 1:
+        raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
+    rows = _bounded(rows)
+    sensitivities, reference = _measure(design, quantize, rows, folder, advance)
+    steps = _order(design, sensitivities)
+    trials: dict[int, Trial] = {}
+
+    def keeps(count: int) -> bool:
+        texts = _assign(design, steps[:count])
+        found = _run(_with_formats(design, texts, quantize), rows, folder)
+        trials[count] = Trial(
+            dict(Counter(texts.values())),
+            weight_bytes(design.spec, _precision(design, texts)),
+            _min_cosine(found, reference),
+        )
+        return trials[count].min_cosine >= min_cosine
+
+    low, high = 0, len(steps)
+    while low < high:
+        middle = (low + high) // 2
+        if keeps(middle):
+            high = middle
+        else:
+            low = middle + 1
+    if high not in trials and not keeps(high):
+        raise InputError(
+            f"no assignment keeps a cosine of {min_cosine}: fp32 itself gives "
+            f"{trials[high].min_cosine:.7f}"
+        )
+    texts = _assign(design, steps[:high])
+    chosen = {name: text for name, text in texts.items() if text != LEVELS[-1]}
+    return Search(chosen, min_cosine, list(trials.values()), sensitivities)
+
+
+def _bounded(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Whole texts, the last token kept: none too long, all together not too many."""
+    chosen, tokens = [], 0
+    for row in rows:
+        if len(row) <= LONGEST and tokens + len(row) <= TOKENS:
+            chosen.append(row)
+            tokens += len(row)
+    return chosen or [min(rows, key=len)]
+
+
+def _measure(
+    design: Design,
+    quantize: Quantize,
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+) -> tuple[list[Sensitivity], np.ndarray]:
+    """The sensitivities, and the fp32 model's final vectors."""
+    found = []
+    states = embed_rows(design.weights, rows)
+    names = matrices(design.spec)
+    for level in LEVELS[:-1]:
+        trial = _with_formats(design, {TABLE: level}, quantize)
+        error = _error(embed_quantized(trial, rows, folder), states)
+        found.append(Sensitivity(TABLE, level, _bytes(design, {TABLE: level}), error))
+    for number in range(design.spec.num_layers):
+        prefix = f"layers.{number}."
+        inside = [name for name in names if name.startswith(prefix)]
+        expected = _run_layer(design, number, rows, states, folder)
+        for level in LEVELS[:-1]:
+            for part in (*([name] for name in inside), inside):
+                texts = dict.fromkeys(part, level)
+                trial = _with_formats(design, texts, quantize)
+                out = _run_layer(trial, number, rows, states, folder)
+                name = part[0] if len(part) == 1 else prefix.rstrip(".")
+                found.append(Sensitivity(name, level, _bytes(design, texts), _error(out, expected)))
+        states = expected
+        advance()
+    return found, final_vectors(design, states)
+
+
+def _order(design: Design, sensitivities: Sequence[Sensitivity]) -> list[tuple[str, str]]:
+    """(matrix, its next level), the most error taken away for a byte first."""
+    by_name: dict[str, dict[str, Sensitivity]] = {}
+    names = {TABLE, *matrices(design.spec)}
+    for each in sensitivities:
+        if each.name in names:
+            by_name.setdefault(each.name, {})[each.level] = each
+    gains = []
+    for name, levels in by_name.items():
+        whole = Sensitivity(name, LEVELS[-1], _bytes(design, {name: LEVELS[-1]}), 0.0)
+        chain = [levels[LEVELS[0]], levels[LEVELS[1]], whole]
+        last = np.inf
+        for before, after in zip(chain, chain[1:], strict=False):
+            gain = (before.error - after.error) / (after.bytes - before.bytes)
+            last = min(last, gain)  # a matrix goes through its levels in order
+            gains.append((last, name, after.level))
+    gains.sort(key=lambda each: -each[0])
+    return [(name, level) for _, name, level in gains]
+
+
+def _assign(design: Design, steps: Sequence[tuple[str, str]]) -> dict[str, str]:
+    texts = dict.fromkeys((TABLE, *matrices(design.spec)), LEVELS[0])
+    for name, level in steps:
+        texts[name] = level
+    return texts
+
+
+def _precision(design: Design, texts: Mapping[str, str]) -> Precision:
+    formats = {name: Format.parse(text) for name, text in texts.items() if text != LEVELS[-1]}
+    return replace(design.precision, formats=formats)
+
+
+def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:
+    precision = _precision(design, texts)
+    found = QuantizedMatrices(lambda name: quantize(name, precision.formats[name].scheme))
+    return replace(design, precision=precision, matrices=found)
+
+
+def _bytes(design: Design, texts: Mapping[str, str]) -> int:
+    """What some matrices take: the whole model's weights less all the others'."""
+    spec = design.spec
+    rest = sum(
+        4 * int(np.prod(shape))
+        for name, shape in spec.tensor_shapes().items()
+        if name != "lm_head.weight" and name.removesuffix(".weight") not in texts
+    )
+    return weight_bytes(spec, _precision(design, texts)) - rest
+
+
+def _run_layer(
+    design: Design,
+    number: int,
+    rows: Sequence[np.ndarray],
+    states: Sequence[np.ndarray],
+    folder: Path,
+) -> list[np.ndarray]:
+    with Layer(design, number, folder) as layer:
+        return [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
+
+
+def _run(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
+    """Final vectors of a whole model."""
+    table = TABLE in design.precision.formats
+    states = embed_quantized(design, rows, folder) if table else embed_rows(design.weights, rows)
+    for number in range(design.spec.num_layers):
+        states = _run_layer(design, number, rows, states, folder)
+    return final_vectors(design, states)
+
+
+def _error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    difference = sum(float(((a - b) ** 2).sum()) for a, b in zip(found, expected, strict=True))
+    return difference / sum(float((each**2).sum()) for each in expected)
+
+
+def _min_cosine(found: np.ndarray, expected: np.ndarray) -> float:
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = (found * expected).sum(axis=1) / lengths
+    return float(np.nan_to_num(cosines, nan=-1.0).min())

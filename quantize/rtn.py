@@ -1,0 +1,31 @@
+"""Round to nearest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .schemes import QuantizedTensor, QuantScheme
+
+
+def quantize_rtn(weight: np.ndarray, scheme: QuantScheme) -> QuantizedTensor:
+    """Round each value to the nearest code of its group."""
+    out, columns = weight.shape
+    size = scheme.group_size or columns
+    groups = -(-columns // size)
+    padded = weight
+    if groups * size != columns:
+        padded = np.zeros((out, groups * size), np.float32)
+        padded[:, :columns] = weight
+    values = padded.reshape(out, groups, size)
+    top = scheme.levels - 1
+    if scheme.symmetric:
+        scales = np.abs(values).max(axis=2) / (scheme.middle - 1)
+        scales = np.maximum(scales, np.finfo(np.float32).tiny)
+        zeros = np.full((out, groups), scheme.middle, np.uint8)
+    else:
+        low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
+        scales = np.maximum((high - low) / top, np.finfo(np.float32).tiny)
+        zeros = np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
+    codes = np.rint(values / scales[:, :, None]) + zeros[:, :, None]
+    codes = np.clip(codes, 0, top).astype(np.uint8).reshape(out, -1)[:, :columns]
+    return QuantizedTensor(scheme, np.ascontiguousarray(codes), scales.astype(np.float32), zeros)

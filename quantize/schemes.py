@@ -1,0 +1,67 @@
+"""How a matrix is quantized, and what comes of it; independent of any file format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Bits and groups of a quantized matrix.
+
+    Attributes:
+        bits: 4 or 8.
+        group_size: Inputs that share a scale; None for one scale an output row.
+        symmetric: Whether the zero point is the middle of the range everywhere.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise InputError(f"bits should be 4 or 8, found {self.bits}")
+        if self.group_size is not None and self.group_size < 16:
+            raise InputError(f"group_size should be at least 16, found {self.group_size}")
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are."""
+        return 1 << self.bits
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric scheme."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantized matrix [out, in], as a checkpoint stores a projection or the embedding table.
+
+    Attributes:
+        scheme: How it was quantized.
+        codes: uint8 [out, in], below 2^bits, not packed.
+        scales: float32 [out, groups]; the last group may be shorter.
+        zero_points: uint8 [out, groups].
+    """
+
+    scheme: QuantScheme
+    codes: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray
+
+    def dequantize(self) -> np.ndarray:
+        """(codes - zero_points) * scales: float32 [out, in]."""
+        return (self.codes - self._widen(self.zero_points).astype(np.float32)) * self._widen(
+            self.scales
+        )
+
+    def _widen(self, groups: np.ndarray) -> np.ndarray:
+        columns = self.codes.shape[1]
+        return np.repeat(groups, self.scheme.group_size or columns, axis=1)[:, :columns]

@@ -1,0 +1,30 @@
+"""Where a model's weights come from: the checkpoint, or a transformation of another source."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from ..spec import ModelSpec
+
+
+class WeightSource(Protocol):
+    """The tensors of a model by their `Qwen3Model` names; `embedport.weights.Weights` is one.
+
+    Attributes:
+        spec: The checkpoint's spec.
+        output_rotation: float32 [hidden, hidden], by which the final norm's output is multiplied to
+            be in the checkpoint's own basis; None where it is.
+    """
+
+    spec: ModelSpec
+    output_rotation: np.ndarray | None
+
+    def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or a range of its rows: float32."""
+        ...
+
+    def lm_head_rows(self, ids: list[int]) -> np.ndarray:
+        """Rows of the head that go with the final norm's output: float32 [n, hidden]."""
+        ...

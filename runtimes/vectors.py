@@ -1,0 +1,89 @@
+"""Vectors after the model: shorter (MRL), and in 8 bits or one bit a value for a vector database."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..errors import InputError
+
+VECTOR_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)
+# Digits of a range that 255 steps can tell apart.
+DIGITS = 5
+
+
+def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """The first `dim` values of each vector, normalized again (MRL, arXiv:2205.13147).
+
+    Args:
+        vectors: float32 [n, m].
+        dim: At most m.
+    """
+    cut = vectors[:, :dim]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
+
+
+def measure_ranges(vectors: np.ndarray) -> dict[str, list[list[float]]]:
+    """The smallest and the largest of each value, at the full width and at each MRL dimension.
+
+    Args:
+        vectors: float32 [n, m] of unit length.
+
+    Returns:
+        Width, as text, to [smallest, largest], each of that width.
+    """
+    width = vectors.shape[1]
+    ranges = {}
+    for dim in (width, *(dim for dim in MRL_DIMS if dim < width)):
+        cut = shorten(vectors, dim)
+        bounds = (cut.min(axis=0), cut.max(axis=0))
+        ranges[str(dim)] = [[float(f"{x:.{DIGITS}g}") for x in bound] for bound in bounds]
+    return ranges
+
+
+def quantize_vectors(
+    vectors: np.ndarray,
+    precision: str,
+    ranges: Mapping[str, Sequence[Sequence[float]]] | None,
+) -> np.ndarray:
+    """Vectors as sentence-transformers' `quantize_embeddings` and vector databases define them.
+
+    Args:
+        vectors: float32 [n, dim].
+        precision: One of `VECTOR_PRECISIONS`.
+        ranges: From `measure_ranges`, for "int8" and "uint8".
+
+    Returns:
+        "int8" and "uint8": [n, dim], 255 steps between a value's smallest and largest; "binary"
+        (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], a bit for each value, 1 where it is
+        positive, the first value's highest.
+
+    Raises:
+        InputError: There is no such precision, or it needs ranges and there are none of this width.
+    """
+    if precision == "float32":
+        return vectors
+    if precision in ("binary", "ubinary"):
+        bits = np.packbits(vectors > 0, axis=1)
+        return bits if precision == "ubinary" else (bits ^ 0x80).view(np.int8)
+    if precision not in VECTOR_PRECISIONS:
+        raise InputError(
+            f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
+        )
+    dim = str(vectors.shape[1])
+    if ranges is None or dim not in ranges:
+        known = f"there are some of {', '.join(ranges)}" if ranges else "there are none"
+        raise InputError(
+            f"{precision} needs each value's range at {dim} dimensions, and {known}: call "
+            "`embedder.calibrate(texts)` with texts like your own, or `embedport encode ARTIFACT "
+            "--calibrate texts.jsonl`, once"
+        )
+    low, high = (np.asarray(bound, np.float32) for bound in ranges[dim])
+    steps = np.maximum((high - low) / 255, np.finfo(np.float32).tiny)
+    shifted = (vectors - low) / steps
+    # Texts not seen in calibration go beyond its ranges.
+    if precision == "uint8":
+        return np.clip(np.trunc(shifted), 0, 255).astype(np.uint8)
+    return np.clip(np.trunc(shifted - 128), -128, 127).astype(np.int8)
