@@ -29,6 +29,7 @@ def everything(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         export.against_peer(3)
         inference.against_peer(7)
+        inference.int8_against_peers(7)
         parity.against_transformers()
         backend.in_sentence_transformers()
 
@@ -49,6 +50,12 @@ def _export_8b(precision: str = "bf16", checkpoint: Checkpoint = None, out: Out 
 def _inference(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Tokens a second in fp32 against optimum-onnx's graph."""
     inference.against_peer(rounds, checkpoint, out)
+
+
+@app.command("int8")
+def _int8(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
+    """Tokens a second in int8 and 4 bits against optimum-onnx's dynamic int8 and OpenVINO."""
+    inference.int8_against_peers(rounds, checkpoint, out)
 
 
 @app.command("parity")

@@ -56,9 +56,9 @@ def peer(script: str, *arguments: str) -> list[str]:
     return ["uv", "run", "--quiet", "--script", str(PEERS / script), *arguments]
 
 
-def peer_versions() -> dict[str, str]:
-    """The packages of optimum-onnx's environment; installs it where it is not."""
-    return json.loads(run(peer("optimum_onnx.py", "warm")).output.splitlines()[-1])
+def peer_versions(script: str = "optimum_onnx.py") -> dict[str, str]:
+    """The packages of a peer's environment; installs it where it is not."""
+    return json.loads(run(peer(script, "warm")).output.splitlines()[-1])
 
 
 def ours(*arguments: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Vectors after the model: shorter (MRL), and in 8 bits or one bit a value for a vector database."""
+"""Vectors after the model: shorter (MRL), and 8 bits or one bit a value for a vector database."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from .embedder import Corpus, train_embedder
 from .model import GEOMETRY, common_prefix, save_model
 from .reranker import mine, train_reranker
 from .retrieval import write_retrieval
-from .teacher import archive, principal, teach
+from .teacher import archive, principal_directions, teach
 from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
 
 VOCABULARY = 6144
@@ -45,8 +45,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Where what the teacher said is kept.")] = Path(
         "build/demo"
     ),
-    embedder_steps: int = 1100,
-    reranker_steps: int = 1000,
+    embedder_steps: int = 1000,
+    reranker_steps: int = 900,
     seed: int = 0,
 ) -> None:
     """Train the embedder and the reranker, and write the held-out set."""
@@ -59,10 +59,9 @@ def main(
     say(f"{len(split.embedder)} synsets for the embedder, {len(split.reranker)} for the reranker")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(split.embedder)
-    corpus = _corpus(split, tokenizer, work)
+    corpus, table = _teach(split, tokenizer, work)
     say(f"{len(corpus.index)} texts with the teacher's vectors")
-    vocab_size = tokenizer.get_vocab_size()
-    embedder = train_embedder(split.embedder, corpus, vocab_size, steps=embedder_steps, seed=seed)
+    embedder = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
     save_model(embedder, out / "embedder", "embedding", tokenizer)
     say("the embedder is trained")
     lists = mine(embedder, split.reranker, corpus, seed)
@@ -84,17 +83,24 @@ def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:
     return train_tokenizer(texts + templates * 1000, VOCABULARY)
 
 
-def _corpus(split: Split, tokenizer: Tokenizer, work: Path) -> Corpus:
-    """Token ids of every text; the teacher's vectors of those the embedder is trained on."""
+def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.ndarray]:
+    """Token ids of every text, and the teacher's vectors of those the embedder is trained on.
+
+    Returns:
+        (the corpus, the teacher's vector of each token: float32 [vocab_size, hidden]).
+    """
     taught = list(
         dict.fromkeys(t for each in split.embedder for t in (*texts_of(each), *each.words))
     )
     path = work / "teacher.npy"
+    tokens = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]
     if not path.exists():
-        np.save(path, teach(taught, archive()))
+        np.save(path, teach([*taught, *tokens], archive()))
     vectors = np.load(path)
-    if len(vectors) != len(taught):
+    if len(vectors) != len(taught) + len(tokens):
         raise SystemExit(f"{path} is of other texts: delete it")
+    directions = principal_directions(vectors, GEOMETRY.hidden_size)
+    targets = vectors.astype(np.float32) @ directions
     others = [
         text
         for part in (split.reranker, split.words, split.definitions)
@@ -106,13 +112,14 @@ def _corpus(split: Split, tokenizer: Tokenizer, work: Path) -> Corpus:
     queries = [ids.tolist() for ids in tokenize.encode(everything, PROMPT).ids]
     documents = [ids.tolist() for ids in tokenize.encode(everything).ids]
     shared = common_prefix(queries)
-    return Corpus(
+    corpus = Corpus(
         prompt=shared,
         queries=dict(zip(everything, (row[len(shared) :] for row in queries), strict=True)),
         documents=dict(zip(everything, documents, strict=True)),
-        targets=principal(vectors, GEOMETRY.hidden_size),
+        targets=targets[: len(taught)],
         index={text: i for i, text in enumerate(taught)},
     )
+    return corpus, targets[len(taught) :]
 
 
 def _pairs(tokenizer: Tokenizer, work: Path) -> RerankerTokenizer:

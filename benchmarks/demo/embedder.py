@@ -56,10 +56,10 @@ def make_pairs(synsets: Sequence[Synset], generator: np.random.Generator) -> lis
 
 
 def train_embedder(
-    synsets: Sequence[Synset], corpus: Corpus, vocab_size: int, *, steps: int, seed: int
+    synsets: Sequence[Synset], corpus: Corpus, table: np.ndarray, *, steps: int, seed: int
 ) -> Qwen3Model:
-    """Train from nothing; prints the losses as it goes."""
-    model = make_model(vocab_size, seed)
+    """Train, beginning with the teacher's vectors of the tokens; prints the losses as it goes."""
+    model = make_model(table, seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -12,20 +13,28 @@ import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from transformers import DynamicCache, Qwen3Config, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from embedport.demo.synthetic import Geometry, write_checkpoint
 from embedport.spec import Task
 
 # Vocabulary and three layers of 256: 3.3 M parameters, 6.7 MB in bf16.
 CHUNK = 64
+# Gain of queries and keys at which attention is nearly uniform.
+GENTLE = 0.4
 GEOMETRY = Geometry(256, 3, 4, 2, 64, 512, max_position_embeddings=4096)
 
 
-def make_model(vocab_size: int, seed: int) -> Qwen3Model:
-    """The model before training."""
+def make_model(table: np.ndarray, seed: int) -> Qwen3Model:
+    """The model before training: a text's vector is about the mean of its tokens' vectors.
+
+    Args:
+        table: float32 [vocab_size, hidden], each token's first vector.
+        seed: Of everything else.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=vocab_size,
+        vocab_size=len(table),
         hidden_size=GEOMETRY.hidden_size,
         num_hidden_layers=GEOMETRY.num_layers,
         num_attention_heads=GEOMETRY.num_heads,
@@ -36,7 +45,25 @@ def make_model(vocab_size: int, seed: int) -> Qwen3Model:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )
-    return Qwen3Model(config)
+    model = Qwen3Model(config)
+    with torch.no_grad():
+        model.embed_tokens.weight.copy_(torch.from_numpy(table))
+        for number, layer in enumerate(model.layers):
+            _average(cast(Qwen3Attention, layer.self_attn), number)
+    return model
+
+
+def _average(attention: Qwen3Attention, number: int) -> None:
+    """Attention that looks everywhere and hands on a part of what it sees, another part a layer."""
+    kv_width = GEOMETRY.num_kv_heads * GEOMETRY.head_dim
+    shared = GEOMETRY.num_heads // GEOMETRY.num_kv_heads
+    first = number * kv_width % GEOMETRY.hidden_size
+    part = torch.eye(GEOMETRY.hidden_size)[first : first + kv_width]
+    attention.v_proj.weight.copy_(part)
+    heads = part.view(GEOMETRY.num_kv_heads, GEOMETRY.head_dim, -1).repeat_interleave(shared, 0)
+    attention.o_proj.weight.copy_(heads.flatten(0, 1).T / shared)
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.weight.fill_(GENTLE)
 
 
 def last_states(
@@ -67,7 +94,7 @@ def _chunk_states(
     return states[torch.arange(len(rows)), lengths - 1]
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     """The token ids that all rows begin with."""
     first, last = min(rows), max(rows)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))

@@ -61,12 +61,12 @@ def teach(texts: Sequence[str], path: Path) -> np.ndarray:
     return vectors
 
 
-def principal(vectors: np.ndarray, width: int) -> np.ndarray:
-    """The vectors in their principal directions, the largest first: float32 [n, width].
+def principal_directions(vectors: np.ndarray, width: int) -> np.ndarray:
+    """The vectors' principal directions, the largest first: float32 [384, width].
 
-    A prefix of these keeps the most of the teacher's cosines that a prefix can keep: the target for
-    Matryoshka dimensions.
+    A prefix of the coordinates along these keeps the most of the teacher's cosines that a prefix
+    can keep: the target for Matryoshka dimensions.
     """
     sample = vectors[:: max(1, len(vectors) // 50_000)].astype(np.float32)
     _, _, directions = np.linalg.svd(sample, full_matrices=False)
-    return vectors.astype(np.float32) @ directions[:width].T
+    return directions[:width].T

@@ -34,7 +34,7 @@ def export_onnx(
         Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
     ],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight or int4.")
+        str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4 or auto.")
     ] = "fp32",
     dialect: Annotated[
         str,
@@ -88,6 +88,10 @@ def export_onnx(
             show_default=False,
         ),
     ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(help="What auto keeps; 0.999 by default.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -115,6 +119,7 @@ def export_onnx(
             group_size=group_size,
             embedding_bits=embedding_bits,
             recipe=recipe,
+            min_cosine=min_cosine,
             force=force,
             progress=progress,
         )

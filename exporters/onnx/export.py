@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,23 +27,26 @@ from ...hub import fetch
 from ...integrity import record_files
 from ...manifest import Manifest, SourceRecord
 from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
+from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
 from .dialects import find_dialect
-from .formats import MIXED, QUANTIZED, parse_formats, plan_formats
+from .formats import AUTO, MIXED, QUANTIZED, parse_formats, plan_formats
 from .graph import INPUTS, Design, build_model
-from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
-from .quantization import carry_out, describe_calibration
+from .precision import FLOAT16, Precision, find_precision, weight_bytes
+from .quantization import carry_out, describe_calibration, quantize_rows, rotated
 from .recipe import CALIBRATED, Recipe
+from .search import Search, search_formats
 from .verify import verify_graph
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
 # Massive activations show in a text's first tokens; a reranker's document begins after some 65.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
+MIN_COSINE = 0.999
 PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 Progress = Callable[[str, int, int], None]
@@ -65,6 +69,7 @@ def export_onnx(
     group_size: int | None = None,
     embedding_bits: int | None = None,
     recipe: str | Path | None = None,
+    min_cosine: float | None = None,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -82,7 +87,8 @@ def export_onnx(
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
         precision: "fp32"; "fp16" (what would overflow stays in fp32, found by calibration); "bf16"
             (the residual stream stays in fp32); "int8" (weights and each token's activations);
-            "int8-weight" or "int4" (weights in groups; all else in fp32).
+            "int8-weight" or "int4" (weights in groups; all else in fp32); or "auto" (4 bits, 8 bits
+            or fp32 for each matrix: the smallest choice that keeps `min_cosine`).
         dialect: "ort" (onnxruntime's fused operators) or "standard" (ONNX opset 23 only).
         outputs: "pooled", or "hidden" for `last_hidden_state`, float32 [batch, sequence,
             hidden_size], which sentence-transformers' ONNX backend opens.
@@ -96,6 +102,7 @@ def export_onnx(
         embedding_bits: Of the embedding table, 4 or 8.
         recipe: recipe.json, or the embedport.json of an artifact that is to be made again: decides
             instead of `precision` and the options of quantization.
+        min_cosine: For "auto": the smallest cosine of a text to the fp32 model; 0.999 by default.
         force: Whether to replace an artifact that is already there.
         progress: Called with (stage, done, total) as the work goes on.
 
@@ -109,31 +116,52 @@ def export_onnx(
     chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)
     options = {"group_size": group_size, "embedding_bits": embedding_bits}
+    quantizes = algorithm != "rtn" or rotate
+    if min_cosine is not None and precision != AUTO:
+        raise InputError(f"--min-cosine goes with --precision auto, not with {precision}")
+    plan = None
     if recipe is not None:
-        if algorithm != "rtn" or rotate or any(options.values()):
+        if quantizes or any(options.values()) or precision != "fp32":
             raise InputError("a recipe decides everything: give no other option of quantization")
         plan, precision = Recipe.from_file(Path(recipe)), MIXED
     elif precision in QUANTIZED:
         formats = plan_formats(spec, precision, dialect=dialect, **options)
-        plan = Recipe({name: str(each) for name, each in formats.items()}, algorithm, rotate)
-    elif algorithm != "rtn" or rotate or any(options.values()):
-        raise InputError(
-            f"precision {precision!r} quantizes nothing: --algorithm, --rotate, --group-size and "
-            f"--embedding-bits go with {', '.join(QUANTIZED)}"
+        plan = Recipe(
+            {name: str(each) for name, each in formats.items()},
+            algorithm,
+            rotate,
+            balance=any(each.activations for each in formats.values()),
         )
-    else:
-        plan = None
+    elif any(options.values()) or (quantizes and precision != AUTO):
+        raise InputError(
+            f"precision {precision!r} takes none of --algorithm, --rotate, --group-size and "
+            f"--embedding-bits that was given; they go with {', '.join(QUANTIZED)}"
+        )
+    elif precision == AUTO and dialect != "ort":
+        raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
-    if plan is None:
-        chosen = find_precision(precision)
-    else:
-        chosen = Precision(FLOAT, FLOAT, formats=parse_formats(spec, plan.formats, dialect))
+    chosen = find_precision(precision)
+    if plan is not None:
+        chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
     layers = Path(output).with_name(f".{Path(output).name}.layers")
+    search = None
     with staged(Path(output), force=force, needs=needs) as folder:
         source: WeightSource = weights
         matrices = None
+        if precision == AUTO:
+            source = rotated(weights, rotate=rotate)
+            search = search_formats(
+                Design(source, chosen_dialect, chosen),
+                lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
+                rows,
+                min_cosine or MIN_COSINE,
+                folder,
+                _counted(progress, "search", spec.num_layers),
+            )
+            plan, precision = Recipe(search.formats, algorithm, rotate), MIXED
+            chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
         if plan is not None:
             advance = _counted(progress, "quantize", spec.num_layers)
             source, matrices = carry_out(weights, plan, chosen.formats, rows, layers, advance)
@@ -172,7 +200,7 @@ def export_onnx(
                 requires=chosen_dialect.requires,
                 versions=_versions(),
                 files={},
-                recipe=_recipe_record(plan, rows, calibration),
+                recipe=_recipe_record(plan, search, rows, calibration),
             ),
         )
     shutil.rmtree(layers, ignore_errors=True)
@@ -180,14 +208,21 @@ def export_onnx(
 
 
 def _recipe_record(
-    plan: Recipe | None, rows: list[np.ndarray], calibration: str | Path | None
+    plan: Recipe | None,
+    search: Search | None,
+    rows: list[np.ndarray],
+    calibration: str | Path | None,
 ) -> dict[str, Any] | None:
     if plan is None:
         return None
     used = None
-    if plan.algorithm in CALIBRATED:
+    if search is not None or plan.algorithm in CALIBRATED:
         used = describe_calibration(rows, Path(calibration).name if calibration else "built-in")
-    return {**plan.to_record(), "calibration": used}
+    return {
+        **plan.to_record(),
+        "calibration": used,
+        "search": None if search is None else search.to_record(),
+    }
 
 
 def _counted(progress: Progress, stage: str, total: int) -> Callable[[], None]:

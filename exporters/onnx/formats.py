@@ -14,6 +14,8 @@ TABLE = "embed_tokens"
 QUANTIZED = ("int8", "int8-weight", "int4")
 # The precision of an artifact whose matrices each have a format of their own.
 MIXED = "mixed"
+# A precision that is found by measuring: the artifact's is MIXED.
+AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
 # A table has no speed to lose: its groups are as fine as its size allows.
 TABLE_GROUPS = {8: 128, 4: 64}

@@ -85,6 +85,8 @@ class Batch(NamedTuple):
 
     input_ids: ir.Value
     first: ir.Value
+    width: ir.Value
+    even: bool
     positions: Positions
     rotary: list[ir.Value]
     cache: tuple[ir.Value, ir.Value]
@@ -95,7 +97,7 @@ def build_model(design: Design) -> ir.Model:
     g = GraphBuilder()
     spec = design.spec
     inputs = [ir.val(name, dtype=INT64, shape=("batch", "sequence")) for name in INPUTS]
-    batch = describe_inputs(g, design, *inputs)
+    batch = describe_inputs(g, design, *inputs, even=design.precision.has_groups)
     stream = embed(g, design, batch)
     for layer in range(spec.num_layers):
         last_only = layer == spec.num_layers - 1 and not design.hidden
@@ -111,12 +113,29 @@ def build_model(design: Design) -> ir.Model:
 
 
 def describe_inputs(
-    g: GraphBuilder, design: Design, input_ids: ir.Value, attention_mask: ir.Value
+    g: GraphBuilder,
+    design: Design,
+    input_ids: ir.Value,
+    attention_mask: ir.Value,
+    *,
+    even: bool = False,
 ) -> Batch:
-    """Lengths and positions from the mask, and the rows rolled to begin with a real token."""
+    """Lengths and positions from the mask, and the rows rolled to begin with a real token.
+
+    Args:
+        g: The graph.
+        design: What to build.
+        input_ids: int64 [batch, sequence].
+        attention_mask: int64 [batch, sequence].
+        even: Whether rows get one more token of padding where their number of tokens is odd.
+            onnxruntime's kernels for weights in groups take tokens two by two, and round one that
+            is left over differently: with an even number, a text's result is the same in any batch.
+    """
     g.scope = "inputs"
     shape = g.op("Shape", input_ids, dtype=INT64)
-    size = g.op("Gather", shape, g.constant(1), axis=0)
+    size = width = g.op("Gather", shape, g.constant(1), axis=0)
+    if even:
+        size = g.op("Add", width, g.op("Mod", width, g.constant(2)))
     arange = g.op("Range", g.constant(0), size, g.constant(1))
     count = g.op("ReduceSum", attention_mask, g.constant([1]), keepdims=1)
     positions = Positions(
@@ -127,10 +146,12 @@ def describe_inputs(
         batch=g.op("Slice", shape, g.constant([0]), g.constant([1])),
     )
     first = g.op("ArgMax", attention_mask, dtype=INT64, axis=1, keepdims=1)
-    rolled = g.op("Mod", g.op("Add", arange, first), size)
+    rolled = g.op("Mod", g.op("Add", arange, first), width)
     return Batch(
         input_ids=g.op("GatherElements", input_ids, rolled, axis=1),
         first=first,
+        width=width,
+        even=even,
         positions=positions,
         rotary=design.dialect.rotary(g, positions),
         cache=rotary_cache(g, design, arange),
@@ -286,8 +307,10 @@ def norm_weight(g: GraphBuilder, design: Design, name: str, dtype: ir.DataType |
 
 
 def last_token(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
-    """[batch, size, n] -> [batch, 1, n]: each row's last real token."""
+    """[batch, size, n] -> [batch, 1, n]: each row's last real token; twice where rows are even."""
     index = g.op("Sub", batch.positions.lengths, g.constant(1))
+    if batch.even:
+        index = g.op("Concat", index, index, axis=1)
     return g.op("GatherND", x, g.op("Unsqueeze", index, g.constant([2])), batch_dims=1)
 
 
@@ -308,7 +331,7 @@ def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batc
     if design.hidden:
         hidden = roll_back(g, normed, batch)
         return named(hidden, "last_hidden_state", ("batch", "sequence", spec.hidden_size))
-    pooled = g.op("Squeeze", normed, g.constant([1]))
+    pooled = g.op("Gather", normed, g.constant(0), axis=1)
     if design.head is not None:
         head = g.initializer(ir.tensor(design.head, name="score.weight"))
         probability = g.op("Sigmoid", g.op("MatMul", pooled, head))
@@ -323,10 +346,10 @@ def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batc
 
 
 def roll_back(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
-    """[batch, size, n] with each token where the caller had it."""
-    size = batch.positions.size
-    index = g.op("Add", g.op("Sub", batch.positions.arange, batch.first), size)
-    index = g.op("Unsqueeze", g.op("Mod", index, size), g.constant([2]))
+    """[batch, size, n] to [batch, sequence, n], with each token where the caller had it."""
+    arange = g.op("Range", g.constant(0), batch.width, g.constant(1))
+    index = g.op("Add", g.op("Sub", arange, batch.first), batch.width)
+    index = g.op("Unsqueeze", g.op("Mod", index, batch.width), g.constant([2]))
     return g.op("GatherND", x, index, batch_dims=1)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ...errors import InputError
 from ...spec import ModelSpec
-from .formats import QUANTIZED, Format, quantized_bytes
+from .formats import AUTO, MIXED, QUANTIZED, TABLE, Format, quantized_bytes
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 RESIDUAL = "residual stream"
@@ -35,6 +35,11 @@ class Precision:
     def dtype_of(self, projection: str) -> ir.DataType:
         """The dtype in which a projection is stored and computed."""
         return FLOAT if projection in self.kept else self.compute
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether a projection's weights are quantized in groups."""
+        return any(not each.activations for name, each in self.formats.items() if name != TABLE)
 
     @property
     def kept_in_fp32(self) -> tuple[str, ...]:
@@ -78,9 +83,9 @@ def find_precision(name: str) -> Precision:
     Raises:
         InputError: There is none of that name.
     """
-    if name in QUANTIZED:
+    if name in (*QUANTIZED, AUTO, MIXED):
         return PRECISIONS["fp32"]
     if name not in PRECISIONS:
-        names = ", ".join((*PRECISIONS, *QUANTIZED))
+        names = ", ".join((*PRECISIONS, *QUANTIZED, AUTO))
         raise InputError(f"precision should be one of {names}, found {name!r}")
     return PRECISIONS[name]

