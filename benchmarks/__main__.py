@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import backend, export, inference, parity
+from . import backend, export, inference, outliers, parity
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -30,6 +30,7 @@ def everything(context: typer.Context) -> None:
         export.against_peer(3)
         inference.against_peer(7)
         inference.int8_against_peers(7)
+        outliers.against_dynamic_int8()
         parity.against_transformers()
         backend.in_sentence_transformers()
 
@@ -56,6 +57,12 @@ def _inference(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RES
 def _int8(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Tokens a second in int8 and 4 bits against optimum-onnx's dynamic int8 and OpenVINO."""
     inference.int8_against_peers(rounds, checkpoint, out)
+
+
+@app.command("outliers")
+def _outliers(out: Out = RESULTS) -> None:
+    """int8 on a checkpoint with planted outliers, against onnxruntime's dynamic int8."""
+    outliers.against_dynamic_int8(out)
 
 
 @app.command("parity")

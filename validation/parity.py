@@ -16,7 +16,8 @@ from ..demo.samples import Pair, Sample
 from ..errors import InputError
 from ..manifest import Manifest
 from ..runtimes import load
-from ..spec import ModelSpec
+from ..spec import ModelSpec, Task
+from .beir import RetrievalSet, read_beir, write_candidates
 from .invariance import run_suite
 from .measures import finite_rows
 from .reference import (
@@ -29,6 +30,7 @@ from .reference import (
     run_reference,
 )
 from .report import Comparison, Gate, Report, Worst, excerpt
+from .retrieval import CANDIDATES, candidate_pairs, rank_documents
 from .tasks import EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
@@ -46,6 +48,9 @@ def validate(
     device: str = "auto",
     min_cosine: float | None = None,
     max_score_difference: float | None = None,
+    retrieval: str | Path | RetrievalSet | None = None,
+    max_ndcg_loss: float | None = None,
+    save_run: str | Path | None = None,
     record: bool = True,
     progress: bool = False,
 ) -> Report:
@@ -66,6 +71,11 @@ def validate(
             torch has, unless this is "cpu".
         min_cosine: Instead of the precision's limit.
         max_score_difference: Instead of the precision's limit.
+        retrieval: A set on which retrieval is measured too: a folder in the BEIR layout, "builtin",
+            or one that was read.
+        max_ndcg_loss: Instead of the precision's limit.
+        save_run: Where an embedding artifact's best 50 documents of each query are written, as a
+            reranker's candidates.
         record: Whether to put the figures into the artifact's manifest and model card, whatever the
             verdict. No text is put there.
         progress: Whether to show progress bars on a terminal.
@@ -81,8 +91,12 @@ def validate(
     runtime_device = runtime.device
     manifest: Manifest = runtime.artifact.manifest
     thresholds = find_thresholds(
-        manifest.precision, min_cosine=min_cosine, max_score_difference=max_score_difference
+        manifest.precision,
+        min_cosine=min_cosine,
+        max_score_difference=max_score_difference,
+        max_ndcg_loss=max_ndcg_loss,
     )
+    data = _choose_set(retrieval, task=manifest.task, save_run=save_run)
     task = choose_inputs(manifest.task, texts, pairs)
     source = open_reference(
         reference, task=manifest.task, max_length=runtime.tokenizer.max_length, revision=revision
@@ -94,21 +108,39 @@ def validate(
     comparisons: list[Comparison] = []
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
+    quality = None
     if gates[0].passed:
         found = task.run(runtime, progress=progress)
+        # Vectors of queries and documents, or scores of pairs, as the task is.
+        found_set: Any = None if data is None else task.run_set(runtime, data, progress=progress)
         for outcome in run_suite(runtime.model, rows, progress=progress):
             values = task.agreement(outcome.found, outcome.alone)
             invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
+        device = find_device(device)
         runs = _run_references(source, expected_rows, device, manifest.precision, progress)
-        comparisons = [task.compare(found, expected, run) for run, expected in runs.items()]
-        worst = _find_worst(task, found, next(iter(runs.values())))
+        comparisons = [
+            task.compare(found, expected, describe(arithmetic, device))
+            for arithmetic, expected in runs.items()
+        ]
+        first = next(iter(runs))
+        worst = _find_worst(task, found, runs[first])
         gates += [
             _finite_gate(task, found),
             Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
             *task.gates(comparisons[0], found, thresholds),
             _invariance_gate(task, invariance, thresholds),
         ]
+        if data is not None:
+            expected_set: Any = task.run_reference_set(
+                source, data, first, device, progress=progress
+            )
+            quality = task.compare_sets(found_set, expected_set, data)
+            gates.append(Gate("nDCG@10 loss", quality.ndcg_loss, "≤", thresholds.max_ndcg_loss))
+            if save_run is not None:
+                write_candidates(
+                    Path(save_run), rank_documents(found_set, found.shape[1], data, CANDIDATES)
+                )
     report = Report(
         artifact=str(artifact),
         precision=manifest.precision,
@@ -121,12 +153,27 @@ def validate(
         comparisons=tuple(comparisons),
         invariance=invariance,
         worst=tuple(worst),
+        retrieval=quality,
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     if record:
         record_parity(artifact, report.to_record(), report.to_markdown())
     return report
+
+
+def _choose_set(
+    retrieval: str | Path | RetrievalSet | None, *, task: Task, save_run: str | Path | None
+) -> RetrievalSet | None:
+    if save_run is not None and (retrieval is None or task == "reranker"):
+        raise InputError("--save-run writes what an embedding artifact finds: give --retrieval too")
+    if retrieval is None or isinstance(retrieval, RetrievalSet):
+        data = retrieval
+    else:
+        data = read_beir(retrieval)
+    if data is not None and task == "reranker":
+        candidate_pairs(data)  # before hours of work, not after
+    return data
 
 
 def _check_same_model(manifest: Manifest, spec: ModelSpec) -> None:
@@ -183,9 +230,8 @@ def _run_references(
     device: str,
     precision: str,
     progress: bool,
-) -> dict[str, np.ndarray]:
-    """Name of each run to its outputs, the one that the gates are about first."""
-    device = find_device(device)
+) -> dict[Arithmetic, np.ndarray]:
+    """Arithmetic of each run to its outputs, the one that the gates are about first."""
     outputs: dict[Arithmetic, np.ndarray] = {
         arithmetic: run_reference(source, rows, arithmetic, device, progress=progress)
         for arithmetic in choose_arithmetics(source, device)
@@ -195,7 +241,7 @@ def _run_references(
         outputs,
         key=lambda each: (int((~finite_rows(outputs[each])).sum()), each != preferred),
     )
-    return {describe(arithmetic, device): outputs[arithmetic] for arithmetic in order}
+    return {arithmetic: outputs[arithmetic] for arithmetic in order}
 
 
 def _find_worst(

@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..spec import Task
+from .retrieval import RetrievalReport
 
 EXCERPT = 60
+# Measures whose names ir-measures spells another way than people do.
+MEASURES = {"R@100": "recall@100", "RR": "MRR"}
 Sense = Literal["≥", "≤"]
 Table = tuple[str, list[str], list[list[str]]]
 
@@ -85,6 +88,7 @@ class Report:
         invariance: Case of the invariance suite to its worst agreement with the same texts alone:
             the smallest cosine, or a reranker's largest difference of scores.
         worst: The inputs farthest from the reference, the worst first.
+        retrieval: Retrieval quality, where a set was given.
         versions: Packages that ran the reference and the artifact.
         date: Day of the validation, ISO 8601.
     """
@@ -100,6 +104,7 @@ class Report:
     comparisons: tuple[Comparison, ...]
     invariance: Mapping[str, float]
     worst: tuple[Worst, ...]
+    retrieval: RetrievalReport | None
     versions: Mapping[str, str]
     date: str
 
@@ -209,11 +214,33 @@ class Report:
                 ["Dimension", *next(iter(dimensions.values()))],
                 [[str(dim), *map(number, values.values())] for dim, values in dimensions.items()],
             )
+        if self.retrieval is not None:
+            yield self._retrieval_table(self.retrieval)
         yield (
             "A text alone and …",
             ["Arrangement", f"worst {self._measure()}"],
             [[case, number(value)] for case, value in self.invariance.items()],
         )
+
+    def _retrieval_table(self, found: RetrievalReport) -> Table:
+        title = (
+            f"Retrieval on {found.name}: {found.queries:,} queries, {found.documents:,} documents"
+        )
+        if found.before is not None:
+            title += f"; nDCG@10 of the candidates as they came {found.before:.4f}"
+        header = ["Measure", "Dimension", "Artifact", "Reference", "Difference", "95 % interval"]
+        rows = [
+            [
+                MEASURES.get(row.measure, row.measure),
+                str(row.dimension or "—"),
+                f"{row.artifact:.4f}",
+                f"{row.reference:.4f}",
+                f"{row.difference:+.4f}",
+                f"{row.low:+.4f} to {row.high:+.4f}",
+            ]
+            for row in found.rows
+        ]
+        return title, header, rows
 
     def _worst_table(self) -> Iterator[Table]:
         """Not in `_tables`: it shows texts."""

@@ -11,7 +11,9 @@ import numpy as np
 from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from ..errors import InputError
 from ..runtimes import Embedder, Reranker
+from ..runtimes.vectors import MRL_DIMS
 from ..spec import Task
+from .beir import RetrievalSet
 from .measures import (
     cosine_figures,
     cosines,
@@ -20,11 +22,20 @@ from .measures import (
     rank_figures,
     unit,
 )
-from .reference import Reference, embedding_ids, reranker_ids
+from .reference import Arithmetic, Reference, embedding_ids, reranker_ids
 from .report import Comparison, Gate, Sense
+from .retrieval import (
+    RetrievalReport,
+    Vectors,
+    compare_embedders,
+    compare_rerankers,
+    encode_reference,
+    encode_set,
+    score_reference,
+    score_set,
+)
 from .thresholds import Thresholds
 
-MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)
 # The narrowest width with a gate of its own: people store vectors of this width.
 MRL_GATE = 256
 
@@ -101,6 +112,28 @@ class EmbeddingTask:
             },
         )
 
+    def run_set(self, embedder: Embedder, data: RetrievalSet, *, progress: bool) -> Vectors:
+        """The artifact's vectors of a retrieval set."""
+        return encode_set(embedder, data, progress=progress)
+
+    def run_reference_set(
+        self,
+        reference: Reference,
+        data: RetrievalSet,
+        arithmetic: Arithmetic,
+        device: str,
+        *,
+        progress: bool,
+    ) -> Vectors:
+        """The reference's vectors of a retrieval set."""
+        return encode_reference(reference, data, arithmetic, device, progress=progress)
+
+    def compare_sets(
+        self, found: Vectors, expected: Vectors, data: RetrievalSet
+    ) -> RetrievalReport:
+        """Retrieval by the artifact's and by the reference's vectors."""
+        return compare_embedders(found, expected, data)
+
     def gates(
         self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds
     ) -> list[Gate]:
@@ -173,6 +206,28 @@ class RerankerTask:
             | rank_figures((found[rows], expected[rows]) for rows in rows_of.values()),
             dimensions={},
         )
+
+    def run_set(self, reranker: Reranker, data: RetrievalSet, *, progress: bool) -> np.ndarray:
+        """The artifact's scores of a retrieval set's candidates, [pairs]."""
+        return score_set(reranker, data, progress=progress)
+
+    def run_reference_set(
+        self,
+        reference: Reference,
+        data: RetrievalSet,
+        arithmetic: Arithmetic,
+        device: str,
+        *,
+        progress: bool,
+    ) -> np.ndarray:
+        """The reference's scores of the same, [pairs]."""
+        return score_reference(reference, data, arithmetic, device, progress=progress)
+
+    def compare_sets(
+        self, found: np.ndarray, expected: np.ndarray, data: RetrievalSet
+    ) -> RetrievalReport:
+        """Reranking by the artifact's and by the reference's scores."""
+        return compare_rerankers(found, expected, data)
 
     def gates(
         self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds

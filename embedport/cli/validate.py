@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError
 from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
     from ..demo.samples import Pair, Sample
+    from ..validation.beir import RetrievalSet
 
 
 def validate(
@@ -39,6 +41,30 @@ def validate(
     max_score_difference: Annotated[
         float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
     ] = None,
+    retrieval: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure retrieval too, on a folder in the BEIR layout or builtin.",
+            show_default=False,
+        ),
+    ] = None,
+    max_queries: Annotated[
+        int | None, typer.Option(help="Of the retrieval set; all otherwise.", show_default=False)
+    ] = None,
+    max_ndcg_loss: Annotated[
+        float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
+    ] = None,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(help="For a reranker, instead of the set's own.", show_default=False),
+    ] = None,
+    save_run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write an embedder's best 50 of each query, for --candidates.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Also write it as .json or .md.", show_default=False)
     ] = None,
@@ -55,6 +81,7 @@ def validate(
 
     check_output(report, ".json", ".md")
     texts, pairs = _read(artifact, file)
+    data = _read_set(retrieval, candidates, max_queries, max_ndcg_loss)
     result = run(
         artifact,
         reference,
@@ -64,6 +91,9 @@ def validate(
         device=device,
         min_cosine=min_cosine,
         max_score_difference=max_score_difference,
+        retrieval=data,
+        max_ndcg_loss=max_ndcg_loss,
+        save_run=save_run,
         record=record,
         progress=True,
     )
@@ -89,3 +119,20 @@ def _read(artifact: Path, file: Path | None) -> tuple[list[Sample] | None, list[
     if Artifact.open(artifact).manifest.task == "reranker":
         return None, read_pairs(file)
     return read_samples(file), None
+
+
+def _read_set(
+    retrieval: str | None,
+    candidates: Path | None,
+    max_queries: int | None,
+    max_ndcg_loss: float | None,
+) -> RetrievalSet | None:
+    if retrieval is None:
+        if candidates is not None or max_queries is not None or max_ndcg_loss is not None:
+            raise InputError(
+                "--candidates, --max-queries and --max-ndcg-loss go with --retrieval FOLDER"
+            )
+        return None
+    from ..validation.beir import read_beir
+
+    return read_beir(retrieval, candidates=candidates, max_queries=max_queries)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -117,6 +117,50 @@ def write_checkpoint(
     spec = ModelSpec.from_checkpoint(folder, task=task)
     _write_shards(spec, STORED[dtype], shard_bytes, seed)
     return folder
+
+
+def plant_outliers(folder: Path, *, magnitude: float = 3000.0, seed: int = 0) -> None:
+    """Give a checkpoint of one shard the outliers that Qwen models have, in place.
+
+    Outlier channels: in every layer four channels behind each RMSNorm are `magnitude` times the
+    others, and the weights that read them as much smaller. Outlier tokens: one token in thirteen
+    makes one SwiGLU channel of every layer about `magnitude` times the median, and down_proj
+    reads that channel with small weights. The function stays one that fp32 computes well; a scale
+    for a whole tensor leaves nothing of the rest.
+    """
+    spec = ModelSpec.from_checkpoint(folder)
+    prefix = "model." if spec.task == "reranker" else ""
+    tensors = load_file(folder / SINGLE)
+    generator = np.random.default_rng(seed)
+
+    def change(name: str, index: Any, values: Any) -> None:
+        tensor = tensors[f"{prefix}{name}.weight"]
+        tensor[index] = np.asarray(values(tensor[index].astype(np.float32))).astype(tensor.dtype)
+
+    direction = generator.standard_normal(spec.hidden_size).astype(np.float32)
+    direction /= np.linalg.norm(direction)
+    sizes = np.linalg.norm(tensors[f"{prefix}embed_tokens.weight"][:13].astype(np.float32), axis=1)
+    change("embed_tokens", slice(0, None, 13), lambda rows: rows + sizes.mean() * direction)
+    channels = generator.choice(spec.hidden_size, 4, replace=False)
+    readers = {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+    for layer in range(spec.num_layers):
+        # The token's channel: a pair of rows that read the direction, undone by down_proj.
+        width = spec.hidden_size**0.5
+        row = int(generator.integers(spec.intermediate_size))
+        reading = direction * (magnitude**0.5 / width)
+        for name in readers["post_attention_layernorm"]:
+            change(f"layers.{layer}.{name}", row, lambda old, reading=reading: reading)
+        columns = (slice(None), row)
+        change(f"layers.{layer}.mlp.down_proj", columns, lambda old: old / magnitude)
+        for norm, names in readers.items():
+            change(f"layers.{layer}.{norm}", channels, lambda gains: gains * magnitude)
+            for name in names:
+                columns = (slice(None), channels)
+                change(f"layers.{layer}.{name}", columns, lambda old: old / magnitude)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:

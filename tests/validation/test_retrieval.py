@@ -1,0 +1,192 @@
+"""Retrieval measured: reading a set, measures by hand, and what a damaged artifact shows."""
+
+import gzip
+import json
+from math import log2
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.errors import InputError
+from embedport.validation.beir import RetrievalSet, read_beir, write_candidates
+from embedport.validation.retrieval import (
+    bootstrap,
+    candidate_pairs,
+    compare_embedders,
+    compare_rerankers,
+    measure,
+    search,
+)
+
+DOCUMENTS = {
+    "china": "The capital of China is Beijing.",
+    "gravity": "Gravity is a force that attracts two bodies towards each other.",
+    "kettle": "To descale a kettle, boil vinegar and water in it.",
+    "river": "The Amazon is the longest river of South America.",
+    "iron": "Tiredness and pale skin are signs of iron deficiency.",
+}
+QUERIES = {"q1": "capital of China", "q2": "what is gravity", "q3": "how to descale a kettle"}
+QRELS = [("q1", "china", 1), ("q2", "gravity", 2), ("q2", "river", 0), ("q3", "kettle", 1)]
+
+
+def write_set(folder, *, candidates=True, compress=False):
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", DOCUMENTS), ("queries", QUERIES)):
+        text = "".join(json.dumps({"_id": k, "text": v}) + "\n" for k, v in texts.items())
+        if compress:
+            (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / f"{name}.jsonl").write_text(text)
+    lines = ["query-id\tcorpus-id\tscore"] + ["\t".join(map(str, row)) for row in QRELS]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    if candidates:
+        write_candidates(folder / "candidates.tsv", {q: list(DOCUMENTS) for q in QUERIES})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_set(tmp_path / "small")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_set_is_read(tmp_path, compress):
+    data = read_beir(write_set(tmp_path / "small", compress=compress))
+    assert data == RetrievalSet(
+        "small",
+        QUERIES,
+        DOCUMENTS,
+        {"q1": {"china": 1}, "q2": {"gravity": 2, "river": 0}, "q3": {"kettle": 1}},
+        {query: list(DOCUMENTS) for query in QUERIES},
+    )
+
+
+def test_titles_are_joined(folder):
+    (folder / "corpus.jsonl").write_text(
+        "".join(
+            json.dumps({"_id": k, "title": "T", "text": v}) + "\n" for k, v in DOCUMENTS.items()
+        )
+    )
+    assert read_beir(folder).documents["china"] == f"T {DOCUMENTS['china']}"
+
+
+def test_the_same_queries_are_taken_each_time(folder):
+    few = [read_beir(folder, max_queries=2) for _ in range(2)]
+    assert few[0] == few[1]
+    assert len(few[0].queries) == len(few[0].relevance) == len(few[0].candidates) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("corpus.jsonl", None, "corpus.jsonl.gz cannot be read"),
+        ("corpus.jsonl", "\n", "holds no text"),
+        ("corpus.jsonl", "{}\n", "corpus.jsonl:1 should be an object"),
+        ("queries.jsonl", '{"_id": "a", "text": "b"}\n' * 2, "queries.jsonl:2: _id should be"),
+        ("qrels/test.tsv", None, "test.tsv cannot be read"),
+        ("qrels/test.tsv", "h\nq1\tchina\n", "test.tsv:2 should be query-id"),
+        ("qrels/test.tsv", "h\nq1\tchina\t0.5\n", "test.tsv:2 should be query-id"),
+        ("qrels/test.tsv", "h\nq1\tchina\t-1\n", "relevance should be 0 or more"),
+        ("qrels/test.tsv", "h\nq9\tchina\t1\n", "test.tsv:2: no query has the id 'q9'"),
+        ("qrels/test.tsv", "h\nq1\tx\t1\n", "test.tsv:2: no document has the id 'x'"),
+        ("qrels/test.tsv", "h\nq1\tchina\t0\n", "no query has a relevant document"),
+        ("candidates.tsv", "h\nq1\tx\t1\n", "candidates.tsv:2: no document has the id 'x'"),
+    ],
+)
+def test_bad_files_are_named(folder, file, text, message):
+    if text is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_beir(folder)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        read_beir(tmp_path / "nothing")
+
+
+def test_measures_by_hand():
+    relevance = {"a": {"x": 1, "y": 1}, "b": {"z": 1}}
+    ranking = {"a": ["u", "x", "v", "y"], "b": ["u", "v"]}
+    found = measure(ranking, relevance, ("nDCG@10", "R@100", "RR"))
+    ideal = 1 + 1 / log2(3)
+    np.testing.assert_allclose(found["nDCG@10"], [(1 / log2(3) + 1 / log2(5)) / ideal, 0])
+    np.testing.assert_allclose(found["R@100"], [1, 0])
+    np.testing.assert_allclose(found["RR"], [1 / 2, 0])
+
+
+def test_search_finds_the_nearest_and_keeps_the_order_of_equal_ones():
+    documents = np.eye(4, dtype=np.float32)[[0, 1, 1, 2]]
+    queries = np.array([[0, 1, 0, 0], [0, 0, 0.8, 0.6]], np.float32)
+    assert search(queries, documents, 3).tolist() == [[1, 2, 0], [3, 0, 1]]
+
+
+def test_bootstrap():
+    assert bootstrap(np.zeros(50)) == (0, 0)
+    sample = np.random.default_rng(1).normal(0.1, 0.1, 400)
+    half = 1.96 * sample.std() / 20
+    expected = (sample.mean() - half, sample.mean() + half)
+    np.testing.assert_allclose(bootstrap(sample), expected, atol=0.2 * half)
+
+
+def test_equal_vectors_lose_nothing_and_swapped_ones_show(folder):
+    data = read_beir(folder)
+    generator = np.random.default_rng(0)
+    documents = generator.standard_normal((5, 64)).astype(np.float32)
+    queries = documents[:3] + 0.1 * generator.standard_normal((3, 64)).astype(np.float32)
+    same = compare_embedders((queries, documents), (queries, documents), data)
+    assert same.ndcg_loss == 0
+    assert {(row.low, row.high) for row in same.rows} == {(0, 0)}
+    assert [row.dimension for row in same.rows] == [64] * 3 + [32] * 3
+    assert same.rows[0].artifact == 1
+    swapped = compare_embedders((queries[::-1], documents), (queries, documents), data)
+    assert swapped.ndcg_loss > 0.2
+
+
+def test_reranking(folder):
+    data = read_beir(folder)
+    assert len(candidate_pairs(data)) == 15
+    right = np.array([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]], np.float32).ravel()
+    report = compare_rerankers(1 - right, right, data)
+    assert report.before == pytest.approx((1 + 1 / log2(3) + 1 / log2(4)) / 3)
+    assert report.rows[0].reference == 1
+    assert report.ndcg_loss == pytest.approx(1 - 1 / log2(6))
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_validate_measures_retrieval(checkpoints, tmp_path, folder, task):
+    checkpoint = checkpoints("kv2", task)
+    artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
+    save_run = tmp_path / "run.tsv" if task == "embedding" else None
+    report = embedport.validate(artifact, checkpoint, retrieval=folder, save_run=save_run)
+    assert report.passed
+    assert report.retrieval is not None
+    assert report.retrieval.queries == 3
+    assert report.retrieval.ndcg_loss == 0
+    assert "nDCG@10 loss" in [gate.name for gate in report.gates]
+    assert "Retrieval on small: 3 queries, 5 documents" in report.to_markdown()
+    record = json.loads((artifact / "embedport.json").read_text())["parity"]["retrieval"]
+    assert record["rows"][0]["measure"] == "nDCG@10"
+    if save_run is not None:
+        run = read_beir(folder, candidates=save_run).candidates
+        assert {len(each) for each in run.values()} == {5}
+
+
+def test_a_loss_fails_the_gate(checkpoints, tmp_path, folder):
+    checkpoint = checkpoints("kv2")
+    artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
+    report = embedport.validate(artifact, checkpoint, retrieval=folder, max_ndcg_loss=-0.1)
+    assert [gate.name for gate in report.gates if not gate.passed] == ["nDCG@10 loss"]
+
+
+def test_a_reranker_needs_candidates(checkpoints, tmp_path):
+    checkpoint = checkpoints("kv2", "reranker")
+    artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
+    data = write_set(tmp_path / "small", candidates=False)
+    with pytest.raises(InputError, match="no candidates to rerank"):
+        embedport.validate(artifact, checkpoint, retrieval=data)
+    with pytest.raises(InputError, match="--save-run writes"):
+        embedport.validate(artifact, checkpoint, retrieval=data, save_run=tmp_path / "run.tsv")
