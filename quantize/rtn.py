@@ -7,8 +7,14 @@ import numpy as np
 from .schemes import QuantizedTensor, QuantScheme
 
 
-def quantize_rtn(weight: np.ndarray, scheme: QuantScheme) -> QuantizedTensor:
-    """Round each value to the nearest code of its group."""
+def quantize_rtn(weight: np.ndarray, scheme: QuantScheme, share: float = 1.0) -> QuantizedTensor:
+    """Round each value to the nearest code of its group.
+
+    Args:
+        weight: float32 [out, in].
+        scheme: How to quantize.
+        share: Of each group's range that the codes cover; what is beyond is clipped.
+    """
     out, columns = weight.shape
     size = scheme.group_size or columns
     groups = -(-columns // size)
@@ -19,13 +25,13 @@ def quantize_rtn(weight: np.ndarray, scheme: QuantScheme) -> QuantizedTensor:
     values = padded.reshape(out, groups, size)
     top = scheme.levels - 1
     if scheme.symmetric:
-        scales = np.abs(values).max(axis=2) / (scheme.middle - 1)
+        scales = share * np.abs(values).max(axis=2) / (scheme.middle - 1)
         scales = np.maximum(scales, np.finfo(np.float32).tiny)
         zeros = np.full((out, groups), scheme.middle, np.uint8)
     else:
         low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
-        scales = np.maximum((high - low) / top, np.finfo(np.float32).tiny)
-        zeros = np.clip(np.rint(-low / scales), 0, top).astype(np.uint8)
+        scales = np.maximum(share * (high - low) / top, np.finfo(np.float32).tiny)
+        zeros = np.clip(np.rint(-share * low / scales), 0, top).astype(np.uint8)
     codes = np.rint(values / scales[:, :, None]) + zeros[:, :, None]
     codes = np.clip(codes, 0, top).astype(np.uint8).reshape(out, -1)[:, :columns]
     return QuantizedTensor(scheme, np.ascontiguousarray(codes), scales.astype(np.float32), zeros)

@@ -59,14 +59,12 @@ def export_onnx(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq and awq; built-in "
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq and auto; built-in "
             "ones otherwise.",
             show_default=False,
         ),
     ] = None,
-    algorithm: Annotated[
-        str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq (these two need torch).")
-    ] = "rtn",
+    algorithm: Annotated[str, typer.Option(help="Of quantization: rtn, hqq or gptq.")] = "rtn",
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Rotate outliers away before quantizing.")
     ] = False,

@@ -259,6 +259,7 @@ def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> i
 def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
     """X times a projection's matrix, as the precision has it."""
     precision, dialect = design.precision, design.dialect
+    g.inputs[name] = x.value
     format = precision.formats.get(name)
     if format is None:
         dtype = precision.dtype_of(name)

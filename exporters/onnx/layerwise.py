@@ -35,6 +35,8 @@ class Layer(AbstractContextManager["Layer"]):
 
     Attributes:
         probes: Names of the magnitudes that `run_probed` gives.
+        inputs: Names of the projections whose inputs `run_inputs` gives; those that share one are
+            together.
     """
 
     def __init__(self, design: Design, layer: int, folder: Path) -> None:
@@ -49,10 +51,21 @@ class Layer(AbstractContextManager["Layer"]):
         self.probes = list(g.probes)
         for value in g.probes.values():
             outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))
+        shared: dict[ir.Value, list[str]] = {}
+        for name, value in g.inputs.items():
+            shared.setdefault(value, []).append(name)
+        self.inputs = list(shared.values())
         self._session = _open(
-            design, g, [ids, mask, stream], outputs, Path(self._temporary.name), f"layer_{layer}"
+            design,
+            g,
+            [ids, mask, stream],
+            [*outputs, *shared],
+            Path(self._temporary.name),
+            f"layer_{layer}",
         )
         self._stream = outputs[0].name
+        self._probes = [value.name for value in outputs[1:]]
+        self._inputs = [value.name for value in shared]
 
     def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The residual stream behind the layer: float32 [1, tokens, hidden_size], as `state`."""
@@ -62,8 +75,14 @@ class Layer(AbstractContextManager["Layer"]):
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `run`, with the largest magnitude of each watched value, by name."""
-        out, *found = self._session.run(None, _feeds(ids) | {"stream": state})
+        names = [self._stream, *self._probes]
+        out, *found = self._session.run(names, _feeds(ids) | {"stream": state})
         return out, dict(zip(self.probes, found, strict=True))
+
+    def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
+        """What each group of `inputs` multiplies: float32 [tokens, in] each."""
+        found = self._session.run(self._inputs, _feeds(ids) | {"stream": state})
+        return [each[0] for each in found]
 
     def __exit__(
         self,

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from ...quantize.balance import BalancedWeights
+from ...quantize.hqq import quantize_hqq
+from ...quantize.rotation import RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from ...weights import Weights
+from .calibrated import quantize_layers
 from .formats import TABLE, Format
 from .quantized import QuantizedMatrices
 from .recipe import CALIBRATED, Recipe
@@ -39,9 +42,9 @@ def carry_out(
         recipe: How to quantize.
         formats: The recipe's formats.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        folder: Where finished layers are kept, for "gptq" and "awq": a run that is interrupted goes
+        folder: Where finished layers are kept, for "gptq": a run that is interrupted goes
             on there.
-        advance: Called after each layer, for "gptq" and "awq".
+        advance: Called after each layer, for "gptq".
 
     Returns:
         (the weights that are not quantized, the quantized matrices).
@@ -49,20 +52,24 @@ def carry_out(
     source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
     if recipe.balance:
         source = BalancedWeights(source)
-    schemes = {name: each.scheme for name, each in formats.items()}
-    if recipe.algorithm not in CALIBRATED:
-        quantize = quantize_rtn
-        return source, QuantizedMatrices(
-            lambda name: quantize_rows(
-                source, name, schemes[name], quantize_rtn if name == TABLE else quantize
-            )
-        )
-    raise NotImplementedError
+    # A table has no inputs to calibrate on: GPTQ's best for it is the better rounding.
+    quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
+    calibrated = None
+    if recipe.algorithm in CALIBRATED:
+        projections = {name: each for name, each in formats.items() if name != TABLE}
+        calibrated = quantize_layers(weights, source, projections, rows, folder, advance)
+
+    def find(name: str) -> QuantizedTensor:
+        if calibrated is not None and name != TABLE:
+            return calibrated(name)
+        return quantize_rows(source, name, formats[name].scheme, quantize)
+
+    return source, QuantizedMatrices(find)
 
 
 def rotated(weights: Weights, *, rotate: bool, seed: int = 0) -> WeightSource:
     """The checkpoint's weights, rotated if that is asked for."""
-    return weights
+    return RotatedWeights(weights, seed) if rotate else weights
 
 
 def quantize_rows(

@@ -1,0 +1,171 @@
+"""GPTQ layer by layer, on the operators that the artifact will have.
+
+Each layer's inputs are what the quantized layers before it give, so that it makes good for them.
+Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes).
+A finished layer is written down with the states behind it: a run that is interrupted goes on there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from ...errors import CheckpointError
+from ...quantize.gptq import quantize_gptq
+from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.source import WeightSource
+from ...weights import Weights
+from .dialects import OrtDialect
+from .formats import Format
+from .graph import Design
+from .layerwise import Layer, embed_rows
+from .precision import PRECISIONS
+from .quantized import QuantizedMatrices
+
+STATE = "request.json"
+PARTS = ("codes", "scales", "zero_points")
+
+
+class CalibratedMatrices:
+    """Matrices quantized by GPTQ, a file a layer.
+
+    Args:
+        folder: Where `quantize_layers` wrote them.
+        schemes: Matrix to how it is quantized.
+    """
+
+    def __init__(self, folder: Path, schemes: Mapping[str, QuantScheme]) -> None:
+        self._folder = folder
+        self._schemes = schemes
+
+    def __call__(self, name: str) -> QuantizedTensor:
+        """A matrix, read from its layer's file."""
+        stored = load_file(_layer_file(self._folder, int(name.split(".")[1])))
+        parts = (stored[f"{name}.{part}"] for part in PARTS)
+        return QuantizedTensor(self._schemes[name], *parts)
+
+
+def quantize_layers(
+    weights: Weights,
+    source: WeightSource,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+) -> CalibratedMatrices:
+    """Quantize a model's projections by GPTQ.
+
+    Args:
+        weights: The checkpoint, for its identity.
+        source: The weights that are quantized: the checkpoint's, or transformed.
+        formats: Of the projections; the embedding table is none of them.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        folder: Where finished layers are kept.
+        advance: Called after each layer.
+
+    Raises:
+        CheckpointError: An activation is not finite.
+    """
+    request = _request(weights, source, formats, rows)
+    _prepare(folder, request)
+    schemes = {name: each.scheme for name, each in formats.items()}
+    found = CalibratedMatrices(folder, schemes)
+    fp32 = Design(source, OrtDialect(), PRECISIONS["fp32"])
+    precision = replace(PRECISIONS["fp32"], formats=formats)
+    quantized = replace(fp32, precision=precision, matrices=QuantizedMatrices(found))
+    finished = sorted(folder.glob("states-*.safetensors"))
+    if finished:
+        stored = load_file(finished[-1])
+        states = [stored[str(i)] for i in range(len(rows))]
+        first = int(finished[-1].stem.partition("-")[2]) + 1
+    else:
+        states, first = embed_rows(source, rows), 0
+    for _ in range(first):
+        advance()
+    for number in range(first, source.spec.num_layers):
+        file, after = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
+        tensors: dict[str, np.ndarray] = {}
+        with Layer(fp32, number, folder) as layer:
+            for names, hessian in _hessians(layer, rows, states):
+                for name in names:
+                    if name not in schemes:
+                        continue
+                    weight = source.read_fp32(f"{name}.weight")
+                    tensor = quantize_gptq(weight, hessian, schemes[name])
+                    for part in PARTS:
+                        tensors[f"{name}.{part}"] = getattr(tensor, part)
+        _save(tensors, file)
+        with Layer(quantized, number, folder) as layer:
+            states = [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
+        if not all(np.isfinite(state).all() for state in states):
+            raise CheckpointError(
+                f"{source.spec.source.folder}: layer {number} gives NaN or infinity on the "
+                "calibration texts"
+            )
+        _save({str(i): state for i, state in enumerate(states)}, after)
+        (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
+        advance()
+    return found
+
+
+def _hessians(
+    layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
+) -> list[tuple[list[str], np.ndarray]]:
+    """(projections, mean of x x^T over all tokens) for each input that they share."""
+    sums: list[np.ndarray | float] = [0.0] * len(layer.inputs)
+    for ids, state in zip(rows, states, strict=True):
+        for i, x in enumerate(layer.run_inputs(ids, state)):
+            sums[i] = sums[i] + x.T @ x
+    tokens = sum(map(len, rows))
+    return [
+        (names, np.asarray(total) / tokens) for names, total in zip(layer.inputs, sums, strict=True)
+    ]
+
+
+def _layer_file(folder: Path, number: int) -> Path:
+    return folder / f"layer-{number:03}.safetensors"
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write so that a reader finds a whole file or none."""
+    partial = path.with_suffix(".partial")
+    save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def _request(
+    weights: Weights,
+    source: WeightSource,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+) -> str:
+    """A hash of all that decides the result."""
+    digest = hashlib.sha256()
+    for path in weights.files:
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    # A transformation shows in what it makes of the norms and of one matrix.
+    for name in ("norm.weight", "layers.0.input_layernorm.weight", "layers.0.mlp.up_proj.weight"):
+        digest.update(source.read_fp32(name).tobytes())
+    digest.update(json.dumps({name: str(each) for name, each in formats.items()}).encode())
+    for row in rows:
+        digest.update(np.ascontiguousarray(row, np.int64).tobytes() + b"\n")
+    return digest.hexdigest()
+
+
+def _prepare(folder: Path, request: str) -> None:
+    """Keep the layers of the same request, and no others."""
+    state = folder / STATE
+    if state.is_file() and json.loads(state.read_text(encoding="utf-8")) == request:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.suffix in (".safetensors", ".partial"):
+            path.unlink()
+    state.write_text(json.dumps(request), encoding="utf-8")

@@ -1,0 +1,81 @@
+"""GPTQ on whole models: closer than rounding, the same after an interruption."""
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.demo.samples import builtin_samples
+from embedport.exporters.onnx import calibrated
+from embedport.exporters.onnx.calibrated import quantize_layers
+from embedport.exporters.onnx.formats import plan_formats
+from embedport.spec import ModelSpec
+from embedport.weights import Weights
+
+TEXTS = [sample.text for sample in builtin_samples()]
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_gptq_is_closer_than_rounding(artifacts, task):
+    pairs = [(a, b) for a, b in zip(TEXTS[:16], TEXTS[16:32], strict=True)]
+
+    def outputs(**options):
+        runtime = artifacts("kv1", task, **options)
+        return runtime.encode(TEXTS) if task == "embedding" else runtime.score(pairs)
+
+    def error(algorithm):
+        options = {"precision": "int4", "group_size": 32, "embedding_bits": 8}
+        return ((outputs(algorithm=algorithm, **options) - outputs()) ** 2).mean()
+
+    assert error("gptq") < 0.75 * error("rtn")
+
+
+def test_the_manifest_says_what_it_was_calibrated_on(artifacts):
+    options = {"precision": "int4", "group_size": 32, "embedding_bits": 8, "algorithm": "gptq"}
+    recipe = artifacts("kv1", **options).artifact.manifest.recipe
+    assert recipe["algorithm"] == "gptq"
+    assert recipe["calibration"]["source"] == "built-in"
+    assert recipe["calibration"]["texts"] == len(TEXTS)
+    assert len(recipe["calibration"]["sha256"]) == 64
+
+
+def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
+    formats = plan_formats(weights.spec, "int4", dialect="ort")
+    del formats["embed_tokens"]
+    rows = [np.random.default_rng(i).integers(0, 1000, 30) for i in range(4)]
+    quantized = []
+    real = calibrated.quantize_gptq
+
+    def counted(*arguments):
+        quantized.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(calibrated, "quantize_gptq", counted)
+
+    def run(folder, layers=None):
+        done = iter(range(layers or 99))
+
+        def advance():
+            if next(done) + 1 == layers:
+                raise KeyboardInterrupt
+
+        return quantize_layers(weights, weights, formats, rows, folder, advance)
+
+    whole = run(tmp_path / "whole")
+    assert len(quantized) == 3 * 7
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", layers=2)
+    quantized.clear()
+    resumed = run(tmp_path / "parts")
+    assert len(quantized) == 7
+    for name in formats:
+        np.testing.assert_array_equal(resumed(name).codes, whole(name).codes)
+    # Other texts are another request: nothing is taken over.
+    quantized.clear()
+    quantize_layers(weights, weights, formats, rows[:2], tmp_path / "parts", lambda: None)
+    assert len(quantized) == 3 * 7
+
+
+def test_nothing_is_left_beside_the_artifact(checkpoints, tmp_path):
+    embedport.export(checkpoints("kv1"), tmp_path / "out", precision="int4", algorithm="gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,117 @@
+"""Schemes and the three roundings: what a code stands for, and which loses least."""
+
+import numpy as np
+import pytest
+
+from embedport.errors import CheckpointError, InputError
+from embedport.quantize.gptq import quantize_gptq
+from embedport.quantize.hqq import quantize_hqq
+from embedport.quantize.rtn import quantize_rtn
+from embedport.quantize.schemes import QuantizedTensor, QuantScheme
+
+SCHEMES = [
+    QuantScheme(4, 32, symmetric=False),
+    QuantScheme(4, 64, symmetric=True),
+    QuantScheme(8, None, symmetric=True),
+    QuantScheme(8, 48, symmetric=False),
+]
+
+
+@pytest.fixture
+def weight():
+    """Mostly small values, and a few channels that are larger."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((96, 200)).astype(np.float32)
+    values[:, ::37] *= 6
+    return values
+
+
+@pytest.fixture
+def inputs():
+    """Correlated inputs, some channels larger than others."""
+    generator = np.random.default_rng(1)
+    mixing = generator.standard_normal((200, 200)) / 14 + np.diag(3 * generator.random(200))
+    return (generator.standard_normal((800, 200)) @ mixing).astype(np.float32)
+
+
+def test_a_code_stands_for_its_value():
+    scheme = QuantScheme(4, 16, symmetric=False)
+    codes = np.arange(20, dtype=np.uint8)[None] % 16
+    tensor = QuantizedTensor(
+        scheme, codes, np.array([[0.5, 2]], np.float32), np.array([[8, 3]], np.uint8)
+    )
+    expected = [*(np.arange(16) - 8.0) * 0.5, *(np.arange(4) - 3.0) * 2]
+    np.testing.assert_array_equal(tensor.dequantize()[0], np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("quantize", [quantize_rtn, quantize_hqq])
+def test_what_is_quantized_already_stays(scheme, quantize, weight):
+    once = quantize_rtn(weight, scheme).dequantize()
+    np.testing.assert_allclose(quantize(once, scheme).dequantize(), once, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_errs_by_half_a_step(scheme, weight):
+    tensor = quantize_rtn(weight, scheme)
+    steps = np.repeat(tensor.scales, scheme.group_size or 200, axis=1)[:, :200]
+    # A zero point is rounded too: at the end of a range that can cost another half.
+    limit = 0.5 if scheme.symmetric else 1.0
+    assert (np.abs(tensor.dequantize() - weight) <= (limit + 1e-4) * steps).all()
+    assert tensor.codes.max() < 2**scheme.bits
+    if scheme.symmetric:
+        assert set(tensor.zero_points.ravel()) == {2 ** (scheme.bits - 1)}
+
+
+def test_zeros_stay_zeros():
+    for scheme in SCHEMES:
+        assert not quantize_hqq(np.zeros((2, 96), np.float32), scheme).dequantize().any()
+
+
+@pytest.mark.parametrize("scheme", [each for each in SCHEMES if each.bits == 4])
+def test_each_algorithm_is_better_than_the_one_before(scheme, weight, inputs):
+    def weight_error(tensor):
+        return ((tensor.dequantize() - weight) ** 2).sum()
+
+    def output_error(tensor):
+        return (((tensor.dequantize() - weight) @ inputs.T) ** 2).sum()
+
+    hessian = inputs.T @ inputs / len(inputs)
+    rounded, ranged = quantize_rtn(weight, scheme), quantize_hqq(weight, scheme)
+    assert weight_error(ranged) < 0.98 * weight_error(rounded)
+    plain = quantize_gptq(weight, hessian, scheme, act_order=False)
+    ordered = quantize_gptq(weight, hessian, scheme)
+    assert output_error(plain) < 0.7 * output_error(ranged)
+    assert output_error(ordered) < output_error(plain)
+
+
+def test_importance_decides_what_is_kept():
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((64, 64)).astype(np.float32)
+    importance = np.where(np.arange(64) < 4, 1000, 1).astype(np.float32)
+    scheme = QuantScheme(4, 64, symmetric=False)
+
+    def error(tensor):
+        return ((tensor.dequantize() - values)[:, :4] ** 2).sum()
+
+    assert error(quantize_hqq(values, scheme, importance)) < error(quantize_hqq(values, scheme))
+
+
+def test_dead_inputs_are_no_obstacle(weight, inputs):
+    inputs[:, :150] = 0
+    scheme = QuantScheme(4, 32, symmetric=False)
+    tensor = quantize_gptq(weight, inputs.T @ inputs / len(inputs), scheme)
+    live = (tensor.dequantize() - weight)[:, 150:]
+    assert np.abs(live).max() < np.abs(weight).max() / 4
+
+
+def test_a_hessian_that_is_not_finite(weight):
+    hessian = np.full((200, 200), np.nan)
+    with pytest.raises(CheckpointError, match="not finite"):
+        quantize_gptq(weight, hessian, SCHEMES[0])
+
+
+@pytest.mark.parametrize(("bits", "group"), [(3, 32), (8, 8)])
+def test_schemes_that_do_not_exist(bits, group):
+    with pytest.raises(InputError):
+        QuantScheme(bits, group, symmetric=True)

@@ -1,0 +1,131 @@
+"""Rotation and balance: another model, the same function."""
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.demo.synthetic import plant_outliers
+from embedport.quantize.balance import BalancedWeights
+from embedport.quantize.rotation import RotatedWeights, orthogonal
+from embedport.spec import ModelSpec
+from embedport.weights import Weights
+
+TEXTS = [sample.text for sample in builtin_samples()]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
+
+
+def forward(source, ids):
+    """Qwen3 in float64, as its report describes it: the final norm's output of the last token."""
+    spec = source.spec
+
+    def read(name):
+        return source.read_fp32(f"{name}.weight").astype(np.float64)
+
+    def norm(x, gains):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * gains
+
+    half = spec.head_dim // 2
+    angles = np.arange(len(ids))[:, None] / spec.rope_theta ** (np.arange(half) / half)
+
+    def turn(x):
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    x = read("embed_tokens")[ids]
+    causal = np.tril(np.ones((len(ids), len(ids)), bool))
+    for layer in range(spec.num_layers):
+        p = f"layers.{layer}"
+        h = norm(x, read(f"{p}.input_layernorm"))
+        q, k, v = (
+            (h @ read(f"{p}.self_attn.{name}_proj").T).reshape(len(ids), -1, spec.head_dim)
+            for name in "qkv"
+        )
+        q = turn(norm(q, read(f"{p}.self_attn.q_norm")))
+        k = turn(norm(k, read(f"{p}.self_attn.k_norm")))
+        shared = spec.num_heads // spec.num_kv_heads
+        k, v = (np.repeat(each, shared, axis=1) for each in (k, v))
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(spec.head_dim)
+        weights = np.exp(np.where(causal, scores - scores.max(), -np.inf))
+        weights /= weights.sum(-1, keepdims=True)
+        attended = np.einsum("hqk,khd->qhd", weights, v).reshape(len(ids), -1)
+        x = x + attended @ read(f"{p}.self_attn.o_proj").T
+        h = norm(x, read(f"{p}.post_attention_layernorm"))
+        gate, up = (h @ read(f"{p}.mlp.{name}_proj").T for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ read(f"{p}.mlp.down_proj").T
+    out = norm(x[-1], read("norm"))
+    return out if source.output_rotation is None else out @ source.output_rotation
+
+
+@pytest.fixture(params=["kv1", "kv2", "kv8"])
+def weights(request, checkpoints):
+    return Weights(ModelSpec.from_checkpoint(checkpoints(request.param)))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [RotatedWeights, BalancedWeights, lambda weights: BalancedWeights(RotatedWeights(weights))],
+)
+def test_the_function_is_the_same(weights, transform):
+    ids = np.random.default_rng(0).integers(0, 1000, 24)
+    expected, found = forward(weights, ids), forward(transform(weights), ids)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_rotation_changes_every_matrix(weights):
+    rotated = RotatedWeights(weights)
+    for name in weights.spec.tensor_shapes():
+        if len(weights.spec.tensor_shapes()[name]) == 2 and name != "lm_head.weight":
+            assert not np.allclose(rotated.read_fp32(name), weights.read_fp32(name), atol=1e-3)
+
+
+@pytest.mark.parametrize("transform", [RotatedWeights, BalancedWeights])
+def test_rows_are_rows_of_the_whole(weights, transform):
+    source = transform(weights)
+    for name in weights.spec.tensor_shapes():
+        if name != "lm_head.weight":
+            whole = source.read_fp32(name)
+            np.testing.assert_allclose(source.read_fp32(name, slice(3, 9)), whole[3:9], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 96, 80, 7])
+def test_orthogonal(size):
+    matrix = orthogonal(size, np.random.default_rng(0))
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-5)
+    if size == 16:
+        np.testing.assert_allclose(np.abs(matrix), 0.25, atol=1e-6)
+
+
+def test_balance_takes_outlier_channels_away(checkpoints, copied):
+    folder = copied(checkpoints("kv8"))
+    plant_outliers(folder)
+    source = Weights(ModelSpec.from_checkpoint(folder))
+
+    def spread(weights):
+        gains = np.abs(weights.read_fp32("layers.0.input_layernorm.weight"))
+        return gains.max() / np.median(gains)
+
+    assert spread(source) > 1000
+    assert spread(BalancedWeights(source)) < 10
+
+
+def test_rotated_artifacts(checkpoints, tmp_path):
+    """The whole way: a rotated graph gives vectors and scores in the checkpoint's own basis."""
+
+    def load(task, name, **options):
+        folder = embedport.export(checkpoints("kv1", task), tmp_path / name, **options).folder
+        return embedport.load(folder)
+
+    plain, turned = (
+        load("embedding", f"embedder-{rotate}", precision="int8-weight", rotate=rotate)
+        for rotate in (False, True)
+    )
+    expected = load("embedding", "fp32").encode(TEXTS)
+    cosines = [(each.encode(TEXTS) * expected).sum(1).min() for each in (plain, turned)]
+    assert min(cosines) > 0.998
+    short = load("embedding", "short", precision="int8-weight", rotate=True, dim=32)
+    np.testing.assert_allclose(short.encode(TEXTS), turned.encode(TEXTS, dim=32), atol=1e-6)
+    turned = load("reranker", "reranker", precision="int8-weight", rotate=True)
+    expected = load("reranker", "reranker-fp32").score(PAIRS)
+    assert np.abs(turned.score(PAIRS) - expected).max() < 0.02

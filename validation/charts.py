@@ -1,0 +1,248 @@
+"""The page's charts as inline SVG: text stays text, colours are the page's, bytes are the same.
+
+A chart is drawn in stand-in colours, which are then replaced by CSS variables, so that it is
+readable in light and in dark and on paper. Figures are small, so that their text still is at the
+width of a phone; the page puts two side by side where there is room.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import require
+from .layers import LayerError
+from .retrieval import RetrievalRow
+
+SIZE = (4.6, 3.1)  # inches
+POINTS = 1500
+# Below this a difference is the arithmetic of the measure itself.
+FLOOR = 1e-16
+BINS_PER_DECADE = 3
+MOST_TICKS = 7
+
+INK, QUIET, GRID, LIMIT = "#000001", "#000002", "#000003", "#000004"
+SERIES = ("#000005", "#000006", "#000007")
+MARKERS = "osD"
+VARIABLES = {
+    INK: "--ink",
+    QUIET: "--quiet",
+    GRID: "--grid",
+    LIMIT: "--limit",
+    **{color: f"--series-{i}" for i, color in enumerate(SERIES)},
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10.5,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "text.color": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.minor.visible": False,
+    "ytick.minor.visible": False,
+}
+
+
+def histogram(values: Sequence[float], limit: float | None, *, noun: str, measure: str) -> str:
+    """How many inputs are how far off, on a logarithmic axis.
+
+    Args:
+        values: Distances, 0 at best; those that are not finite are left out, those below 1e-16
+            count as that. At least one is finite.
+        limit: The gate's, or None.
+        noun: What is counted.
+        measure: What a distance is.
+    """
+    finite = np.array(values)[np.isfinite(values)]
+    logs = np.log10(np.clip(finite, FLOOR, None))
+    shown = logs if limit is None or limit <= 0 else np.append(logs, math.log10(limit))
+    low, high = math.floor(shown.min()), math.floor(shown.max()) + 1
+    edges = np.linspace(low, high, (high - low) * BINS_PER_DECADE + 1)
+    counts, _ = np.histogram(logs, edges)
+
+    def draw(axes: Any) -> None:
+        axes.bar(edges[:-1], counts, np.diff(edges) * 0.9, align="edge", color=SERIES[0])
+        _set_ticks(axes.xaxis, low, high)
+        axes.set_xlim(low, high)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel(measure)
+        axes.set_ylabel(noun)
+        if limit is not None and limit > 0:
+            position = math.log10(limit)
+            axes.axvline(position, color=LIMIT, linestyle=(0, (4, 3)), linewidth=1.5)
+            side = "right" if position > (low + high) / 2 else "left"
+            axes.set_title("limit", x=(position - low) / (high - low), ha=side, size=10.5, c=LIMIT)
+
+    return _svg(draw, f"Histogram of {measure} over the {noun}")
+
+
+def scatter(reference: Sequence[float], artifact: Sequence[float], *, score: str) -> str:
+    """The artifact's score of each pair against the reference's, and the diagonal.
+
+    Args:
+        reference: Finite scores; at least one.
+        artifact: As many.
+        score: What a score is.
+    """
+    x, y = np.array(reference), np.array(artifact)
+    chosen = choose_points(x, y)
+    values = np.concatenate([x, y])
+    margin = 0.04 * max(float(np.ptp(values)), 1e-6)
+    ends = (float(values.min()) - margin, float(values.max()) + margin)
+
+    def draw(axes: Any) -> None:
+        axes.plot(ends, ends, color=QUIET, linewidth=1)
+        axes.plot(
+            x[chosen], y[chosen], "o", color=SERIES[0], markersize=3.2, markeredgewidth=0, alpha=0.6
+        )
+        axes.set(xlim=ends, ylim=ends, xlabel=f"reference's {score}", ylabel=f"artifact's {score}")
+        axes.locator_params(nbins=6)
+
+    return _svg(draw, f"The artifact's {score} against the reference's, with the diagonal")
+
+
+def choose_points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points to draw: all, or 1,500: the third farthest off, the others spread over x."""
+    if len(x) <= POINTS:
+        return np.arange(len(x))
+    farthest = np.argsort(-np.abs(x - y), kind="stable")
+    rest = farthest[POINTS // 3 :]
+    rest = rest[np.argsort(x[rest], kind="stable")]
+    spread = np.linspace(0, len(rest) - 1, POINTS - POINTS // 3).round().astype(int)
+    return np.concatenate([farthest[: POINTS // 3], rest[spread]])
+
+
+def layer_lines(errors: Sequence[LayerError]) -> str | None:
+    """The relative error after each layer, on a logarithmic axis.
+
+    A layer without any error, or with NaN, is a gap; None where nothing else is there.
+    """
+    lines = {
+        "largest of a token": [each.relative_error_max for each in errors],
+        "mean": [each.relative_error_mean for each in errors],
+    }
+    logs = {name: _logs(values) for name, values in lines.items()}
+    finite = np.concatenate([each[np.isfinite(each)] for each in logs.values()])
+    if not len(finite):
+        return None
+    low, high = math.floor(finite.min()), math.floor(finite.max()) + 1
+
+    def draw(axes: Any) -> None:
+        layers = [each.layer for each in errors]
+        for (name, values), color, marker in zip(logs.items(), SERIES, MARKERS, strict=False):
+            axes.plot(layers, values, f"{marker}-", c=color, ms=3.5, lw=1.4, label=name)
+        _set_ticks(axes.yaxis, low, high)
+        axes.set_ylim(low, high)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False, axis="x")
+        axes.set(xlabel="after layer (0: embedding)", ylabel="relative error")
+        _legend(axes, 2)
+
+    return _svg(draw, "Relative error of the hidden states after each layer")
+
+
+def retrieval_points(rows: Sequence[RetrievalRow]) -> str:
+    """Artifact less reference with its interval: by dimension, or by measure for a reranker.
+
+    Args:
+        rows: At least one.
+    """
+    measures = list(dict.fromkeys(row.measure for row in rows))
+    places = list(dict.fromkeys(row.dimension or row.measure for row in rows))
+    by_dimension = rows[0].dimension is not None
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0, color=QUIET, linewidth=1)
+        for i, measure in enumerate(measures):
+            own = [row for row in rows if row.measure == measure]
+            shift = 0.18 * (i - (len(measures) - 1) / 2) if by_dimension else 0
+            x = [places.index(row.dimension or row.measure) + shift for row in own]
+            y = np.array([row.difference for row in own])
+            # A mean just outside of its interval is rounding.
+            reach = np.abs([[row.low for row in own] - y, [row.high for row in own] - y])
+            color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+            axes.errorbar(
+                x, y, reach, fmt=marker, c=color, ms=4.5, lw=1.4, capsize=2.5, label=measure
+            )
+        axes.set_xticks(range(len(places)), [str(place) for place in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel("artifact − reference")
+        if by_dimension:
+            axes.set_xlabel("dimensions (MRL)")
+            _legend(axes, len(measures))
+
+    return _svg(draw, "Difference of retrieval quality, artifact less reference")
+
+
+def _logs(values: Sequence[float]) -> np.ndarray:
+    """Decimal logarithms, float64; NaN of what is 0 or not finite."""
+    array = np.array(values)
+    usable = np.isfinite(array) & (array > 0)
+    return np.where(usable, np.log10(np.where(usable, np.clip(array, FLOOR, None), 1)), np.nan)
+
+
+def _set_ticks(axis: Any, low: int, high: int) -> None:
+    """Powers of ten at an axis of logarithms: the page's fonts write them without TeX."""
+    step = -(-(high - low) // (MOST_TICKS - 1))
+    # Counted from 1 downwards or upwards, so that charts share their ticks.
+    powers = [power for power in range(low, high + 1) if power % step == 0]
+    axis.set_ticks(powers, [_power(power) for power in powers])
+
+
+def _power(exponent: int) -> str:
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _legend(axes: Any, columns: int) -> None:
+    """Above the chart, where nothing is hidden by it."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handletextpad=0.4, borderpad=0.2
+    )
+
+
+def _svg(draw: Any, label: str) -> str:
+    """A chart that `draw` draws on axes, as an `<svg>` element."""
+    matplotlib = require("matplotlib", "report")
+    figures = require("matplotlib.figure", "report")
+    buffer = io.StringIO()
+    # Ids are of the salt and the shape: charts of one page must not share them.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+        figure = figures.Figure(figsize=SIZE, layout="constrained")
+        draw(figure.add_subplot())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _for_page(buffer.getvalue(), label)
+
+
+def _for_page(svg: str, label: str) -> str:
+    """What a stand-alone file has and an element of a page does not is taken away."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    used = set(re.findall(r"#(\w+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view is not None
+    opening = f'<svg class="chart" role="img" aria-label="{html.escape(label)}" {view[0]}>'
+    return opening + svg[svg.index(">") + 1 :]

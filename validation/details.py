@@ -1,0 +1,161 @@
+"""What a page shows beyond the report: each input's agreement, scores, layers, the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import require
+from ..integrity import record_files
+from ..weights import Weights
+from .layers import LayerError
+from .measures import finite_rows, unit
+from .reference import Reference
+from .report import excerpt
+from .tasks import EmbeddingTask, RerankerTask
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a validation ran on.
+
+    Attributes:
+        cpu: The processor's name.
+        cores: Cores that the process may use.
+        memory: Bytes.
+        system: The operating system.
+        python: Its version.
+        providers: onnxruntime's execution providers, the preferred one first.
+    """
+
+    cpu: str
+    cores: int
+    memory: int
+    system: str
+    python: str
+    providers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the report does not hold.
+
+    Attributes:
+        names: What the report calls each input.
+        excerpts: The beginning of each input's text.
+        agreement: Of each input: its cosine, or a reranker's absolute difference of scores; NaN
+            where one is not finite. Empty, like the scores, when the token ids differ.
+        reference_scores: Scores of the run of the reference that the gates are about: cosines of
+            every query and every document, or probabilities. Finite, like the artifact's.
+        artifact_scores: The artifact's, in the same order.
+        layers: The error layer by layer; empty where the residual stream cannot be compared, None
+            where nobody measured it.
+        machine: What it ran on.
+        artifact_files: Name to sha256 of the graph and its weights.
+        reference_files: Name to sha256 of the reference's shards.
+        command: The command line; empty if it was not one.
+    """
+
+    names: tuple[str, ...]
+    excerpts: tuple[str, ...]
+    agreement: tuple[float, ...]
+    reference_scores: tuple[float, ...]
+    artifact_scores: tuple[float, ...]
+    layers: tuple[LayerError, ...] | None
+    machine: Machine
+    artifact_files: Mapping[str, str]
+    reference_files: Mapping[str, str]
+    command: str = ""
+
+
+def collect_details(
+    task: EmbeddingTask | RerankerTask,
+    found: np.ndarray | None,
+    expected: np.ndarray | None,
+    *,
+    artifact: Artifact,
+    reference: Reference,
+    layers: tuple[LayerError, ...] | None = None,
+    command: Sequence[str] = (),
+) -> Details:
+    """Details of a validation.
+
+    Args:
+        task: The inputs.
+        found: The artifact's results, float32 [inputs] or [inputs, dim]; None when the token ids
+            differ.
+        expected: The reference's, as wide or wider.
+        artifact: The artifact.
+        reference: The reference.
+        layers: From `layer_errors`.
+        command: Arguments of the command line.
+    """
+    agreement = reference_scores = artifact_scores = np.empty(0)
+    if found is not None and expected is not None:
+        agreement = task.agreement(found, expected)
+        artifact_scores, reference_scores = _scores(task, found, expected)
+    graph = artifact.manifest.graph
+    return Details(
+        names=tuple(task.names),
+        excerpts=tuple(map(excerpt, task.texts)),
+        agreement=tuple(agreement.tolist()),
+        reference_scores=tuple(reference_scores.tolist()),
+        artifact_scores=tuple(artifact_scores.tolist()),
+        layers=layers,
+        machine=describe_machine(),
+        artifact_files={
+            name: record.sha256
+            for name, record in artifact.manifest.files.items()
+            if name.startswith(graph)  # the graph, and the weights in {graph}_data
+        },
+        reference_files={
+            path.name: record.sha256
+            for path, record in record_files(Weights(reference.spec).files).items()
+        },
+        command=shlex.join(command),
+    )
+
+
+def _scores(
+    task: EmbeddingTask | RerankerTask, found: np.ndarray, expected: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the artifact's scores, the reference's), float64 [scores], of finite results."""
+    good = finite_rows(found) & finite_rows(expected)
+    if isinstance(task, RerankerTask):
+        return found[good].astype(np.float64), expected[good].astype(np.float64)
+    is_query = np.array([sample.prompt == "query" for sample in task.samples])
+    queries, documents = good & is_query, good & ~is_query
+    expected = unit(expected[:, : found.shape[1]])
+    scores = found[queries].astype(np.float64) @ found[documents].T
+    return scores.ravel(), (expected[queries] @ expected[documents].T).ravel()
+
+
+def describe_machine() -> Machine:
+    """This machine."""
+    ort = require("onnxruntime", "cpu")
+    return Machine(
+        cpu=_read_field("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0,
+        system=_read_field("/etc/os-release", "PRETTY_NAME", "=").strip('"') or platform.platform(),
+        python=platform.python_version(),
+        providers=tuple(ort.get_available_providers()),
+    )
+
+
+def _read_field(path: str, key: str, separator: str = ":") -> str:
+    """The first value of a key in a file of lines; empty where there is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    pairs = (line.partition(separator) for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == key), "")

@@ -1,0 +1,329 @@
+"""A report as one HTML page that needs nothing else: no script, no request, no font."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from ..errors import require
+from ..spec import Task
+from .charts import POINTS, histogram, layer_lines, retrieval_points, scatter
+from .details import Details
+from .report import Comparison, Gate, Report, number
+from .retrieval import CONFIDENCE, RetrievalReport
+
+WORST = 10
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts: `wide` names the columns that hold running text; `failed` rows stand out."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    failed: frozenset[int] = frozenset()
+    wide: frozenset[int] = frozenset({0})
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, None where there is nothing to draw, and the same in words."""
+
+    title: str
+    svg: str | None
+    caption: str
+
+
+def render(report: Report, details: Details) -> str:
+    """The page: the same report and details give the same bytes.
+
+    Args:
+        report: What the validation found.
+        details: What the report does not hold.
+
+    Returns:
+        The text of an HTML file.
+
+    Raises:
+        MissingPackageError: jinja2 or matplotlib is not installed.
+    """
+    jinja2 = require("jinja2", "report")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    source = (files(__package__ or "") / TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(_content(report, details))
+
+
+def _content(report: Report, details: Details) -> dict[str, Any]:
+    """The template's variables."""
+    retrieval: RetrievalReport | None = report.retrieval
+    compared = bool(report.comparisons)
+    return {
+        "title": PurePath(report.artifact).name,
+        "passed": report.passed,
+        "sentence": _sentence(report),
+        "reasons": [_reason(gate) for gate in report.gates if not gate.passed],
+        "subject": f"{report.precision} on {report.device}, against {report.reference}",
+        "gates": _gates(report),
+        "parity": _parity(report.comparisons) if compared else None,
+        "dimensions": _dimensions(report.comparisons[0]) if compared else None,
+        "run": report.comparisons[0].reference if compared else "",
+        "agreement": _agreement(report, details) if compared else None,
+        "scores": _scores(report.task, details) if details.reference_scores else None,
+        "layers": _layers(details) if details.layers else None,
+        "why_no_layers": _why_no_layers(details),
+        "retrieval": _retrieval(retrieval) if retrieval else None,
+        "worst": _worst(report.task, details) if compared else None,
+        "invariance": _invariance(report) if compared else None,
+        "facts": list(_facts(report, details)),
+        "hashes": _hashes(details),
+        "command": details.command,
+    }
+
+
+def _sentence(report: Report) -> str:
+    count = len(report.gates)
+    failed = sum(not gate.passed for gate in report.gates)
+    noun = "texts" if report.task == "embedding" else "pairs"
+    inputs = f"{report.inputs:,} {noun}"
+    if not report.comparisons:
+        return (
+            f"The artifact and the reference make different tokens of some of {inputs}, so nothing "
+            "else was computed: no figure would mean anything."
+        )
+    if failed:
+        return f"{failed} of {count} gates fail on {inputs}."
+    return f"On {inputs} the artifact gives what the reference gives: all {count} gates hold."
+
+
+def _reason(gate: Gate) -> str:
+    found = f"{gate.name}: {number(gate.value)}, should be {gate.sense} {number(gate.limit)}"
+    return f"{found} ({gate.detail})" if gate.detail else found
+
+
+def _gates(report: Report) -> Table:
+    return Table(
+        ("Gate", "Found", "Limit", "Verdict"),
+        tuple(
+            (
+                gate.name,
+                number(gate.value),
+                f"{gate.sense} {number(gate.limit)}",
+                "holds" if gate.passed else "fails",
+            )
+            for gate in report.gates
+        ),
+        failed=frozenset(i for i, gate in enumerate(report.gates) if not gate.passed),
+    )
+
+
+def _parity(comparisons: tuple[Comparison, ...]) -> Table:
+    names = dict.fromkeys(name for each in comparisons for name in each.figures)
+    figures = (
+        (name, *(number(each.figures.get(name, math.nan)) for each in comparisons))
+        for name in names
+    )
+    return Table(
+        ("Against", *(each.reference for each in comparisons)),
+        (
+            *figures,
+            ("inputs compared", *(f"{each.compared:,}" for each in comparisons)),
+            ("reference results with NaN", *(str(x.reference_nonfinite) for x in comparisons)),
+        ),
+    )
+
+
+def _dimensions(comparison: Comparison) -> Table | None:
+    if not comparison.dimensions:
+        return None
+    names = tuple(next(iter(comparison.dimensions.values())))
+    return Table(
+        ("Dimensions", *names),
+        tuple(
+            (str(dimension), *(number(figures[name]) for name in names))
+            for dimension, figures in comparison.dimensions.items()
+        ),
+    )
+
+
+def _agreement(report: Report, details: Details) -> Chart:
+    """Distances of the inputs from the reference, and their median, worst and limit in words."""
+    embedding = report.task == "embedding"
+    noun, measure = ("texts", "1 − cosine") if embedding else ("pairs", "difference of score")
+    title = f"How far the {noun} are from the reference"
+    values = np.array(details.agreement)
+    distances = np.maximum(1 - values, 0) if embedding else values
+    finite = distances[np.isfinite(distances)]
+    lost = len(distances) - len(finite)
+    left_out = f" {lost:,} without a finite result are left out." if lost else ""
+    if not len(finite):
+        return Chart(title, None, f"There is no finite result to show.{left_out}")
+    gate = _find_gate(report, "minimum cosine" if embedding else "maximum score difference")
+    limit = None if gate is None else 1 - gate.limit if embedding else gate.limit
+    words = [f"median {_short(np.median(finite))}", f"worst {_short(finite.max())}"]
+    words += [] if limit is None else [f"limit {_short(limit)}"]
+    caption = f"{measure[0].upper()}{measure[1:]} of {len(finite):,} {noun}: {', '.join(words)}."
+    if embedding:
+        caption += " A cosine of 0.999 stands at 10⁻³, one of 0.9999999 at 10⁻⁷."
+    return Chart(title, histogram(finite, limit, noun=noun, measure=measure), caption + left_out)
+
+
+def _scores(task: Task, details: Details) -> Chart:
+    reference, artifact = np.array(details.reference_scores), np.array(details.artifact_scores)
+    differences = np.abs(reference - artifact)
+    kind, score, each = (
+        ("similarities", "cosine", "a query and a document")
+        if task == "embedding"
+        else ("probabilities", "probability", "a pair")
+    )
+    caption = (
+        f"{len(reference):,} {kind}, each of {each}; on the diagonal both agree. Differences: mean "
+        f"{_short(differences.mean())}, largest {_short(differences.max())}."
+    )
+    if len(reference) > POINTS:
+        caption += f" {POINTS:,} are drawn, those farthest off among them."
+    return Chart(
+        f"The reference's {kind} and the artifact's",
+        scatter(reference, artifact, score=score),
+        caption,
+    )
+
+
+def _layers(details: Details) -> tuple[Chart, Table]:
+    errors = details.layers or ()
+    means = np.array([each.relative_error_mean for each in errors])
+    caption = (
+        f"|artifact − reference| / |reference| of the hidden states: mean over tokens "
+        f"{_short(means[0])} after the embedding, {_short(means[-1])} after layer "
+        f"{errors[-1].layer}. "
+    )
+    if np.isfinite(means).all():
+        growth = np.diff(means)
+        caption += f"It grows most in layer {errors[int(growth.argmax()) + 1].layer}."
+    else:
+        first = errors[int(np.flatnonzero(~np.isfinite(means))[0])].layer
+        caption += f"It is not finite from layer {first} on."
+    table = Table(
+        ("Layer", "Mean error", "Largest error", "Smallest cosine"),
+        tuple(
+            (
+                "embedding" if each.layer == 0 else str(each.layer),
+                _short(each.relative_error_mean),
+                _short(each.relative_error_max),
+                number(each.cosine_min),
+            )
+            for each in errors
+        ),
+    )
+    return Chart("Relative error after each layer", layer_lines(errors), caption), table
+
+
+def _why_no_layers(details: Details) -> str:
+    if details.layers is None:
+        return "It was not measured."
+    return (
+        "The residual stream of this graph is rotated and the graph does not hold the way back: "
+        "its hidden states cannot be compared with the reference's."
+    )
+
+
+def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Table]:
+    rows = retrieval.rows
+    clear = [row for row in rows if not row.low <= 0 <= row.high]
+    caption = (
+        f"{retrieval.name}: {retrieval.queries:,} queries, {retrieval.documents:,} documents. "
+        f"Artifact less reference with {CONFIDENCE} % bootstrap intervals over the queries: "
+    )
+    caption += (
+        f"{len(clear)} of {len(rows)} exclude zero."
+        if clear
+        else "all of them include zero, so no difference shows."
+    )
+    if retrieval.before is not None:
+        caption += f" nDCG@10 before reranking: {retrieval.before:.4f}."
+    table = Table(
+        ("Measure", "Dimensions", "Artifact", "Reference", "Difference", f"{CONFIDENCE} % interval"),
+        tuple(
+            (
+                row.measure,
+                "–" if row.dimension is None else str(row.dimension),
+                f"{row.artifact:.4f}",
+                f"{row.reference:.4f}",
+                f"{row.difference:+.4f}",
+                f"{row.low:+.4f} to {row.high:+.4f}",
+            )
+            for row in rows
+        ),
+    )
+    return Chart("Retrieval quality: difference", retrieval_points(rows), caption), table
+
+
+def _worst(task: Task, details: Details) -> Table:
+    """The inputs farthest from the reference; those that are not finite come first."""
+    values = np.array(details.agreement)
+    badness = -values if task == "embedding" else values
+    order = np.argsort(-np.where(np.isnan(badness), np.inf, badness), kind="stable")[:WORST]
+    return Table(
+        ("Input", "Cosine" if task == "embedding" else "Difference", "Text"),
+        tuple((details.names[i], number(values[i]), details.excerpts[i]) for i in order),
+        wide=frozenset({0, 2}),
+    )
+
+
+def _invariance(report: Report) -> Table:
+    gate = _find_gate(report, "batch invariance")
+    measure = "Smallest cosine" if report.task == "embedding" else "Largest difference"
+    cases = list(report.invariance.items())
+    failed = {
+        i
+        for i, (_, value) in enumerate(cases)
+        if gate and not Gate(gate.name, value, gate.sense, gate.limit).passed
+    }
+    return Table(
+        ("A text alone and …", measure),
+        tuple((case, number(value)) for case, value in cases),
+        failed=frozenset(failed),
+    )
+
+
+def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
+    machine = details.machine
+    noun = "texts" if report.task == "embedding" else "pairs"
+    yield "Artifact", f"{report.artifact}, {report.precision} on {report.device}"
+    yield "Reference", report.reference
+    if report.comparisons:
+        yield "Reference ran in", "; ".join(each.reference for each in report.comparisons)
+    yield "Inputs", f"{report.inputs:,} {noun}, {report.tokens:,} tokens"
+    yield "Date", report.date
+    yield "Processor", f"{machine.cpu}, {machine.cores} cores, {machine.memory / 2**30:.1f} GiB"
+    yield "System", f"{machine.system}, Python {machine.python}"
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    yield "onnxruntime offers", ", ".join(machine.providers)
+
+
+def _hashes(details: Details) -> Table:
+    rows = [("artifact", *each) for each in details.artifact_files.items()]
+    rows += [("reference", *each) for each in details.reference_files.items()]
+    return Table(("Of", "File", "sha256"), tuple(rows), wide=frozenset({0, 1, 2}))
+
+
+def _find_gate(report: Report, name: str) -> Gate | None:
+    return next((gate for gate in report.gates if gate.name == name), None)
+
+
+def _short(value: float) -> str:
+    """A small figure for a sentence: 1.2e-06, 0.0123."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinity"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
