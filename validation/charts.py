@@ -24,7 +24,7 @@ SIZE = (4.6, 3.1)  # inches
 POINTS = 1500
 # Below this a difference is the arithmetic of the measure itself.
 FLOOR = 1e-16
-BINS_PER_DECADE = 3
+BINS = 24
 MOST_TICKS = 7
 
 INK, QUIET, GRID, LIMIT = "#000001", "#000002", "#000003", "#000004"
@@ -73,8 +73,9 @@ def histogram(values: Sequence[float], limit: float | None, *, noun: str, measur
     finite = np.array(values)[np.isfinite(values)]
     logs = np.log10(np.clip(finite, FLOOR, None))
     shown = logs if limit is None or limit <= 0 else np.append(logs, math.log10(limit))
-    low, high = math.floor(shown.min()), math.floor(shown.max()) + 1
-    edges = np.linspace(low, high, (high - low) * BINS_PER_DECADE + 1)
+    low, high = _decades(shown)
+    bins = max(1, BINS // (high - low)) * (high - low)  # a bin lies within one decade
+    edges = np.linspace(low, high, bins + 1)
     counts, _ = np.histogram(logs, edges)
 
     def draw(axes: Any) -> None:
@@ -143,7 +144,7 @@ def layer_lines(errors: Sequence[LayerError]) -> str | None:
     finite = np.concatenate([each[np.isfinite(each)] for each in logs.values()])
     if not len(finite):
         return None
-    low, high = math.floor(finite.min()), math.floor(finite.max()) + 1
+    low, high = _decades(finite)
 
     def draw(axes: Any) -> None:
         layers = [each.layer for each in errors]
@@ -200,10 +201,15 @@ def _logs(values: Sequence[float]) -> np.ndarray:
     return np.where(usable, np.log10(np.where(usable, np.clip(array, FLOOR, None), 1)), np.nan)
 
 
+def _decades(logs: np.ndarray) -> tuple[int, int]:
+    """The whole decades, two at least, that hold decimal logarithms."""
+    high = math.floor(logs.max()) + 1
+    return min(math.floor(logs.min()), high - 2), high
+
+
 def _set_ticks(axis: Any, low: int, high: int) -> None:
     """Powers of ten at an axis of logarithms: the page's fonts write them without TeX."""
     step = -(-(high - low) // (MOST_TICKS - 1))
-    # Counted from 1 downwards or upwards, so that charts share their ticks.
     powers = [power for power in range(low, high + 1) if power % step == 0]
     axis.set_ticks(powers, [_power(power) for power in powers])
 

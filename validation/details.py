@@ -144,7 +144,9 @@ def describe_machine() -> Machine:
     return Machine(
         cpu=_read_field("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else 0,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if os.name == "posix"
+        else 0,
         system=_read_field("/etc/os-release", "PRETTY_NAME", "=").strip('"') or platform.platform(),
         python=platform.python_version(),
         providers=tuple(ort.get_available_providers()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import PurePath
@@ -15,6 +15,7 @@ from ..errors import require
 from ..spec import Task
 from .charts import POINTS, histogram, layer_lines, retrieval_points, scatter
 from .details import Details
+from .layers import LayerError
 from .report import Comparison, Gate, Report, number
 from .retrieval import CONFIDENCE, RetrievalReport
 
@@ -24,12 +25,21 @@ TEMPLATE = "page.html.jinja"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts: `wide` names the columns that hold running text; `failed` rows stand out."""
+    """A table of texts.
+
+    Attributes:
+        header: Of the columns.
+        rows: As long as the header.
+        failed: Rows that stand out.
+        text: Columns of words; the others hold figures.
+        long: Columns of texts that may be broken anywhere.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     failed: frozenset[int] = frozenset()
-    wide: frozenset[int] = frozenset({0})
+    text: frozenset[int] = frozenset({0})
+    long: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         "run": report.comparisons[0].reference if compared else "",
         "agreement": _agreement(report, details) if compared else None,
         "scores": _scores(report.task, details) if details.reference_scores else None,
-        "layers": _layers(details) if details.layers else None,
+        "layers": _layers(details.layers) if details.layers else None,
         "why_no_layers": _why_no_layers(details),
         "retrieval": _retrieval(retrieval) if retrieval else None,
         "worst": _worst(report.task, details) if compared else None,
@@ -160,10 +170,9 @@ def _dimensions(comparison: Comparison) -> Table | None:
 def _agreement(report: Report, details: Details) -> Chart:
     """Distances of the inputs from the reference, and their median, worst and limit in words."""
     embedding = report.task == "embedding"
-    noun, measure = ("texts", "1 − cosine") if embedding else ("pairs", "difference of score")
+    noun, measure = "texts" if embedding else "pairs", _measure(report.task)
     title = f"How far the {noun} are from the reference"
-    values = np.array(details.agreement)
-    distances = np.maximum(1 - values, 0) if embedding else values
+    distances = _distances(report.task, details)
     finite = distances[np.isfinite(distances)]
     lost = len(distances) - len(finite)
     left_out = f" {lost:,} without a finite result are left out." if lost else ""
@@ -171,8 +180,8 @@ def _agreement(report: Report, details: Details) -> Chart:
         return Chart(title, None, f"There is no finite result to show.{left_out}")
     gate = _find_gate(report, "minimum cosine" if embedding else "maximum score difference")
     limit = None if gate is None else 1 - gate.limit if embedding else gate.limit
-    words = [f"median {_short(np.median(finite))}", f"worst {_short(finite.max())}"]
-    words += [] if limit is None else [f"limit {_short(limit)}"]
+    words = [f"median {_inline(np.median(finite))}", f"worst {_inline(finite.max())}"]
+    words += [] if limit is None else [f"limit {_inline(limit)}"]
     caption = f"{measure[0].upper()}{measure[1:]} of {len(finite):,} {noun}: {', '.join(words)}."
     if embedding:
         caption += " A cosine of 0.999 stands at 10⁻³, one of 0.9999999 at 10⁻⁷."
@@ -180,8 +189,8 @@ def _agreement(report: Report, details: Details) -> Chart:
 
 
 def _scores(task: Task, details: Details) -> Chart:
-    reference, artifact = np.array(details.reference_scores), np.array(details.artifact_scores)
-    differences = np.abs(reference - artifact)
+    reference, artifact = details.reference_scores, details.artifact_scores
+    differences = np.abs(np.subtract(artifact, reference))
     kind, score, each = (
         ("similarities", "cosine", "a query and a document")
         if task == "embedding"
@@ -189,7 +198,7 @@ def _scores(task: Task, details: Details) -> Chart:
     )
     caption = (
         f"{len(reference):,} {kind}, each of {each}; on the diagonal both agree. Differences: mean "
-        f"{_short(differences.mean())}, largest {_short(differences.max())}."
+        f"{_inline(differences.mean())}, largest {_inline(differences.max())}."
     )
     if len(reference) > POINTS:
         caption += f" {POINTS:,} are drawn, those farthest off among them."
@@ -200,12 +209,11 @@ def _scores(task: Task, details: Details) -> Chart:
     )
 
 
-def _layers(details: Details) -> tuple[Chart, Table]:
-    errors = details.layers or ()
+def _layers(errors: Sequence[LayerError]) -> tuple[Chart, Table]:
     means = np.array([each.relative_error_mean for each in errors])
     caption = (
         f"|artifact − reference| / |reference| of the hidden states: mean over tokens "
-        f"{_short(means[0])} after the embedding, {_short(means[-1])} after layer "
+        f"{_inline(means[0])} after the embedding, {_inline(means[-1])} after layer "
         f"{errors[-1].layer}. "
     )
     if np.isfinite(means).all():
@@ -215,13 +223,13 @@ def _layers(details: Details) -> tuple[Chart, Table]:
         first = errors[int(np.flatnonzero(~np.isfinite(means))[0])].layer
         caption += f"It is not finite from layer {first} on."
     table = Table(
-        ("Layer", "Mean error", "Largest error", "Smallest cosine"),
+        ("Layer", "Mean error", "Largest error", "Largest 1 − cosine"),
         tuple(
             (
                 "embedding" if each.layer == 0 else str(each.layer),
                 _short(each.relative_error_mean),
                 _short(each.relative_error_max),
-                number(each.cosine_min),
+                _short(_from_one(each.cosine_min)),
             )
             for each in errors
         ),
@@ -253,15 +261,21 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Table]:
     if retrieval.before is not None:
         caption += f" nDCG@10 before reranking: {retrieval.before:.4f}."
     table = Table(
-        ("Measure", "Dimensions", "Artifact", "Reference", "Difference", f"{CONFIDENCE} % interval"),
+        (
+            "Measure",
+            "Dimensions",
+            "Artifact",
+            "Reference",
+            "Difference",
+            f"{CONFIDENCE} % interval",
+        ),
         tuple(
             (
                 row.measure,
                 "–" if row.dimension is None else str(row.dimension),
                 f"{row.artifact:.4f}",
                 f"{row.reference:.4f}",
-                f"{row.difference:+.4f}",
-                f"{row.low:+.4f} to {row.high:+.4f}",
+                f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]",
             )
             for row in rows
         ),
@@ -271,19 +285,19 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Table]:
 
 def _worst(task: Task, details: Details) -> Table:
     """The inputs farthest from the reference; those that are not finite come first."""
-    values = np.array(details.agreement)
-    badness = -values if task == "embedding" else values
-    order = np.argsort(-np.where(np.isnan(badness), np.inf, badness), kind="stable")[:WORST]
+    distances = _distances(task, details)
+    order = np.argsort(-np.where(np.isnan(distances), np.inf, distances), kind="stable")[:WORST]
     return Table(
-        ("Input", "Cosine" if task == "embedding" else "Difference", "Text"),
-        tuple((details.names[i], number(values[i]), details.excerpts[i]) for i in order),
-        wide=frozenset({0, 2}),
+        ("Input", _measure(task), "Text"),
+        tuple((details.names[i], _short(distances[i]), details.excerpts[i]) for i in order),
+        long=frozenset({2}),
     )
 
 
 def _invariance(report: Report) -> Table:
     gate = _find_gate(report, "batch invariance")
-    measure = "Smallest cosine" if report.task == "embedding" else "Largest difference"
+    embedding = report.task == "embedding"
+    header = ("smallest cosine", _measure(report.task)) if embedding else ("largest difference",)
     cases = list(report.invariance.items())
     failed = {
         i
@@ -291,8 +305,11 @@ def _invariance(report: Report) -> Table:
         if gate and not Gate(gate.name, value, gate.sense, gate.limit).passed
     }
     return Table(
-        ("A text alone and …", measure),
-        tuple((case, number(value)) for case, value in cases),
+        ("A text alone and …", *header),
+        tuple(
+            (case, number(value), *([_short(_from_one(value))] if embedding else []))
+            for case, value in cases
+        ),
         failed=frozenset(failed),
     )
 
@@ -315,15 +332,35 @@ def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
 def _hashes(details: Details) -> Table:
     rows = [("artifact", *each) for each in details.artifact_files.items()]
     rows += [("reference", *each) for each in details.reference_files.items()]
-    return Table(("Of", "File", "sha256"), tuple(rows), wide=frozenset({0, 1, 2}))
+    return Table(("Of", "File", "sha256"), tuple(rows), text=frozenset({0, 1}), long=frozenset({2}))
+
+
+def _measure(task: Task) -> str:
+    return "1 − cosine" if task == "embedding" else "difference"
+
+
+def _distances(task: Task, details: Details) -> np.ndarray:
+    """How far each input is from the reference: float64 [inputs], 0 at best."""
+    values = np.array(details.agreement)
+    return _from_one(values) if task == "embedding" else values
+
+
+def _from_one(cosine: Any) -> Any:
+    """1 - cosine, of a float or an array; a cosine that rounding has put above 1 is 1."""
+    return np.maximum(1 - cosine, 0)
 
 
 def _find_gate(report: Report, name: str) -> Gate | None:
     return next((gate for gate in report.gates if gate.name == name), None)
 
 
+def _inline(value: float) -> str:
+    """As `_short`, for a sentence: no line ends within it."""
+    return _short(value).replace("-", "\N{NON-BREAKING HYPHEN}")
+
+
 def _short(value: float) -> str:
-    """A small figure for a sentence: 1.2e-06, 0.0123."""
+    """A figure with few digits: 1.2e-06, 0.0123."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "infinity"
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"

@@ -18,8 +18,11 @@ from ..manifest import Manifest
 from ..runtimes import load
 from ..spec import ModelSpec, Task
 from .beir import RetrievalSet, read_beir, write_candidates
+from .details import collect_details
 from .invariance import run_suite
+from .layers import layer_errors
 from .measures import finite_rows
+from .page import render
 from .reference import (
     Arithmetic,
     Reference,
@@ -51,6 +54,8 @@ def validate(
     retrieval: str | Path | RetrievalSet | None = None,
     max_ndcg_loss: float | None = None,
     save_run: str | Path | None = None,
+    page: str | Path | None = None,
+    command: Sequence[str] = (),
     record: bool = True,
     progress: bool = False,
 ) -> Report:
@@ -76,6 +81,9 @@ def validate(
         max_ndcg_loss: Instead of the precision's limit.
         save_run: Where an embedding artifact's best 50 documents of each query are written, as a
             reranker's candidates.
+        page: Where everything is written as one HTML page, charts included; needs the extra
+            "report".
+        command: The command line, for the page.
         record: Whether to put the figures into the artifact's manifest and model card, whatever the
             verdict. No text is put there.
         progress: Whether to show progress bars on a terminal.
@@ -88,7 +96,7 @@ def validate(
         MissingPackageError: torch or transformers is not installed.
     """
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
-    runtime_device = runtime.device
+    runtime_device, opened = runtime.device, runtime.artifact
     manifest: Manifest = runtime.artifact.manifest
     thresholds = find_thresholds(
         manifest.precision,
@@ -104,11 +112,13 @@ def validate(
     _check_same_model(manifest, source.spec)
     rows = task.artifact_ids(runtime)
     expected_rows = task.reference_ids(source)
+    device = find_device(device)
     gates = [_token_gate(task, rows, expected_rows)]
     comparisons: list[Comparison] = []
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
     quality = None
+    found = expected = None
     if gates[0].passed:
         found = task.run(runtime, progress=progress)
         # Vectors of queries and documents, or scores of pairs, as the task is.
@@ -117,14 +127,14 @@ def validate(
             values = task.agreement(outcome.found, outcome.alone)
             invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
-        device = find_device(device)
         runs = _run_references(source, expected_rows, device, manifest.precision, progress)
         comparisons = [
-            task.compare(found, expected, describe(arithmetic, device))
-            for arithmetic, expected in runs.items()
+            task.compare(found, outputs, describe(arithmetic, device))
+            for arithmetic, outputs in runs.items()
         ]
         first = next(iter(runs))
-        worst = _find_worst(task, found, runs[first])
+        expected = runs[first]
+        worst = _find_worst(task, found, expected)
         gates += [
             _finite_gate(task, found),
             Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
@@ -157,6 +167,18 @@ def validate(
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
+    if page is not None:
+        layers = layer_errors(opened, source, rows, device=device) if comparisons else None
+        details = collect_details(
+            task,
+            found,
+            expected,
+            artifact=opened,
+            reference=source,
+            layers=layers,
+            command=command,
+        )
+        Path(page).write_text(render(report, details), encoding="utf-8")
     if record:
         record_parity(artifact, report.to_record(), report.to_markdown())
     return report

@@ -27,7 +27,7 @@ With a real checkpoint:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to work.")] = Path("demo-output"),
 ) -> None:
-    """Run the main job on a small built-in pair: export, encode, rerank, validate."""
+    """Run the main job on a small built-in pair: export, search, rerank, validate, report."""
     from ..demo.pipeline import run_demo
 
     steps, console = stderr_console(), stdout_console()
@@ -38,6 +38,8 @@ def demo(
     for artifact in result.artifacts:
         console.print(f"  {artifact}", soft_wrap=True)
     console.print(NEXT, soft_wrap=True)
+    if result.pages:
+        console.print(f"The report: {result.pages[0]}", soft_wrap=True)
     raise typer.Exit(0 if all(report.passed for report in result.reports) else 1)
 
 
@@ -46,31 +48,30 @@ def _print_answers(console: Console, result: Demo) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..demo.pipeline import DOCUMENTS, QUERIES
-
-    console.rule("The answers of random weights", align="left")
-    console.print(
-        "They mean nothing. What follows them, how close the artifacts stay to the reference, "
-        "means what it does for a trained model."
-    )
-    table = Table("Cosine", box=SIMPLE_HEAD)
-    for document in DOCUMENTS:
-        table.add_column(f"{document[:15]}…", justify="right")
-    for query, row in zip(QUERIES, result.similarities, strict=True):
-        table.add_row(query, *(f"{value:.4f}" for value in row))
-    console.print(table)
-    table = Table(box=SIMPLE_HEAD, expand=True)
-    table.add_column("Score", no_wrap=True)
-    table.add_column(result.query, overflow="ellipsis", no_wrap=True, ratio=1)
-    for ranked in result.ranking:
-        table.add_row(f"{ranked.score:.4f}", Text(ranked.document))
-    console.print(table)
+    console.rule(f"Three queries on {result.documents:,} documents, in int8", align="left")
+    for answer in result.answers:
+        table = Table(box=SIMPLE_HEAD, expand=True, title=answer.query, title_justify="left")
+        table.add_column("Cosine", no_wrap=True)
+        table.add_column("Embedder", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.add_column("Score", no_wrap=True)
+        table.add_column("Reranker, of the best 50", overflow="ellipsis", no_wrap=True, ratio=1)
+        for found, reranked in zip(answer.found, answer.reranked, strict=True):
+            table.add_row(
+                f"{found.score:.3f}",
+                Text(found.document),
+                f"{reranked.score:.3f}",
+                Text(reranked.document),
+            )
+        console.print(table)
 
 
 def _print_parity(console: Console, result: Demo) -> None:
     console.rule("Parity with transformers", align="left")
     if not result.reports:
-        console.print("Not measured, torch is missing: pip install 'embedport[torch]', then again.")
+        console.print(
+            "Not measured, a package is missing: pip install "
+            "'embedport[cpu,torch,retrieval,report]', then again."
+        )
         return
     for task in dict.fromkeys(report.task for report in result.reports):
         console.print(_parity([report for report in result.reports if report.task == task]))
@@ -96,5 +97,12 @@ def _parity(reports: Sequence[Report]) -> Table:
     for name in figures[0]:
         if name not in gates[0]:
             table.add_row(name, *(number(each.get(name, float("nan"))) for each in figures))
+    retrieval = [report.retrieval for report in reports if report.retrieval is not None]
+    if len(retrieval) == len(reports):
+        quality = [each.rows[0] for each in retrieval]
+        shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
+        table.add_row("nDCG@10 (of the reference)", *shown)
+        if (before := retrieval[0].before) is not None:
+            table.add_row("nDCG@10 before reranking", *[f"{before:.4f}"] * len(reports))
     table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
     return table

@@ -59,12 +59,12 @@ def export_onnx(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq and auto; built-in "
-            "ones otherwise.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq, awq and auto; "
+            "built-in ones otherwise.",
             show_default=False,
         ),
     ] = None,
-    algorithm: Annotated[str, typer.Option(help="Of quantization: rtn, hqq or gptq.")] = "rtn",
+    algorithm: Annotated[str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq.")] = "rtn",
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Rotate outliers away before quantizing.")
     ] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +67,8 @@ def validate(
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Also write it as .json or .md.", show_default=False)
+        Path | None,
+        typer.Option(help="Also write it: .html with charts, .json or .md.", show_default=False),
     ] = None,
     record: Annotated[
         bool, typer.Option(help="Put the figures into the manifest and the model card.")
@@ -79,7 +81,7 @@ def validate(
     """
     from ..validation import validate as run
 
-    check_output(report, ".json", ".md")
+    check_output(report, ".html", ".json", ".md")
     texts, pairs = _read(artifact, file)
     data = _read_set(retrieval, candidates, max_queries, max_ndcg_loss)
     result = run(
@@ -94,10 +96,12 @@ def validate(
         retrieval=data,
         max_ndcg_loss=max_ndcg_loss,
         save_run=save_run,
+        page=report if report is not None and report.suffix == ".html" else None,
+        command=["embedport", *sys.argv[1:]],
         record=record,
         progress=True,
     )
-    if report is not None:
+    if report is not None and report.suffix != ".html":
         write_text(report, result.to_json() if report.suffix == ".json" else result.to_markdown())
     if as_json:
         typer.echo(result.to_json())

@@ -1,43 +1,43 @@
-"""The main job on a built-in pair of checkpoints: export, run, validate.
-
-The pair has random weights, so its answers mean nothing; that the artifact gives the reference's
-answers means the same as for a trained model.
-"""
+"""The main job on the built-in pair of checkpoints: export, search, rerank, validate, report."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..errors import InputError
 from ..exporters import export
 from ..runtimes import Embedder, Ranked, Reranker, load
 from ..spec import Task
-from .samples import builtin_pairs, builtin_samples
-from .synthetic import Geometry, train_tokenizer, write_checkpoint
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..validation import Report
 
-# A hundredth of the 0.6B model in each direction that matters: grouped heads wider than the
-# hidden size divided by their number.
-GEOMETRY = Geometry(128, 4, 8, 2, 32, 384)
-VOCABULARY = 2048
-QUERIES = ["What is the capital of China?", "Explain gravity"]
-DOCUMENTS = [
-    "The capital of China is Beijing.",
-    "Gravity is a force that attracts two bodies towards each other. It gives weight to physical "
-    "objects and is responsible for the movement of planets around the sun.",
-]
-TASKS: tuple[Task, ...] = ("embedding", "reranker")
-PRECISIONS = ("fp32", "fp16")
+CHECKPOINTS: dict[Task, str] = {"embedding": "embedder", "reranker": "reranker"}
+PRECISIONS = ("fp32", "int8")
+QUERIES = ("fierce, savage", "a device for measuring temperature", "to travel through water")
+CANDIDATES = 50
+SHOWN = 3
+# Pairs cost more than texts: enough queries to see a loss, few enough for a minute.
+RERANKED_QUERIES = 60
 MARKER = "demo.txt"
+NEEDED = ("torch", "transformers", "ir_measures", "jinja2", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found for a query: by cosine among all documents, and reranked."""
+
+    query: str
+    found: list[Ranked]
+    reranked: list[Ranked]
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,33 @@ class Demo:
 
     Attributes:
         artifacts: What was exported, each task in each precision.
-        similarities: float32 [2, 2], QUERIES by DOCUMENTS.
-        query: The query that was reranked.
-        ranking: Its documents.
-        reports: The validations; empty where torch is not installed.
+        documents: How many documents were searched.
+        answers: One for each of `QUERIES`.
+        reports: The validations; empty where a package that they need is not installed.
+        pages: Their HTML pages.
     """
 
     artifacts: list[Path]
-    similarities: np.ndarray
-    query: str
-    ranking: list[Ranked]
+    documents: int
+    answers: list[Answer]
     reports: list[Report]
+    pages: list[Path]
+
+
+def builtin_checkpoint(task: Task) -> Path:
+    """The folder of the built-in embedder or reranker, in the hub's layout.
+
+    Raises:
+        InputError: This installation came without it.
+    """
+    folder = Path(str(files("embedport") / "demo" / CHECKPOINTS[task]))
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is missing: this installation came without the demo pair")
+    return folder
 
 
 def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
-    """Make the pair, export both, run both, validate both.
+    """Export both models, search and rerank with them, validate them.
 
     Args:
         folder: Made, or replaced if an earlier demo made it.
@@ -70,39 +82,59 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
         InputError: The folder exists and is not an earlier demo's.
     """
     _prepare(folder)
-    say("Making a small embedder and reranker with random weights, in the hub's layout")
-    tokenizer = train_tokenizer([sample.text for sample in builtin_samples()], VOCABULARY)
-    checkpoints = folder / "checkpoints"
     artifacts: dict[Path, Path] = {}
-    for seed, task in enumerate(TASKS):
-        checkpoint = write_checkpoint(checkpoints / task, GEOMETRY, task, tokenizer, seed=seed)
+    for task in CHECKPOINTS:
+        checkpoint = builtin_checkpoint(task)
         for precision in PRECISIONS:
-            say(f"Exporting the {task} checkpoint to ONNX in {precision}")
+            say(f"Exporting the {CHECKPOINTS[task]} to ONNX in {precision}")
             artifact = export(checkpoint, folder / f"{task}-{precision}", precision=precision)
             artifacts[artifact.folder] = checkpoint
-    say("Running both in fp32")
-    embedder, reranker = (load(folder / f"{task}-fp32") for task in TASKS)
+    documents, answers = _answer(folder, say)
+    reports, pages = _validate(artifacts, folder, say)
+    return Demo(list(artifacts), documents, answers, reports, pages)
+
+
+def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]]:
+    """Search the built-in documents in int8, and rerank the best."""
+    from ..validation.beir import BUILTIN, read_beir
+
+    embedder, reranker = (load(folder / f"{task}-int8") for task in CHECKPOINTS)
     assert isinstance(embedder, Embedder)
     assert isinstance(reranker, Reranker)
-    queries = embedder.encode(QUERIES, prompt="query")
-    documents = embedder.encode(DOCUMENTS)
-    query = builtin_pairs()[0].query
-    ranking = reranker.rank(query, [p.document for p in builtin_pairs() if p.query == query])
-    reports = _validate(artifacts, say)
-    return Demo(list(artifacts), queries @ documents.T, query, ranking, reports)
+    documents = list(read_beir(BUILTIN).documents.values())
+    say(f"Searching {len(documents):,} documents in int8")
+    vectors = embedder.encode(documents)
+    answers = []
+    for query, scores in zip(
+        QUERIES, embedder.encode(QUERIES, prompt="query") @ vectors.T, strict=True
+    ):
+        best = np.argsort(-scores, kind="stable")[:CANDIDATES]
+        found = [Ranked(int(i), float(scores[i]), documents[i]) for i in best]
+        reranked = reranker.rank(query, [each.document for each in found], top_k=SHOWN)
+        answers.append(Answer(query, found[:SHOWN], reranked))
+    return len(documents), answers
 
 
-def _validate(artifacts: dict[Path, Path], say: Callable[[str], None]) -> list[Report]:
-    """Each artifact against its checkpoint."""
-    if find_spec("torch") is None or find_spec("transformers") is None:
-        return []
+def _validate(
+    artifacts: dict[Path, Path], folder: Path, say: Callable[[str], None]
+) -> tuple[list[Report], list[Path]]:
+    """Each artifact against its checkpoint, retrieval included, with a page each."""
+    if not all(find_spec(name) for name in NEEDED):
+        return [], []
     from ..validation import validate
+    from ..validation.beir import BUILTIN, read_beir
 
-    reports = []
+    whole, few = read_beir(BUILTIN), read_beir(BUILTIN, max_queries=RERANKED_QUERIES)
+    reports, pages = [], []
     for artifact, checkpoint in artifacts.items():
         say(f"Validating {artifact.name} against transformers")
-        reports.append(validate(artifact, checkpoint))
-    return reports
+        data = whole if artifact.name.startswith("embedding") else few
+        pages.append(folder / f"{artifact.name}.html")
+        command = ["embedport", "demo", "-o", str(folder)]
+        reports.append(
+            validate(artifact, checkpoint, retrieval=data, page=pages[-1], command=command)
+        )
+    return reports, pages
 
 
 def _prepare(folder: Path) -> None:

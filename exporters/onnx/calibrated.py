@@ -1,6 +1,7 @@
-"""GPTQ layer by layer, on the operators that the artifact will have.
+"""GPTQ and AWQ layer by layer, on the operators that the artifact will have.
 
-Each layer's inputs are what the quantized layers before it give, so that it makes good for them.
+For GPTQ each layer's inputs are what the quantized layers before it give, so that it makes good for
+them.
 Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes).
 A finished layer is written down with the states behind it: a run that is interrupted goes on there.
 """
@@ -17,6 +18,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from ...errors import CheckpointError
+from ...quantize.awq import search_factors
+from ...quantize.fold import READERS, FoldedWeights, narrow
 from ...quantize.gptq import quantize_gptq
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
@@ -29,6 +32,8 @@ from .precision import PRECISIONS
 from .quantized import QuantizedMatrices
 
 STATE = "request.json"
+# Tokens of which AWQ judges.
+SAMPLE = 512
 PARTS = ("codes", "scales", "zero_points")
 
 
@@ -112,6 +117,72 @@ def quantize_layers(
         (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
         advance()
     return found
+
+
+def scale_layers(
+    weights: Weights,
+    source: WeightSource,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+) -> FoldedWeights:
+    """Find AWQ's factors; arguments and errors as for `quantize_layers`."""
+    _prepare(folder, _request(weights, source, formats, rows) + " awq")
+    design = Design(source, OrtDialect(), PRECISIONS["fp32"])
+    states = embed_rows(source, rows)
+    factors: dict[tuple[str, str], np.ndarray] = {}
+    for number in range(source.spec.num_layers):
+        file, prefix = _layer_file(folder, number), f"layers.{number}"
+        if not file.is_file():
+            found = {}
+            with Layer(design, number, folder) as layer:
+                samples = _samples(layer, rows, states)
+            for maker, readers in READERS.items():
+                names = [f"{prefix}.{reader}" for reader in readers]
+                quantized = [name for name in names if name in formats]
+                if quantized:
+                    found[maker] = _search(source, quantized, samples[names[0]], formats)
+            _save(found, file)
+        for maker, values in load_file(file).items():
+            factors[prefix, maker] = values
+        if number + 1 < source.spec.num_layers:
+            with Layer(design, number, folder) as layer:
+                states = [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
+        advance()
+
+    def find(layer: str, maker: str) -> np.ndarray:
+        # A tensor that no quantized matrix reads stays as it is.
+        shape = source.spec.tensor_shapes()[f"{layer}.{maker}.weight"]
+        return factors.get((layer, maker), np.ones(shape[0], np.float32))
+
+    return FoldedWeights(source, find)
+
+
+def _samples(
+    layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Projection to some of its inputs, spread over all texts: float32 [tokens, in]."""
+    found: list[list[np.ndarray]] = [[] for _ in layer.inputs]
+    step = max(1, sum(map(len, rows)) // SAMPLE)
+    for ids, state in zip(rows, states, strict=True):
+        for kept, x in zip(found, layer.run_inputs(ids, state), strict=True):
+            kept.append(x[::step])
+    return {
+        name: np.concatenate(kept)
+        for names, kept in zip(layer.inputs, found, strict=True)
+        for name in names
+    }
+
+
+def _search(
+    source: WeightSource, names: list[str], inputs: np.ndarray, formats: Mapping[str, Format]
+) -> np.ndarray:
+    """The factors of one tensor's channels, as its maker has them."""
+    matrices = [source.read_fp32(f"{name}.weight") for name in names]
+    schemes = [formats[name].scheme for name in names]
+    reader = names[0].split(".", 2)[2]
+    return narrow(source.spec, reader, search_factors(matrices, inputs, schemes))
 
 
 def _hessians(

@@ -95,8 +95,8 @@ def export_onnx(
         dim: Leading values of the embedding to keep (MRL); by default all, and `encode` chooses.
         max_length: Tokens after which a text is cut by default; the model's own if not given.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
-            GPTQ and "auto".
-        algorithm: Of a quantized precision: "rtn", "hqq" or "gptq".
+            GPTQ, AWQ and "auto".
+        algorithm: Of a quantized precision: "rtn", "hqq", "gptq" or "awq".
         rotate: Whether to rotate the residual stream before quantizing, against outliers.
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
         embedding_bits: Of the embedding table, 4 or 8.

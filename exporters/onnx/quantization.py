@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from ...quantize.balance import BalancedWeights
+from ...quantize.balance import balanced
 from ...quantize.hqq import quantize_hqq
 from ...quantize.rotation import RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from ...weights import Weights
-from .calibrated import quantize_layers
+from .calibrated import quantize_layers, scale_layers
 from .formats import TABLE, Format
 from .quantized import QuantizedMatrices
-from .recipe import CALIBRATED, Recipe
+from .recipe import Recipe
 
 # Rows are quantized by themselves: a table of 150,000 never stands in memory in fp32.
 CHUNK_VALUES = 16 << 20
@@ -42,21 +42,23 @@ def carry_out(
         recipe: How to quantize.
         formats: The recipe's formats.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        folder: Where finished layers are kept, for "gptq": a run that is interrupted goes
+        folder: Where finished layers are kept, for "gptq" and "awq": a run that is interrupted goes
             on there.
-        advance: Called after each layer, for "gptq".
+        advance: Called after each layer, for "gptq" and "awq".
 
     Returns:
         (the weights that are not quantized, the quantized matrices).
     """
     source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
     if recipe.balance:
-        source = BalancedWeights(source)
+        source = balanced(source)
     # A table has no inputs to calibrate on: GPTQ's best for it is the better rounding.
     quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
     calibrated = None
-    if recipe.algorithm in CALIBRATED:
-        projections = {name: each for name, each in formats.items() if name != TABLE}
+    projections = {name: each for name, each in formats.items() if name != TABLE}
+    if recipe.algorithm == "awq":
+        source = scale_layers(weights, source, projections, rows, folder, advance)
+    if recipe.algorithm == "gptq":
         calibrated = quantize_layers(weights, source, projections, rows, folder, advance)
 
     def find(name: str) -> QuantizedTensor:

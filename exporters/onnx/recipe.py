@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import InputError
 
-ALGORITHMS = ("rtn", "hqq", "gptq")
-CALIBRATED = ("gptq",)
+ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
+CALIBRATED = ("gptq", "awq")
 # What an artifact's record says beside the recipe.
 RECORDED = ("calibration", "search")
 
@@ -23,8 +23,8 @@ class Recipe:
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
             matrix that is not named stays in fp32.
-        algorithm: "rtn", "hqq" or "gptq". The embedding table has nothing to calibrate: GPTQ
-            rounds it as "hqq" does.
+        algorithm: "rtn", "hqq", "gptq" or "awq". The embedding table has nothing to calibrate:
+            GPTQ and AWQ round it as "hqq" does.
         rotate: Whether the residual stream and the attention's values are rotated.
         balance: Whether outlier channels are moved from activations into weights (see
             quantize.balance); for "int8", whose activations are quantized.

@@ -5,6 +5,7 @@ import pytest
 
 import embedport
 from embedport.demo.samples import builtin_samples
+from embedport.demo.synthetic import plant_outliers
 from embedport.exporters.onnx import calibrated
 from embedport.exporters.onnx.calibrated import quantize_layers
 from embedport.exporters.onnx.formats import plan_formats
@@ -27,6 +28,23 @@ def test_gptq_is_closer_than_rounding(artifacts, task):
         return ((outputs(algorithm=algorithm, **options) - outputs()) ** 2).mean()
 
     assert error("gptq") < 0.75 * error("rtn")
+
+
+def test_awq_on_outliers(checkpoints, copied, tmp_path):
+    """Channels that the inputs make large lose less than under plain rounding."""
+    folder = copied(checkpoints("kv8"))
+    plant_outliers(folder, magnitude=30)
+
+    def vectors(name, **options):
+        artifact = embedport.export(folder, tmp_path / name, **options)
+        return embedport.load(artifact.folder).encode(TEXTS)
+
+    options = {"precision": "int4", "embedding_bits": 8}
+    fp32 = vectors("fp32")
+    errors = [
+        ((vectors(name, algorithm=name, **options) - fp32) ** 2).mean() for name in ("hqq", "awq")
+    ]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_the_manifest_says_what_it_was_calibrated_on(artifacts):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from embedport.errors import CheckpointError, InputError
+from embedport.quantize.awq import search_factors
 from embedport.quantize.gptq import quantize_gptq
 from embedport.quantize.hqq import quantize_hqq
 from embedport.quantize.rtn import quantize_rtn
@@ -95,6 +96,19 @@ def test_importance_decides_what_is_kept():
         return ((tensor.dequantize() - values)[:, :4] ** 2).sum()
 
     assert error(quantize_hqq(values, scheme, importance)) < error(quantize_hqq(values, scheme))
+
+
+def test_awq_spares_the_channels_that_matter(weight, inputs):
+    inputs[:, 5:9] *= 30
+    scheme = QuantScheme(4, 64, symmetric=False)
+    factors = search_factors([weight], inputs, [scheme])
+    assert factors[5:9].min() > 2 * np.median(factors)
+
+    def output_error(tensor, undo):
+        return (((tensor.dequantize() / undo - weight) @ inputs.T) ** 2).sum()
+
+    scaled = output_error(quantize_hqq(weight * factors, scheme), factors)
+    assert scaled < 0.5 * output_error(quantize_hqq(weight, scheme), 1)
 
 
 def test_dead_inputs_are_no_obstacle(weight, inputs):

@@ -6,7 +6,7 @@ import pytest
 import embedport
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.demo.synthetic import plant_outliers
-from embedport.quantize.balance import BalancedWeights
+from embedport.quantize.balance import balanced
 from embedport.quantize.rotation import RotatedWeights, orthogonal
 from embedport.spec import ModelSpec
 from embedport.weights import Weights
@@ -65,7 +65,7 @@ def weights(request, checkpoints):
 
 @pytest.mark.parametrize(
     "transform",
-    [RotatedWeights, BalancedWeights, lambda weights: BalancedWeights(RotatedWeights(weights))],
+    [RotatedWeights, balanced, lambda weights: balanced(RotatedWeights(weights))],
 )
 def test_the_function_is_the_same(weights, transform):
     ids = np.random.default_rng(0).integers(0, 1000, 24)
@@ -80,7 +80,7 @@ def test_a_rotation_changes_every_matrix(weights):
             assert not np.allclose(rotated.read_fp32(name), weights.read_fp32(name), atol=1e-3)
 
 
-@pytest.mark.parametrize("transform", [RotatedWeights, BalancedWeights])
+@pytest.mark.parametrize("transform", [RotatedWeights, balanced])
 def test_rows_are_rows_of_the_whole(weights, transform):
     source = transform(weights)
     for name in weights.spec.tensor_shapes():
@@ -107,7 +107,7 @@ def test_balance_takes_outlier_channels_away(checkpoints, copied):
         return gains.max() / np.median(gains)
 
     assert spread(source) > 1000
-    assert spread(BalancedWeights(source)) < 10
+    assert spread(balanced(source)) < 10
 
 
 def test_rotated_artifacts(checkpoints, tmp_path):

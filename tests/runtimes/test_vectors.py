@@ -1,0 +1,104 @@
+"""Vectors in 8 bits and one bit, as sentence-transformers defines them."""
+
+import json
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.errors import InputError
+from embedport.runtimes.vectors import measure_ranges, quantize_vectors, shorten
+
+TEXTS = [
+    f"text number {i} about {word}" for i, word in enumerate(["tea", "snow", "law", "iron"] * 8)
+]
+
+
+@pytest.fixture
+def embedder(checkpoints, tmp_path):
+    return embedport.load(embedport.export(checkpoints("kv1"), tmp_path / "artifact").folder)
+
+
+def unit(n, dim, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_bits_are_the_signs_first_value_highest():
+    vectors = np.array([[0.5, -0.5, 0, 1, 1, -1, -1, -1, 0.1]], np.float32)
+    found = quantize_vectors(vectors, "ubinary", None)
+    assert found.dtype == np.uint8
+    assert found.tolist() == [[0b10011000, 0b10000000]]
+    signed = quantize_vectors(vectors, "binary", None)
+    assert signed.dtype == np.int8
+    assert signed.tolist() == [[0b10011000 - 128, 0]]
+
+
+def test_eight_bits_are_255_steps_of_the_range():
+    ranges = {"2": [[0, -255], [255, 255]]}
+    vectors = np.array([[0, -255], [255, 255], [1.5, 0], [999, -999]], np.float32)
+    assert quantize_vectors(vectors, "uint8", ranges).tolist() == [
+        [0, 0],
+        [255, 255],
+        [1, 127],
+        [255, 0],
+    ]
+    # Towards zero, as numpy converts: -126.5 is -126, -0.5 is 0.
+    assert quantize_vectors(vectors, "int8", ranges).tolist() == [
+        [-128, -128],
+        [127, 127],
+        [-126, 0],
+        [127, -128],
+    ]
+
+
+def test_rankings_survive_eight_bits():
+    vectors = unit(200, 64)
+    ranges = measure_ranges(vectors)
+    codes = quantize_vectors(vectors, "int8", ranges)
+    low, high = np.array(ranges["64"])
+    back = (codes + 128.5) * (high - low) / 255 + low
+    cosines = (unit(1, 64, 1) @ vectors.T, unit(1, 64, 1) @ back.T)
+    assert np.corrcoef(*np.concatenate(cosines))[0, 1] > 0.9995
+
+
+def test_ranges_are_of_each_dimension():
+    vectors = unit(50, 96)
+    ranges = measure_ranges(vectors)
+    assert list(ranges) == ["96", "64", "32"]
+    cut = shorten(vectors, 32)
+    np.testing.assert_allclose(ranges["32"], [cut.min(axis=0), cut.max(axis=0)], rtol=1e-4)
+
+
+def test_encode_in_every_precision(embedder):
+    with pytest.raises(InputError, match=r"there are none: call `embedder\.calibrate"):
+        embedder.encode(TEXTS, precision="int8")
+    embedder.calibrate(TEXTS)
+    plain = embedder.encode(TEXTS)
+    for precision, width, dtype in (
+        ("int8", 96, np.int8),
+        ("uint8", 96, np.uint8),
+        ("binary", 12, np.int8),
+        ("ubinary", 12, np.uint8),
+    ):
+        found = embedder.encode(TEXTS, precision=precision)
+        assert (found.shape, found.dtype) == ((len(TEXTS), width), dtype)
+        np.testing.assert_array_equal(found, quantize_vectors(plain, precision, embedder.ranges))
+    assert embedder.encode(TEXTS, precision="int8", dim=64).shape == (len(TEXTS), 64)
+    with pytest.raises(InputError, match="int8 needs each value's range at 50 dimensions"):
+        embedder.encode(TEXTS, precision="int8", dim=50)
+    with pytest.raises(InputError, match="precision should be one of float32"):
+        embedder.encode(TEXTS, precision="int4")
+    with pytest.raises(InputError, match="at least two texts"):
+        embedder.calibrate(TEXTS[:1])
+
+
+def test_ranges_are_kept_in_the_manifest(embedder):
+    embedder.calibrate(TEXTS)
+    folder = embedder.artifact.folder
+    assert json.loads((folder / "embedport.json").read_text())["ranges"] == embedder.ranges
+    again = embedport.load(folder)
+    assert isinstance(again, embedport.Embedder)
+    np.testing.assert_array_equal(
+        again.encode(TEXTS, precision="int8"), embedder.encode(TEXTS, precision="int8")
+    )
