@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import backend, export, inference, outliers, parity
+from . import backend, export, inference, outliers, parity, retrieval
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -31,6 +31,7 @@ def everything(context: typer.Context) -> None:
         inference.against_peer(7)
         inference.int8_against_peers(7)
         outliers.against_dynamic_int8()
+        retrieval.on_the_held_out_set()
         parity.against_transformers()
         backend.in_sentence_transformers()
 
@@ -63,6 +64,12 @@ def _int8(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS)
 def _outliers(out: Out = RESULTS) -> None:
     """int8 on a checkpoint with planted outliers, against onnxruntime's dynamic int8."""
     outliers.against_dynamic_int8(out)
+
+
+@app.command("retrieval")
+def _retrieval(out: Out = RESULTS) -> None:
+    """Quality of the demo pair and of its quantized forms on the held-out set."""
+    retrieval.on_the_held_out_set(out)
 
 
 @app.command("parity")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAGNITUDE = 3000.0
 LONGEST = 400  # characters: enough tokens to hold outliers, few enough for a CPU
-WAYS = ("int8", "int8 --rotate", "onnxruntime dynamic int8 of our fp32 graph")
+WAYS = ("int8", "int8 --no-rotate", "onnxruntime dynamic int8 of our fp32 graph")
 
 
 def against_dynamic_int8(results: Path = RESULTS) -> None:
@@ -36,7 +36,7 @@ def against_dynamic_int8(results: Path = RESULTS) -> None:
         _child("plant", str(planted))
         export_ours(planted, folder, "fp32")
         vectors = {"fp32": _child("encode", str(folder / "fp32"), str(folder / "fp32.npy"))}
-        for name, options in (("int8", []), ("int8 --rotate", ["--rotate"])):
+        for name, options in (("int8", []), ("int8 --no-rotate", ["--no-rotate"])):
             out = folder / name.replace(" --", "-")
             arguments = ["export", "onnx", str(planted), "-o", str(out), "--precision", "int8"]
             run(ours(*arguments, *options))

@@ -5,7 +5,7 @@
     qrels/test.tsv    a header, then query-id, corpus-id and relevance, tab-separated
     candidates.tsv    for rerankers: a header, then query-id, corpus-id and rank
 
-Texts may be compressed (corpus.jsonl.gz, queries.jsonl.gz).
+Texts and candidates may be compressed (corpus.jsonl.gz, queries.jsonl.gz, candidates.tsv.gz).
 """
 
 from __future__ import annotations
@@ -165,9 +165,14 @@ def _read_candidates(
     queries: Mapping[str, str],
     documents: Mapping[str, str],
 ) -> dict[str, list[str]]:
-    path = Path(given) if given is not None else folder / "candidates.tsv"
-    if given is None and not path.is_file():
-        return {}
+    if given is not None:
+        path = Path(given)
+    else:
+        path = folder / "candidates.tsv"
+        if not path.is_file():
+            path = folder / "candidates.tsv.gz"
+        if not path.is_file():
+            return {}
     ranked: dict[str, list[tuple[int, str]]] = {}
     for _, query, document, rank in _read_triples(path, queries, documents):
         ranked.setdefault(query, []).append((rank, document))

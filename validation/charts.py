@@ -11,7 +11,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,38 +160,78 @@ def layer_lines(errors: Sequence[LayerError]) -> str | None:
     return _svg(draw, "Relative error of the hidden states after each layer")
 
 
-def retrieval_points(rows: Sequence[RetrievalRow]) -> str:
+def retrieval_differences(rows: Sequence[RetrievalRow]) -> str:
     """Artifact less reference with its interval: by dimension, or by measure for a reranker.
 
     Args:
         rows: At least one.
     """
-    measures = list(dict.fromkeys(row.measure for row in rows))
-    places = list(dict.fromkeys(row.dimension or row.measure for row in rows))
-    by_dimension = rows[0].dimension is not None
 
     def draw(axes: Any) -> None:
         axes.axhline(0, color=QUIET, linewidth=1)
-        for i, measure in enumerate(measures):
-            own = [row for row in rows if row.measure == measure]
-            shift = 0.18 * (i - (len(measures) - 1) / 2) if by_dimension else 0
-            x = [places.index(row.dimension or row.measure) + shift for row in own]
+        for measure, own, x, color, marker in _by_measure(rows):
             y = np.array([row.difference for row in own])
             # A mean just outside of its interval is rounding.
             reach = np.abs([[row.low for row in own] - y, [row.high for row in own] - y])
-            color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
             axes.errorbar(
                 x, y, reach, fmt=marker, c=color, ms=4.5, lw=1.4, capsize=2.5, label=measure
             )
-        axes.set_xticks(range(len(places)), [str(place) for place in places])
-        axes.set_xlim(-0.5, len(places) - 0.5)
-        axes.grid(visible=False, axis="x")
         axes.set_ylabel("artifact − reference")
-        if by_dimension:
-            axes.set_xlabel("dimensions (MRL)")
-            _legend(axes, len(measures))
+        _set_places(axes, rows)
 
     return _svg(draw, "Difference of retrieval quality, artifact less reference")
+
+
+def retrieval_values(rows: Sequence[RetrievalRow]) -> str:
+    """The artifact's quality as points, the reference's as rings around them.
+
+    Args:
+        rows: At least one.
+    """
+
+    def draw(axes: Any) -> None:
+        for measure, own, x, color, marker in _by_measure(rows):
+            axes.plot(x, [row.reference for row in own], marker, c=color, ms=8, mfc="none")
+            axes.plot(x, [row.artifact for row in own], marker, c=color, ms=4, mew=0, label=measure)
+        axes.set(ylabel="quality", ylim=(0, 1))
+        _set_places(axes, rows)
+
+    return _svg(draw, "Retrieval quality of the artifact and of the reference")
+
+
+def _by_measure(
+    rows: Sequence[RetrievalRow],
+) -> Iterator[tuple[str, list[RetrievalRow], list[float], str, str]]:
+    """(measure, its rows, their places on the x axis, its color, its marker)."""
+    measures, places = _measures(rows), _places(rows)
+    for i, measure in enumerate(measures):
+        own = [row for row in rows if row.measure == measure]
+        shift = 0.0 if own[0].dimension is None else 0.22 * (i - (len(measures) - 1) / 2)
+        x = [places.index(_place(row)) + shift for row in own]
+        yield measure, own, x, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+
+
+def _measures(rows: Sequence[RetrievalRow]) -> list[str]:
+    return list(dict.fromkeys(row.measure for row in rows))
+
+
+def _places(rows: Sequence[RetrievalRow]) -> list[str]:
+    """The labels of the x axis."""
+    return list(dict.fromkeys(map(_place, rows)))
+
+
+def _place(row: RetrievalRow) -> str:
+    return row.measure if row.dimension is None else str(row.dimension)
+
+
+def _set_places(axes: Any, rows: Sequence[RetrievalRow]) -> None:
+    places = _places(rows)
+    axes.set_xticks(range(len(places)), places)
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    axes.grid(visible=False, axis="x")
+    if rows[0].dimension is not None:
+        axes.set_xlabel("dimensions (MRL)")
+        _legend(axes, len(_measures(rows)))
 
 
 def _logs(values: Sequence[float]) -> np.ndarray:

@@ -30,7 +30,7 @@ class Machine:
     Attributes:
         cpu: The processor's name.
         cores: Cores that the process may use.
-        memory: Bytes.
+        memory: Bytes; 0 where the system does not tell.
         system: The operating system.
         python: Its version.
         providers: onnxruntime's execution providers, the preferred one first.

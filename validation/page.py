@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import require
 from ..spec import Task
-from .charts import POINTS, histogram, layer_lines, retrieval_points, scatter
+from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
 from .layers import LayerError
 from .report import Comparison, Gate, Report, number
@@ -71,7 +71,7 @@ def render(report: Report, details: Details) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    source = (files(__package__ or "") / TEMPLATE).read_text(encoding="utf-8")
+    source = (files("embedport.validation") / TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(_content(report, details))
 
 
@@ -114,7 +114,7 @@ def _sentence(report: Report) -> str:
         )
     if failed:
         return f"{failed} of {count} gates fail on {inputs}."
-    return f"On {inputs} the artifact gives what the reference gives: all {count} gates hold."
+    return f"On {inputs} the artifact stays within every limit: all {count} gates hold."
 
 
 def _reason(gate: Gate) -> str:
@@ -159,7 +159,7 @@ def _dimensions(comparison: Comparison) -> Table | None:
         return None
     names = tuple(next(iter(comparison.dimensions.values())))
     return Table(
-        ("Dimensions", *names),
+        ("Dim.", *names),
         tuple(
             (str(dimension), *(number(figures[name]) for name in names))
             for dimension, figures in comparison.dimensions.items()
@@ -246,29 +246,19 @@ def _why_no_layers(details: Details) -> str:
     )
 
 
-def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Table]:
+def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
     rows = retrieval.rows
     clear = [row for row in rows if not row.low <= 0 <= row.high]
-    caption = (
-        f"{retrieval.name}: {retrieval.queries:,} queries, {retrieval.documents:,} documents. "
-        f"Artifact less reference with {CONFIDENCE} % bootstrap intervals over the queries: "
-    )
-    caption += (
+    before = ""
+    if retrieval.before is not None:
+        before = f" Before reranking nDCG@10 was {retrieval.before:.4f}."
+    caption = f"Artifact less reference, {CONFIDENCE} % bootstrap intervals over the queries: " + (
         f"{len(clear)} of {len(rows)} exclude zero."
         if clear
-        else "all of them include zero, so no difference shows."
+        else "all include zero, so no difference shows."
     )
-    if retrieval.before is not None:
-        caption += f" nDCG@10 before reranking: {retrieval.before:.4f}."
     table = Table(
-        (
-            "Measure",
-            "Dimensions",
-            "Artifact",
-            "Reference",
-            "Difference",
-            f"{CONFIDENCE} % interval",
-        ),
+        ("Measure", "Dim.", "Artifact", "Reference", f"Difference, {CONFIDENCE} % interval"),
         tuple(
             (
                 row.measure,
@@ -280,7 +270,13 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Table]:
             for row in rows
         ),
     )
-    return Chart("Retrieval quality: difference", retrieval_points(rows), caption), table
+    values = Chart(
+        "Quality",
+        retrieval_values(rows),
+        f"{retrieval.name}: {retrieval.queries:,} queries, {retrieval.documents:,} documents. "
+        f"Points are the artifact, rings the reference.{before}",
+    )
+    return values, Chart("Difference", retrieval_differences(rows), caption), table
 
 
 def _worst(task: Task, details: Details) -> Table:
@@ -288,7 +284,7 @@ def _worst(task: Task, details: Details) -> Table:
     distances = _distances(task, details)
     order = np.argsort(-np.where(np.isnan(distances), np.inf, distances), kind="stable")[:WORST]
     return Table(
-        ("Input", _measure(task), "Text"),
+        ("Input", _measure(task).capitalize(), "Text"),
         tuple((details.names[i], _short(distances[i]), details.excerpts[i]) for i in order),
         long=frozenset({2}),
     )
@@ -297,7 +293,7 @@ def _worst(task: Task, details: Details) -> Table:
 def _invariance(report: Report) -> Table:
     gate = _find_gate(report, "batch invariance")
     embedding = report.task == "embedding"
-    header = ("smallest cosine", _measure(report.task)) if embedding else ("largest difference",)
+    header = ("Smallest cosine", _measure(report.task)) if embedding else ("Largest difference",)
     cases = list(report.invariance.items())
     failed = {
         i
@@ -323,7 +319,8 @@ def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
         yield "Reference ran in", "; ".join(each.reference for each in report.comparisons)
     yield "Inputs", f"{report.inputs:,} {noun}, {report.tokens:,} tokens"
     yield "Date", report.date
-    yield "Processor", f"{machine.cpu}, {machine.cores} cores, {machine.memory / 2**30:.1f} GiB"
+    memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
+    yield "Processor", f"{machine.cpu}, {machine.cores} cores{memory}"
     yield "System", f"{machine.system}, Python {machine.python}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield "onnxruntime offers", ", ".join(machine.providers)

@@ -28,7 +28,7 @@ from embedport.prompts import (
 )
 
 from .embedder import Corpus, train_embedder
-from .model import GEOMETRY, common_prefix, save_model
+from .model import GEOMETRY, common_prefix, load_model, save_model
 from .reranker import mine, train_reranker
 from .retrieval import write_retrieval
 from .teacher import archive, principal_directions, teach
@@ -48,6 +48,9 @@ def main(
     embedder_steps: int = 1000,
     reranker_steps: int = 900,
     seed: int = 0,
+    keep_embedder: Annotated[
+        bool, typer.Option("--keep-embedder", help="Use the one that is there.")
+    ] = False,
 ) -> None:
     """Train the embedder and the reranker, and write the held-out set."""
     began = time.perf_counter()
@@ -61,18 +64,20 @@ def main(
     tokenizer = _train_tokenizer(split.embedder)
     corpus, table = _teach(split, tokenizer, work)
     say(f"{len(corpus.index)} texts with the teacher's vectors")
-    embedder = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
-    save_model(embedder, out / "embedder", "embedding", tokenizer)
-    say("the embedder is trained")
-    lists = mine(embedder, split.reranker, corpus, seed)
+    if not keep_embedder:
+        trained = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
+        save_model(trained, out / "embedder", "embedding", tokenizer)
+        say("the embedder is trained")
+    embedder = load_model(out / "embedder")  # rounded to bf16, as it will be used
+    write_retrieval(out / "retrieval", split, embedder, corpus)
+    say("the held-out set is written")
+    lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
     say(f"{len(lists)} lists for the reranker")
     reranker = train_reranker(
         copy.deepcopy(embedder), lists, _pairs(tokenizer, work), steps=reranker_steps, seed=seed
     )
     save_model(reranker, out / "reranker", "reranker", tokenizer)
     say("the reranker is trained")
-    write_retrieval(out / "retrieval", split, embedder, corpus)
-    say("the held-out set is written")
 
 
 def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:

@@ -101,6 +101,11 @@ def common_prefix(rows: Sequence[list[int]]) -> list[int]:
     return [token for token, _ in same]
 
 
+def load_model(folder: Path) -> Qwen3Model:
+    """A checkpoint that `save_model` wrote, in fp32."""
+    return Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def save_model(model: Qwen3Model, folder: Path, task: Task, tokenizer: Tokenizer) -> None:
     """Write a bf16 checkpoint in the hub's layout."""
     write_checkpoint(folder, GEOMETRY, task, tokenizer)  # its weights are replaced

@@ -24,8 +24,9 @@ from .wordnet import Synset
 POOL = 6000
 CANDIDATES = 50
 LIST = 8
+HARD = 3
 LISTS = 32
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,24 @@ class Ranked:
 
 
 def mine(
-    embedder: Qwen3Model, synsets: Sequence[Synset], corpus: Corpus, seed: int
+    embedder: Qwen3Model,
+    unseen: Sequence[Synset],
+    seen: Sequence[Synset],
+    corpus: Corpus,
+    seed: int,
 ) -> list[Ranked]:
-    """The embedder's top candidates for each query in a random pool of definitions and examples."""
+    """The embedder's top candidates for each query in a random pool of definitions and examples.
+
+    Args:
+        embedder: The trained embedder.
+        unseen: Their words ask for definitions.
+        seen: Their definitions ask for examples.
+        corpus: Token ids of all of them.
+        seed: Of the pools.
+    """
     generator = np.random.default_rng(seed)
-    pairs = [(each.query, each.definition) for each in synsets]
-    pairs += [(each.definition, each.examples[0]) for each in synsets if each.examples]
+    pairs = [(each.query, each.definition) for each in unseen]
+    pairs += [(each.definition, each.examples[0]) for each in seen if each.examples]
     documents = list(dict.fromkeys(document for _, document in pairs))
     queries = [query for query, _ in pairs]
     found = torch.from_numpy(encode(embedder, [corpus.documents[text] for text in documents]))
@@ -110,16 +123,23 @@ def scores(
 
 
 def _batches(lists: Sequence[Ranked], seed: int) -> Iterator[list[tuple[str, list[str]]]]:
-    """(query, documents), the right document first."""
+    """(query, documents), the right document first.
+
+    Half of the others are any documents: what is far off teaches comparing, what is near teaches
+    telling apart.
+    """
     generator = np.random.default_rng(seed)
+    documents = [each.document for each in lists]
     while True:
         order = generator.permutation(len(lists))
         for start in range(0, len(order) - LISTS, LISTS):
             batch = []
             for i in order[start : start + LISTS]:
                 each = lists[i]
-                chosen = generator.choice(len(each.negatives), LIST - 1, replace=False)
-                batch.append((each.query, [each.document, *(each.negatives[j] for j in chosen)]))
+                near = generator.choice(len(each.negatives), HARD, replace=False)
+                far = generator.choice(len(documents), LIST - 1 - HARD)
+                others = [each.negatives[j] for j in near] + [documents[j] for j in far]
+                batch.append((each.query, [each.document, *others]))
             yield batch
 
 

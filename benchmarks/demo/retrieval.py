@@ -48,16 +48,23 @@ def write_retrieval(folder: Path, split: Split, embedder: Qwen3Model, corpus: Co
         for query, row in zip(queries, best, strict=True)
         for rank, i in enumerate(row, 1)
     ]
-    _write_tsv(folder / "candidates.tsv", [("query-id", "corpus-id", "rank"), *candidates])
+    _write_tsv(folder / "candidates.tsv.gz", [("query-id", "corpus-id", "rank"), *candidates])
 
 
 def _write_texts(path: Path, texts: Mapping[str, str]) -> None:
-    lines = [
-        json.dumps({"_id": key, "text": text}, ensure_ascii=False) + "\n"
-        for key, text in texts.items()
-    ]
-    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    _write(
+        path,
+        "".join(
+            json.dumps({"_id": key, "text": text}, ensure_ascii=False) + "\n"
+            for key, text in texts.items()
+        ),
+    )
 
 
 def _write_tsv(path: Path, rows: Iterable[tuple[str, ...]]) -> None:
-    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    _write(path, "".join("\t".join(row) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

@@ -38,8 +38,9 @@ class Split:
 
     Attributes:
         embedder: The embedder is trained on these.
-        reranker: The reranker is trained on these, which the embedder has not seen: what the
-            embedder finds for them is as good and as bad as what it finds for new texts.
+        reranker: The reranker learns words and definitions on these, which the embedder has not
+            seen: what the embedder finds for them is as good and as bad as for new texts. They
+            have no examples: those are too few to keep any from the embedder.
         words: Held out: words ask, definitions are the documents.
         definitions: Held out: definitions ask, examples are the documents.
     """
@@ -79,8 +80,10 @@ def split_synsets(synsets: list[Synset], held_out: int, seed: int) -> Split:
     forbidden = {text for each in chosen for text in texts_of(each)}
     ids = {each.id for each in chosen}
     rest = [each for each in usable if each.id not in ids and forbidden.isdisjoint(texts_of(each))]
-    fold = len(rest) // 6
-    return Split(rest[fold:], rest[:fold], chosen[:held_out], chosen[held_out:])
+    fold = [each for each in rest[: len(rest) // 6] if not each.examples]
+    kept = {each.id for each in fold}
+    others = [each for each in rest if each.id not in kept]
+    return Split(others, fold, chosen[:held_out], chosen[held_out:])
 
 
 def texts_of(synset: Synset) -> tuple[str, ...]:

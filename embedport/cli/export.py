@@ -66,8 +66,13 @@ def export_onnx(
     ] = None,
     algorithm: Annotated[str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq.")] = "rtn",
     rotate: Annotated[
-        bool, typer.Option("--rotate", help="Rotate outliers away before quantizing.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate",
+            help="Rotate outliers away before quantizing; by default for int8.",
+            show_default=False,
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(

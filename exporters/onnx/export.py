@@ -65,7 +65,7 @@ def export_onnx(
     max_length: int | None = None,
     calibration: str | Path | None = None,
     algorithm: str = "rtn",
-    rotate: bool = False,
+    rotate: bool | None = None,
     group_size: int | None = None,
     embedding_bits: int | None = None,
     recipe: str | Path | None = None,
@@ -97,7 +97,8 @@ def export_onnx(
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
         algorithm: Of a quantized precision: "rtn", "hqq", "gptq" or "awq".
-        rotate: Whether to rotate the residual stream before quantizing, against outliers.
+        rotate: Whether to rotate the residual stream before quantizing, against outliers; by
+            default for "int8".
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
         embedding_bits: Of the embedding table, 4 or 8.
         recipe: recipe.json, or the embedport.json of an artifact that is to be made again: decides
@@ -116,7 +117,7 @@ def export_onnx(
     chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)
     options = {"group_size": group_size, "embedding_bits": embedding_bits}
-    quantizes = algorithm != "rtn" or rotate
+    quantizes = algorithm != "rtn" or rotate is not None
     if min_cosine is not None and precision != AUTO:
         raise InputError(f"--min-cosine goes with --precision auto, not with {precision}")
     plan = None
@@ -129,7 +130,7 @@ def export_onnx(
         plan = Recipe(
             {name: str(each) for name, each in formats.items()},
             algorithm,
-            rotate,
+            rotate=precision == "int8" if rotate is None else rotate,
             balance=any(each.activations for each in formats.values()),
         )
     elif any(options.values()) or (quantizes and precision != AUTO):
@@ -151,7 +152,7 @@ def export_onnx(
         source: WeightSource = weights
         matrices = None
         if precision == AUTO:
-            source = rotated(weights, rotate=rotate)
+            source = rotated(weights, rotate=bool(rotate))
             search = search_formats(
                 Design(source, chosen_dialect, chosen),
                 lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
@@ -160,7 +161,7 @@ def export_onnx(
                 folder,
                 _counted(progress, "search", spec.num_layers),
             )
-            plan, precision = Recipe(search.formats, algorithm, rotate), MIXED
+            plan, precision = Recipe(search.formats, algorithm, bool(rotate)), MIXED
             chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
         if plan is not None:
             advance = _counted(progress, "quantize", spec.num_layers)

@@ -11,6 +11,7 @@ import pytest
 import embedport
 from embedport.cli import main
 from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.validation.beir import read_beir, write_candidates
 
 TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -284,19 +285,41 @@ class TestInspect:
         assert "tokenizer.json should have" in err
 
 
-def test_demo(run, tmp_path, monkeypatch):
+@pytest.fixture
+def small_set(tmp_path, monkeypatch):
+    """The built-in retrieval set with a few queries and documents."""
+    whole = read_beir("builtin")
+    queries = sorted(whole.queries)[::200]
+    answers = [document for query in queries for document in whole.relevance[query]]
+    documents = [*answers, *sorted(whole.documents)[:60]]
+    folder = tmp_path / "small"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {"corpus": {key: whole.documents[key] for key in documents}}
+    texts["queries"] = {key: whole.queries[key] for key in queries}
+    for name, rows in texts.items():
+        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in rows.items()]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    qrels = [f"{query}\t{key}\t1" for query in queries for key in whole.relevance[query]]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["header", *qrels]))
+    write_candidates(folder / "candidates.tsv", dict.fromkeys(queries, answers[:20]))
+    monkeypatch.setattr("embedport.validation.beir._builtin", lambda: folder)
+
+
+def test_demo(run, tmp_path, monkeypatch, small_set):
     # Long texts take the most time and add nothing to what is tested here.
     short = [sample for sample in builtin_samples() if len(sample.text) < 200]
     pairs = [pair for pair in builtin_pairs() if len(pair.document) < 200]
     monkeypatch.setattr("embedport.validation.tasks.builtin_samples", lambda: short)
     monkeypatch.setattr("embedport.validation.tasks.builtin_pairs", lambda: pairs)
     code, out, _ = run("demo", "-o", tmp_path / "demo")
-    assert code == 0
-    assert "random weights" in out
-    assert out.count("minimum cosine") == 1
-    assert out.count("maximum score difference") == 2
+    assert code == 0, out
+    assert "Three queries on" in out
     assert out.count("holds") == 4
-    for name in ("embedding-fp32", "embedding-fp16", "reranker-fp32", "reranker-fp16"):
+    assert out.count("nDCG@10 before reranking") == 1
+    page = tmp_path / "demo" / "embedding-fp32.html"
+    assert out.strip().endswith(f"The report: {page}")
+    for name in ("embedding-fp32", "embedding-int8", "reranker-fp32", "reranker-int8"):
+        assert "<svg" in (tmp_path / "demo" / f"{name}.html").read_text(encoding="utf-8")
         parity = embedport.Artifact.open(tmp_path / "demo" / name).manifest.parity
         assert parity is not None
         assert parity["passed"]
@@ -304,7 +327,7 @@ def test_demo(run, tmp_path, monkeypatch):
     monkeypatch.setattr("embedport.demo.pipeline.find_spec", lambda name: None)
     code, out, _ = run("demo", "-o", tmp_path / "demo")
     assert code == 0
-    assert "pip install 'embedport[torch]'" in out
+    assert "pip install 'embedport[cpu,torch,retrieval,report]'" in out
     parity = embedport.Artifact.open(tmp_path / "demo" / "embedding-fp32").manifest.parity
     assert parity is None
 

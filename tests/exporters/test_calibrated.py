@@ -36,8 +36,9 @@ def test_awq_on_outliers(checkpoints, copied, tmp_path):
     plant_outliers(folder, magnitude=30)
 
     def vectors(name, **options):
-        artifact = embedport.export(folder, tmp_path / name, **options)
-        return embedport.load(artifact.folder).encode(TEXTS)
+        embedder = embedport.load(embedport.export(folder, tmp_path / name, **options).folder)
+        assert isinstance(embedder, embedport.Embedder)
+        return embedder.encode(TEXTS)
 
     options = {"precision": "int4", "embedding_bits": 8}
     fp32 = vectors("fp32")

@@ -1,0 +1,79 @@
+"""The trained pair that ships: its size, its layout, and that it knows what it was trained for."""
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.demo.pipeline import builtin_checkpoint
+from embedport.spec import ModelSpec
+from embedport.validation.beir import read_beir
+from embedport.validation.retrieval import encode_set, measure, rank_documents
+
+QUERIES = 400
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def ndcg(ranking, data):
+    return measure(ranking, data.relevance, ("nDCG@10",))["nDCG@10"].mean()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return read_beir("builtin", max_queries=QUERIES)
+
+
+def test_it_is_small():
+    assert size(builtin_checkpoint("embedding")) + size(builtin_checkpoint("reranker")) <= 16e6
+    assert size(builtin_checkpoint("embedding").parent / "retrieval") <= 2e6
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_it_is_a_checkpoint_of_the_family(task):
+    spec = ModelSpec.from_checkpoint(builtin_checkpoint(task))
+    assert spec.task == task
+    assert spec.tied
+    assert spec.num_kv_heads < spec.num_heads
+
+
+def test_the_held_out_set():
+    data = read_beir("builtin")
+    assert len(data.queries) == 2000
+    assert len(data.documents) == 6000
+    assert {len(each) for each in data.candidates.values()} == {50}
+    # A query that is also a document would find itself.
+    assert not set(data.queries.values()) & set(data.documents.values())
+
+
+def test_quality(data, tmp_path):
+    """The embedder is far above BM25; int8 and MRL cost little, a random projection more."""
+    import bm25s
+
+    ids = list(data.documents)
+    retriever = bm25s.BM25()
+    options = {"stopwords": "en", "show_progress": False}
+    retriever.index(bm25s.tokenize(list(data.documents.values()), **options), show_progress=False)
+    found, _ = retriever.retrieve(
+        bm25s.tokenize(list(data.queries.values()), **options), k=100, show_progress=False
+    )
+    rows = zip(data.queries, found.tolist(), strict=True)
+    lexical = ndcg({query: [ids[i] for i in row] for query, row in rows}, data)
+    vectors = {}
+    for precision in ("fp32", "int8"):
+        artifact = embedport.export(
+            builtin_checkpoint("embedding"), tmp_path / precision, precision=precision
+        )
+        embedder = embedport.load(artifact.folder, device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
+        vectors[precision] = encode_set(embedder, data, progress=False)
+    quality = ndcg(rank_documents(vectors["fp32"], 256, data), data)
+    assert quality > 2 * lexical
+    assert ndcg(rank_documents(vectors["int8"], 256, data), data) > quality - 0.01
+    for dim in (128, 64):
+        projection = np.random.default_rng(0).standard_normal((256, dim)).astype(np.float32)
+        queries, documents = vectors["fp32"]
+        projected = (queries @ projection, documents @ projection)
+        prefix = ndcg(rank_documents(vectors["fp32"], dim, data), data)
+        assert prefix > ndcg(rank_documents(projected, dim, data), data) + 0.01
