@@ -1,5 +1,7 @@
 """The trained pair that ships: its size, its layout, and that it knows what it was trained for."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -53,7 +55,7 @@ def test_quality(data, tmp_path):
 
     ids = list(data.documents)
     retriever = bm25s.BM25()
-    options = {"stopwords": "en", "show_progress": False}
+    options: dict[str, Any] = {"stopwords": "en", "show_progress": False}
     retriever.index(bm25s.tokenize(list(data.documents.values()), **options), show_progress=False)
     found, _ = retriever.retrieve(
         bm25s.tokenize(list(data.queries.values()), **options), k=100, show_progress=False
