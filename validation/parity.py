@@ -13,7 +13,7 @@ import numpy as np
 
 from ..artifact import record_parity
 from ..demo.samples import Pair, Sample
-from ..errors import InputError
+from ..errors import InputError, require
 from ..manifest import Manifest
 from ..runtimes import load
 from ..spec import ModelSpec, Task
@@ -95,6 +95,11 @@ def validate(
         DeviceError: The device asked for is not there.
         MissingPackageError: torch or transformers is not installed.
     """
+    if page is not None:  # before hours of work, not after
+        require("jinja2", "report")
+        require("matplotlib", "report")
+    if retrieval is not None:
+        require("ir_measures", "retrieval")
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
     runtime_device, opened = runtime.device, runtime.artifact
     manifest: Manifest = runtime.artifact.manifest
