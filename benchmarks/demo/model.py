@@ -16,7 +16,6 @@ from transformers import DynamicCache, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from embedport.demo.synthetic import Geometry, write_checkpoint
-from embedport.spec import Task
 
 # Vocabulary and three layers of 256: 3.3 M parameters, 6.7 MB in bf16.
 CHUNK = 64
@@ -106,12 +105,11 @@ def load_model(folder: Path) -> Qwen3Model:
     return Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def save_model(model: Qwen3Model, folder: Path, task: Task, tokenizer: Tokenizer) -> None:
+def save_model(model: Qwen3Model, folder: Path, tokenizer: Tokenizer) -> None:
     """Write a bf16 checkpoint in the hub's layout."""
-    write_checkpoint(folder, GEOMETRY, task, tokenizer)  # its weights are replaced
-    prefix = "model." if task == "reranker" else ""
+    write_checkpoint(folder, GEOMETRY, "embedding", tokenizer)  # its weights are replaced
     tensors = {
-        prefix + name: value.detach().numpy().astype(ml_dtypes.bfloat16)
+        name: value.detach().numpy().astype(ml_dtypes.bfloat16)
         for name, value in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -38,9 +38,9 @@ class Split:
 
     Attributes:
         embedder: The embedder is trained on these.
-        reranker: The reranker learns words and definitions on these, which the embedder has not
-            seen: what the embedder finds for them is as good and as bad as for new texts. They
-            have no examples: those are too few to keep any from the embedder.
+        reranker: Kept from the embedder, for a reranker to be trained on: what the embedder finds
+            for them is as good and as bad as for new texts. They have no examples: those are too
+            few to keep any from the embedder.
         words: Held out: words ask, definitions are the documents.
         definitions: Held out: definitions ask, examples are the documents.
     """

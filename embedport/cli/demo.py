@@ -27,7 +27,7 @@ With a real checkpoint:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to work.")] = Path("demo-output"),
 ) -> None:
-    """Run the main job on a small built-in pair: export, search, rerank, validate, report."""
+    """Run the main job on two small models: export, search, validate, report."""
     from ..demo.pipeline import run_demo
 
     steps, console = stderr_console(), stdout_console()
@@ -50,18 +50,10 @@ def _print_answers(console: Console, result: Demo) -> None:
 
     console.rule(f"Three queries on {result.documents:,} documents, in int8", align="left")
     for answer in result.answers:
-        table = Table(box=SIMPLE_HEAD, expand=True, title=answer.query, title_justify="left")
-        table.add_column("Cosine", no_wrap=True)
-        table.add_column("Embedder", overflow="ellipsis", no_wrap=True, ratio=1)
-        table.add_column("Score", no_wrap=True)
-        table.add_column("Reranker, of the best 50", overflow="ellipsis", no_wrap=True, ratio=1)
-        for found, reranked in zip(answer.found, answer.reranked, strict=True):
-            table.add_row(
-                f"{found.score:.3f}",
-                Text(found.document),
-                f"{reranked.score:.3f}",
-                Text(reranked.document),
-            )
+        table = Table("Cosine", box=SIMPLE_HEAD, expand=True)
+        table.add_column(answer.query, overflow="ellipsis", no_wrap=True, ratio=1)
+        for found in answer.found:
+            table.add_row(f"{found.score:.3f}", Text(found.document))
         console.print(table)
 
 
@@ -97,12 +89,9 @@ def _parity(reports: Sequence[Report]) -> Table:
     for name in figures[0]:
         if name not in gates[0]:
             table.add_row(name, *(number(each.get(name, float("nan"))) for each in figures))
-    retrieval = [report.retrieval for report in reports if report.retrieval is not None]
-    if len(retrieval) == len(reports):
-        quality = [each.rows[0] for each in retrieval]
+    quality = [report.retrieval.rows[0] for report in reports if report.retrieval is not None]
+    if quality:
         shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
         table.add_row("nDCG@10 (of the reference)", *shown)
-        if (before := retrieval[0].before) is not None:
-            table.add_row("nDCG@10 before reranking", *[f"{before:.4f}"] * len(reports))
     table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
     return table

@@ -1,4 +1,8 @@
-"""The main job on the built-in pair of checkpoints: export, search, rerank, validate, report."""
+"""The main job on two small checkpoints: export, search, rerank, validate, report.
+
+The embedder is trained and ships with embedport. The reranker has random weights: its scores mean
+nothing, but that an artifact gives the reference's scores means what it does for a trained one.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +18,29 @@ import numpy as np
 
 from ..errors import InputError
 from ..exporters import export
-from ..runtimes import Embedder, Ranked, Reranker, load
+from ..prompts import load_tokenizer
+from ..runtimes import Embedder, Ranked, load
 from ..spec import Task
+from .synthetic import Geometry, write_checkpoint
 
 if TYPE_CHECKING:
     from ..validation import Report
 
-CHECKPOINTS: dict[Task, str] = {"embedding": "embedder", "reranker": "reranker"}
+TASKS: tuple[Task, ...] = ("embedding", "reranker")
+GEOMETRY = Geometry(128, 4, 8, 2, 32, 384)
 PRECISIONS = ("fp32", "int8")
 QUERIES = ("fierce, savage", "a device for measuring temperature", "to travel through water")
-CANDIDATES = 50
 SHOWN = 3
-# Pairs cost more than texts: enough queries to see a loss, few enough for a minute.
-RERANKED_QUERIES = 60
 MARKER = "demo.txt"
 NEEDED = ("torch", "transformers", "ir_measures", "jinja2", "matplotlib")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for a query: by cosine among all documents, and reranked."""
+    """What was found for a query by cosine among all documents, the best first."""
 
     query: str
     found: list[Ranked]
-    reranked: list[Ranked]
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,20 @@ class Demo:
     pages: list[Path]
 
 
-def builtin_checkpoint(task: Task) -> Path:
-    """The folder of the built-in embedder or reranker, in the hub's layout.
+def builtin_embedder() -> Path:
+    """The folder of the trained embedder, in the hub's layout.
 
     Raises:
         InputError: This installation came without it.
     """
-    folder = Path(str(files("embedport") / "demo" / CHECKPOINTS[task]))
+    folder = Path(str(files("embedport") / "demo" / "embedder"))
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is missing: this installation came without the demo pair")
+        raise InputError(f"{folder} is missing: this installation came without the demo embedder")
     return folder
 
 
 def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
-    """Export both models, search and rerank with them, validate them.
+    """Export both models, search, validate.
 
     Args:
         folder: Made, or replaced if an earlier demo made it.
@@ -83,10 +86,11 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
     """
     _prepare(folder)
     artifacts: dict[Path, Path] = {}
-    for task in CHECKPOINTS:
-        checkpoint = builtin_checkpoint(task)
+    tokenizer = load_tokenizer(builtin_embedder() / "tokenizer.json")
+    reranker = write_checkpoint(folder / "reranker", GEOMETRY, "reranker", tokenizer)
+    for task, checkpoint in zip(TASKS, (builtin_embedder(), reranker), strict=True):
         for precision in PRECISIONS:
-            say(f"Exporting the {CHECKPOINTS[task]} to ONNX in {precision}")
+            say(f"Exporting the {task} model to ONNX in {precision}")
             artifact = export(checkpoint, folder / f"{task}-{precision}", precision=precision)
             artifacts[artifact.folder] = checkpoint
     documents, answers = _answer(folder, say)
@@ -95,23 +99,18 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
 
 
 def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]]:
-    """Search the built-in documents in int8, and rerank the best."""
+    """Search the built-in documents in int8."""
     from ..validation.beir import BUILTIN, read_beir
 
-    embedder, reranker = (load(folder / f"{task}-int8") for task in CHECKPOINTS)
+    embedder = load(folder / "embedding-int8")
     assert isinstance(embedder, Embedder)
-    assert isinstance(reranker, Reranker)
     documents = list(read_beir(BUILTIN).documents.values())
     say(f"Searching {len(documents):,} documents in int8")
-    vectors = embedder.encode(documents)
+    scores = embedder.encode(QUERIES, prompt="query") @ embedder.encode(documents).T
     answers = []
-    for query, scores in zip(
-        QUERIES, embedder.encode(QUERIES, prompt="query") @ vectors.T, strict=True
-    ):
-        best = np.argsort(-scores, kind="stable")[:CANDIDATES]
-        found = [Ranked(int(i), float(scores[i]), documents[i]) for i in best]
-        reranked = reranker.rank(query, [each.document for each in found], top_k=SHOWN)
-        answers.append(Answer(query, found[:SHOWN], reranked))
+    for query, row in zip(QUERIES, scores, strict=True):
+        best = np.argsort(-row, kind="stable")[:SHOWN]
+        answers.append(Answer(query, [Ranked(int(i), float(row[i]), documents[i]) for i in best]))
     return len(documents), answers
 
 
@@ -122,13 +121,12 @@ def _validate(
     if not all(find_spec(name) for name in NEEDED):
         return [], []
     from ..validation import validate
-    from ..validation.beir import BUILTIN, read_beir
+    from ..validation.beir import BUILTIN
 
-    whole, few = read_beir(BUILTIN), read_beir(BUILTIN, max_queries=RERANKED_QUERIES)
     reports, pages = [], []
     for artifact, checkpoint in artifacts.items():
         say(f"Validating {artifact.name} against transformers")
-        data = whole if artifact.name.startswith("embedding") else few
+        data = BUILTIN if checkpoint == builtin_embedder() else None
         pages.append(folder / f"{artifact.name}.html")
         command = ["embedport", "demo", "-o", str(folder)]
         reports.append(

@@ -1,4 +1,4 @@
-"""The trained pair that ships: its size, its layout, and that it knows what it was trained for."""
+"""The trained embedder that ships: its size, its layout, and what it knows."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.demo.pipeline import builtin_checkpoint
+from embedport.demo.pipeline import builtin_embedder
 from embedport.spec import ModelSpec
 from embedport.validation.beir import read_beir
 from embedport.validation.retrieval import encode_set, measure, rank_documents
@@ -28,14 +28,13 @@ def data():
 
 
 def test_it_is_small():
-    assert size(builtin_checkpoint("embedding")) + size(builtin_checkpoint("reranker")) <= 16e6
-    assert size(builtin_checkpoint("embedding").parent / "retrieval") <= 2e6
+    assert size(builtin_embedder()) <= 8e6
+    assert size(builtin_embedder().parent / "retrieval") <= 2e6
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
-def test_it_is_a_checkpoint_of_the_family(task):
-    spec = ModelSpec.from_checkpoint(builtin_checkpoint(task))
-    assert spec.task == task
+def test_it_is_a_checkpoint_of_the_family():
+    spec = ModelSpec.from_checkpoint(builtin_embedder())
+    assert spec.task == "embedding"
     assert spec.tied
     assert spec.num_kv_heads < spec.num_heads
 
@@ -64,9 +63,7 @@ def test_quality(data, tmp_path):
     lexical = ndcg({query: [ids[i] for i in row] for query, row in rows}, data)
     vectors = {}
     for precision in ("fp32", "int8"):
-        artifact = embedport.export(
-            builtin_checkpoint("embedding"), tmp_path / precision, precision=precision
-        )
+        artifact = embedport.export(builtin_embedder(), tmp_path / precision, precision=precision)
         embedder = embedport.load(artifact.folder, device="cpu")
         assert isinstance(embedder, embedport.Embedder)
         vectors[precision] = encode_set(embedder, data, progress=False)
