@@ -68,7 +68,7 @@ def _outliers(out: Out = RESULTS) -> None:
 
 @app.command("retrieval")
 def _retrieval(out: Out = RESULTS) -> None:
-    """Quality of the demo pair and of its quantized forms on the held-out set."""
+    """Quality of the demo embedder and of its quantized forms on the held-out set."""
     retrieval.on_the_held_out_set(out)
 
 

@@ -1,1 +1,1 @@
-"""How the demo pair is made: `python -m benchmarks.demo`."""
+"""How the demo embedder is made: `python -m benchmarks.demo`."""
