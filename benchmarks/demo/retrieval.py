@@ -27,7 +27,10 @@ def write_retrieval(folder: Path, split: Split, embedder: Qwen3Model, corpus: Co
     documents = {each.id: each.definition for each in split.words}
     documents |= {each.id: each.examples[0] for each in split.definitions}
     queries = {f"word-{each.id}": each.query for each in split.words[:QUERIES]}
-    queries |= {f"definition-{each.id}": each.definition for each in split.definitions[:QUERIES]}
+    # Another synset may have the same definition, and it would find itself.
+    texts = set(documents.values())
+    asking = [each for each in split.definitions if each.definition not in texts]
+    queries |= {f"definition-{each.id}": each.definition for each in asking[:QUERIES]}
     ids_of: dict[str, list[str]] = {}
     for key, text in documents.items():
         ids_of.setdefault(text, []).append(key)

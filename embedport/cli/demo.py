@@ -61,8 +61,9 @@ def _print_parity(console: Console, result: Demo) -> None:
     console.rule("Parity with transformers", align="left")
     if not result.reports:
         console.print(
-            "Not measured, a package is missing: pip install "
-            "'embedport[cpu,torch,retrieval,report]', then again."
+            "Not measured, a package is missing. Install it, then again:\n"
+            "pip install 'embedport[cpu,torch,retrieval,report]'",
+            markup=False,  # the extras are no style
         )
         return
     for task in dict.fromkeys(report.task for report in result.reports):

@@ -91,6 +91,8 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    # An embedder's tokenizer ends texts; a reranker's must not: its reference would end the body.
+    tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
     if task == "embedding":
         append_end_of_text(tokenizer, folder / "tokenizer.json")
         write_sentence_transformers(folder, geometry.hidden_size, DEFAULT_PROMPTS)

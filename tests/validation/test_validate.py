@@ -98,7 +98,8 @@ def test_an_export_passes(folders, task, precision):
     else:
         expected |= {"top-3 overlap"}
     assert set(comparison.figures) == expected
-    assert comparison.figures["Kendall tau"] > 0.9
+    # Four bits of random weights reorder more texts.
+    assert comparison.figures["Kendall tau"] > (0.8 if precision == "int4" else 0.9)
 
 
 def test_a_turned_vector_fails_with_its_cosine(folders, spoil):
