@@ -17,6 +17,7 @@ from typing import Any, Literal
 from .errors import CheckpointError, InputError
 from .files import read_json, tensor_names
 from .hub import Source, fetch
+from .stored import StoredQuantization, read_quantization
 
 Task = Literal["embedding", "reranker"]
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
@@ -51,6 +52,7 @@ class ModelSpec:
         tied: Whether lm_head is the embedding table.
         max_length: Tokens after which a text is cut, by default.
         prompts: Prompt name to the text put before an input; embeddings only.
+        quantization: How the projections are stored, if the checkpoint is quantized already.
     """
 
     source: Source
@@ -68,6 +70,7 @@ class ModelSpec:
     tied: bool
     max_length: int
     prompts: Mapping[str, str]
+    quantization: StoredQuantization | None = None
 
     @classmethod
     def from_checkpoint(
@@ -164,11 +167,6 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     config.refuse("hidden_act", "silu")
     config.refuse("attention_bias", False)
     config.refuse("use_sliding_window", False)
-    if config.values.get("quantization_config"):
-        raise CheckpointError(
-            f"{config.path}: the checkpoint is already quantized (quantization_config); "
-            "give the original in bf16, fp16 or fp32"
-        )
     heads = config.get("num_attention_heads", int)
     kv_heads = config.get("num_key_value_heads", int, heads)
     if heads % kv_heads:
@@ -200,6 +198,7 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         tied=config.get("tie_word_embeddings", bool, False),
         max_length=_read_max_length(folder, positions),
         prompts=_read_prompts(folder),
+        quantization=read_quantization(config.values.get("quantization_config"), config.path),
     )
 
 

@@ -37,23 +37,28 @@ class Weights:
         tensors = read_headers(spec.source.folder)
         self.tensors: dict[str, TensorInfo] = {}
         for name, shape in spec.tensor_shapes().items():
-            info = tensors.get(name) or tensors.get(f"model.{name}")
+            info = self._find(name, tensors)
             if info is None:
                 raise CheckpointError(
                     f"{spec.source.folder}: tensor {name} (or model.{name}) of shape {list(shape)} "
                     f"is missing from {', '.join(sorted({t.file.name for t in tensors.values()}))}"
                 )
-            if info.shape != shape:
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name} should have shape {list(shape)} by "
-                    f"config.json, found {list(info.shape)}"
-                )
-            if info.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, "
-                    f"found {info.dtype}"
-                )
+            self._check_tensor(info, shape)
             self.tensors[name] = info
+
+    def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
+        return headers.get(name) or headers.get(f"model.{name}")
+
+    def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should have shape {list(shape)} by "
+                f"config.json, found {list(info.shape)}"
+            )
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found {info.dtype}"
+            )
 
     @property
     def files(self) -> list[Path]:

@@ -77,6 +77,11 @@ def open_reference(
     require("torch", "torch")
     transformers = require("transformers", "torch")
     spec = read_spec(fetch(checkpoint, revision), task)
+    if spec.quantization is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: a reference should be the original in bf16, "
+            f"fp16 or fp32, found one quantized by {spec.quantization.method!r}"
+        )
     Weights(spec)  # transformers fills in a missing tensor with random numbers
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.source.folder, padding_side="left")
     return Reference(spec, tokenizer, max_length)

@@ -66,7 +66,7 @@ def train_embedder(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     began = time.perf_counter()
     shown = []
-    for step, pairs in zip(range(steps), _batches(synsets, seed), strict=False):
+    for step, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
         contrast, distance = _losses(model, pairs, corpus)
         optimizer.zero_grad()
         (contrast + distance).backward()
@@ -91,7 +91,8 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - WARM_UP) / max(1, steps - WARM_UP))))
 
 
-def _batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, str]]]:
+def pair_batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, str]]]:
+    """Batches of `make_pairs`, epoch after epoch."""
     generator = np.random.default_rng(seed)
     while True:
         pairs = make_pairs(synsets, generator)
@@ -103,13 +104,27 @@ def _batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, s
 def _losses(
     model: Qwen3Model, pairs: Sequence[tuple[str, str]], corpus: Corpus
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(InfoNCE, distance to the teacher), each the mean over the widths."""
-    queries, documents = ([pair[i] for pair in pairs] for i in (0, 1))
     with torch.autocast("cpu", torch.bfloat16):
-        found = [
-            last_states(model, [corpus.queries[text] for text in queries], corpus.prompt),
-            last_states(model, [corpus.documents[text] for text in documents]),
-        ]
+        queries = last_states(model, [corpus.queries[text] for text, _ in pairs], corpus.prompt)
+        documents = last_states(model, [corpus.documents[text] for _, text in pairs])
+    return pair_losses((queries, documents), pairs, corpus, DIMS)
+
+
+def pair_losses(
+    found: tuple[torch.Tensor, torch.Tensor],
+    pairs: Sequence[tuple[str, str]],
+    corpus: Corpus,
+    dims: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(InfoNCE, distance to the teacher), each the mean over the widths.
+
+    Args:
+        found: What stands for the queries and for the documents, float32 [pairs, hidden] each.
+        pairs: The query and the document that belong together.
+        corpus: Has the teacher's vectors of all of them.
+        dims: Matryoshka widths.
+    """
+    queries, documents = ([pair[i] for pair in pairs] for i in (0, 1))
     targets = [
         torch.from_numpy(corpus.targets[[corpus.index[text] for text in texts]])
         for texts in (queries, documents)
@@ -118,7 +133,7 @@ def _losses(
     same = torch.tensor([[q == p or d == e for p, d in pairs] for q, e in pairs])
     same.fill_diagonal_(False)
     contrasts, distances = [], []
-    for dim in DIMS:
+    for dim in dims:
         q, d = (normalize(x[:, :dim], dim=-1) for x in found)
         scores = (q @ d.T / TEMPERATURE).masked_fill(same, -torch.inf)
         goal = torch.arange(len(pairs))

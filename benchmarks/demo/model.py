@@ -24,18 +24,19 @@ GENTLE = 0.4
 GEOMETRY = Geometry(256, 3, 4, 2, 64, 512, max_position_embeddings=4096)
 
 
-def make_model(table: np.ndarray, seed: int) -> Qwen3Model:
+def make_model(table: np.ndarray, seed: int, num_layers: int = GEOMETRY.num_layers) -> Qwen3Model:
     """The model before training: a text's vector is about the mean of its tokens' vectors.
 
     Args:
         table: float32 [vocab_size, hidden], each token's first vector.
         seed: Of everything else.
+        num_layers: Of the model.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(table),
         hidden_size=GEOMETRY.hidden_size,
-        num_hidden_layers=GEOMETRY.num_layers,
+        num_hidden_layers=num_layers,
         num_attention_heads=GEOMETRY.num_heads,
         num_key_value_heads=GEOMETRY.num_kv_heads,
         head_dim=GEOMETRY.head_dim,

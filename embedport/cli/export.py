@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "calibrate": "Calibrating",
+    "search": "Searching",
     "quantize": "Quantizing",
     "write": "Writing",
     "verify": "Verifying",

@@ -136,11 +136,11 @@ def _checkpoint_facts(target: str, revision: str | None) -> dict[str, Any]:
 
 def _weights(spec: ModelSpec) -> dict[str, Any] | None:
     """The tensors' dtypes and shards; None where they are not on this disk."""
-    from ..weights import Weights
+    from ..quantize.stored import open_weights
 
     if not any(spec.source.folder.glob("*.safetensors")):
         return None
-    weights = Weights(spec)
+    weights = open_weights(spec)
     return {
         "tensors": len(weights.tensors),
         "dtypes": sorted({info.dtype for info in weights.tensors.values()}),

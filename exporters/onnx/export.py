@@ -29,6 +29,7 @@ from ...manifest import Manifest, SourceRecord
 from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
+from ...quantize.stored import StoredWeights, open_weights
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights
 from .calibration import choose_fp16, measure_activations
@@ -37,7 +38,13 @@ from .dialects import find_dialect
 from .formats import AUTO, MIXED, QUANTIZED, parse_formats, plan_formats
 from .graph import INPUTS, Design, build_model
 from .precision import FLOAT16, Precision, find_precision, weight_bytes
-from .quantization import carry_out, describe_calibration, quantize_rows, rotated
+from .quantization import (
+    carry_out,
+    describe_calibration,
+    quantize_rows,
+    rotated,
+    stored_recipe,
+)
 from .recipe import CALIBRATED, Recipe
 from .search import Search, search_formats
 from .verify import verify_graph
@@ -47,6 +54,8 @@ DATA = "model.onnx_data"
 # Massive activations show in a text's first tokens; a reranker's document begins after some 65.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
 MIN_COSINE = 0.999
+# The precision that takes a quantized checkpoint's codes as they are.
+STORED_BITS = {"int4": 4, "int8-weight": 8}
 PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 Progress = Callable[[str, int, int], None]
@@ -81,7 +90,8 @@ def export_onnx(
     time; memory stays at one layer.
 
     Args:
-        checkpoint: A folder in the hub's layout, or a hub id.
+        checkpoint: A folder in the hub's layout, or a hub id; a GPTQ or AWQ checkpoint of 4 or 8
+            bits gives its own codes, bit for bit, to "int4" or "int8-weight".
         output: The artifact's folder; it appears only when it is complete and checked.
         revision: A branch, tag or commit, for a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
@@ -113,7 +123,7 @@ def export_onnx(
         VerificationError: The written graph does not run or gives NaN.
     """
     spec = read_spec(fetch(checkpoint, revision), task)
-    weights = Weights(spec)
+    weights = open_weights(spec)
     chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)
     options = {"group_size": group_size, "embedding_bits": embedding_bits}
@@ -133,6 +143,13 @@ def export_onnx(
             rotate=precision == "int8" if rotate is None else rotate,
             balance=any(each.activations for each in formats.values()),
         )
+        if isinstance(weights, StoredWeights) and STORED_BITS.get(precision) == weights.bits:
+            if quantizes or group_size is not None:
+                raise InputError(
+                    f"{spec.source.id} is quantized to {weights.bits} bits already, and its own "
+                    "codes are taken: give none of --algorithm, --rotate and --group-size"
+                )
+            plan = stored_recipe(weights, plan)
     elif any(options.values()) or (quantizes and precision != AUTO):
         raise InputError(
             f"precision {precision!r} takes none of --algorithm, --rotate, --group-size and "

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import InputError
 from ...quantize.balance import balanced
 from ...quantize.hqq import quantize_hqq
 from ...quantize.rotation import RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
+from ...quantize.stored import StoredWeights
 from ...weights import Weights
 from .calibrated import quantize_layers, scale_layers
 from .formats import TABLE, Format
 from .quantized import QuantizedMatrices
-from .recipe import Recipe
+from .recipe import STORED, Recipe
 
 # Rows are quantized by themselves: a table of 150,000 never stands in memory in fp32.
 CHUNK_VALUES = 16 << 20
@@ -52,21 +54,48 @@ def carry_out(
     source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
     if recipe.balance:
         source = balanced(source)
-    # A table has no inputs to calibrate on: GPTQ's best for it is the better rounding.
+    # A table has no inputs to calibrate on: the best for it is the better rounding.
     quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
-    calibrated = None
+    found: Callable[[str], QuantizedTensor] | None = None
     projections = {name: each for name, each in formats.items() if name != TABLE}
     if recipe.algorithm == "awq":
         source = scale_layers(weights, source, projections, rows, folder, advance)
     if recipe.algorithm == "gptq":
-        calibrated = quantize_layers(weights, source, projections, rows, folder, advance)
+        found = quantize_layers(weights, source, projections, rows, folder, advance)
+    if recipe.algorithm == STORED:
+        found = _stored(weights, projections)
 
     def find(name: str) -> QuantizedTensor:
-        if calibrated is not None and name != TABLE:
-            return calibrated(name)
+        if found is not None and name != TABLE:
+            return found(name)
         return quantize_rows(source, name, formats[name].scheme, quantize)
 
     return source, QuantizedMatrices(find)
+
+
+def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
+    """The recipe that takes a quantized checkpoint's codes, and a plan's format of the table.
+
+    Projections that the checkpoint left in floating point stay in fp32.
+    """
+    table = {name: text for name, text in plan.formats.items() if name == TABLE}
+    stored = {name: str(Format(scheme)) for name, scheme in weights.schemes.items()}
+    return Recipe(table | stored, STORED)
+
+
+def _stored(weights: Weights, formats: Mapping[str, Format]) -> Callable[[str], QuantizedTensor]:
+    if not isinstance(weights, StoredWeights):
+        raise InputError(
+            f"the recipe takes a quantized checkpoint's codes, and {weights.spec.source.id} is not "
+            "quantized; give the checkpoint that the recipe was made for"
+        )
+    for name, each in formats.items():
+        if each.activations or weights.schemes.get(name) != each.scheme:
+            raise InputError(
+                f"the recipe takes {name} in {each} from the checkpoint, and "
+                f"{weights.spec.source.id} does not have it so"
+            )
+    return weights.read_quantized
 
 
 def rotated(weights: Weights, *, rotate: bool, seed: int = 0) -> WeightSource:

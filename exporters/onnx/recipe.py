@@ -12,6 +12,8 @@ from ...errors import InputError
 
 ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 CALIBRATED = ("gptq", "awq")
+# The codes of a checkpoint that is quantized already.
+STORED = "stored"
 # What an artifact's record says beside the recipe.
 RECORDED = ("calibration", "search")
 
@@ -23,8 +25,9 @@ class Recipe:
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
             matrix that is not named stays in fp32.
-        algorithm: "rtn", "hqq", "gptq" or "awq". The embedding table has nothing to calibrate:
-            GPTQ and AWQ round it as "hqq" does.
+        algorithm: "rtn", "hqq", "gptq" or "awq"; or "stored", the codes of a checkpoint that is
+            quantized already. The embedding table has nothing to calibrate, and no such checkpoint
+            has codes of it: all but "rtn" round it as "hqq" does.
         rotate: Whether the residual stream and the attention's values are rotated.
         balance: Whether outlier channels are moved from activations into weights (see
             quantize.balance); for "int8", whose activations are quantized.
@@ -38,7 +41,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
+        if self.algorithm not in (*ALGORITHMS, STORED):
             raise InputError(
                 f"algorithm should be one of {', '.join(ALGORITHMS)}, found {self.algorithm!r}"
             )

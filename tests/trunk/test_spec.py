@@ -108,7 +108,7 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn' is not supported"),
         ({"rope_scaling": [1]}, r"rope_parameters should be an object, found \[1\]"),
         ({"rope_theta": None}, "rope_theta is missing"),
-        ({"quantization_config": {"bits": 4}}, "already quantized"),
+        ({"quantization_config": {"bits": 4}}, "quantized by None"),
     ],
 )
 def test_refused(checkpoints, copied, changes, message):

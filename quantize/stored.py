@@ -1,0 +1,159 @@
+"""A checkpoint whose projections are already quantized: its codes, bit for bit, or their values."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..files import TensorInfo, open_shard, read_headers
+from ..spec import ModelSpec
+from ..stored import StoredQuantization
+from ..weights import DTYPES, Weights
+from .schemes import QuantizedTensor, QuantScheme
+
+# The order in which AutoAWQ's "gemm" puts eight output channels into one int32.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class StoredWeights(Weights):
+    """The tensors of a GPTQ or AWQ checkpoint; a quantized matrix is read as what it stands for.
+
+    A projection that the checkpoint left in floating point is read as it is.
+
+    Args:
+        spec: The checkpoint's spec, with its `quantization`.
+
+    Attributes:
+        bits: Of the codes.
+        schemes: The quantized projections, without ".weight".
+
+    Raises:
+        CheckpointError: As `Weights`; or a part of a quantized projection is missing, has another
+            shape or dtype, or its columns are in another order (act-order).
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        assert spec.quantization is not None
+        self.quantization: StoredQuantization = spec.quantization
+        self.bits = self.quantization.bits
+        self._parts = {
+            name.removeprefix("model."): info
+            for name, info in read_headers(spec.source.folder).items()
+            if name.rpartition(".")[2] in PARTS
+        }
+        super().__init__(spec)
+        self.schemes: dict[str, QuantScheme] = {}
+        for name, shape in spec.tensor_shapes().items():
+            matrix = name.removesuffix(".weight")
+            if f"{matrix}.qweight" in self._parts:
+                self._check_parts(matrix, shape[0], shape[1])
+                stored, middle = self.quantization, 1 << (self.bits - 1)
+                symmetric = bool((self._zero_points(matrix) == middle).all())
+                self.schemes[matrix] = QuantScheme(self.bits, stored.group_size, symmetric)
+
+    def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
+        return super()._find(name, headers) or self._parts.get(_part(name, "qweight"))
+
+    def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        if not info.name.endswith(".qweight"):
+            super()._check_tensor(info, shape)
+
+    def _check_parts(self, matrix: str, rows: int, columns: int) -> None:
+        stored = self.quantization
+        codes = 32 // stored.bits
+        file = self._parts[f"{matrix}.qweight"].file
+        if columns % stored.group_size or rows % codes:
+            raise CheckpointError(
+                f"{file}: {matrix} of {rows} x {columns} cannot be in groups of "
+                f"{stored.group_size} and words of {codes} codes"
+            )
+        groups = columns // stored.group_size
+        words = (columns // codes, rows) if stored.method == "gptq" else (columns, rows // codes)
+        expected = {
+            "qweight": (words, ("I32",)),
+            "qzeros": ((groups, rows // codes), ("I32",)),
+            "scales": ((groups, rows), tuple(DTYPES)),
+        }
+        for part, (shape, dtypes) in expected.items():
+            info = self._parts.get(f"{matrix}.{part}")
+            if info is None:
+                raise CheckpointError(f"{file}: {matrix}.{part} is missing beside {matrix}.qweight")
+            if info.shape != shape or info.dtype not in dtypes:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} should be {' or '.join(dtypes)} of shape "
+                    f"{list(shape)} by config.json, found {info.dtype} of {list(info.shape)}"
+                )
+        if f"{matrix}.g_idx" in self._parts and not np.array_equal(
+            self._read_part(matrix, "g_idx"), np.arange(columns) // stored.group_size
+        ):
+            raise CheckpointError(
+                f"{file}: {matrix}.g_idx puts the columns in another order (act-order: desc_act), "
+                "which is not read; quantize with desc_act false, or give the original"
+            )
+
+    def _read_part(self, matrix: str, part: str) -> np.ndarray:
+        info = self._parts[f"{matrix}.{part}"]
+        with open_shard(info.file) as shard:
+            return shard.get_tensor(info.name)
+
+    def _zero_points(self, matrix: str) -> np.ndarray:
+        """uint8 [groups, out]."""
+        stored, words = self.quantization, self._read_part(matrix, "qzeros")
+        if stored.method == "awq":
+            return unpack_awq(words)
+        highest = np.uint8((1 << stored.bits) - 1)
+        return (unpack(words, stored.bits) + np.uint8(stored.zero_point_offset)) & highest
+
+    def read_quantized(self, matrix: str) -> QuantizedTensor:
+        """The codes, scales and zero points of a projection, as stored.
+
+        Args:
+            matrix: Its name, without ".weight"; one of `schemes`.
+
+        Returns:
+            A tensor whose float32 scales are the stored ones exactly.
+        """
+        words = self._read_part(matrix, "qweight")
+        if self.quantization.method == "awq":
+            codes = unpack_awq(words).T
+        else:
+            codes = unpack(words.T, self.quantization.bits)
+        return QuantizedTensor(
+            self.schemes[matrix],
+            np.ascontiguousarray(codes),
+            np.ascontiguousarray(self._read_part(matrix, "scales").T.astype(np.float32)),
+            np.ascontiguousarray(self._zero_points(matrix).T),
+        )
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """As `Weights.read`; a quantized projection as `QuantizedTensor.dequantize` gives it."""
+        matrix = name.removesuffix(".weight")
+        if matrix in self.schemes:
+            return self.read_quantized(matrix).dequantize()[rows]
+        return super().read(name, rows)
+
+
+def open_weights(spec: ModelSpec) -> Weights:
+    """The weights of a checkpoint, quantized or not; raises as their classes do."""
+    return Weights(spec) if spec.quantization is None else StoredWeights(spec)
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name.removesuffix('.weight')}.{part}"
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [n, m] to uint8 [n, m * 32 / bits], the lowest bits of a word first."""
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return octets
+    return np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(words), -1)
+
+
+def unpack_awq(words: np.ndarray) -> np.ndarray:
+    """int32 [n, m] to uint8 [n, 8 m], in AutoAWQ's order of the eight codes of a word."""
+    codes = unpack(words, 4).reshape(len(words), -1, 8)
+    ordered = np.empty_like(codes)
+    ordered[:, :, AWQ_ORDER] = codes
+    return ordered.reshape(len(words), -1)

@@ -1,0 +1,204 @@
+"""Checkpoints that are quantized already: GPTQ's and AWQ's codes go into a graph bit for bit."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import embedport
+from embedport.demo.samples import builtin_samples
+from embedport.errors import CheckpointError, InputError
+from embedport.quantize.rtn import quantize_rtn
+from embedport.quantize.schemes import QuantScheme
+from embedport.quantize.stored import StoredWeights
+from embedport.spec import ModelSpec
+from embedport.validation import validate
+
+TEXTS = [sample.text for sample in builtin_samples()]
+CONFIGS = {
+    "gptq": {"quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": False, "sym": False},
+    "gptq_v2": {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False},
+    "awq": {"quant_method": "awq", "version": "gemm", "zero_point": True},
+}
+
+
+def pack(codes, bits, order=None):
+    """Codes [n, m] to int32 [n, m * bits / 32], word by word as the libraries' loops do."""
+    count = 32 // bits
+    order = order or range(count)
+    words = np.zeros((len(codes), codes.shape[1] // count), np.uint32)
+    for place, column in enumerate(order):
+        words |= codes[:, column::count].astype(np.uint32) << np.uint32(bits * place)
+    return words.view(np.int32)
+
+
+def store(tensor, form):
+    """A quantized matrix as AutoGPTQ or AutoAWQ writes it."""
+    bits, zeros = tensor.scheme.bits, tensor.zero_points.T
+    scales = np.ascontiguousarray(tensor.scales.T.astype(np.float16))
+    if form == "awq":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        parts = {"qweight": pack(tensor.codes.T, 4, order), "qzeros": pack(zeros, 4, order)}
+    else:
+        offset = form == "gptq"
+        parts = {
+            "qweight": np.ascontiguousarray(pack(tensor.codes, bits).T),
+            "qzeros": pack((zeros - offset) & ((1 << bits) - 1), bits),
+            "g_idx": (np.arange(tensor.codes.shape[1]) // tensor.scheme.group_size).astype("int32"),
+        }
+    return {
+        name: np.ascontiguousarray(value) for name, value in (parts | {"scales": scales}).items()
+    }
+
+
+@pytest.fixture(scope="session")
+def stored(checkpoints, tmp_path_factory):
+    """A function (form, bits, group_size, symmetric) -> (checkpoint, its quantized matrices)."""
+
+    def make(form="gptq", bits=4, group_size=32, symmetric=False):
+        folder = tmp_path_factory.mktemp(form) / "checkpoint"
+        folder.mkdir()
+        original = checkpoints("kv8")
+        for path in original.iterdir():
+            if path.is_file():
+                (folder / path.name).write_bytes(path.read_bytes())
+        (folder / "1_Pooling").mkdir()
+        pooling = "1_Pooling/config.json"
+        (folder / pooling).write_bytes((original / pooling).read_bytes())
+        tensors, matrices = {}, {}
+        for name, value in load_file(original / "model.safetensors").items():
+            # One projection is left as it was.
+            if "_proj" not in name or name.startswith("layers.1.mlp.up_proj"):
+                tensors[name] = value
+                continue
+            name = name.removesuffix(".weight")
+            scheme = QuantScheme(bits, group_size, symmetric)
+            matrices[name] = quantize_rtn(value.astype(np.float32), scheme)
+            for part, packed in store(matrices[name], form).items():
+                tensors[f"{name}.{part}"] = packed
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        change(folder, CONFIGS[form] | {"bits": bits, "group_size": group_size})
+        return folder, matrices
+
+    return make
+
+
+def change(folder, quantization):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = config.get("quantization_config", {}) | quantization
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("form", "bits", "group_size", "symmetric"),
+    [
+        ("gptq", 4, 32, False),
+        ("gptq", 4, 128, True),
+        ("gptq", 8, 32, False),
+        ("gptq_v2", 4, 64, False),
+        ("awq", 4, 32, False),
+    ],
+)
+def test_codes_are_read_bit_for_bit(stored, form, bits, group_size, symmetric):
+    folder, matrices = stored(form, bits, group_size, symmetric)
+    weights = StoredWeights(ModelSpec.from_checkpoint(folder))
+    assert weights.schemes.keys() == matrices.keys()
+    for name, expected in matrices.items():
+        found = weights.read_quantized(name)
+        assert found.scheme == expected.scheme
+        np.testing.assert_array_equal(found.codes, expected.codes)
+        np.testing.assert_array_equal(found.zero_points, expected.zero_points)
+        np.testing.assert_array_equal(found.scales, expected.scales.astype(np.float16))
+        rows = weights.read_fp32(f"{name}.weight", slice(3, 5))
+        np.testing.assert_array_equal(rows, found.dequantize()[3:5])
+
+
+@pytest.mark.parametrize("form", CONFIGS)
+def test_exported_bit_for_bit(stored, tmp_path, form):
+    folder, matrices = stored(form)
+    artifact = embedport.export(folder, tmp_path / "int4", precision="int4", embedding_bits=8)
+    initializers = {
+        name: ir.tensor(value.const_value).numpy()
+        for name, value in ir.load(artifact.graph).graph.initializers.items()
+        if value.const_value is not None
+    }
+    name = "layers.0.self_attn.q_proj"
+    codes = initializers[f"{name}.codes"]
+    nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    np.testing.assert_array_equal(nibbles, matrices[name].codes)
+    expected = matrices[name].scales.astype(np.float16)
+    np.testing.assert_array_equal(initializers[f"{name}.scales"], expected)
+    recipe = artifact.manifest.recipe
+    assert recipe is not None
+    assert recipe["algorithm"] == "stored"
+    assert "layers.1.mlp.up_proj" not in recipe["formats"]
+    # The same codes as numbers, in an fp32 graph.
+    vectors = []
+    for each in (artifact, embedport.export(folder, tmp_path / "fp32")):
+        embedder = embedport.load(each.folder, device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
+        vectors.append(embedder.encode(TEXTS))
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
+
+
+def test_replayed_only_on_what_has_the_codes(stored, checkpoints, tmp_path):
+    folder, _ = stored()
+    first = embedport.export(folder, tmp_path / "first", precision="int4")
+    recipe = first.folder / "embedport.json"
+    again = embedport.export(folder, tmp_path / "again", recipe=recipe)
+    data = [each.graph.with_name("model.onnx_data").read_bytes() for each in (first, again)]
+    assert data[0] == data[1]
+    with pytest.raises(InputError, match="is not quantized; give the checkpoint"):
+        embedport.export(checkpoints("kv8"), tmp_path / "plain", recipe=recipe)
+    with pytest.raises(InputError, match="in int4/32 from the checkpoint"):
+        embedport.export(stored(group_size=64)[0], tmp_path / "other", recipe=recipe)
+
+
+def test_its_own_codes_take_no_algorithm(stored, tmp_path):
+    folder, _ = stored(bits=8)
+    with pytest.raises(InputError, match="its own codes are taken"):
+        embedport.export(folder, tmp_path / "a", precision="int8-weight", algorithm="hqq")
+    # Other precisions quantize what the codes stand for.
+    artifact = embedport.export(folder, tmp_path / "b", precision="int4", algorithm="hqq")
+    assert artifact.manifest.recipe is not None
+    assert artifact.manifest.recipe["algorithm"] == "hqq"
+
+
+def test_it_is_no_reference(stored, artifacts):
+    with pytest.raises(CheckpointError, match="found one quantized by 'gptq'"):
+        validate(artifacts("kv8").artifact.folder, stored()[0])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quantized by 'bitsandbytes'"),
+        ({"bits": 3}, "bits should be 4"),
+        ({"group_size": -1}, "group_size should be 32, 64 or 128, found -1"),
+        ({"group_size": 64}, r"qzeros should be I32 of shape \[2, 32\].* found I32 of \[4, 32\]"),
+        ({"checkpoint_format": "marlin"}, "'gptq' or 'gptq_v2', found 'marlin'"),
+        ({"quant_method": "awq", "version": "gemv"}, "'gemm', found 'gemv'"),
+    ],
+)
+def test_refused(stored, tmp_path, quantization, message):
+    folder, _ = stored()
+    change(folder, quantization)
+    with pytest.raises(CheckpointError, match=message):
+        embedport.export(folder, tmp_path / "out", precision="int4")
+
+
+def test_damaged(stored, tmp_path):
+    folder, _ = stored()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "layers.0.mlp.down_proj"
+    save_file(tensors | {f"{name}.g_idx": tensors[f"{name}.g_idx"][::-1].copy()}, path)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*down_proj\.g_idx puts"):
+        embedport.export(folder, tmp_path / "out")
+    del tensors[f"{name}.qzeros"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"down_proj\.qzeros is missing"):
+        embedport.export(folder, tmp_path / "out")
