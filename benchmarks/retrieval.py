@@ -42,14 +42,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def on_the_held_out_set(results: Path = RESULTS) -> None:
     """nDCG@10 of everything on the queries that training has not seen."""
     import embedport
+    from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder
-    from embedport.validation.beir import BUILTIN, read_beir
-    from embedport.validation.retrieval import (
-        bootstrap,
-        encode_set,
-        measure,
-        rank_documents,
-    )
+    from embedport.ranking import measure, rank_documents
+    from embedport.validation.retrieval import bootstrap, encode_set
 
     data = read_beir(BUILTIN)
     names = ("nDCG@10", "R@100", "RR")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from embedport.beir import read_beir, write_candidates
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
 
@@ -68,3 +69,32 @@ def copied(tmp_path):
         return Path(shutil.copytree(folder, tmp_path / folder.name))
 
     return copy
+
+
+@pytest.fixture
+def small_set(tmp_path):
+    """A function that writes a part of the built-in retrieval set and returns its folder.
+
+    It takes one query of `every`, their documents and `others`; twenty candidates each.
+    """
+
+    def make(every, others):
+        whole = read_beir("builtin")
+        queries = sorted(whole.queries)[::every]
+        answers = [document for query in queries for document in whole.relevance[query]]
+        documents = dict.fromkeys([*answers, *sorted(whole.documents)[:others]])
+        folder = tmp_path / "retrieval"
+        (folder / "qrels").mkdir(parents=True)
+        texts = {
+            "corpus": {key: whole.documents[key] for key in documents},
+            "queries": {key: whole.queries[key] for key in queries},
+        }
+        for name, rows in texts.items():
+            lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in rows.items()]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        qrels = [f"{query}\t{key}\t1" for query in queries for key in whole.relevance[query]]
+        (folder / "qrels" / "test.tsv").write_text("\n".join(["header", *qrels]))
+        write_candidates(folder / "candidates.tsv", dict.fromkeys(queries, answers[:20]))
+        return folder
+
+    return make

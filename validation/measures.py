@@ -9,19 +9,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ..ranking import unit
+
 TOP_K = 10
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
     """Which rows hold no NaN and no infinity: [n] or [n, dim] to bool [n]."""
     return np.asarray(np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows at unit length: [n, dim] to float64 [n, dim]; a row with infinity gets NaN."""
-    vectors = vectors.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity / infinity
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..artifact import record_parity
+from ..beir import RetrievalSet, read_beir, write_candidates
 from ..demo.samples import Pair, Sample
 from ..errors import InputError, require
 from ..manifest import Manifest
+from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import load
 from ..spec import ModelSpec, Task
-from .beir import RetrievalSet, read_beir, write_candidates
 from .details import collect_details
 from .invariance import run_suite
 from .layers import layer_errors
@@ -33,7 +34,7 @@ from .reference import (
     run_reference,
 )
 from .report import Comparison, Gate, Report, Worst, excerpt
-from .retrieval import CANDIDATES, candidate_pairs, rank_documents
+from .retrieval import CANDIDATES
 from .tasks import EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 

@@ -6,31 +6,22 @@ interval over the queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..beir import RetrievalSet
 from ..demo.samples import Pair, Sample
-from ..errors import InputError, require
+from ..ranking import NDCG, Vectors, candidate_pairs, measure, rank_candidates, rank_documents
 from ..runtimes import Embedder, Reranker
 from ..runtimes.vectors import MRL_DIMS
-from .beir import RetrievalSet
-from .measures import unit
 from .reference import Arithmetic, Reference, embedding_ids, reranker_ids, run_reference
 
-NDCG = "nDCG@10"
 EMBEDDER_MEASURES = (NDCG, "R@100", "RR")
 RERANKER_MEASURES = (NDCG,)
-TOP = 100
 CANDIDATES = 50
-BLOCK = 1024
 RESAMPLES = 2000
 CONFIDENCE = 95
-
-Ranking = Mapping[str, Sequence[str]]
-# (queries [n, dim], documents [m, dim])
-Vectors = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -80,52 +71,6 @@ class RetrievalReport:
         return -next(row.difference for row in self.rows if row.measure == NDCG)
 
 
-def search(queries: np.ndarray, documents: np.ndarray, top: int = TOP) -> np.ndarray:
-    """The nearest documents of each query by cosine, all compared.
-
-    Args:
-        queries: Unit vectors [n, dim].
-        documents: Unit vectors [m, dim].
-        top: How many to find.
-
-    Returns:
-        int64 [n, min(top, m)], the best first; of equal ones the first.
-    """
-    found = np.empty((len(queries), min(top, len(documents))), np.int64)
-    for start in range(0, len(queries), BLOCK):
-        scores = queries[start : start + BLOCK] @ documents.T
-        found[start : start + BLOCK] = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-    return found
-
-
-def measure(
-    ranking: Ranking, relevance: Mapping[str, Mapping[str, int]], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Measures of each query's ranking.
-
-    Args:
-        ranking: Query id to document ids, the best first.
-        relevance: Query id to document id to relevance.
-        names: Measures as ir-measures calls them.
-
-    Returns:
-        Measure to float64 [queries], in the order of `ranking`.
-    """
-    ir_measures = require("ir_measures", "retrieval")
-    measures = {ir_measures.parse_measure(name): name for name in names}
-    # Ranks stand for scores: equal ones would be put in the order of their ids.
-    run = {
-        query: {document: -float(rank) for rank, document in enumerate(documents)}
-        for query, documents in ranking.items()
-    }
-    qrels = {query: dict(relevance[query]) for query in ranking}
-    position = {query: i for i, query in enumerate(ranking)}
-    values = {name: np.zeros(len(ranking)) for name in names}
-    for each in ir_measures.iter_calc(list(measures), qrels, run):
-        values[measures[each.measure]][position[each.query_id]] = each.value
-    return values
-
-
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:
     """The 95 % interval of the mean of paired differences [queries], seeded."""
     generator = np.random.default_rng(0)
@@ -159,18 +104,6 @@ def compare_embedders(
     return RetrievalReport(data.name, len(data.queries), len(data.documents), tuple(rows))
 
 
-def rank_documents(
-    vectors: Vectors, dim: int, data: RetrievalSet, top: int = TOP
-) -> dict[str, list[str]]:
-    """Each query's nearest documents by the first `dim` values of (queries, documents)."""
-    queries, documents = (unit(each[:, :dim]).astype(np.float32) for each in vectors)
-    ids = list(data.documents)
-    best = search(np.nan_to_num(queries), np.nan_to_num(documents), top)
-    return {
-        query: [ids[i] for i in row] for query, row in zip(data.queries, best.tolist(), strict=True)
-    }
-
-
 def compare_rerankers(
     found: np.ndarray, expected: np.ndarray, data: RetrievalSet
 ) -> RetrievalReport:
@@ -183,32 +116,12 @@ def compare_rerankers(
     """
     before = {query: data.candidates[query] for query in data.queries}
     after = [
-        measure(_rerank(before, np.nan_to_num(scores)), data.relevance, RERANKER_MEASURES)
+        measure(rank_candidates(before, np.nan_to_num(scores)), data.relevance, RERANKER_MEASURES)
         for scores in (found, expected)
     ]
     rows = [_row(name, None, *(each[name] for each in after)) for name in RERANKER_MEASURES]
     first = float(measure(before, data.relevance, RERANKER_MEASURES)[NDCG].mean())
     return RetrievalReport(data.name, len(data.queries), len(data.documents), tuple(rows), first)
-
-
-def candidate_pairs(data: RetrievalSet) -> list[tuple[str, str]]:
-    """(query, document) texts of all candidates.
-
-    Raises:
-        InputError: A query has none.
-    """
-    for query in data.queries:
-        if query not in data.candidates:
-            raise InputError(
-                f"{data.name}: query {query!r} has no candidates to rerank; make them with an "
-                "embedder: embedport validate EMBEDDER --reference … --retrieval … --save-run "
-                "candidates.tsv, then --candidates candidates.tsv"
-            )
-    return [
-        (data.queries[query], data.documents[document])
-        for query in data.queries
-        for document in data.candidates[query]
-    ]
 
 
 def encode_set(embedder: Embedder, data: RetrievalSet, *, progress: bool) -> Vectors:
@@ -241,15 +154,6 @@ def score_reference(
     """The reference's scores of all candidates, [pairs]."""
     rows = reranker_ids(reference, [Pair(*pair) for pair in candidate_pairs(data)])
     return run_reference(reference, rows, arithmetic, device, progress=progress)
-
-
-def _rerank(before: Ranking, scores: np.ndarray) -> dict[str, list[str]]:
-    ranking, start = {}, 0
-    for query, documents in before.items():
-        own = scores[start : start + len(documents)]
-        ranking[query] = [documents[i] for i in np.argsort(-own, kind="stable")]
-        start += len(documents)
-    return ranking
 
 
 def _row(

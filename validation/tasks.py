@@ -8,25 +8,24 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..beir import RetrievalSet
 from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from ..errors import InputError
+from ..ranking import Vectors, unit
 from ..runtimes import Embedder, Reranker
 from ..runtimes.vectors import MRL_DIMS
 from ..spec import Task
-from .beir import RetrievalSet
 from .measures import (
     cosine_figures,
     cosines,
     difference_figures,
     finite_rows,
     rank_figures,
-    unit,
 )
 from .reference import Arithmetic, Reference, embedding_ids, reranker_ids
 from .report import Comparison, Gate, Sense
 from .retrieval import (
     RetrievalReport,
-    Vectors,
     compare_embedders,
     compare_rerankers,
     encode_reference,

@@ -94,7 +94,20 @@ def export_onnx(
     ] = None,
     min_cosine: Annotated[
         float | None,
-        typer.Option(help="What auto keeps; 0.999 by default.", show_default=False),
+        typer.Option(
+            help="For auto: the worst text's cosine to keep; 0.999 by default.", show_default=False
+        ),
+    ] = None,
+    max_ndcg_loss: Annotated[
+        float | None,
+        typer.Option(help="For auto: nDCG@10 that may be lost on --retrieval.", show_default=False),
+    ] = None,
+    retrieval: Annotated[
+        str | None,
+        typer.Option(
+            help="For auto: a retrieval set's folder (BEIR layout), or builtin.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -124,6 +137,8 @@ def export_onnx(
             embedding_bits=embedding_bits,
             recipe=recipe,
             min_cosine=min_cosine,
+            max_ndcg_loss=max_ndcg_loss,
+            retrieval=retrieval,
             force=force,
             progress=progress,
         )

@@ -12,8 +12,8 @@ from ..errors import InputError
 from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
+    from ..beir import RetrievalSet
     from ..demo.samples import Pair, Sample
-    from ..validation.beir import RetrievalSet
 
 
 def validate(
@@ -137,6 +137,6 @@ def _read_set(
                 "--candidates, --max-queries and --max-ndcg-loss go with --retrieval FOLDER"
             )
         return None
-    from ..validation.beir import read_beir
+    from ..beir import read_beir
 
     return read_beir(retrieval, candidates=candidates, max_queries=max_queries)

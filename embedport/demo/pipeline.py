@@ -100,7 +100,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
 
 def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]]:
     """Search the built-in documents in int8."""
-    from ..validation.beir import BUILTIN, read_beir
+    from ..beir import BUILTIN, read_beir
 
     embedder = load(folder / "embedding-int8")
     assert isinstance(embedder, Embedder)
@@ -120,8 +120,8 @@ def _validate(
     """Each artifact against its checkpoint, retrieval included, with a page each."""
     if not all(find_spec(name) for name in NEEDED):
         return [], []
+    from ..beir import BUILTIN
     from ..validation import validate
-    from ..validation.beir import BUILTIN
 
     reports, pages = [], []
     for artifact, checkpoint in artifacts.items():

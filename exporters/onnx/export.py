@@ -15,18 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ...artifact import Artifact, staged, write_manifest
-from ...demo.samples import (
-    Sample,
-    builtin_pairs,
-    builtin_samples,
-    read_pairs,
-    read_samples,
-)
 from ...errors import EmbedportError, InputError
 from ...hub import fetch
 from ...integrity import record_files
 from ...manifest import Manifest, SourceRecord
-from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights, open_weights
@@ -47,6 +39,7 @@ from .quantization import (
 )
 from .recipe import CALIBRATED, Recipe
 from .search import Search, search_formats
+from .texts import ranking_target, reranker_head, tokenize_samples
 from .verify import verify_graph
 
 GRAPH = "onnx/model.onnx"
@@ -79,6 +72,8 @@ def export_onnx(
     embedding_bits: int | None = None,
     recipe: str | Path | None = None,
     min_cosine: float | None = None,
+    max_ndcg_loss: float | None = None,
+    retrieval: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -98,7 +93,8 @@ def export_onnx(
         precision: "fp32"; "fp16" (what would overflow stays in fp32, found by calibration); "bf16"
             (the residual stream stays in fp32); "int8" (weights and each token's activations);
             "int8-weight" or "int4" (weights in groups; all else in fp32); or "auto" (4 bits, 8 bits
-            or fp32 for each matrix: the smallest choice that keeps `min_cosine`).
+            or fp32 for each matrix: the smallest choice that keeps `min_cosine`, `max_ndcg_loss` or
+            both).
         dialect: "ort" (onnxruntime's fused operators) or "standard" (ONNX opset 23 only).
         outputs: "pooled", or "hidden" for `last_hidden_state`, float32 [batch, sequence,
             hidden_size], which sentence-transformers' ONNX backend opens.
@@ -113,7 +109,10 @@ def export_onnx(
         embedding_bits: Of the embedding table, 4 or 8.
         recipe: recipe.json, or the embedport.json of an artifact that is to be made again: decides
             instead of `precision` and the options of quantization.
-        min_cosine: For "auto": the smallest cosine of a text to the fp32 model; 0.999 by default.
+        min_cosine: For "auto": the smallest cosine of a text to the fp32 model; 0.999 by default
+            where `max_ndcg_loss` is not given.
+        max_ndcg_loss: For "auto": how much less nDCG@10 than the fp32 model's, on `retrieval`.
+        retrieval: A folder in the BEIR layout, or "builtin"; a reranker's needs candidates.
         force: Whether to replace an artifact that is already there.
         progress: Called with (stage, done, total) as the work goes on.
 
@@ -128,8 +127,12 @@ def export_onnx(
     _check_options(spec, outputs, dim, max_length)
     options = {"group_size": group_size, "embedding_bits": embedding_bits}
     quantizes = algorithm != "rtn" or rotate is not None
-    if min_cosine is not None and precision != AUTO:
-        raise InputError(f"--min-cosine goes with --precision auto, not with {precision}")
+    targets = {"--min-cosine": min_cosine, "--max-ndcg-loss": max_ndcg_loss}
+    for name, value in (*targets.items(), ("--retrieval", retrieval)):
+        if value is not None and precision != AUTO:
+            raise InputError(f"{name} goes with --precision auto, not with {precision}")
+    if (max_ndcg_loss is None) != (retrieval is None):
+        raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
     plan = None
     if recipe is not None:
         if quantizes or any(options.values()) or precision != "fp32":
@@ -164,7 +167,11 @@ def export_onnx(
         chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
     layers = Path(output).with_name(f".{Path(output).name}.layers")
-    search = None
+    search = ranking = None
+    if max_ndcg_loss is not None and retrieval is not None:
+        ranking = ranking_target(weights, max_length, retrieval, max_ndcg_loss)
+    elif precision == AUTO and min_cosine is None:
+        min_cosine = MIN_COSINE
     with staged(Path(output), force=force, needs=needs) as folder:
         source: WeightSource = weights
         matrices = None
@@ -174,7 +181,8 @@ def export_onnx(
                 Design(source, chosen_dialect, chosen),
                 lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
                 rows,
-                min_cosine or MIN_COSINE,
+                min_cosine,
+                ranking,
                 folder,
                 _counted(progress, "search", spec.num_layers),
             )
@@ -246,38 +254,6 @@ def _recipe_record(
 def _counted(progress: Progress, stage: str, total: int) -> Callable[[], None]:
     done = iter(range(1, total + 1))
     return lambda: progress(stage, next(done), total)
-
-
-def reranker_head(weights: WeightSource) -> np.ndarray:
-    """W_yes - W_no, float32 [hidden_size, 1].
-
-    The softmax over two logits is the sigmoid of their difference, so one row does it.
-
-    Raises:
-        CheckpointError: "yes" or "no" is not a token.
-    """
-    path = weights.spec.source.folder / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
-    yes, no = weights.lm_head_rows([token_id(tokenizer, word, path) for word in ("yes", "no")])
-    return (yes - no)[:, None]
-
-
-def tokenize_samples(
-    spec: ModelSpec, max_length: int, calibration: str | Path | None
-) -> list[np.ndarray]:
-    """Token ids of the calibration texts under the task's own template, int64 [tokens] each."""
-    path = spec.source.folder / "tokenizer.json"
-    if spec.task == "reranker":
-        pairs = read_pairs(calibration) if calibration else builtin_pairs()
-        tokenizer = RerankerTokenizer(path, max_length)
-        return tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
-    texts = read_samples(calibration) if calibration else builtin_samples()
-    tokenizer = EmbeddingTokenizer(path, max_length)
-    return [row for text in texts for row in _encode(tokenizer, spec, text)]
-
-
-def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
-    return tokenizer.encode([sample.text], spec.prompts.get(sample.prompt, "")).ids
 
 
 def _check_options(spec: ModelSpec, outputs: str, dim: int | None, max_length: int | None) -> None:

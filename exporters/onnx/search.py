@@ -1,9 +1,9 @@
-"""The smallest assignment of bits to matrices that keeps a cosine, found by measuring.
+"""The smallest assignment of bits to matrices that keeps a target, found by measuring.
 
 First each matrix alone is quantized and its layer run on real texts: what it does to the residual
 stream, for the bytes it saves, puts the matrices in order. Then whole models are run, with more and
-more matrices given more bits in that order, until the smallest one that keeps the cosine is found
-by bisection. Everything runs with the operators that the artifact will have.
+more matrices given more bits in that order, until the smallest one that keeps the cosine, or the
+retrieval quality, is found by bisection. All run with the operators that the artifact will have.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ...beir import RetrievalSet
 from ...errors import InputError
 from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...ranking import NDCG, measure, rank_candidates, rank_documents
 from .formats import TABLE, Format, matrices
 from .graph import Design
 from .layerwise import Layer, embed_quantized, embed_rows, final_vectors
@@ -52,12 +54,50 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class RankingTarget:
+    """How much retrieval quality a model may lose.
+
+    Attributes:
+        data: The retrieval set.
+        rows: Token ids, int64 [tokens] each: the queries' and then the documents', or those of
+            `candidate_pairs` for a reranker.
+        head: A reranker's row, float32 [hidden, 1]; None for an embedder.
+        max_loss: Of nDCG@10.
+    """
+
+    data: RetrievalSet
+    rows: Sequence[np.ndarray]
+    head: np.ndarray | None
+    max_loss: float
+
+    def ndcg(self, vectors: np.ndarray) -> float:
+        """nDCG@10 of final vectors of `rows`, [rows, hidden]."""
+        if self.head is not None:
+            scores = np.nan_to_num(vectors @ self.head)[:, 0]
+            ranking = rank_candidates(
+                {query: self.data.candidates[query] for query in self.data.queries}, scores
+            )
+        else:
+            parts = np.split(vectors, [len(self.data.queries)])
+            ranking = rank_documents((parts[0], parts[1]), vectors.shape[1], self.data)
+        return float(measure(ranking, self.data.relevance, (NDCG,))[NDCG].mean())
+
+
+@dataclass(frozen=True)
 class Trial:
-    """A whole model that was run: how many matrices had which format, its bytes and cosine."""
+    """A whole model that was run.
+
+    Attributes:
+        counts: How many matrices had which format.
+        bytes: Of its weights.
+        min_cosine: Smallest cosine of a text's final state to the fp32 model's.
+        ndcg_loss: nDCG@10 of the fp32 model less its own; None without a retrieval set.
+    """
 
     counts: Mapping[str, int]
     bytes: int
     min_cosine: float
+    ndcg_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -66,13 +106,15 @@ class Search:
 
     Attributes:
         formats: The choice: matrix to the text of its format.
-        min_cosine: What was asked for.
+        min_cosine: What was asked for, if it was.
+        max_ndcg_loss: What was asked for, if it was.
         trials: Whole models, in the order in which they were run.
         sensitivities: Of each matrix and layer at each level.
     """
 
     formats: Mapping[str, str]
-    min_cosine: float
+    min_cosine: float | None
+    max_ndcg_loss: float | None
     trials: Sequence[Trial]
     sensitivities: Sequence[Sensitivity]
 
@@ -87,39 +129,46 @@ def search_formats(
     design: Design,
     quantize: Quantize,
     rows: Sequence[np.ndarray],
-    min_cosine: float,
+    min_cosine: float | None,
+    ranking: RankingTarget | None,
     folder: Path,
     advance: Callable[[], None],
 ) -> Search:
-    """Find the smallest assignment whose worst text keeps `min_cosine`.
+    """Find the smallest assignment that keeps a cosine, retrieval quality, or both.
 
     Args:
         design: The model in fp32, in the `ort` dialect.
         quantize: A matrix by its name, and a scheme, to the quantized matrix.
         rows: Token ids of the texts, int64 [tokens] each; whole ones are used up to 2,048 tokens.
         min_cosine: Smallest cosine of a text's final state to that of the fp32 model.
+        ranking: Retrieval quality to keep.
         folder: Where a layer's graph may be written while it runs.
         advance: Called after each layer whose matrices were measured.
 
     Raises:
-        InputError: Not even fp32 keeps the cosine.
+        InputError: Not even fp32 keeps the target.
     """
-    if not 0 < min_cosine <= 1:
+    if min_cosine is not None and not 0 < min_cosine <= 1:
         raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
     rows = _bounded(rows)
     sensitivities, reference = _measure(design, quantize, rows, folder, advance)
     steps = _order(design, sensitivities)
+    best = 0.0 if ranking is None else ranking.ndcg(_run(design, ranking.rows, folder))
     trials: dict[int, Trial] = {}
 
     def keeps(count: int) -> bool:
         texts = _assign(design, steps[:count])
-        found = _run(_with_formats(design, texts, quantize), rows, folder)
+        trial = _with_formats(design, texts, quantize)
+        loss = None if ranking is None else best - ranking.ndcg(_run(trial, ranking.rows, folder))
         trials[count] = Trial(
             dict(Counter(texts.values())),
-            weight_bytes(design.spec, _precision(design, texts)),
-            _min_cosine(found, reference),
+            weight_bytes(design.spec, trial.precision),
+            _min_cosine(_run(trial, rows, folder), reference),
+            loss,
         )
-        return trials[count].min_cosine >= min_cosine
+        return (min_cosine is None or trials[count].min_cosine >= min_cosine) and (
+            ranking is None or loss is None or loss <= ranking.max_loss
+        )
 
     low, high = 0, len(steps)
     while low < high:
@@ -130,12 +179,13 @@ def search_formats(
             low = middle + 1
     if high not in trials and not keeps(high):
         raise InputError(
-            f"no assignment keeps a cosine of {min_cosine}: fp32 itself gives "
-            f"{trials[high].min_cosine:.7f}"
+            f"no assignment keeps the target: fp32 itself gives a cosine of "
+            f"{trials[high].min_cosine:.7f} and loses {trials[high].ndcg_loss or 0:.7f} of nDCG@10"
         )
     texts = _assign(design, steps[:high])
     chosen = {name: text for name, text in texts.items() if text != LEVELS[-1]}
-    return Search(chosen, min_cosine, list(trials.values()), sensitivities)
+    max_loss = None if ranking is None else ranking.max_loss
+    return Search(chosen, min_cosine, max_loss, list(trials.values()), sensitivities)
 
 
 def _bounded(rows: Sequence[np.ndarray]) -> list[np.ndarray]:

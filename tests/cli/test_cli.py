@@ -11,7 +11,6 @@ import pytest
 import embedport
 from embedport.cli import main
 from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.validation.beir import read_beir, write_candidates
 
 TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -285,32 +284,14 @@ class TestInspect:
         assert "tokenizer.json should have" in err
 
 
-@pytest.fixture
-def small_set(tmp_path, monkeypatch):
-    """The built-in retrieval set with a few queries and documents."""
-    whole = read_beir("builtin")
-    queries = sorted(whole.queries)[::200]
-    answers = [document for query in queries for document in whole.relevance[query]]
-    documents = [*answers, *sorted(whole.documents)[:60]]
-    folder = tmp_path / "small"
-    (folder / "qrels").mkdir(parents=True)
-    texts = {"corpus": {key: whole.documents[key] for key in documents}}
-    texts["queries"] = {key: whole.queries[key] for key in queries}
-    for name, rows in texts.items():
-        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in rows.items()]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    qrels = [f"{query}\t{key}\t1" for query in queries for key in whole.relevance[query]]
-    (folder / "qrels" / "test.tsv").write_text("\n".join(["header", *qrels]))
-    write_candidates(folder / "candidates.tsv", dict.fromkeys(queries, answers[:20]))
-    monkeypatch.setattr("embedport.validation.beir._builtin", lambda: folder)
-
-
 def test_demo(run, tmp_path, monkeypatch, small_set):
     # Long texts take the most time and add nothing to what is tested here.
     short = [sample for sample in builtin_samples() if len(sample.text) < 200]
     pairs = [pair for pair in builtin_pairs() if len(pair.document) < 200]
     monkeypatch.setattr("embedport.validation.tasks.builtin_samples", lambda: short)
     monkeypatch.setattr("embedport.validation.tasks.builtin_pairs", lambda: pairs)
+    data = small_set(every=200, others=60)
+    monkeypatch.setattr("embedport.beir._builtin", lambda: data)
     code, out, _ = run("demo", "-o", tmp_path / "demo")
     assert code == 0, out
     assert "Three queries on" in out

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.demo.pipeline import builtin_embedder
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.demo.synthetic import plant_outliers
 from embedport.errors import InputError
 from embedport.exporters.onnx.formats import Format
 from embedport.sizes import graph_sizes
+from embedport.validation import validate
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
@@ -191,3 +193,37 @@ def test_bad_recipes(checkpoints, tmp_path, recipe, message):
 @pytest.mark.parametrize("text", ["int8", "int8/128s", "int8/32", "int4/64", "int4/32s"])
 def test_a_format_is_its_text(text):
     assert str(Format.parse(text)) == text
+
+
+def test_auto_keeps_retrieval_quality(small_set, tmp_path):
+    data = small_set(every=20, others=200)
+    checkpoint = builtin_embedder()
+    found = {}
+    for limit in (0.001, 0.02):
+        artifact = embedport.export(
+            checkpoint,
+            tmp_path / str(limit),
+            precision="auto",
+            max_ndcg_loss=limit,
+            retrieval=data,
+        )
+        recipe = artifact.manifest.recipe
+        assert recipe is not None
+        search = recipe["search"]
+        assert (search["min_cosine"], search["max_ndcg_loss"]) == (None, limit)
+        kept = [trial for trial in search["trials"] if trial["ndcg_loss"] <= limit]
+        found[limit] = min(trial["bytes"] for trial in kept)
+        report = validate(artifact.folder, checkpoint, retrieval=data, max_ndcg_loss=limit)
+        assert report.retrieval is not None
+        assert report.retrieval.ndcg_loss <= limit + 1e-3
+    assert found[0.02] < found[0.001]
+
+
+def test_targets_go_with_auto(checkpoints, tmp_path):
+    folder = checkpoints("kv8")
+    with pytest.raises(InputError, match="--max-ndcg-loss goes with --precision auto"):
+        embedport.export(folder, tmp_path / "a", max_ndcg_loss=0.1, retrieval="builtin")
+    with pytest.raises(InputError, match="go together"):
+        embedport.export(folder, tmp_path / "a", precision="auto", max_ndcg_loss=0.1)
+    with pytest.raises(InputError, match="min_cosine should be above 0"):
+        embedport.export(folder, tmp_path / "a", precision="auto", min_cosine=1.5)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.beir import read_beir
 from embedport.demo.pipeline import builtin_embedder
+from embedport.ranking import measure, rank_documents
 from embedport.spec import ModelSpec
-from embedport.validation.beir import read_beir
-from embedport.validation.retrieval import encode_set, measure, rank_documents
+from embedport.validation.retrieval import encode_set
 
 QUERIES = 400
 

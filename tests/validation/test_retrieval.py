@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.beir import RetrievalSet, read_beir, write_candidates
 from embedport.errors import InputError
-from embedport.validation.beir import RetrievalSet, read_beir, write_candidates
-from embedport.validation.retrieval import (
-    bootstrap,
-    candidate_pairs,
-    compare_embedders,
-    compare_rerankers,
-    measure,
-    search,
-)
+from embedport.ranking import candidate_pairs, measure, search
+from embedport.validation.retrieval import bootstrap, compare_embedders, compare_rerankers
 
 DOCUMENTS = {
     "china": "The capital of China is Beijing.",

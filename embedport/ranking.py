@@ -1,0 +1,113 @@
+"""Rankings of a retrieval set's documents, by vectors or by scores, and how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .beir import RetrievalSet
+from .errors import InputError, require
+
+NDCG = "nDCG@10"
+TOP = 100
+BLOCK = 1024
+
+Ranking = Mapping[str, Sequence[str]]
+# (queries [n, dim], documents [m, dim])
+Vectors = tuple[np.ndarray, np.ndarray]
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows at unit length: [n, dim] to float64 [n, dim]; a row with infinity gets NaN."""
+    vectors = vectors.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity / infinity
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
+
+
+def search(queries: np.ndarray, documents: np.ndarray, top: int = TOP) -> np.ndarray:
+    """The nearest documents of each query by cosine, all compared.
+
+    Args:
+        queries: Unit vectors [n, dim].
+        documents: Unit vectors [m, dim].
+        top: How many to find.
+
+    Returns:
+        int64 [n, min(top, m)], the best first; of equal ones the first.
+    """
+    found = np.empty((len(queries), min(top, len(documents))), np.int64)
+    for start in range(0, len(queries), BLOCK):
+        scores = queries[start : start + BLOCK] @ documents.T
+        found[start : start + BLOCK] = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return found
+
+
+def measure(
+    ranking: Ranking, relevance: Mapping[str, Mapping[str, int]], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Measures of each query's ranking.
+
+    Args:
+        ranking: Query id to document ids, the best first.
+        relevance: Query id to document id to relevance.
+        names: Measures as ir-measures calls them.
+
+    Returns:
+        Measure to float64 [queries], in the order of `ranking`.
+    """
+    ir_measures = require("ir_measures", "retrieval")
+    measures = {ir_measures.parse_measure(name): name for name in names}
+    # Ranks stand for scores: equal ones would be put in the order of their ids.
+    run = {
+        query: {document: -float(rank) for rank, document in enumerate(documents)}
+        for query, documents in ranking.items()
+    }
+    qrels = {query: dict(relevance[query]) for query in ranking}
+    position = {query: i for i, query in enumerate(ranking)}
+    values = {name: np.zeros(len(ranking)) for name in names}
+    for each in ir_measures.iter_calc(list(measures), qrels, run):
+        values[measures[each.measure]][position[each.query_id]] = each.value
+    return values
+
+
+def rank_documents(
+    vectors: Vectors, dim: int, data: RetrievalSet, top: int = TOP
+) -> dict[str, list[str]]:
+    """Each query's nearest documents by the first `dim` values of (queries, documents)."""
+    queries, documents = (unit(each[:, :dim]).astype(np.float32) for each in vectors)
+    ids = list(data.documents)
+    best = search(np.nan_to_num(queries), np.nan_to_num(documents), top)
+    return {
+        query: [ids[i] for i in row] for query, row in zip(data.queries, best.tolist(), strict=True)
+    }
+
+
+def rank_candidates(before: Ranking, scores: np.ndarray) -> dict[str, list[str]]:
+    """Each query's candidates by the scores of `candidate_pairs`, [pairs], one after the other."""
+    ranking, start = {}, 0
+    for query, documents in before.items():
+        own = scores[start : start + len(documents)]
+        ranking[query] = [documents[i] for i in np.argsort(-own, kind="stable")]
+        start += len(documents)
+    return ranking
+
+
+def candidate_pairs(data: RetrievalSet) -> list[tuple[str, str]]:
+    """(query, document) texts of all candidates.
+
+    Raises:
+        InputError: A query has none.
+    """
+    for query in data.queries:
+        if query not in data.candidates:
+            raise InputError(
+                f"{data.name}: query {query!r} has no candidates to rerank; make them with an "
+                "embedder: embedport validate EMBEDDER --reference … --retrieval … --save-run "
+                "candidates.tsv, then --candidates candidates.tsv"
+            )
+    return [
+        (data.queries[query], data.documents[document])
+        for query in data.queries
+        for document in data.candidates[query]
+    ]

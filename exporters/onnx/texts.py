@@ -1,0 +1,76 @@
+"""The texts that an export runs, under the task's own template, and the reranker's head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ...beir import read_beir
+from ...demo.samples import Sample, builtin_pairs, builtin_samples, read_pairs, read_samples
+from ...errors import require
+from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
+from ...quantize.source import WeightSource
+from ...ranking import candidate_pairs
+from ...spec import ModelSpec
+from .search import RankingTarget
+
+
+def reranker_head(weights: WeightSource) -> np.ndarray:
+    """W_yes - W_no, float32 [hidden_size, 1].
+
+    The softmax over two logits is the sigmoid of their difference, so one row does it.
+
+    Raises:
+        CheckpointError: "yes" or "no" is not a token.
+    """
+    path = weights.spec.source.folder / "tokenizer.json"
+    tokenizer = load_tokenizer(path)
+    yes, no = weights.lm_head_rows([token_id(tokenizer, word, path) for word in ("yes", "no")])
+    return (yes - no)[:, None]
+
+
+def tokenize_samples(
+    spec: ModelSpec, max_length: int, calibration: str | Path | None
+) -> list[np.ndarray]:
+    """Token ids of the calibration texts under the task's own template, int64 [tokens] each."""
+    path = spec.source.folder / "tokenizer.json"
+    if spec.task == "reranker":
+        pairs = read_pairs(calibration) if calibration else builtin_pairs()
+        tokenizer = RerankerTokenizer(path, max_length)
+        return tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
+    texts = read_samples(calibration) if calibration else builtin_samples()
+    tokenizer = EmbeddingTokenizer(path, max_length)
+    return [row for text in texts for row in _encode(tokenizer, spec, text)]
+
+
+def ranking_target(
+    weights: WeightSource, max_length: int, folder: str | Path, max_loss: float
+) -> RankingTarget:
+    """A retrieval set's queries and documents, or a reranker's candidates, as token ids.
+
+    Args:
+        weights: The checkpoint.
+        max_length: Tokens after which a text is cut.
+        folder: In the BEIR layout, or "builtin".
+        max_loss: Of nDCG@10.
+
+    Raises:
+        InputError: The set is not whole, or has no candidates for a reranker.
+        MissingPackageError: ir-measures is not installed.
+    """
+    spec, data = weights.spec, read_beir(folder)
+    require("ir_measures", "retrieval")  # before long work
+    path = spec.source.folder / "tokenizer.json"
+    if spec.task == "reranker":
+        rows = RerankerTokenizer(path, max_length).encode(candidate_pairs(data)).ids
+        return RankingTarget(data, rows, reranker_head(weights), max_loss)
+    tokenizer = EmbeddingTokenizer(path, max_length)
+    samples = [Sample(text, "query") for text in data.queries.values()]
+    samples += [Sample(text, "document") for text in data.documents.values()]
+    rows = [row for sample in samples for row in _encode(tokenizer, spec, sample)]
+    return RankingTarget(data, rows, None, max_loss)
+
+
+def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
+    return tokenizer.encode([sample.text], spec.prompts.get(sample.prompt, "")).ids
