@@ -19,7 +19,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .artifact import Artifact
     from .errors import EmbedportError
-    from .exporters import export
+    from .exporters import export, quantize_checkpoint
     from .prompts import query_prompt
     from .runtimes import Embedder, Ranked, Reranker, load
     from .spec import ModelSpec
@@ -35,6 +35,7 @@ _HOMES = {
     "Reranker": "runtimes",
     "export": "exporters",
     "load": "runtimes",
+    "quantize_checkpoint": "exporters",
     "query_prompt": "prompts",
     "validate": "validation",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "quantize_checkpoint",
     "query_prompt",
     "validate",
 ]

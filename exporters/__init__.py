@@ -7,9 +7,10 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..errors import InputError
+from .checkpoints import quantize_checkpoint
 from .onnx import export_onnx
 
-__all__ = ["export", "export_onnx"]
+__all__ = ["export", "export_onnx", "quantize_checkpoint"]
 
 FORMATS = {"onnx": export_onnx}
 

@@ -58,6 +58,24 @@ class FoldedWeights:
             values = values / (factors if values.ndim == 1 else factors[:, None])
         return values
 
+    def rounded(self, dtype: np.dtype) -> FoldedWeights:
+        """The same, with factors that leave every norm gains which a 16-bit dtype holds exactly.
+
+        Gains and weights are divided and multiplied by the same number, so that storing the gains
+        in 16 bits costs nothing.
+        """
+
+        def factors(layer: str, maker: str) -> np.ndarray:
+            found = self._factors(layer, maker)
+            if not maker.endswith("layernorm"):
+                return found
+            gains = self._source.read_fp32(f"{layer}.{maker}.weight")
+            stored = (gains / found).astype(dtype).astype(np.float32)
+            used = (stored != 0) & np.isfinite(stored)
+            return np.where(used, gains / np.where(used, stored, 1), found)
+
+        return FoldedWeights(self._source, factors)
+
     def lm_head_rows(self, ids: list[int]) -> np.ndarray:
         """Rows of the head: float32 [n, hidden]."""
         return self._source.lm_head_rows(ids)

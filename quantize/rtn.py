@@ -26,11 +26,12 @@ def quantize_rtn(weight: np.ndarray, scheme: QuantScheme, share: float = 1.0) ->
     top = scheme.levels - 1
     if scheme.symmetric:
         scales = share * np.abs(values).max(axis=2) / (scheme.middle - 1)
-        scales = np.maximum(scales, np.finfo(np.float32).tiny)
+        scales = scheme.representable(np.maximum(scales, np.finfo(np.float32).tiny))
         zeros = np.full((out, groups), scheme.middle, np.uint8)
     else:
         low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
         scales = np.maximum(share * (high - low) / top, np.finfo(np.float32).tiny)
+        scales = scheme.representable(scales)
         zeros = np.clip(np.rint(-share * low / scales), 0, top).astype(np.uint8)
     codes = np.rint(values / scales[:, :, None]) + zeros[:, :, None]
     codes = np.clip(codes, 0, top).astype(np.uint8).reshape(out, -1)[:, :columns]

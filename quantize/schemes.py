@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import InputError
+
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,14 @@ class QuantScheme:
         bits: 4 or 8.
         group_size: Inputs that share a scale; None for one scale an output row.
         symmetric: Whether the zero point is the middle of the range everywhere.
+        scale_dtype: The dtype whose values the scales have, though they are held as float32: what a
+            checkpoint stores in 16 bits is then what the codes were found with.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
+    scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -33,6 +40,12 @@ class QuantScheme:
     def levels(self) -> int:
         """How many codes there are."""
         return 1 << self.bits
+
+    def representable(self, scales: np.ndarray) -> np.ndarray:
+        """Positive scales as `scale_dtype` has them, none of them zero: float32."""
+        dtype = np.dtype(getattr(ml_dtypes, self.scale_dtype, self.scale_dtype))
+        smallest = np.float32(ml_dtypes.finfo(dtype).smallest_subnormal)
+        return np.maximum(scales.astype(dtype).astype(np.float32), smallest)
 
     @property
     def middle(self) -> int:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ..errors import EmbedportError
 from ..version import __version__
-from . import demo, encode, export, inspect, rerank, validate
+from . import demo, encode, export, inspect, quantize, rerank, validate
 
 
 class _StoppedError(Exception):
@@ -53,6 +53,7 @@ app = typer.Typer(
 export_app = typer.Typer(help="Turn a checkpoint into an artifact.", no_args_is_help=True)
 export_app.command("onnx")(export.export_onnx)
 app.add_typer(export_app, name="export")
+app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
 app.command("validate")(validate.validate)

@@ -5,26 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .outputs import size_words, stderr_console, stdout_console
+from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact import Artifact
-    from ..exporters.onnx.export import Progress
-
-STAGES = {
-    "calibrate": "Calibrating",
-    "search": "Searching",
-    "quantize": "Quantizing",
-    "write": "Writing",
-    "verify": "Verifying",
-}
 
 
 def export_onnx(
@@ -119,7 +108,7 @@ def export_onnx(
     from ..exporters.onnx import export_onnx as run
 
     start = time.monotonic()
-    with _stages() as progress:
+    with stages() as progress:
         artifact = run(
             checkpoint,
             out,
@@ -147,27 +136,6 @@ def export_onnx(
         typer.echo(json.dumps(_facts(artifact, seconds)))
     else:
         _print(artifact, checkpoint, seconds)
-
-
-@contextmanager
-def _stages() -> Generator[Progress]:
-    """A bar for each stage, on a terminal."""
-    console = stderr_console()
-    if not console.is_terminal:
-        yield lambda stage, done, total: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description:11}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGES[stage], total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield progress
 
 
 def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:

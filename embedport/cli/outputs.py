@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from ..exporters.provenance import Progress
+
+STAGES = {
+    "calibrate": "Calibrating",
+    "search": "Searching",
+    "quantize": "Quantizing",
+    "write": "Writing",
+    "verify": "Verifying",
+}
+
 
 def stderr_console() -> Console:
     """A console for people, which leaves standard output to results.
@@ -32,6 +42,27 @@ def stdout_console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def stages() -> Generator[Progress]:
+    """A bar for each stage, on a terminal."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield lambda stage, done, total: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description:11}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(STAGES[stage], total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield progress
 
 
 @contextlib.contextmanager

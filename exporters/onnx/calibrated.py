@@ -224,7 +224,7 @@ def _request(
     # A transformation shows in what it makes of the norms and of one matrix.
     for name in ("norm.weight", "layers.0.input_layernorm.weight", "layers.0.mlp.up_proj.weight"):
         digest.update(source.read_fp32(name).tobytes())
-    digest.update(json.dumps({name: str(each) for name, each in formats.items()}).encode())
+    digest.update(json.dumps({name: repr(each) for name, each in formats.items()}).encode())
     for row in rows:
         digest.update(np.ascontiguousarray(row, np.int64).tobytes() + b"\n")
     return digest.hexdigest()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,13 @@ from ...artifact import Artifact, staged, write_manifest
 from ...errors import EmbedportError, InputError
 from ...hub import fetch
 from ...integrity import record_files
-from ...manifest import Manifest, SourceRecord
+from ...manifest import Manifest
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights, open_weights
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights
+from ..provenance import Progress, counted, source_record, versions
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
 from .dialects import find_dialect
@@ -50,8 +48,6 @@ MIN_COSINE = 0.999
 # The precision that takes a quantized checkpoint's codes as they are.
 STORED_BITS = {"int4": 4, "int8-weight": 8}
 PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
-
-Progress = Callable[[str, int, int], None]
 
 
 def export_onnx(
@@ -184,12 +180,12 @@ def export_onnx(
                 min_cosine,
                 ranking,
                 folder,
-                _counted(progress, "search", spec.num_layers),
+                counted(progress, "search", spec.num_layers),
             )
             plan, precision = Recipe(search.formats, algorithm, bool(rotate)), MIXED
             chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
         if plan is not None:
-            advance = _counted(progress, "quantize", spec.num_layers)
+            advance = counted(progress, "quantize", spec.num_layers)
             source, matrices = carry_out(weights, plan, chosen.formats, rows, layers, advance)
         elif chosen.compute == FLOAT16:
             chosen = _calibrate(weights, rows, folder, progress)
@@ -198,7 +194,7 @@ def export_onnx(
         model = build_model(design)
         write_companions(spec, folder)
         _write_graph(model, folder / GRAPH, progress)
-        advance = _counted(progress, "verify", spec.num_layers + 3)
+        advance = counted(progress, "verify", spec.num_layers + 3)
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are remembered: the manifest's are ready when the text has run.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
@@ -222,9 +218,9 @@ def export_onnx(
                 max_length=max_length,
                 max_position_embeddings=spec.max_position_embeddings,
                 prompts=dict(spec.prompts) if spec.task == "embedding" else {},
-                source=_source_record(weights),
+                source=source_record(weights),
                 requires=chosen_dialect.requires,
-                versions=_versions(),
+                versions=versions(PACKAGES),
                 files={},
                 recipe=_recipe_record(plan, search, rows, calibration),
             ),
@@ -251,11 +247,6 @@ def _recipe_record(
     }
 
 
-def _counted(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    done = iter(range(1, total + 1))
-    return lambda: progress(stage, next(done), total)
-
-
 def _check_options(spec: ModelSpec, outputs: str, dim: int | None, max_length: int | None) -> None:
     if outputs not in ("pooled", "hidden"):
         raise InputError(f"output should be pooled or hidden, found {outputs!r}")
@@ -279,7 +270,7 @@ def _calibrate(
         weights,
         [row[: CALIBRATION_TOKENS[weights.spec.task]] for row in rows],
         folder,
-        _counted(progress, "calibrate", layers),
+        counted(progress, "calibrate", layers),
     )
     return choose_fp16(largest, layers)
 
@@ -302,23 +293,5 @@ def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
         raise cause or error from None
 
 
-def _source_record(weights: Weights) -> SourceRecord:
-    records = record_files(weights.files)
-    source = weights.spec.source
-    return SourceRecord(
-        source.id, source.revision, {path.name: each.sha256 for path, each in records.items()}
-    )
-
-
 def _size(spec: ModelSpec, suffix: str) -> int:
     return sum(path.stat().st_size for path in spec.source.folder.glob(f"*{suffix}"))
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -1,0 +1,118 @@
+"""`embedport quantize`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .outputs import size_words, stages, stdout_console
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+
+
+def quantize(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
+    ],
+    method: Annotated[
+        str,
+        typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.", show_default=False),
+    ],
+    bits: Annotated[
+        int | None, typer.Option(help="Of gptq: 4 or 8; 4 by default.", show_default=False)
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale, for gptq and awq: 32, 64 or 128; 128 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for gptq and awq; built-in ones "
+            "otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="Of bnb-nf4: quantize the scales too.")
+    ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a reranker: causal-lm, or sequence-classification (one logit); causal-lm by "
+            "default.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="embedding or reranker, if the files do not tell.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A hub revision.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Quantize a checkpoint into one that transformers, vLLM and others load.
+
+    Example: embedport quantize Qwen/Qwen3-Embedding-0.6B -o qwen3-awq --method awq
+    """
+    from ..exporters import quantize_checkpoint
+
+    start = time.monotonic()
+    with stages() as progress:
+        artifact = quantize_checkpoint(
+            checkpoint,
+            out,
+            method=method,
+            revision=revision,
+            task=task,  # ty: ignore[invalid-argument-type] (checked there)
+            bits=bits,
+            group_size=group_size,
+            double_quant=double_quant,
+            form=form,  # ty: ignore[invalid-argument-type] (checked there)
+            calibration=calibration,
+            force=force,
+            progress=progress,
+        )
+    seconds = time.monotonic() - start
+    if as_json:
+        manifest = artifact.manifest
+        facts = {
+            "artifact": str(artifact.folder),
+            "task": manifest.task,
+            "method": manifest.precision,
+            "bytes": artifact.size,
+            "seconds": round(seconds, 3),
+        }
+        typer.echo(json.dumps(facts))
+    else:
+        _print(artifact, seconds)
+
+
+def _print(artifact: Artifact, seconds: float) -> None:
+    from rich.text import Text
+
+    manifest, console = artifact.manifest, stdout_console()
+    facts = (
+        f"{manifest.task}, {manifest.precision}, {size_words(artifact.size)}, in {seconds:.1f} s"
+    )
+    console.print(
+        Text.assemble((str(artifact.folder), "bold"), f": {facts}"),
+        soft_wrap=True,
+    )
+    guide = shlex.quote(str(artifact.folder / "vllm.md"))
+    console.print(f"To serve it: {guide}", soft_wrap=True)

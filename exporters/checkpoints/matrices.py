@@ -1,0 +1,72 @@
+"""Where the tensors of a quantized checkpoint come from, one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...quantize.balance import balanced
+from ...quantize.hqq import quantize_hqq
+from ...quantize.rtn import quantize_rtn
+from ...quantize.source import WeightSource
+from ...weights import Weights
+from ..onnx.calibrated import quantize_layers, scale_layers
+from ..onnx.formats import Format, matrices
+from .methods import Plan, numpy_dtype
+from .packing import (
+    Parts,
+    bitsandbytes_parts,
+    fp8_parts,
+    gptq_parts,
+    int8_parts,
+    packed_parts,
+)
+
+# A matrix's name, without ".weight", to its tensors.
+Quantize = Callable[[str], Parts]
+
+
+def carry_out(
+    weights: Weights,
+    plan: Plan,
+    rows: Sequence[np.ndarray],
+    layers: Path,
+    advance: Callable[[], None],
+) -> tuple[WeightSource, Quantize]:
+    """What a checkpoint is written from.
+
+    Nothing is rotated: the turned stream would have to be turned back behind the final norm, and
+    no server's graph has a place for that. Factors fold into norms and matrices and leave nothing.
+
+    Args:
+        weights: The source.
+        plan: How to quantize it.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        layers: Where GPTQ and AWQ keep finished layers: a run that is interrupted goes on there.
+        advance: Called after each layer that GPTQ or AWQ has finished.
+
+    Returns:
+        (the tensors that are not quantized, the function that quantizes a matrix).
+    """
+    scheme, dtype = plan.scheme, numpy_dtype(plan.dtype)
+    formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
+
+    def read(source: WeightSource, name: str) -> np.ndarray:
+        return source.read_fp32(f"{name}.weight")
+
+    match plan.name:
+        case "gptq":
+            found = quantize_layers(weights, weights, formats, rows, layers, advance)
+            return weights, lambda name: gptq_parts(found(name))
+        case "awq":
+            scaled = scale_layers(weights, weights, formats, rows, layers, advance).rounded(dtype)
+            return scaled, lambda name: packed_parts(quantize_hqq(read(scaled, name), scheme))
+        case "w8a8":
+            smooth = balanced(weights).rounded(dtype)
+            return smooth, lambda name: int8_parts(quantize_rtn(read(smooth, name), scheme))
+        case "fp8":
+            return weights, lambda name: fp8_parts(read(weights, name), scheme)
+        case _:
+            return weights, lambda name: bitsandbytes_parts(read(weights, name).astype(dtype), plan)

@@ -1,0 +1,169 @@
+"""The methods by name: which library reads the result, and what a matrix becomes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from ...errors import InputError
+from ...quantize.schemes import QuantScheme, ScaleDtype
+from ...spec import ModelSpec
+from ..onnx.formats import GROUP_SIZES, matrices
+
+Algorithm = Literal["gptq", "awq", "rtn"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize a checkpoint's projections.
+
+    Attributes:
+        library: "bitsandbytes", "gptq" or "compressed-tensors": whose format it is.
+        bits: A weight's bits unless asked otherwise.
+        choices: The bits that can be asked for.
+        group_size: Inputs that share a scale unless asked otherwise; None where groups cannot be
+            chosen.
+        symmetric: Whether zero points are in the middle of the range.
+        algorithm: How codes are found.
+        format: What compressed-tensors calls its way of storing; empty for the others.
+        preset: What compressed-tensors calls the scheme.
+    """
+
+    library: str
+    bits: int
+    choices: tuple[int, ...] = ()
+    group_size: int | None = None
+    symmetric: bool = True
+    algorithm: Algorithm = "rtn"
+    format: str = ""
+    preset: str = ""
+
+    @property
+    def requires(self) -> str:
+        """The package that loads the result."""
+        return {"gptq": "gptqmodel"}.get(self.library, self.library)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether texts are run."""
+        return self.algorithm in ("gptq", "awq")
+
+
+METHODS = {
+    "bnb-int8": Method("bitsandbytes", 8),
+    "bnb-nf4": Method("bitsandbytes", 4),
+    # Without zero points: servers' fast kernels take none, and format v1 cannot store one of 0.
+    "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptq"),
+    "awq": Method(
+        "compressed-tensors",
+        4,
+        group_size=128,
+        symmetric=False,
+        algorithm="awq",
+        format="pack-quantized",
+        preset="W4A16_ASYM",
+    ),
+    "w8a8": Method("compressed-tensors", 8, format="int-quantized", preset="W8A8"),
+    "fp8": Method("compressed-tensors", 8, format="float-quantized", preset="FP8_DYNAMIC"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method with all that was asked for, checked against the model.
+
+    Attributes:
+        name: The method's.
+        method: The method.
+        bits: A weight's bits.
+        group_size: Inputs that share a scale; None for one an output row, or bitsandbytes' blocks.
+        double_quant: Whether bitsandbytes quantizes its scales too.
+        dtype: "bfloat16" or "float16": of what is not quantized, and of computation.
+    """
+
+    name: str
+    method: Method
+    bits: int
+    group_size: int | None
+    double_quant: bool
+    dtype: ScaleDtype
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """How a matrix is quantized by the core."""
+        # AutoGPTQ's format has fp16 scales whatever the model's dtype.
+        scales = "float16" if self.method.library == "gptq" else self.dtype
+        return QuantScheme(self.bits, self.group_size, self.method.symmetric, scales)
+
+    def __str__(self) -> str:
+        """A matrix's format in a manifest."""
+        if self.method.library == "bitsandbytes" or self.name == "fp8":
+            return self.name + (" double" if self.double_quant else "")
+        if self.group_size is None:
+            return f"int{self.bits}"
+        return f"int{self.bits}/{self.group_size}{'s' if self.method.symmetric else ''}"
+
+
+def plan_method(
+    spec: ModelSpec,
+    name: str,
+    dtype: ScaleDtype,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    double_quant: bool = False,
+) -> Plan:
+    """Check a request against the model.
+
+    Raises:
+        InputError: No such method, an option that it does not take, or a matrix that its groups
+            or words do not divide.
+    """
+    if name not in METHODS:
+        raise InputError(f"method should be one of {', '.join(METHODS)}, found {name!r}")
+    method = METHODS[name]
+    if bits is not None and bits not in (method.choices or (method.bits,)):
+        allowed = " or ".join(map(str, method.choices or (method.bits,)))
+        raise InputError(f"--method {name} has {allowed} bits, found --bits {bits}")
+    if group_size is not None and method.group_size is None:
+        grouped = ", ".join(key for key, each in METHODS.items() if each.group_size)
+        raise InputError(f"--method {name} has no groups: --group-size goes with {grouped}")
+    if group_size not in (None, *GROUP_SIZES):
+        raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
+    if double_quant and name != "bnb-nf4":
+        raise InputError(f"--double-quant goes with --method bnb-nf4, not with {name}")
+    plan = Plan(
+        name, method, bits or method.bits, group_size or method.group_size, double_quant, dtype
+    )
+    for matrix in matrices(spec):
+        rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
+        if plan.group_size is not None and columns % plan.group_size:
+            fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+            advice = f"--group-size {' or '.join(fitting)}" if fitting else "another --method"
+            raise InputError(
+                f"{matrix} of {rows} x {columns} cannot be in groups of {plan.group_size}; "
+                f"use {advice}"
+            )
+        if plan.group_size is not None and rows % (32 // plan.bits):
+            raise InputError(
+                f"{matrix} of {rows} x {columns} cannot be packed: its rows should be a multiple "
+                f"of {32 // plan.bits}; use --method w8a8, fp8, bnb-int8 or bnb-nf4"
+            )
+    return plan
+
+
+def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:
+    """About how many bytes a matrix takes, scales and zero points included."""
+    rows, columns = shape
+    # bitsandbytes has an fp32 scale for 64 weights.
+    group = 64 if plan.name == "bnb-nf4" else plan.group_size or columns
+    return math.prod(shape) * plan.bits // 8 + rows * -(-columns // group) * 5 + 8 * columns
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """A dtype by its name, those that numpy lacks too."""
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -1,0 +1,100 @@
+"""A quantized matrix as the tensors that a checkpoint holds of it, by their names' last parts.
+
+AutoGPTQ's format, version 1 (GPTQModel's checkpoint_format "gptq"): qweight int32
+[in * bits / 32, out], codes packed along the inputs, the first in the lowest bits; qzeros int32
+[groups, out * bits / 32], each zero point less one; scales fp16 [groups, out]; g_idx int32 [in],
+each input's group.
+
+compressed-tensors: "pack-quantized" has weight_packed int32 [out, in * bits / 32], weight_scale
+[out, groups], weight_zero_point int32 [out * bits / 32, groups], weight_shape int64 [2];
+"int-quantized" and "float-quantized" have weight int8 or float8 [out, in], weight_scale [out, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from ...quantize.fp8 import quantize_fp8
+from ...quantize.schemes import QuantizedTensor, QuantScheme
+from .methods import Plan, numpy_dtype
+
+Parts = dict[str, np.ndarray]
+
+
+def gptq_parts(tensor: QuantizedTensor) -> Parts:
+    """AutoGPTQ's four tensors of a matrix."""
+    scheme = tensor.scheme
+    assert scheme.group_size is not None
+    zeros = (tensor.zero_points.T - np.uint8(1)) & np.uint8(scheme.levels - 1)
+    groups = np.arange(tensor.codes.shape[1], dtype=np.int32) // scheme.group_size
+    return {
+        "qweight": pack(tensor.codes, scheme.bits).T,
+        "qzeros": pack(zeros, scheme.bits),
+        "scales": tensor.scales.T.astype(np.float16),
+        "g_idx": groups,
+    }
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [n, m] to int32 [n, m * bits / 32], the first code in a word's lowest bits."""
+    octets = codes
+    if bits == 4:
+        octets = codes[:, ::2] | codes[:, 1::2] << 4
+    return np.ascontiguousarray(octets).view("<i4")
+
+
+def packed_parts(tensor: QuantizedTensor) -> Parts:
+    """compressed-tensors' "pack-quantized"."""
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    scheme = tensor.scheme
+
+    def packed(codes: np.ndarray, axis: Literal[0, 1]) -> np.ndarray:
+        signed = (codes - np.uint8(scheme.middle)).view(np.int8)
+        return pack_to_int32(torch.from_numpy(signed), scheme.bits, packed_dim=axis).numpy()
+
+    return {
+        "weight_packed": packed(tensor.codes, 1),
+        "weight_scale": tensor.scales.astype(numpy_dtype(scheme.scale_dtype)),
+        "weight_zero_point": packed(tensor.zero_points, 0),
+        "weight_shape": np.array(tensor.codes.shape, np.int64),
+    }
+
+
+def int8_parts(tensor: QuantizedTensor) -> Parts:
+    """compressed-tensors' "int-quantized"."""
+    return {
+        "weight": (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8),
+        "weight_scale": tensor.scales.astype(numpy_dtype(tensor.scheme.scale_dtype)),
+    }
+
+
+def fp8_parts(weight: np.ndarray, scheme: QuantScheme) -> Parts:
+    """compressed-tensors' "float-quantized", of float32 [out, in]."""
+    values, scales = quantize_fp8(weight, scheme)
+    return {"weight": values, "weight_scale": scales.astype(numpy_dtype(scheme.scale_dtype))}
+
+
+def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
+    """What bitsandbytes itself makes of a 16-bit matrix [out, in], as transformers stores it."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Int8Params
+
+    # torch cannot take numpy's bfloat16, whose bits are the same.
+    bits = torch.from_numpy(np.ascontiguousarray(weight).view(np.int16))
+    values = bits.view(getattr(torch, plan.dtype))
+    if plan.name == "bnb-int8":
+        int8 = Int8Params(values, requires_grad=False).cpu()
+        return {
+            "weight": int8.data.numpy(),
+            "SCB": int8.SCB.numpy(),
+            # Rows as they are, for all that load it.
+            "weight_format": np.array(0, np.uint8),
+        }
+    data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=plan.double_quant)
+    tensors = state.as_dict(packed=True)
+    return {"weight": data.numpy()} | {f"weight.{k}": v.numpy() for k, v in tensors.items()}

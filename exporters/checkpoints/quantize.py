@@ -1,0 +1,255 @@
+"""A checkpoint becomes a quantized checkpoint: in one pass, reopened, then put in place."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...artifact import Artifact, staged, write_manifest
+from ...errors import CheckpointError, InputError, VerificationError, require
+from ...files import read_headers
+from ...hub import fetch
+from ...layout import write_json
+from ...manifest import Manifest
+from ...quantize.schemes import ScaleDtype
+from ...quantize.source import WeightSource
+from ...spec import ModelSpec, Task, read_spec
+from ...weights import Weights
+from ..onnx.companions import write_companions
+from ..onnx.formats import matrices
+from ..onnx.quantization import CHUNK_VALUES, describe_calibration
+from ..onnx.texts import reranker_head, tokenize_samples
+from ..provenance import Progress, counted, source_record, versions
+from .config import FORMS, Form, checkpoint_config, gptq_config
+from .matrices import Quantize, carry_out
+from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
+from .serving import write_serving_files
+from .shards import ShardWriter
+
+PACKAGES = ("embedport", "numpy", "torch", "transformers", "bitsandbytes", "compressed-tensors")
+# fp32 checkpoints are written in bf16, which has the range that Qwen3's activations need.
+KEPT: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "bfloat16"}
+# What imports a method's format here.
+NEEDED = {
+    "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
+    "compressed-tensors": ("torch", "compressed_tensors"),
+    "gptq": (),
+}
+# A matrix is in one tensor or, with bitsandbytes' doubly quantized scales, in six.
+PARTS = 6
+HEAD = "score.weight"
+
+
+def quantize_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    method: str,
+    revision: str | None = None,
+    task: Task | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    double_quant: bool = False,
+    form: Form | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Artifact:
+    """Quantize a Qwen3 embedding or reranker checkpoint into another that libraries load.
+
+    Projections are quantized; norms, the embedding table and a reranker's head stay in 16 bits.
+    Weights are read, quantized and written one at a time; memory stays at one layer.
+
+    Args:
+        checkpoint: A folder in the hub's layout, or a hub id; not quantized yet.
+        output: The artifact's folder; it appears only when it is complete and checked.
+        method: "bnb-int8" or "bnb-nf4" (bitsandbytes); "gptq" (AutoGPTQ's format); "awq" (4-bit
+            weights), "w8a8" (int8 weights and activations) or "fp8" (e4m3 weights and
+            activations), which are compressed-tensors.
+        revision: A branch, tag or commit, for a hub id.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        bits: Of a weight, 4 or 8, for "gptq"; 4 by default.
+        group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
+        double_quant: Whether the scales of "bnb-nf4" are quantized too.
+        form: Of a reranker: "causal-lm", its own, or "sequence-classification", with one logit
+            W_yes - W_no.
+        calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
+            and "awq".
+        force: Whether to replace an artifact that is already there.
+        progress: Called with (stage, done, total) as the work goes on.
+
+    Raises:
+        InputError: An option is wrong, the output exists, or the disk is too small.
+        CheckpointError: The checkpoint is not a whole Qwen3 checkpoint, is quantized already, or
+            holds NaN or infinity.
+        MissingPackageError: The library whose format it is is not installed.
+        VerificationError: What was written is not what should have been.
+    """
+    spec = read_spec(fetch(checkpoint, revision), task)
+    if spec.quantization is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
+            f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
+        )
+    weights = Weights(spec)
+    plan = plan_method(
+        spec,
+        method,
+        KEPT[weights.tensors["embed_tokens.weight"].dtype],
+        bits=bits,
+        group_size=group_size,
+        double_quant=double_quant,
+    )
+    form = _choose_form(spec, form)
+    if calibration is not None and not plan.method.is_calibrated:
+        raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
+    for package in NEEDED[plan.method.library]:
+        require(package, "torch")
+    rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
+    output = Path(output)
+    layers = output.with_name(f".{output.name}.layers")
+    with staged(output, force=force, needs=_needed_bytes(spec, plan)) as folder:
+        advance = counted(progress, "quantize", spec.num_layers)
+        source, quantize = carry_out(weights, plan, rows, layers, advance)
+        write_companions(spec, folder)
+        write_json(folder / "config.json", checkpoint_config(spec, plan, form))
+        if plan.method.library == "gptq":
+            write_json(folder / "quantize_config.json", gptq_config(plan))
+        write_serving_files(spec, form, folder, output.name)
+        _write_tensors(folder, plan, form, source, quantize, progress)
+        write_manifest(
+            folder,
+            _manifest(weights, plan, form, _calibration_record(rows, calibration)),
+        )
+    shutil.rmtree(layers, ignore_errors=True)
+    return Artifact.open(output)
+
+
+def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
+    if spec.task == "embedding":
+        if form is not None:
+            raise InputError(f"an embedding checkpoint has one form: leave --form {form} out")
+        return None
+    if form not in (None, *FORMS):
+        raise InputError(f"form should be one of {', '.join(FORMS)}, found {form!r}")
+    return form or "causal-lm"
+
+
+def _write_tensors(
+    folder: Path,
+    plan: Plan,
+    form: Form | None,
+    source: WeightSource,
+    quantize: Quantize,
+    progress: Progress,
+) -> None:
+    spec = source.spec
+    prefix = "" if spec.task == "embedding" else "model."
+    shapes = spec.tensor_shapes()
+    quantized = set(matrices(spec))
+    advance = counted(progress, "write", len(shapes))
+    written: set[str] = set()
+    with ShardWriter(folder, len(shapes) * PARTS) as shards:
+        for name, shape in shapes.items():
+            advance()
+            matrix = name.removesuffix(".weight")
+            if matrix in quantized:
+                for part, tensor in quantize(matrix).items():
+                    shards.add(f"{prefix}{matrix}.{part}", _finite(spec, name, tensor))
+                    written.add(f"{prefix}{matrix}.{part}")
+                continue
+            if name == "lm_head.weight":
+                if form == "sequence-classification":
+                    continue
+                stored = name
+            else:
+                stored = prefix + name
+            dtype = numpy_dtype(plan.dtype)
+            shards.add_rows(stored, dtype, shape, _pieces(source, name, shape, dtype))
+            written.add(stored)
+        if form == "sequence-classification":
+            # In fp32: the scores are to be those of the two rows.
+            shards.add(HEAD, _finite(spec, HEAD, reranker_head(source).T))
+            written.add(HEAD)
+    found = read_headers(folder).keys()
+    if found != written:
+        odd = ", ".join(sorted(found ^ written)[:3])
+        raise VerificationError(f"{folder}: tensors lost or added while writing: {odd}")
+
+
+def _pieces(
+    source: WeightSource, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """A tensor in ranges of rows, so that a table of 150,000 never stands in memory."""
+    step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
+    for start in range(0, shape[0], step):
+        rows = source.read_fp32(name, slice(start, min(start + step, shape[0])))
+        yield _finite(source.spec, name, rows.astype(dtype))
+
+
+def _finite(spec: ModelSpec, name: str, values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind in "fV" and not np.isfinite(values.astype(np.float32)).all():
+        raise CheckpointError(
+            f"{spec.source.folder}: tensor {name} holds NaN or infinity, or becomes infinite in "
+            f"{values.dtype}; download the checkpoint again"
+        )
+    return values
+
+
+def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:
+    total = 64 << 20
+    quantized = set(matrices(spec))
+    for name, shape in spec.tensor_shapes().items():
+        if name.removesuffix(".weight") in quantized:
+            total += quantized_bytes(plan, (shape[0], shape[1]))
+        else:
+            total += 2 * math.prod(shape)
+    return total
+
+
+def _calibration_record(
+    rows: list[np.ndarray], calibration: str | Path | None
+) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    return describe_calibration(rows, Path(calibration).name if calibration else "built-in")
+
+
+def _manifest(
+    weights: Weights, plan: Plan, form: Form | None, calibration: dict[str, Any] | None
+) -> Manifest:
+    spec = weights.spec
+    return Manifest(
+        task=spec.task,
+        dialect="",
+        precision=plan.name,
+        output="pooled",
+        graph="config.json",
+        opset=0,
+        inputs=(),
+        outputs=(),
+        kept_in_fp32=(),
+        embedding_dim=spec.hidden_size if spec.task == "embedding" else None,
+        hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads,
+        vocab_size=spec.vocab_size,
+        max_length=spec.max_length,
+        max_position_embeddings=spec.max_position_embeddings,
+        prompts=dict(spec.prompts) if spec.task == "embedding" else {},
+        source=source_record(weights),
+        requires=plan.method.requires,
+        versions=versions(PACKAGES),
+        files={},
+        recipe={
+            "formats": dict.fromkeys(matrices(spec), str(plan)),
+            "algorithm": plan.method.algorithm,
+            "form": form,
+            "dtype": plan.dtype,
+            "calibration": calibration,
+        },
+    )

@@ -1,0 +1,84 @@
+"""Files for those who serve: the template of a reranker's input, and vLLM's command line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from ...prompts import DEFAULT_INSTRUCTION, RERANKER_PREFIX, RERANKER_SUFFIX
+from ...spec import ModelSpec
+from .config import Form, vllm_overrides
+
+TEMPLATE = "chat_template.jinja"
+GUIDE = "vllm.md"
+
+
+def write_serving_files(spec: ModelSpec, form: Form | None, folder: Path, name: str) -> None:
+    """Write vllm.md and, for a reranker, chat_template.jinja.
+
+    Args:
+        spec: The source.
+        form: Of a reranker; None for an embedder.
+        folder: Where to write.
+        name: What the folder will be called.
+    """
+    if form is not None:
+        (folder / TEMPLATE).write_text(pair_template(), encoding="utf-8")
+    (folder / GUIDE).write_text(_guide(spec, form, name), encoding="utf-8")
+
+
+def pair_template() -> str:
+    """The jinja template of a query and a document, as messages of these two roles.
+
+    sentence-transformers' CrossEncoder and vLLM's score and rerank (`--chat-template`) render it; a
+    message of the role "system" holds another instruction. Strings stand in expressions, where no
+    reader trims their line breaks.
+    """
+
+    def message(role: str) -> str:
+        return f"messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first"
+
+    def text(value: str) -> str:
+        return "{{- " + json.dumps(value) + " -}}\n"
+
+    return (
+        text(RERANKER_PREFIX + "<Instruct>: ")
+        + f"{{{{- {message('system')} | default({json.dumps(DEFAULT_INSTRUCTION)}, true) -}}}}\n"
+        + text("\n<Query>: ")
+        + f"{{{{- {message('query')} -}}}}\n"
+        + text("\n<Document>: ")
+        + f"{{{{- {message('document')} -}}}}\n"
+        + text(RERANKER_SUFFIX).rstrip("\n")
+    )
+
+
+def _guide(spec: ModelSpec, form: Form | None, name: str) -> str:
+    command = ["vllm", "serve", name, "--runner", "pooling"]
+    if overrides := vllm_overrides(spec, form):
+        command += ["--hf-overrides", json.dumps(overrides)]
+    if form is not None:
+        command += ["--chat-template", f"{name}/{TEMPLATE}"]
+    if form is None:
+        request = "/v1/embeddings"
+        body = {"model": name, "input": ["Instruct: …\nQuery:What is the capital of China?"]}
+        advice = (
+            "A query stands behind its instruction, `Instruct: {task}\\nQuery:{query}`; documents "
+            "are bare. `dimensions` in a request takes one of `matryoshka_dimensions`."
+        )
+    else:
+        request = "/rerank"
+        body = {
+            "model": name,
+            "query": "What is the capital of China?",
+            "documents": ["The capital of China is Beijing."],
+        }
+        advice = (
+            f"`{TEMPLATE}` puts query and document into the text that the model was trained on. "
+            "Without it the scores are noise."
+        )
+    return (
+        f"# {name} in vLLM\n\n```bash\n{shlex.join(command)}\n\n"
+        f"curl http://localhost:8000{request} -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}\n```\n\n{advice}\n"
+    )
