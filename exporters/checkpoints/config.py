@@ -93,7 +93,7 @@ def gptq_config(plan: Plan) -> dict[str, Any]:
         "checkpoint_format": "gptq",
         "bits": plan.bits,
         "group_size": plan.group_size,
-        "sym": plan.method.symmetric,
+        "sym": True,
         "desc_act": False,
         "static_groups": True,
         "true_sequential": False,

@@ -27,7 +27,6 @@ class Method:
         choices: The bits that can be asked for.
         group_size: Inputs that share a scale unless asked otherwise; None where groups cannot be
             chosen.
-        symmetric: Whether zero points are in the middle of the range.
         algorithm: How codes are found.
         format: What compressed-tensors calls its way of storing; empty for the others.
         preset: What compressed-tensors calls the scheme.
@@ -37,7 +36,6 @@ class Method:
     bits: int
     choices: tuple[int, ...] = ()
     group_size: int | None = None
-    symmetric: bool = True
     algorithm: Algorithm = "rtn"
     format: str = ""
     preset: str = ""
@@ -53,19 +51,19 @@ class Method:
         return self.algorithm in ("gptq", "awq")
 
 
+# None has zero points. Servers' fast kernels take none, AutoGPTQ's format cannot store one of 0, and
+# transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
     "bnb-nf4": Method("bitsandbytes", 4),
-    # Without zero points: servers' fast kernels take none, and format v1 cannot store one of 0.
     "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptq"),
     "awq": Method(
         "compressed-tensors",
         4,
         group_size=128,
-        symmetric=False,
         algorithm="awq",
         format="pack-quantized",
-        preset="W4A16_ASYM",
+        preset="W4A16",
     ),
     "w8a8": Method("compressed-tensors", 8, format="int-quantized", preset="W8A8"),
     "fp8": Method("compressed-tensors", 8, format="float-quantized", preset="FP8_DYNAMIC"),
@@ -97,7 +95,7 @@ class Plan:
         """How a matrix is quantized by the core."""
         # AutoGPTQ's format has fp16 scales whatever the model's dtype.
         scales = "float16" if self.method.library == "gptq" else self.dtype
-        return QuantScheme(self.bits, self.group_size, self.method.symmetric, scales)
+        return QuantScheme(self.bits, self.group_size, symmetric=True, scale_dtype=scales)
 
     def __str__(self) -> str:
         """A matrix's format in a manifest."""
@@ -105,7 +103,7 @@ class Plan:
             return self.name + (" double" if self.double_quant else "")
         if self.group_size is None:
             return f"int{self.bits}"
-        return f"int{self.bits}/{self.group_size}{'s' if self.method.symmetric else ''}"
+        return f"int{self.bits}/{self.group_size}s"
 
 
 def plan_method(

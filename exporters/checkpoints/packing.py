@@ -6,13 +6,11 @@ AutoGPTQ's format, version 1 (GPTQModel's checkpoint_format "gptq"): qweight int
 each input's group.
 
 compressed-tensors: "pack-quantized" has weight_packed int32 [out, in * bits / 32], weight_scale
-[out, groups], weight_zero_point int32 [out * bits / 32, groups], weight_shape int64 [2];
+[out, groups], weight_shape int64 [2];
 "int-quantized" and "float-quantized" have weight int8 or float8 [out, in], weight_scale [out, 1].
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 
@@ -50,16 +48,10 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    scheme = tensor.scheme
-
-    def packed(codes: np.ndarray, axis: Literal[0, 1]) -> np.ndarray:
-        signed = (codes - np.uint8(scheme.middle)).view(np.int8)
-        return pack_to_int32(torch.from_numpy(signed), scheme.bits, packed_dim=axis).numpy()
-
+    words = pack_to_int32(torch.from_numpy(_signed(tensor)), tensor.scheme.bits)
     return {
-        "weight_packed": packed(tensor.codes, 1),
-        "weight_scale": tensor.scales.astype(numpy_dtype(scheme.scale_dtype)),
-        "weight_zero_point": packed(tensor.zero_points, 0),
+        "weight_packed": words.numpy(),
+        "weight_scale": _stored_scales(tensor),
         "weight_shape": np.array(tensor.codes.shape, np.int64),
     }
 
@@ -67,8 +59,8 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
 def int8_parts(tensor: QuantizedTensor) -> Parts:
     """compressed-tensors' "int-quantized"."""
     return {
-        "weight": (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8),
-        "weight_scale": tensor.scales.astype(numpy_dtype(tensor.scheme.scale_dtype)),
+        "weight": _signed(tensor),
+        "weight_scale": _stored_scales(tensor),
     }
 
 
@@ -98,3 +90,12 @@ def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
     data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=plan.double_quant)
     tensors = state.as_dict(packed=True)
     return {"weight": data.numpy()} | {f"weight.{k}": v.numpy() for k, v in tensors.items()}
+
+
+def _signed(tensor: QuantizedTensor) -> np.ndarray:
+    """Symmetric codes around zero: int8 [out, in]."""
+    return (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8)
+
+
+def _stored_scales(tensor: QuantizedTensor) -> np.ndarray:
+    return tensor.scales.astype(numpy_dtype(tensor.scheme.scale_dtype))
