@@ -1,8 +1,8 @@
 """The artifact: a folder complete by itself, its manifest, and how it comes to be.
 
     my-model/
-      embedport.json        the manifest below
-      onnx/model.onnx       the graph, its weights in onnx/model.onnx_data
+      embedport.json        the manifest
+      onnx/model.onnx       the graph, its weights in onnx/model.onnx_data; or model*.safetensors
       tokenizer.json, tokenizer_config.json, config.json, modules.json, 1_Pooling/, …
       README.md             the model card
 
@@ -53,8 +53,14 @@ class Artifact:
 
     @property
     def graph(self) -> Path:
-        """The graph's path."""
-        return self.folder / self.manifest.graph
+        """The graph's path.
+
+        Raises:
+            ArtifactError: The artifact is a checkpoint.
+        """
+        if self.manifest.graph is None:
+            raise ArtifactError(f"{self.folder} is a checkpoint and has no ONNX graph")
+        return self.folder / self.manifest.graph.path
 
     @property
     def size(self) -> int:

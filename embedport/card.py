@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .manifest import Manifest
+from .manifest import GraphRecord, Manifest
 
 NOT_VALIDATED = "Not validated yet: `embedport validate {name} --reference {source}`"
 
@@ -17,15 +17,11 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     """
     source = manifest.source
     revision = f" at `{source.revision}`" if source.revision else ""
-    kept = ", ".join(f"`{part}`" for part in manifest.kept_in_fp32) or "nothing"
     rows = {
         "Source": f"`{source.id}`{revision}",
         "Task": manifest.task,
-        "Graph": f"`{manifest.graph}`, {manifest.dialect} dialect, ONNX opset {manifest.opset}",
         "Precision": manifest.precision,
-        **({"Kept in fp32": kept} if manifest.precision in ("fp16", "bf16") else {}),
-        "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in manifest.inputs),
-        "Output": ", ".join(f"`{each}`" for each in manifest.outputs),
+        **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
         "Longest text": f"{manifest.max_length:,} tokens",
         "Runtime": manifest.requires,
         "Made with": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
@@ -34,17 +30,28 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         rows["Dimensions"] = str(manifest.embedding_dim)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     parity = parity_table or NOT_VALIDATED.format(name=name, source=source.id)
+    kind = "An ONNX export" if manifest.graph else "A quantized checkpoint"
     return (
         f"# {name}\n\n"
-        f"An ONNX export of a Qwen3 {manifest.task} model by embedport.\n\n"
+        f"{kind} of a Qwen3 {manifest.task} model by embedport.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
         f"## Run it\n\n{_usage(manifest, name)}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )
 
 
+def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
+    kept = ", ".join(f"`{part}`" for part in graph.kept_in_fp32) or "nothing"
+    return {
+        "Graph": f"`{graph.path}`, {graph.dialect} dialect, ONNX opset {graph.opset}",
+        **({"Kept in fp32": kept} if precision in ("fp16", "bf16") else {}),
+        "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in graph.inputs),
+        "Output": ", ".join(f"`{each}`" for each in graph.outputs),
+    }
+
+
 def _usage(manifest: Manifest, name: str) -> str:
-    if manifest.output == "hidden":
+    if manifest.graph is not None and manifest.graph.output == "hidden":
         return (
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
             f'model = SentenceTransformer("{name}", backend="onnx")\n```\n'

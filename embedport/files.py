@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,15 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values; every dtype's name ends with its bits, as "BF16" and "F8_E4M3" do.
+
+        "BOOL" has none, and takes a byte.
+        """
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits.group()) if bits else 8) // 8
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .errors import ArtifactError
 from .integrity import FileRecord
 from .spec import Task
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "embedport.json"
+
+Format = Literal["onnx", "checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,40 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class GraphRecord:
+    """What is known of an artifact's ONNX graph.
+
+    Attributes:
+        path: Its path in the folder.
+        dialect: "ort" or "standard".
+        opset: Version of the ONNX operators.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
+        kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+    """
+
+    path: str
+    dialect: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    output: str
+    kept_in_fp32: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that is known of an artifact.
 
     Attributes:
         task: "embedding" or "reranker".
-        dialect: Of the graph: "ort" or "standard".
-        precision: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", or "mixed" where a recipe
-            or a search decided for each matrix.
-        output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
-        graph: The graph's path in the folder.
-        opset: Version of the graph's ONNX operators.
-        inputs: Names of the graph's inputs.
-        outputs: Names of the graph's outputs.
-        kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+        format: "onnx", or "checkpoint" for safetensors in the hub's layout.
+        precision: Of a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", or "mixed"
+            where a recipe or a search decided for each matrix. Of a checkpoint: the method that
+            quantized it, "bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8" or "fp8"; or "fp32", "fp16"
+            or "bf16" if none did.
+        graph: The graph; None in a checkpoint.
         embedding_dim: Width of a vector; None for a reranker.
         hidden_size: Width of the model.
         num_heads: Its query heads.
@@ -59,14 +81,9 @@ class Manifest:
     """
 
     task: Task
-    dialect: str
+    format: Format
     precision: str
-    output: str
-    graph: str
-    opset: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    kept_in_fp32: tuple[str, ...]
+    graph: GraphRecord | None
     embedding_dim: int | None
     hidden_size: int
     num_heads: int
@@ -92,7 +109,7 @@ class Manifest:
         """Read embedport.json.
 
         Raises:
-            ArtifactError: It is missing, damaged, lacks a key, has an unknown one, or has a newer
+            ArtifactError: It is missing, damaged, lacks a key, has an unknown one, or has another
                 format version.
         """
         try:
@@ -105,23 +122,38 @@ class Manifest:
             ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
             raise ArtifactError(
-                f"{path} has format version {version!r}, and this embedport reads up to "
-                f"{FORMAT_VERSION}: upgrade embedport"
+                f"{path} has format version {version!r}, and this embedport reads "
+                f"{FORMAT_VERSION}: {'upgrade embedport' if newer else 'make the artifact again'}"
             )
         known = {field.name for field in fields(cls)}
         if values.keys() != known:
             odd = ", ".join(sorted(values.keys() ^ known))
             raise ArtifactError(f"{path}: missing or unknown keys: {odd}")
+        if values["format"] not in get_args(Format) or (values["format"] == "onnx") != bool(
+            values["graph"]
+        ):
+            raise ArtifactError(
+                f"{path}: format should be 'onnx', with a graph, or 'checkpoint', without; found "
+                f"{values['format']!r} and the graph {values['graph']!r}"
+            )
         try:
-            for key in ("inputs", "outputs", "kept_in_fp32"):
-                values[key] = tuple(values[key])
+            values["graph"] = values["graph"] and _read_graph(values["graph"])
             values["source"] = SourceRecord(**values["source"])
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
-        except (TypeError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
-        for name in (values["graph"], *values["files"]):
+        graph = [values["graph"].path] if values["graph"] else []
+        for name in (*graph, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
         return cls(**values)
+
+
+def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
+    read = dict(values)
+    for key in ("inputs", "outputs", "kept_in_fp32"):
+        read[key] = tuple(read[key])
+    return GraphRecord(**read)

@@ -1,14 +1,16 @@
-"""What a graph's bytes are spent on."""
+"""What a model's bytes are spent on."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
-# An initializer's name to the part of the model that it belongs to.
+from .files import read_headers
+
+# A tensor's name to the part of the model that it belongs to.
 PARTS = {
     "embedding table": re.compile(r"embed_tokens\."),
     "attention": re.compile(r"layers\.\d+\.self_attn\.[qkvo]_proj\."),
@@ -23,12 +25,27 @@ def graph_sizes(path: Path) -> Mapping[str, Mapping[str, int]]:
 
     Scales and zero points count under the dtype they have. Only the graph's structure is read.
     """
-    sizes: dict[str, dict[str, int]] = {}
+    tensors = []
     for name, value in ir.load(path).graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
+        tensors.append((name, tensor.dtype.name.lower(), tensor.nbytes))
+    return _sum(tensors)
+
+
+def checkpoint_sizes(folder: Path) -> Mapping[str, Mapping[str, int]]:
+    """Bytes of a checkpoint's tensors by part of the model and by dtype ("bf16", "i8", …)."""
+    return _sum(
+        (info.name.removeprefix("model."), info.dtype.lower(), info.nbytes)
+        for info in read_headers(folder).values()
+    )
+
+
+def _sum(tensors: Iterable[tuple[str, str, int]]) -> Mapping[str, Mapping[str, int]]:
+    """(name, dtype, bytes) of each tensor, added up."""
+    sizes: dict[str, dict[str, int]] = {}
+    for name, dtype, nbytes in tensors:
         part = next((part for part, names in PARTS.items() if names.match(name)), REST)
-        dtype = tensor.dtype.name.lower()
         by_dtype = sizes.setdefault(part, {})
-        by_dtype[dtype] = by_dtype.get(dtype, 0) + tensor.nbytes
+        by_dtype[dtype] = by_dtype.get(dtype, 0) + nbytes
     return sizes

@@ -37,7 +37,10 @@ class OnnxModel:
     """
 
     def __init__(self, artifact: Artifact, device: str = "auto") -> None:
-        self._manifest = artifact.manifest
+        graph = artifact.manifest.graph
+        assert graph is not None
+        self._graph = graph
+        self._num_heads = artifact.manifest.num_heads
         self.device, self._session = _open_session(artifact, device)
         self.precision = artifact.manifest.precision
         if _is_emulated(artifact, self.device):
@@ -57,11 +60,11 @@ class OnnxModel:
         Raises:
             InputError: Attention would take more memory than there is.
         """
-        if self.device == "cpu" and self._manifest.dialect == "standard":
-            _check_memory(*input_ids.shape, self._manifest.num_heads)
+        if self.device == "cpu" and self._graph.dialect == "standard":
+            _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
         output = self._session.run(None, feeds)[0]
-        return _pool(output, attention_mask) if self._manifest.output == "hidden" else output
+        return _pool(output, attention_mask) if self._graph.output == "hidden" else output
 
 
 def _check_memory(batch: int, size: int, num_heads: int) -> None:

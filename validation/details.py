@@ -103,6 +103,8 @@ def collect_details(
         agreement = task.agreement(found, expected)
         artifact_scores, reference_scores = _scores(task, found, expected)
     graph = artifact.manifest.graph
+    # The graph, and its weights in {graph}_data; or the shards.
+    weights = "model" if graph is None else graph.path
     return Details(
         names=tuple(task.names),
         excerpts=tuple(map(excerpt, task.texts)),
@@ -114,7 +116,7 @@ def collect_details(
         artifact_files={
             name: record.sha256
             for name, record in artifact.manifest.files.items()
-            if name.startswith(graph)  # the graph, and the weights in {graph}_data
+            if name.startswith(weights) and not name.endswith(".json")
         },
         reference_files={
             path.name: record.sha256

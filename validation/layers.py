@@ -73,6 +73,8 @@ def layer_errors(
     Raises:
         MissingPackageError: onnxruntime, torch or transformers is not installed.
     """
+    if artifact.manifest.graph is None:
+        return ()
     model = ir.load(artifact.graph)
     rotated = ROTATION in model.graph.initializers
     basis = _basis(model, reference) if rotated else None
@@ -80,7 +82,7 @@ def layer_errors(
         return ()
     sample = sample_rows(rows)
     expected = _reference_states(reference, sample, device)
-    pooled = artifact.manifest.output == "pooled"
+    pooled = artifact.manifest.graph.output == "pooled"
     errors = []
     for layer, states in enumerate(_artifact_states(model, artifact.graph.parent, sample)):
         wanted = expected[layer]

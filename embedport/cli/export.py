@@ -139,13 +139,14 @@ def export_onnx(
 
 
 def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
-    manifest = artifact.manifest
+    manifest, graph = artifact.manifest, artifact.manifest.graph
+    assert graph is not None
     return {
         "artifact": str(artifact.folder),
         "task": manifest.task,
         "precision": manifest.precision,
-        "dialect": manifest.dialect,
-        "kept_in_fp32": manifest.kept_in_fp32,
+        "dialect": graph.dialect,
+        "kept_in_fp32": graph.kept_in_fp32,
         "bytes": artifact.size,
         "seconds": round(seconds, 3),
     }
@@ -154,15 +155,16 @@ def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
 def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
     from rich.text import Text
 
-    manifest, console = artifact.manifest, stdout_console()
+    manifest, graph, console = artifact.manifest, artifact.manifest.graph, stdout_console()
+    assert graph is not None
     facts = (
-        f"{manifest.task}, {manifest.precision}, {manifest.dialect} dialect, "
+        f"{manifest.task}, {manifest.precision}, {graph.dialect} dialect, "
         f"{size_words(artifact.size)}, in {seconds:.1f} s"
     )
     line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
     console.print(line, soft_wrap=True)
     if manifest.precision in ("fp16", "bf16"):
-        kept = ", ".join(manifest.kept_in_fp32) or "nothing"
+        kept = ", ".join(graph.kept_in_fp32) or "nothing"
         console.print(f"Kept in fp32: {kept}")
     verb = "encode" if manifest.task == "embedding" else "rerank"
     console.print("Next:")

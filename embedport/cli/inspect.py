@@ -51,25 +51,26 @@ def inspect(
 def _artifact_facts(folder: str) -> dict[str, Any]:
     """The manifest, and where it lies; opening it checks every file."""
     from ..artifact import Artifact
-    from ..sizes import graph_sizes
+    from ..sizes import checkpoint_sizes, graph_sizes
 
     artifact = Artifact.open(folder)
+    is_graph = artifact.manifest.format == "onnx"
     return {
         "artifact": folder,
         "bytes": artifact.size,
-        "weights": graph_sizes(artifact.graph),
+        "weights": graph_sizes(artifact.graph) if is_graph else checkpoint_sizes(artifact.folder),
         **asdict(artifact.manifest),
     }
 
 
 def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
     vectors = f", vectors of {facts['embedding_dim']:,}" if facts["embedding_dim"] else ""
+    graph = facts["graph"]
     rows = {
         "Artifact": facts["artifact"],
         "Task": facts["task"] + vectors,
         "Precision": facts["precision"],
-        "Graph": f"{facts['dialect']} dialect, opset {facts['opset']}: "
-        f"{', '.join(facts['inputs'])} to {', '.join(facts['outputs'])}",
+        "Format": facts["format"],
         "Longest text": _lengths(facts),
         "Prompts": _prompts(facts["prompts"]),
         "Weights": "\n".join(_part(part, sizes) for part, sizes in facts["weights"].items()),
@@ -80,10 +81,15 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         "Files": f"{size_words(facts['bytes'])}, all as the manifest says\n"
         + "\n".join(f"{name}, {size_words(f['size'])}" for name, f in facts["files"].items()),
     }
+    if graph is not None:
+        rows["Format"] += (
+            f", {graph['dialect']} dialect, opset {graph['opset']}: "
+            f"{', '.join(graph['inputs'])} to {', '.join(graph['outputs'])}"
+        )
     if facts["recipe"] is not None:
         rows["Precision"] += f"; {_quantization(facts['recipe'])}"
-    elif facts["precision"] != "fp32":
-        rows["Precision"] += f"; in fp32: {', '.join(facts['kept_in_fp32']) or 'nothing'}"
+    elif graph is not None and facts["precision"] != "fp32":
+        rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows
 
 

@@ -51,8 +51,8 @@ class Method:
         return self.algorithm in ("gptq", "awq")
 
 
-# None has zero points. Servers' fast kernels take none, AutoGPTQ's format cannot store one of 0, and
-# transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
+# None has zero points: servers' fast kernels take none, AutoGPTQ's format cannot store one of 0,
+# and transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
     "bnb-nf4": Method("bitsandbytes", 4),

@@ -23,6 +23,7 @@ from ...weights import Weights
 from ..onnx.companions import write_companions
 from ..onnx.formats import matrices
 from ..onnx.quantization import CHUNK_VALUES, describe_calibration
+from ..onnx.recipe import Recipe
 from ..onnx.texts import reranker_head, tokenize_samples
 from ..provenance import Progress, counted, source_record, versions
 from .config import FORMS, Form, checkpoint_config, gptq_config
@@ -109,7 +110,7 @@ def quantize_checkpoint(
     if calibration is not None and not plan.method.is_calibrated:
         raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
     for package in NEEDED[plan.method.library]:
-        require(package, "torch")
+        require(package, "quantize")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
     output = Path(output)
     layers = output.with_name(f".{output.name}.layers")
@@ -124,7 +125,7 @@ def quantize_checkpoint(
         _write_tensors(folder, plan, form, source, quantize, progress)
         write_manifest(
             folder,
-            _manifest(weights, plan, form, _calibration_record(rows, calibration)),
+            _manifest(weights, plan, _calibration_record(rows, calibration)),
         )
     shutil.rmtree(layers, ignore_errors=True)
     return Artifact.open(output)
@@ -220,20 +221,13 @@ def _calibration_record(
     return describe_calibration(rows, Path(calibration).name if calibration else "built-in")
 
 
-def _manifest(
-    weights: Weights, plan: Plan, form: Form | None, calibration: dict[str, Any] | None
-) -> Manifest:
+def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) -> Manifest:
     spec = weights.spec
     return Manifest(
         task=spec.task,
-        dialect="",
+        format="checkpoint",
         precision=plan.name,
-        output="pooled",
-        graph="config.json",
-        opset=0,
-        inputs=(),
-        outputs=(),
-        kept_in_fp32=(),
+        graph=None,
         embedding_dim=spec.hidden_size if spec.task == "embedding" else None,
         hidden_size=spec.hidden_size,
         num_heads=spec.num_heads,
@@ -246,10 +240,12 @@ def _manifest(
         versions=versions(PACKAGES),
         files={},
         recipe={
-            "formats": dict.fromkeys(matrices(spec), str(plan)),
-            "algorithm": plan.method.algorithm,
-            "form": form,
-            "dtype": plan.dtype,
+            **Recipe(
+                dict.fromkeys(matrices(spec), str(plan)),
+                plan.method.algorithm,
+                balance=plan.name == "w8a8",
+            ).to_record(),
             "calibration": calibration,
+            "search": None,
         },
     )

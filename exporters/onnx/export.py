@@ -15,7 +15,7 @@ from ...artifact import Artifact, staged, write_manifest
 from ...errors import EmbedportError, InputError
 from ...hub import fetch
 from ...integrity import record_files
-from ...manifest import Manifest
+from ...manifest import GraphRecord, Manifest
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights, open_weights
@@ -203,14 +203,17 @@ def export_onnx(
             folder,
             Manifest(
                 task=spec.task,
-                dialect=dialect,
+                format="onnx",
                 precision=precision,
-                output=outputs,
-                graph=GRAPH,
-                opset=chosen_dialect.opsets[""],
-                inputs=INPUTS,
-                outputs=tuple(str(value.name) for value in model.graph.outputs),
-                kept_in_fp32=chosen.kept_in_fp32,
+                graph=GraphRecord(
+                    path=GRAPH,
+                    dialect=dialect,
+                    opset=chosen_dialect.opsets[""],
+                    inputs=INPUTS,
+                    outputs=tuple(str(value.name) for value in model.graph.outputs),
+                    output=outputs,
+                    kept_in_fp32=chosen.kept_in_fp32,
+                ),
                 embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
                 hidden_size=spec.hidden_size,
                 num_heads=spec.num_heads,

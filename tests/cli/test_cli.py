@@ -63,7 +63,8 @@ class TestExport:
         assert facts["artifact"] == str(tmp_path / "out")
         assert facts["kept_in_fp32"] == ["residual stream"]
         manifest = embedport.Artifact.open(tmp_path / "out").manifest
-        assert (manifest.precision, manifest.dialect) == ("bf16", "standard")
+        assert manifest.graph is not None
+        assert (manifest.precision, manifest.graph.dialect) == ("bf16", "standard")
         assert manifest.embedding_dim == 32
 
     def test_words(self, run, checkpoints, tmp_path):
@@ -90,8 +91,9 @@ class TestExport:
             *("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out", "--output", "hidden")
         )
         assert code == 0
-        outputs = embedport.Artifact.open(tmp_path / "out").manifest.outputs
-        assert outputs == ("last_hidden_state",)
+        graph = embedport.Artifact.open(tmp_path / "out").manifest.graph
+        assert graph is not None
+        assert (graph.output, graph.outputs) == ("hidden", ("last_hidden_state",))
 
 
 class TestEncode:

@@ -31,7 +31,9 @@ def test_the_folder(artifacts, checkpoints):
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "config.json"} <= found
     assert {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"} <= found
     assert not any(path.is_symlink() for path in folder.rglob("*"))
-    assert (manifest.task, manifest.precision, manifest.dialect) == ("embedding", "fp32", "ort")
+    assert (manifest.task, manifest.format, manifest.precision) == ("embedding", "onnx", "fp32")
+    assert manifest.graph is not None
+    assert (manifest.graph.dialect, manifest.graph.output) == ("ort", "pooled")
     assert manifest.embedding_dim == 64
     assert manifest.source.id == str(checkpoints("kv2"))
     assert list(manifest.source.files) == ["model.safetensors"]

@@ -63,7 +63,8 @@ def massive_swiglu(checkpoints, copied):
 def test_no_overflow(tmp_path, request, kind, dialect, reference_vectors):
     folder = request.getfixturevalue(kind)
     artifact = embedport.export(folder, tmp_path / "out", precision="fp16", dialect=dialect)
-    kept = artifact.manifest.kept_in_fp32
+    assert artifact.manifest.graph is not None
+    kept = artifact.manifest.graph.kept_in_fp32
     assert RESIDUAL in kept
     assert "layers.1.mlp.down_proj" in kept
     assert "layers.0.mlp.down_proj" not in kept
@@ -85,8 +86,8 @@ def test_without_the_calibration_it_would_overflow(tmp_path, request, kind, monk
 
 
 def test_nothing_is_kept_without_need(artifacts):
-    assert artifacts("kv1", precision="fp16").artifact.manifest.kept_in_fp32 == ()
-    assert artifacts("kv1", precision="bf16").artifact.manifest.kept_in_fp32 == (RESIDUAL,)
+    assert artifacts("kv1", precision="fp16").artifact.manifest.graph.kept_in_fp32 == ()
+    assert artifacts("kv1", precision="bf16").artifact.manifest.graph.kept_in_fp32 == (RESIDUAL,)
 
 
 def test_choice():

@@ -203,9 +203,18 @@ class TestDamagedArtifact:
         values.update(changes)
         (folder / "embedport.json").write_text(json.dumps(values))
 
-    def test_newer_format(self, folder):
-        self.change(folder, format_version=99)
-        with pytest.raises(ArtifactError, match=r"format version 99.*upgrade embedport"):
+    @pytest.mark.parametrize(
+        ("version", "advice"), [(99, "upgrade embedport"), (1, "make the artifact again")]
+    )
+    def test_another_format(self, folder, version, advice):
+        self.change(folder, format_version=version)
+        with pytest.raises(ArtifactError, match=rf"format version {version}.*{advice}"):
+            embedport.load(folder)
+
+    @pytest.mark.parametrize("changes", [{"format": "checkpoint"}, {"graph": None}, {"format": 3}])
+    def test_a_graph_goes_with_its_format(self, folder, changes):
+        self.change(folder, **changes)
+        with pytest.raises(ArtifactError, match="format should be 'onnx', with a graph, or"):
             embedport.load(folder)
 
     def test_bad_manifests(self, folder):
@@ -223,7 +232,8 @@ class TestDamagedArtifact:
 
     @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
     def test_path_outside_the_folder(self, folder, name):
-        self.change(folder, graph=name)
+        graph = json.loads((folder / "embedport.json").read_text())["graph"]
+        self.change(folder, graph=graph | {"path": name})
         with pytest.raises(ArtifactError, match="is outside the artifact's folder"):
             embedport.load(folder)
 
