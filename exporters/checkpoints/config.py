@@ -140,4 +140,6 @@ def _compressed_tensors_config(plan: Plan) -> dict[str, Any]:
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=NOT_QUANTIZED,
     )
-    return made.model_dump(mode="json")
+    # transformers would unpack matrices when the model is first called, and sentence-transformers
+    # calls its forward() only: so they are unpacked on load. Servers with kernels do not read this.
+    return {**made.model_dump(mode="json"), "dequantize": True}
