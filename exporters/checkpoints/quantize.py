@@ -174,8 +174,8 @@ def _write_tensors(
             shards.add_rows(stored, dtype, shape, _pieces(source, name, shape, dtype))
             written.add(stored)
         if form == "sequence-classification":
-            # In fp32: the scores are to be those of the two rows.
-            shards.add(HEAD, _finite(spec, HEAD, reranker_head(source).T))
+            head = reranker_head(source).T.astype(numpy_dtype(plan.dtype))
+            shards.add(HEAD, _finite(spec, HEAD, head))
             written.add(HEAD)
     found = read_headers(folder).keys()
     if found != written:
