@@ -141,7 +141,9 @@ def dequantize(parts, bits):
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     stats = {name.removeprefix("weight."): value for name, value in parts.items()}
-    state = QuantState.from_dict({k: v for k, v in stats.items() if k != "weight"}, "cpu")
+    state = QuantState.from_dict(
+        {k: v for k, v in stats.items() if k != "weight"}, torch.device("cpu")
+    )
     return dequantize_4bit(parts["weight"], state).float()
 
 
@@ -362,14 +364,16 @@ def test_compressed_tensors_unpacks_the_same_numbers():
     scheme = QuantScheme(4, 32, symmetric=True, scale_dtype="bfloat16")
     weight = np.random.default_rng(0).standard_normal((16, 96), np.float32)
     tensor = quantize_rtn(weight, scheme)
-    parts = {
+    parts: dict[str, torch.Tensor | None] = {
         # torch cannot take numpy's bfloat16; the scales are its values in fp32 as well.
         name: torch.from_numpy(each.astype(np.float32) if name == "weight_scale" else each)
         for name, each in packed_parts(tensor).items()
     }
     preset = preset_name_to_scheme("W4A16", ["Linear"])
+    assert preset.weights is not None
     preset.weights.group_size = 32
     found = PackedQuantizationCompressor.decompress(parts, preset)["weight"]
+    assert found is not None
     np.testing.assert_array_equal(found.numpy(), tensor.dequantize())
 
 
@@ -477,6 +481,7 @@ def test_the_template_gives_the_rerankers_own_tokens(quantized):
 
     folder = quantized("fp8", "reranker")
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer is not None
     for (query, document), expected in zip(PAIRS, token_rows(folder, "reranker"), strict=True):
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
