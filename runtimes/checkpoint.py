@@ -13,7 +13,6 @@ name or path in it is followed. Weights are safetensors only, in files beside th
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from ..errors import CheckpointError, require
 from ..files import read_headers
+from ..kernels import without_fetched_kernels
 from ..quantize.stored import open_weights
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
@@ -93,7 +93,7 @@ def _load_by_library(
 ) -> Any:
     transformers = require("transformers", "torch")
     if quantization.method == "bitsandbytes":
-        with _without_fetched_kernels():
+        with without_fetched_kernels():
             require("bitsandbytes", "quantize")
     else:
         require("compressed_tensors", "quantize")
@@ -135,23 +135,6 @@ def _prefixed_model(transformers: Any) -> Any:
             self.post_init()
 
     return Headless
-
-
-@contextlib.contextmanager
-def _without_fetched_kernels() -> Generator[None]:
-    """Keep bitsandbytes, on its first import, from fetching and running a kernel off the hub.
-
-    It does so on CPUs with bf16 wherever the package `kernels` is installed.
-    """
-    present = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # ty: ignore[invalid-assignment]
-    try:
-        yield
-    finally:
-        if present is None:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = present
 
 
 @contextlib.contextmanager
