@@ -96,6 +96,23 @@ class TestExport:
         assert (graph.output, graph.outputs) == ("hidden", ("last_hidden_state",))
 
 
+class TestQuantize:
+    def test_json(self, run, checkpoints, tmp_path):
+        command = ("quantize", checkpoints("kv8", "reranker"), "-o", tmp_path / "out", "--json")
+        code, out, err = run(*command, "--method", "w8a8", "--form", "sequence-classification")
+        assert (code, err) == (0, "")
+        facts = json.loads(out)
+        assert (facts["task"], facts["method"]) == ("reranker", "w8a8")
+        assert facts["bytes"] == embedport.Artifact.open(tmp_path / "out").size
+
+    def test_wrong_request(self, run, checkpoints, tmp_path):
+        command = ("quantize", checkpoints("kv8"), "-o", tmp_path / "out", "--method")
+        code, out, err = run(*command, "w4")
+        assert (code, out) == (2, "")
+        assert "method should be one of bnb-int8, bnb-nf4" in err
+        assert err.count("\n") == 1
+
+
 class TestEncode:
     def test_arguments_as_json(self, run, folders):
         code, out, _ = run("encode", folders / "embedding", *TEXTS, "--prompt", "query")
