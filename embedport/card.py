@@ -35,7 +35,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         f"# {name}\n\n"
         f"{kind} of a Qwen3 {manifest.task} model by embedport.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
-        f"## Run it\n\n{_usage(manifest, name)}\n"
+        f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )
 
@@ -48,6 +48,10 @@ def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
         "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in graph.inputs),
         "Output": ", ".join(f"`{each}`" for each in graph.outputs),
     }
+
+
+def _serving(manifest: Manifest) -> str:
+    return "\nIn vLLM: [vllm.md](vllm.md).\n" if "vllm.md" in manifest.files else ""
 
 
 def _usage(manifest: Manifest, name: str) -> str:
