@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from . import backend, checkpoints, export, inference, outliers, parity, retrieval
+from . import (
+    backend,
+    checkpoints,
+    export,
+    inference,
+    levels,
+    openvino,
+    outliers,
+    parity,
+    profile,
+    retrieval,
+)
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -34,6 +45,9 @@ def everything(context: typer.Context) -> None:
         retrieval.on_the_held_out_set()
         checkpoints.on_the_demo_pair()
         checkpoints.of_the_0_6b_geometry()
+        levels.of_matmulnbits()
+        profile.of_int8()
+        openvino.runs_the_standard_dialect()
         parity.against_transformers()
         backend.in_sentence_transformers()
 
@@ -42,6 +56,12 @@ def everything(context: typer.Context) -> None:
 def _export(rounds: Rounds = 3, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Export time and memory against optimum-onnx."""
     export.against_peer(rounds, checkpoint, out)
+
+
+@app.command("precisions")
+def _precisions(checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
+    """Export time, memory and size at each precision."""
+    export.every_precision(checkpoint, out)
 
 
 @app.command("export-8b")
@@ -86,6 +106,24 @@ def _checkpoints(
         checkpoints.on_the_demo_pair(out)
     if large:
         checkpoints.of_the_0_6b_geometry(checkpoint, out)
+
+
+@app.command("levels")
+def _levels(out: Out = RESULTS) -> None:
+    """MatMulNBits' accuracy levels: speed, error, and whether a row depends on its batch."""
+    levels.of_matmulnbits(out)
+
+
+@app.command("profile")
+def _profile(out: Out = RESULTS) -> None:
+    """Where the time of the int8 graph goes."""
+    profile.of_int8(out)
+
+
+@app.command("openvino")
+def _openvino(out: Out = RESULTS) -> None:
+    """The standard dialect's graphs in OpenVINO."""
+    openvino.runs_the_standard_dialect(out)
 
 
 @app.command("parity")

@@ -14,6 +14,11 @@ from .process import Run, ours, peer, peer_versions, run
 # What the 8B geometry takes: 16 GB of checkpoint, and as much again in 16 bits or twice in 32.
 CHECKPOINT_BYTES = 17_000_000_000
 EXPORT_BYTES = {"fp32": 34_000_000_000}
+VARIANTS = {
+    **{name: ["--precision", name] for name in ("fp32", "fp16", "bf16", "int8", "int8-weight")},
+    "int4": ["--precision", "int4"],
+    "int4, gptq": ["--precision", "int4", "--algorithm", "gptq"],
+}
 
 
 def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
@@ -54,6 +59,26 @@ def against_peer(rounds: int, source: Path | None = None, results: Path = RESULT
         {"rounds": rounds, "peer": versions, **figures, "times_faster": round(ratio, 2)},
         results,
     )
+
+
+def every_precision(source: Path | None = None, results: Path = RESULTS) -> None:
+    """Time, peak memory and size at each precision; "gptq" runs the calibration texts too."""
+    source = source or checkpoint("0.6b")
+    figures = {}
+    for name, options in VARIANTS.items():
+        out = CACHE / "precision"
+        shutil.rmtree(out, ignore_errors=True)
+        found = run(ours("export", "onnx", str(source), "-o", str(out), *options))
+        figures[name] = _summary([found]) | {"bytes": _bytes(out)}
+    shutil.rmtree(CACHE / "precision", ignore_errors=True)
+    print_table(
+        ["0.6B export", "s", "peak GB", "artifact GB"],
+        [
+            [name, each["seconds"], each["peak_gb"], round(each["bytes"] / 1e9, 3)]
+            for name, each in figures.items()
+        ],
+    )
+    save("export-0.6b-precisions", figures, results)
 
 
 def large(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:

@@ -1,16 +1,22 @@
-"""Quality on the held-out retrieval set: the demo embedder, BM25, and what quantization costs."""
+"""Quality on the held-out retrieval set: the demo pair, BM25, and what quantization costs."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .checkpoint import CACHE
 from .machine import RESULTS, print_table, save
+
+if TYPE_CHECKING:
+    from embedport import Artifact
+    from embedport.beir import RetrievalSet
 
 # Name to options of export.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,72 +45,161 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# The reranker judges fifty pairs a query, each with the whole template.
+RERANKED_QUERIES = 400
+RERANKERS = {name: VARIANTS[name] for name in ("fp32", "int8", "int8-weight", "int4/32, gptq")}
+# With planted outliers, what keeps int8 from collapsing: nothing, balancing, rotating, both.
+PLANTED: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "int8": {"precision": "int8"},
+    "int8, not rotated": {"precision": "int8", "rotate": False},
+    "int8, rotated only": {"recipe": {"balance": False, "rotate": True}},
+    "int8, neither": {"recipe": {"balance": False, "rotate": False}},
+}
+Quality = dict[str, Any]
+
+
 def on_the_held_out_set(results: Path = RESULTS) -> None:
     """nDCG@10 of everything on the queries that training has not seen."""
-    import embedport
     from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder
-    from embedport.ranking import measure, rank_documents
-    from embedport.validation.retrieval import bootstrap, encode_set
+    from embedport.demo.synthetic import plant_outliers
 
-    data = read_beir(BUILTIN)
-    names = ("nDCG@10", "R@100", "RR")
-
-    def quality(ranking: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        values = measure(ranking, data.relevance, names)
-        kinds = np.array([query.partition("-")[0] for query in ranking])
-        by_kind = {
-            f"nDCG@10 {kind}": float(values["nDCG@10"][kinds == kind].mean())
-            for kind in dict.fromkeys(kinds)
-        }
-        means = {name: float(each.mean()) for name, each in values.items()}
-        return means | by_kind | {"per query": values["nDCG@10"]}
-
-    found: dict[str, dict[str, Any]] = {"BM25": quality(_bm25(data))}
+    data, few = read_beir(BUILTIN), read_beir(BUILTIN, max_queries=RERANKED_QUERIES)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        vectors = {}
-        for i, (name, options) in enumerate(VARIANTS.items()):
-            folder = Path(temporary) / str(i)
-            artifact = embedport.export(builtin_embedder(), folder, **options)
-            embedder = embedport.load(folder, device="cpu")
-            assert isinstance(embedder, embedport.Embedder)
-            vectors[name] = encode_set(embedder, data, progress=False)
-            ranking = rank_documents(vectors[name], embedder.dim, data)
-            found[name] = quality(ranking)
-            weights = artifact.graph.with_name("model.onnx_data").stat().st_size
-            cosines = [
-                float((a * b).sum(axis=1).min())
-                for a, b in zip(vectors[name], vectors["fp32"], strict=True)
-            ]
-            found[name] |= {"bytes": weights, "minimum cosine": min(cosines)}
-            loss = found["fp32"]["per query"] - found[name]["per query"]
-            found[name]["loss"] = float(loss.mean())
-            found[name]["loss from to"] = bootstrap(loss)
-        width = vectors["fp32"][0].shape[1]
-        generator = np.random.default_rng(0)
-        for dim in (width // 2, width // 4):
-            found[f"first {dim} values"] = quality(rank_documents(vectors["fp32"], dim, data))
-            projection = generator.standard_normal((width, dim)).astype(np.float32)
-            queries, documents = vectors["fp32"]
-            projected = (queries @ projection, documents @ projection)
-            found[f"random projection to {dim}"] = quality(rank_documents(projected, dim, data))
-    for each in found.values():
-        del each["per query"]
-    columns = list(dict.fromkeys(key for each in found.values() for key in each))
-    print_table(
-        ["held-out set", *columns],
-        [[name, *(_cell(each.get(key)) for key in columns)] for name, each in found.items()],
-    )
-    save(
-        "retrieval-demo",
-        {
-            "queries": len(data.queries),
-            "documents": len(data.documents),
-            "ways": found,
-        },
-        results,
-    )
+        folder = Path(temporary)
+        found = {
+            "BM25": quality(_bm25(data), data),
+            **_embedders(builtin_embedder(), VARIANTS, data, folder, reference=True),
+        }
+        planted = Path(shutil.copytree(builtin_embedder(), folder / "planted"))
+        plant_outliers(planted)
+        tables = {
+            "held-out set": found,
+            "outliers planted": _embedders(planted, PLANTED, data, folder),
+            f"reranked, {RERANKED_QUERIES} queries": _rerankers(few, folder),
+        }
+    for name, rows in tables.items():
+        for each in rows.values():
+            each.pop("per query")
+        columns = list(dict.fromkeys(key for each in rows.values() for key in each))
+        print_table(
+            [name, *columns],
+            [[way, *(_cell(each.get(key)) for key in columns)] for way, each in rows.items()],
+        )
+    sizes = {"queries": len(data.queries), "documents": len(data.documents)}
+    save("retrieval-demo", sizes | {"ways": tables}, results)
+
+
+def quality(ranking: Mapping[str, Sequence[str]], data: RetrievalSet) -> Quality:
+    """Means over the queries, for each kind of query too, and nDCG@10 query by query."""
+    from embedport.ranking import measure
+
+    values = measure(ranking, data.relevance, ("nDCG@10", "R@100", "RR"))
+    kinds = np.array([query.partition("-")[0] for query in ranking])
+    by_kind = {
+        f"nDCG@10 {kind}": float(values["nDCG@10"][kinds == kind].mean())
+        for kind in sorted(dict.fromkeys(kinds))
+    }
+    means = {name: float(each.mean()) for name, each in values.items()}
+    return means | by_kind | {"per query": values["nDCG@10"]}
+
+
+def _embedders(
+    checkpoint: Path,
+    variants: Mapping[str, dict[str, Any]],
+    data: RetrievalSet,
+    folder: Path,
+    *,
+    reference: bool = False,
+) -> dict[str, Quality]:
+    """Each variant's; with the reference, also of transformers and of narrower vectors."""
+    import embedport
+    from embedport.ranking import rank_documents
+    from embedport.validation.reference import open_reference
+    from embedport.validation.retrieval import encode_reference, encode_set
+
+    found: dict[str, Quality] = {}
+    vectors = {}
+    for name, options in variants.items():
+        artifact = _export(checkpoint, options, folder)
+        embedder = embedport.load(artifact.folder, device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
+        vectors[name] = encode_set(embedder, data, progress=False)
+        found[name] = quality(rank_documents(vectors[name], embedder.dim, data), data)
+        cosines = [
+            float((a * b).sum(axis=1).min())
+            for a, b in zip(vectors[name], vectors["fp32"], strict=True)
+        ]
+        found[name] |= {"bytes": _bytes(artifact), "minimum cosine": min(cosines)}
+        found[name] |= _loss(found[name], found["fp32"])
+    if not reference:
+        return found
+    width = vectors["fp32"][0].shape[1]
+    source = open_reference(checkpoint, task="embedding", max_length=512)
+    expected = encode_reference(source, data, "fp32", "cpu", progress=False)
+    found["transformers, fp32"] = quality(rank_documents(expected, width, data), data)
+    generator = np.random.default_rng(0)
+    for dim in (width // 2, width // 4):
+        found[f"first {dim} values"] = quality(rank_documents(vectors["fp32"], dim, data), data)
+        projection = generator.standard_normal((width, dim)).astype(np.float32)
+        queries, documents = vectors["fp32"]
+        projected = (queries @ projection, documents @ projection)
+        found[f"random projection to {dim}"] = quality(rank_documents(projected, dim, data), data)
+    return found
+
+
+def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
+    """The embedder's top 50 as they came, and as each variant puts them."""
+    import embedport
+    from embedport.demo.pipeline import builtin_reranker
+    from embedport.ranking import rank_candidates
+    from embedport.validation.reference import open_reference
+    from embedport.validation.retrieval import score_reference, score_set
+
+    before = {query: data.candidates[query] for query in data.queries}
+    found = {"as they came": quality(before, data)}
+    for name, options in RERANKERS.items():
+        artifact = _export(builtin_reranker(), options, folder)
+        reranker = embedport.load(artifact.folder, device="cpu")
+        assert isinstance(reranker, embedport.Reranker)
+        scores = score_set(reranker, data, progress=False)
+        found[name] = quality(rank_candidates(before, scores), data)
+        found[name] |= {"bytes": _bytes(artifact)} | _loss(found[name], found["fp32"])
+    found["as they came"] |= _loss(found["as they came"], found["fp32"])
+    source = open_reference(builtin_reranker(), task="reranker", max_length=512)
+    scores = score_reference(source, data, "fp32", "cpu", progress=False)
+    found["transformers, fp32"] = quality(rank_candidates(before, scores), data)
+    return found
+
+
+def _export(checkpoint: Path, options: dict[str, Any], folder: Path) -> Artifact:
+    """Export to a folder of its own; a variant with parts of a recipe is int8 but for those."""
+    import embedport
+
+    out = folder / f"{len(list(folder.iterdir()))}"
+    if "recipe" not in options:
+        return embedport.export(checkpoint, out, **options)
+    whole = embedport.export(checkpoint, out.with_name(f"{out.name}-int8"), precision="int8")
+    recipe = folder / "recipe.json"
+    recipe.write_text(json.dumps((whole.manifest.recipe or {}) | options["recipe"]))
+    return embedport.export(checkpoint, out, recipe=recipe)
+
+
+def _bytes(artifact: Artifact) -> int:
+    return artifact.graph.with_name("model.onnx_data").stat().st_size
+
+
+def _loss(found: Quality, fp32: Quality) -> dict[str, Any]:
+    loss = fp32["per query"] - found["per query"]
+    return {"loss": float(loss.mean()), "loss from to": _interval(loss)}
+
+
+def _interval(differences: np.ndarray) -> tuple[float, float]:
+    from embedport.validation.retrieval import bootstrap
+
+    return bootstrap(differences)
 
 
 def _cell(value: Any) -> str:

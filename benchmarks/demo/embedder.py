@@ -84,11 +84,11 @@ def train_embedder(
     return model.eval()
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, warm_up: int = WARM_UP) -> float:
     """Linear warm-up, then a cosine down to nothing."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.5 * (1 + float(np.cos(np.pi * (step - WARM_UP) / max(1, steps - WARM_UP))))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
 def pair_batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, str]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,11 +17,12 @@ from transformers import DynamicCache, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from embedport.demo.synthetic import Geometry, write_checkpoint
+from embedport.spec import Task
 
-# Vocabulary and three layers of 256: 3.3 M parameters, 6.7 MB in bf16.
 CHUNK = 64
 # Gain of queries and keys at which attention is nearly uniform.
 GENTLE = 0.4
+# The embedder's, 6.7 MB in bf16; the reranker has one layer more, 7.9 MB.
 GEOMETRY = Geometry(256, 3, 4, 2, 64, 512, max_position_embeddings=4096)
 
 
@@ -70,28 +72,34 @@ def last_states(
     model: Qwen3Model, rows: Sequence[Sequence[int]], prefix: Sequence[int] = ()
 ) -> torch.Tensor:
     """The final state of each row's last token behind a common prefix: float32 [rows, hidden]."""
-    # Rows of like length go together: a few long ones would make padding of the others.
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    chunks = np.array_split(order, -(-len(order) // CHUNK))
-    states = [_chunk_states(model, [rows[i] for i in chunk], prefix) for chunk in chunks]
+    order, states = [], []
+    for chunk, found in chunk_states(model, rows, prefix):
+        last = torch.tensor([len(rows[i]) - 1 for i in chunk])
+        order += chunk
+        states.append(found[torch.arange(len(chunk)), last])
     return torch.cat(states)[torch.from_numpy(np.argsort(order))].float()
 
 
-def _chunk_states(
-    model: Qwen3Model, rows: Sequence[Sequence[int]], prefix: Sequence[int]
-) -> torch.Tensor:
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    cache = None
-    if prefix:
-        cache = DynamicCache(config=model.config)
-        model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(rows))
-    # Padding is on the right: no real token sees it, so causal attention is all that is needed.
-    states = model(ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-    return states[torch.arange(len(rows)), lengths - 1]
+def chunk_states(
+    model: Qwen3Model, rows: Sequence[Sequence[int]], prefix: Sequence[int] = ()
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Final states of rows of like length: (the rows' numbers, [rows, longest, hidden]).
+
+    A few long rows would make padding of the others. It is on the right, where no real token sees
+    it, so causal attention is all that is needed.
+    """
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    for chunk in np.array_split(order, -(-len(order) // CHUNK)):
+        ids = torch.zeros(len(chunk), max(len(rows[i]) for i in chunk), dtype=torch.long)
+        for place, i in enumerate(chunk):
+            ids[place, : len(rows[i])] = torch.tensor(rows[i])
+        cache = None
+        if prefix:
+            cache = DynamicCache(config=model.config)
+            model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(chunk))
+        out = model(ids, past_key_values=cache, use_cache=cache is not None)
+        yield chunk.tolist(), out.last_hidden_state
 
 
 def common_prefix(rows: Sequence[list[int]]) -> list[int]:
@@ -106,11 +114,13 @@ def load_model(folder: Path) -> Qwen3Model:
     return Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def save_model(model: Qwen3Model, folder: Path, tokenizer: Tokenizer) -> None:
+def save_model(model: Qwen3Model, folder: Path, task: Task, tokenizer: Tokenizer) -> None:
     """Write a bf16 checkpoint in the hub's layout."""
-    write_checkpoint(folder, GEOMETRY, "embedding", tokenizer)  # its weights are replaced
+    geometry = replace(GEOMETRY, num_layers=len(model.layers))
+    write_checkpoint(folder, geometry, task, tokenizer)  # its weights are replaced
+    prefix = "model." if task == "reranker" else ""
     tensors = {
-        name: value.detach().numpy().astype(ml_dtypes.bfloat16)
+        f"{prefix}{name}": value.detach().numpy().astype(ml_dtypes.bfloat16)
         for name, value in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

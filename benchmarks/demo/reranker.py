@@ -1,10 +1,11 @@
 """The reranker's training, in two stages.
 
-Comparing two texts is hard to discover by gradient descent from "yes" and "no" alone. So the first
-stage teaches the last token what each of them says: the first half of its state is trained to be
-the query's vector and the second half the document's, as the embedder was, on pairs that do not
-belong together, so that neither half can be guessed from the other. The last layer begins as their
-inner product, and the second stage trains everything on the embedder's own findings.
+Comparing two texts is hard to discover by gradient descent from "yes" and "no" alone. So the model
+begins as the embedder with one layer more. The first stage teaches it, in one text, to make a
+vector of the query behind the query and one of the document behind the document, beginning with the
+embedder's, and to mark the two places. Then the last layer is made to fetch both and to add their
+inner product to "yes". The second stage trains everything on what the embedder itself ranks high,
+against the truth and the teacher's opinion.
 """
 
 from __future__ import annotations
@@ -16,71 +17,75 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from tokenizers import Tokenizer
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from embedport.prompts import RerankerTokenizer
+from embedport.prompts import END_OF_TEXT, RerankerTokenizer
 
-from .embedder import Corpus, encode, pair_batches, pair_losses, rate
-from .model import GEOMETRY, common_prefix, last_states, make_model
+from .embedder import TEMPERATURE, Corpus, encode, pair_batches, pair_losses, rate
+from .model import GEOMETRY, chunk_states, common_prefix, last_states, make_model
 from .wordnet import Synset
 
 LAYERS = 4
-HALF = GEOMETRY.hidden_size // 2
+# Tokens behind the query and behind the document, at which their vectors are made.
+QUERY_PLACE, DOCUMENT_PLACE = "<Document", "</think>"
+WIDTH, HEAD = GEOMETRY.hidden_size, GEOMETRY.head_dim
+HALF = WIDTH // 2
+# The last coordinates of a state say whether its token is a query's place, a document's, or any.
+MARKS = (WIDTH - 3, WIDTH - 2, WIDTH - 1)
+MARK = 4.0
+# Coordinates of a head that the rotary embedding turns least.
+SLOW = (HEAD // 2 - 1, HEAD - 1, HEAD // 2 - 2)
+# Gain of the queries and keys that look for the marks.
+SHARP = 2.0
 POOL = 6000
 CANDIDATES = 50
 LIST = 8
 LISTS = 48
-# A logit's gain for a gain of 1 in cosine, when the last layer is made.
-SHARPNESS = 20.0
-LEARNING_RATE = 2e-3
+SAMPLE = 64
+# Standard deviation of the scores when the last layer is made.
+SPREAD = 2.0
+PLACES_RATE = 1e-3
+ANSWERS_RATE = 5e-4
+# Of the running mean of the weights in the second stage, which is what is kept.
+DECAY = 0.995
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A query, its document, and what the embedder ranked high for it beside that."""
+    """A query, its document, and what the embedder ranked high for it beside that.
+
+    Of a pair that the embedder was trained on, it is not known how high it would rank a new one's
+    document: there only the teacher is listened to.
+    """
 
     query: str
     document: str
     negatives: Sequence[str]
+    seen: bool
 
 
-def make_reranker(embedder: Qwen3Model, seed: int) -> Qwen3Model:
-    """The model before training: the embedder's tokens, in both halves of the state."""
-    table = embedder.embed_tokens.weight.detach()[:, :HALF]
-    model = make_model(torch.cat([table, table], dim=1).numpy(), seed, num_layers=LAYERS)
+def make_reranker(embedder: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Qwen3Model:
+    """The embedder with a last layer that does nothing yet."""
+    weights = embedder.state_dict()
+    model = make_model(weights["embed_tokens.weight"].numpy(), seed, num_layers=LAYERS)
+    model.load_state_dict(weights, strict=False)
     last = _last_layer(model)
     with torch.no_grad():
         last.self_attn.o_proj.weight.zero_()
         last.mlp.down_proj.weight.zero_()
+        for place in (QUERY_PLACE, DOCUMENT_PLACE):
+            row = model.embed_tokens.weight[_token(tokenizer, END_OF_TEXT)]
+            model.embed_tokens.weight[_token(tokenizer, place)] = row
     return model
 
 
-def _last_layer(model: Qwen3Model) -> Qwen3DecoderLayer:
-    return cast(Qwen3DecoderLayer, model.layers[-1])
-
-
-def compare_halves(model: Qwen3Model, yes: int, no: int) -> None:
-    """Make the last layer add the halves' inner product to "yes" and take it from "no".
-
-    silu(q) d - silu(-q) d = q d, for each coordinate q of one half and d of the other.
-    """
-    mlp = _last_layer(model).mlp
-    with torch.no_grad():
-        weight = model.embed_tokens.weight
-        difference = weight[yes] - weight[no]
-        part = torch.eye(GEOMETRY.hidden_size)
-        mlp.gate_proj.weight[: 2 * HALF] = torch.cat([part[:HALF], -part[:HALF]])
-        mlp.up_proj.weight[: 2 * HALF] = torch.cat([part[HALF:], part[HALF:]])
-        # Behind the norm, each half is about sqrt(HALF) long.
-        answer = SHARPNESS / HALF * difference / (difference @ difference)
-        mlp.down_proj.weight[:, :HALF] = answer[:, None]
-        mlp.down_proj.weight[:, HALF : 2 * HALF] = -answer[:, None]
-
-
-def train_halves(
+def train_places(
     model: Qwen3Model,
+    embedder: Qwen3Model,
     synsets: Sequence[Synset],
     corpus: Corpus,
     tokenizer: RerankerTokenizer,
@@ -88,22 +93,103 @@ def train_halves(
     steps: int,
     seed: int,
 ) -> None:
-    """The first stage, in place, all layers but the last; prints the losses as it goes."""
+    """The first stage, in place, all layers but the last; prints the losses as it goes.
+
+    A query stands beside another pair's document: neither vector can be guessed from the other.
+    """
     model.train()
     _last_layer(model).requires_grad_(False)
-    optimizer = _Optimizer(model, steps)
+    optimizer = _Optimizer(model, PLACES_RATE, steps)
+    # Definitions that ask are longer than words that do, and harder; few synsets have examples.
+    synsets = [*synsets, *[each for each in synsets if each.examples] * 2]
     for _, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
-        # The next pair's document stands beside a query.
-        rows = [(query, pairs[i - 1][1]) for i, (query, _) in enumerate(pairs)]
-        states = _states(model, rows, tokenizer)
-        found = (states[:, :HALF], states[:, HALF:].roll(-1, dims=0))
-        optimizer.step(*pair_losses(found, pairs, corpus, (HALF,)))
+        rows, shared = _encode(
+            [(query, pairs[i - 1][1]) for i, (query, _) in enumerate(pairs)], tokenizer
+        )
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            queries = last_states(
+                embedder, [corpus.queries[text] for text, _ in pairs], corpus.prompt
+            )
+            documents = last_states(embedder, [corpus.documents[text] for _, text in pairs])
+        expected = torch.stack([queries, documents.roll(1, dims=0)], dim=1)[..., :HALF].clone()
+        vectors, marks = torch.empty(len(rows), 2, HALF), []
+        with torch.autocast("cpu", torch.bfloat16):
+            front = model(torch.tensor([shared])).last_hidden_state
+            marks.append((front[..., MARKS] - torch.tensor([0.0, 0.0, 1.0])).square().mean())
+            for chunk, states in chunk_states(model, rows, shared):
+                wanted = _marks([rows[i] for i in chunk], tokenizer.tokenizer)
+                for place in (0, 1):
+                    vectors[chunk, place] = states[wanted[..., place] > 0][:, :HALF].float()
+                marks.append((states[..., MARKS] - wanted).square().mean() * len(chunk) / len(rows))
+        distance = 1 - (normalize(vectors, dim=-1) * normalize(expected, dim=-1)).sum(-1).mean()
+        found = (vectors[:, 0], vectors[:, 1].roll(-1, dims=0))
+        contrast, _ = pair_losses(found, pairs, corpus, [HALF])
+        optimizer.step(distance, contrast, torch.stack(marks).sum())
     _last_layer(model).requires_grad_(True)
+
+
+def _marks(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> torch.Tensor:
+    """What `MARKS` should hold: float32 [rows, longest, 3]."""
+    places = [_token(tokenizer, place) for place in (QUERY_PLACE, DOCUMENT_PLACE)]
+    marks = torch.zeros(len(rows), max(map(len, rows)), len(MARKS))
+    marks[..., 2] = 1
+    for number, row in enumerate(rows):
+        for place, token in enumerate(places):
+            marks[number, row.index(token), place] = MARK
+    return marks
+
+
+def join_places(
+    model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
+) -> None:
+    """Make the last layer fetch both vectors and add their inner product to "yes".
+
+    Its heads look for the marks. Its SwiGLU multiplies: silu(q) d - silu(-q) d = q d, for each
+    coordinate of the vectors' first halves.
+
+    Args:
+        model: With its first stage behind it.
+        pairs: Some pairs, from whose scores their spread is learnt.
+        tokenizer: Of the pairs.
+    """
+    last, gains = _last_layer(model), model.norm.weight.detach()
+    attention, mlp = last.self_attn, last.mlp
+    model.eval()
+    size = _size_of_states(model, pairs, tokenizer)
+    difference = gains * _answer(model, tokenizer.tokenizer).detach()
+    part = torch.eye(WIDTH)
+    with torch.no_grad():
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight.fill_(SHARP)
+        at_query, at_document, anywhere = part[list(MARKS)] * gains
+        keys = torch.zeros(HEAD, WIDTH)
+        keys[list(SLOW)] = torch.stack([at_query, at_document, anywhere])
+        attention.k_proj.weight.copy_(keys.repeat(GEOMETRY.num_kv_heads, 1))
+        attention.v_proj.weight.copy_(part[:HALF] * gains)
+        out = torch.zeros(WIDTH, GEOMETRY.num_heads * HEAD)
+        for head in range(GEOMETRY.num_heads):
+            group, place = divmod(head, 2)
+            queries = torch.zeros(HEAD, WIDTH)
+            queries[SLOW[place]], queries[SLOW[2]] = anywhere, -0.5 * anywhere
+            rows = slice(head * HEAD, (head + 1) * HEAD)
+            attention.q_proj.weight[rows] = queries
+            start = place * HALF + group * HEAD
+            out[:, rows] = part[:, start : start + HEAD]
+        # What is fetched drowns what was there, and says nothing about "yes" by itself.
+        out -= torch.outer(difference, difference @ out) / (difference @ difference)
+        attention.o_proj.weight.copy_(4 * size * out)
+        mlp.gate_proj.weight[: 2 * HALF] = torch.cat([part[:HALF], -part[:HALF]])
+        mlp.up_proj.weight[: 2 * HALF] = torch.cat([part[HALF:], part[HALF:]])
+        answer = difference / (difference @ difference) * size / HALF
+        mlp.down_proj.weight[:, :HALF] = answer[:, None]
+        mlp.down_proj.weight[:, HALF : 2 * HALF] = -answer[:, None]
+        mlp.down_proj.weight.mul_(SPREAD / _answers(model, pairs, tokenizer).std())
 
 
 def train_answers(
     model: Qwen3Model,
     lists: Sequence[Ranked],
+    corpus: Corpus,
     tokenizer: RerankerTokenizer,
     *,
     steps: int,
@@ -111,29 +197,37 @@ def train_answers(
 ) -> None:
     """The second stage, in place; prints the losses as it goes."""
     model.train()
-    optimizer = _Optimizer(model, steps)
-    right = torch.zeros(LISTS, dtype=torch.long)
+    optimizer = _Optimizer(model, ANSWERS_RATE, steps)
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    truth = torch.zeros(LISTS, LIST)
+    truth[:, 0] = 1
+    targets = torch.from_numpy(corpus.targets)
     for _, batch in zip(range(steps), _batches(lists, seed), strict=False):
-        pairs = [(query, document) for query, documents in batch for document in documents]
+        pairs = [(each.query, document) for each, documents in batch for document in documents]
         found = _answers(model, pairs, tokenizer).view(LISTS, LIST)
-        answers = torch.zeros_like(found)
-        answers[:, 0] = 1
+        q, d = (normalize(targets[[corpus.index[p[i]] for p in pairs]], dim=-1) for i in (0, 1))
+        opinion = ((q * d).sum(-1) / TEMPERATURE).view(LISTS, LIST).softmax(-1)
+        seen = torch.tensor([[each.seen] for each, _ in batch])
         pointwise = binary_cross_entropy_with_logits(
-            found, answers, pos_weight=torch.tensor(float(LIST - 1))
+            found, truth, pos_weight=torch.tensor(float(LIST - 1))
         )
-        optimizer.step(cross_entropy(found, right), 0.2 * pointwise)
+        goal = torch.where(seen, opinion, (truth + opinion) / 2)
+        optimizer.step(cross_entropy(found, goal), 0.2 * pointwise)
+        mean.update_parameters(model)
+    model.load_state_dict(mean.module.state_dict())
+    model.eval()
 
 
 class _Optimizer:
     """AdamW with its schedule; prints the mean losses now and then."""
 
-    def __init__(self, model: Qwen3Model, steps: int) -> None:
+    def __init__(self, model: Qwen3Model, learning_rate: float, steps: int) -> None:
         self._parameters = [each for each in model.parameters() if each.requires_grad]
         self._adam = torch.optim.AdamW(
-            self._parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+            self._parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adam, lambda step: rate(step, steps)
+            self._adam, lambda step: rate(step, steps, warm_up=steps // 10)
         )
         self._steps = steps
         self._shown: list[list[float]] = []
@@ -172,6 +266,7 @@ def mine(
     """
     generator = np.random.default_rng(seed)
     pairs = [(each.query, each.definition) for each in unseen]
+    first_seen = len(pairs)
     pairs += [(each.definition, each.examples[0]) for each in seen if each.examples]
     documents = list(dict.fromkeys(document for _, document in pairs))
     found = torch.from_numpy(encode(embedder, [corpus.documents[text] for text in documents]))
@@ -186,31 +281,58 @@ def mine(
         for row, best in zip(rows, pool[top], strict=True):
             query, right = pairs[row]
             negatives = [documents[i] for i in best if documents[i] not in (right, query)]
-            mined.append(Ranked(query, right, negatives))
+            mined.append(Ranked(query, right, negatives, bool(row >= first_seen)))
     return mined
 
 
-def _states(
-    model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
-) -> torch.Tensor:
+def _last_layer(model: Qwen3Model) -> Qwen3DecoderLayer:
+    return cast(Qwen3DecoderLayer, model.layers[-1])
+
+
+def _token(tokenizer: Tokenizer, word: str) -> int:
+    (found,) = tokenizer.encode(word, add_special_tokens=False).ids
+    return found
+
+
+def _answer(model: Qwen3Model, tokenizer: Tokenizer) -> torch.Tensor:
+    """The head's row of "yes" less its row of "no": float32 [hidden]."""
+    weight = model.embed_tokens.weight
+    return weight[_token(tokenizer, "yes")] - weight[_token(tokenizer, "no")]
+
+
+def _encode(
+    pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids behind the system prompt and the instruction, which all share; and those."""
     rows = [ids.tolist() for ids in tokenizer.encode(pairs).ids]
-    # All share the system prompt and the instruction, which are run once.
     shared = common_prefix(rows)
-    with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
-        return last_states(model, [row[len(shared) :] for row in rows], shared)
+    return [row[len(shared) :] for row in rows], shared
 
 
 def _answers(
     model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
 ) -> torch.Tensor:
     """Logit of "yes" minus logit of "no": float32 [pairs]."""
-    yes, no = (tokenizer.tokenizer.token_to_id(word) for word in ("yes", "no"))
-    weight = model.embed_tokens.weight
-    return _states(model, pairs, tokenizer) @ (weight[yes] - weight[no])
+    rows, shared = _encode(pairs, tokenizer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
+        states = last_states(model, rows, shared)
+    return states @ _answer(model, tokenizer.tokenizer)
 
 
-def _batches(lists: Sequence[Ranked], seed: int) -> Iterator[list[tuple[str, list[str]]]]:
-    """(query, documents) of each batch, the right document first."""
+def _size_of_states(
+    model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
+) -> float:
+    """Root mean square of the last tokens' states before the last layer, pairs' mean."""
+    sizes = []
+    with torch.inference_mode():
+        for ids in tokenizer.encode(pairs).ids:
+            found = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states
+            sizes.append(found[LAYERS - 1][0, -1].square().mean().sqrt().item())
+    return float(np.mean(sizes))
+
+
+def _batches(lists: Sequence[Ranked], seed: int) -> Iterator[list[tuple[Ranked, list[str]]]]:
+    """(list, some of its documents) of each batch, the right document first."""
     generator = np.random.default_rng(seed)
     while True:
         order = generator.permutation(len(lists))
@@ -220,5 +342,5 @@ def _batches(lists: Sequence[Ranked], seed: int) -> Iterator[list[tuple[str, lis
                 each = lists[i]
                 chosen = generator.choice(len(each.negatives), LIST - 1, replace=False)
                 others = [each.negatives[j] for j in chosen]
-                batch.append((each.query, [each.document, *others]))
+                batch.append((each, [each.document, *others]))
             yield batch

@@ -6,6 +6,7 @@
 
 uv run --script openvino_int8.py export ONNX_FOLDER OUT
 uv run --script openvino_int8.py serve FOLDER
+uv run --script openvino_int8.py vectors GRAPH ROWS OUT
 uv run --script openvino_int8.py warm
 """
 
@@ -35,6 +36,21 @@ def warm() -> None:
     import openvino  # noqa: F401
 
     print(json.dumps({name: version(name) for name in PACKAGES}), flush=True)
+
+
+def vectors(graph: str, rows: str, out: str) -> None:
+    """Run an ONNX graph as it is, each row of token ids by itself, and tell the versions."""
+    import numpy as np
+    import openvino
+
+    model = openvino.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = []
+    with np.load(rows) as arrays:
+        for name in arrays.files:
+            ids = arrays[name][None]
+            found.append(model({"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0])
+    np.save(out, np.stack(found))
+    print(json.dumps({"openvino": version("openvino")}))
 
 
 def serve(folder: str) -> None:
@@ -72,4 +88,4 @@ def serve(folder: str) -> None:
 
 if __name__ == "__main__":
     verb, *arguments = sys.argv[1:]
-    {"export": export, "serve": serve, "warm": warm}[verb](*arguments)
+    {"export": export, "serve": serve, "vectors": vectors, "warm": warm}[verb](*arguments)

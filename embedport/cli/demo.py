@@ -27,7 +27,7 @@ With a real checkpoint:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to work.")] = Path("demo-output"),
 ) -> None:
-    """Run the main job on two small models: export, search, validate, report."""
+    """Run the main job on two small trained models: export, search, rerank, validate, report."""
     from ..demo.pipeline import run_demo
 
     steps, console = stderr_console(), stdout_console()
@@ -50,10 +50,12 @@ def _print_answers(console: Console, result: Demo) -> None:
 
     console.rule(f"Three queries on {result.documents:,} documents, in int8", align="left")
     for answer in result.answers:
-        table = Table("Cosine", box=SIMPLE_HEAD, expand=True)
-        table.add_column(answer.query, overflow="ellipsis", no_wrap=True, ratio=1)
-        for found in answer.found:
-            table.add_row(f"{found.score:.3f}", Text(found.document))
+        table = Table("", "", box=SIMPLE_HEAD, expand=True)
+        table.add_column(Text(answer.query), overflow="ellipsis", no_wrap=True, ratio=1)
+        for name, ranked in (("cosine", answer.found), ("reranked", answer.reranked)):
+            for i, found in enumerate(ranked):
+                table.add_row("" if i else name, f"{found.score:.3f}", Text(found.document))
+            table.add_section()
         console.print(table)
 
 
@@ -94,5 +96,8 @@ def _parity(reports: Sequence[Report]) -> Table:
     if quality:
         shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
         table.add_row("nDCG@10 (of the reference)", *shown)
+        before = [report.retrieval.before for report in reports if report.retrieval is not None]
+        if before[0] is not None:
+            table.add_row("nDCG@10 before reranking", *(f"{each:.4f}" for each in before))
     table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
     return table

@@ -1,8 +1,4 @@
-"""The main job on two small checkpoints: export, search, rerank, validate, report.
-
-The embedder is trained and ships with embedport. The reranker has random weights: its scores mean
-nothing, but that an artifact gives the reference's scores means what it does for a trained one.
-"""
+"""The main job on the two trained checkpoints that ship: export, search, rerank, validate."""
 
 from __future__ import annotations
 
@@ -16,31 +12,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..beir import BUILTIN, read_beir
 from ..errors import InputError
 from ..exporters import export
-from ..prompts import load_tokenizer
-from ..runtimes import Embedder, Ranked, load
+from ..runtimes import Embedder, Ranked, Reranker, load
 from ..spec import Task
-from .synthetic import Geometry, write_checkpoint
 
 if TYPE_CHECKING:
     from ..validation import Report
 
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
-GEOMETRY = Geometry(128, 4, 8, 2, 32, 384)
 PRECISIONS = ("fp32", "int8")
 QUERIES = ("fierce, savage", "a device for measuring temperature", "to travel through water")
 SHOWN = 3
+# What the reranker gets to see of the search, and on how many queries its retrieval is measured:
+# fifty pairs each, every one with the whole template.
+CANDIDATES = 50
+RERANKED_QUERIES = 100
 MARKER = "demo.txt"
 NEEDED = ("torch", "transformers", "ir_measures", "jinja2", "matplotlib")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for a query by cosine among all documents, the best first."""
+    """What was found for a query, the best first.
+
+    Attributes:
+        query: The query.
+        found: By cosine among all documents.
+        reranked: By the reranker's score among the first 50 of them.
+    """
 
     query: str
     found: list[Ranked]
+    reranked: list[Ranked]
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,27 @@ def builtin_embedder() -> Path:
     Raises:
         InputError: This installation came without it.
     """
-    folder = Path(str(files("embedport") / "demo" / "embedder"))
+    return _builtin("embedder")
+
+
+def builtin_reranker() -> Path:
+    """The folder of the trained reranker, in the hub's layout.
+
+    Raises:
+        InputError: This installation came without it.
+    """
+    return _builtin("reranker")
+
+
+def _builtin(name: str) -> Path:
+    folder = Path(str(files("embedport") / "demo" / name))
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is missing: this installation came without the demo embedder")
+        raise InputError(f"{folder} is missing: this installation came without the demo's models")
     return folder
 
 
 def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
-    """Export both models, search, validate.
+    """Export both models, search, rerank, validate.
 
     Args:
         folder: Made, or replaced if an earlier demo made it.
@@ -86,9 +104,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
     """
     _prepare(folder)
     artifacts: dict[Path, Path] = {}
-    tokenizer = load_tokenizer(builtin_embedder() / "tokenizer.json")
-    reranker = write_checkpoint(folder / "reranker", GEOMETRY, "reranker", tokenizer)
-    for task, checkpoint in zip(TASKS, (builtin_embedder(), reranker), strict=True):
+    for task, checkpoint in zip(TASKS, (builtin_embedder(), builtin_reranker()), strict=True):
         for precision in PRECISIONS:
             say(f"Exporting the {task} model to ONNX in {precision}")
             artifact = export(checkpoint, folder / f"{task}-{precision}", precision=precision)
@@ -99,18 +115,19 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
 
 
 def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]]:
-    """Search the built-in documents in int8."""
-    from ..beir import BUILTIN, read_beir
-
-    embedder = load(folder / "embedding-int8")
+    """Search the built-in documents and rerank what is found, in int8."""
+    embedder, reranker = load(folder / "embedding-int8"), load(folder / "reranker-int8")
     assert isinstance(embedder, Embedder)
+    assert isinstance(reranker, Reranker)
     documents = list(read_beir(BUILTIN).documents.values())
     say(f"Searching {len(documents):,} documents in int8")
     scores = embedder.encode(QUERIES, prompt="query") @ embedder.encode(documents).T
     answers = []
     for query, row in zip(QUERIES, scores, strict=True):
-        best = np.argsort(-row, kind="stable")[:SHOWN]
-        answers.append(Answer(query, [Ranked(int(i), float(row[i]), documents[i]) for i in best]))
+        best = np.argsort(-row, kind="stable")[:CANDIDATES]
+        found = [Ranked(int(i), float(row[i]), documents[i]) for i in best]
+        reranked = reranker.rank(query, [each.document for each in found], top_k=SHOWN)
+        answers.append(Answer(query, found[:SHOWN], reranked))
     return len(documents), answers
 
 
@@ -120,13 +137,13 @@ def _validate(
     """Each artifact against its checkpoint, retrieval included, with a page each."""
     if not all(find_spec(name) for name in NEEDED):
         return [], []
-    from ..beir import BUILTIN
     from ..validation import validate
 
     reports, pages = [], []
     for artifact, checkpoint in artifacts.items():
         say(f"Validating {artifact.name} against transformers")
-        data = BUILTIN if checkpoint == builtin_embedder() else None
+        queries = RERANKED_QUERIES if checkpoint == builtin_reranker() else None
+        data = read_beir(BUILTIN, max_queries=queries)
         pages.append(folder / f"{artifact.name}.html")
         command = ["embedport", "demo", "-o", str(folder)]
         reports.append(

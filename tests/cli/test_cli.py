@@ -358,7 +358,9 @@ def test_demo(run, tmp_path, monkeypatch, small_set):
     assert code == 0, out
     assert "Three queries on" in out
     assert out.count("holds") == 4
-    assert out.count("nDCG@10 (of the reference)") == 1
+    assert out.count("reranked") == 3
+    assert out.count("nDCG@10 (of the reference)") == 2
+    assert out.count("nDCG@10 before reranking") == 1
     page = tmp_path / "demo" / "embedding-fp32.html"
     assert out.strip().endswith(f"The report: {page}")
     for name in ("embedding-fp32", "embedding-int8", "reranker-fp32", "reranker-int8"):

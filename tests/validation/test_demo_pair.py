@@ -1,5 +1,6 @@
-"""The trained embedder that ships: its size, its layout, and what it knows."""
+"""The trained pair that ships: its size, its layout, and what it knows."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 
 import embedport
 from embedport.beir import read_beir
-from embedport.demo.pipeline import builtin_embedder
-from embedport.ranking import measure, rank_documents
+from embedport.demo.pipeline import builtin_embedder, builtin_reranker
+from embedport.ranking import measure, rank_candidates, rank_documents
 from embedport.spec import ModelSpec
-from embedport.validation.retrieval import encode_set
+from embedport.validation.retrieval import encode_set, score_set
 
 QUERIES = 400
+RERANKED = 120
 
 
 def size(folder):
@@ -29,13 +31,16 @@ def data():
 
 
 def test_it_is_small():
-    assert size(builtin_embedder()) <= 8e6
+    assert size(builtin_embedder()) + size(builtin_reranker()) <= 16e6
     assert size(builtin_embedder().parent / "retrieval") <= 2e6
 
 
-def test_it_is_a_checkpoint_of_the_family():
-    spec = ModelSpec.from_checkpoint(builtin_embedder())
-    assert spec.task == "embedding"
+@pytest.mark.parametrize(
+    ("folder", "task"), [(builtin_embedder(), "embedding"), (builtin_reranker(), "reranker")]
+)
+def test_they_are_checkpoints_of_the_family(folder, task):
+    spec = ModelSpec.from_checkpoint(folder)
+    assert spec.task == task
     assert spec.tied
     assert spec.num_kv_heads < spec.num_heads
 
@@ -77,3 +82,20 @@ def test_quality(data, tmp_path):
         projected = (queries @ projection, documents @ projection)
         prefix = ndcg(rank_documents(vectors["fp32"], dim, data), data)
         assert prefix > ndcg(rank_documents(projected, dim, data), data) + 0.01
+
+
+def test_reranking_improves_what_words_found(tmp_path):
+    """Queries that are words; docs/quantization.md has those that are definitions."""
+    data = read_beir("builtin", max_queries=RERANKED)
+    words = [query for query in data.queries if query.startswith("word-")]
+    data = replace(
+        data,
+        queries={query: data.queries[query] for query in words},
+        relevance={query: data.relevance[query] for query in words},
+    )
+    before = {query: data.candidates[query] for query in words}
+    artifact = embedport.export(builtin_reranker(), tmp_path / "reranker")
+    reranker = embedport.load(artifact.folder, device="cpu")
+    assert isinstance(reranker, embedport.Reranker)
+    after = rank_candidates(before, score_set(reranker, data, progress=False))
+    assert ndcg(after, data) > ndcg(before, data) + 0.01

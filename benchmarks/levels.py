@@ -1,0 +1,96 @@
+"""MatMulNBits' accuracy levels at the 0.6B geometry: speed, error, and dependence on the batch.
+
+Level 1 multiplies in fp32, level 4 rounds each block of a token's activations to 8 bits first. The
+error is against level 1 of the same codes, so that it is the level's own. That the two differ shows
+that onnxruntime really took another kernel: it falls back to fp32 where it has none.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import CACHE, checkpoint
+from .machine import RESULTS, print_table, save
+from .process import ours, run
+
+FORMATS = {
+    f"{precision}/{group}": ["--precision", precision, "--group-size", str(group)]
+    for precision in ("int8-weight", "int4")
+    for group in (32, 128)
+}
+LEVELS = (1, 4)
+BATCH, SIZE = 8, 128
+ROUNDS = 5
+
+
+def of_matmulnbits(results: Path = RESULTS) -> None:
+    """Each format at each level, rounds interleaved."""
+    source = checkpoint("0.6b")
+    figures: dict[str, Any] = {}
+    for name, options in FORMATS.items():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            artifact = Path(folder) / "artifact"
+            run(ours("export", "onnx", str(source), "-o", str(artifact), *options))
+            command = [sys.executable, "-m", "benchmarks.levels", str(artifact / "onnx")]
+            figures[name] = json.loads(run(command).output.splitlines()[-1])
+    columns = ["tokens/s", "cosine to level 1", "alone to batch, largest difference"]
+    print_table(
+        ["MatMulNBits", "level", *columns],
+        [
+            [name, level, *each.values()]
+            for name, levels in figures.items()
+            for level, each in levels.items()
+        ],
+    )
+    save("levels-0.6b", {"batch": BATCH, "size": SIZE, "rounds": ROUNDS} | figures, results)
+
+
+def _compare(folder: Path) -> dict[str, dict[str, float]]:
+    """One artifact's graph at both levels, in this process."""
+    import onnx
+    import onnxruntime
+
+    sessions = {}
+    for level in LEVELS:
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                    attribute.i = level
+        path = folder / f"level-{level}.onnx"
+        onnx.save(model, path)
+        sessions[level] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(0, 150_000, (BATCH, SIZE))
+    seconds: dict[int, list[float]] = {level: [] for level in LEVELS}
+    vectors = {level: _run(session, ids) for level, session in sessions.items()}
+    for _ in range(ROUNDS):
+        for level, session in sessions.items():
+            began = time.perf_counter()
+            _run(session, ids)
+            seconds[level].append(time.perf_counter() - began)
+    found = {}
+    for level, session in sessions.items():
+        alone = np.concatenate([_run(session, row[None, :]) for row in ids])
+        found[str(level)] = {
+            "tokens_per_second": round(ids.size / median(seconds[level]), 1),
+            "minimum_cosine": float((vectors[level] * vectors[LEVELS[0]]).sum(axis=1).min()),
+            "alone_to_batch": float(np.abs(alone - vectors[level]).max()),
+        }
+    return found
+
+
+def _run(session: Any, ids: np.ndarray) -> np.ndarray:
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return np.asarray(session.run(None, feeds)[0])
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compare(Path(sys.argv[1]))))

@@ -1,0 +1,135 @@
+"""Where the time of an int8 graph goes, operator by operator.
+
+Beside it stands the fastest that this machine multiplies.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import CACHE, checkpoint
+from .inference import export_ours
+from .machine import RESULTS, print_table, save
+from .process import run
+
+SHAPES = ((1, 32), (8, 128), (1, 512))
+RUNS = 6
+# A square product that fills the cores, and each product of the graph is one like it.
+PEAK_SIZE = 2048
+PRODUCTS = "MatMulIntegerToFloat"
+
+
+def of_int8(results: Path = RESULTS) -> None:
+    """Share of each operator at each shape, in the fastest of some runs."""
+    source = checkpoint("0.6b")
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        folder = Path(temporary)
+        export_ours(source, folder, "int8")
+        command = [sys.executable, "-m", "benchmarks.profile", str(folder / "int8")]
+        figures = json.loads(run(command).output.splitlines()[-1])
+    for shape, each in figures["shapes"].items():
+        print_table(
+            [f"{shape}, {each['milliseconds']} ms", "ms", "share"],
+            [[name, ms, f"{ms / each['nodes_ms']:.1%}"] for name, ms in each["operators"].items()],
+        )
+    print_table(["product", "10^12 operations/s"], [[*each] for each in figures["peak"].items()])
+    save("profile-0.6b-int8", figures, results)
+
+
+def _measure(folder: Path) -> dict[str, Any]:
+    from embedport.demo.samples import builtin_samples
+    from embedport.prompts import EmbeddingTokenizer
+
+    tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", 32768)
+    ids = np.concatenate(tokenizer.encode([each.text for each in builtin_samples()]).ids)
+    shapes = {
+        f"{batch}x{size}": _profile(
+            folder / "onnx" / "model.onnx", np.resize(ids, batch * size).reshape(batch, size)
+        )
+        for batch, size in SHAPES
+    }
+    return {"shapes": shapes, "peak": _peak()}
+
+
+def _profile(graph: Path, ids: np.ndarray) -> dict[str, Any]:
+    """Milliseconds of each operator in the fastest run."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(graph.with_name("profile"))
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for _ in range(RUNS):
+        session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    runs = [event for event in events if event["name"] == "model_run"]
+    best = min(runs, key=lambda event: event["dur"])
+    operators: Counter[str] = Counter()
+    for event in events:
+        inside = best["ts"] <= event["ts"] <= best["ts"] + best["dur"]
+        if inside and event["name"].endswith("_kernel_time"):
+            operators[event["args"]["op_name"]] += event["dur"]
+    return {
+        "milliseconds": round(best["dur"] / 1000, 1),
+        "tokens_per_second": round(ids.size / best["dur"] * 1e6, 1),
+        "nodes_ms": round(operators.total() / 1000, 1),
+        "products_share": round(operators[PRODUCTS] / best["dur"], 3),
+        "operators": {name: round(us / 1000, 1) for name, us in operators.most_common()},
+    }
+
+
+def _peak() -> dict[str, float]:
+    """The fastest square product of each kind in onnxruntime, in 10^12 operations a second."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    size = PEAK_SIZE
+    generator = np.random.default_rng(0)
+    int8 = numpy_helper.from_array(generator.integers(-127, 127, (size, size), np.int8), "b")
+    fp32 = numpy_helper.from_array(generator.standard_normal((size, size), np.float32), "b")
+    one = numpy_helper.from_array(np.array(1, np.float32), "one")
+    zero = numpy_helper.from_array(np.array(128, np.uint8), "zero")
+    cases = {
+        "uint8 x int8": (PRODUCTS, ["a", "b", "one", "one", "zero"], TensorProto.UINT8, int8),
+        "fp32": ("MatMul", ["a", "b"], TensorProto.FLOAT, fp32),
+    }
+    found = {}
+    for name, (op_type, inputs, dtype, weights) in cases.items():
+        domain = "com.microsoft" if op_type == PRODUCTS else ""
+        graph = helper.make_graph(
+            [helper.make_node(op_type, inputs, ["y"], domain=domain)],
+            "product",
+            [helper.make_tensor_value_info("a", dtype, (size, size))],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, (size, size))],
+            [each for each in (weights, one, zero) if each.name in inputs],
+        )
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        feeds = {
+            "a": generator.integers(0, 255, (size, size)).astype(
+                helper.tensor_dtype_to_np_dtype(dtype)
+            )
+        }
+        seconds = []
+        for _ in range(10):
+            began = time.perf_counter()
+            session.run(None, feeds)
+            seconds.append(time.perf_counter() - began)
+        found[name] = round(2 * size**3 / min(seconds) / 1e12, 3)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(Path(sys.argv[1]))))
