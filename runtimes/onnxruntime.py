@@ -143,7 +143,9 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
 
 
 def _is_emulated(artifact: Artifact, device: str) -> bool:
-    return device == "cpu" and artifact.manifest.precision in ("fp16", "bf16")
+    graph = artifact.manifest.graph
+    assert graph is not None
+    return device == "cpu" and graph.arithmetic != "fp32"
 
 
 def _emulated(path: Path) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,13 +156,16 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
     """About how large an artifact's weights would be, by precision."""
-    from ..exporters.onnx.formats import QUANTIZED, plan_formats
+    from ..exporters.onnx.formats import FP8, QUANTIZED, plan_formats
     from ..exporters.onnx.precision import FLOAT, PRECISIONS, Precision, weight_bytes
 
     precisions = PRECISIONS | {
         name: Precision(FLOAT, FLOAT, formats=plan_formats(spec, name, dialect="ort"))
         for name in QUANTIZED
+        if name != FP8
     }
+    float8 = plan_formats(spec, FP8, dialect="standard")
+    precisions[FP8] = replace(PRECISIONS["bf16"], formats=float8)
     return {name: weight_bytes(spec, each) for name, each in precisions.items()}
 
 
