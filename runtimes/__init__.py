@@ -8,8 +8,9 @@ from ..artifact import Artifact
 from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
 from .embedder import Embedder
-from .onnxruntime import OnnxModel
+from .onnxruntime import OnnxModel, check_device
 from .reranker import Ranked, Reranker
+from .tensorrt import TensorRTModel
 
 __all__ = ["Embedder", "Ranked", "Reranker", "load"]
 
@@ -22,7 +23,8 @@ def load(
     Args:
         folder: The artifact's folder.
         device: "cpu", "cuda", "tensorrt", or "auto" for CUDA where it works and else the CPU;
-            the result's `device` says which it got.
+            the result's `device` says which it got. An artifact with a TensorRT engine runs on
+            the GPU it was built for, or its graph on the CPU if that is asked for.
         max_length: Tokens after which a text is cut; the artifact's own by default.
 
     Returns:
@@ -43,8 +45,16 @@ def load(
     tokenizer_file = artifact.folder / "tokenizer.json"
     if manifest.task == "embedding":
         tokenizer = EmbeddingTokenizer(tokenizer_file, max_length)
-        model = OnnxModel(artifact, device)
+        model = _open_model(artifact, device)
         return Embedder(artifact, model, tokenizer, device=model.device)
     pair_tokenizer = RerankerTokenizer(tokenizer_file, max_length)
-    model = OnnxModel(artifact, device)
+    model = _open_model(artifact, device)
     return Reranker(artifact, model, pair_tokenizer, device=model.device)
+
+
+def _open_model(artifact: Artifact, device: str) -> OnnxModel | TensorRTModel:
+    # An artifact with an engine has the engine's graph too, which runs on a CPU.
+    if artifact.manifest.engine is None or device == "cpu":
+        return OnnxModel(artifact, device)
+    check_device(device)
+    return TensorRTModel(artifact)

@@ -97,10 +97,19 @@ def _pool(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
-    ort = require("onnxruntime", "cpu")
+def check_device(device: str) -> None:
+    """Refuse a device that there is not.
+
+    Raises:
+        InputError: With those that there are.
+    """
     if device not in (*PROVIDERS, "auto"):
         raise InputError(f"device should be auto, {', '.join(PROVIDERS)}; found {device!r}")
+
+
+def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
+    check_device(device)
+    ort = require("onnxruntime", "cpu")
     available = ort.get_available_providers()
     if device == "auto":
         if PROVIDERS["cuda"] in available:

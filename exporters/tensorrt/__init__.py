@@ -1,5 +1,6 @@
 """TensorRT engines, built from graphs of the standard dialect."""
 
-from .export import export_tensorrt
+from .build import obstacle
+from .export import PROFILES, export_tensorrt
 
-__all__ = ["export_tensorrt"]
+__all__ = ["PROFILES", "export_tensorrt", "obstacle"]

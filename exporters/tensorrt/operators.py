@@ -107,8 +107,8 @@ def _quantized_reasons(node: ir.Node, kind: str) -> Iterator[str]:
     if block and kind not in BLOCKED:
         yield f"{node.op_type} of {kind} has blocks, which TensorRT knows of {', '.join(BLOCKED)}"
     if block and data.const_value is not None:
-        size = data.const_value.shape[node.attributes.get_int("axis", 1)]
-        if int(size) % block:
+        size = data.const_value.shape.numpy()[node.attributes.get_int("axis", 1)]
+        if size % block:
             yield f"blocks of {block} do not divide the {size} inputs of {data.name}"
     if kind == "INT4" and block not in INT4_BLOCKS:
         yield f"{node.op_type} of INT4 should have blocks of 64 or 128, found {block or 'none'}"

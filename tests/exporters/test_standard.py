@@ -50,12 +50,13 @@ def test_types_are_what_strict_inference_finds(loaded, name, task):
     graph = loaded(name, task).artifact.graph
     onnx.checker.check_model(graph, full_check=True)
     model = onnx.load(graph, load_external_data=False)
-    declared = {value.name: value.dtype for node in ir.load(graph).graph for value in node.outputs}
+    nodes = ir.load(graph).graph
+    declared = {value.name: value.dtype for node in nodes for value in node.outputs}
     del model.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     values = [*inferred.graph.value_info, *inferred.graph.output]
     found = {value.name: value.type.tensor_type.elem_type for value in values}
-    assert found == {name: dtype.value for name, dtype in declared.items()}
+    assert {name: ir.DataType(kind) for name, kind in found.items()} == declared
 
 
 @pytest.mark.parametrize("name", VARIANTS)
