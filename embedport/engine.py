@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Profile:
 
 
 def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
-    """The number of the profile whose tuned shape is nearest in tokens to a batch that it takes.
+    """The number of the profile for a batch: least padding, then the tuned shape nearest in tokens.
 
     Raises:
         InputError: The batch is too large for all of them.
@@ -76,11 +77,11 @@ def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
         )
     area = rows * tokens
 
-    def distance(i: int) -> float:
-        opt = profiles[i].opt[0] * profiles[i].opt[1]
-        return max(opt / area, area / opt)
+    def cost(i: int) -> tuple[int, float]:
+        opt = math.prod(profiles[i].opt)
+        return math.prod(profiles[i].padded(rows, tokens)), max(opt / area, area / opt)
 
-    return min(taken, key=distance)
+    return min(taken, key=cost)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import numpy as np
 from ..errors import require
 from ..gpu import call
 
-
 FREE = {"cudaMalloc": "cudaFree", "cudaMallocHost": "cudaFreeHost"}
 
 
