@@ -31,7 +31,7 @@ class Cuda(ModuleType):
     cudaMemcpyKind = enum.Enum(
         "cudaMemcpyKind", ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"]
     )
-    cudaStreamCaptureMode = enum.Enum("Mode", ["cudaStreamCaptureModeThreadLocal"])
+    cudaStreamCaptureMode = enum.Enum("cudaStreamCaptureMode", ["cudaStreamCaptureModeThreadLocal"])
 
     def __init__(self):
         super().__init__("cuda.bindings.runtime")
@@ -149,7 +149,9 @@ class TensorRT(ModuleType):
     HardwareCompatibilityLevel = enum.Enum(
         "HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"]
     )
-    ExecutionContextAllocationStrategy = enum.Enum("Strategy", ["USER_MANAGED"])
+    ExecutionContextAllocationStrategy = enum.Enum(
+        "ExecutionContextAllocationStrategy", ["USER_MANAGED"]
+    )
     IAttentionInputLayer = IAttentionInputLayer
     IProgressMonitor = IProgressMonitor
     Dims = tuple
@@ -374,3 +376,8 @@ def attention_layers():
     return lambda network: [
         each for each in network.layers if isinstance(each, IAttentionInputLayer)
     ]
+
+
+@pytest.fixture
+def load():
+    return embedport.load

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-import embedport
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.errors import ArtifactError, DeviceError, InputError, MissingPackageError
 from embedport.runtimes import tensorrt as adapter
@@ -12,10 +11,10 @@ TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PROFILES = ["1x1:1x8:2x512", "4x16:8x64:16x512"]
 
 
-def test_embedder(build, graphs):
+def test_embedder(build, graphs, load):
     artifact, trt = build(profiles=PROFILES)
-    embedder = embedport.load(artifact.folder, max_length=512)
-    expected = embedport.load(graphs().folder, device="cpu", max_length=512)
+    embedder = load(artifact.folder, max_length=512)
+    expected = load(graphs().folder, device="cpu", max_length=512)
     assert (embedder.device, embedder.model.precision) == ("cuda", "fp32")
     for batch_tokens in (64, 4096):
         vectors = embedder.encode(TEXTS, batch_tokens=batch_tokens)
@@ -23,18 +22,18 @@ def test_embedder(build, graphs):
     assert {profile for profile, _ in trt.shapes} == {0, 1}
 
 
-def test_reranker(build, graphs):
+def test_reranker(build, graphs, load):
     artifact, _ = build("reranker", profiles=PROFILES)
     pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
-    expected = embedport.load(graphs("reranker").folder, device="cpu", max_length=512).score(pairs)
-    scores = embedport.load(artifact.folder, max_length=512).score(pairs)
+    expected = load(graphs("reranker").folder, device="cpu", max_length=512).score(pairs)
+    scores = load(artifact.folder, max_length=512).score(pairs)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_shapes(build):
+def test_shapes(build, load):
     """Padded to a multiple of eight and to the profile's least; cut into parts beyond its most."""
     artifact, trt = build(profiles=PROFILES)
-    model = embedport.load(artifact.folder).model
+    model = load(artifact.folder).model
     ids = np.ones((1, 5), np.int64)
     for rows, tokens, shapes in [
         (1, 5, [(0, (1, 8))]),
@@ -48,18 +47,18 @@ def test_shapes(build):
         assert trt.shapes == shapes
 
 
-def test_padding_on_the_left(build):
+def test_padding_on_the_left(build, load):
     artifact, _ = build(profiles=PROFILES)
-    model = embedport.load(artifact.folder).model
+    model = load(artifact.folder).model
     ids = np.arange(10, 17)[None]
     left = np.pad(ids, ((0, 0), (4, 0)))
     expected = model(ids, np.ones_like(ids))
     np.testing.assert_allclose(model(left, (left > 0).astype(np.int64)), expected, atol=1e-6)
 
 
-def test_repeated_shapes_become_graphs(build, cuda):
+def test_repeated_shapes_become_graphs(build, cuda, load):
     artifact, trt = build(profiles=PROFILES)
-    model = embedport.load(artifact.folder).model
+    model = load(artifact.folder).model
     generator = np.random.default_rng(0)
     for run in range(6):
         ids = generator.integers(5, 200, (2, 8))
@@ -73,10 +72,10 @@ def test_repeated_shapes_become_graphs(build, cuda):
     assert cuda.launches == 6 - adapter.REPEATS
 
 
-def test_no_more_graphs_than_that(build, cuda, monkeypatch):
+def test_no_more_graphs_than_that(build, cuda, monkeypatch, load):
     monkeypatch.setattr(adapter, "MAX_GRAPHS", 1)
     artifact, _ = build(profiles=PROFILES)
-    model = embedport.load(artifact.folder).model
+    model = load(artifact.folder).model
     for tokens in (8, 16):
         for _ in range(adapter.REPEATS + 2):
             ids = np.ones((1, tokens), np.int64)
@@ -84,9 +83,9 @@ def test_no_more_graphs_than_that(build, cuda, monkeypatch):
     assert cuda.launches == 2
 
 
-def test_what_cannot_be_captured_runs_all_the_same(build, cuda, monkeypatch, caplog):
+def test_what_cannot_be_captured_runs_all_the_same(build, cuda, monkeypatch, caplog, load):
     artifact, _ = build(profiles=PROFILES)
-    model = embedport.load(artifact.folder).model
+    model = load(artifact.folder).model
     context = type(model._contexts[0])
     run = context.execute_async_v3
     monkeypatch.setattr(
@@ -100,71 +99,71 @@ def test_what_cannot_be_captured_runs_all_the_same(build, cuda, monkeypatch, cap
         np.testing.assert_array_equal(each, results[0])
 
 
-def test_memory_is_given_back(build, cuda):
+def test_memory_is_given_back(build, cuda, load):
     artifact, _ = build(profiles=PROFILES)
     before = len(cuda._memory)
-    embedder = embedport.load(artifact.folder)
+    embedder = load(artifact.folder)
     assert len(cuda._memory) == before + 7  # two inputs and the output twice, the scratch
     del embedder
     assert len(cuda._memory) == before
 
 
-def test_too_long(build):
+def test_too_long(build, load):
     artifact, _ = build(profiles=["1x1:1x8:2x64"])
-    embedder = embedport.load(artifact.folder)
+    embedder = load(artifact.folder)
     assert embedder.encode([TEXTS[0] * 50]).shape == (1, 64)  # cut to what the engine takes
-    embedder = embedport.load(artifact.folder, max_length=100)
+    embedder = load(artifact.folder, max_length=100)
     with pytest.raises(InputError, match="100 tokens is longer than the 64 that the engine was"):
         embedder.encode([TEXTS[0] * 50])
 
 
-def test_another_machine(build, cuda, tensorrt):
+def test_another_machine(build, cuda, tensorrt, load):
     artifact, _ = build()
     cuda.device = ("Fake A100", (8, 0))
     with pytest.raises(DeviceError, match=r"model.plan: the engine was built on Fake H100 .*A100"):
-        embedport.load(artifact.folder)
+        load(artifact.folder)
     cuda.device = ("Fake H100", (9, 0))
     tensorrt("11.2.0.1")
     with pytest.raises(DeviceError, match=r"TensorRT 11.1.0.106; here is 11.2.0.1: build it here"):
-        embedport.load(artifact.folder)
+        load(artifact.folder)
     cuda.device = None
     with pytest.raises(DeviceError, match="no GPU can be used here"):
-        embedport.load(artifact.folder)
+        load(artifact.folder)
 
 
-def test_without_tensorrt(build, monkeypatch, graphs):
+def test_without_tensorrt(build, monkeypatch, graphs, load):
     artifact, _ = build()
     monkeypatch.undo()
     with pytest.raises(MissingPackageError, match="tensorrt is not installed: pip install"):
-        embedport.load(artifact.folder)
-    vectors = embedport.load(artifact.folder, device="cpu").encode(TEXTS)
-    expected = embedport.load(graphs().folder, device="cpu").encode(TEXTS)
+        load(artifact.folder)
+    vectors = load(artifact.folder, device="cpu").encode(TEXTS)
+    expected = load(graphs().folder, device="cpu").encode(TEXTS)
     np.testing.assert_array_equal(vectors, expected)
 
 
-def test_version_compatible_engines_may_run_their_code(build, tensorrt):
+def test_version_compatible_engines_may_run_their_code(build, tensorrt, load):
     artifact, _ = build(version_compatible=True)
     later = tensorrt("11.4.0.1")
     runtimes = []
     make = later.Runtime
     later.Runtime = lambda logger: runtimes.append(make(logger)) or runtimes[-1]
-    embedport.load(artifact.folder)
+    load(artifact.folder)
     assert [each.engine_host_code_allowed for each in runtimes] == [True]
 
 
-def test_tensorrt_does_not_take_the_engine(build, tensorrt):
+def test_tensorrt_does_not_take_the_engine(build, tensorrt, load):
     artifact, trt = build()
     runtime = type(trt.Runtime(None))
     take = runtime.deserialize_cuda_engine
     runtime.deserialize_cuda_engine = lambda self, plan: None
     try:
         with pytest.raises(ArtifactError, match=r"11.1.0.106 does not take the engine"):
-            embedport.load(artifact.folder)
+            load(artifact.folder)
     finally:
         runtime.deserialize_cuda_engine = take
 
 
-def test_no_such_device(build):
+def test_no_such_device(build, load):
     artifact, _ = build()
     with pytest.raises(InputError, match="device should be auto, cpu, cuda, tensorrt"):
-        embedport.load(artifact.folder, device="tpu")
+        load(artifact.folder, device="tpu")

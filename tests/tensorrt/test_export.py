@@ -115,7 +115,7 @@ class TestWithoutAnEngine:
     """The stubs of TensorRT are installed here, and TensorRT is not."""
 
     def test_why(self, cuda, tensorrt):
-        assert "tensorrt is not installed" in obstacle()
+        assert "tensorrt is not installed" in str(obstacle())
         tensorrt()
         assert obstacle() is None
         cuda.device = None
@@ -131,6 +131,7 @@ class TestWithoutAnEngine:
         manifest = artifact.manifest
         assert (manifest.format, manifest.precision) == ("onnx", precision)
         assert manifest.engine is None
+        assert manifest.graph is not None
         assert manifest.graph.arithmetic == ("fp16" if precision == "fp16" else "bf16")
         assert "engine/model.plan" not in manifest.files
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
