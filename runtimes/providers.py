@@ -19,7 +19,7 @@ PROVIDERS = {
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 # Of shapes and positions, which onnxruntime leaves on the CPU on purpose.
 BOOKKEEPING = frozenset(
-    [
+    {
         "Add",
         "ArgMax",
         "Cast",
@@ -41,7 +41,7 @@ BOOKKEEPING = frozenset(
         "Squeeze",
         "Sub",
         "Unsqueeze",
-    ]
+    }
 )
 # The part of the graph in which positions are made, cosines and sines too.
 POSITIONS = "inputs/"

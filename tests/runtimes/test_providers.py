@@ -104,18 +104,20 @@ class Session:
 
 
 @pytest.fixture
-def with_cuda(monkeypatch):
+def with_cuda(made, monkeypatch):
+    """Its folder, in an onnxruntime with CUDA; made without."""
+    folder = made("int8", "ort").folder
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return folder
 
 
-def test_a_graph_that_cuda_has_no_kernels_for(made, with_cuda, caplog):
-    folder = made("int8", "ort").folder
+def test_a_graph_that_cuda_has_no_kernels_for(with_cuda, caplog):
     with pytest.raises(
         DeviceError, match=r"layers.0/MatMulIntegerToFloat_7 .*would run on the CPU"
     ):
-        embedport.load(folder, device="cuda")
+        embedport.load(with_cuda, device="cuda")
     with caplog.at_level(logging.WARNING):
-        assert embedport.load(folder, device="auto").device == "cpu"
+        assert embedport.load(with_cuda, device="auto").device == "cpu"
     assert "CUDA has no kernels for layers.0/MatMulIntegerToFloat_7" in caplog.text
