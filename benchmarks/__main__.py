@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import backend, checkpoints, export, inference, outliers, parity, retrieval
+from . import backend, checkpoints, export, gpu, inference, outliers, parity, retrieval
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -92,6 +92,12 @@ def _checkpoints(
 def _parity() -> None:
     """Parity at the 0.6B geometry."""
     parity.against_transformers()
+
+
+@app.command("gpu")
+def _gpu(checkpoint: Checkpoint = None, out: Path = gpu.RESULTS) -> None:
+    """Every path on this machine's GPU; writes docs/gpu-results.json."""
+    gpu.all_paths(checkpoint, out)
 
 
 @app.command("backend")
