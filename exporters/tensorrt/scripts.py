@@ -88,7 +88,8 @@ PROFILES = {shapes!r}
 INPUTS = ("input_ids", "attention_mask")
 MIN_COSINE, MAX_DIFFERENCE = {min_cosine}, {max_difference}
 
-check = np.load(HERE / "check.npz")
+with np.load(HERE / "check.npz") as file:
+    check = dict(file)
 expected = check[{output!r}]
 profiles = []
 for shapes in PROFILES:

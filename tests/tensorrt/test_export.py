@@ -136,7 +136,8 @@ class TestWithoutAnEngine:
         assert "engine/model.plan" not in manifest.files
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
         embedder = embedport.load(tmp_path / "out")
-        check = np.load(tmp_path / "out" / "engine" / "check.npz")
+        with np.load(tmp_path / "out" / "engine" / "check.npz") as file:
+            check = dict(file)
         found = embedder.model(check["input_ids"], check["attention_mask"])
         np.testing.assert_allclose(found, check["sentence_embedding"], atol=0.02)
 
