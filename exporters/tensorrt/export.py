@@ -27,7 +27,7 @@ from ...manifest import MANIFEST, GraphRecord, Manifest
 from ...prompts import DEFAULT_INSTRUCTION, EmbeddingTokenizer, RerankerTokenizer
 from ...spec import Task
 from ..onnx.dialects import find_dialect
-from ..onnx.export import export_onnx
+from ..onnx.export import PACKAGES, export_onnx
 from ..onnx.formats import FP8, QUANTIZED
 from ..onnx.verify import verify_graph
 from ..provenance import Progress, counted, versions
@@ -40,7 +40,6 @@ PLAN = "engine/model.plan"
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
 # Few texts, short or long; and many.
 PROFILES = ("1x1:1x32:8x8192", "1x1:32x128:256x512")
-PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 # What the check wants of the engine: 16-bit arithmetic in another order, and 8 or 4 bits on top.
 MIN_COSINE, MAX_DIFFERENCE = 0.999, 0.005
 

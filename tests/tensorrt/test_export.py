@@ -237,3 +237,16 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
 def artifacts_of_other_dialects(tmp_path_factory, checkpoints):
     folder = tmp_path_factory.mktemp("ort") / "artifact"
     return embedport.export(checkpoints("blocks"), folder, dialect="ort").folder
+
+
+def test_inspect(build, capsys, monkeypatch):
+    from embedport.cli import main
+
+    artifact, _ = build(profiles=PROFILES)
+    monkeypatch.setattr(sys, "argv", ["embedport", "inspect", str(artifact.folder)])
+    with pytest.raises(SystemExit):
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "engine/model.plan: TensorRT 11.1.0.106 on Fake H100; batches 1x1:2x8:4x64, 2x16" in shown
+    )
