@@ -19,11 +19,11 @@ WAYS = {
     "bnb-int8": ["--method", "bnb-int8"],
     "bnb-nf4": ["--method", "bnb-nf4"],
     "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
-    "gptq, 4 bits": ["--method", "gptq"],
-    "gptq, 8 bits": ["--method", "gptq", "--bits", "8"],
-    "awq": ["--method", "awq"],
     "w8a8": ["--method", "w8a8"],
     "fp8": ["--method", "fp8"],
+    "awq": ["--method", "awq"],
+    "gptq, 4 bits": ["--method", "gptq"],
+    "gptq, 8 bits": ["--method", "gptq", "--bits", "8"],
 }
 # A folder of the 0.6B geometry, and what GPTQ and AWQ keep of its layers meanwhile.
 NEEDED_BYTES = 4_000_000_000

@@ -41,7 +41,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         f"# {name}\n\n"
         f"{kinds[manifest.format]} of a Qwen3 {manifest.task} model by embedport.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
-        f"## Run it\n\n{_usage(manifest, name)}\n"
+        f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )
 
@@ -69,6 +69,10 @@ def _engine_rows(engine: EngineRecord) -> dict[str, str]:
         "GPU": f"{engine.device}{elsewhere[engine.hardware_compatible]}",
         "Batches": ", ".join(f"`{each}`" for each in engine.profiles),
     }
+
+
+def _serving(manifest: Manifest) -> str:
+    return "\nIn vLLM: [vllm.md](vllm.md).\n" if "vllm.md" in manifest.files else ""
 
 
 def _usage(manifest: Manifest, name: str) -> str:

@@ -100,10 +100,10 @@ def quantize(
         }
         typer.echo(json.dumps(facts))
     else:
-        _print(artifact, seconds)
+        _print(artifact, checkpoint, seconds)
 
 
-def _print(artifact: Artifact, seconds: float) -> None:
+def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
     from rich.text import Text
 
     manifest, console = artifact.manifest, stdout_console()
@@ -114,5 +114,9 @@ def _print(artifact: Artifact, seconds: float) -> None:
         Text.assemble((str(artifact.folder), "bold"), f": {facts}"),
         soft_wrap=True,
     )
-    guide = shlex.quote(str(artifact.folder / "vllm.md"))
-    console.print(f"To serve it: {guide}", soft_wrap=True)
+    console.print("Next:")
+    folder = shlex.quote(str(artifact.folder))
+    console.print(
+        f"  embedport validate {folder} --reference {shlex.quote(checkpoint)}", soft_wrap=True
+    )
+    console.print(f"With vLLM: see {artifact.folder / 'vllm.md'}", soft_wrap=True)

@@ -52,6 +52,7 @@ def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
     path = spec.source.folder / "tokenizer.json"
     return values | {
         "architectures": [CLASSIFIER],
+        "num_labels": 1,
         "id2label": {"0": "yes"},
         "label2id": {"yes": 0},
         "pad_token_id": token_id(load_tokenizer(path), END_OF_TEXT, path),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...errors import CheckpointError
 from ...quantize.balance import balanced
 from ...quantize.hqq import quantize_hqq
 from ...quantize.rtn import quantize_rtn
@@ -54,7 +55,7 @@ def carry_out(
     formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
 
     def read(source: WeightSource, name: str) -> np.ndarray:
-        return source.read_fp32(f"{name}.weight")
+        return check_finite(source, f"{name}.weight", source.read_fp32(f"{name}.weight"))
 
     match plan.name:
         case "gptq":
@@ -70,3 +71,18 @@ def carry_out(
             return weights, lambda name: fp8_parts(read(weights, name), scheme)
         case _:
             return weights, lambda name: bitsandbytes_parts(read(weights, name).astype(dtype), plan)
+
+
+def check_finite(source: WeightSource, name: str, values: np.ndarray) -> np.ndarray:
+    """Return values of a tensor, as read, rounded or quantized, if all are numbers.
+
+    Raises:
+        CheckpointError: Some are not.
+    """
+    # numpy does not count the floats that it lacks as floats.
+    if values.dtype.kind in "fV" and not np.isfinite(values.astype(np.float32)).all():
+        raise CheckpointError(
+            f"{source.spec.source.folder}: tensor {name} holds NaN or infinity, or becomes "
+            f"infinite in {values.dtype}; download the checkpoint again"
+        )
+    return values

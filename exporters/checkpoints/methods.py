@@ -42,8 +42,8 @@ class Method:
 
     @property
     def requires(self) -> str:
-        """The package that loads the result."""
-        return {"gptq": "gptqmodel"}.get(self.library, self.library)
+        """What loads the result."""
+        return READERS[self.library]
 
     @property
     def is_calibrated(self) -> bool:
@@ -51,6 +51,11 @@ class Method:
         return self.algorithm in ("gptq", "awq")
 
 
+READERS = {
+    "bitsandbytes": "transformers with bitsandbytes, vLLM, or embedport",
+    "gptq": "GPTQModel, vLLM, or embedport",
+    "compressed-tensors": "transformers with compressed-tensors, vLLM, or embedport",
+}
 # None has zero points: servers' fast kernels take none, AutoGPTQ's format cannot store one of 0,
 # and transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
 METHODS = {

@@ -28,7 +28,7 @@ from ..onnx.recipe import Recipe
 from ..onnx.texts import reranker_head, tokenize_samples
 from ..provenance import Progress, counted, source_record, versions
 from .config import FORMS, Form, checkpoint_config, gptq_config
-from .matrices import Quantize, carry_out
+from .matrices import Quantize, carry_out, check_finite
 from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
 from .serving import write_serving_files
 from .shards import ShardWriter
@@ -169,7 +169,7 @@ def _write_tensors(
             matrix = name.removesuffix(".weight")
             if matrix in quantized:
                 for part, tensor in quantize(matrix).items():
-                    shards.add(f"{prefix}{matrix}.{part}", _finite(spec, name, tensor))
+                    shards.add(f"{prefix}{matrix}.{part}", check_finite(source, name, tensor))
                     written.add(f"{prefix}{matrix}.{part}")
                 continue
             is_head = name in HEADS
@@ -181,7 +181,7 @@ def _write_tensors(
             written.add(stored)
         if form == "sequence-classification":
             row = reranker_head(source).T.astype(numpy_dtype(plan.dtype))
-            shards.add(HEADS[1], _finite(spec, HEADS[1], row))
+            shards.add(HEADS[1], check_finite(source, HEADS[1], row))
             written.add(HEADS[1])
     found = read_headers(folder).keys()
     if found != written:
@@ -196,16 +196,7 @@ def _pieces(
     step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
     for start in range(0, shape[0], step):
         rows = source.read_fp32(name, slice(start, min(start + step, shape[0])))
-        yield _finite(source.spec, name, rows.astype(dtype))
-
-
-def _finite(spec: ModelSpec, name: str, values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "fV" and not np.isfinite(values.astype(np.float32)).all():
-        raise CheckpointError(
-            f"{spec.source.folder}: tensor {name} holds NaN or infinity, or becomes infinite in "
-            f"{values.dtype}; download the checkpoint again"
-        )
-    return values
+        yield check_finite(source, name, rows.astype(dtype))
 
 
 def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:

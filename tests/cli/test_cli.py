@@ -96,6 +96,23 @@ class TestExport:
         assert (graph.output, graph.outputs) == ("hidden", ("last_hidden_state",))
 
 
+class TestQuantize:
+    def test_json(self, run, checkpoints, tmp_path):
+        command = ("quantize", checkpoints("kv8", "reranker"), "-o", tmp_path / "out", "--json")
+        code, out, err = run(*command, "--method", "w8a8", "--form", "sequence-classification")
+        assert (code, err) == (0, "")
+        facts = json.loads(out)
+        assert (facts["task"], facts["method"]) == ("reranker", "w8a8")
+        assert facts["bytes"] == embedport.Artifact.open(tmp_path / "out").size
+
+    def test_wrong_request(self, run, checkpoints, tmp_path):
+        command = ("quantize", checkpoints("kv8"), "-o", tmp_path / "out", "--method")
+        code, out, err = run(*command, "w4")
+        assert (code, out) == (2, "")
+        assert "method should be one of bnb-int8, bnb-nf4" in err
+        assert err.count("\n") == 1
+
+
 class TestEncode:
     def test_arguments_as_json(self, run, folders):
         code, out, _ = run("encode", folders / "embedding", *TEXTS, "--prompt", "query")
@@ -318,7 +335,8 @@ class TestInspect:
         facts = json.loads(run("inspect", folder, "--json")[1])
         assert facts["quantization"]["precision"] == "w8a8"
         assert facts["weights"]["dtypes"] == ["BF16", "I8"]
-        assert "quantized by compressed-tensors: w8a8" in run("inspect", folder)[1]
+        words = " ".join(run("inspect", folder)[1].split())
+        assert "quantized by compressed-tensors: w8a8" in words
 
     def test_damage(self, run, folders, copied):
         folder = copied(folders / "embedding")
@@ -371,7 +389,7 @@ class TestErrors:
         ("arguments", "message"),
         [
             (["encode", "nowhere", "text"], "nowhere: no such folder"),
-            (["encode", "{here}", "text"], "is not an artifact"),
+            (["encode", "{here}", "text"], "is neither an artifact nor a checkpoint"),
             (["encode", "{embedding}", "a", "--device", "cuda"], "has no CUDAExecutionProvider"),
             (["encode", "{embedding}", "a", "--prompt", "qurey"], "no prompt is named 'qurey'"),
             (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
@@ -436,7 +454,8 @@ class TestErrors:
             code, _, err = run(*arguments)
             assert code == 2
             assert "Traceback" in err
-            assert err.endswith("embedport: nowhere: no such folder\n")
+            last = "nowhere: no such folder, and not a hub id of the form owner/name"
+            assert err.endswith(f"embedport: {last}\n")
 
     def test_a_bug_is_called_one(self, run, folders, monkeypatch):
         from embedport import runtimes

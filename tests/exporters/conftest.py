@@ -7,6 +7,8 @@ import pytest
 
 import embedport
 from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer
+from embedport.spec import DEFAULT_PROMPTS
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
@@ -91,3 +93,51 @@ def reference_states(checkpoints):
 def reference_vectors():
     """A function (checkpoint, rows) -> the reference's vectors, float32 [n, hidden_size]."""
     return lambda folder, rows: transformers_embeddings(folder, rows)[0]
+
+
+class Short:
+    """A few short texts and pairs, for tests that run the models of every method."""
+
+    texts = [text for text in TEXTS if 0 < len(text) < 200][:6]
+    pairs = [pair for pair in PAIRS if len(pair[1]) < 200][:6]
+
+    def file(self, task, folder):
+        """A calibration file of them."""
+        path = folder / "calibration.jsonl"
+        if task == "embedding":
+            rows = [{"text": text, "prompt": "query"} for text in self.texts]
+        else:
+            rows = [{"query": query, "document": document} for query, document in self.pairs]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def rows(self, folder, task):
+        """Their token ids, the texts as queries."""
+        path = folder / "tokenizer.json"
+        if task == "embedding":
+            return EmbeddingTokenizer(path, 4096).encode(self.texts, DEFAULT_PROMPTS["query"]).ids
+        return RerankerTokenizer(path, 4096).encode(self.pairs).ids
+
+
+@pytest.fixture(scope="session")
+def short():
+    return Short()
+
+
+@pytest.fixture(scope="session")
+def quantized(checkpoints, short, tmp_path_factory):
+    """A function (method, task, geometry, **options) -> the written folder, cached."""
+    made = {}
+
+    def make(method, task="embedding", geometry="kv8", **options):
+        key = (method, task, geometry, json.dumps(options))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("quantized")
+            if method in ("gptq", "awq"):
+                options["calibration"] = short.file(task, folder)
+            made[key] = embedport.quantize_checkpoint(
+                checkpoints(geometry, task), folder / f"{task}-{method}", method=method, **options
+            )
+        return made[key].folder
+
+    return make

@@ -31,7 +31,15 @@ def load(kind, folder):
     )
     problems = {key: sorted(map(str, value)) for key, value in info.items() if value}
     assert not problems, f"{folder}: {problems}"
-    return model.eval()
+    return in_fp32(model.eval())
+
+
+def in_fp32(model):
+    """bitsandbytes' checkpoints are loaded in their own dtype, whatever is asked for."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def vectors(folder, rows):
@@ -58,14 +66,17 @@ def sentence_vectors(folder, texts):
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-    return model.encode(texts, prompt_name="query", convert_to_tensor=True).float()
+    in_fp32(model[0].model)
+    return model.encode(texts, prompt_name="query", batch_size=1, convert_to_tensor=True).float()
 
 
 def cross_encoder_logits(folder, pairs):
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-    scores = model.predict([tuple(pair) for pair in pairs], convert_to_tensor=True)
+    in_fp32(model[0].model)
+    pairs = [tuple(pair) for pair in pairs]
+    scores = model.predict(pairs, batch_size=1, convert_to_tensor=True)
     return torch.logit(scores.double())
 
 
