@@ -4,7 +4,10 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PYTHON ?= python3
 RUN = $(UV) run --frozen
 
-.PHONY: demo test lint format bench
+# A GPU's packages (onnxruntime-gpu, tensorrt) are not in the lock file: see docs/gpu.md.
+GPU_PYTHON ?= $(RUN) python
+
+.PHONY: demo test lint format bench gpu
 
 demo: $(UV)
 	$(RUN) embedport demo
@@ -23,6 +26,10 @@ format: $(UV)
 
 bench: $(UV)
 	$(RUN) python -m benchmarks
+
+gpu: $(UV)
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m benchmarks gpu
 
 .tools/bin/uv:
 	PYTHONPATH= $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools uv

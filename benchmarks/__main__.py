@@ -11,6 +11,7 @@ from . import (
     backend,
     checkpoints,
     export,
+    gpu,
     inference,
     levels,
     openvino,
@@ -130,6 +131,12 @@ def _openvino(out: Out = RESULTS) -> None:
 def _parity() -> None:
     """Parity at the 0.6B geometry."""
     parity.against_transformers()
+
+
+@app.command("gpu")
+def _gpu(checkpoint: Checkpoint = None, out: Path = gpu.RESULTS) -> None:
+    """Every path on this machine's GPU; writes docs/gpu-results.json."""
+    gpu.all_paths(checkpoint, out)
 
 
 @app.command("backend")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .engine import EngineRecord
 from .manifest import GraphRecord, Manifest
 
 NOT_VALIDATED = "Not validated yet: `embedport validate {name} --reference {source}`"
@@ -22,6 +23,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         "Task": manifest.task,
         "Precision": manifest.precision,
         **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
+        **(_engine_rows(manifest.engine) if manifest.engine else {}),
         "Longest text": f"{manifest.max_length:,} tokens",
         "Runtime": manifest.requires,
         "Made with": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
@@ -30,10 +32,14 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         rows["Dimensions"] = str(manifest.embedding_dim)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     parity = parity_table or NOT_VALIDATED.format(name=name, source=source.id)
-    kind = "An ONNX export" if manifest.graph else "A quantized checkpoint"
+    kinds = {
+        "onnx": "An ONNX export",
+        "tensorrt": "A TensorRT engine",
+        "checkpoint": "A quantized checkpoint",
+    }
     return (
         f"# {name}\n\n"
-        f"{kind} of a Qwen3 {manifest.task} model by embedport.\n\n"
+        f"{kinds[manifest.format]} of a Qwen3 {manifest.task} model by embedport.\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
         f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
         f"## Parity with the reference\n\n{parity}\n"
@@ -47,6 +53,21 @@ def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
         **({"Kept in fp32": kept} if precision in ("fp16", "bf16") else {}),
         "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in graph.inputs),
         "Output": ", ".join(f"`{each}`" for each in graph.outputs),
+    }
+
+
+def _engine_rows(engine: EngineRecord) -> dict[str, str]:
+    major = engine.tensorrt.partition(".")[0]
+    versions = f" and later {major}.x" if engine.version_compatible else ""
+    elsewhere = {
+        "none": "",
+        "ampere+": ", and every GPU of Ampere or later",
+        "same-capability": ", and every GPU of that capability",
+    }
+    return {
+        "Engine": f"`{engine.path}`, TensorRT {engine.tensorrt}{versions}",
+        "GPU": f"{engine.device}{elsewhere[engine.hardware_compatible]}",
+        "Batches": ", ".join(f"`{each}`" for each in engine.profiles),
     }
 
 

@@ -62,7 +62,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise MissingPackageError(
             f"{module} is not installed: pip install 'embedport[{extra}]'"

@@ -64,7 +64,7 @@ def _record(path: Path) -> FileRecord:
     status = path.stat()
     identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     # A changed byte changes ctime even where mtime was set back.
-    stamp = _cache_folder() / f"{identity}-{status.st_ctime_ns}"
+    stamp = cache_folder("sha256") / f"{identity}-{status.st_ctime_ns}"
     with contextlib.suppress(OSError, ValueError):
         sha256 = stamp.read_text(encoding="ascii")
         if len(sha256) == 64:
@@ -78,6 +78,7 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(status.st_size, sha256)
 
 
-def _cache_folder() -> Path:
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "embedport" / "sha256"
+    return Path(base) / "embedport" / name

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .engine import EngineRecord
 from .errors import ArtifactError
 from .integrity import FileRecord
 from .spec import Task
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "embedport.json"
 
-Format = Literal["onnx", "checkpoint"]
+Format = Literal["onnx", "tensorrt", "checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class GraphRecord:
         inputs: Names of the inputs.
         outputs: Names of the outputs.
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
+        arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
     """
 
@@ -47,6 +49,7 @@ class GraphRecord:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     output: str
+    arithmetic: str
     kept_in_fp32: tuple[str, ...]
 
 
@@ -56,11 +59,12 @@ class Manifest:
 
     Attributes:
         task: "embedding" or "reranker".
-        format: "onnx", or "checkpoint" for safetensors in the hub's layout.
-        precision: Of a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", or "mixed"
-            where a recipe or a search decided for each matrix. Of a checkpoint: the method that
-            quantized it, "bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8" or "fp8"; or "fp32", "fp16"
-            or "bf16" if none did.
+        format: "onnx"; "tensorrt" for a graph with an engine built from it; or "checkpoint" for
+            safetensors in the hub's layout.
+        precision: Of a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "fp8", or
+            "mixed" where a recipe or a search decided for each matrix. Of a checkpoint: the method
+            that quantized it, "bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8" or "fp8"; or "fp32",
+            "fp16" or "bf16" if none did.
         graph: The graph; None in a checkpoint.
         embedding_dim: Width of a vector; None for a reranker.
         hidden_size: Width of the model.
@@ -73,6 +77,7 @@ class Manifest:
         requires: Runtime package and its lowest version.
         versions: Packages that made the artifact.
         files: Relative path to size and sha256, of every file but the manifest and the card.
+        engine: The engine of the format "tensorrt".
         recipe: How the matrices are quantized, and on what that was calibrated; None if they
             are not.
         ranges: Width of vectors to the smallest and largest of each value, for vectors in 8 bits;
@@ -95,6 +100,7 @@ class Manifest:
     requires: str
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    engine: EngineRecord | None = None
     recipe: Mapping[str, Any] | None = None
     ranges: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
@@ -132,21 +138,26 @@ class Manifest:
         if values.keys() != known:
             odd = ", ".join(sorted(values.keys() ^ known))
             raise ArtifactError(f"{path}: missing or unknown keys: {odd}")
-        if values["format"] not in get_args(Format) or (values["format"] == "onnx") != bool(
-            values["graph"]
-        ):
+        if values["format"] not in get_args(Format):
             raise ArtifactError(
-                f"{path}: format should be 'onnx', with a graph, or 'checkpoint', without; found "
-                f"{values['format']!r} and the graph {values['graph']!r}"
+                f"{path}: format should be one of {', '.join(get_args(Format))}, found "
+                f"{values['format']!r}"
             )
+        for record, having in (("graph", ("onnx", "tensorrt")), ("engine", ("tensorrt",))):
+            if bool(values[record]) != (values["format"] in having):
+                raise ArtifactError(
+                    f"{path}: format {values['format']!r} does not go with {record} "
+                    f"{values[record]!r}"
+                )
         try:
             values["graph"] = values["graph"] and _read_graph(values["graph"])
+            values["engine"] = values["engine"] and EngineRecord.from_json(values["engine"])
             values["source"] = SourceRecord(**values["source"])
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
-        graph = [values["graph"].path] if values["graph"] else []
-        for name in (*graph, *values["files"]):
+        parts = [values[each].path for each in ("graph", "engine") if values[each]]
+        for name in (*parts, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
         return cls(**values)

@@ -9,10 +9,11 @@ from ..artifact import Artifact
 from ..errors import InputError
 from .checkpoints import quantize_checkpoint
 from .onnx import export_onnx
+from .tensorrt import export_tensorrt
 
-__all__ = ["export", "export_onnx", "quantize_checkpoint"]
+__all__ = ["export", "export_onnx", "export_tensorrt", "quantize_checkpoint"]
 
-FORMATS = {"onnx": export_onnx}
+FORMATS = {"onnx": export_onnx, "tensorrt": export_tensorrt}
 
 
 def export(
@@ -23,8 +24,8 @@ def export(
     Args:
         checkpoint: A folder in the hub's layout, or a hub id.
         output: The artifact's folder.
-        format: "onnx".
-        options: Of the format's own function: see `export_onnx`.
+        format: "onnx" or "tensorrt".
+        options: Of the format's own function: see `export_onnx` and `export_tensorrt`.
 
     Raises:
         InputError: There is no such format; and what the format's function raises.

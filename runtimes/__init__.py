@@ -7,8 +7,9 @@ from pathlib import Path
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
 from .embedder import Embedder
 from .facts import Model, ModelFacts, choose_length, read_facts
-from .onnxruntime import OnnxModel
+from .onnxruntime import OnnxModel, check_device
 from .reranker import Ranked, Reranker
+from .tensorrt import TensorRTModel
 from .torch import TorchModel
 
 __all__ = ["Embedder", "ModelFacts", "Ranked", "Reranker", "load", "read_facts"]
@@ -25,7 +26,8 @@ def load(
     Args:
         model: The folder of an artifact or of a checkpoint in the hub's layout, or a hub id.
         device: "cpu", "cuda", "tensorrt" (graphs only), or "auto" for CUDA where it works and else
-            the CPU; the result's `device` says which it got.
+            the CPU; the result's `device` says which it got. A TensorRT engine runs on the GPU it
+            was built for, and its graph on the CPU if that is asked for.
         max_length: Tokens after which a text is cut; the model's own by default.
 
     Returns:
@@ -52,4 +54,8 @@ def _open_model(facts: ModelFacts, device: str) -> Model:
     if facts.checkpoint is not None:
         return TorchModel(facts.checkpoint, facts.precision, device)
     assert facts.artifact is not None
-    return OnnxModel(facts.artifact, device)
+    # An artifact with an engine has the engine's graph too.
+    if facts.artifact.manifest.engine is None or device == "cpu":
+        return OnnxModel(facts.artifact, device)
+    check_device(device)
+    return TensorRTModel(facts.artifact)

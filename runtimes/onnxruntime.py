@@ -10,14 +10,9 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, DeviceError, InputError, require
+from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)
-
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 
 
 class OnnxModel:
@@ -25,14 +20,15 @@ class OnnxModel:
 
     Args:
         artifact: The artifact.
-        device: "cpu", "cuda", "tensorrt", or "auto" for CUDA where it works and else the CPU.
+        device: "cpu", "cuda", "tensorrt" (onnxruntime's provider, which builds engines at its first
+            batches), or "auto" for CUDA where it works and else the CPU.
 
     Attributes:
         device: The device that the session runs on.
         precision: What is computed in, in words.
 
     Raises:
-        DeviceError: The device asked for is not there.
+        DeviceError: The device asked for is not there, or has no kernels for parts of the graph.
         ArtifactError: onnxruntime does not take the graph.
     """
 
@@ -63,8 +59,31 @@ class OnnxModel:
         if self.device == "cpu" and self._graph.dialect == "standard":
             _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-        output = self._session.run(None, feeds)[0]
+        if self.device == "cpu":
+            output = self._session.run(None, feeds)[0]
+        else:
+            output = run_bound(self._session, feeds, "cuda")
         return _pool(output, attention_mask) if self._graph.output == "hidden" else output
+
+
+def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:
+    """A session's only output, with inputs and output bound to a device's memory.
+
+    Each is copied once, where `run` would let every provider ask for it.
+
+    Args:
+        session: The session.
+        feeds: Inputs by name.
+        memory: "cuda" or "cpu".
+    """
+    ort = require("onnxruntime", "gpu")
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), memory, 0)
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output(session.get_outputs()[0].name, memory, 0)
+    session.run_with_iobinding(binding)
+    return binding.copy_outputs_to_cpu()[0]
 
 
 def _check_memory(batch: int, size: int, num_heads: int) -> None:
@@ -97,17 +116,31 @@ def _pool(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
-    ort = require("onnxruntime", "cpu")
+def check_device(device: str) -> None:
+    """Refuse a device that there is not.
+
+    Raises:
+        InputError: With those that there are.
+    """
     if device not in (*PROVIDERS, "auto"):
         raise InputError(f"device should be auto, {', '.join(PROVIDERS)}; found {device!r}")
+
+
+def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
+    check_device(device)
+    ort = require("onnxruntime", "cpu")
     available = ort.get_available_providers()
     if device == "auto":
         if PROVIDERS["cuda"] in available:
             session = _create_session(ort, artifact, "cuda")
-            if session.get_providers()[0] == PROVIDERS["cuda"]:
+            if session.get_providers()[0] != PROVIDERS["cuda"]:
+                logger.warning(
+                    "onnxruntime has CUDA built in but found no working GPU: using the CPU"
+                )
+            elif fell := _fallen_back(session):
+                logger.warning("CUDA has no kernels for %s: using the CPU", _some(fell))
+            else:
                 return "cuda", session
-            logger.warning("onnxruntime has CUDA built in but found no working GPU: using the CPU")
         return "cpu", _create_session(ort, artifact, "cpu")
     if PROVIDERS[device] not in available:
         raise DeviceError(
@@ -120,7 +153,23 @@ def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
             f"{PROVIDERS[device]} could not start on this machine (no GPU, or its libraries are "
             "missing; onnxruntime's log says which); use device='cpu'"
         )
+    if device != "cpu" and (fell := _fallen_back(session)):
+        raise DeviceError(
+            f"{artifact.graph}: {PROVIDERS[device]} has no kernels for {_some(fell)}, which would "
+            "run on the CPU; export with --precision bf16 or --arithmetic bf16 (GPUs have no int8 "
+            "activations in the ort dialect), or use device='cpu'"
+        )
     return device, session
+
+
+def _fallen_back(session: Any) -> list[str]:
+    # Before 1.24 onnxruntime does not tell.
+    tell = getattr(session, "get_provider_graph_assignment_info", None)
+    return [] if tell is None else fallen_back(tell())
+
+
+def _some(nodes: list[str]) -> str:
+    return f"{len(nodes)} nodes, such as {nodes[0]}" if len(nodes) > 1 else nodes[0]
 
 
 def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
@@ -132,9 +181,10 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
         )
-    providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
+    if device != "cpu":
+        options.add_session_config_entry(RECORD_NODES, "1")
     try:
-        return ort.InferenceSession(graph, options, providers=providers)
+        return ort.InferenceSession(graph, options, providers=list_providers(device, artifact))
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         raise ArtifactError(
             f"{artifact.graph}: onnxruntime {ort.__version__} does not take the graph "
@@ -143,7 +193,9 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
 
 
 def _is_emulated(artifact: Artifact, device: str) -> bool:
-    return device == "cpu" and artifact.manifest.precision in ("fp16", "bf16")
+    graph = artifact.manifest.graph
+    assert graph is not None
+    return device == "cpu" and graph.arithmetic != "fp32"
 
 
 def _emulated(path: Path) -> bytes:

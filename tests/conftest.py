@@ -23,6 +23,8 @@ GEOMETRIES = {
     "kv1": Geometry(96, 3, 4, 1, 32, 200, tied=True),
     "kv2": Geometry(64, 2, 4, 2, 48, 160, tied=False),
     "kv8": Geometry(128, 2, 16, 8, 16, 256, tied=True),
+    # Every matrix has a multiple of 64 inputs, as blocks of 64 need.
+    "blocks": Geometry(64, 2, 4, 2, 48, 192, tied=True),
 }
 
 

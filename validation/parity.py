@@ -111,8 +111,10 @@ def validate(
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
+    graph = facts.artifact.manifest.graph if facts.artifact else None
     thresholds = find_thresholds(
         facts.precision,
+        arithmetic=graph.arithmetic if graph else "fp32",
         min_cosine=min_cosine,
         max_score_difference=max_score_difference,
         max_ndcg_loss=max_ndcg_loss,

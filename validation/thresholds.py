@@ -52,14 +52,31 @@ THRESHOLDS = {
 }
 
 
+# A quantized graph that computes in 16 bits: the last bit moves with a batch's other rows, and
+# moves activations by a whole step of their 8 bits.
+IN_16_BITS = {
+    "min_invariance": 0.995,
+    "max_invariance_difference": 2e-2,
+    "max_length_error": 1e-3,
+}
+
+
 def find_thresholds(
     precision: str,
     *,
+    arithmetic: str = "fp32",
     min_cosine: float | None = None,
     max_score_difference: float | None = None,
     max_ndcg_loss: float | None = None,
 ) -> Thresholds:
     """The thresholds of a precision, or others in their place.
+
+    Args:
+        precision: As a manifest has it.
+        arithmetic: Of a graph: what it computes in, where it is not quantized.
+        min_cosine: Instead of the precision's.
+        max_score_difference: Instead of the precision's.
+        max_ndcg_loss: Instead of the precision's.
 
     Raises:
         InputError: The precision is unknown; lists the known ones.
@@ -69,6 +86,8 @@ def find_thresholds(
             f"there are no thresholds for precision {precision!r}, only for {', '.join(THRESHOLDS)}"
         )
     thresholds = THRESHOLDS[precision]
+    if arithmetic != "fp32" and precision not in ("fp16", "bf16"):
+        thresholds = replace(thresholds, **IN_16_BITS)
     if min_cosine is not None:
         thresholds = replace(thresholds, min_cosine=min_cosine)
     if max_score_difference is not None:

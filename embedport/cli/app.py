@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ..errors import EmbedportError
 from ..version import __version__
-from . import demo, encode, export, inspect, quantize, rerank, validate
+from . import demo, encode, export, inspect, quantize, rerank, tensorrt, validate
 
 
 class _StoppedError(Exception):
@@ -52,6 +52,7 @@ app = typer.Typer(
 )
 export_app = typer.Typer(help="Turn a checkpoint into an artifact.", no_args_is_help=True)
 export_app.command("onnx")(export.export_onnx)
+export_app.command("tensorrt")(tensorrt.export_tensorrt)
 app.add_typer(export_app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)

@@ -24,8 +24,16 @@ def export_onnx(
         Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
     ],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4 or auto.")
+        str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4, fp8 or auto.")
     ] = "fp32",
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a quantized graph: fp32 for CPUs, bf16 for GPUs; fp32 by default, but for "
+            "fp8.",
+            show_default=False,
+        ),
+    ] = None,
     dialect: Annotated[
         str,
         typer.Option(help="ort (onnxruntime's fused operators) or standard (ONNX opset 23 only)."),
@@ -115,6 +123,7 @@ def export_onnx(
             revision=revision,
             task=task,  # ty: ignore[invalid-argument-type] (checked there)
             precision=precision,
+            arithmetic=arithmetic,
             dialect=dialect,
             outputs=output,
             dim=dim,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +54,7 @@ def _artifact_facts(folder: str) -> dict[str, Any]:
     from ..sizes import checkpoint_sizes, graph_sizes
 
     artifact = Artifact.open(folder)
-    is_graph = artifact.manifest.format == "onnx"
+    is_graph = artifact.manifest.graph is not None
     return {
         "artifact": folder,
         "bytes": artifact.size,
@@ -86,6 +86,15 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f", {graph['dialect']} dialect, opset {graph['opset']}: "
             f"{', '.join(graph['inputs'])} to {', '.join(graph['outputs'])}"
         )
+    if engine := facts["engine"]:
+        profiles = (
+            ":".join(f"{rows}x{tokens}" for rows, tokens in (each["min"], each["opt"], each["max"]))
+            for each in engine["profiles"]
+        )
+        rows["Engine"] = (
+            f"{engine['path']}: TensorRT {engine['tensorrt']} on {engine['device']['name']}; "
+            f"batches {', '.join(profiles)}"
+        )
     if facts["recipe"] is not None:
         rows["Precision"] += f"; {_quantization(facts['recipe'])}"
     elif graph is not None and facts["precision"] != "fp32":
@@ -102,6 +111,8 @@ def _quantization(recipe: Mapping[str, Any]) -> str:
     counts = Counter(recipe["formats"].values())
     formats = ", ".join(f"{count} matrices {text}" for text, count in counts.most_common())
     rotated = ", rotated" if recipe["rotate"] else ""
+    if recipe.get("arithmetic", "fp32") != "fp32":
+        rotated += f", computed in {recipe['arithmetic']}"
     calibration = recipe["calibration"]
     texts = ""
     if calibration is not None:
@@ -162,13 +173,16 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
     """About how large an artifact's weights would be, by precision."""
-    from ..exporters.onnx.formats import QUANTIZED, plan_formats
+    from ..exporters.onnx.formats import FP8, QUANTIZED, plan_formats
     from ..exporters.onnx.precision import FLOAT, PRECISIONS, Precision, weight_bytes
 
     precisions = PRECISIONS | {
         name: Precision(FLOAT, FLOAT, formats=plan_formats(spec, name, dialect="ort"))
         for name in QUANTIZED
+        if name != FP8
     }
+    float8 = plan_formats(spec, FP8, dialect="standard")
+    precisions[FP8] = replace(PRECISIONS["bf16"], formats=float8)
     return {name: weight_bytes(spec, each) for name, each in precisions.items()}
 
 

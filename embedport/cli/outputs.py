@@ -24,6 +24,7 @@ STAGES = {
     "quantize": "Quantizing",
     "write": "Writing",
     "verify": "Verifying",
+    "check": "Checking",
 }
 
 
@@ -59,8 +60,9 @@ def stages() -> Generator[Progress]:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGES[stage], total=total)
-            bars.update(tasks[stage], completed=done)
+                # TensorRT's builder names its own phases.
+                tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total)
 
         yield progress
 

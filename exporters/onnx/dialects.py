@@ -18,17 +18,19 @@ import onnx_ir as ir
 from ...errors import InputError
 from ...spec import ModelSpec
 from .builder import GraphBuilder
-from .quantized import QuantizedMatrix
+from .quantized import Float8Matrix, QuantizedMatrix
 
 MICROSOFT = "com.microsoft"
-FLOAT, INT8, UINT8, INT64 = (
+FLOAT, INT8, UINT8, INT64, FLOAT8 = (
     ir.DataType.FLOAT,
     ir.DataType.INT8,
     ir.DataType.UINT8,
     ir.DataType.INT64,
+    ir.DataType.FLOAT8E4M3FN,
 )
 ZERO_POINT = 128
-LARGEST = 127
+# The largest magnitude of each kind of codes.
+LARGEST = {INT8: 127.0, FLOAT8: 448.0}
 # Stands for the largest value of a token of zeros.
 TINY = 1e-20
 # MatMulNBits computes in int8 with a scale a block of a token's activations.
@@ -58,7 +60,7 @@ class Rows:
 
     Attributes:
         codes: [batch, size, n], around the dialect's zero point.
-        scales: float32 [batch, size, 1], the largest magnitude of the token by 127.
+        scales: float32 [batch, size, 1], the largest magnitude of the token by that of a code.
     """
 
     codes: ir.Value
@@ -91,16 +93,36 @@ class Dialect(Protocol):
         """silu(gate) * up."""
         ...
 
-    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int) -> Rows:
-        """Each token's values [batch, size, width] in 8 bits, with a scale of its own."""
+    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
+        """Each token's values, float32 [batch, size, width], in 8 bits, with a scale of its own.
+
+        Args:
+            g: The graph.
+            x: The values.
+            width: How many a token has.
+            codes: INT8 or FLOAT8E4M3FN, what the weights are.
+        """
         ...
 
-    def matmul_rows(self, g: GraphBuilder, rows: Rows, matrix: QuantizedMatrix) -> ir.Value:
-        """The product of the rows' codes with int8 weights, still without the rows' scales."""
+    def matmul_rows(
+        self,
+        g: GraphBuilder,
+        rows: Rows,
+        matrix: QuantizedMatrix | Float8Matrix,
+        compute: ir.DataType,
+    ) -> ir.Value:
+        """The product of the rows' codes with 8-bit weights, still without the rows' scales.
+
+        Args:
+            g: The graph.
+            rows: From `quantize_rows`.
+            matrix: The weights.
+            compute: The dtype of the product.
+        """
         ...
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """The product with weights that are quantized in groups."""
+        """The product, in the dtype of `x`, with weights that are quantized in groups."""
         ...
 
     def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
@@ -171,27 +193,33 @@ class OrtDialect:
         """QuickGelu at alpha 1 is silu, in one pass."""
         return g.op("Mul", g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
 
-    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int) -> Rows:
+    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
         """Uint8 around 128, which onnxruntime multiplies thirty times as fast as int8 on x86.
 
         A block of QuantizeLinear is a token: one pass, and no division before it.
         """
-        scales = row_scales(g, x)
+        scales = row_scales(g, x, codes)
         shape = g.op("Shape", scales, dtype=INT64)
         zero_points = g.op("Expand", g.constant(ZERO_POINT, UINT8), shape)
-        codes = g.op(
+        values = g.op(
             "QuantizeLinear", x, scales, zero_points, dtype=UINT8, axis=-1, block_size=width
         )
-        return Rows(codes, scales)
+        return Rows(values, scales)
 
-    def matmul_rows(self, g: GraphBuilder, rows: Rows, matrix: QuantizedMatrix) -> ir.Value:
-        """MatMulIntegerToFloat, at a scale of one for all rows."""
+    def matmul_rows(
+        self,
+        g: GraphBuilder,
+        rows: Rows,
+        matrix: QuantizedMatrix | Float8Matrix,
+        compute: ir.DataType,
+    ) -> ir.Value:
+        """MatMulIntegerToFloat, at a scale of one for all rows; CPUs only, and in fp32."""
         return g.op(
             "MatMulIntegerToFloat",
             rows.codes,
             g.initializer(matrix.codes_transposed()),
             g.constant(1, FLOAT),
-            g.initializer(matrix.scales_flat()),
+            g.initializer(matrix.scales_flat(FLOAT)),
             g.constant(ZERO_POINT, UINT8),
             dtype=FLOAT,
             domain=MICROSOFT,
@@ -204,7 +232,7 @@ class OrtDialect:
             "MatMulNBits",
             x,
             g.initializer(matrix.codes_in_blocks()),
-            g.initializer(matrix.scales()),
+            g.initializer(matrix.scales(x.dtype or FLOAT)),
             None if zero_points is None else g.initializer(zero_points),
             domain=MICROSOFT,
             K=matrix.shape[1],
@@ -221,7 +249,7 @@ class OrtDialect:
             "GatherBlockQuantized",
             g.initializer(matrix.codes_as_table()),
             ids,
-            g.initializer(matrix.scales()),
+            g.initializer(matrix.scales(FLOAT)),
             None if zero_points is None else g.initializer(zero_points),
             dtype=FLOAT,
             domain=MICROSOFT,
@@ -297,34 +325,39 @@ class StandardDialect:
         """Gate times its sigmoid, times up."""
         return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
 
-    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int) -> Rows:
-        """Divided by its scale, a row needs one constant scale, as int8 engines want it."""
-        scales = row_scales(g, x)
-        codes = g.op("QuantizeLinear", g.op("Div", x, scales), *self._unit(g), dtype=INT8)
-        return Rows(codes, scales)
+    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
+        """Divided by its scale, a row needs one constant scale, as 8-bit engines want it."""
+        scales = row_scales(g, x, codes)
+        unit = g.constant(1, FLOAT), g.constant(0, codes)
+        return Rows(g.op("QuantizeLinear", g.op("Div", x, scales), *unit, dtype=codes), scales)
 
-    def matmul_rows(self, g: GraphBuilder, rows: Rows, matrix: QuantizedMatrix) -> ir.Value:
-        """MatMul between two DequantizeLinear, which engines make an int8 product of."""
+    def matmul_rows(
+        self,
+        g: GraphBuilder,
+        rows: Rows,
+        matrix: QuantizedMatrix | Float8Matrix,
+        compute: ir.DataType,
+    ) -> ir.Value:
+        """MatMul between two DequantizeLinear, which engines make an 8-bit product of."""
+        codes = rows.codes.dtype or INT8
         weights = g.op(
             "DequantizeLinear",
             g.initializer(matrix.codes_transposed()),
-            g.initializer(matrix.scales_flat()),
-            dtype=FLOAT,
+            g.initializer(matrix.scales_flat(compute)),
+            dtype=compute,
             axis=1,
         )
-        values = g.op("DequantizeLinear", rows.codes, *self._unit(g), dtype=FLOAT)
+        unit = g.constant(1, compute), g.constant(0, codes)
+        values = g.op("DequantizeLinear", rows.codes, *unit, dtype=compute)
         return g.op("MatMul", values, weights)
-
-    def _unit(self, g: GraphBuilder) -> tuple[ir.Value, ir.Value]:
-        return g.constant(1, FLOAT), g.constant(0, INT8)
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         """MatMul with a blocked DequantizeLinear."""
         weights = g.op(
             "DequantizeLinear",
             g.initializer(matrix.codes_transposed()),
-            g.initializer(matrix.scales_transposed()),
-            dtype=FLOAT,
+            g.initializer(matrix.scales_transposed(x.dtype or FLOAT)),
+            dtype=x.dtype,
             axis=0,
             block_size=matrix.scheme.group_size,
         )
@@ -334,7 +367,7 @@ class StandardDialect:
         """Codes and scales are gathered, and multiplied group by group."""
         codes = g.initializer(matrix.codes_signed())
         rows = g.cast(g.op("Gather", codes, ids, axis=0), FLOAT)
-        scales = g.op("Gather", g.initializer(matrix.scales()), ids, axis=0)
+        scales = g.op("Gather", g.initializer(matrix.scales(FLOAT)), ids, axis=0)
         groups = g.op("Reshape", rows, g.constant([0, 0, matrix.groups, -1]))
         values = g.op("Mul", groups, g.op("Unsqueeze", scales, g.constant([3])))
         return g.op("Reshape", values, g.constant([0, 0, matrix.shape[1]]))
@@ -367,11 +400,11 @@ class StandardDialect:
         return g.op("Reshape", heads_first(out), g.constant([0, 0, spec.num_heads * spec.head_dim]))
 
 
-def row_scales(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """The largest magnitude of each token by 127: [batch, size, n] to [batch, size, 1]."""
+def row_scales(g: GraphBuilder, x: ir.Value, codes: ir.DataType) -> ir.Value:
+    """The largest magnitude of each token by that of a code: [batch, size, n] to [.., 1]."""
     largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
     floored = g.op("Max", largest, g.constant(TINY, FLOAT))
-    return g.op("Mul", floored, g.constant(1 / LARGEST, FLOAT))
+    return g.op("Mul", floored, g.constant(1 / LARGEST[codes], FLOAT))
 
 
 DIALECTS: dict[str, Dialect] = {each.name: each for each in (OrtDialect(), StandardDialect())}

@@ -25,9 +25,9 @@ from ..provenance import Progress, counted, source_record, versions
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
 from .dialects import find_dialect
-from .formats import AUTO, MIXED, QUANTIZED, parse_formats, plan_formats
+from .formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
 from .graph import INPUTS, Design, build_model
-from .precision import FLOAT16, Precision, find_precision, weight_bytes
+from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
 from .quantization import (
     carry_out,
     describe_calibration,
@@ -57,6 +57,7 @@ def export_onnx(
     revision: str | None = None,
     task: Task | None = None,
     precision: str = "fp32",
+    arithmetic: str | None = None,
     dialect: str = "ort",
     outputs: str = "pooled",
     dim: int | None = None,
@@ -88,9 +89,11 @@ def export_onnx(
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
         precision: "fp32"; "fp16" (what would overflow stays in fp32, found by calibration); "bf16"
             (the residual stream stays in fp32); "int8" (weights and each token's activations);
-            "int8-weight" or "int4" (weights in groups; all else in fp32); or "auto" (4 bits, 8 bits
-            or fp32 for each matrix: the smallest choice that keeps `min_cosine`, `max_ndcg_loss` or
-            both).
+            "fp8" (the same in float8, standard dialect only); "int8-weight" or "int4" (weights in
+            groups); or "auto" (4 bits, 8 bits or fp32 for each matrix: the smallest choice that
+            keeps `min_cosine`, `max_ndcg_loss` or both).
+        arithmetic: What a quantized graph computes in: "fp32", for CPUs, or "bf16", for GPUs (the
+            residual stream stays in fp32); by default fp32, and bf16 for "fp8".
         dialect: "ort" (onnxruntime's fused operators) or "standard" (ONNX opset 23 only).
         outputs: "pooled", or "hidden" for `last_hidden_state`, float32 [batch, sequence,
             hidden_size], which sentence-transformers' ONNX backend opens.
@@ -131,7 +134,7 @@ def export_onnx(
         raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
     plan = None
     if recipe is not None:
-        if quantizes or any(options.values()) or precision != "fp32":
+        if quantizes or any(options.values()) or arithmetic or precision != "fp32":
             raise InputError("a recipe decides everything: give no other option of quantization")
         plan, precision = Recipe.from_file(Path(recipe)), MIXED
     elif precision in QUANTIZED:
@@ -140,7 +143,9 @@ def export_onnx(
             {name: str(each) for name, each in formats.items()},
             algorithm,
             rotate=precision == "int8" if rotate is None else rotate,
-            balance=any(each.activations for each in formats.values()),
+            balance=precision == "int8",
+            # GPUs multiply float8 and nothing else does: the rest is in 16 bits too.
+            arithmetic=arithmetic or ("bf16" if precision == FP8 else "fp32"),
         )
         if isinstance(weights, StoredWeights) and STORED_BITS.get(precision) == weights.bits:
             if quantizes or group_size is not None:
@@ -149,18 +154,20 @@ def export_onnx(
                     "codes are taken: give none of --algorithm, --rotate and --group-size"
                 )
             plan = stored_recipe(weights, plan)
-    elif any(options.values()) or (quantizes and precision != AUTO):
+    elif any(options.values()) or arithmetic or (quantizes and precision != AUTO):
         raise InputError(
-            f"precision {precision!r} takes none of --algorithm, --rotate, --group-size and "
-            f"--embedding-bits that was given; they go with {', '.join(QUANTIZED)}"
+            f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
+            "--embedding-bits and --arithmetic that was given; they go with "
+            f"{', '.join(QUANTIZED)}"
         )
     elif precision == AUTO and dialect != "ort":
         raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
-    chosen = find_precision(precision)
+    chosen = find_precision(precision, "fp32" if plan is None else plan.arithmetic)
     if plan is not None:
         chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
+        _check_quantized(plan, chosen, dialect)
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
     layers = Path(output).with_name(f".{Path(output).name}.layers")
     search = ranking = None
@@ -212,6 +219,7 @@ def export_onnx(
                     inputs=INPUTS,
                     outputs=tuple(str(value.name) for value in model.graph.outputs),
                     output=outputs,
+                    arithmetic=chosen.arithmetic,
                     kept_in_fp32=chosen.kept_in_fp32,
                 ),
                 embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
@@ -262,6 +270,21 @@ def _check_options(spec: ModelSpec, outputs: str, dim: int | None, max_length: i
     if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
         raise InputError(
             f"max_length should be from 1 to {spec.max_position_embeddings}, found {max_length}"
+        )
+
+
+def _check_quantized(plan: Recipe, precision: Precision, dialect: str) -> None:
+    formats = precision.formats.values()
+    if any(each.float8 for each in formats) and plan.algorithm != "rtn":
+        raise InputError(f"fp8 is rounded to nearest: it takes no --algorithm {plan.algorithm}")
+    if (
+        dialect == "ort"
+        and precision.compute != FLOAT
+        and any(each.activations for each in formats)
+    ):
+        raise InputError(
+            "onnxruntime multiplies int8 activations on CPUs only: --precision int8 with "
+            "--arithmetic bf16 goes with --dialect standard"
         )
 
 

@@ -11,7 +11,7 @@ from ...quantize.schemes import QuantScheme
 from ...spec import ModelSpec
 
 TABLE = "embed_tokens"
-QUANTIZED = ("int8", "int8-weight", "int4")
+QUANTIZED = ("int8", "int8-weight", "int4", "fp8")
 # The precision of an artifact whose matrices each have a format of their own.
 MIXED = "mixed"
 # A precision that is found by measuring: the artifact's is MIXED.
@@ -20,6 +20,7 @@ GROUP_SIZES = (32, 64, 128)
 # A table has no speed to lose: its groups are as fine as its size allows.
 TABLE_GROUPS = {8: 128, 4: 64}
 GROUP = {"int8-weight": 128, "int4": 64}
+FP8 = "fp8"
 TEXT = re.compile(r"int(?P<bits>[48])(/(?P<group>\d+)(?P<symmetric>s?))?")
 
 
@@ -30,15 +31,17 @@ class Format:
     Its text is what a recipe holds: "int8" has int8 weights with a scale an output channel, and
     each token's activations in 8 bits with a scale of their own; "int4/64" has 4-bit weights with a
     scale and a zero point for 64 inputs, "int8/128s" 8-bit weights without zero points ("s" for
-    symmetric), and their activations as the runtime likes.
+    symmetric), and their activations as the runtime likes. "fp8" is as "int8", in float8 (e4m3).
 
     Attributes:
         scheme: Of the weights.
         activations: Whether activations are 8 bits too, with a scale for each token.
+        float8: Whether these 8 bits are a float's.
     """
 
     scheme: QuantScheme
     activations: bool = False
+    float8: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Format:
@@ -47,9 +50,13 @@ class Format:
         Raises:
             InputError: It is none.
         """
+        if text == FP8:
+            return cls(QuantScheme(8, None, symmetric=True), activations=True, float8=True)
         match = TEXT.fullmatch(text)
         if match is None or (match["group"] is None and match["bits"] == "4"):
-            raise InputError(f"a format should be like int8, int8/128s or int4/64, found {text!r}")
+            raise InputError(
+                f"a format should be like int8, fp8, int8/128s or int4/64, found {text!r}"
+            )
         if match["group"] is None:
             return cls(QuantScheme(8, None, symmetric=True), activations=True)
         bits, group = int(match["bits"]), int(match["group"])
@@ -57,6 +64,8 @@ class Format:
 
     def __str__(self) -> str:
         scheme = self.scheme
+        if self.float8:
+            return FP8
         if self.activations:
             return f"int{scheme.bits}"
         return f"int{scheme.bits}/{scheme.group_size}{'s' if scheme.symmetric else ''}"
@@ -93,24 +102,28 @@ def plan_formats(
 
     Args:
         spec: The model.
-        precision: "int8", "int8-weight" or "int4".
-        dialect: "standard" knows no quantized table, and its engines no zero points.
+        precision: "int8", "int8-weight", "int4" or "fp8".
+        dialect: "standard" knows no quantized table, and its engines no zero points; onnxruntime
+            has no float8 products.
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
         embedding_bits: 4 or 8; 8 unless the precision is "int4".
 
     Raises:
         InputError: An option is wrong, or does not go with the precision.
     """
-    if group_size is not None and precision == "int8":
+    if group_size is not None and precision in ("int8", FP8):
         raise InputError(
-            "int8 has one scale an output channel: --group-size goes with int8-weight and int4"
+            f"{precision} has one scale an output channel: --group-size goes with int8-weight and "
+            "int4"
         )
+    if precision == FP8 and dialect != "standard":
+        raise InputError("fp8 is for engines such as TensorRT: it goes with --dialect standard")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if embedding_bits not in (None, 4, 8):
         raise InputError(f"embedding_bits should be 4 or 8, found {embedding_bits}")
-    if precision == "int8":
-        chosen = Format.parse("int8")
+    if precision in ("int8", FP8):
+        chosen = Format.parse(precision)
     else:
         bits = 4 if precision == "int4" else 8
         # Eight bits have range enough without a zero point, and run faster.
@@ -145,6 +158,8 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> di
                 f"{name}: {each} has zero points, and the standard dialect's engines take none; "
                 f"use {each}s or --dialect ort"
             )
+        if each.float8 and dialect != "standard":
+            raise InputError(f"{name}: {each} goes with --dialect standard")
         if name == TABLE and (each.activations or (dialect, each.scheme.bits) == ("standard", 4)):
             raise InputError(f"{name}: {each} is not a format of a table in dialect {dialect}")
     return formats

@@ -24,10 +24,10 @@ import onnx_ir as ir
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec
 from .builder import GraphBuilder
-from .dialects import Dialect, Positions
+from .dialects import FLOAT8, INT8, Dialect, Positions
 from .formats import TABLE
 from .precision import Precision
-from .quantized import QuantizedMatrices, QuantizedMatrix
+from .quantized import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .tensors import CheckpointTensor
 
 FLOAT = ir.DataType.FLOAT
@@ -267,20 +267,26 @@ def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
         out = Product(g.op("MatMul", g.cast(x.value, dtype), g.initializer(tensor)), x.scales)
         g.probes[name] = out.value
         return out
-    matrix = quantized(design, name)
+    compute = precision.compute
     if not format.activations:
-        return Product(dialect.matmul_groups(g, x.value, matrix), x.scales)
+        value = g.cast(x.value, compute)
+        return Product(dialect.matmul_groups(g, value, quantized(design, name)), x.scales)
+    matrix = float8(design, name) if format.float8 else quantized(design, name)
+    codes = FLOAT8 if format.float8 else INT8
     width = matrix.shape[1]
-    rows = g.once((x.value, "rows"), lambda: dialect.quantize_rows(g, x.value, width))
+    rows = g.once(
+        (x.value, codes),
+        lambda: dialect.quantize_rows(g, g.cast(x.value, FLOAT), width, codes),
+    )
     scales = rows.scales if x.scales is None else g.op("Mul", rows.scales, x.scales)
-    return Product(dialect.matmul_rows(g, rows, matrix), scales)
+    return Product(dialect.matmul_rows(g, rows, matrix, compute), scales)
 
 
 def settle(g: GraphBuilder, product: Product) -> ir.Value:
     """The product with its factor."""
     if product.scales is None:
         return product.value
-    return g.op("Mul", product.value, product.scales)
+    return g.op("Mul", g.cast(product.value, FLOAT), product.scales)
 
 
 def quantized(design: Design, name: str) -> QuantizedMatrix:
@@ -289,6 +295,12 @@ def quantized(design: Design, name: str) -> QuantizedMatrix:
     rows, columns = design.spec.tensor_shapes()[f"{name}.weight"]
     scheme = design.precision.formats[name].scheme
     return QuantizedMatrix(name, (rows, columns), scheme, design.matrices)
+
+
+def float8(design: Design, name: str) -> Float8Matrix:
+    """A matrix that the precision rounds to float8."""
+    rows, columns = design.spec.tensor_shapes()[f"{name}.weight"]
+    return Float8Matrix(name, (rows, columns), design.weights)
 
 
 def add_norm(

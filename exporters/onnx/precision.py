@@ -32,6 +32,11 @@ class Precision:
     kept: frozenset[str] = frozenset()
     formats: Mapping[str, Format] = field(default_factory=dict)
 
+    @property
+    def arithmetic(self) -> str:
+        """The name of `compute`."""
+        return {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}[self.compute]
+
     def dtype_of(self, projection: str) -> ir.DataType:
         """The dtype in which a projection is stored and computed."""
         return FLOAT if projection in self.kept else self.compute
@@ -77,14 +82,18 @@ PRECISIONS = {
 }
 
 
-def find_precision(name: str) -> Precision:
+def find_precision(name: str, arithmetic: str = "fp32") -> Precision:
     """A precision by its name; of a quantized one, all but the formats of its matrices.
+
+    Args:
+        name: The precision.
+        arithmetic: What a quantized one computes in, "fp32" or "bf16".
 
     Raises:
         InputError: There is none of that name.
     """
     if name in (*QUANTIZED, AUTO, MIXED):
-        return PRECISIONS["fp32"]
+        return PRECISIONS[arithmetic]
     if name not in PRECISIONS:
         names = ", ".join((*PRECISIONS, *QUANTIZED, AUTO))
         raise InputError(f"precision should be one of {names}, found {name!r}")

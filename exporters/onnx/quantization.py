@@ -80,7 +80,7 @@ def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
     """
     table = {name: text for name, text in plan.formats.items() if name == TABLE}
     stored = {name: str(Format(scheme)) for name, scheme in weights.schemes.items()}
-    return Recipe(table | stored, STORED)
+    return Recipe(table | stored, STORED, arithmetic=plan.arithmetic)
 
 
 def _stored(weights: Weights, formats: Mapping[str, Format]) -> Callable[[str], QuantizedTensor]:

@@ -11,11 +11,13 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.source import WeightSource
 from . import packing
+from .tensors import transposed
 
-FLOAT, INT8, INT4, UINT8 = (
-    ir.DataType.FLOAT,
+INT8, INT4, UINT8 = (
     ir.DataType.INT8,
     ir.DataType.INT4,
     ir.DataType.UINT8,
@@ -105,22 +107,17 @@ class QuantizedMatrix:
         assert self.scheme.bits == 8
         return self._part("codes", packing.signed, INT8, self.shape)
 
-    def scales(self) -> QuantizedPart:
-        """float32 [out, groups]."""
-        return self._part("scales", lambda each: each.scales, FLOAT, (self.shape[0], self.groups))
+    def scales(self, dtype: ir.DataType) -> QuantizedPart:
+        """[out, groups] of a floating dtype."""
+        return self._scales(lambda scales: scales, dtype, (self.shape[0], self.groups))
 
-    def scales_flat(self) -> QuantizedPart:
-        """float32 [out]: one group an output row."""
-        return self._part("scales", lambda each: each.scales[:, 0], FLOAT, self.shape[:1])
+    def scales_flat(self, dtype: ir.DataType) -> QuantizedPart:
+        """[out] of a floating dtype: one group an output row."""
+        return self._scales(lambda scales: scales[:, 0], dtype, self.shape[:1])
 
-    def scales_transposed(self) -> QuantizedPart:
-        """float32 [groups, out]."""
-        return self._part(
-            "scales",
-            lambda each: np.ascontiguousarray(each.scales.T),
-            FLOAT,
-            (self.groups, self.shape[0]),
-        )
+    def scales_transposed(self, dtype: ir.DataType) -> QuantizedPart:
+        """[groups, out] of a floating dtype."""
+        return self._scales(np.transpose, dtype, (self.groups, self.shape[0]))
 
     def zero_points(self) -> QuantizedPart | None:
         """uint8 [out, ceil(groups * bits / 8)]; None where they are all in the middle."""
@@ -128,6 +125,17 @@ class QuantizedMatrix:
             return None
         width = -(-self.groups * self.scheme.bits // 8)
         return self._part("zero_points", packing.zero_points, UINT8, (self.shape[0], width))
+
+    def _scales(
+        self,
+        arrange: Callable[[np.ndarray], np.ndarray],
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+    ) -> QuantizedPart:
+        def make(tensor: QuantizedTensor) -> np.ndarray:
+            return np.ascontiguousarray(arrange(tensor.scales), dtype.numpy())
+
+        return self._part("scales", make, dtype, shape)
 
     def _part(
         self,
@@ -139,3 +147,40 @@ class QuantizedMatrix:
         return QuantizedPart(
             f"{self.name}.{part}", lambda: make(self.matrices(self.name)), dtype, shape
         )
+
+
+@dataclass(frozen=True)
+class Float8Matrix:
+    """A matrix [out, in] of a graph in float8 (e4m3), with a scale an output row.
+
+    Attributes:
+        name: The projection's, without ".weight".
+        shape: (out, in).
+        weights: Where it comes from.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    weights: WeightSource
+
+    def codes_transposed(self) -> QuantizedPart:
+        """float8_e4m3fn [in, out]."""
+        return QuantizedPart(
+            f"{self.name}.codes",
+            lambda: transposed(self._quantize()[0]),
+            ir.DataType.FLOAT8E4M3FN,
+            self.shape[::-1],
+        )
+
+    def scales_flat(self, dtype: ir.DataType) -> QuantizedPart:
+        """[out] of a floating dtype."""
+        return QuantizedPart(
+            f"{self.name}.scales",
+            lambda: self._quantize()[1][:, 0].astype(dtype.numpy()),
+            dtype,
+            self.shape[:1],
+        )
+
+    def _quantize(self) -> tuple[np.ndarray, np.ndarray]:
+        scheme = QuantScheme(8, None, symmetric=True)
+        return quantize_fp8(self.weights.read_fp32(f"{self.name}.weight"), scheme)

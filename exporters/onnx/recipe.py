@@ -12,6 +12,8 @@ from ...errors import InputError
 
 ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 CALIBRATED = ("gptq", "awq")
+# fp16 is not among them: products that still lack their tokens' factors may be beyond it.
+ARITHMETIC = ("fp32", "bf16")
 # The codes of a checkpoint that is quantized already.
 STORED = "stored"
 # What an artifact's record says beside the recipe.
@@ -32,6 +34,7 @@ class Recipe:
         balance: Whether outlier channels are moved from activations into weights (see
             quantize.balance); for "int8", whose activations are quantized.
         seed: Of the rotation and of what calibration draws.
+        arithmetic: What the graph computes in, "fp32" (for CPUs) or "bf16" (for GPUs).
     """
 
     formats: Mapping[str, str]
@@ -39,12 +42,15 @@ class Recipe:
     rotate: bool = False
     balance: bool = False
     seed: int = 0
+    arithmetic: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.algorithm not in (*ALGORITHMS, STORED):
             raise InputError(
                 f"algorithm should be one of {', '.join(ALGORITHMS)}, found {self.algorithm!r}"
             )
+        if self.arithmetic not in ARITHMETIC:
+            raise InputError(f"arithmetic should be fp32 or bf16, found {self.arithmetic!r}")
 
     def to_record(self) -> dict[str, Any]:
         """What a manifest or recipe.json keeps."""

@@ -518,3 +518,43 @@ def test_help_brings_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stderr.strip() == "[]"
+
+
+class TestExportTensorRT:
+    """No TensorRT here: all but the engine is written, and said."""
+
+    def test_without_a_gpu(self, run, checkpoints, tmp_path):
+        code, out, err = run(
+            *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out"),
+            *("--precision", "fp8", "--profile", "1x1:2x16:4x64"),
+        )
+        assert (code, err) == (0, "")
+        assert "No engine was built: tensorrt is not installed: pip install tensorrt" in out
+        assert f"embedport export tensorrt {tmp_path}/out -o OUT --profile 1x1:2x16:4x64" in out
+        code, out, _ = run("encode", tmp_path / "out", TEXTS[0], "--device", "cpu")
+        assert code == 0
+
+    def test_json(self, run, checkpoints, tmp_path):
+        code, out, _ = run(
+            *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out", "--json")
+        )
+        facts = json.loads(out)
+        assert code == 0
+        assert (facts["precision"], facts["engine"]) == ("bf16", False)
+        assert "tensorrt is not installed" in facts["obstacle"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--profile", "8x128"], "a profile should be MIN:OPT:MAX"),
+            (["--precision", "fp32"], "precision should be one of fp16, bf16, fp8, int8, int4"),
+            (["--hardware-compatible", "any"], "hardware_compatible should be one of none"),
+        ],
+    )
+    def test_bad_requests(self, run, checkpoints, tmp_path, options, message):
+        code, _, err = run(
+            "export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out", *options
+        )
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1

@@ -95,7 +95,7 @@ def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("embedding", {"precision": "fp8"}, "precision should be one of fp32, fp16, bf16"),
+        ("embedding", {"precision": "fp6"}, "precision should be one of fp32, fp16, bf16"),
         ("embedding", {"dialect": "latin"}, "dialect should be one of ort, standard"),
         ("embedding", {"outputs": "mean"}, "output should be pooled or hidden"),
         ("embedding", {"dim": 65}, "dim should be from 1 to 64, found 65"),

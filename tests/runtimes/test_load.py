@@ -211,10 +211,19 @@ class TestDamagedArtifact:
         with pytest.raises(ArtifactError, match=rf"format version {version}.*{advice}"):
             embedport.load(folder)
 
-    @pytest.mark.parametrize("changes", [{"format": "checkpoint"}, {"graph": None}, {"format": 3}])
-    def test_a_graph_goes_with_its_format(self, folder, changes):
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"format": "checkpoint"}, "format 'checkpoint' does not go with graph {"),
+            ({"graph": None}, "format 'onnx' does not go with graph None"),
+            ({"format": "tensorrt"}, "format 'tensorrt' does not go with engine None"),
+            ({"format": 3}, "format should be one of onnx, tensorrt, checkpoint, found 3"),
+            ({"format": "tensorrt", "engine": {"device": 1}}, "is damaged"),
+        ],
+    )
+    def test_a_graph_and_an_engine_go_with_their_format(self, folder, changes, message):
         self.change(folder, **changes)
-        with pytest.raises(ArtifactError, match="format should be 'onnx', with a graph, or"):
+        with pytest.raises(ArtifactError, match=message):
             embedport.load(folder)
 
     def test_bad_manifests(self, folder):

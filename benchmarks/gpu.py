@@ -1,0 +1,173 @@
+"""Every path on this machine's GPU: parity to transformers' fp16, speed, memory, start-up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedport.errors import DeviceError, MissingPackageError
+from embedport.gpu import call, current_device
+
+from .checkpoint import CACHE, ROOT, checkpoint
+from .gpu_paths import PATHS, REFERENCE
+from .machine import describe, print_table
+
+RESULTS = ROOT / "docs" / "gpu-results.json"
+SHAPES = ((1, 32), (32, 128), (256, 128), (8, 2048), (1, 8192))
+MIX_ROWS = 2048
+TIMEOUT_SECONDS = 3600
+PACKAGES = (
+    "torch",
+    "transformers",
+    "flash-attn",
+    "sentence-transformers",
+    "vllm",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "cuda-bindings",
+)
+
+
+def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
+    """Measure each path in a process of its own, and write docs/gpu-results.json.
+
+    Without a GPU nothing is measured, and results that are there stay.
+
+    Args:
+        source: An embedding checkpoint; random weights at the 0.6B geometry by default.
+        results: The file.
+    """
+    try:
+        machine = _machine()
+    except (DeviceError, MissingPackageError) as error:
+        print(f"Nothing was measured: {error}")
+        if not results.exists():
+            _write(results, {"machine": None, "rows": _rows_not_run(str(error))})
+        return
+    rows: dict[str, Any] = {}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        folder = Path(temporary)
+        source = source or checkpoint("0.6b")
+        inputs = _write_inputs(source, folder)
+        for i, name in enumerate(PATHS):
+            place = folder / str(i)
+            place.mkdir()
+            rows[name] = _run(name, source, inputs, place)
+            vectors = place / "vectors.npy"
+            if vectors.exists():
+                rows[name]["minimum_cosine"] = _cosine(vectors, folder / "0" / "vectors.npy")
+            print(f"{name}: {rows[name]['status']} {rows[name].get('reason', '')}", flush=True)
+            # A later path must not run short of disk.
+            shutil.rmtree(place / "artifact", ignore_errors=True)
+            _write(results, {"machine": machine, "rows": rows})
+    _print(rows)
+
+
+def _rows_not_run(reason: str) -> dict[str, Any]:
+    return {name: {"status": "not run", "reason": reason} for name in PATHS}
+
+
+def _machine() -> dict[str, Any]:
+    device = current_device()
+    _, total = call("cudaMemGetInfo")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    facts = describe()
+    return {
+        **facts,
+        "gpu": device.name,
+        "compute_capability": ".".join(map(str, device.capability)),
+        "gpu_memory_bytes": int(total),
+        "driver": driver[0] if driver else None,
+        "versions": facts["versions"] | found,
+    }
+
+
+def _write_inputs(source: Path, folder: Path) -> Path:
+    """Token ids of real text: every shape full, texts for parity, and a mix of their lengths."""
+    from embedport.demo.samples import builtin_samples
+    from embedport.prompts import EmbeddingTokenizer
+
+    tokenizer = EmbeddingTokenizer(source / "tokenizer.json", 32768)
+    texts = tokenizer.encode([sample.text for sample in builtin_samples()]).ids
+    stream = np.concatenate(texts)
+    arrays = {
+        f"{rows}x{tokens}": np.resize(stream, rows * tokens).reshape(rows, tokens)
+        for rows, tokens in SHAPES
+    }
+    mix = [texts[i % len(texts)] for i in range(MIX_ROWS)]
+    for name, rows in (("text", texts), ("mix", mix)):
+        arrays[f"{name}_ids"] = np.concatenate(rows)
+        arrays[f"{name}_lengths"] = np.array([len(row) for row in rows])
+    path = folder / "inputs.npz"
+    np.savez(path, allow_pickle=False, **arrays)
+    return path
+
+
+def _run(name: str, source: Path, inputs: Path, place: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.gpu_paths", name, source, inputs, place]
+    log = place / "log"
+    try:
+        with log.open("w") as errors:
+            done = subprocess.run(
+                list(map(str, command)),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+                check=False,
+            )
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"took more than {TIMEOUT_SECONDS} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        return {"status": "failed", "reason": f"exit code {done.returncode}: {' '.join(last)}"}
+    return json.loads(lines[-1])
+
+
+def _cosine(vectors: Path, reference: Path) -> float | None:
+    """The smallest cosine of a text; None if the reference did not run."""
+    if not reference.exists():
+        return None
+    a, b = np.load(vectors).astype(np.float64), np.load(reference).astype(np.float64)
+    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    facts = {"reference": REFERENCE, "shapes": [f"{a}x{b}" for a, b in SHAPES], **values}
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _print(rows: dict[str, Any]) -> None:
+    shapes = [f"{a}x{b}" for a, b in SHAPES] + ["mix"]
+    print_table(
+        ["tokens/s", *shapes, "cosine", "GB", "start-up s"],
+        [
+            [
+                name,
+                *(row["tokens_per_second"][shape] for shape in shapes),
+                row.get("minimum_cosine"),
+                round(row["peak_bytes"] / 1e9, 2),
+                row["start_up_seconds"],
+            ]
+            if row["status"] == "run"
+            else [name, f"{row['status']}: {row['reason']}", *[""] * (len(shapes) + 2)]
+            for name, row in rows.items()
+        ],
+    )

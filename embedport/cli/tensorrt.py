@@ -1,0 +1,130 @@
+"""`embedport export tensorrt`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .outputs import size_words, stages, stdout_console
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
+
+
+def export_tensorrt(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint's folder, a hub id, or an artifact of the standard dialect.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
+    ],
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a checkpoint: bf16 (the default), fp16, fp8, int8 or int4.", show_default=False
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Batches to tune for, MIN:OPT:MAX in rows x tokens, like 1x1:8x128:32x512; may be "
+            "given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="Later TensorRT versions of the same major one load it."
+        ),
+    ] = False,
+    hardware_compatible: Annotated[
+        str,
+        typer.Option(
+            help="Where it runs beside this kind of GPU: none, ampere+ or same-capability."
+        ),
+    ] = "none",
+    task: Annotated[
+        str | None,
+        typer.Option(help="embedding or reranker, if the files do not tell.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A hub revision.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Build a TensorRT engine on this machine's GPU; without one, write what builds it elsewhere.
+
+    Example: embedport export tensorrt Qwen/Qwen3-Embedding-0.6B -o qwen3-trt --precision fp8
+    """
+    from ..exporters.tensorrt import PROFILES, obstacle
+    from ..exporters.tensorrt import export_tensorrt as run
+
+    start = time.monotonic()
+    with stages() as progress:
+        artifact = run(
+            source,
+            out,
+            precision=precision,
+            profiles=profile or PROFILES,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,  # ty: ignore[invalid-argument-type] (checked there)
+            revision=revision,
+            task=task,  # ty: ignore[invalid-argument-type] (checked there)
+            force=force,
+            progress=progress,
+        )
+    seconds = time.monotonic() - start
+    reason = None if artifact.manifest.engine else obstacle()
+    if as_json:
+        facts = {
+            "artifact": str(artifact.folder),
+            "task": artifact.manifest.task,
+            "precision": artifact.manifest.precision,
+            "engine": artifact.manifest.engine is not None,
+            "obstacle": reason,
+            "bytes": artifact.size,
+            "seconds": round(seconds, 3),
+        }
+        typer.echo(json.dumps(facts))
+    else:
+        _print(artifact, reason, profile or [], seconds)
+
+
+def _print(artifact: Artifact, reason: str | None, profiles: list[str], seconds: float) -> None:
+    from rich.text import Text
+
+    manifest, console = artifact.manifest, stdout_console()
+    facts = (
+        f"{manifest.task}, {manifest.precision}, {size_words(artifact.size)}, in {seconds:.1f} s"
+    )
+    line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
+    console.print(line, soft_wrap=True)
+    folder = shlex.quote(str(artifact.folder))
+    if manifest.engine is not None:
+        engine = manifest.engine
+        batches = ", ".join(map(str, engine.profiles))
+        console.print(
+            f"Engine for {engine.device}, TensorRT {engine.tensorrt}, batches {batches}",
+            soft_wrap=True,
+        )
+        return
+    console.print(f"No engine was built: {reason}", soft_wrap=True)
+    console.print("On a machine with a GPU, one of:", soft_wrap=True)
+    options = "".join(f" --profile {each}" for each in profiles)
+    for command in (
+        f"embedport export tensorrt {folder} -o OUT{options}",
+        f"{folder}/engine/build.sh   (trtexec)",
+        f"python {folder}/engine/check.py   (Polygraphy; compares its numbers too)",
+    ):
+        console.print(f"  {command}", soft_wrap=True)

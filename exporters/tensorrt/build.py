@@ -1,0 +1,163 @@
+"""An engine built from a graph: parsed from its file, strongly typed, tuned for profiles."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...engine import Device, EngineRecord
+from ...errors import DeviceError, MissingPackageError, VerificationError
+from ...gpu import current_device, tensorrt_version
+from ...integrity import cache_folder
+from ..provenance import Progress
+from .options import EngineOptions
+from .versions import allow_decomposition, hardware_level, network_flags
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+def obstacle() -> str | None:
+    """Why no engine can be built here; None if one can."""
+    try:
+        tensorrt_version()
+        current_device()
+    except (DeviceError, MissingPackageError) as error:
+        return str(error)
+    return None
+
+
+def build_engine(
+    graph: Path,
+    plan: Path,
+    record: str,
+    inputs: Sequence[str],
+    options: EngineOptions,
+    progress: Progress,
+) -> EngineRecord:
+    """Build an engine on the GPU that is here.
+
+    Args:
+        graph: An ONNX graph; its external data is found beside it.
+        plan: Where the engine is written.
+        record: Its path in the artifact.
+        inputs: Names of the graph's inputs, each [batch, sequence].
+        options: How to build it.
+        progress: Called with (phase, done, total) of TensorRT's own phases.
+
+    Raises:
+        DeviceError: There is no GPU, or TensorRT is too old.
+        MissingPackageError: TensorRT or cuda-bindings is missing.
+        VerificationError: TensorRT does not take the graph.
+    """
+    version, device = tensorrt_version(), current_device()
+    import tensorrt as trt
+
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(network_flags(version))
+    parser = trt.OnnxParser(network, logger)
+    # From the file: external data is looked for beside it.
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = "; ".join(f"{each.node_name()}: {each.desc()}" for each in errors)
+        raise VerificationError(f"{graph}: TensorRT {version} does not take the graph: {reasons}")
+    allow_decomposition(network)
+    config = builder.create_builder_config()
+    # fp32 is fp32: where the graph keeps it, ten bits of mantissa would not do.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    config.hardware_compatibility_level = hardware_level(options.hardware_compatible)
+    for each in options.profiles:
+        shapes = builder.create_optimization_profile()
+        for name in inputs:
+            shapes.set_shape(
+                name, *(trt.Dims([*shape]) for shape in (each.min, each.opt, each.max))
+            )
+        config.add_optimization_profile(shapes)
+    timings = _timings_file(version, device)
+    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    watch = _Watch(progress)
+    config.progress_monitor = monitor = _monitor(watch)
+    serialized = builder.build_serialized_network(network, config)
+    del monitor  # TensorRT holds no reference to it
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    if serialized is None:
+        raise VerificationError(
+            f"{graph}: TensorRT {version} could not build an engine on {device}; its log is above"
+        )
+    plan.parent.mkdir(exist_ok=True)
+    with plan.open("wb") as file:
+        file.write(serialized)
+    # Without it the next build only takes its time.
+    with contextlib.suppress(OSError):
+        timings.parent.mkdir(parents=True, exist_ok=True)
+        timings.write_bytes(config.get_timing_cache().serialize())
+    return EngineRecord(
+        record,
+        device,
+        version,
+        options.version_compatible,
+        options.hardware_compatible,
+        options.profiles,
+    )
+
+
+def _timings_file(version: str, device: Device) -> Path:
+    """How long kernels took, which is worth keeping for a version and a device."""
+    name = re.sub(r"\W+", "-", f"{device.name} {version}").lower()
+    return cache_folder("tensorrt") / f"{name}.timings"
+
+
+@dataclass
+class _Watch:
+    """What the builder reports, passed on.
+
+    Attributes:
+        progress: Where to.
+        totals: Steps of each phase under way.
+        interrupted: Whether Ctrl-C came, and the build is to stop.
+    """
+
+    progress: Progress
+    totals: dict[str, int] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def start(self, phase: str, total: int) -> None:
+        self.totals[phase] = total
+        self.progress(phase, 0, total)
+
+    def step(self, phase: str, done: int) -> bool:
+        # An exception must not go through TensorRT.
+        try:
+            self.progress(phase, done, self.totals[phase])
+        except KeyboardInterrupt:
+            self.interrupted = True
+        return not self.interrupted
+
+    def finish(self, phase: str) -> None:
+        total = self.totals.pop(phase)
+        self.progress(phase, total, total)
+
+
+def _monitor(watch: _Watch) -> trt.IProgressMonitor:
+    import tensorrt as trt
+
+    class Monitor(trt.IProgressMonitor):
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
+            watch.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return watch.step(phase_name, step + 1)
+
+        def phase_finish(self, phase_name: str) -> None:
+            watch.finish(phase_name)
+
+    return Monitor()

@@ -1,0 +1,245 @@
+"""A checkpoint, or an artifact of the standard dialect, becomes an artifact with an engine.
+
+    onnx/model.onnx          the graph that the engine is made of
+    engine/model.plan        the engine, if there was a GPU and TensorRT to build it
+    engine/build.sh          the same build with trtexec
+    engine/check.py, .npz    a check with Polygraphy
+
+Without a GPU or TensorRT the artifact is the graph's, and runs in onnxruntime like any other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+
+from ...artifact import CARD, Artifact, staged, write_manifest
+from ...demo.samples import builtin_pairs, builtin_samples
+from ...engine import Compatibility, Profile
+from ...errors import InputError, VerificationError
+from ...manifest import MANIFEST, GraphRecord, Manifest
+from ...prompts import DEFAULT_INSTRUCTION, EmbeddingTokenizer, RerankerTokenizer
+from ...spec import Task
+from ..onnx.dialects import find_dialect
+from ..onnx.export import PACKAGES, export_onnx
+from ..onnx.formats import FP8, QUANTIZED
+from ..onnx.verify import verify_graph
+from ..provenance import Progress, counted, versions
+from .build import build_engine, obstacle
+from .operators import unsupported
+from .options import EngineOptions
+from .scripts import polygraphy_script, trtexec_script
+
+PLAN = "engine/model.plan"
+PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
+# Few texts, short or long; and many.
+PROFILES = ("1x1:1x32:8x8192", "1x1:32x128:256x512")
+# What the check wants of the engine: 16-bit arithmetic in another order, and 8 or 4 bits on top.
+MIN_COSINE, MAX_DIFFERENCE = 0.999, 0.005
+
+
+def export_tensorrt(
+    source: str | Path,
+    output: str | Path,
+    *,
+    precision: str | None = None,
+    profiles: Sequence[str] = PROFILES,
+    version_compatible: bool = False,
+    hardware_compatible: Compatibility = "none",
+    revision: str | None = None,
+    task: Task | None = None,
+    force: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Artifact:
+    """Build a TensorRT engine; without TensorRT or a GPU, write all that one is built from.
+
+    Args:
+        source: A checkpoint's folder, a hub id, or an artifact whose graph is of the standard
+            dialect: `export_onnx` has more options, all of which such an artifact may have.
+        output: The artifact's folder; it appears only when it is complete and checked.
+        precision: Of a checkpoint: "bf16", the default; "fp16" (what would overflow stays in
+            fp32); "fp8" and "int8" (weights and each token's activations); or "int4" (weights in
+            groups of 64). All but "fp16" compute in bf16 with an fp32 residual stream.
+        profiles: Batches to tune for, each MIN:OPT:MAX in rows x tokens.
+        version_compatible: Whether later TensorRT versions of the same major one load the engine.
+        hardware_compatible: Where the engine runs beside the kind of GPU it is built on: "none",
+            "ampere+" or "same-capability".
+        revision: A branch, tag or commit, for a hub id.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        force: Whether to replace an artifact that is already there.
+        progress: Called with (stage, done, total) as the work goes on.
+
+    Returns:
+        An artifact of format "tensorrt" with an engine, or of format "onnx" without: then
+        `build.obstacle()` says why.
+
+    Raises:
+        InputError: An option is wrong, the output exists, or the disk is too small.
+        CheckpointError: The checkpoint is not a whole Qwen3 checkpoint.
+        ArtifactError: The artifact is damaged.
+        VerificationError: The graph does not run, or TensorRT does not take it.
+    """
+    options = EngineOptions(
+        tuple(Profile.parse(each) for each in profiles), version_compatible, hardware_compatible
+    )
+    if precision not in (None, *PRECISIONS):
+        raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {precision!r}")
+    given = _open(source, precision, revision, task)
+    size = given.size if given else 0
+    with staged(Path(output), force=force, needs=2 * size) as folder:
+        if given:
+            manifest = _copy(given, folder)
+        else:
+            manifest = _export_graph(
+                str(source), folder, precision or "bf16", revision, task, progress
+            )
+        graph = manifest.graph
+        assert graph is not None
+        _check_graph(folder / graph.path)
+        _write_scripts(folder, manifest, graph, options, progress)
+        if obstacle() is None:
+            record = build_engine(
+                folder / graph.path,
+                folder / PLAN,
+                PLAN,
+                graph.inputs,
+                options,
+                progress,
+            )
+            longest = max(each.max[1] for each in options.profiles)
+            manifest = replace(
+                manifest,
+                format="tensorrt",
+                engine=record,
+                max_length=min(manifest.max_length, longest),
+                requires=f"tensorrt=={record.tensorrt}",
+                versions=versions(PACKAGES) | {"tensorrt": record.tensorrt},
+            )
+        write_manifest(folder, manifest)
+    return Artifact.open(output)
+
+
+def _open(
+    source: str | Path, precision: str | None, revision: str | None, task: Task | None
+) -> Artifact | None:
+    """The source, if it is an artifact with a graph of the standard dialect; None if it is none."""
+    if not (Path(source).expanduser() / MANIFEST).is_file():
+        return None
+    artifact = Artifact.open(source)
+    graph = artifact.manifest.graph
+    if graph is None:
+        return None  # a quantized checkpoint, which export_onnx reads
+    if precision or revision or task:
+        raise InputError(
+            f"{source} is an artifact in {artifact.manifest.precision}: it takes none of "
+            "--precision, --revision and --task"
+        )
+    if graph.dialect != "standard" or graph.output != "pooled":
+        raise InputError(
+            f"{source} has the {graph.output} output in the {graph.dialect} dialect, and TensorRT "
+            "needs the pooled one in the standard dialect: `embedport export onnx --dialect "
+            "standard`"
+        )
+    return artifact
+
+
+def _copy(artifact: Artifact, folder: Path) -> Manifest:
+    """An artifact's files and manifest, but for an engine and its scripts."""
+    for name in artifact.manifest.files:
+        if name.startswith("engine/"):
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.folder / name, folder / name)
+    requires = find_dialect("standard").requires
+    return replace(artifact.manifest, format="onnx", engine=None, requires=requires, parity=None)
+
+
+def _export_graph(
+    source: str,
+    folder: Path,
+    precision: str,
+    revision: str | None,
+    task: Task | None,
+    progress: Progress,
+) -> Manifest:
+    """Export into the folder, in 16-bit arithmetic."""
+    with TemporaryDirectory(dir=folder) as temporary:
+        artifact = export_onnx(
+            source,
+            Path(temporary) / "artifact",
+            revision=revision,
+            task=task,
+            precision=precision,
+            arithmetic="bf16" if precision in QUANTIZED and precision != FP8 else None,
+            dialect="standard",
+            progress=progress,
+        )
+        for path in artifact.folder.iterdir():
+            if path.name not in (MANIFEST, CARD):
+                path.rename(folder / path.name)
+    return artifact.manifest
+
+
+def _check_graph(path: Path) -> None:
+    reasons = unsupported(ir.load(path))
+    if reasons:
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise VerificationError(f"{path}: TensorRT would not take it: {reasons[0]}{more}")
+
+
+def _write_scripts(
+    folder: Path,
+    manifest: Manifest,
+    graph: GraphRecord,
+    options: EngineOptions,
+    progress: Progress,
+) -> None:
+    """engine/: what builds and checks the engine elsewhere."""
+    engine = folder / "engine"
+    engine.mkdir()
+    from_engine = f"../{graph.path}"
+    script = trtexec_script(from_engine, graph.inputs, options)
+    (engine / "build.sh").write_text(script, encoding="utf-8")
+    (engine / "build.sh").chmod(0o755)
+    check = polygraphy_script(
+        from_engine,
+        graph.outputs[0],
+        options.profiles,
+        min_cosine=MIN_COSINE,
+        max_difference=MAX_DIFFERENCE,
+    )
+    (engine / "check.py").write_text(check, encoding="utf-8")
+    first = options.profiles[0]
+    ids = _sample(folder, manifest)[: first.max[1]]
+    scopes = len({str(node.name).split("/")[0] for node in ir.load(folder / graph.path).graph})
+    advance = counted(progress, "check", scopes)
+    expected = verify_graph(folder / graph.path, ids, lambda scope: advance())
+    # The first profile's shape, whose further rows are the same text.
+    rows, tokens = first.padded(1, len(ids))
+    input_ids = np.zeros((rows, tokens), np.int64)
+    input_ids[:, : len(ids)] = ids
+    attention_mask = np.zeros_like(input_ids)
+    attention_mask[:, : len(ids)] = 1
+    arrays: dict[str, np.ndarray] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        graph.outputs[0]: np.repeat(expected, rows, axis=0),
+    }
+    np.savez(engine / "check.npz", allow_pickle=False, **arrays)
+
+
+def _sample(folder: Path, manifest: Manifest) -> np.ndarray:
+    """A built-in text's token ids."""
+    path = folder / "tokenizer.json"
+    if manifest.task == "embedding":
+        tokenizer = EmbeddingTokenizer(path, manifest.max_length)
+        return tokenizer.encode([builtin_samples()[0].text]).ids[0]
+    pair = builtin_pairs()[0]
+    pairs = RerankerTokenizer(path, manifest.max_length)
+    return pairs.encode([(pair.query, pair.document)], DEFAULT_INSTRUCTION).ids[0]

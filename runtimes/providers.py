@@ -1,0 +1,117 @@
+"""onnxruntime's execution providers: how each is asked for, and what fell back to the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..artifact import Artifact
+from ..integrity import cache_folder
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+# The session keeps which provider took which node only if it is asked to.
+RECORD_NODES = "session.record_ep_graph_assignment_info"
+# Of shapes and positions, which onnxruntime leaves on the CPU on purpose.
+BOOKKEEPING = frozenset(
+    {
+        "Add",
+        "ArgMax",
+        "Cast",
+        "Concat",
+        "Constant",
+        "Expand",
+        "Gather",
+        "Identity",
+        "Max",
+        "MemcpyFromHost",
+        "MemcpyToHost",
+        "Mod",
+        "Mul",
+        "Range",
+        "ReduceSum",
+        "Reshape",
+        "Shape",
+        "Slice",
+        "Squeeze",
+        "Sub",
+        "Unsqueeze",
+    }
+)
+# The part of the graph in which positions are made, cosines and sines too.
+POSITIONS = "inputs/"
+
+
+def list_providers(device: str, artifact: Artifact) -> list[tuple[str, dict[str, str]]]:
+    """What to ask onnxruntime for, the first choice first.
+
+    Options: https://onnxruntime.ai/docs/execution-providers/, CUDA and TensorRT.
+
+    Args:
+        device: "cpu", "cuda" or "tensorrt".
+        artifact: The artifact; TensorRT's engines of it are kept in the user's cache folder.
+    """
+    cpu: tuple[str, dict[str, str]] = (PROVIDERS["cpu"], {})
+    if device == "cpu":
+        return [cpu]
+    cuda = {
+        # Otherwise memory grows in powers of two, and fp32 is computed in ten bits of mantissa.
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",
+    }
+    chosen: list[tuple[str, dict[str, str]]] = [(PROVIDERS["cuda"], cuda), cpu]
+    if device == "tensorrt":
+        chosen.insert(0, (PROVIDERS["tensorrt"], _tensorrt_options(artifact)))
+    return chosen
+
+
+def _tensorrt_options(artifact: Artifact) -> dict[str, str]:
+    graph = artifact.manifest.graph
+    assert graph is not None
+    cache = str(engine_cache(artifact))
+    options = {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+    }
+    if graph.arithmetic != "fp32":
+        options[f"trt_{graph.arithmetic}_enable"] = "1"
+    return options
+
+
+def engine_cache(artifact: Artifact) -> Path:
+    """Where engines of this graph with these weights are kept; made if need be.
+
+    Not in the artifact, which may be read-only and is published as it was hashed.
+    """
+    graph = artifact.manifest.graph
+    assert graph is not None
+    place = graph.path.rpartition("/")[0]
+    digest = hashlib.sha256()
+    for name, record in sorted(artifact.manifest.files.items()):
+        if name.startswith(f"{place}/"):
+            digest.update(f"{name} {record.sha256}\n".encode())
+    folder = cache_folder("engines") / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fallen_back(subgraphs: Sequence[Any]) -> list[str]:
+    """Nodes that compute on the CPU, "name (operator)", of a session on a GPU.
+
+    Args:
+        subgraphs: `InferenceSession.get_provider_graph_assignment_info()`.
+    """
+    return [
+        f"{node.name} ({node.op_type})"
+        for subgraph in subgraphs
+        if subgraph.ep_name == PROVIDERS["cpu"]
+        for node in subgraph.get_nodes()
+        if node.op_type not in BOOKKEEPING and not node.name.startswith(POSITIONS)
+    ]

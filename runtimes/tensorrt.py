@@ -1,0 +1,207 @@
+"""The TensorRT adapter: an artifact's engine on the GPU that it was built for.
+
+Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.gpu.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..engine import EngineRecord, choose_profile
+from ..errors import ArtifactError, DeviceError, InputError, require
+from ..gpu import call, current_device, tensorrt_version
+from .buffers import Buffer, allocate
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+logger = logging.getLogger(__name__)
+
+# Tokens are padded to a multiple of so many: kernels like it, and shapes come back more often.
+ALIGNMENT = 8
+# A shape that has come so often gets a CUDA graph: one launch instead of one for each kernel.
+REPEATS = 3
+# Each graph has an execution context of its own, which takes host memory.
+MAX_GRAPHS = 32
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A shape's own context, and its CUDA graph, which needs it; None if it cannot be captured."""
+
+    context: trt.IExecutionContext
+    graph: Any
+
+
+class TensorRTModel:
+    """An engine: token ids in, vectors or scores out. One batch runs at a time.
+
+    Args:
+        artifact: An artifact with an engine. A version-compatible engine brings code that runs
+            here: load it only from where you would run a program from.
+
+    Attributes:
+        device: "cuda".
+        precision: What is computed in, in words.
+
+    Raises:
+        DeviceError: There is no GPU, or the engine was built for another GPU or TensorRT.
+        MissingPackageError: TensorRT or cuda-bindings is missing.
+        ArtifactError: TensorRT does not take the engine.
+    """
+
+    device = "cuda"
+
+    def __init__(self, artifact: Artifact) -> None:
+        manifest = artifact.manifest
+        assert manifest.engine is not None
+        assert manifest.graph is not None
+        self._record = manifest.engine
+        self.precision = manifest.precision
+        self._lock = threading.Lock()
+        self._engine = _load_engine(artifact, self._record)
+        self._stream = int(call("cudaStreamCreate"))
+        # Batches run one after the other: all contexts share what one of them needs.
+        self._scratch_size = self._engine.device_memory_size_v2
+        self._scratch = allocate(self, "cudaMalloc", max(1, self._scratch_size))
+        rows = max(each.max[0] for each in self._record.profiles)
+        tokens = max(each.max[0] * each.max[1] for each in self._record.profiles)
+        self._width = () if manifest.embedding_dim is None else (manifest.embedding_dim,)
+        self._inputs = {name: Buffer(np.int64, tokens) for name in manifest.graph.inputs}
+        self._output_name = manifest.graph.outputs[0]
+        self._output = Buffer(np.float32, rows * (manifest.embedding_dim or 1))
+        self._contexts = {i: self._make_context(i) for i in range(len(self._record.profiles))}
+        self._seen: Counter[tuple[int, tuple[int, int]]] = Counter()
+        self._graphs: dict[tuple[int, tuple[int, int]], _Captured] = {}
+
+    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Run a batch, in parts if it has more rows than the engine takes at once.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+
+        Returns:
+            float32: embeddings [batch, dim] of unit length, or scores [batch].
+
+        Raises:
+            InputError: The texts are longer than the engine takes.
+            DeviceError: The GPU failed.
+        """
+        rows, tokens = input_ids.shape
+        fitting = [each.max[0] for each in self._record.profiles if each.max[1] >= tokens]
+        if not fitting:
+            longest = max(each.max[1] for each in self._record.profiles)
+            raise InputError(
+                f"a text of {tokens:,} tokens is longer than the {longest:,} that the engine was "
+                "built for; build it with a larger --profile, or load it with a smaller max_length"
+            )
+        step = max(fitting)
+        with self._lock:
+            parts = [
+                self._run(input_ids[i : i + step], attention_mask[i : i + step])
+                for i in range(0, rows, step)
+            ]
+        return np.concatenate(parts)
+
+    def _run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        rows, tokens = input_ids.shape
+        number = choose_profile(self._record.profiles, rows, tokens)
+        profile = self._record.profiles[number]
+        aligned = min(-(-tokens // ALIGNMENT) * ALIGNMENT, profile.max[1])
+        shape = profile.padded(rows, aligned)
+        for array, buffer in zip((input_ids, attention_mask), self._inputs.values(), strict=True):
+            padded = buffer.host(shape)
+            padded[:] = 0
+            padded[:rows, :tokens] = array
+        self._execute(number, shape)
+        call("cudaStreamSynchronize", self._stream)
+        return self._output.host((shape[0], *self._width))[:rows].copy()
+
+    def _execute(self, number: int, shape: tuple[int, int]) -> None:
+        """Put a batch on the stream, as a CUDA graph where its shape keeps coming back."""
+        key = (number, shape)
+        if key in self._graphs:
+            captured = self._graphs[key]
+            if captured.graph is None:
+                self._enqueue(captured.context, shape)
+            else:
+                call("cudaGraphLaunch", captured.graph, self._stream)
+            return
+        self._seen[key] += 1
+        if self._seen[key] < REPEATS or len(self._graphs) >= MAX_GRAPHS:
+            self._enqueue(self._contexts[number], shape)
+        else:
+            self._graphs[key] = self._capture(number, shape)
+
+    def _capture(self, number: int, shape: tuple[int, int]) -> _Captured:
+        """Run a batch, and make what runs others of its shape."""
+        # A graph holds on to its context's state: the context runs no other shape.
+        context = self._make_context(number)
+        # What TensorRT does at a shape's first run must not be captured.
+        self._enqueue(context, shape)
+        mode = require("cuda.bindings.runtime", "tensorrt").cudaStreamCaptureMode
+        call("cudaStreamBeginCapture", self._stream, mode.cudaStreamCaptureModeThreadLocal)
+        try:
+            self._enqueue(context, shape)
+        except DeviceError:
+            logger.warning("TensorRT cannot capture %s x %s tokens in a CUDA graph", *shape)
+            with contextlib.suppress(DeviceError):
+                call("cudaStreamEndCapture", self._stream)
+            return _Captured(context, None)
+        graph = call("cudaStreamEndCapture", self._stream)
+        return _Captured(context, call("cudaGraphInstantiate", graph, 0))
+
+    def _enqueue(self, context: trt.IExecutionContext, shape: tuple[int, int]) -> None:
+        for name, buffer in self._inputs.items():
+            if not context.set_input_shape(name, shape):
+                raise DeviceError(f"TensorRT does not take {name} of {shape[0]} x {shape[1]}")
+            buffer.upload(shape, self._stream)
+        if not context.execute_async_v3(self._stream):
+            raise DeviceError("TensorRT could not run a batch; its log is above")
+        self._output.download((shape[0], *self._width), self._stream)
+
+    def _make_context(self, profile: int) -> trt.IExecutionContext:
+        import tensorrt as trt
+
+        context = self._engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if context is None:
+            raise DeviceError("TensorRT could not make an execution context; its log is above")
+        context.set_device_memory(self._scratch, self._scratch_size)
+        context.set_optimization_profile_async(profile, self._stream)
+        for name, buffer in (*self._inputs.items(), (self._output_name, self._output)):
+            context.set_tensor_address(name, buffer.device)
+        return context
+
+
+def _load_engine(artifact: Artifact, record: EngineRecord) -> Any:
+    path = artifact.folder / record.path
+    version = tensorrt_version()
+    try:
+        record.check(current_device(), version)
+    except DeviceError as error:
+        raise DeviceError(f"{path}: {error}") from error
+    import tensorrt as trt
+
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    # A version-compatible engine brings its own runtime along, as code.
+    runtime.engine_host_code_allowed = record.version_compatible
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise ArtifactError(
+            f"{path}: TensorRT {version} does not take the engine; its log is above. Build it "
+            "again: embedport export tensorrt ARTIFACT -o OUT"
+        )
+    return engine

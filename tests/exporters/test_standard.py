@@ -1,0 +1,187 @@
+"""The standard dialect without a GPU: TensorRT's table, strict types, a second engine."""
+
+import re
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from embedport.demo.samples import builtin_samples
+from embedport.errors import InputError
+from embedport.exporters.tensorrt.operators import read_table, unsupported
+from embedport.runtimes.batching import pad
+
+TEXTS = [sample.text for sample in builtin_samples()[:8]] + [""]
+BF16 = {"arithmetic": "bf16"}
+# What a precision is exported with, and its smallest cosine to onnxruntime on a CPU. Rounding to
+# 16 bits is another in OpenVINO, which computes in fp32, and fp8 makes more of that than int8;
+# onnxruntime multiplies four bits by activations in eight.
+VARIANTS = {
+    "fp32": ({"precision": "fp32"}, 0.99999),
+    "fp16": ({"precision": "fp16"}, 0.9999),
+    "bf16": ({"precision": "bf16"}, 0.9999),
+    "int8": ({"precision": "int8"}, 0.9999),
+    "int8-bf16": ({"precision": "int8", **BF16}, 0.999),
+    "int4": ({"precision": "int4"}, 0.9995),
+    "int4-bf16": ({"precision": "int4", **BF16}, 0.999),
+    "fp8": ({"precision": "fp8"}, 0.998),
+}
+
+
+@pytest.fixture
+def loaded(artifacts):
+    """A function (variant's name, task) -> the artifact of the standard dialect, loaded."""
+    return lambda name, task="embedding": artifacts(
+        "blocks", task, dialect="standard", **VARIANTS[name][0]
+    )
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tensorrt_has_every_operator_for_its_types(loaded, name, task):
+    assert unsupported(ir.load(loaded(name, task).artifact.graph)) == []
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_types_are_what_strict_inference_finds(loaded, name, task):
+    """The checker reads the file with its external data; inference starts without our types."""
+    graph = loaded(name, task).artifact.graph
+    onnx.checker.check_model(graph, full_check=True)
+    model = onnx.load(graph, load_external_data=False)
+    nodes = ir.load(graph).graph
+    declared = {value.name: value.dtype for node in nodes for value in node.outputs}
+    del model.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    values = [*inferred.graph.value_info, *inferred.graph.output]
+    found = {value.name: value.type.tensor_type.elem_type for value in values}
+    assert {name: ir.DataType(kind) for name, kind in found.items()} == declared
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_openvino(loaded, name):
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    embedder = loaded(name)
+    ids, mask = pad(embedder.tokenizer.encode(TEXTS).ids)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(embedder.artifact.graph), "CPU", options)
+    found, expected = compiled([ids, mask])[0], embedder.model(ids, mask)
+    assert (found * expected).sum(axis=1).min() >= VARIANTS[name][1]
+
+
+# To transformers: the demo's matrices are random and small, on which four bits cost most.
+LIMITS = {"int8-bf16": 0.999, "int4-bf16": 0.9, "fp8": 0.995}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_quantized_in_16_bits(loaded, reference, name):
+    embedder = loaded(name)
+    assert embedder.artifact.manifest.graph.arithmetic == "bf16"
+    assert "each result rounded" in embedder.model.precision
+    expected = reference("blocks", "embedding")
+    vectors = embedder.encode([sample.text for sample in builtin_samples()] + [""])
+    cosines = (vectors * expected).sum(axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() >= LIMITS[name]
+
+
+def test_weights_are_float8(loaded):
+    graph = ir.load(loaded("fp8").artifact.graph).graph
+    kinds = [value.dtype for value in graph.initializers.values()]
+    assert kinds.count(ir.DataType.FLOAT8E4M3FN) == 2 * 7 + 1  # a layer's matrices, the zero point
+
+
+def test_another_dialect_is_refused(artifacts):
+    reasons = unsupported(ir.load(artifacts("blocks").artifact.graph))
+    assert "com.microsoft 1: TensorRT takes ai.onnx 9 to 24" in reasons
+    assert any("GroupQueryAttention is no operator of TensorRT's" in each for each in reasons)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "options", "reason"),
+    [
+        ("blocks", {"precision": "int8-weight", "group_size": 64}, "INT8 has blocks"),
+        ("blocks", {"precision": "int4", "group_size": 32}, "blocks of 64 or 128, found 32"),
+        ("kv2", {"precision": "int4"}, "blocks of 64 do not divide the 160 inputs"),
+    ],
+)
+def test_what_tensorrt_has_no_kernels_for(artifacts, geometry, options, reason):
+    graph = artifacts(geometry, dialect="standard", **options).artifact.graph
+    assert any(reason in each for each in unsupported(ir.load(graph)))
+
+
+def model_of(node, *constants, dtype=ir.DataType.FLOAT):
+    """A graph of one node, the first of whose inputs is `x`."""
+    x = ir.val("x", dtype=dtype, shape=(4, 4))
+    initializers = [
+        ir.val(each.name, const_value=each, type=ir.TensorType(each.dtype), shape=each.shape)
+        for each in constants
+    ]
+    made = ir.node(node.pop("op"), [x, *initializers], node)
+    graph = ir.Graph(
+        [x], made.outputs, nodes=[made], initializers=initializers, opset_imports={"": 23}
+    )
+    return ir.Model(graph, ir_version=11)
+
+
+@pytest.mark.parametrize(
+    ("node", "constants", "dtype", "reason"),
+    [
+        ({"op": "Celu"}, [], ir.DataType.FLOAT, None),
+        ({"op": "Celu"}, [], ir.DataType.DOUBLE, "Celu of DOUBLE: TensorRT takes FP32, FP16, BF16"),
+        ({"op": "NonZero"}, [], ir.DataType.BFLOAT16, "NonZero of BFLOAT16"),
+        ({"op": "MatMulInteger"}, [], ir.DataType.INT8, "ai.onnx.MatMulInteger is no operator"),
+        (
+            {"op": "QuantizeLinear"},
+            [ir.tensor(np.float32(1), name="s"), ir.tensor(np.int8(3), name="z")],
+            ir.DataType.FLOAT,
+            "the zero point of QuantizeLinear should be a constant 0",
+        ),
+        (
+            {"op": "QuantizeLinear", "axis": 1},
+            [ir.tensor(np.ones(4, np.float32), name="s")],
+            ir.DataType.FLOAT,
+            "QuantizeLinear of activations should have one scale",
+        ),
+    ],
+)
+def test_reasons(node, constants, dtype, reason):
+    reasons = unsupported(model_of(dict(node), *constants, dtype=dtype))
+    assert reasons == [] if reason is None else any(reason in each for each in reasons)
+
+
+def test_the_table_names_its_source():
+    table = read_table()
+    assert re.search(r"onnx-tensorrt/blob/[0-9a-f]{40}/docs/operators.md", table["source"])
+    assert table["licence"] == "Apache-2.0"
+    assert set(table["operators"]) <= {schema.name for schema in onnx.defs.get_all_schemas()} | {
+        # Of onnxruntime's, kept by the parser under ONNX's name; and one of old opsets.
+        "ImageScaler",
+        "ParametricSoftplus",
+        "ScaledTanh",
+    }
+
+
+class TestOptions:
+    def test_fp8_is_for_engines(self, checkpoints, artifacts):
+        with pytest.raises(InputError, match="fp8 is for engines such as TensorRT: it goes with"):
+            artifacts("blocks", precision="fp8")
+        with pytest.raises(InputError, match="fp8 is rounded to nearest: it takes no --algorithm"):
+            artifacts("blocks", precision="fp8", dialect="standard", algorithm="gptq")
+        with pytest.raises(InputError, match="fp8 has one scale an output channel"):
+            artifacts("blocks", precision="fp8", dialect="standard", group_size=64)
+
+    def test_arithmetic(self, artifacts):
+        with pytest.raises(InputError, match=r"takes none of .* and --arithmetic"):
+            artifacts("blocks", precision="bf16", arithmetic="bf16")
+        with pytest.raises(InputError, match="arithmetic should be fp32 or bf16, found 'fp16'"):
+            artifacts("blocks", precision="int4", arithmetic="fp16")
+        with pytest.raises(InputError, match="onnxruntime multiplies int8 activations on CPUs"):
+            artifacts("blocks", precision="int8", arithmetic="bf16")
+
+    def test_weights_in_groups_for_onnxruntime_on_a_gpu(self, artifacts):
+        """MatMulNBits takes bf16 activations and scales there; on a CPU each result is rounded."""
+        fp32 = artifacts("blocks", precision="int8-weight")
+        bf16 = artifacts("blocks", precision="int8-weight", arithmetic="bf16")
+        cosines = (fp32.encode(TEXTS) * bf16.encode(TEXTS)).sum(axis=1)
+        assert 0.999 < cosines.min() < 0.9999999
