@@ -39,6 +39,8 @@ class GraphRecord:
         outputs: Names of the outputs.
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+        continuation: Path of the same graph with a past, for rows that begin alike; None if there
+            is none.
     """
 
     path: str
@@ -48,6 +50,7 @@ class GraphRecord:
     outputs: tuple[str, ...]
     output: str
     kept_in_fp32: tuple[str, ...]
+    continuation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,9 @@ class Manifest:
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
-        graph = [values["graph"].path] if values["graph"] else []
-        for name in (*graph, *values["files"]):
+        graph = values["graph"]
+        graphs = [path for path in (graph.path, graph.continuation) if path] if graph else []
+        for name in (*graphs, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
         return cls(**values)
