@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import backend, export, inference, outliers, parity, retrieval
+from . import backend, checkpoints, export, inference, outliers, parity, retrieval
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -32,6 +32,8 @@ def everything(context: typer.Context) -> None:
         inference.int8_against_peers(7)
         outliers.against_dynamic_int8()
         retrieval.on_the_held_out_set()
+        checkpoints.on_the_demo_pair()
+        checkpoints.of_the_0_6b_geometry()
         parity.against_transformers()
         backend.in_sentence_transformers()
 
@@ -70,6 +72,20 @@ def _outliers(out: Out = RESULTS) -> None:
 def _retrieval(out: Out = RESULTS) -> None:
     """Quality of the demo embedder and of its quantized forms on the held-out set."""
     retrieval.on_the_held_out_set(out)
+
+
+@app.command("checkpoints")
+def _checkpoints(
+    demo: Annotated[bool, typer.Option(help="Parity and retrieval on the demo pair.")] = True,
+    large: Annotated[bool, typer.Option(help="Memory and time at the 0.6B geometry.")] = True,
+    checkpoint: Checkpoint = None,
+    out: Out = RESULTS,
+) -> None:
+    """Quantized checkpoints by method."""
+    if demo:
+        checkpoints.on_the_demo_pair(out)
+    if large:
+        checkpoints.of_the_0_6b_geometry(checkpoint, out)
 
 
 @app.command("parity")

@@ -94,6 +94,7 @@ def _dynamic(folder: str, path: str) -> None:
     from onnxruntime.quantization import quantize_dynamic
 
     embedder = _embedder(folder)
+    assert embedder.artifact is not None
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         graph = Path(temporary) / "model.onnx"
         quantize_dynamic(embedder.artifact.graph, graph, use_external_data_format=True)

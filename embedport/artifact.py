@@ -23,6 +23,7 @@ from typing import Any
 
 from .card import model_card
 from .errors import ArtifactError, InputError
+from .files import check_links
 from .integrity import check_files, record_files
 from .manifest import MANIFEST, Manifest
 
@@ -41,13 +42,14 @@ class Artifact:
         """Read and check an artifact.
 
         Raises:
-            InputError: No such folder.
+            InputError: No such folder, or a link in it leads out of it.
             ArtifactError: It is not an artifact, or a file is missing or changed.
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
         manifest = Manifest.from_json(folder / MANIFEST)
+        check_links(folder)
         check_files(folder, dict(manifest.files))
         return cls(folder, manifest)
 

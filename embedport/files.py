@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -62,6 +62,22 @@ def tensor_names(folder: Path) -> set[str]:
         return set()
     with open_shard(folder / SINGLE) as shard:
         return set(shard.keys())
+
+
+def check_links(folder: Path) -> None:
+    """Refuse symbolic links out of a folder; those of the hub's cache lead to its own blobs.
+
+    Raises:
+        InputError: There is one.
+    """
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parents[1] / "blobs")
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(base) for base in allowed):
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, outside the folder; put a copy in its place"
+            )
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:

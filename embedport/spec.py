@@ -17,7 +17,7 @@ from typing import Any, Literal
 from .errors import CheckpointError, InputError
 from .files import read_json, tensor_names
 from .hub import Source, fetch
-from .stored import StoredQuantization, read_quantization
+from .stored import LibraryQuantization, StoredQuantization, read_quantization
 
 Task = Literal["embedding", "reranker"]
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
@@ -53,6 +53,8 @@ class ModelSpec:
         max_length: Tokens after which a text is cut, by default.
         prompts: Prompt name to the text put before an input; embeddings only.
         quantization: How the projections are stored, if the checkpoint is quantized already.
+        score_rows: Of a reranker in the sequence-classification form: rows of its head, 1 (yes) or
+            2 (no, yes); None where the head is a vocabulary's.
     """
 
     source: Source
@@ -70,7 +72,8 @@ class ModelSpec:
     tied: bool
     max_length: int
     prompts: Mapping[str, str]
-    quantization: StoredQuantization | None = None
+    quantization: StoredQuantization | LibraryQuantization | None = None
+    score_rows: int | None = None
 
     @classmethod
     def from_checkpoint(
@@ -98,6 +101,13 @@ class ModelSpec:
         """The number of weights, a tied lm_head counted once."""
         return sum(map(math.prod, self.tensor_shapes().values()))
 
+    @property
+    def head(self) -> str:
+        """The tensor that holds a reranker's head."""
+        if self.score_rows is not None:
+            return "score.weight"
+        return "embed_tokens.weight" if self.tied else "lm_head.weight"
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name (in the `Qwen3Model` form, without "model.") to shape of every tensor needed."""
         hidden, wide = self.hidden_size, self.intermediate_size
@@ -121,8 +131,8 @@ class ModelSpec:
                 }.items()
             }
         shapes["norm.weight"] = (hidden,)
-        if self.task == "reranker" and not self.tied:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        if self.task == "reranker":
+            shapes[self.head] = (self.score_rows or self.vocab_size, hidden)
         return shapes
 
 
@@ -167,6 +177,12 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     config.refuse("hidden_act", "silu")
     config.refuse("attention_bias", False)
     config.refuse("use_sliding_window", False)
+    if config.values.get("auto_map"):
+        raise CheckpointError(
+            f"{config.path}: auto_map names code of the checkpoint's own, "
+            f"{config.values['auto_map']!r}, which is never run: what is computed without it would "
+            "be another model"
+        )
     heads = config.get("num_attention_heads", int)
     kv_heads = config.get("num_key_value_heads", int, heads)
     if heads % kv_heads:
@@ -182,9 +198,10 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         )
     positions = config.get("max_position_embeddings", int)
     modules = _read_modules(folder)
+    task = task or _find_task(folder, config, modules)
     return ModelSpec(
         source=source,
-        task=task or _find_task(folder, config, modules),
+        task=task,
         hidden_size=hidden,
         num_layers=config.get("num_hidden_layers", int),
         num_heads=heads,
@@ -199,7 +216,22 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         max_length=_read_max_length(folder, positions),
         prompts=_read_prompts(folder),
         quantization=read_quantization(config.values.get("quantization_config"), config.path),
+        score_rows=_read_score_rows(config) if task == "reranker" else None,
     )
+
+
+def _read_score_rows(config: _Config) -> int | None:
+    if config.values.get("architectures") != ["Qwen3ForSequenceClassification"]:
+        return None
+    # transformers' default is two labels.
+    labels = config.values.get("id2label") or {}
+    rows = config.get("num_labels", int, len(labels) or 2)
+    if rows not in (1, 2):
+        raise CheckpointError(
+            f"{config.path}: a reranker should have one label, yes, or two, no and yes; found "
+            f"{rows}: {labels!r}"
+        )
+    return rows
 
 
 def _read_rope_theta(config: _Config) -> float:

@@ -7,6 +7,7 @@ process never holds more than the caller keeps. Both naming schemes are read: `Q
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ class Weights:
     """The tensors of a checkpoint by their `Qwen3Model` names, checked against the spec at once.
 
     Args:
-        spec: The checkpoint's spec; every tensor of `spec.tensor_shapes()` must be there.
+        spec: The checkpoint's spec.
+        names: The tensors of `spec.tensor_shapes()` that must be there; all of them by default.
 
     Raises:
         CheckpointError: A shard is missing or truncated, or a tensor is missing, has another
@@ -32,11 +34,13 @@ class Weights:
     # A checkpoint's own states need no rotation back: see quantize.source.
     output_rotation: np.ndarray | None = None
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, names: Iterable[str] | None = None) -> None:
         self.spec = spec
+        shapes = spec.tensor_shapes()
         tensors = read_headers(spec.source.folder)
         self.tensors: dict[str, TensorInfo] = {}
-        for name, shape in spec.tensor_shapes().items():
+        for name in shapes if names is None else names:
+            shape = shapes[name]
             info = self._find(name, tensors)
             if info is None:
                 raise CheckpointError(
@@ -79,7 +83,20 @@ class Weights:
         """As `read`, converted to float32, which holds all three stored dtypes exactly."""
         return self.read(name, rows).astype(np.float32)
 
-    def lm_head_rows(self, ids: list[int]) -> np.ndarray:
-        """Rows of the output head, which is the embedding table when tied: float32 [n, hidden]."""
-        name = "embed_tokens.weight" if self.spec.tied else "lm_head.weight"
-        return np.concatenate([self.read_fp32(name, slice(i, i + 1)) for i in ids])
+    def answer_row(self, yes: int, no: int) -> np.ndarray:
+        """W_yes - W_no of a reranker's head, the embedding table where it is tied.
+
+        The softmax over two logits is the sigmoid of their difference, so one row does it.
+
+        Args:
+            yes: The token's id.
+            no: The token's id.
+
+        Returns:
+            float32 [hidden].
+        """
+        spec = self.spec
+        if spec.score_rows is not None:
+            rows = self.read_fp32("score.weight")
+            return rows[-1] - rows[0] if spec.score_rows == 2 else rows[0]
+        return np.subtract(*(self.read_fp32(spec.head, slice(i, i + 1))[0] for i in (yes, no)))

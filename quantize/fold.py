@@ -76,9 +76,9 @@ class FoldedWeights:
 
         return FoldedWeights(self._source, factors)
 
-    def lm_head_rows(self, ids: list[int]) -> np.ndarray:
-        """Rows of the head: float32 [n, hidden]."""
-        return self._source.lm_head_rows(ids)
+    def answer_row(self, yes: int, no: int) -> np.ndarray:
+        """W_yes - W_no: float32 [hidden]."""
+        return self._source.answer_row(yes, no)
 
 
 def widen(spec: ModelSpec, reader: str, channels: np.ndarray) -> np.ndarray:

@@ -73,10 +73,10 @@ class RotatedWeights:
             return (self._stream.T @ values)[rows]
         return values
 
-    def lm_head_rows(self, ids: list[int]) -> np.ndarray:
-        """Rows of the head that go with the final norm's output without gains: [n, hidden]."""
+    def answer_row(self, yes: int, no: int) -> np.ndarray:
+        """W_yes - W_no, which goes with the final norm's output without gains: [hidden]."""
         assert self.output_rotation is not None
-        return self._source.lm_head_rows(ids) @ self.output_rotation.T
+        return self.output_rotation @ self._source.answer_row(yes, no)
 
     def _gains(self, layer: str, part: str) -> np.ndarray:
         return self._source.read_fp32(f"{layer}.{READERS[part]}.weight")

@@ -25,6 +25,6 @@ class WeightSource(Protocol):
         """A tensor, or a range of its rows: float32."""
         ...
 
-    def lm_head_rows(self, ids: list[int]) -> np.ndarray:
-        """Rows of the head that go with the final norm's output: float32 [n, hidden]."""
+    def answer_row(self, yes: int, no: int) -> np.ndarray:
+        """W_yes - W_no, which goes with the final norm's output: float32 [hidden]."""
         ...

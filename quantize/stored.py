@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..files import TensorInfo, open_shard, read_headers
 from ..spec import ModelSpec
-from ..stored import StoredQuantization
+from ..stored import LibraryQuantization, StoredQuantization
 from ..weights import DTYPES, Weights
 from .schemes import QuantizedTensor, QuantScheme
 
@@ -55,7 +55,7 @@ class StoredWeights(Weights):
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        assert spec.quantization is not None
+        assert isinstance(spec.quantization, StoredQuantization)
         self.quantization: StoredQuantization = spec.quantization
         self.bits = self.quantization.bits
         self._layout = _LAYOUTS[self.quantization.method]
@@ -181,7 +181,17 @@ class StoredWeights(Weights):
 
 
 def open_weights(spec: ModelSpec) -> Weights:
-    """The weights of a checkpoint, quantized or not; raises as their classes do."""
+    """The weights of a checkpoint, quantized or not.
+
+    Raises:
+        CheckpointError: As their classes; or only the library that quantized it reads it.
+    """
+    if isinstance(spec.quantization, LibraryQuantization):
+        raise CheckpointError(
+            f"{spec.source.folder}: a checkpoint quantized by {spec.quantization.method!r} gives "
+            "no weights to export, only one by 'gptq' and 'awq' does; give the original in bf16, "
+            "fp16 or fp32"
+        )
     return Weights(spec) if spec.quantization is None else StoredWeights(spec)
 
 

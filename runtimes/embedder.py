@@ -7,47 +7,47 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..artifact import Artifact, record_ranges
+from ..artifact import record_ranges
 from ..errors import InputError
-from ..manifest import Manifest
 from ..prompts import EmbeddingTokenizer, Encoded
 from .batching import BATCH_TOKENS, run_batches
+from .facts import Model, ModelFacts
 from .vectors import VECTOR_PRECISIONS, measure_ranges, quantize_vectors, shorten
 
 logger = logging.getLogger(__name__)
 
 
 class Embedder:
-    """An embedding artifact, loaded.
+    """An embedding model, loaded.
 
     Attributes:
-        artifact: Where it came from.
+        facts: What it is.
+        artifact: Where it came from; None for a checkpoint without a manifest.
         model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, dim].
         tokenizer: Texts to ids.
         device: What it runs on.
+        precision: What is stored and what is computed in, in words.
         dim: Width of its vectors.
         prompts: Prompt name to the text put before an input.
         ranges: Each value's range by width, for vectors in 8 bits; None before `calibrate`.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        model: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        tokenizer: EmbeddingTokenizer,
-        *,
-        device: str,
-    ) -> None:
-        self.artifact = artifact
-        self.model = model
+    def __init__(self, facts: ModelFacts, model: Model, tokenizer: EmbeddingTokenizer) -> None:
+        self.facts = facts
+        self.artifact = facts.artifact
+        self.model: Callable[[np.ndarray, np.ndarray], np.ndarray] = model
         self.tokenizer = tokenizer
-        self.device = device
-        self.dim = artifact.manifest.embedding_dim or artifact.manifest.hidden_size
-        self.prompts = dict(artifact.manifest.prompts)
-        self.ranges = artifact.manifest.ranges
+        self.device = model.device
+        self.precision = model.precision
+        self.dim = facts.dim
+        self.prompts = dict(facts.prompts)
+        self.ranges = facts.ranges
 
     def __repr__(self) -> str:
-        return f"Embedder({str(self.artifact.folder)!r}, dim={self.dim}, device={self.device!r})"
+        return (
+            f"Embedder({self.facts.name!r}, dim={self.dim}, device={self.device!r}, "
+            f"precision={self.precision!r})"
+        )
 
     def encode(
         self,
@@ -86,7 +86,7 @@ class Embedder:
         if dim is not None and not 1 <= dim <= self.dim:
             raise InputError(f"dim should be from 1 to {self.dim}, found {dim}")
         encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
-        check_encoded(encoded, self.artifact.manifest, self.tokenizer.max_length, "text")
+        check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text")
         vectors = run_batches(
             self.model,
             encoded.ids,
@@ -95,12 +95,14 @@ class Embedder:
             description="Encoding",
             progress=progress,
         )
-        warn_nonfinite(vectors, self.artifact.manifest.precision, "text")
+        warn_nonfinite(vectors, self.precision, "text")
         vectors = vectors if dim is None else shorten(vectors, dim)
         return quantize_vectors(vectors, precision, self.ranges)
 
     def calibrate(self, texts: Sequence[str], *, prompt: str = "document") -> None:
         """Measure the ranges that vectors in 8 bits need, and put them into the manifest.
+
+        A checkpoint without a manifest keeps them in memory only, in `ranges`.
 
         Args:
             texts: Texts like those to be embedded, a few hundred or more.
@@ -113,7 +115,8 @@ class Embedder:
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
         self.ranges = measure_ranges(self.encode(texts, prompt=prompt))
-        record_ranges(self.artifact.folder, self.ranges)
+        if self.artifact is not None:
+            record_ranges(self.artifact.folder, self.ranges)
 
     def prompt_text(self, prompt: str) -> str:
         """The text that a prompt's name stands for, or a literal prompt itself.
@@ -131,18 +134,24 @@ class Embedder:
         return prompt
 
 
-def check_encoded(encoded: Encoded, manifest: Manifest, max_length: int, noun: str) -> None:
+def check_encoded(encoded: Encoded, vocab_size: int, max_length: int, noun: str) -> None:
     """Log which inputs were cut.
+
+    Args:
+        encoded: The inputs' token ids.
+        vocab_size: Rows of the model's embedding table.
+        max_length: Tokens of an input at most.
+        noun: What an input is called.
 
     Raises:
         InputError: A token is beyond the model's embedding table: some checkpoints' tokenizers
             know a few special tokens more than their table has rows.
     """
     for i, ids in enumerate(encoded.ids):
-        if ids.max() >= manifest.vocab_size:
+        if ids.max() >= vocab_size:
             raise InputError(
                 f"{noun} {i} holds token {ids.max()}, and the model's table has only "
-                f"{manifest.vocab_size} rows; take that special token out of the text"
+                f"{vocab_size} rows; take that special token out of the text"
             )
     if encoded.truncated:
         logger.warning(
@@ -161,14 +170,14 @@ def warn_nonfinite(values: np.ndarray, precision: str, noun: str) -> None:
 
     Args:
         values: float32 [n] or [n, dim].
-        precision: The artifact's.
+        precision: The model's, in words.
         noun: What an input is called.
     """
     bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if len(bad):
         logger.error(
-            "%d of %d %ss gave NaN or infinity in %s, the first is %s %d; export with another "
-            "precision or with calibration texts like it",
+            "%d of %d %ss gave NaN or infinity in %s, the first is %s %d; take another precision, "
+            "or calibrate with texts like it",
             len(bad),
             len(values),
             noun,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..artifact import Artifact
 from ..errors import InputError
 from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
 from .batching import BATCH_TOKENS, run_batches
 from .embedder import check_encoded, warn_nonfinite
+from .facts import Model, ModelFacts
 
 
 @dataclass(frozen=True)
@@ -24,30 +24,29 @@ class Ranked:
 
 
 class Reranker:
-    """A reranker artifact, loaded.
+    """A reranker, loaded.
 
     Attributes:
-        artifact: Where it came from.
+        facts: What it is.
+        artifact: Where it came from; None for a checkpoint without a manifest.
         model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch].
         tokenizer: Pairs to ids, under the reranker's template.
         device: What it runs on.
+        precision: What is stored and what is computed in, in words.
     """
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        model: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        tokenizer: RerankerTokenizer,
-        *,
-        device: str,
-    ) -> None:
-        self.artifact = artifact
-        self.model = model
+    def __init__(self, facts: ModelFacts, model: Model, tokenizer: RerankerTokenizer) -> None:
+        self.facts = facts
+        self.artifact = facts.artifact
+        self.model: Callable[[np.ndarray, np.ndarray], np.ndarray] = model
         self.tokenizer = tokenizer
-        self.device = device
+        self.device = model.device
+        self.precision = model.precision
 
     def __repr__(self) -> str:
-        return f"Reranker({str(self.artifact.folder)!r}, device={self.device!r})"
+        return (
+            f"Reranker({self.facts.name!r}, device={self.device!r}, precision={self.precision!r})"
+        )
 
     def score(
         self,
@@ -72,7 +71,7 @@ class Reranker:
             InputError: A pair is not two strings of valid Unicode.
         """
         encoded = self.tokenizer.encode(pairs, instruction)
-        check_encoded(encoded, self.artifact.manifest, self.tokenizer.max_length, "pair")
+        check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
         scores = run_batches(
             self.model,
             encoded.ids,
@@ -81,7 +80,7 @@ class Reranker:
             description="Scoring",
             progress=progress,
         )
-        warn_nonfinite(scores, self.artifact.manifest.precision, "pair")
+        warn_nonfinite(scores, self.precision, "pair")
         return scores
 
     def rank(

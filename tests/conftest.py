@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+import embedport
 from embedport.beir import read_beir, write_candidates
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
@@ -55,6 +56,30 @@ def checkpoints(tmp_path_factory, small_tokenizer):
             made[key] = write_checkpoint(
                 folder, GEOMETRIES[geometry], task, small_tokenizer, **options
             )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory, checkpoints):
+    """A function (method, task, **options of quantize_checkpoint) -> a folder, cached."""
+    made = {}
+    base = tmp_path_factory.mktemp("calibration")
+    (base / "texts.txt").write_text("a text about tea\nanother one\n")
+    (base / "pairs.jsonl").write_text(json.dumps({"query": "tea", "document": "a leaf"}) + "\n")
+
+    def make(method, task="embedding", **options):
+        key = (method, task, json.dumps(options))
+        if key not in made:
+            if method in ("gptq", "awq"):
+                file = "texts.txt" if task == "embedding" else "pairs.jsonl"
+                options |= {"group_size": 32, "calibration": base / file}
+            folder = tmp_path_factory.mktemp(f"{task}-{method}") / "artifact"
+            embedport.quantize_checkpoint(
+                checkpoints("kv2", task), folder, method=method, **options
+            )
+            made[key] = folder
         return made[key]
 
     return make

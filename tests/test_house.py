@@ -17,7 +17,7 @@ ALLOWED = {
     "embedport": set(),
     "quantize": {"embedport"},
     "exporters": {"embedport", "quantize"},
-    "runtimes": {"embedport"},
+    "runtimes": {"embedport", "quantize"},
     "validation": {"embedport", "runtimes"},
 }
 TOP = (

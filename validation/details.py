@@ -6,15 +6,15 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..artifact import Artifact
-from ..errors import require
+from ..files import read_headers
 from ..integrity import record_files
+from ..runtimes import ModelFacts
 from ..weights import Weights
 from .layers import LayerError
 from .measures import finite_rows, unit
@@ -33,7 +33,7 @@ class Machine:
         memory: Bytes; 0 where the system does not tell.
         system: The operating system.
         python: Its version.
-        providers: onnxruntime's execution providers, the preferred one first.
+        providers: onnxruntime's execution providers, the preferred one first; none without it.
     """
 
     cpu: str
@@ -59,7 +59,7 @@ class Details:
         layers: The error layer by layer; empty where the residual stream cannot be compared, None
             where nobody measured it.
         machine: What it ran on.
-        artifact_files: Name to sha256 of the graph and its weights.
+        artifact_files: Name to sha256 of the graph and its weights, or of the shards.
         reference_files: Name to sha256 of the reference's shards.
         command: The command line; empty if it was not one.
     """
@@ -81,7 +81,7 @@ def collect_details(
     found: np.ndarray | None,
     expected: np.ndarray | None,
     *,
-    artifact: Artifact,
+    facts: ModelFacts,
     reference: Reference,
     layers: tuple[LayerError, ...] | None = None,
     command: Sequence[str] = (),
@@ -93,7 +93,7 @@ def collect_details(
         found: The artifact's results, float32 [inputs] or [inputs, dim]; None when the token ids
             differ.
         expected: The reference's, as wide or wider.
-        artifact: The artifact.
+        facts: The artifact, or the checkpoint.
         reference: The reference.
         layers: From `layer_errors`.
         command: Arguments of the command line.
@@ -102,9 +102,6 @@ def collect_details(
     if found is not None and expected is not None:
         agreement = task.agreement(found, expected)
         artifact_scores, reference_scores = _scores(task, found, expected)
-    graph = artifact.manifest.graph
-    # The graph, and its weights in {graph}_data; or the shards.
-    weights = "model" if graph is None else graph.path
     return Details(
         names=tuple(task.names),
         excerpts=tuple(map(excerpt, task.texts)),
@@ -113,17 +110,26 @@ def collect_details(
         artifact_scores=tuple(artifact_scores.tolist()),
         layers=layers,
         machine=describe_machine(),
-        artifact_files={
-            name: record.sha256
-            for name, record in artifact.manifest.files.items()
-            if name.startswith(weights) and not name.endswith(".json")
-        },
-        reference_files={
-            path.name: record.sha256
-            for path, record in record_files(Weights(reference.spec).files).items()
-        },
+        artifact_files=_hash(facts.folder, _weight_files(facts)),
+        reference_files=_hash(reference.spec.source.folder, Weights(reference.spec).files),
         command=shlex.join(command),
     )
+
+
+def _weight_files(facts: ModelFacts) -> list[Path]:
+    """The shards; or the graph, and its weights beside it."""
+    if facts.artifact is None or facts.artifact.manifest.graph is None:
+        return sorted({info.file for info in read_headers(facts.folder).values()})
+    graph = facts.artifact.graph
+    return sorted(graph.parent.glob(f"{graph.name}*"))
+
+
+def _hash(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Relative path to sha256."""
+    return {
+        path.relative_to(folder).as_posix(): record.sha256
+        for path, record in record_files(files).items()
+    }
 
 
 def _scores(
@@ -142,7 +148,10 @@ def _scores(
 
 def describe_machine() -> Machine:
     """This machine."""
-    ort = require("onnxruntime", "cpu")
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError:  # a checkpoint needs none
+        ort = None
     return Machine(
         cpu=_read_field("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
@@ -151,7 +160,7 @@ def describe_machine() -> Machine:
         else 0,
         system=_read_field("/etc/os-release", "PRETTY_NAME", "=").strip('"') or platform.platform(),
         python=platform.python_version(),
-        providers=tuple(ort.get_available_providers()),
+        providers=tuple(ort.get_available_providers()) if ort else (),
     )
 
 

@@ -1,8 +1,9 @@
 """The error layer by layer: the artifact's residual stream against the reference's.
 
-The graph runs on the CPU part by part, a layer's weights in memory at a time, on a few texts. A
-layer hands on the residual stream and what is still to be added to it: their sum is the hidden
-state that transformers has after the same layer.
+A graph runs on the CPU part by part, a layer's weights in memory at a time, on a few texts. A layer
+hands on the residual stream and what is still to be added to it: their sum is the hidden state that
+transformers has after the same layer. A checkpoint's layers are watched in torch, as the
+reference's are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import onnx_ir as ir
 
 from ..artifact import Artifact
 from ..errors import require
+from ..runtimes import ModelFacts
+from ..runtimes.torch import TorchModel
 from ..segments import emulate_16_bits, segments
 from ..weights import Weights
 from .measures import cosines
@@ -48,7 +51,7 @@ class LayerError:
 
 
 def layer_errors(
-    artifact: Artifact,
+    facts: ModelFacts,
     reference: Reference,
     rows: Sequence[Sequence[int] | np.ndarray],
     *,
@@ -61,10 +64,11 @@ def layer_errors(
     dimension then has only that many values to compare.
 
     Args:
-        artifact: The artifact.
+        facts: The artifact, or the checkpoint.
         reference: The checkpoint it was made from.
         rows: Token ids, int64 [tokens] a text; see `sample_rows`.
-        device: Where the reference runs, "cpu" or "cuda"; it runs in its most exact arithmetic.
+        device: Where the reference runs, "cpu" or "cuda", in its most exact arithmetic; and a
+            checkpoint.
 
     Returns:
         The embedding table first, then every layer; empty where the graph rotates its stream and
@@ -73,16 +77,30 @@ def layer_errors(
     Raises:
         MissingPackageError: onnxruntime, torch or transformers is not installed.
     """
-    if artifact.manifest.graph is None:
-        return ()
+    sample = sample_rows(rows)
+    if facts.checkpoint is not None:
+        found = _watch(TorchModel(facts.checkpoint, facts.precision, device).base, sample, device)
+        expected = _reference_states(reference, sample, device)
+        return tuple(
+            _compare(layer, np.concatenate(states), np.concatenate(wanted))
+            for layer, (states, wanted) in enumerate(zip(found, expected, strict=True))
+        )
+    assert facts.artifact is not None
+    return _graph_errors(facts.artifact, reference, sample, device)
+
+
+def _graph_errors(
+    artifact: Artifact, reference: Reference, sample: Sequence[np.ndarray], device: str
+) -> tuple[LayerError, ...]:
+    graph = artifact.manifest.graph
+    assert graph is not None
     model = ir.load(artifact.graph)
     rotated = ROTATION in model.graph.initializers
     basis = _basis(model, reference) if rotated else None
     if basis is None and (rotated or (artifact.manifest.recipe or {}).get("rotate")):
         return ()
-    sample = sample_rows(rows)
     expected = _reference_states(reference, sample, device)
-    pooled = artifact.manifest.graph.output == "pooled"
+    pooled = graph.output == "pooled"
     errors = []
     for layer, states in enumerate(_artifact_states(model, artifact.graph.parent, sample)):
         wanted = expected[layer]
@@ -164,14 +182,22 @@ def _open_session(model: ir.Model, folder: Path) -> Any:
 def _reference_states(
     reference: Reference, rows: Sequence[np.ndarray], device: str
 ) -> list[list[np.ndarray]]:
+    model = load_model(reference, choose_arithmetics(reference, device)[-1], device)
+    states = _watch(model.base_model, rows, device)
+    del model
+    if device == "cuda":
+        gc.collect()
+        require("torch", "torch").cuda.empty_cache()
+    return states
+
+
+def _watch(base: Any, rows: Sequence[np.ndarray], device: str) -> list[list[np.ndarray]]:
     """As `_artifact_states`, all layers at once; the last one's are not normed.
 
     Modules are watched, since transformers' `output_hidden_states` has the last layer's states
     behind the final norm.
     """
     torch = require("torch", "torch")
-    model = load_model(reference, choose_arithmetics(reference, device)[-1], device)
-    base = model.base_model
     modules = [base.embed_tokens, *base.layers]
     states: list[list[np.ndarray]] = [[] for _ in modules]
 
@@ -185,10 +211,6 @@ def _reference_states(
     with torch.inference_mode():
         for ids in rows:
             base(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False)
-    del model, base, modules, module
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
     return states
 
 

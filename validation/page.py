@@ -323,7 +323,8 @@ def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
     yield "Processor", f"{machine.cpu}, {machine.cores} cores{memory}"
     yield "System", f"{machine.system}, Python {machine.python}"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    yield "onnxruntime offers", ", ".join(machine.providers)
+    if machine.providers:
+        yield "onnxruntime offers", ", ".join(machine.providers)
 
 
 def _hashes(details: Details) -> Table:

@@ -15,9 +15,8 @@ from ..artifact import record_parity
 from ..beir import RetrievalSet, read_beir, write_candidates
 from ..demo.samples import Pair, Sample
 from ..errors import InputError, require
-from ..manifest import Manifest
 from ..ranking import candidate_pairs, rank_documents
-from ..runtimes import load
+from ..runtimes import ModelFacts, load
 from ..spec import ModelSpec, Task
 from .details import collect_details
 from .invariance import run_suite
@@ -39,7 +38,15 @@ from .tasks import EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
 WORST = 5
-PACKAGES = ("embedport", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
+PACKAGES = (
+    "embedport",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "compressed-tensors",
+)
 
 
 def validate(
@@ -60,7 +67,7 @@ def validate(
     record: bool = True,
     progress: bool = False,
 ) -> Report:
-    """Measure how far an artifact is from the checkpoint it was made from.
+    """Measure how far an artifact, or a checkpoint, is from the one it was made from.
 
     The checkpoint is run by transformers: on a GPU in fp16, with fp32 or bf16 beside it; on a CPU
     in fp32 on the weights rounded to fp16. The gates are about the fp16 run, or, for an fp32
@@ -68,8 +75,8 @@ def validate(
     one without. Token ids are compared first, and nothing else is done when they differ.
 
     Args:
-        artifact: The artifact's folder.
-        reference: The checkpoint: a folder or a hub id.
+        artifact: The artifact's folder, or a checkpoint as for `embedport.load`.
+        reference: The checkpoint it was made from: a folder or a hub id.
         texts: For an embedding artifact; a plain string is a document. Built-in ones by default.
         pairs: For a reranker, (query, document) each. Built-in ones by default.
         revision: A branch, tag or commit of the reference on the hub.
@@ -86,7 +93,7 @@ def validate(
             "report".
         command: The command line, for the page.
         record: Whether to put the figures into the artifact's manifest and model card, whatever the
-            verdict. No text is put there.
+            verdict. No text is put there. A checkpoint without a manifest stays as it is.
         progress: Whether to show progress bars on a terminal.
 
     Raises:
@@ -102,20 +109,20 @@ def validate(
     if retrieval is not None:
         require("ir_measures", "retrieval")
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
-    runtime_device, opened = runtime.device, runtime.artifact
-    manifest: Manifest = runtime.artifact.manifest
+    runtime_device = runtime.device
+    facts: ModelFacts = runtime.facts
     thresholds = find_thresholds(
-        manifest.precision,
+        facts.precision,
         min_cosine=min_cosine,
         max_score_difference=max_score_difference,
         max_ndcg_loss=max_ndcg_loss,
     )
-    data = _choose_set(retrieval, task=manifest.task, save_run=save_run)
-    task = choose_inputs(manifest.task, texts, pairs)
+    data = _choose_set(retrieval, task=facts.task, save_run=save_run)
+    task = choose_inputs(facts.task, texts, pairs)
     source = open_reference(
-        reference, task=manifest.task, max_length=runtime.tokenizer.max_length, revision=revision
+        reference, task=facts.task, max_length=runtime.tokenizer.max_length, revision=revision
     )
-    _check_same_model(manifest, source.spec)
+    _check_same_model(facts, source.spec)
     rows = task.artifact_ids(runtime)
     expected_rows = task.reference_ids(source)
     device = find_device(device)
@@ -133,7 +140,7 @@ def validate(
             values = task.agreement(outcome.found, outcome.alone)
             invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
-        runs = _run_references(source, expected_rows, device, manifest.precision, progress)
+        runs = _run_references(source, expected_rows, device, facts.precision, progress)
         comparisons = [
             task.compare(found, outputs, describe(arithmetic, device))
             for arithmetic, outputs in runs.items()
@@ -159,10 +166,10 @@ def validate(
                 )
     report = Report(
         artifact=str(artifact),
-        precision=manifest.precision,
+        precision=facts.precision,
         device=runtime_device,
         reference=_describe_source(source.spec),
-        task=manifest.task,
+        task=facts.task,
         inputs=len(rows),
         tokens=sum(map(len, rows)),
         gates=tuple(gates),
@@ -174,19 +181,19 @@ def validate(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     if page is not None:
-        layers = layer_errors(opened, source, rows, device=device) if comparisons else None
+        layers = layer_errors(facts, source, rows, device=device) if comparisons else None
         details = collect_details(
             task,
             found,
             expected,
-            artifact=opened,
+            facts=facts,
             reference=source,
             layers=layers,
             command=command,
         )
         Path(page).write_text(render(report, details), encoding="utf-8")
-    if record:
-        record_parity(artifact, report.to_record(), report.to_markdown())
+    if record and facts.artifact is not None:
+        record_parity(facts.artifact.folder, report.to_record(), report.to_markdown())
     return report
 
 
@@ -204,11 +211,11 @@ def _choose_set(
     return data
 
 
-def _check_same_model(manifest: Manifest, spec: ModelSpec) -> None:
-    made = (manifest.hidden_size, manifest.vocab_size)
+def _check_same_model(facts: ModelFacts, spec: ModelSpec) -> None:
+    made = (facts.hidden_size, facts.vocab_size)
     if made != (spec.hidden_size, spec.vocab_size):
         raise InputError(
-            f"the artifact was made from {manifest.source.id}, with hidden_size and vocab_size "
+            f"the artifact was made from {facts.source}, with hidden_size and vocab_size "
             f"{made}; the reference {spec.source.id} has {(spec.hidden_size, spec.vocab_size)}"
         )
 

@@ -21,7 +21,12 @@ MOST_COMPARED = 7
 
 
 def encode(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
+        ),
+    ],
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts to embed.", show_default=False)
     ] = None,
@@ -52,7 +57,9 @@ def encode(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".npy or .jsonl.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
+    ] = "auto",
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 4096,
     max_length: Annotated[
         int | None, typer.Option(help="Cut texts to so many tokens.", show_default=False)

@@ -142,15 +142,21 @@ def _checkpoint_facts(target: str, revision: str | None) -> dict[str, Any]:
 
 def _weights(spec: ModelSpec) -> dict[str, Any] | None:
     """The tensors' dtypes and shards; None where they are not on this disk."""
+    from ..files import read_headers
     from ..quantize.stored import open_weights
+    from ..stored import LibraryQuantization
 
     if not any(spec.source.folder.glob("*.safetensors")):
         return None
-    weights = open_weights(spec)
+    if isinstance(spec.quantization, LibraryQuantization):
+        tensors = read_headers(spec.source.folder)  # what should be there, its library knows
+    else:
+        tensors = open_weights(spec).tensors
+    files = sorted({info.file for info in tensors.values()})
     return {
-        "tensors": len(weights.tensors),
-        "dtypes": sorted({info.dtype for info in weights.tensors.values()}),
-        "shards": {path.name: path.stat().st_size for path in weights.files},
+        "tensors": len(tensors),
+        "dtypes": sorted({info.dtype for info in tensors.values()}),
+        "shards": {path.name: path.stat().st_size for path in files},
     }
 
 

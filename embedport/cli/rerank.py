@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def rerank(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
+        ),
+    ],
     query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
     documents: Annotated[
         list[str] | None, typer.Argument(help="Documents to rank.", show_default=False)
@@ -36,7 +41,9 @@ def rerank(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".jsonl.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
+    ] = "auto",
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 4096,
     max_length: Annotated[
         int | None, typer.Option(help="Cut pairs to so many tokens.", show_default=False)

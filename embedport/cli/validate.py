@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def validate(
-    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
+        ),
+    ],
     reference: Annotated[
         str,
         typer.Option(
@@ -35,7 +40,9 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or tensorrt.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
+    ] = "auto",
     min_cosine: Annotated[
         float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
     ] = None,
@@ -79,6 +86,7 @@ def validate(
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
+    from ..manifest import MANIFEST
     from ..validation import validate as run
 
     check_output(report, ".html", ".json", ".md")
@@ -107,7 +115,7 @@ def validate(
         typer.echo(result.to_json())
     else:
         stdout_console().print(result)
-    if record:
+    if record and (artifact / MANIFEST).is_file():
         stderr_console().print(
             f"Recorded in {artifact}: embedport.json and README.md", soft_wrap=True
         )
@@ -117,10 +125,10 @@ def validate(
 def _read(artifact: Path, file: Path | None) -> tuple[list[Sample] | None, list[Pair] | None]:
     if file is None:
         return None, None
-    from ..artifact import Artifact
     from ..demo.samples import read_pairs, read_samples
+    from ..runtimes import read_facts
 
-    if Artifact.open(artifact).manifest.task == "reranker":
+    if read_facts(artifact).task == "reranker":
         return None, read_pairs(file)
     return read_samples(file), None
 

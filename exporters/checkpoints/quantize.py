@@ -14,6 +14,7 @@ from ...artifact import Artifact, staged, write_manifest
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
 from ...hub import fetch
+from ...kernels import without_fetched_kernels
 from ...layout import write_json
 from ...manifest import Manifest
 from ...quantize.schemes import ScaleDtype
@@ -43,7 +44,7 @@ NEEDED = {
 }
 # A matrix is in one tensor or, with bitsandbytes' doubly quantized scales, in six.
 PARTS = 6
-HEAD = "score.weight"
+HEADS = ("lm_head.weight", "score.weight")
 
 
 def quantize_checkpoint(
@@ -109,8 +110,9 @@ def quantize_checkpoint(
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
         raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
-    for package in NEEDED[plan.method.library]:
-        require(package, "quantize")
+    with without_fetched_kernels():
+        for package in NEEDED[plan.method.library]:
+            require(package, "quantize")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
     output = Path(output)
     layers = output.with_name(f".{output.name}.layers")
@@ -138,6 +140,12 @@ def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
         return None
     if form not in (None, *FORMS):
         raise InputError(f"form should be one of {', '.join(FORMS)}, found {form!r}")
+    if spec.score_rows is not None:
+        if form == "causal-lm":
+            raise InputError(
+                f"{spec.source.id} is a classifier and has no head for words: leave --form out"
+            )
+        return "sequence-classification"
     return form or "causal-lm"
 
 
@@ -164,19 +172,17 @@ def _write_tensors(
                     shards.add(f"{prefix}{matrix}.{part}", _finite(spec, name, tensor))
                     written.add(f"{prefix}{matrix}.{part}")
                 continue
-            if name == "lm_head.weight":
-                if form == "sequence-classification":
-                    continue
-                stored = name
-            else:
-                stored = prefix + name
+            is_head = name in HEADS
+            if is_head and form == "sequence-classification":
+                continue
+            stored = name if is_head else prefix + name
             dtype = numpy_dtype(plan.dtype)
             shards.add_rows(stored, dtype, shape, _pieces(source, name, shape, dtype))
             written.add(stored)
         if form == "sequence-classification":
-            # In fp32: the scores are to be those of the two rows.
-            shards.add(HEAD, _finite(spec, HEAD, reranker_head(source).T))
-            written.add(HEAD)
+            row = reranker_head(source).T.astype(numpy_dtype(plan.dtype))
+            shards.add(HEADS[1], _finite(spec, HEADS[1], row))
+            written.add(HEADS[1])
     found = read_headers(folder).keys()
     if found != written:
         odd = ", ".join(sorted(found ^ written)[:3])

@@ -19,15 +19,13 @@ from .search import RankingTarget
 def reranker_head(weights: WeightSource) -> np.ndarray:
     """W_yes - W_no, float32 [hidden_size, 1].
 
-    The softmax over two logits is the sigmoid of their difference, so one row does it.
-
     Raises:
         CheckpointError: "yes" or "no" is not a token.
     """
     path = weights.spec.source.folder / "tokenizer.json"
     tokenizer = load_tokenizer(path)
-    yes, no = weights.lm_head_rows([token_id(tokenizer, word, path) for word in ("yes", "no")])
-    return (yes - no)[:, None]
+    yes, no = (token_id(tokenizer, word, path) for word in ("yes", "no"))
+    return weights.answer_row(yes, no)[:, None]
 
 
 def tokenize_samples(

@@ -175,7 +175,8 @@ def test_it_is_no_reference(stored, artifacts):
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quantized by 'bitsandbytes'"),
+        ({"quant_method": "exl2"}, "quantized by 'exl2'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "gives no weights to export"),
         ({"bits": 3}, "bits should be 4"),
         ({"group_size": -1}, "group_size should be 32, 64 or 128, found -1"),
         ({"group_size": 64}, r"qzeros should be I32 of shape \[2, 32\].* found I32 of \[4, 32\]"),

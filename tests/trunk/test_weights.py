@@ -36,8 +36,8 @@ def test_reads_what_was_written(checkpoints, dtype, task, shard_bytes):
     assert weights.read_fp32(name).dtype == np.float32
     head = "embed_tokens.weight" if weights.spec.tied else "lm_head.weight"
     if task == "reranker":
-        rows = stored[head if head.startswith("lm_head") else prefix + head][[9, 4]]
-        np.testing.assert_array_equal(weights.lm_head_rows([9, 4]), rows.astype(np.float32))
+        rows = stored[head if head.startswith("lm_head") else prefix + head].astype(np.float32)
+        np.testing.assert_array_equal(weights.answer_row(9, 4), rows[9] - rows[4])
 
 
 def test_bare_names_of_a_reranker_and_prefixed_names_of_an_embedding(checkpoints, copied):

@@ -1,0 +1,122 @@
+"""Quantized checkpoints by method: parity and retrieval on the demo pair, size, peak memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CACHE, checkpoint, require_space
+from .machine import RESULTS, describe, print_table
+from .process import ours, run
+
+NAME = "checkpoints"
+NOT_RUN = "not run"
+# Row to options of the command line.
+WAYS = {
+    "bnb-int8": ["--method", "bnb-int8"],
+    "bnb-nf4": ["--method", "bnb-nf4"],
+    "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
+    "gptq, 4 bits": ["--method", "gptq"],
+    "gptq, 8 bits": ["--method", "gptq", "--bits", "8"],
+    "awq": ["--method", "awq"],
+    "w8a8": ["--method", "w8a8"],
+    "fp8": ["--method", "fp8"],
+}
+# A folder of the 0.6B geometry, and what GPTQ and AWQ keep of its layers meanwhile.
+NEEDED_BYTES = 4_000_000_000
+
+
+def on_the_demo_pair(results: Path = RESULTS) -> None:
+    """Every method, both tasks: validated against the fp32 reference, retrieval included."""
+    import embedport
+    from embedport.beir import BUILTIN
+    from embedport.demo.pipeline import GEOMETRY, builtin_embedder
+    from embedport.demo.synthetic import write_checkpoint
+    from embedport.prompts import load_tokenizer
+
+    rows = _read(results)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        folder = Path(temporary)
+        tokenizer = load_tokenizer(builtin_embedder() / "tokenizer.json")
+        reranker = write_checkpoint(folder / "reranker", GEOMETRY, "reranker", tokenizer)
+        sources = {"embedding": builtin_embedder(), "reranker": reranker}
+        for name, options in WAYS.items():
+            for task, source in sources.items():
+                out = folder / f"{task}-{name}"
+                found = json.loads(
+                    run(ours("quantize", str(source), "-o", str(out), *options, "--json"))
+                    .output.strip()
+                    .splitlines()[-1]
+                )
+                data = BUILTIN if task == "embedding" else None
+                report = embedport.validate(out, source, retrieval=data, device="cpu")
+                figures: dict[str, Any] = {"bytes": found["bytes"]}
+                figures |= report.comparisons[0].figures
+                if report.retrieval is not None:
+                    row = report.retrieval.rows[0]
+                    assert row.measure == "nDCG@10"
+                    figures |= {"nDCG@10": row.artifact, "reference nDCG@10": row.reference}
+                rows.setdefault(name, {})[task] = figures | {"passed": report.passed}
+                shutil.rmtree(out)
+    _save("demo", rows, results)
+
+
+def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
+    """Time, peak memory and size of quantizing random weights at the 0.6B geometry."""
+    rows = _read(results)
+    require_space(NEEDED_BYTES)
+    source = source or checkpoint("0.6b")
+    out = CACHE / "quantized"
+    for name, options in WAYS.items():
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            finished = run(ours("quantize", str(source), "-o", str(out), *options))
+            rows.setdefault(name, {})["0.6b"] = {
+                "seconds": round(finished.seconds, 1),
+                "peak_gb": round(finished.peak_bytes / 1e9, 3),
+                "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+            }
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+        _save("0.6b", rows, results)  # hours of work are not lost with the last row
+
+
+def _read(results: Path) -> dict[str, Any]:
+    path = results / f"{NAME}.json"
+    return json.loads(path.read_text())["ways"] if path.exists() else {}
+
+
+def _save(part: str, rows: dict[str, Any], results: Path) -> None:
+    path = results / f"{NAME}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"machines": {}}
+    machines = before["machines"] | {part: describe()}
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machines": machines, "ways": rows}, indent=2) + "\n")
+    print_table(*_table(rows))
+    print(f"wrote {path}")
+
+
+def _table(rows: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    columns = {
+        "minimum cosine": ("embedding", "minimum cosine", "{:.6f}"),
+        "nDCG@10": ("embedding", "nDCG@10", "{:.4f}"),
+        "largest score difference": ("reranker", "maximum score difference", "{:.1e}"),
+        "demo embedder, MB": ("embedding", "bytes", "{:.2f}"),
+        "0.6B, MB": ("0.6b", "bytes", "{:.0f}"),
+        "peak GB": ("0.6b", "peak_gb", "{}"),
+        "seconds": ("0.6b", "seconds", "{}"),
+    }
+    table = []
+    for name in WAYS:
+        cells = [name]
+        for part, key, form in columns.values():
+            value = rows.get(name, {}).get(part, {}).get(key)
+            if value is not None and key == "bytes":
+                value /= 1e6
+            cells.append(NOT_RUN if value is None else form.format(value))
+        table.append(cells)
+    return ["method", *columns], table

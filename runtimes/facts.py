@@ -1,0 +1,184 @@
+"""What the runtimes need to know of a model, wherever it comes from, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import CheckpointError, InputError
+from ..files import check_links, read_headers
+from ..hub import Source, fetch
+from ..manifest import MANIFEST
+from ..spec import ModelSpec, Task, read_spec
+from ..stored import LibraryQuantization
+
+# safetensors' floating-point dtypes to the names of precisions, the most exact last.
+FLOATS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+
+
+class Model(Protocol):
+    """A model on its device.
+
+    Attributes:
+        device: "cpu", "cuda" or "tensorrt".
+        precision: What is stored and what is computed in, in words.
+    """
+
+    device: str
+    precision: str
+
+    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """Run a batch.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+
+        Returns:
+            float32: embeddings [batch, dim] of unit length, or scores [batch].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model is.
+
+    Attributes:
+        name: The folder or hub id it was opened by.
+        task: "embedding" or "reranker".
+        precision: As in a manifest; of a checkpoint that is not quantized, the stored dtype's.
+        dim: Width of a vector; a reranker has none, and this is the model's width.
+        hidden_size: Width of the model.
+        vocab_size: Token ids are below this.
+        max_length: Tokens after which a text is cut, by default.
+        max_position_embeddings: Tokens of a text at most.
+        prompts: Prompt name to the text put before an input.
+        ranges: Each value's range by width, for vectors in 8 bits, if they were measured.
+        source: The id of the checkpoint that it was made from; its own if it is one.
+        folder: Where its files are.
+        artifact: The artifact; None for a checkpoint without a manifest.
+        checkpoint: What torch runs; None where it is a graph.
+    """
+
+    name: str
+    task: Task
+    precision: str
+    dim: int
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+    max_position_embeddings: int
+    prompts: Mapping[str, str]
+    ranges: Mapping[str, Any] | None
+    source: str
+    folder: Path
+    artifact: Artifact | None
+    checkpoint: ModelSpec | None
+
+
+def read_facts(model: str | Path) -> ModelFacts:
+    """Find out what a model is: an artifact, or a checkpoint in the hub's layout.
+
+    Args:
+        model: A folder, or a hub id.
+
+    Raises:
+        InputError: No such folder or hub id.
+        ArtifactError: A file of the artifact is missing or changed.
+        CheckpointError: It is not a Qwen3 checkpoint, or needs what is not read.
+    """
+    source = fetch(model)
+    if (source.folder / MANIFEST).is_file():
+        return _artifact_facts(str(model), Artifact.open(source.folder))
+    return _checkpoint_facts(source)
+
+
+def _artifact_facts(name: str, artifact: Artifact) -> ModelFacts:
+    manifest, folder = artifact.manifest, artifact.folder
+    checkpoint = None
+    if manifest.format == "checkpoint":
+        checkpoint = read_spec(Source(name, None, folder), manifest.task)
+    return ModelFacts(
+        name=name,
+        task=manifest.task,
+        precision=manifest.precision,
+        dim=manifest.embedding_dim or manifest.hidden_size,
+        hidden_size=manifest.hidden_size,
+        vocab_size=manifest.vocab_size,
+        max_length=manifest.max_length,
+        max_position_embeddings=manifest.max_position_embeddings,
+        prompts=manifest.prompts,
+        ranges=manifest.ranges,
+        source=manifest.source.id,
+        folder=folder,
+        artifact=artifact,
+        checkpoint=checkpoint,
+    )
+
+
+def _checkpoint_facts(source: Source) -> ModelFacts:
+    check_links(source.folder)
+    spec = read_spec(source)
+    return ModelFacts(
+        name=source.id,
+        task=spec.task,
+        precision=_name_precision(spec),
+        dim=spec.hidden_size,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        max_length=spec.max_length,
+        max_position_embeddings=spec.max_position_embeddings,
+        prompts=spec.prompts if spec.task == "embedding" else {},
+        ranges=None,
+        source=source.id,
+        folder=source.folder,
+        artifact=None,
+        checkpoint=spec,
+    )
+
+
+def _name_precision(spec: ModelSpec) -> str:
+    if isinstance(spec.quantization, LibraryQuantization):
+        return spec.quantization.precision
+    if spec.quantization is None:
+        return stored_float(spec)
+    if spec.quantization.method == "compressed-tensors":  # which algorithm found the codes is lost
+        return f"w{spec.quantization.bits}a16"
+    return spec.quantization.method
+
+
+def stored_float(spec: ModelSpec) -> str:
+    """The floating-point dtype of most of a checkpoint's bytes: "fp16", "bf16" or "fp32".
+
+    Raises:
+        CheckpointError: No tensor is of one.
+    """
+    sizes = dict.fromkeys(FLOATS, 0)
+    for info in read_headers(spec.source.folder).values():
+        if info.dtype in FLOATS:
+            sizes[info.dtype] += info.nbytes
+    largest = max(sizes, key=lambda dtype: sizes[dtype])
+    if not sizes[largest]:
+        raise CheckpointError(f"{spec.source.folder}: no tensor is {', '.join(FLOATS)}")
+    return FLOATS[largest]
+
+
+def choose_length(facts: ModelFacts, max_length: int | None) -> int:
+    """Tokens after which a text is cut: the caller's choice, or the model's own.
+
+    Raises:
+        InputError: It is beyond the model's positions.
+    """
+    if max_length is None:
+        return facts.max_length
+    if not 1 <= max_length <= facts.max_position_embeddings:
+        raise InputError(
+            f"max_length should be from 1 to {facts.max_position_embeddings}, found {max_length}"
+        )
+    return max_length

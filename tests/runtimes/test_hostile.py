@@ -1,0 +1,200 @@
+"""Folders made to run code or to reach outside: nothing of theirs runs, nothing outside is read."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import embedport
+from embedport.errors import CheckpointError, EmbedportError, InputError
+
+
+@pytest.fixture
+def folder(checkpoints, copied):
+    return copied(checkpoints("kv1"))
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A file that exists as soon as foreign code ran."""
+    return tmp_path / "sprung"
+
+
+def change(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def code(trap):
+    return f"open({str(trap)!r}, 'w').close()\n"
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickled_weights(folder, trap):
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Touch(trap)}))
+    embedport.load(folder, device="cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is pickled and is not read"):
+        embedport.load(folder, device="cpu")
+    assert not trap.exists()
+
+
+def test_code_of_the_checkpoints_own(folder, trap):
+    (folder / "modeling_evil.py").write_text(code(trap) + "class Evil: pass\n")
+    change(folder, auto_map={"AutoModel": "modeling_evil.Evil"})
+    with pytest.raises(CheckpointError, match="auto_map names code of the checkpoint's own"):
+        embedport.load(folder, device="cpu")
+    assert not trap.exists()
+
+
+def test_what_config_json_says_besides_is_not_heard(folder, checkpoints):
+    """Paths and names that transformers would follow."""
+    change(
+        folder,
+        _name_or_path="/somewhere/else",
+        attn_implementation="someone/evil-kernels",
+        _attn_implementation="someone/evil-kernels",
+        base_model_name_or_path="someone/evil",
+    )
+    found = embedport.load(folder, device="cpu")
+    expected = embedport.load(checkpoints("kv1"), device="cpu")
+    assert isinstance(found, embedport.Embedder)
+    assert isinstance(expected, embedport.Embedder)
+    np.testing.assert_array_equal(found.encode(["a text"]), expected.encode(["a text"]))
+
+
+@pytest.mark.parametrize("quantized_by", [None, "w8a8"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_that_leads_outside(folder, quantized, copied, tmp_path, absolute, quantized_by):
+    if quantized_by:
+        folder = copied(quantized(quantized_by))
+        (folder / "embedport.json").unlink()
+    names = list_names(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    path = str(tmp_path / "outside.safetensors") if absolute else "../outside.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, path)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="should be in a file beside the index"):
+        embedport.load(folder, device="cpu")
+
+
+def list_names(path):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as shard:
+        return list(shard.keys())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
+def test_links_that_lead_outside(folder, quantized, copied, tmp_path, name, kind):
+    if kind == "artifact":
+        folder = copied(quantized("gptq"))
+    outside = tmp_path / f"outside-{name}"
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(InputError, match=f"{name} is a link to .*, outside the folder"):
+        embedport.load(folder, device="cpu")
+
+
+def test_the_hubs_cache_is_made_of_links(folder, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, path in enumerate(sorted(folder.glob("*.*"))):
+        path.rename(blobs / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    model = embedport.load(snapshot, device="cpu")
+    assert model.facts.precision == "bf16"
+
+
+def test_an_adapter_is_not_passed_over(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/evil"}')
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: an adapter is not applied"):
+        embedport.load(folder, device="cpu")
+
+
+def test_names_that_compressed_tensors_takes_for_files(quantized, copied, tmp_path, trap):
+    folder = copied(quantized("w8a8"))
+    (folder / "embedport.json").unlink()
+    evil = tmp_path / "evil.py"
+    evil.write_text(code(trap) + "class Evil: pass\n")
+    name = f"{evil}:Evil"
+    good = json.loads((folder / "config.json").read_text())["quantization_config"]
+    weights = good["config_groups"]["group_0"]
+    for changes, message in (
+        ({"format": name}, "format should be one of"),
+        ({"config_groups": {"group_0": weights | {"format": name}}}, "in the group"),
+        ({"transform_config": {"config_groups": {"x": {"type": name}}}}, "transform_config is not"),
+        ({"sparsity_config": {"format": name}}, "sparsity_config is not read"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not read"),
+        ({"config_groups": {}}, "should hold one group"),
+        ({"config_groups": {"a": {"weights": None}}}, "should have weights"),
+        ({"ignore": [1]}, "should be lists of names"),
+        ({"config_groups": {"a": weights | {"input_activations": None}}}, "int or float of 8 bits"),
+    ):
+        change(folder, quantization_config=good | changes)
+        with pytest.raises(CheckpointError, match=message):
+            embedport.load(folder, device="cpu")
+    change(folder, quantization_config=good | {"version": name, "surprise": name})
+    embedport.load(folder, device="cpu")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "quark"}, "quantized by 'quark'"),
+        ({}, "quantized by None"),
+        ("bitsandbytes", "should be an object"),
+        ({"quant_method": "bitsandbytes"}, "should be load_in_8bit, or load_in_4bit"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+            "with bnb_4bit_quant_type 'nf4'",
+        ),
+    ],
+)
+def test_unknown_methods(folder, quantization, message):
+    change(folder, quantization_config=quantization or {"bits": 4})
+    with pytest.raises(CheckpointError, match=message):
+        embedport.load(folder, device="cpu")
+
+
+def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
+    """On a CPU with bf16 it would take code off the hub where the package `kernels` is."""
+    (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {code(trap)}")
+    program = (
+        "import sys, embedport\n"
+        "print(embedport.load(sys.argv[1], device='cpu').encode(['a']).shape)\n"
+        "import kernels; print(kernels.get_kernel)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(quantized("bnb-nf4"))],
+        env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.startswith("(1, 64)")
+    assert not trap.exists()
+
+
+def test_damage_is_an_error_of_ours(folder):
+    """Shapes that do not fit, which torch would meet too late."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layers.0.mlp.up_proj.weight"] = tensors["layers.0.mlp.up_proj.weight"][:-1].copy()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(EmbedportError, match=r"up_proj\.weight should have shape"):
+        embedport.load(folder, device="cpu")

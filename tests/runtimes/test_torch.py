@@ -1,0 +1,309 @@
+"""Checkpoints in torch: plain ones and every quantized format, against transformers itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import embedport
+from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
+from embedport.hub import Source
+from embedport.prompts import load_tokenizer
+from embedport.quantize.stored import open_weights
+from embedport.runtimes import torch as adapter
+from embedport.runtimes.torch import align
+from embedport.spec import read_spec
+from embedport.validation.reference import open_reference, run_reference
+
+TEXTS = [sample.text for sample in builtin_samples() if len(sample.text) < 500] + [""]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < 500]
+# Formats that a library runs, and formats whose codes are unpacked.
+RUN, UNPACKED = ("bnb-int8", "bnb-nf4", "w8a8", "fp8"), ("gptq", "awq")
+
+
+def results(model):
+    return model.encode(TEXTS) if isinstance(model, embedport.Embedder) else model.score(PAIRS)
+
+
+def rows_of(model):
+    inputs = TEXTS if isinstance(model, embedport.Embedder) else PAIRS
+    return model.tokenizer.encode(inputs).ids
+
+
+def agreement(found, expected):
+    """The worst cosine of vectors, or 1 less the largest difference of scores."""
+    if found.ndim == 1:
+        return 1 - np.abs(found - expected).max()
+    return (found * expected).sum(axis=1).min()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "limit"),
+    [
+        ("float32", "fp32", 0.99999),
+        ("float16", "fp16 (computed in fp32)", 0.999999),
+        ("bfloat16", "bf16", 0.999),
+    ],
+)
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("geometry", ["kv1", "kv2"])
+def test_plain(checkpoints, geometry, task, dtype, precision, limit):
+    folder = checkpoints(geometry, task, dtype=dtype)
+    model = embedport.load(folder, device="cpu")
+    assert (model.device, model.precision) == ("cpu", precision)
+    assert model.artifact is None
+    assert repr(precision) in repr(model)
+    reference = open_reference(folder, task=task, max_length=512)
+    expected = run_reference(reference, [row.tolist() for row in rows_of(model)], "fp32", "cpu")
+    found = results(model)
+    assert found.dtype == np.float32
+    assert agreement(found, expected) > limit
+    if task == "embedding":
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", RUN)
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_as_transformers_runs_it(quantized, method, task):
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    folder = quantized(method, task)
+    model = embedport.load(folder, device="cpu")
+    assert model.precision.startswith(method)
+    assert model.artifact is not None
+    kind = AutoModel if task == "embedding" else AutoModelForCausalLM
+    theirs = kind.from_pretrained(folder, use_safetensors=True)
+    answers = [load_tokenizer(folder / "tokenizer.json").token_to_id(t) for t in ("no", "yes")]
+    expected = []
+    with torch.no_grad():
+        for ids in rows_of(model):
+            output = theirs(input_ids=torch.from_numpy(ids)[None])
+            if task == "embedding":
+                last = output.last_hidden_state[0, -1].float()
+                expected.append(torch.nn.functional.normalize(last, dim=0).numpy())
+            else:
+                logits = output.logits[0, -1, answers].float()
+                expected.append(torch.softmax(logits, dim=0)[1].numpy())
+    # Their logits of a reranker are rounded to bf16.
+    assert agreement(results(model), np.stack(expected)) > (0.9999 if task == "embedding" else 0.99)
+
+
+@pytest.mark.parametrize("method", UNPACKED)
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_unpacked(quantized, checkpoints, tmp_path, copied, method, task):
+    """The same as a plain checkpoint that holds what the codes stand for."""
+    folder = quantized(method, task)
+    weights = open_weights(read_spec(Source("", None, folder), task))
+    assert len(weights.schemes) == 14
+    plain = copied(checkpoints("kv2", task))
+    prefix = "model." if task == "reranker" else ""
+    tensors = {
+        name if name == "lm_head.weight" else prefix + name: weights.read_fp32(name)
+        for name in weights.spec.tensor_shapes()
+    }
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    expected = results(embedport.load(plain, device="cpu"))
+    # What is not quantized is stored, and computed in, bf16.
+    assert agreement(results(embedport.load(folder, device="cpu")), expected) > 0.999
+
+
+@pytest.mark.parametrize("method", [*RUN, *UNPACKED])
+def test_a_classifier_gives_the_same_scores(quantized, method):
+    found = results(embedport.load(quantized(method, "reranker"), device="cpu"))
+    folder = quantized(method, "reranker", form="sequence-classification")
+    np.testing.assert_allclose(results(embedport.load(folder, device="cpu")), found, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("geometry", ["kv1", "kv2"])
+def test_a_plain_classifier(checkpoints, copied, tmp_path, geometry, rows):
+    folder = checkpoints(geometry, "reranker", dtype="float32")
+    expected = results(embedport.load(folder, device="cpu"))
+    folder = make_classifier(copied(folder), rows)
+    found = embedport.load(folder, device="cpu")
+    np.testing.assert_allclose(results(found), expected, atol=1e-6)
+    # The exporter takes the same head.
+    embedport.export(folder, tmp_path / "graph")
+    graph = embedport.load(tmp_path / "graph", device="cpu")
+    np.testing.assert_allclose(results(graph), expected, atol=1e-5)
+
+
+def make_classifier(folder, rows):
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors.pop("lm_head.weight", tensors["model.embed_tokens.weight"])
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    no, yes = (head[tokenizer.token_to_id(word)] for word in ("no", "yes"))
+    tensors["score.weight"] = np.stack([no, yes]) if rows == 2 else (yes - no)[None]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    if rows == 1:
+        config["id2label"] = {"0": "yes"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_three_labels_are_no_reranker(checkpoints, copied):
+    folder = make_classifier(copied(checkpoints("kv1", "reranker", dtype="float32")), 1)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "a", "1": "b", "2": "c"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="one label, yes, or two, no and yes; found 3"):
+        embedport.load(folder, device="cpu")
+
+
+def test_sharded(checkpoints):
+    whole = results(embedport.load(checkpoints("kv1", dtype="float32"), device="cpu"))
+    parts = checkpoints("kv1", dtype="float32", shard_bytes=100_000)
+    np.testing.assert_array_equal(results(embedport.load(parts, device="cpu")), whole)
+
+
+def test_align():
+    ids = np.array([[7, 8, 0, 0], [0, 0, 0, 5], [0, 1, 2, 0]])
+    mask = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 1, 0]])
+    found, lengths = align(ids, mask)
+    assert lengths.tolist() == [2, 1, 2]
+    assert found[0].tolist() == [7, 8]
+    assert found[1, 0] == 5
+    assert found[2].tolist() == [1, 2]
+
+
+def test_either_padding_and_any_batch(checkpoints):
+    model = embedport.load(checkpoints("kv2", dtype="float32"), device="cpu")
+    assert isinstance(model, embedport.Embedder)
+    rows = rows_of(model)[:3]
+    width = max(map(len, rows)) + 3
+    for shift in (lambda row: 0, lambda row: width - len(row), lambda row: 1):
+        ids, mask = np.full((3, width), 9), np.zeros((3, width), np.int64)
+        for i, row in enumerate(rows):
+            ids[i, shift(row) : shift(row) + len(row)] = row
+            mask[i, shift(row) : shift(row) + len(row)] = 1
+        np.testing.assert_allclose(model.model(ids, mask), model.encode(TEXTS[:3]), atol=1e-6)
+    one = model.encode(TEXTS, batch_tokens=1)
+    np.testing.assert_allclose(model.encode(TEXTS), one, atol=1e-6)
+
+
+def test_ranges_stay_in_memory(checkpoints, copied):
+    folder = copied(checkpoints("kv1"))
+    before = sorted(folder.rglob("*"))
+    model = embedport.load(folder, device="cpu")
+    assert isinstance(model, embedport.Embedder)
+    model.calibrate(TEXTS)
+    assert model.encode(TEXTS[:2], precision="int8").dtype == np.int8
+    assert sorted(folder.rglob("*")) == before
+    assert embedport.load(folder, device="cpu").facts.ranges is None
+
+
+def test_ranges_of_an_artifact_go_into_its_manifest(quantized, copied):
+    folder = copied(quantized("gptq"))
+    model = embedport.load(folder, device="cpu")
+    assert isinstance(model, embedport.Embedder)
+    model.calibrate(TEXTS)
+    assert json.loads((folder / "embedport.json").read_text())["ranges"] == model.ranges
+
+
+def test_prompts_lengths_and_devices(checkpoints, monkeypatch):
+    import torch
+
+    folder = checkpoints("kv1")
+    model = embedport.load(folder, device="cpu", max_length=16)
+    assert isinstance(model, embedport.Embedder)
+    assert model.tokenizer.max_length == 16
+    assert (model.encode(["gravity"]) * model.encode(["gravity"], prompt="query")).sum() < 0.999
+    with pytest.raises(InputError, match="max_length should be from 1 to 32768"):
+        embedport.load(folder, max_length=0)
+    with pytest.raises(InputError, match="a checkpoint runs on auto, cpu, cuda; found device 'ten"):
+        embedport.load(folder, device="tensorrt")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert embedport.load(folder).device == "cpu"
+    with pytest.raises(DeviceError, match="has no CUDA device"):
+        embedport.load(folder, device="cuda")
+
+
+def test_attention(monkeypatch):
+    monkeypatch.setattr(adapter, "find_spec", lambda name: object())
+    assert adapter._choose_attention("cuda", "bf16") == "flash_attention_2"
+    assert adapter._choose_attention("cuda", "fp32") == "sdpa"
+    assert adapter._choose_attention("cpu", "bf16") == "sdpa"
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    assert adapter._choose_attention("cuda", "bf16") == "sdpa"
+
+
+def test_a_full_gpu_is_said(checkpoints, monkeypatch):
+    import torch
+
+    model = embedport.load(checkpoints("kv1"), device="cpu")
+    assert isinstance(model, embedport.Embedder)
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.model, "base", full)
+    with pytest.raises(InputError, match=r"a batch of 1 x \d+ tokens does not fit"):
+        model.encode(["a"])
+    monkeypatch.setattr(adapter, "load_base", full)
+    with pytest.raises(DeviceError, match="does not fit into the GPU's free memory"):
+        embedport.load(checkpoints("kv1"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("bnb-nf4", "bitsandbytes"), ("fp8", "compressed_tensors")]
+)
+def test_missing_package(quantized, monkeypatch, method, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'embedport\[quantize\]'"):
+        embedport.load(quantized(method), device="cpu")
+
+
+@pytest.mark.parametrize("method", ["w8a8", "bnb-int8", "gptq"])
+def test_a_missing_tensor_is_not_made_up(quantized, copied, method):
+    folder = copied(quantized(method))
+    (folder / "embedport.json").unlink()
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_torch(path)
+    del tensors[
+        "layers.1.mlp.gate_proj.weight" if method != "gptq" else "layers.1.mlp.gate_proj.qweight"
+    ]
+    save_torch(tensors, path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.gate_proj"):
+        embedport.load(folder, device="cpu")
+
+
+def load_torch(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def save_torch(tensors, path):
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [None, *RUN, *UNPACKED])
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_on_a_gpu(quantized, checkpoints, method, task):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA device here")
+    folder = quantized(method, task) if method else checkpoints("kv2", task)
+    model = embedport.load(folder)
+    assert model.device == "cuda"
+    assert agreement(results(model), results(embedport.load(folder, device="cpu"))) > 0.99
+
+
+def test_import_stays_light():
+    import subprocess
+    import sys
+
+    code = "import sys, embedport.runtimes; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+    assert Path(adapter.__file__ or "").name == "torch.py"
