@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import backend, checkpoints, export, inference, outliers, parity, retrieval
+from . import backend, checkpoints, export, inference, outliers, parity, reranking, retrieval
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -35,6 +35,7 @@ def everything(context: typer.Context) -> None:
         checkpoints.on_the_demo_pair()
         checkpoints.of_the_0_6b_geometry()
         parity.against_transformers()
+        reranking.shared_against_plain(3)
         backend.in_sentence_transformers()
 
 
@@ -92,6 +93,14 @@ def _checkpoints(
 def _parity() -> None:
     """Parity at the 0.6B geometry."""
     parity.against_transformers()
+
+
+@app.command("reranking")
+def _reranking(
+    rounds: Rounds = 3, precision: str = "int8", checkpoint: Checkpoint = None, out: Out = RESULTS
+) -> None:
+    """8 queries with 50 passages each: what rows share computed once, against each row whole."""
+    reranking.shared_against_plain(rounds, checkpoint, out, precision)
 
 
 @app.command("backend")

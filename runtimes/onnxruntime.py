@@ -30,6 +30,7 @@ class OnnxModel:
     Attributes:
         device: The device that the session runs on.
         precision: What is computed in, in words.
+        continues: Whether rows may continue a past: see `read`.
 
     Raises:
         DeviceError: The device asked for is not there.
@@ -42,17 +43,25 @@ class OnnxModel:
         self._graph = graph
         self._num_heads = artifact.manifest.num_heads
         self.device, self._session = _open_session(artifact, device)
+        inputs = {each.name: each.shape for each in self._session.get_inputs()}
+        self.continues = "past" in inputs
+        if self.continues:
+            layers, heads, _, width = inputs["past"]
+            self._no_past = np.zeros((layers, heads, 0, width), np.float32)
         self.precision = artifact.manifest.precision
         if _is_emulated(artifact, self.device):
             self.precision += " (on a CPU: fp32 arithmetic, each result rounded)"
         logger.info("%s runs on %s in %s", artifact.folder, self.device, self.precision)
 
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, past: np.ndarray | None = None
+    ) -> np.ndarray:
         """Run a batch.
 
         Args:
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+            past: What every row continues, from `read`.
 
         Returns:
             float32: embeddings [batch, dim] of unit length, or scores [batch].
@@ -63,8 +72,24 @@ class OnnxModel:
         if self.device == "cpu" and self._graph.dialect == "standard":
             _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
-        output = self._session.run(None, feeds)[0]
+        if self.continues:
+            feeds["past"] = self._no_past if past is None else past
+            feeds["kept"] = np.zeros(1, np.int64)
+        output = self._session.run(self._graph.outputs, feeds)[0]
         return _pool(output, attention_mask) if self._graph.output == "hidden" else output
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """What rows continue that begin with the same tokens.
+
+        Args:
+            ids: Those tokens, int64 [tokens], at least one; only where the model continues.
+
+        Returns:
+            Their keys and values, float32 [2 * layers, num_kv_heads, tokens, head_dim].
+        """
+        feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
+        feeds |= {"past": self._no_past, "kept": np.array([len(ids)])}
+        return self._session.run(["present"], feeds)[0]
 
 
 def _check_memory(batch: int, size: int, num_heads: int) -> None:
@@ -126,7 +151,8 @@ def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
 def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    graph: str | bytes = str(artifact.graph)
+    path = artifact.graph if device != "cpu" else artifact.continuation or artifact.graph
+    graph: str | bytes = str(path)
     if _is_emulated(artifact, device):
         graph = _emulated(artifact.graph)
         options.add_session_config_entry(
@@ -137,7 +163,7 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
         return ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         raise ArtifactError(
-            f"{artifact.graph}: onnxruntime {ort.__version__} does not take the graph "
+            f"{path}: onnxruntime {ort.__version__} does not take the graph "
             f"(it needs {artifact.manifest.requires}): {error}"
         ) from error
 

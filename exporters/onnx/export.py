@@ -206,9 +206,7 @@ def export_onnx(
             result = verify_graph(folder / GRAPH, rows[0], lambda scope: advance())
             if continued is not None:
                 write_continuation(design, folder / GRAPH, folder / continued)
-                verify_continuation(
-                    folder / continued, rows[0], result, lambda scope: advance()
-                )
+                verify_continuation(folder / continued, rows[0], result, lambda scope: advance())
         write_manifest(
             folder,
             Manifest(
