@@ -65,12 +65,6 @@ class Artifact:
         return self.folder / self.manifest.graph.path
 
     @property
-    def continuation(self) -> Path | None:
-        """The path of the graph whose rows continue a past; None if there is none."""
-        graph = self.manifest.graph
-        return self.folder / graph.continuation if graph and graph.continuation else None
-
-    @property
     def size(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(record.size for record in self.manifest.files.values())

@@ -28,6 +28,14 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class ContinuationRecord:
+    """The graph of rows that continue a past: its path in the folder, and the runtime it needs."""
+
+    path: str
+    requires: str
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """What is known of an artifact's ONNX graph.
 
@@ -39,8 +47,7 @@ class GraphRecord:
         outputs: Names of the outputs.
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
-        continuation: Path of the same graph with a past, for rows that begin alike; None if there
-            is none.
+        continuation: The same graph with a past, for rows that begin alike; None if there is none.
     """
 
     path: str
@@ -50,7 +57,7 @@ class GraphRecord:
     outputs: tuple[str, ...]
     output: str
     kept_in_fp32: tuple[str, ...]
-    continuation: str | None = None
+    continuation: ContinuationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +155,9 @@ class Manifest:
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
-        graph = values["graph"]
-        graphs = [path for path in (graph.path, graph.continuation) if path] if graph else []
+        graph: GraphRecord | None = values["graph"]
+        records = [graph, graph.continuation] if graph else []
+        graphs = [record.path for record in records if record]
         for name in (*graphs, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
@@ -160,4 +168,6 @@ def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
     read = dict(values)
     for key in ("inputs", "outputs", "kept_in_fp32"):
         read[key] = tuple(read[key])
+    if read.get("continuation"):
+        read["continuation"] = ContinuationRecord(**read["continuation"])
     return GraphRecord(**read)

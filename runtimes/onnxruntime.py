@@ -10,6 +10,7 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, DeviceError, InputError, require
+from ..requirements import meets
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
 def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    path = artifact.graph if device != "cpu" else artifact.continuation or artifact.graph
+    path = _choose_graph(artifact, device, ort.__version__)
     graph: str | bytes = str(path)
     if _is_emulated(artifact, device):
         graph = _emulated(artifact.graph)
@@ -166,6 +167,16 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
             f"{path}: onnxruntime {ort.__version__} does not take the graph "
             f"(it needs {artifact.manifest.requires}): {error}"
         ) from error
+
+
+def _choose_graph(artifact: Artifact, device: str, version: str) -> Path:
+    """The graph that continues, where there is one that this onnxruntime takes."""
+    graph = artifact.manifest.graph
+    assert graph is not None
+    other = graph.continuation
+    if device == "cpu" and other is not None and meets(other.requires, version):
+        return artifact.folder / other.path
+    return artifact.graph
 
 
 def _is_emulated(artifact: Artifact, device: str) -> bool:

@@ -14,20 +14,27 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ...errors import require
+from ...manifest import ContinuationRecord
+from ...requirements import meets
 from .graph import Design, build_model
 
+CONTINUATION = "onnx/continuation.onnx"
 
-def continues(design: Design) -> bool:
-    """Whether a design gets a continuation: a reranker in fp32 arithmetic, as CPUs run it.
 
-    An embedding's texts begin alike only by their short prompts. 16-bit graphs are for GPUs, where
-    the continuation has not been measured.
+def plan_continuation(design: Design) -> ContinuationRecord | None:
+    """What a design's continuation is; None if it gets none.
+
+    A reranker in fp32 arithmetic, as CPUs run it, gets one, if the onnxruntime that has to check it
+    takes it. An embedding's texts begin alike only by their short prompts. 16-bit graphs are for
+    GPUs, where the continuation has not been measured.
     """
-    return (
-        design.head is not None
-        and design.dialect.continues is not None
-        and design.precision.compute == ir.DataType.FLOAT
-    )
+    needs = design.dialect.continues
+    if design.head is None or needs is None or design.precision.compute != ir.DataType.FLOAT:
+        return None
+    if not meets(needs, require("onnxruntime", "cpu").__version__):
+        return None
+    return ContinuationRecord(CONTINUATION, needs)
 
 
 def write_continuation(design: Design, graph: Path, path: Path) -> None:

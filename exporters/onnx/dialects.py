@@ -155,7 +155,7 @@ class OrtDialect:
 
     name = "ort"
     # The input query_seqlens, without which a past goes with one row only.
-    continues = "onnxruntime>=1.32"
+    continues: str | None = "onnxruntime>=1.32"
     opsets = {"": 21, MICROSOFT: 1}  # noqa: RUF012 (read only)
     ir_version = 10
     requires = "onnxruntime>=1.23"
@@ -303,7 +303,7 @@ class StandardDialect:
     """RMSNormalization, RotaryEmbedding and Attention of ONNX opset 23."""
 
     name = "standard"
-    continues = None
+    continues: str | None = None
     opsets = {"": 23}  # noqa: RUF012 (read only)
     ir_version = 11
     requires = "onnxruntime>=1.23"

@@ -24,7 +24,7 @@ from ...weights import Weights
 from ..provenance import Progress, counted, source_record, versions
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
-from .continuation import continues, write_continuation
+from .continuation import plan_continuation, write_continuation
 from .dialects import find_dialect
 from .formats import AUTO, MIXED, QUANTIZED, parse_formats, plan_formats
 from .graph import INPUTS, Design, build_model
@@ -42,7 +42,6 @@ from .texts import ranking_target, reranker_head, tokenize_samples
 from .verify import verify_continuation, verify_graph
 
 GRAPH = "onnx/model.onnx"
-CONTINUATION = "onnx/continuation.onnx"
 DATA = "model.onnx_data"
 # Massive activations show in a text's first tokens; a reranker's document begins after some 65.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
@@ -196,17 +195,18 @@ def export_onnx(
         model = build_model(design)
         write_companions(spec, folder)
         _write_graph(model, folder / GRAPH, progress)
-        continued = CONTINUATION if continues(design) else None
+        continuation = plan_continuation(design)
         # Inputs, table and output beside the layers; a continuation runs twice and has its states.
         parts = spec.num_layers + 3
-        advance = counted(progress, "verify", parts + 2 * (parts + 1) * bool(continued))
+        advance = counted(progress, "verify", parts + 2 * (parts + 1) * bool(continuation))
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are remembered: the manifest's are ready when the text has run.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
             result = verify_graph(folder / GRAPH, rows[0], lambda scope: advance())
-            if continued is not None:
-                write_continuation(design, folder / GRAPH, folder / continued)
-                verify_continuation(folder / continued, rows[0], result, lambda scope: advance())
+            if continuation is not None:
+                continued = folder / continuation.path
+                write_continuation(design, folder / GRAPH, continued)
+                verify_continuation(continued, rows[0], result, lambda scope: advance())
         write_manifest(
             folder,
             Manifest(
@@ -221,7 +221,7 @@ def export_onnx(
                     outputs=tuple(str(value.name) for value in model.graph.outputs),
                     output=outputs,
                     kept_in_fp32=chosen.kept_in_fp32,
-                    continuation=continued,
+                    continuation=continuation,
                 ),
                 embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
                 hidden_size=spec.hidden_size,
@@ -231,7 +231,7 @@ def export_onnx(
                 max_position_embeddings=spec.max_position_embeddings,
                 prompts=dict(spec.prompts) if spec.task == "embedding" else {},
                 source=source_record(weights),
-                requires=(continued and chosen_dialect.continues) or chosen_dialect.requires,
+                requires=chosen_dialect.requires,
                 versions=versions(PACKAGES),
                 files={},
                 recipe=_recipe_record(plan, search, rows, calibration),

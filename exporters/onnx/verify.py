@@ -64,8 +64,9 @@ def verify_continuation(
     """
     model = _open_graph(path)
     half = len(ids) // 2
-    layers, heads, _, width = next(v for v in model.graph.inputs if v.name == "past").shape or ()
-    past = np.zeros((int(layers), int(heads), 0, int(width)), np.float32)
+    shape = next(value.shape for value in model.graph.inputs if value.name == "past") or ()
+    # The one dimension without a number is the tokens'.
+    past = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
     for part, kept in ((ids[:half], half), (ids[half:], 0)):
         feeds = _feeds(part) | {"past": past, "kept": np.array([kept])}
         past, found = _run_parts(model, path, feeds, advance)

@@ -1,7 +1,7 @@
 """What a reranker's rows share is computed once, and changes no score."""
 
-import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,6 +19,10 @@ RAGGED = ["", "Leaves.", "sugar " * 150, "Chlorophyll takes up light.", "x" * 41
 MOST_APART = 1e-5
 
 
+def load(folder, **options) -> Any:
+    return embedport.load(folder, device="cpu", **options)
+
+
 @pytest.fixture(scope="module")
 def rerankers(tmp_path_factory, checkpoints):
     """A function (geometry, precision) -> reranker on the CPU, cached."""
@@ -28,7 +32,7 @@ def rerankers(tmp_path_factory, checkpoints):
         if (geometry, precision) not in made:
             output = tmp_path_factory.mktemp("artifact") / "model"
             embedport.export(checkpoints(geometry, "reranker"), output, precision=precision)
-            made[geometry, precision] = embedport.load(output, device="cpu")
+            made[geometry, precision] = load(output)
         return made[geometry, precision]
 
     return make
@@ -94,7 +98,7 @@ def test_what_is_shared_runs_once(rerankers, monkeypatch):
 def test_cut_rows(rerankers):
     """Longest first: a long query leaves its documents no room, and all rows are alike."""
     artifact = rerankers().artifact
-    reranker = embedport.load(artifact.folder, device="cpu", max_length=120)
+    reranker = load(artifact.folder, max_length=120)
     for query in (QUERY, "word " * 300):
         pairs = [(query, document) for document in ("a b c", "sugar " * 200, "light " * 200)]
         assert max(map(len, reranker.tokenizer.encode(pairs).ids)) == 120
@@ -117,29 +121,36 @@ def test_artifacts_without_a_continuation(rerankers, copied):
     reranker = rerankers()
     folder = copied(reranker.artifact.folder)
     manifest = reranker.artifact.manifest
-    (folder / manifest.graph.continuation).unlink()
+    (folder / manifest.graph.continuation.path).unlink()
     values = json.loads(manifest.to_json())
-    del values["graph"]["continuation"], values["files"][manifest.graph.continuation]
+    del values["graph"]["continuation"], values["files"][manifest.graph.continuation.path]
     (folder / "embedport.json").write_text(json.dumps(values))
-    plain = embedport.load(folder, device="cpu")
+    plain = load(folder)
     assert not plain.model.continues
     np.testing.assert_allclose(plain.score(PAIRS), reranker.score(PAIRS), atol=1e-6, rtol=0)
 
 
+def test_an_onnxruntime_too_old_for_it(rerankers, checkpoints, tmp_path, monkeypatch):
+    folder = rerankers().artifact.folder
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
+    plain = load(folder)
+    assert not plain.model.continues
+    np.testing.assert_allclose(plain.score(PAIRS), rerankers().score(PAIRS), atol=1e-6, rtol=0)
+    embedport.export(checkpoints("kv2", "reranker"), tmp_path / "out")
+    assert not (tmp_path / "out" / "onnx" / "continuation.onnx").exists()
+
+
 def test_who_gets_a_continuation(checkpoints, tmp_path, rerankers):
-    embedder = embedport.export(checkpoints("kv2"), tmp_path / "embedder")
-    standard = embedport.export(
-        checkpoints("kv2", "reranker"), tmp_path / "standard", dialect="standard"
-    )
-    half = embedport.export(checkpoints("kv2", "reranker"), tmp_path / "half", precision="bf16")
-    for artifact in (embedder, standard, half):
-        assert artifact.continuation is None
-        assert artifact.manifest.requires == "onnxruntime>=1.23"
+    embedport.export(checkpoints("kv2"), tmp_path / "embedder")
+    for name, options in (("standard", {"dialect": "standard"}), ("16", {"precision": "bf16"})):
+        embedport.export(checkpoints("kv2", "reranker"), tmp_path / name, **options)
+    assert not list(tmp_path.rglob("continuation.onnx"))
     artifact = rerankers().artifact
-    assert artifact.manifest.requires == "onnxruntime>=1.32"
+    graph = artifact.manifest.graph
+    assert graph.continuation.requires == "onnxruntime>=1.32"
+    assert graph.inputs == ("input_ids", "attention_mask")
     # The weights are those of the main graph.
-    assert artifact.continuation.stat().st_size < 100_000
-    assert dataclasses.asdict(artifact.manifest.graph)["inputs"] == ("input_ids", "attention_mask")
+    assert (artifact.folder / graph.continuation.path).stat().st_size < 100_000
 
 
 def test_groups():
