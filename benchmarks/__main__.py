@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import backend, checkpoints, export, inference, outliers, parity, reranking, retrieval
+from . import backend, bulk, checkpoints, export, inference, outliers, parity, reranking, retrieval
 from .machine import RESULTS
 
 app = typer.Typer(add_completion=False, invoke_without_command=True)
@@ -36,6 +36,7 @@ def everything(context: typer.Context) -> None:
         checkpoints.of_the_0_6b_geometry()
         parity.against_transformers()
         reranking.shared_against_plain(3)
+        bulk.many_short_texts()
         backend.in_sentence_transformers()
 
 
@@ -101,6 +102,12 @@ def _reranking(
 ) -> None:
     """8 queries with 50 passages each: what rows share computed once, against each row whole."""
     reranking.shared_against_plain(rounds, checkpoint, out, precision)
+
+
+@app.command("bulk")
+def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
+    """A corpus of short texts: memory over time, killed midway, every row once."""
+    bulk.many_short_texts(out, texts)
 
 
 @app.command("backend")
