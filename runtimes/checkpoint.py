@@ -3,8 +3,9 @@
 Plain checkpoints, and GPTQ's and AWQ's codes, are read here tensor by tensor into a model that has
 no memory of its own before (device "meta"): the process holds the model and one tensor more. A GPTQ
 or AWQ matrix is unpacked, so in memory the model is as large as one that was never quantized.
-bitsandbytes and compressed-tensors checkpoints are loaded by transformers with those libraries,
-whose own arithmetic runs.
+bitsandbytes and 8-bit compressed-tensors checkpoints are loaded by transformers with those
+libraries, whose own arithmetic runs: bitsandbytes keeps 8 and 4 bits in memory; compressed-tensors
+unpacks the weights, and rounds each token's activations as servers' kernels do.
 
 The configuration is made anew from the ModelSpec: nothing else in config.json is seen, so no code,
 name or path in it is followed. Weights are safetensors only, in files beside their index.
@@ -13,18 +14,19 @@ name or path in it is followed. Weights are safetensors only, in files beside th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import io
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError, require
-from ..files import read_headers
+from ..files import TensorInfo, read_headers
 from ..kernels import without_fetched_kernels
 from ..quantize.stored import open_weights
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
-from ..weights import Weights
+from ..weights import DTYPES, Weights
 
 ADAPTER = "adapter_config.json"
 
@@ -97,31 +99,62 @@ def _load_by_library(
             require("bitsandbytes", "quantize")
     else:
         require("compressed_tensors", "quantize")
-    names = read_headers(spec.source.folder)  # no index leads outside
+    folder = spec.source.folder
+    headers = read_headers(folder)  # no index leads outside
+    _check_tensors(spec, headers)
     config = _make_config(spec, attention)
     config.quantization_config = dict(quantization.values)
     # What is left out of quantization is named in full: so are the modules, as they were then.
-    prefixed = any(name.startswith("model.") for name in names)
+    prefixed = any(name.startswith("model.") for name in headers)
     kind = _prefixed_model(transformers) if prefixed else transformers.Qwen3Model
     with _silent(transformers):
-        model, found = kind.from_pretrained(
-            spec.source.folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            model, found = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, require("torch", "torch").OutOfMemoryError):
+                raise
+            raise CheckpointError(
+                f"{folder}: {quantization.method} does not take it: {error}; quantize it again"
+            ) from error
     # transformers fills in what is missing with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
         if found[problem]:
             raise CheckpointError(
-                f"{spec.source.folder}: tensor {sorted(map(str, found[problem]))[0]} is missing "
-                f"or has another shape than {quantization.method} expects; quantize it again"
+                f"{folder}: tensor {sorted(map(str, found[problem]))[0]} is missing or has another "
+                f"shape than {quantization.method} expects; quantize it again"
             )
-    return (model.model if prefixed else model).requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if quantization.method == "compressed-tensors":
+        # It unpacks every matrix when the whole is first called.
+        torch = require("torch", "torch")
+        with _silent(transformers), torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+    return model.model if prefixed else model
+
+
+def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
+    """Every tensor is there, and those that are not quantized have their shapes."""
+    for name, shape in spec.tensor_shapes().items():
+        info = headers.get(name) or headers.get(f"model.{name}")
+        if info is None:
+            raise CheckpointError(
+                f"{spec.source.folder}: tensor {name} (or model.{name}) is missing; quantize it "
+                "again"
+            )
+        if info.dtype in DTYPES and info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should have shape {list(shape)} by config.json, "
+                f"found {list(info.shape)}"
+            )
 
 
 def _prefixed_model(transformers: Any) -> Any:
@@ -134,18 +167,23 @@ def _prefixed_model(transformers: Any) -> Any:
             self.model = transformers.Qwen3Model(config)
             self.post_init()
 
+        def forward(self, **inputs: Any) -> Any:
+            return self.model(**inputs)
+
     return Headless
 
 
 @contextlib.contextmanager
 def _silent(transformers: Any) -> Generator[None]:
-    """No bar, and no word on the head's tensors, which are not used: errors are raised here."""
+    """No bars, and no word on the head's tensors, which are not used: errors are raised here."""
     logging = transformers.utils.logging
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        # compressed-tensors has bars of its own, which nothing turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if shown:

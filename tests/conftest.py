@@ -63,7 +63,10 @@ def checkpoints(tmp_path_factory, small_tokenizer):
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory, checkpoints):
-    """A function (method, task, **options of quantize_checkpoint) -> a folder, cached."""
+    """A function (method, task, **options of quantize_checkpoint) -> a folder, cached.
+
+    Of "kv8": bitsandbytes on a CPU takes NF4 in rows of whole blocks of 64 only.
+    """
     made = {}
     base = tmp_path_factory.mktemp("calibration")
     (base / "texts.txt").write_text("a text about tea\nanother one\n")
@@ -77,7 +80,7 @@ def quantized(tmp_path_factory, checkpoints):
                 options |= {"group_size": 32, "calibration": base / file}
             folder = tmp_path_factory.mktemp(f"{task}-{method}") / "artifact"
             embedport.quantize_checkpoint(
-                checkpoints("kv2", task), folder, method=method, **options
+                checkpoints("kv8", task), folder, method=method, **options
             )
             made[key] = folder
         return made[key]

@@ -39,6 +39,16 @@ THRESHOLDS = {
     "int8-weight": Thresholds(0.99, 0.05, 0.999999, 1e-5, 1e-5, 0.005),
     "int4": Thresholds(0.9, 0.2, 0.999999, 1e-5, 1e-5, 0.02),
     "mixed": Thresholds(0.99, 0.05, 0.999999, 1e-5, 1e-5, 0.005),
+    # Checkpoints: 16-bit arithmetic between the matrices, in which a batch's other rows move the
+    # last bit; rounding activations to 8 bits makes a whole step of some of these bits.
+    "bnb-int8": Thresholds(0.99, 0.05, 0.999, 1e-2, 1e-3, 0.005),
+    "w8a8": Thresholds(0.98, 0.05, 0.999, 1e-2, 1e-3, 0.005),
+    "fp8": Thresholds(0.98, 0.05, 0.995, 2e-2, 1e-3, 0.01),
+    "w8a16": Thresholds(0.99, 0.05, 0.9995, 1e-2, 1e-3, 0.005),
+    "bnb-nf4": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
+    "gptq": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
+    "awq": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
+    "w4a16": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
 }
 
 

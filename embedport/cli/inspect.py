@@ -185,9 +185,16 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
         "Longest text": _lengths(facts),
         "Prompts": _prompts(facts["prompts"] if facts["task"] == "embedding" else {}),
         "Parameters": f"{facts['parameters']:,}",
-        "Weights": _shards(facts["weights"]),
+        "Weights": _shards(facts["weights"]) + _method(facts["quantization"]),
         "As an artifact": f"about {', '.join(sizes)}",
     }
+
+
+def _method(quantization: Mapping[str, Any] | None) -> str:
+    if quantization is None:
+        return ""
+    words = quantization.get("precision") or f"{quantization['bits']} bits"
+    return f", quantized by {quantization['method']}: {words}"
 
 
 def _shards(weights: Mapping[str, Any] | None) -> str:

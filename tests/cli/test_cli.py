@@ -245,6 +245,33 @@ class TestValidate:
         )
 
 
+class TestCheckpoints:
+    """Without an export: plain and quantized checkpoints."""
+
+    @pytest.mark.parametrize("method", [None, "awq"])
+    def test_encode(self, run, checkpoints, quantized, method):
+        folder = quantized(method) if method else checkpoints("kv8")
+        code, out, err = run("encode", folder, "a text", "--device", "cpu", "--json")
+        assert (code, err) == (0, "")
+        assert len(json.loads(out)["embedding"]) == 128
+
+    def test_rerank(self, run, checkpoints):
+        arguments = ("rerank", checkpoints("kv2", "reranker"), "query", "one", "two")
+        code, out, err = run(*arguments, "--device", "cpu", "--json")
+        assert (code, err) == (0, "")
+        assert len(out.splitlines()) == 2
+
+    def test_validate(self, run, checkpoints, tmp_path):
+        folder = checkpoints("kv2")
+        texts = tmp_path / "texts.txt"
+        texts.write_text("tea\nsnow\n")
+        code, _, err = run(
+            *("validate", folder, "--reference", folder, "--input", texts, "--device", "cpu")
+        )
+        assert code == 0
+        assert "Recorded" not in err
+
+
 class TestInspect:
     def test_checkpoint(self, run, checkpoints):
         facts = json.loads(run("inspect", checkpoints("kv1"), "--json")[1])
@@ -277,6 +304,21 @@ class TestInspect:
         assert code == 0
         assert "all as the manifest says" in out
         assert "not validated" in out
+
+    def test_checkpoint_artifact(self, run, quantized, copied):
+        folder = copied(quantized("w8a8"))
+        facts = json.loads(run("inspect", folder, "--json")[1])
+        assert (facts["format"], facts["precision"], facts["graph"]) == ("checkpoint", "w8a8", None)
+        assert facts["weights"]["attention"]["i8"] > 0
+        code, out, _ = run("inspect", folder)
+        assert code == 0
+        assert "all as the manifest says" in out
+        # And without a manifest.
+        (folder / "embedport.json").unlink()
+        facts = json.loads(run("inspect", folder, "--json")[1])
+        assert facts["quantization"]["precision"] == "w8a8"
+        assert facts["weights"]["dtypes"] == ["BF16", "I8"]
+        assert "quantized by compressed-tensors: w8a8" in run("inspect", folder)[1]
 
     def test_damage(self, run, folders, copied):
         folder = copied(folders / "embedding")

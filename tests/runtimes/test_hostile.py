@@ -113,9 +113,11 @@ def test_the_hubs_cache_is_made_of_links(folder, tmp_path):
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for i, path in enumerate(sorted(folder.glob("*.*"))):
+    for i, path in enumerate(sorted(each for each in folder.rglob("*") if each.is_file())):
+        link = snapshot / path.relative_to(folder)
+        link.parent.mkdir(exist_ok=True)
         path.rename(blobs / str(i))
-        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+        link.symlink_to(blobs / str(i))
     model = embedport.load(snapshot, device="cpu")
     assert model.facts.precision == "bf16"
 
@@ -135,7 +137,11 @@ def test_names_that_compressed_tensors_takes_for_files(quantized, copied, tmp_pa
     good = json.loads((folder / "config.json").read_text())["quantization_config"]
     weights = good["config_groups"]["group_0"]
     for changes, message in (
-        ({"format": name}, "format should be one of"),
+        ({"format": name}, "in the group 'int-quantized'"),
+        (
+            {"format": name, "config_groups": {"a": weights | {"format": name}}},
+            "format should be one of",
+        ),
         ({"config_groups": {"group_0": weights | {"format": name}}}, "in the group"),
         ({"transform_config": {"config_groups": {"x": {"type": name}}}}, "transform_config is not"),
         ({"sparsity_config": {"format": name}}, "sparsity_config is not read"),
@@ -187,7 +193,7 @@ def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
         text=True,
         check=True,
     )
-    assert found.stdout.startswith("(1, 64)")
+    assert found.stdout.startswith("(1, 128)")
     assert not trap.exists()
 
 

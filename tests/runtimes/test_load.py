@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.errors import ArtifactError, DeviceError, InputError
+from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError
 from embedport.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 
@@ -225,7 +225,8 @@ class TestDamagedArtifact:
         with pytest.raises(ArtifactError, match="is not a manifest"):
             embedport.load(folder)
         (folder / "embedport.json").unlink()
-        with pytest.raises(ArtifactError, match="is not an artifact"):
+        # What is left would be a checkpoint.
+        with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
             embedport.load(folder)
         with pytest.raises(InputError, match="no such folder"):
             embedport.load(folder / "nowhere")

@@ -15,7 +15,7 @@ from embedport.prompts import Encoded
 from embedport.validation import parity
 from embedport.validation.measures import unit
 from embedport.validation.tasks import EmbeddingTask
-from embedport.validation.thresholds import THRESHOLDS, find_thresholds
+from embedport.validation.thresholds import find_thresholds
 
 SECRET = "our plan [bold]to merge[/bold] | do not publish"
 QUERIES = [Sample(text, "query") for text in ("What is the capital of China?", "Explain gravity")]
@@ -78,7 +78,10 @@ def change_results(change, text=None):
     return apply
 
 
-@pytest.mark.parametrize("precision", THRESHOLDS)
+GRAPHS = ("fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "mixed")
+
+
+@pytest.mark.parametrize("precision", GRAPHS)
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 def test_an_export_passes(folders, task, precision):
     report = validate(folders(task, precision=precision))

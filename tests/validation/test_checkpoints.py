@@ -1,0 +1,82 @@
+"""validate() on checkpoints: every method, plain ones, the page, what is recorded."""
+
+import json
+from typing import Any
+
+import pytest
+
+import embedport
+from embedport.artifact import Artifact
+from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.runtimes import read_facts
+from embedport.validation.layers import layer_errors
+from embedport.validation.reference import open_reference
+
+METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
+SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 300]
+PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 300]
+
+
+def validate(folder, checkpoint, task, **options):
+    inputs: dict[str, Any] = {"texts": SAMPLES} if task == "embedding" else {"pairs": PAIRS}
+    return embedport.validate(folder, checkpoint, device="cpu", **inputs, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_every_method_passes(quantized, checkpoints, task, method):
+    report = validate(quantized(method, task), checkpoints("kv8", task), task, record=False)
+    assert report.passed, report.gates
+    assert (report.precision, report.device, report.task) == (method, "cpu", task)
+    assert len(report.invariance) == 10
+    assert {"torch", "transformers", "bitsandbytes"} <= report.versions.keys()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")]
+)
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_a_plain_checkpoint_passes_and_stays_as_it_is(checkpoints, task, dtype, precision):
+    folder = checkpoints("kv2", task, dtype=dtype)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    # In fp32 the reference rounds weights to fp16 first: that is not the artifact's error.
+    reference = checkpoints("kv2", task, dtype="float16") if dtype == "float32" else folder
+    report = validate(folder, reference, task, min_cosine=0.999, max_score_difference=0.01)
+    assert report.passed, report.gates
+    assert report.precision == precision
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_fails(quantized, checkpoints, copied):
+    from safetensors.numpy import load_file, save_file
+
+    folder = copied(quantized("gptq"))
+    (folder / "embedport.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    name = "layers.1.mlp.down_proj.qweight"
+    save_file(tensors | {name: tensors[name] ^ 0x77777777}, folder / "model.safetensors")
+    report = validate(folder, checkpoints("kv8"), "embedding")
+    assert {gate.name for gate in report.gates if not gate.passed} >= {"minimum cosine"}
+
+
+def test_figures_and_page(quantized, checkpoints, copied, tmp_path):
+    folder = copied(quantized("w8a8"))
+    page = tmp_path / "report.html"
+    report = validate(folder, checkpoints("kv8"), "embedding", page=page)
+    assert Artifact.open(folder).manifest.parity == json.loads(json.dumps(report.to_record()))
+    assert report.to_markdown() in (folder / "README.md").read_text()
+    text = page.read_text()
+    assert "Relative error after each layer" in text
+    assert "model.safetensors" in text
+
+
+def test_layers_of_a_checkpoint(checkpoints, quantized):
+    reference = open_reference(checkpoints("kv8"), task="embedding", max_length=512)
+    facts = read_facts(quantized("gptq"))
+    rows = [[5, 6, 7, 8], list(range(40))]
+    table, first, second = layer_errors(facts, reference, rows)
+    assert (table.layer, second.layer) == (0, 2)
+    # The table has the reference's values; four bits show from the first layer on.
+    assert table.relative_error_max < 1e-2
+    assert 1e-2 < first.relative_error_mean < 0.5
+    assert first.cosine_min > 0.9
