@@ -34,6 +34,11 @@ def embedder(artifact) -> Any:
     return embedport.load(artifact, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def vectors_of_many(embedder):
+    return embedder.encode(MANY)
+
+
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(bulk, "SHARD_ROWS", 4)
@@ -123,7 +128,7 @@ def test_what_is_there_is_not_done_again(job, monkeypatch):
     assert again == {lost.name, cut.name}
 
 
-def test_kill_9(artifact, embedder, tmp_path):
+def test_kill_9(artifact, vectors_of_many, tmp_path):
     """The process is killed in the middle of its work, and once more at another point."""
     corpus, output = write_many(tmp_path), tmp_path / "vectors"
     command = [*COMMAND, artifact, "--input", corpus, "--output", output, "--device", "cpu"]
@@ -141,7 +146,7 @@ def test_kill_9(artifact, embedder, tmp_path):
         kept = found
     subprocess.run(command, check=True)
     assert kept.items() <= stamps(output).items()
-    np.testing.assert_allclose(stacked(output), embedder.encode(MANY), **CLOSE)
+    np.testing.assert_allclose(stacked(output), vectors_of_many, **CLOSE)
 
 
 def test_another_job(job):
@@ -294,7 +299,7 @@ except bulk.InputError as error:
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-def test_ray_with_an_actor_killed(artifact, embedder, tmp_path):
+def test_ray_with_an_actor_killed(artifact, vectors_of_many, tmp_path):
     corpus, output = write_many(tmp_path), tmp_path / "vectors"
     environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_TMPDIR": "/tmp"}
     ended = subprocess.run(
@@ -307,5 +312,5 @@ def test_ray_with_an_actor_killed(artifact, embedder, tmp_path):
     assert "killed one of 2 after" in ended.stdout
     assert f"rows {len(MANY)}" in ended.stdout
     assert "error /no cannot be read" in ended.stdout
-    np.testing.assert_allclose(stacked(output), embedder.encode(MANY), **CLOSE)
+    np.testing.assert_allclose(stacked(output), vectors_of_many, **CLOSE)
     assert len(shards(output)) == 40

@@ -53,7 +53,11 @@ def plain_scores(reranker, pairs, **options):
 def test_scores_are_those_of_the_plain_path(rerankers, geometry, precision):
     reranker = rerankers(geometry, precision)
     assert reranker.model.continues
-    pairs = [*PAIRS, *((QUERY, document) for document in RAGGED), ("alone", "a pair of its own")]
+    pairs = [
+        *PAIRS[::3],
+        *((QUERY, document) for document in RAGGED),
+        ("alone", "a pair of its own"),
+    ]
     expected = plain_scores(reranker, pairs)
     for batch_tokens in (4096, 300):
         scores = reranker.score(pairs, batch_tokens=batch_tokens)
