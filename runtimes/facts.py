@@ -10,14 +10,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..artifact import Artifact
-from ..errors import CheckpointError, InputError
-from ..files import check_links, read_headers
+from ..errors import InputError
+from ..files import check_links
 from ..hub import Source, fetch
 from ..manifest import MANIFEST
 from ..spec import ModelSpec, Task, read_spec
 from ..stored import LibraryQuantization
+from ..weights import Weights
 
-# safetensors' floating-point dtypes to the names of precisions, the most exact last.
+# safetensors' floating-point dtypes to the names of precisions.
 FLOATS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
 
@@ -154,19 +155,13 @@ def _name_precision(spec: ModelSpec) -> str:
 
 
 def stored_float(spec: ModelSpec) -> str:
-    """The floating-point dtype of most of a checkpoint's bytes: "fp16", "bf16" or "fp32".
+    """The dtype of what is not quantized, "fp16", "bf16" or "fp32": the embedding table's.
 
     Raises:
-        CheckpointError: No tensor is of one.
+        CheckpointError: The table is missing, or of another dtype.
     """
-    sizes = dict.fromkeys(FLOATS, 0)
-    for info in read_headers(spec.source.folder).values():
-        if info.dtype in FLOATS:
-            sizes[info.dtype] += info.nbytes
-    largest = max(sizes, key=lambda dtype: sizes[dtype])
-    if not sizes[largest]:
-        raise CheckpointError(f"{spec.source.folder}: no tensor is {', '.join(FLOATS)}")
-    return FLOATS[largest]
+    name = "embed_tokens.weight"
+    return FLOATS[Weights(spec, [name]).tensors[name].dtype]
 
 
 def choose_length(facts: ModelFacts, max_length: int | None) -> int:

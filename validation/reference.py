@@ -82,6 +82,11 @@ def open_reference(
             f"{spec.source.folder / 'config.json'}: a reference should be the original in bf16, "
             f"fp16 or fp32, found one quantized by {spec.quantization.method!r}"
         )
+    if spec.score_rows is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: a reference should have the head of its own, "
+            "of which the model card takes yes and no, found a sequence-classification one"
+        )
     Weights(spec)  # transformers fills in a missing tensor with random numbers
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.source.folder, padding_side="left")
     return Reference(spec, tokenizer, max_length)

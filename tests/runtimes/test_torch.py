@@ -158,6 +158,12 @@ def make_classifier(folder, rows):
     return folder
 
 
+def test_a_classifier_is_no_reference(checkpoints, copied):
+    folder = make_classifier(copied(checkpoints("kv1", "reranker", dtype="float32")), 1)
+    with pytest.raises(CheckpointError, match="found a sequence-classification one"):
+        open_reference(folder, task="reranker", max_length=64)
+
+
 def test_three_labels_are_no_reranker(checkpoints, copied):
     folder = make_classifier(copied(checkpoints("kv1", "reranker", dtype="float32")), 1)
     config = json.loads((folder / "config.json").read_text())
