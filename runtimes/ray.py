@@ -12,8 +12,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..corpus import Part
-from ..errors import EmbedportError, require
+from ..errors import EmbedportError, InputError, require
 from .bulk import Job, encode_shard, open_embedder
+from .embedder import Embedder
 
 
 class ShardWorker:
@@ -21,13 +22,22 @@ class ShardWorker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._embedder = open_embedder(job)
+        self._embedder: Embedder | None = None
 
-    def __call__(self, shard: dict[str, Any]) -> dict[str, int]:
-        """Embed a shard, {"number": …, "part": …}, and tell its rows."""
+    def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
+        """Embed a shard, {"number": …, "part": …}.
+
+        Returns:
+            Its rows, and what is wrong, which is nothing: raised, it would reach the driver as the
+            text of Ray's own error.
+        """
         part = Part(**shard["part"])
-        encode_shard(self._embedder, self._job, shard["number"], part)
-        return {"rows": part.rows}
+        try:
+            self._embedder = self._embedder or open_embedder(self._job)
+            encode_shard(self._embedder, self._job, shard["number"], part)
+        except EmbedportError as error:
+            return {"rows": 0, "wrong": str(error)}
+        return {"rows": part.rows, "wrong": ""}
 
 
 def run_on_ray(
@@ -46,7 +56,7 @@ def run_on_ray(
 
     Raises:
         MissingPackageError: Ray is not installed.
-        EmbedportError: What a worker raised.
+        InputError: What a worker found wrong.
     """
     require("ray", "ray")
     import ray
@@ -66,16 +76,7 @@ def run_on_ray(
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,
     )
-    try:
-        for row in done.iter_rows():
-            advance(row["rows"])
-    except Exception as error:  # Ray wraps what a worker raised
-        raise _cause(error) or error from None
-
-
-def _cause(error: BaseException) -> EmbedportError | None:
-    """The error of ours that an exception was raised for."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, EmbedportError):
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return seen
+    for row in done.iter_rows():
+        if row["wrong"]:
+            raise InputError(row["wrong"])
+        advance(row["rows"])
