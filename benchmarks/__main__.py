@@ -9,6 +9,7 @@ import typer
 
 from . import (
     backend,
+    bulk,
     checkpoints,
     export,
     gpu,
@@ -18,6 +19,7 @@ from . import (
     outliers,
     parity,
     profile,
+    reranking,
     retrieval,
 )
 from .machine import RESULTS
@@ -50,6 +52,8 @@ def everything(context: typer.Context) -> None:
         profile.of_int8()
         openvino.runs_the_standard_dialect()
         parity.against_transformers()
+        reranking.shared_against_plain(3)
+        bulk.many_short_texts()
         backend.in_sentence_transformers()
 
 
@@ -137,6 +141,20 @@ def _parity() -> None:
 def _gpu(checkpoint: Checkpoint = None, out: Path = gpu.RESULTS) -> None:
     """Every path on this machine's GPU; writes docs/gpu-results.json."""
     gpu.all_paths(checkpoint, out)
+
+
+@app.command("reranking")
+def _reranking(
+    rounds: Rounds = 3, precision: str = "int8", checkpoint: Checkpoint = None, out: Out = RESULTS
+) -> None:
+    """8 queries with 50 passages each: what rows share computed once, against each row whole."""
+    reranking.shared_against_plain(rounds, checkpoint, out, precision)
+
+
+@app.command("bulk")
+def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
+    """A corpus of short texts: memory over time, killed midway, every row once."""
+    bulk.many_short_texts(out, texts)
 
 
 @app.command("backend")

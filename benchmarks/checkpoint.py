@@ -13,16 +13,16 @@ TOKENIZER = ROOT / "tests" / "data" / "qwen3-tokenizer" / "tokenizer.json.xz"
 CACHE = ROOT / "build" / "benchmarks"
 
 
-def checkpoint(geometry: str) -> Path:
-    """The embedding checkpoint of a geometry, "0.6b" or "8b", kept under build/benchmarks/.
+def checkpoint(geometry: str, task: str = "embedding") -> Path:
+    """The checkpoint of a geometry, "0.6b" or "8b", kept under build/benchmarks/.
 
     Made in a process of its own: a child's ru_maxrss begins with its parent's memory, so whoever
     measures children must stay small.
     """
-    folder = CACHE / f"embedding-{geometry}"
+    folder = CACHE / f"{task}-{geometry}"
     if not (folder / "made").exists():
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.checkpoint", geometry, str(folder), "embedding"],
+            [sys.executable, "-m", "benchmarks.checkpoint", geometry, str(folder), task],
             check=True,
         )
         (folder / "made").touch()

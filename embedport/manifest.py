@@ -29,6 +29,14 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class ContinuationRecord:
+    """The graph of rows that continue a past: its path in the folder, and the runtime it needs."""
+
+    path: str
+    requires: str
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """What is known of an artifact's ONNX graph.
 
@@ -41,6 +49,7 @@ class GraphRecord:
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+        continuation: The same graph with a past, for rows that begin alike; None if there is none.
     """
 
     path: str
@@ -51,6 +60,7 @@ class GraphRecord:
     output: str
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
+    continuation: ContinuationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,9 @@ class Manifest:
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
-        parts = [values[each].path for each in ("graph", "engine") if values[each]]
+        graph: GraphRecord | None = values["graph"]
+        records = [graph, graph.continuation if graph else None, values["engine"]]
+        parts = [record.path for record in records if record]
         for name in (*parts, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
@@ -167,4 +179,6 @@ def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
     read = dict(values)
     for key in ("inputs", "outputs", "kept_in_fp32"):
         read[key] = tuple(read[key])
+    if read.get("continuation"):
+        read["continuation"] = ContinuationRecord(**read["continuation"])
     return GraphRecord(**read)

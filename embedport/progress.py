@@ -9,18 +9,22 @@ from collections.abc import Callable, Generator
 
 @contextlib.contextmanager
 def progress_bar(
-    description: str, total: int, *, enabled: bool = True
+    description: str, total: int, *, enabled: bool | Callable[[int], None] = True
 ) -> Generator[Callable[[int], None]]:
     """A bar on standard error.
 
     Args:
         description: What is being done.
         total: How many steps there are.
-        enabled: Whether it is wanted; off where standard error is not a terminal all the same.
+        enabled: Whether it is wanted; off where standard error is not a terminal all the same. Or
+            a function that is told of the steps instead.
 
     Yields:
         A function that advances the bar by a number of steps.
     """
+    if callable(enabled):
+        yield enabled
+        return
     if not (enabled and sys.stderr.isatty()):
         yield lambda steps: None
         return

@@ -61,7 +61,7 @@ def run_batches(
     *,
     batch_tokens: int,
     description: str,
-    progress: bool,
+    progress: bool | Callable[[int], None],
 ) -> np.ndarray:
     """Run rows through a model in batches.
 
@@ -71,7 +71,7 @@ def run_batches(
         width: Shape of one row's result.
         batch_tokens: The budget of a batch.
         description: What the progress bar says.
-        progress: Whether to show it.
+        progress: Whether to show it, or what to call with the number of rows just done.
 
     Returns:
         float32 [rows, *width] in the order of `rows`.

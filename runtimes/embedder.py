@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Embedder:
         dim: int | None = None,
         precision: str = "float32",
         batch_tokens: int = BATCH_TOKENS,
-        progress: bool = False,
+        progress: bool | Callable[[int], None] = False,
     ) -> np.ndarray:
         """Embed texts.
 
@@ -69,7 +69,8 @@ class Embedder:
             precision: Of the vectors: "float32"; "int8" or "uint8", after `calibrate`; "binary" or
                 "ubinary", a bit a value in bytes of eight.
             batch_tokens: Tokens of a batch at most, padding counted.
-            progress: Whether to show a progress bar on a terminal.
+            progress: Whether to show a progress bar on a terminal, or what to call with the number
+                of texts just done.
 
         Returns:
             float32 [len(texts), dim], unit length, in the order of `texts`; or integers, see
@@ -79,12 +80,7 @@ class Embedder:
             InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's,
                 or the precision needs ranges that were not measured.
         """
-        if precision not in VECTOR_PRECISIONS:
-            raise InputError(
-                f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
-            )
-        if dim is not None and not 1 <= dim <= self.dim:
-            raise InputError(f"dim should be from 1 to {self.dim}, found {dim}")
+        check_options(self.dim, dim, precision)
         encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text")
         vectors = run_batches(
@@ -119,19 +115,43 @@ class Embedder:
             record_ranges(self.artifact.folder, self.ranges)
 
     def prompt_text(self, prompt: str) -> str:
-        """The text that a prompt's name stands for, or a literal prompt itself.
+        """The text that a prompt's name stands for, or a literal prompt: `resolve_prompt`."""
+        return resolve_prompt(self.prompts, prompt)
 
-        Raises:
-            InputError: It is one word and not a known name: a typing error would go unnoticed.
-        """
-        if prompt in self.prompts:
-            return self.prompts[prompt]
-        if prompt and prompt.replace("_", "").replace("-", "").isalnum():
-            raise InputError(
-                f"no prompt is named {prompt!r}; there are {', '.join(sorted(self.prompts))}. A "
-                "literal prompt is more than a word: embedport.query_prompt(instruction) makes one"
-            )
-        return prompt
+
+def resolve_prompt(prompts: Mapping[str, str], prompt: str) -> str:
+    """The text that a prompt's name stands for, or a literal prompt itself.
+
+    Raises:
+        InputError: It is one word and not a known name: a typing error would go unnoticed.
+    """
+    if prompt in prompts:
+        return prompts[prompt]
+    if prompt and prompt.replace("_", "").replace("-", "").isalnum():
+        raise InputError(
+            f"no prompt is named {prompt!r}; there are {', '.join(sorted(prompts))}. A literal "
+            "prompt is more than a word: embedport.query_prompt(instruction) makes one"
+        )
+    return prompt
+
+
+def check_options(width: int, dim: int | None, precision: str) -> None:
+    """Check what vectors are asked for.
+
+    Args:
+        width: Values of the model's vectors.
+        dim: Values to keep.
+        precision: Of the vectors.
+
+    Raises:
+        InputError: The model does not have them.
+    """
+    if precision not in VECTOR_PRECISIONS:
+        raise InputError(
+            f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
+        )
+    if dim is not None and not 1 <= dim <= width:
+        raise InputError(f"dim should be from 1 to {width}, found {dim}")
 
 
 def check_encoded(encoded: Encoded, vocab_size: int, max_length: int, noun: str) -> None:

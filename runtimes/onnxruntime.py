@@ -10,6 +10,7 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, DeviceError, InputError, require
+from ..requirements import meets
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class OnnxModel:
     Attributes:
         device: The device that the session runs on.
         precision: What is computed in, in words.
+        continues: Whether rows may continue a past: see `read`.
 
     Raises:
         DeviceError: The device asked for is not there, or has no kernels for parts of the graph.
@@ -38,17 +40,25 @@ class OnnxModel:
         self._graph = graph
         self._num_heads = artifact.manifest.num_heads
         self.device, self._session = _open_session(artifact, device)
+        inputs = {each.name: each.shape for each in self._session.get_inputs()}
+        self.continues = "past" in inputs
+        if self.continues:
+            layers, heads, _, width = inputs["past"]
+            self._no_past = np.zeros((layers, heads, 0, width), np.float32)
         self.precision = artifact.manifest.precision
         if _is_emulated(artifact, self.device):
             self.precision += " (on a CPU: fp32 arithmetic, each result rounded)"
         logger.info("%s runs on %s in %s", artifact.folder, self.device, self.precision)
 
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, past: np.ndarray | None = None
+    ) -> np.ndarray:
         """Run a batch.
 
         Args:
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+            past: What every row continues, from `read`.
 
         Returns:
             float32: embeddings [batch, dim] of unit length, or scores [batch].
@@ -59,11 +69,27 @@ class OnnxModel:
         if self.device == "cpu" and self._graph.dialect == "standard":
             _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.continues:
+            feeds["past"] = self._no_past if past is None else past
+            feeds["kept"] = np.zeros(1, np.int64)
         if self.device == "cpu":
-            output = self._session.run(None, feeds)[0]
+            output = self._session.run(self._graph.outputs, feeds)[0]
         else:
             output = run_bound(self._session, feeds, "cuda")
         return _pool(output, attention_mask) if self._graph.output == "hidden" else output
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """What rows continue that begin with the same tokens.
+
+        Args:
+            ids: Those tokens, int64 [tokens], at least one; only where the model continues.
+
+        Returns:
+            Their keys and values, float32 [2 * layers, num_kv_heads, tokens, head_dim].
+        """
+        feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
+        feeds |= {"past": self._no_past, "kept": np.array([len(ids)])}
+        return self._session.run(["present"], feeds)[0]
 
 
 def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:
@@ -175,7 +201,8 @@ def _some(nodes: list[str]) -> str:
 def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    graph: str | bytes = str(artifact.graph)
+    path = _choose_graph(artifact, device, ort.__version__)
+    graph: str | bytes = str(path)
     if _is_emulated(artifact, device):
         graph = _emulated(artifact.graph)
         options.add_session_config_entry(
@@ -187,9 +214,19 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
         return ort.InferenceSession(graph, options, providers=list_providers(device, artifact))
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         raise ArtifactError(
-            f"{artifact.graph}: onnxruntime {ort.__version__} does not take the graph "
+            f"{path}: onnxruntime {ort.__version__} does not take the graph "
             f"(it needs {artifact.manifest.requires}): {error}"
         ) from error
+
+
+def _choose_graph(artifact: Artifact, device: str, version: str) -> Path:
+    """The graph that continues, where there is one that this onnxruntime takes."""
+    graph = artifact.manifest.graph
+    assert graph is not None
+    other = graph.continuation
+    if device == "cpu" and other is not None and meets(other.requires, version):
+        return artifact.folder / other.path
+    return artifact.graph
 
 
 def _is_emulated(artifact: Artifact, device: str) -> bool:

@@ -12,6 +12,8 @@ from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
 from .batching import BATCH_TOKENS, run_batches
 from .embedder import check_encoded, warn_nonfinite
 from .facts import Model, ModelFacts
+from .onnxruntime import OnnxModel
+from .sharing import group_rows, run_groups
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Reranker:
     ) -> np.ndarray:
         """Judge pairs.
 
+        Where the model can, the beginnings that pairs share, up to the document for those of one
+        query, are computed once.
+
         Args:
             pairs: (query, document) each; an empty list is defined.
             instruction: What makes a document relevant.
@@ -72,14 +77,12 @@ class Reranker:
         """
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
-        scores = run_batches(
-            self.model,
-            encoded.ids,
-            (),
-            batch_tokens=batch_tokens,
-            description="Scoring",
-            progress=progress,
-        )
+        how = {"batch_tokens": batch_tokens, "description": "Scoring", "progress": progress}
+        if isinstance(self.model, OnnxModel) and self.model.continues:
+            groups = group_rows([query for query, _ in pairs])
+            scores = run_groups(self.model, encoded.ids, groups, **how)
+        else:
+            scores = run_batches(self.model, encoded.ids, (), **how)
         warn_nonfinite(scores, self.precision, "pair")
         return scores
 

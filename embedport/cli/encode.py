@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,8 @@ from .outputs import check_output, stdout_console, to_json, write_jsonl, write_n
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ..runtimes.bulk import Job
 
 # What fits into 60 columns.
 SHOWN = 4
@@ -55,7 +58,15 @@ def encode(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help=".npy or .jsonl.", show_default=False)
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            "--output",
+            help=".npy or .jsonl; or a folder, which takes --input of any size shard by shard and "
+            "goes on after a crash.",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
@@ -65,15 +76,45 @@ def encode(
         int | None, typer.Option(help="Cut texts to so many tokens.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a text.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="For a folder: local, or ray for a Ray cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ray's; by default one a GPU or machine.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin a folder anew.")] = False,
 ) -> None:
     """Embed texts.
 
     Example: embedport encode qwen3-fp32 "What is the capital of China?" --prompt query
     """
     from ..runtimes import Embedder, load
+    from ..runtimes.bulk import Job
 
-    check_output(out, ".npy", ".jsonl")
     prompt = _choose_prompt(prompt, instruction)
+    if out is not None and (out.is_dir() or not out.suffix):
+        if texts or file is None or calibrate is not None or as_json:
+            raise InputError(
+                f"{out} is a folder: it takes its texts from --input, ranges that were measured "
+                "before, and no --json"
+            )
+        job = Job(
+            model=_absolute(artifact),
+            input=file.absolute(),
+            output=out.absolute(),
+            prompt=prompt,
+            dim=dim,
+            precision=precision,
+            batch_tokens=batch_tokens,
+            device=device,
+            max_length=max_length,
+        )
+        _encode_corpus(job, engine, workers, force)
+        return
+    if engine != "local" or workers is not None or force:
+        raise InputError("--engine, --workers and --force go with a folder: --output vectors/")
+    check_output(out, ".npy", ".jsonl")
     inputs = read_texts(texts or [], file)
     embedder = load(artifact, device=device, max_length=max_length)
     if not isinstance(embedder, Embedder):
@@ -101,6 +142,27 @@ def encode(
     if out is not None:
         count, width = vectors.shape
         typer.echo(f"{out}: {count:,} vectors of {width}, on {embedder.device}", err=True)
+
+
+def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> None:
+    from ..runtimes.bulk import encode_corpus, run_here
+    from ..runtimes.ray import run_on_ray
+
+    engines = {"local": run_here, "ray": partial(run_on_ray, workers=workers)}
+    if engine not in engines:
+        raise InputError(f"engine should be one of {', '.join(engines)}, found {engine!r}")
+    if engine == "local" and workers is not None:
+        raise InputError("--workers goes with --engine ray")
+    index = encode_corpus(job, engines[engine], force=force, progress=True)
+    typer.echo(
+        f"{job.output}: {index.rows:,} vectors of {index.dim} in {len(index.shards):,} shards",
+        err=True,
+    )
+
+
+def _absolute(model: Path) -> str:
+    """A folder's absolute path, for workers elsewhere; a hub id as it is."""
+    return str(model.absolute() if model.is_dir() else model)
 
 
 def _choose_prompt(prompt: str | None, instruction: str | None) -> str:

@@ -19,12 +19,14 @@ class GraphBuilder:
             A graph is cut into its parts by these names (see embedport.segments).
         probes: Values worth watching, by name; a calibration graph reads them.
         inputs: What each projection multiplies, by the projection's name.
+        kept: Keys and values, layer by layer, that a graph gives back.
     """
 
     def __init__(self) -> None:
         self.scope = ""
         self.probes: dict[str, ir.Value] = {}
         self.inputs: dict[str, ir.Value] = {}
+        self.kept: list[ir.Value] = []
         self._tape = ir.tape.Tape()
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._made: dict[Any, Any] = {}

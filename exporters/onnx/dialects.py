@@ -46,12 +46,15 @@ class Positions:
         size: int64 scalar, tokens of the longest row.
         arange: int64 [size], the positions.
         batch: int64 [1], the number of rows.
+        past: int64 scalar, tokens before each row that were computed earlier; None where rows
+            begin at the beginning.
     """
 
     lengths: ir.Value
     size: ir.Value
     arange: ir.Value
     batch: ir.Value
+    past: ir.Value | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,18 @@ class Rows:
 
 
 class Dialect(Protocol):
-    """How a dialect writes what is not the same everywhere."""
+    """How a dialect writes what is not the same everywhere.
+
+    Attributes:
+        name: Its name.
+        continues: The runtime that its `attention` needs to take a past; None where it takes none.
+        opsets: Operator versions by domain.
+        ir_version: Of the file.
+        requires: The runtime that its graphs need.
+    """
 
     name: str
+    continues: str | None
     opsets: dict[str, int]
     ir_version: int
     requires: str
@@ -138,7 +150,8 @@ class Dialect(Protocol):
         v: ir.Value,
         rotary: list[ir.Value],
         cache: tuple[ir.Value, ir.Value],
-    ) -> ir.Value:
+        past: tuple[ir.Value, ir.Value] | None,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Rotary embedding and causal grouped-query attention.
 
         Args:
@@ -148,10 +161,13 @@ class Dialect(Protocol):
             k: [batch, size, num_kv_heads, head_dim], normed.
             v: [batch, size, num_kv_heads * head_dim].
             rotary: From `rotary`.
-            cache: Cosines and sines, each [size, head_dim / 2].
+            cache: Cosines and sines, each [past + size, head_dim / 2].
+            past: Keys and values of the tokens before, each [batch, num_kv_heads, past, head_dim];
+                only where the dialect continues.
 
         Returns:
-            [batch, size, num_heads * head_dim].
+            [batch, size, num_heads * head_dim]; keys and values of all tokens, each
+            [batch, num_kv_heads, past + size, head_dim], the keys rotated.
         """
         ...
 
@@ -160,15 +176,26 @@ class OrtDialect:
     """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime."""
 
     name = "ort"
+    # The input query_seqlens, without which a past goes with one row only.
+    continues: str | None = "onnxruntime>=1.32"
     opsets = {"": 21, MICROSOFT: 1}  # noqa: RUF012 (read only)
     ir_version = 10
     requires = "onnxruntime>=1.23"
 
     def rotary(self, g: GraphBuilder, positions: Positions) -> list[ir.Value]:
-        """seqlens_k (int32 [batch], length - 1) and total_sequence_length (int32 scalar)."""
-        last = g.op("Sub", positions.lengths, g.constant(1))
-        seqlens_k = g.op("Squeeze", g.cast(last, ir.DataType.INT32), g.constant([1]))
-        return [seqlens_k, g.cast(positions.size, ir.DataType.INT32)]
+        """seqlens_k (int32 [batch], length - 1) and total_sequence_length (int32 scalar).
+
+        With a past, both count it too, and query_seqlens (int32 [batch]) are the rows' lengths.
+        """
+        last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
+        if positions.past is not None:
+            last, total = (g.op("Add", count, positions.past) for count in (last, total))
+
+        def a_row(count: ir.Value) -> ir.Value:
+            return g.op("Squeeze", g.cast(count, ir.DataType.INT32), g.constant([1]))
+
+        counts = [a_row(last), g.cast(total, ir.DataType.INT32)]
+        return counts if positions.past is None else [*counts, a_row(positions.lengths)]
 
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
@@ -268,24 +295,28 @@ class OrtDialect:
         v: ir.Value,
         rotary: list[ir.Value],
         cache: tuple[ir.Value, ir.Value],
-    ) -> ir.Value:
-        """GroupQueryAttention with an empty past, the rotary embedding inside.
+        past: tuple[ir.Value, ir.Value] | None,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """GroupQueryAttention, the rotary embedding inside.
 
-        Nothing reads the keys and values it gives back, but onnxruntime takes its flash kernel only
-        if they are asked for, whose memory is linear in the length
+        Without a past nothing reads the keys and values it gives back, but onnxruntime takes its
+        flash kernel only if they are asked for, whose memory is linear in the length
         (https://github.com/microsoft/onnxruntime/pull/28962).
         """
-        seqlens_k, total = rotary
-        attended, _, _ = g.op_outputs(
+        seqlens_k, total, *query_seqlens = rotary
+        # position_ids, attention_bias, head_sink, the scales and norms of keys are left out.
+        unused = [None] * 7 if query_seqlens else []
+        attended, keys, values = g.op_outputs(
             "GroupQueryAttention",
             g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim])),
             g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim])),
             v,
-            None,
-            None,
+            *(past or (None, None)),
             seqlens_k,
             total,
             *cache,
+            *unused,
+            *query_seqlens,
             dtypes=[None, None, None],
             domain=MICROSOFT,
             num_heads=spec.num_heads,
@@ -293,13 +324,14 @@ class OrtDialect:
             do_rotary=1,
             scale=float(1 / np.sqrt(spec.head_dim)),
         )
-        return attended
+        return attended, keys, values
 
 
 class StandardDialect:
     """RMSNormalization, RotaryEmbedding and Attention of ONNX opset 23."""
 
     name = "standard"
+    continues: str | None = None
     opsets = {"": 23}  # noqa: RUF012 (read only)
     ir_version = 11
     requires = "onnxruntime>=1.23"
@@ -381,23 +413,23 @@ class StandardDialect:
         v: ir.Value,
         rotary: list[ir.Value],
         cache: tuple[ir.Value, ir.Value],
-    ) -> ir.Value:
+        past: tuple[ir.Value, ir.Value] | None,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Heads first, as TensorRT's parser takes it; no mask but the causal one."""
+        assert past is None
         (position_ids,) = rotary
 
         def heads_first(x: ir.Value) -> ir.Value:
             return g.op("Transpose", x, perm=[0, 2, 1, 3])
 
         v = g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim]))
-        out = g.op(
-            "Attention",
-            g.op("RotaryEmbedding", heads_first(q), *cache, position_ids),
-            g.op("RotaryEmbedding", heads_first(k), *cache, position_ids),
-            heads_first(v),
-            is_causal=1,
-            scale=float(1 / np.sqrt(spec.head_dim)),
-        )
-        return g.op("Reshape", heads_first(out), g.constant([0, 0, spec.num_heads * spec.head_dim]))
+        queries = g.op("RotaryEmbedding", heads_first(q), *cache, position_ids)
+        keys = g.op("RotaryEmbedding", heads_first(k), *cache, position_ids)
+        values = heads_first(v)
+        scale = float(1 / np.sqrt(spec.head_dim))
+        out = heads_first(g.op("Attention", queries, keys, values, is_causal=1, scale=scale))
+        width = spec.num_heads * spec.head_dim
+        return g.op("Reshape", out, g.constant([0, 0, width])), keys, values
 
 
 def row_scales(g: GraphBuilder, x: ir.Value, codes: ir.DataType) -> ir.Value:

@@ -24,6 +24,7 @@ from ...weights import Weights
 from ..provenance import Progress, counted, source_record, versions
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
+from .continuation import plan_continuation, write_continuation
 from .dialects import find_dialect
 from .formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
 from .graph import INPUTS, Design, build_model
@@ -38,7 +39,7 @@ from .quantization import (
 from .recipe import CALIBRATED, Recipe
 from .search import Search, search_formats
 from .texts import ranking_target, reranker_head, tokenize_samples
-from .verify import verify_graph
+from .verify import verify_continuation, verify_graph
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
@@ -201,11 +202,18 @@ def export_onnx(
         model = build_model(design)
         write_companions(spec, folder)
         _write_graph(model, folder / GRAPH, progress)
-        advance = counted(progress, "verify", spec.num_layers + 3)
+        continuation = plan_continuation(design)
+        # Inputs, table and output beside the layers; a continuation runs twice and has its states.
+        parts = spec.num_layers + 3
+        advance = counted(progress, "verify", parts + 2 * (parts + 1) * bool(continuation))
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are remembered: the manifest's are ready when the text has run.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
-            verify_graph(folder / GRAPH, rows[0], lambda scope: advance())
+            result = verify_graph(folder / GRAPH, rows[0], lambda scope: advance())
+            if continuation is not None:
+                continued = folder / continuation.path
+                write_continuation(design, folder / GRAPH, continued)
+                verify_continuation(continued, rows[0], result, lambda scope: advance())
         write_manifest(
             folder,
             Manifest(
@@ -221,6 +229,7 @@ def export_onnx(
                     output=outputs,
                     arithmetic=chosen.arithmetic,
                     kept_in_fp32=chosen.kept_in_fp32,
+                    continuation=continuation,
                 ),
                 embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
                 hidden_size=spec.hidden_size,

@@ -10,6 +10,10 @@ fused with the norm that follows it, so a layer hands on two values: the stream,
 added to it.
 
 After the last layer's attention only the last token of each row matters: the rest is dropped there.
+
+A graph that continues takes keys and values of tokens before its rows, and gives those of its own:
+
+    input_ids, attention_mask, past, kept -> present, and the output as above
 Source of the architecture: Qwen3 Technical Report, arXiv:2505.09388, and transformers' qwen3.
 """
 
@@ -33,6 +37,7 @@ from .tensors import CheckpointTensor
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
 INPUTS = ("input_ids", "attention_mask")
+PRESENT = "present"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,20 @@ class Product(NamedTuple):
     scales: ir.Value | None = None
 
 
+class Past(NamedTuple):
+    """Tokens before every row of a batch, the same ones for all.
+
+    Attributes:
+        states: Their keys and values, float32 [2 * layers, num_kv_heads, past, head_dim]; layer i's
+            at 2i and 2i + 1.
+        kept: int64 [1], tokens of the first row, those before it counted, whose keys and values are
+            to be given back.
+    """
+
+    states: ir.Value
+    kept: ir.Value
+
+
 class Batch(NamedTuple):
     """A batch's values that are computed once: see `describe_inputs`."""
 
@@ -90,22 +109,40 @@ class Batch(NamedTuple):
     positions: Positions
     rotary: list[ir.Value]
     cache: tuple[ir.Value, ir.Value]
+    past: Past | None
 
 
-def build_model(design: Design) -> ir.Model:
-    """The whole graph; its initializers read the checkpoint when they are written."""
+def build_model(design: Design, *, continues: bool = False) -> ir.Model:
+    """The whole graph; its initializers read the checkpoint when they are written.
+
+    Args:
+        design: What to build.
+        continues: Whether rows continue a past, and give their own keys and values: the further
+            inputs `past` and `kept` are those of `Past`, the output `present` is like `past`, with
+            `kept` tokens.
+    """
     g = GraphBuilder()
     spec = design.spec
     inputs = [ir.val(name, dtype=INT64, shape=("batch", "sequence")) for name in INPUTS]
-    batch = describe_inputs(g, design, *inputs, even=design.precision.has_groups)
+    past = None
+    if continues:
+        shape = (2 * spec.num_layers, spec.num_kv_heads, "past", spec.head_dim)
+        states = ir.val("past", dtype=FLOAT, shape=shape)
+        past = Past(states, ir.val("kept", dtype=INT64, shape=(1,)))
+    batch = describe_inputs(g, design, *inputs, even=design.precision.has_groups, past=past)
     stream = embed(g, design, batch)
     for layer in range(spec.num_layers):
         last_only = layer == spec.num_layers - 1 and not design.hidden
         stream = describe_layer(g, design, layer, stream, batch, last_only=last_only)
-    output = describe_output(g, design, stream, batch)
+    outputs = []
+    if past is not None:
+        g.scope = PRESENT
+        shape = (2 * spec.num_layers, spec.num_kv_heads, "kept", spec.head_dim)
+        outputs.append(named(g.op("Concat", *g.kept, axis=0), PRESENT, shape))
+    outputs.append(describe_output(g, design, stream, batch))
     return g.model(
-        inputs,
-        [output],
+        [*inputs, *(past or ())],
+        outputs,
         opsets=design.dialect.opsets,
         ir_version=design.dialect.ir_version,
         name=f"qwen3_{spec.task}",
@@ -119,6 +156,7 @@ def describe_inputs(
     attention_mask: ir.Value,
     *,
     even: bool = False,
+    past: Past | None = None,
 ) -> Batch:
     """Lengths and positions from the mask, and the rows rolled to begin with a real token.
 
@@ -130,6 +168,7 @@ def describe_inputs(
         even: Whether rows get one more token of padding where their number of tokens is odd.
             onnxruntime's kernels for weights in groups take tokens two by two, and round one that
             is left over differently: with an even number, a text's result is the same in any batch.
+        past: Tokens before every row.
     """
     g.scope = "inputs"
     shape = g.op("Shape", input_ids, dtype=INT64)
@@ -138,12 +177,17 @@ def describe_inputs(
         size = g.op("Add", width, g.op("Mod", width, g.constant(2)))
     arange = g.op("Range", g.constant(0), size, g.constant(1))
     count = g.op("ReduceSum", attention_mask, g.constant([1]), keepdims=1)
+    before, everywhere = None, arange
+    if past is not None:
+        before = g.op("Gather", g.op("Shape", past.states, dtype=INT64), g.constant(2), axis=0)
+        everywhere = g.op("Range", g.constant(0), g.op("Add", size, before), g.constant(1))
     positions = Positions(
         # A row without a real token is defined, if useless: its first token is used.
         lengths=g.op("Max", count, g.constant(1)),
         size=size,
         arange=arange,
         batch=g.op("Slice", shape, g.constant([0]), g.constant([1])),
+        past=before,
     )
     first = g.op("ArgMax", attention_mask, dtype=INT64, axis=1, keepdims=1)
     rolled = g.op("Mod", g.op("Add", arange, first), width)
@@ -154,12 +198,13 @@ def describe_inputs(
         even=even,
         positions=positions,
         rotary=design.dialect.rotary(g, positions),
-        cache=rotary_cache(g, design, arange),
+        cache=rotary_cache(g, design, everywhere),
+        past=past,
     )
 
 
 def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Cosines and sines of the batch's positions, [size, head_dim / 2] each.
+    """Cosines and sines of positions, [positions, head_dim / 2] each.
 
     In float32 as the reference computes them: RoFormer, arXiv:2104.09864, eq. 15, with the
     frequencies theta^(-2i / head_dim).
@@ -209,7 +254,7 @@ def describe_layer(
     precision = design.precision
     normed, residual = add_norm(g, design, f"{prefix}.input_layernorm.weight", stream)
     g.probes[f"{prefix}.residual"] = residual
-    attended = describe_attention(g, design, f"{prefix}.self_attn", normed, batch)
+    attended = describe_attention(g, design, layer, normed, batch)
     if last_only:
         attended, residual = (last_token(g, x, batch) for x in (attended, residual))
     projected = settle(g, linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended)))
@@ -220,10 +265,11 @@ def describe_layer(
 
 
 def describe_attention(
-    g: GraphBuilder, design: Design, prefix: str, x: ir.Value, batch: Batch
+    g: GraphBuilder, design: Design, layer: int, x: ir.Value, batch: Batch
 ) -> ir.Value:
     """Projections, per-head RMSNorm of queries and keys, rotary embedding, attention."""
     spec, compute = design.spec, design.precision.compute
+    prefix = f"layers.{layer}.self_attn"
 
     def normed_heads(name: str, heads: int) -> ir.Value:
         # RMSNorm takes any factor of a token away again: none is put on.
@@ -232,7 +278,7 @@ def describe_attention(
         weight = norm_weight(g, design, f"{prefix}.{name}_norm.weight", split.dtype)
         return g.cast(design.dialect.norm(g, split, weight, spec.rms_norm_eps), compute)
 
-    return design.dialect.attention(
+    attended, *states = design.dialect.attention(
         g,
         spec,
         normed_heads("q", spec.num_heads),
@@ -240,7 +286,25 @@ def describe_attention(
         g.cast(settle(g, linear(g, design, f"{prefix}.v_proj", Product(x))), compute),
         batch.rotary,
         batch.cache,
+        None if batch.past is None else past_of(g, layer, batch.past, batch.positions),
     )
+    if batch.past is not None:
+        ends = g.op("Concat", g.constant([1]), batch.past.kept, axis=0)
+        for state in states:
+            g.kept.append(g.op("Slice", state, g.constant([0, 0]), ends, g.constant([0, 2])))
+    return attended
+
+
+def past_of(
+    g: GraphBuilder, layer: int, past: Past, positions: Positions
+) -> tuple[ir.Value, ir.Value]:
+    """A layer's keys and values of the past for each row, [batch, num_kv_heads, past, head_dim]."""
+    shape = g.op("Concat", positions.batch, g.constant([1, 1, 1]), axis=0)
+    keys, values = (
+        g.op("Expand", g.op("Gather", past.states, g.constant([2 * layer + i]), axis=0), shape)
+        for i in range(2)
+    )
+    return keys, values
 
 
 def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> ir.Value:

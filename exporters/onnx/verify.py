@@ -15,6 +15,9 @@ from ...segments import emulate_16_bits, segments
 from .dialects import MICROSOFT
 from .session import open_session
 
+# Scores, at the same weights and the same rounding of activations.
+MOST_APART = 1e-4
+
 
 def verify_graph(
     path: Path,
@@ -38,14 +41,62 @@ def verify_graph(
         VerificationError: The graph is invalid, its data is short, onnxruntime does not take it,
             or it gives NaN or infinity.
     """
+    model = _open_graph(path)
+    return _run_parts(model, path, _feeds(ids), advance)[-1]
+
+
+def verify_continuation(
+    path: Path,
+    ids: np.ndarray,
+    expected: np.ndarray,
+    advance: Callable[[str], None] = lambda scope: None,
+) -> None:
+    """Check a graph that continues: a text in two parts gives what it gives in one.
+
+    Args:
+        path: The graph.
+        ids: Token ids, int64 [tokens], at least two.
+        expected: What the graph without a past gives for the text.
+        advance: Called with each part's name when it has run.
+
+    Raises:
+        VerificationError: As `verify_graph`, or the results differ.
+    """
+    model = _open_graph(path)
+    half = len(ids) // 2
+    shape = next(value.shape for value in model.graph.inputs if value.name == "past") or ()
+    # The one dimension without a number is the tokens'.
+    past = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
+    for part, kept in ((ids[:half], half), (ids[half:], 0)):
+        feeds = _feeds(part) | {"past": past, "kept": np.array([kept])}
+        past, found = _run_parts(model, path, feeds, advance)
+    if np.abs(found - expected).max() > MOST_APART:
+        raise VerificationError(
+            f"{path}: a text in two parts gives {found}, in one {expected}; they should be within "
+            f"{MOST_APART}"
+        )
+
+
+def _open_graph(path: Path) -> ir.Model:
+    """A graph that is whole and that onnxruntime takes, ready to run on a CPU."""
     model = ir.load(path)
     _check_external_data(path, model)
     if MICROSOFT not in model.opset_imports:
         _check_standard(path)
     emulate_16_bits(model)
     _create_session(model, path)
-    values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
-    outputs: list[np.ndarray] = []
+    return model
+
+
+def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
+
+
+def _run_parts(
+    model: ir.Model, path: Path, feeds: dict[str, np.ndarray], advance: Callable[[str], None]
+) -> list[np.ndarray]:
+    """The graph's outputs, computed part by part."""
+    values = dict(feeds)
     for scope, part in segments(model):
         session = _create_session(part, path)
         names = [value.name for value in session.get_outputs()]
@@ -58,7 +109,7 @@ def verify_graph(
                 )
         values |= zip(names, outputs, strict=True)
         advance(scope)
-    return outputs[0]
+    return [values[str(value.name)] for value in model.graph.outputs]
 
 
 def _create_session(model: ir.Model, path: Path) -> Any:

@@ -1,0 +1,316 @@
+"""A corpus embedded shard by shard: every row once, in order, whatever dies on the way."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.errors import InputError
+from embedport.runtimes import bulk
+from embedport.runtimes.bulk import INDEX, Job, encode_corpus, run_here
+
+RAGGED = ["one", "", "two words", "long " * 90, " spaces ", "日本語 🥾", "one"] * 5
+MANY = [f"text {i} of many, {'word ' * (i % 7)}" for i in range(20_000)]
+COMMAND = [sys.executable, "-m", "embedport", "encode"]
+# Batches differ, and so does the order of fp32 sums.
+CLOSE: Any = {"atol": 2e-6, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, checkpoints):
+    return embedport.export(checkpoints("kv2"), tmp_path_factory.mktemp("bulk") / "model").folder
+
+
+@pytest.fixture(scope="module")
+def embedder(artifact) -> Any:
+    return embedport.load(artifact, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def vectors_of_many(embedder):
+    return embedder.encode(MANY)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(bulk, "SHARD_ROWS", 4)
+
+
+@pytest.fixture
+def job(artifact, tmp_path):
+    """A job over RAGGED, its texts with and without other keys, and blank lines between."""
+    path = tmp_path / "corpus.jsonl"
+    rows = [json.dumps({"_id": str(i), "text": text}) for i, text in enumerate(RAGGED)]
+    path.write_text("\n\r\n".join(rows) + "\n\n", encoding="utf-8")
+    return Job(str(artifact), path, tmp_path / "vectors")
+
+
+def write_many(folder):
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in MANY))
+    return path
+
+
+def shards(folder):
+    return sorted(folder.glob("*.npy"))
+
+
+def stacked(folder):
+    """All vectors, checked against the index."""
+    index = json.loads((folder / INDEX).read_text())
+    assert index["complete"]
+    arrays = [np.load(path) for path in shards(folder)]
+    assert [len(array) for array in arrays] == [shard["rows"] for shard in index["shards"]]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"{i:06}.npy" for i in range(len(arrays))),
+        INDEX,
+    ]
+    vectors = np.concatenate(arrays)
+    assert vectors.shape == (index["rows"], index["width"])
+    assert vectors.dtype == index["dtype"]
+    return vectors
+
+
+def stamps(folder):
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards(folder)}
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prompt": "query", "dim": 16}, {"precision": "ubinary"}, {"max_length": 8}],
+    ids=str,
+)
+def test_vectors_are_those_of_encode(artifact, job, options):
+    encode_corpus(replace(job, **options), run_here)
+    max_length = options.pop("max_length", None)
+    embedder = embedport.load(artifact, device="cpu", max_length=max_length)
+    assert isinstance(embedder, embedport.Embedder)
+    expected = embedder.encode(RAGGED, **options)
+    np.testing.assert_allclose(stacked(job.output), expected, **CLOSE)
+    assert len(shards(job.output)) == 9
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_plain_text_and_large_lines(artifact, embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "SHARD_BYTES", 100)
+    texts = [text for text in RAGGED if text.strip()]
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(texts), encoding="utf-8")
+    encode_corpus(Job(str(artifact), path, tmp_path / "vectors"), run_here)
+    np.testing.assert_allclose(stacked(tmp_path / "vectors"), embedder.encode(texts), **CLOSE)
+    assert len(shards(tmp_path / "vectors")) > len(texts) // 4 + 1
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_is_there_is_not_done_again(job, monkeypatch):
+    encode_corpus(job, run_here)
+    before, vectors = stamps(job.output), stacked(job.output)
+    monkeypatch.setattr(bulk, "open_embedder", lambda job: pytest.fail("nothing is left to do"))
+    encode_corpus(job, run_here)
+    assert stamps(job.output) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(bulk, "SHARD_ROWS", 4)
+    lost, cut = shards(job.output)[2:4]
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    encode_corpus(job, run_here)
+    np.testing.assert_array_equal(stacked(job.output), vectors)
+    again = {name for name, stamp in stamps(job.output).items() if before[name] != stamp}
+    assert again == {lost.name, cut.name}
+
+
+def test_kill_9(artifact, vectors_of_many, tmp_path):
+    """The process is killed in the middle of its work, and once more at another point."""
+    corpus, output = write_many(tmp_path), tmp_path / "vectors"
+    command = [*COMMAND, artifact, "--input", corpus, "--output", output, "--device", "cpu"]
+    kept = {}
+    for number in (1, 4):
+        with subprocess.Popen(command) as process:
+            while not (output / f"{number:06}.npy").exists():
+                assert process.poll() is None, "it ended before it was killed"
+                time.sleep(0.005)
+            process.kill()
+        found = stamps(output)
+        assert kept.items() <= found.items()
+        assert number < len(found) < 10
+        assert not json.loads((output / INDEX).read_text())["complete"]
+        kept = found
+    subprocess.run(command, check=True)
+    assert kept.items() <= stamps(output).items()
+    np.testing.assert_allclose(stacked(output), vectors_of_many, **CLOSE)
+
+
+def test_another_job(job):
+    encode_corpus(job, run_here)
+    vectors = stacked(job.output)
+    changes = {
+        "prompt": {"prompt": "query"},
+        "dim": {"dim": 8},
+        "precision": {"precision": "binary"},
+        "max_length": {"max_length": 9},
+    }
+    for name, change in changes.items():
+        with pytest.raises(InputError, match=f"another job, whose {name} was .*--force"):
+            encode_corpus(replace(job, **change), run_here)
+    job.input.write_text('{"text": "new"}\n')
+    with pytest.raises(InputError, match="whose input_sha256 was"):
+        encode_corpus(job, run_here)
+    np.testing.assert_array_equal(stacked(job.output), vectors)
+    encode_corpus(job, run_here, force=True)
+    assert stacked(job.output).shape == (1, 64)
+
+
+def test_another_model(job, checkpoints, tmp_path):
+    encode_corpus(job, run_here)
+    other = embedport.export(checkpoints("kv2"), tmp_path / "other", precision="int8").folder
+    with pytest.raises(InputError, match="whose model_sha256 was"):
+        encode_corpus(replace(job, model=str(other)), run_here)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no text"),
+        (b"\n \n", "holds no text"),
+        (b'{"text": "a"}\n\n{"txt": "b"}\n', "corpus.jsonl:3 should be UTF-8 text.*'text'"),
+        (b'{"text": "a"}\n{"text": 3}', "corpus.jsonl:2 should be"),
+        (b'{"text": "\\ud83d"}', "corpus.jsonl:1 .*lone surrogate"),
+        (b'{"text": "\xff"}', "corpus.jsonl:1 should be UTF-8"),
+        (b'{"text": "a", "prompt": "query"}', "corpus.jsonl:1 names a prompt"),
+    ],
+)
+def test_bad_lines_before_any_work(job, content, message):
+    job.input.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        encode_corpus(job, run_here)
+    assert not job.output.exists()
+
+
+def test_bad_requests(job, tmp_path, checkpoints):
+    for change, message in (
+        ({"input": tmp_path / "no.jsonl"}, "no.jsonl cannot be read: No such file"),
+        ({"prompt": "qurey"}, "no prompt is named 'qurey'"),
+        ({"dim": 65}, "dim should be from 1 to 64"),
+        ({"precision": "int8"}, "int8 needs each value's range"),
+        ({"max_length": 0}, "max_length should be"),
+        ({"model": str(checkpoints("kv2", "reranker"))}, "is a reranker"),
+        ({"output": tmp_path}, "holds other files and no index.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            encode_corpus(replace(job, **change), run_here)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / INDEX).write_text("{}")
+    with pytest.raises(InputError, match=r"index.json is not an index"):
+        encode_corpus(replace(job, output=tmp_path / "broken"), run_here)
+
+
+def test_an_input_that_changes_meanwhile(job):
+    def run(job, shards, advance):
+        job.input.write_text('{"text": "shorter"}\n')
+        run_here(job, shards, advance)
+
+    with pytest.raises(InputError, match="it has changed meanwhile"):
+        encode_corpus(job, run)
+
+
+def test_command_line(job, artifact):
+    def run(*options):
+        command = [*COMMAND, artifact, "--input", job.input, "--output", job.output, *options]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    ended = run("--prompt", "query")
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert f"{job.output}: 35 vectors of 64 in 1 shards" in ended.stderr
+    for options, message in (
+        ((), "whose prompt was"),
+        (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),
+        (("--workers", "2"), "--workers goes with --engine ray"),
+    ):
+        ended = run(*options)
+        assert ended.returncode == 2
+        assert ended.stderr.count("\n") == 1
+        assert message in ended.stderr
+    ended = subprocess.run([*COMMAND, artifact, "text", "--force"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "go with a folder" in ended.stderr
+
+
+RAY = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+import ray
+from embedport.runtimes import bulk
+from embedport.runtimes.ray import run_on_ray
+
+output = Path(sys.argv[3])
+
+
+def workers():
+    \"""Processes of this cluster's actors.\"""
+    parents, found = {}, []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
+            parents[pid] = parent
+            if "ShardWorker" in (stat.parent / "cmdline").read_text():
+                found.append(pid)
+        except OSError:
+            pass
+    return [pid for pid in found if parents.get(parents[pid]) == os.getpid()]
+
+
+def kill_one():
+    while len(list(output.glob("*.npy"))) < 2:
+        time.sleep(0.01)
+    found = workers()
+    os.kill(found[0], signal.SIGKILL)
+    print("killed one of", len(found), "after", len(list(output.glob("*.npy"))), flush=True)
+
+
+bulk.SHARD_ROWS = 500
+ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+threading.Thread(target=kill_one, daemon=True).start()
+rows = []
+
+
+def run(job, shards, advance):
+    run_on_ray(job, shards, rows.append, workers=2)
+
+
+bulk.encode_corpus(bulk.Job(sys.argv[1], Path(sys.argv[2]), output, device="cpu"), run)
+print("rows", sum(rows))
+try:
+    run_on_ray(
+        bulk.Job(sys.argv[1], Path("/no"), output), [(0, bulk.Part(0, 1, 0, 1))], print, 1
+    )
+except bulk.InputError as error:
+    print("error", error)
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+def test_ray_with_an_actor_killed(artifact, vectors_of_many, tmp_path):
+    corpus, output = write_many(tmp_path), tmp_path / "vectors"
+    environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_TMPDIR": "/tmp"}
+    ended = subprocess.run(
+        [sys.executable, "-c", RAY, artifact, corpus, output],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "killed one of 2 after" in ended.stdout
+    assert f"rows {len(MANY)}" in ended.stdout
+    assert "error /no cannot be read" in ended.stdout
+    np.testing.assert_allclose(stacked(output), vectors_of_many, **CLOSE)
+    assert len(shards(output)) == 40
