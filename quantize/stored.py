@@ -98,13 +98,12 @@ class StoredWeights(Weights):
         }[stored.method]
         # compressed-tensors has an output channel a row, the others a column.
         by_row = stored.method == "compressed-tensors"
-        expected = {
-            layout.codes: (words, ("I32",)),
-            layout.scales: ((rows, groups) if by_row else (groups, rows), tuple(DTYPES)),
-        }
+        expected = {layout.codes: (words, ("I32",))}
         if not by_row or self._has(matrix, layout.zero_points):
             shape = (rows // codes, groups) if by_row else (groups, rows // codes)
             expected[layout.zero_points] = (shape, ("I32",))
+        shape = (rows, groups) if by_row else (groups, rows)
+        expected[layout.scales] = (shape, tuple(DTYPES))
         for part, (shape, dtypes) in expected.items():
             info = self._parts.get(f"{matrix}.{part}")
             if info is None:

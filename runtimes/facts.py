@@ -18,6 +18,7 @@ from ..spec import ModelSpec, Task, read_spec
 from ..stored import LibraryQuantization
 from ..weights import Weights
 
+CONFIG = "config.json"
 # safetensors' floating-point dtypes to the names of precisions.
 FLOATS = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
@@ -90,13 +91,18 @@ def read_facts(model: str | Path) -> ModelFacts:
         model: A folder, or a hub id.
 
     Raises:
-        InputError: No such folder or hub id.
+        InputError: No such folder or hub id, or it is neither.
         ArtifactError: A file of the artifact is missing or changed.
         CheckpointError: It is not a Qwen3 checkpoint, or needs what is not read.
     """
     source = fetch(model)
     if (source.folder / MANIFEST).is_file():
         return _artifact_facts(str(model), Artifact.open(source.folder))
+    if not (source.folder / CONFIG).is_file():
+        raise InputError(
+            f"{source.folder} is neither an artifact nor a checkpoint: it has no {MANIFEST} and no "
+            f"{CONFIG}"
+        )
     return _checkpoint_facts(source)
 
 

@@ -335,7 +335,8 @@ class TestInspect:
         facts = json.loads(run("inspect", folder, "--json")[1])
         assert facts["quantization"]["precision"] == "w8a8"
         assert facts["weights"]["dtypes"] == ["BF16", "I8"]
-        assert "quantized by compressed-tensors: w8a8" in run("inspect", folder)[1]
+        words = " ".join(run("inspect", folder)[1].split())
+        assert "quantized by compressed-tensors: w8a8" in words
 
     def test_damage(self, run, folders, copied):
         folder = copied(folders / "embedding")
@@ -388,7 +389,7 @@ class TestErrors:
         ("arguments", "message"),
         [
             (["encode", "nowhere", "text"], "nowhere: no such folder"),
-            (["encode", "{here}", "text"], "is not an artifact"),
+            (["encode", "{here}", "text"], "is neither an artifact nor a checkpoint"),
             (["encode", "{embedding}", "a", "--device", "cuda"], "has no CUDAExecutionProvider"),
             (["encode", "{embedding}", "a", "--prompt", "qurey"], "no prompt is named 'qurey'"),
             (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
@@ -453,7 +454,8 @@ class TestErrors:
             code, _, err = run(*arguments)
             assert code == 2
             assert "Traceback" in err
-            assert err.endswith("embedport: nowhere: no such folder\n")
+            last = "nowhere: no such folder, and not a hub id of the form owner/name"
+            assert err.endswith(f"embedport: {last}\n")
 
     def test_a_bug_is_called_one(self, run, folders, monkeypatch):
         from embedport import runtimes
