@@ -16,14 +16,14 @@ NAME = "checkpoints"
 NOT_RUN = "not run"
 # Row to options of the command line.
 WAYS = {
-    "bnb-int8": ["--method", "bnb-int8"],
-    "bnb-nf4": ["--method", "bnb-nf4"],
-    "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
     "w8a8": ["--method", "w8a8"],
     "fp8": ["--method", "fp8"],
     "awq": ["--method", "awq"],
     "gptq, 4 bits": ["--method", "gptq"],
     "gptq, 8 bits": ["--method", "gptq", "--bits", "8"],
+    "bnb-nf4": ["--method", "bnb-nf4"],
+    "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
+    "bnb-int8": ["--method", "bnb-int8"],
 }
 # A folder of the 0.6B geometry, and what GPTQ and AWQ keep of its layers meanwhile.
 NEEDED_BYTES = 4_000_000_000
@@ -62,7 +62,7 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
                     figures |= {"nDCG@10": row.artifact, "reference nDCG@10": row.reference}
                 rows.setdefault(name, {})[task] = figures | {"passed": report.passed}
                 shutil.rmtree(out)
-    _save("demo", rows, results)
+            _save("demo", rows, results)
 
 
 def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
@@ -82,7 +82,7 @@ def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) ->
             }
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        _save("0.6b", rows, results)  # hours of work are not lost with the last row
+        _save("0.6b", rows, results)
 
 
 def _read(results: Path) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def _read(results: Path) -> dict[str, Any]:
 
 
 def _save(part: str, rows: dict[str, Any], results: Path) -> None:
+    """After each row: a run that ends early loses the last one only."""
     path = results / f"{NAME}.json"
     before = json.loads(path.read_text()) if path.exists() else {"machines": {}}
     machines = before["machines"] | {part: describe()}
