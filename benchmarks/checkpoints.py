@@ -17,14 +17,14 @@ NOT_RUN = "not run"
 RERANKED_QUERIES = 100
 # Row to options of the command line.
 WAYS = {
-    "bnb-int8": ["--method", "bnb-int8"],
-    "bnb-nf4": ["--method", "bnb-nf4"],
-    "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
     "w8a8": ["--method", "w8a8"],
     "fp8": ["--method", "fp8"],
     "awq": ["--method", "awq"],
     "gptq, 4 bits": ["--method", "gptq"],
     "gptq, 8 bits": ["--method", "gptq", "--bits", "8"],
+    "bnb-nf4": ["--method", "bnb-nf4"],
+    "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
+    "bnb-int8": ["--method", "bnb-int8"],
 }
 # A folder of the 0.6B geometry, and what GPTQ and AWQ keep of its layers meanwhile.
 NEEDED_BYTES = 4_000_000_000
@@ -36,7 +36,6 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
     from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 
-    rows = _read(results)
     CACHE.mkdir(parents=True, exist_ok=True)
     # The reranker judges fifty pairs a query.
     sets = {
@@ -47,28 +46,25 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         folder = Path(temporary)
         for name, options in WAYS.items():
+            found: dict[str, dict[str, Any]] = {}
             for task, source in sources.items():
                 out = folder / f"{task}-{name}"
-                found = json.loads(
-                    run(ours("quantize", str(source), "-o", str(out), *options, "--json"))
-                    .output.strip()
-                    .splitlines()[-1]
-                )
+                made = run(ours("quantize", str(source), "-o", str(out), *options, "--json"))
                 report = embedport.validate(out, source, retrieval=sets[task], device="cpu")
-                figures: dict[str, Any] = {"bytes": found["bytes"]}
+                size = json.loads(made.output.strip().splitlines()[-1])["bytes"]
+                figures: dict[str, Any] = {"bytes": size}
                 figures |= report.comparisons[0].figures
                 if report.retrieval is not None:
                     row = report.retrieval.rows[0]
                     assert row.measure == "nDCG@10"
                     figures |= {"nDCG@10": row.artifact, "reference nDCG@10": row.reference}
-                rows.setdefault(name, {})[task] = figures | {"passed": report.passed}
+                found[task] = figures | {"passed": report.passed}
                 shutil.rmtree(out)
-    _save("demo", rows, results)
+            _save("demo", name, found, results)
 
 
 def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
     """Time, peak memory and size of quantizing random weights at the 0.6B geometry."""
-    rows = _read(results)
     require_space(NEEDED_BYTES)
     source = source or checkpoint("0.6b")
     out = CACHE / "quantized"
@@ -76,28 +72,25 @@ def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) ->
         shutil.rmtree(out, ignore_errors=True)
         try:
             finished = run(ours("quantize", str(source), "-o", str(out), *options))
-            rows.setdefault(name, {})["0.6b"] = {
+            figures = {
                 "seconds": round(finished.seconds, 1),
                 "peak_gb": round(finished.peak_bytes / 1e9, 3),
                 "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
             }
         finally:
             shutil.rmtree(out, ignore_errors=True)
-        _save("0.6b", rows, results)  # hours of work are not lost with the last row
+        _save("0.6b", name, {"0.6b": figures}, results)
 
 
-def _read(results: Path) -> dict[str, Any]:
+def _save(part: str, name: str, figures: dict[str, dict[str, Any]], results: Path) -> None:
+    """Put figures into a row, after each row: a run that ends early loses the last one only."""
     path = results / f"{NAME}.json"
-    return json.loads(path.read_text())["ways"] if path.exists() else {}
-
-
-def _save(part: str, rows: dict[str, Any], results: Path) -> None:
-    path = results / f"{NAME}.json"
-    before = json.loads(path.read_text()) if path.exists() else {"machines": {}}
-    machines = before["machines"] | {part: describe()}
+    kept = json.loads(path.read_text()) if path.exists() else {"machines": {}, "ways": {}}
+    kept["machines"][part] = describe()
+    kept["ways"].setdefault(name, {}).update(figures)
     results.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machines": machines, "ways": rows}, indent=2) + "\n")
-    print_table(*_table(rows))
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+    print_table(*_table(kept["ways"]))
     print(f"wrote {path}")
 
 

@@ -35,6 +35,7 @@ from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
 
 VOCABULARY = 6144
 HELD_OUT = 3000
+MAX_TOKENS = GEOMETRY.max_position_embeddings
 DEMO = Path(__file__).parents[2] / "embedport" / "demo"
 PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 
@@ -71,9 +72,16 @@ def main(
     embedder = load_model(out / "embedder")  # rounded to bf16, as it will be used
     write_retrieval(out / "retrieval", split, embedder, corpus)
     say("the held-out set is written")
-    pairs = RerankerTokenizer(_save(tokenizer, work), GEOMETRY.max_position_embeddings)
+    pairs = RerankerTokenizer(_save(tokenizer, work), MAX_TOKENS)
     reranker = make_reranker(embedder, tokenizer, seed)
-    train_places(reranker, embedder, split.embedder, corpus, pairs, steps=places_steps, seed=seed)
+    texts = [
+        text
+        for part in (split.embedder, split.reranker)
+        for each in part
+        for text in texts_of(each)
+    ]
+    tokenizers = (EmbeddingTokenizer(work / "tokenizer.json", MAX_TOKENS), pairs)
+    train_places(reranker, embedder, texts, tokenizers, steps=places_steps, seed=seed)
     say("the reranker makes the vectors of a pair's two texts")
     lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
     join_places(reranker, [(each.query, each.document) for each in lists[:64]], pairs)
@@ -120,7 +128,7 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
         for text in texts_of(each)
     ]
     everything = list(dict.fromkeys(taught + others))
-    tokenize = EmbeddingTokenizer(_save(tokenizer, work), GEOMETRY.max_position_embeddings)
+    tokenize = EmbeddingTokenizer(_save(tokenizer, work), MAX_TOKENS)
     queries = [ids.tolist() for ids in tokenize.encode(everything, PROMPT).ids]
     documents = [ids.tolist() for ids in tokenize.encode(everything).ids]
     shared = common_prefix(queries)

@@ -1,10 +1,10 @@
 """The reranker's training, in two stages.
 
 Comparing two texts is hard to discover by gradient descent from "yes" and "no" alone. So the model
-begins as the embedder with one layer more. The first stage teaches it, in one text, to make a
-vector of the query behind the query and one of the document behind the document, beginning with the
-embedder's, and to mark the two places. Then the last layer is made to fetch both and to add their
-inner product to "yes". The second stage trains everything on what the embedder itself ranks high,
+begins as the embedder with one layer more. The first stage teaches it, in one text, to make the
+embedder's vector of the query behind the query, and that of the document behind the document, and
+to mark the two places. Then the last layer is made to fetch both and to add their inner product to
+"yes". The second stage trains everything on what the embedder itself ranks high,
 against the truth and the teacher's opinion.
 """
 
@@ -18,18 +18,30 @@ from typing import cast
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cosine_similarity,
+    cross_entropy,
+    normalize,
+)
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from embedport.prompts import END_OF_TEXT, RerankerTokenizer
+from embedport.prompts import (
+    DEFAULT_INSTRUCTION,
+    END_OF_TEXT,
+    EmbeddingTokenizer,
+    RerankerTokenizer,
+    query_prompt,
+)
 
-from .embedder import TEMPERATURE, Corpus, encode, pair_batches, pair_losses, rate
+from .embedder import PAIRS, TEMPERATURE, Corpus, encode, rate
 from .model import GEOMETRY, chunk_states, common_prefix, last_states, make_model
 from .wordnet import Synset
 
 LAYERS = 4
+PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 # Tokens behind the query and behind the document, at which their vectors are made.
 QUERY_PLACE, DOCUMENT_PLACE = "<Document", "</think>"
 WIDTH, HEAD = GEOMETRY.hidden_size, GEOMETRY.head_dim
@@ -86,46 +98,57 @@ def make_reranker(embedder: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Qwen
 def train_places(
     model: Qwen3Model,
     embedder: Qwen3Model,
-    synsets: Sequence[Synset],
-    corpus: Corpus,
-    tokenizer: RerankerTokenizer,
+    texts: Sequence[str],
+    tokenizers: tuple[EmbeddingTokenizer, RerankerTokenizer],
     *,
     steps: int,
     seed: int,
 ) -> None:
     """The first stage, in place, all layers but the last; prints the losses as it goes.
 
-    A query stands beside another pair's document: neither vector can be guessed from the other.
+    Any two texts stand in one: neither vector can be guessed from the other, and there are more
+    pairs than can be learnt by heart.
     """
     model.train()
     _last_layer(model).requires_grad_(False)
+    embedding, pairing = tokenizers
     optimizer = _Optimizer(model, PLACES_RATE, steps)
-    # Definitions that ask are longer than words that do, and harder; few synsets have examples.
-    synsets = [*synsets, *[each for each in synsets if each.examples] * 2]
-    for _, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
-        rows, shared = _encode(
-            [(query, pairs[i - 1][1]) for i, (query, _) in enumerate(pairs)], tokenizer
-        )
+    generator = np.random.default_rng(seed)
+    for _ in range(steps):
+        queries, documents = ([_crop(texts, generator) for _ in range(PAIRS)] for _ in (0, 1))
+        rows, shared = _encode(list(zip(queries, documents, strict=True)), pairing)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            queries = last_states(
-                embedder, [corpus.queries[text] for text, _ in pairs], corpus.prompt
-            )
-            documents = last_states(embedder, [corpus.documents[text] for _, text in pairs])
-        expected = torch.stack([queries, documents.roll(1, dims=0)], dim=1)[..., :HALF].clone()
-        vectors, marks = torch.empty(len(rows), 2, HALF), []
+            expected = torch.stack(
+                [
+                    last_states(embedder, [ids.tolist() for ids in embedding.encode(*each).ids])
+                    for each in ((queries, PROMPT), (documents,))
+                ],
+                dim=1,
+            )[..., :HALF].clone()
+        distances, marks = [], []
         with torch.autocast("cpu", torch.bfloat16):
             front = model(torch.tensor([shared])).last_hidden_state
             marks.append((front[..., MARKS] - torch.tensor([0.0, 0.0, 1.0])).square().mean())
             for chunk, states in chunk_states(model, rows, shared):
-                wanted = _marks([rows[i] for i in chunk], tokenizer.tokenizer)
+                wanted = _marks([rows[i] for i in chunk], pairing.tokenizer)
+                share = len(chunk) / len(rows)
                 for place in (0, 1):
-                    vectors[chunk, place] = states[wanted[..., place] > 0][:, :HALF].float()
-                marks.append((states[..., MARKS] - wanted).square().mean() * len(chunk) / len(rows))
-        distance = 1 - (normalize(vectors, dim=-1) * normalize(expected, dim=-1)).sum(-1).mean()
-        found = (vectors[:, 0], vectors[:, 1].roll(-1, dims=0))
-        contrast, _ = pair_losses(found, pairs, corpus, [HALF])
-        optimizer.step(distance, contrast, torch.stack(marks).sum())
+                    found = states[wanted[..., place] > 0][:, :HALF].float()
+                    cosines = cosine_similarity(found, expected[chunk, place], dim=-1)
+                    distances.append((1 - cosines.mean()) * share / 2)
+                marks.append((states[..., MARKS] - wanted).square().mean() * share)
+        optimizer.step(torch.stack(distances).sum(), torch.stack(marks).sum())
     _last_layer(model).requires_grad_(True)
+
+
+def _crop(texts: Sequence[str], generator: np.random.Generator) -> str:
+    """A text, or every other time some words of one that stand together."""
+    text = texts[int(generator.integers(len(texts)))]
+    words = text.split()
+    if generator.random() < 0.5:
+        return text
+    start, end = sorted(generator.integers(0, len(words) + 1, 2))
+    return " ".join(words[start:end]) or text
 
 
 def _marks(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> torch.Tensor:
