@@ -13,7 +13,6 @@ from . import (
     checkpoints,
     export,
     gpu,
-    inference,
     levels,
     openvino,
     outliers,
@@ -21,6 +20,7 @@ from . import (
     profile,
     reranking,
     retrieval,
+    speed,
 )
 from .machine import RESULTS
 
@@ -42,8 +42,7 @@ def everything(context: typer.Context) -> None:
     """Measure everything but the 8B geometry, which needs 35 GB of disk."""
     if context.invoked_subcommand is None:
         export.against_peer(3)
-        inference.against_peer(7)
-        inference.int8_against_peers(7)
+        speed.against_peers(5)
         outliers.against_dynamic_int8()
         retrieval.on_the_held_out_set()
         checkpoints.on_the_demo_pair()
@@ -75,16 +74,16 @@ def _export_8b(precision: str = "bf16", checkpoint: Checkpoint = None, out: Out 
     export.large(precision, checkpoint, out)
 
 
-@app.command("inference")
-def _inference(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
-    """Tokens a second in fp32 against optimum-onnx's graph."""
-    inference.against_peer(rounds, checkpoint, out)
-
-
-@app.command("int8")
-def _int8(rounds: Rounds = 7, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
-    """Tokens a second in int8 and 4 bits against optimum-onnx's dynamic int8 and OpenVINO."""
-    inference.int8_against_peers(rounds, checkpoint, out)
+@app.command("speed")
+def _speed(
+    rounds: Rounds = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="int8 alone, five minutes.")] = False,
+    peer: Annotated[list[str] | None, typer.Option(help="Instead of all.")] = None,
+    checkpoint: Checkpoint = None,
+    out: Out = RESULTS,
+) -> None:
+    """Speed, start-up, memory and size against every peer."""
+    speed.against_peers(rounds, quick=quick, peers=peer, source=checkpoint, results=out)
 
 
 @app.command("outliers")

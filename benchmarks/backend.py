@@ -13,7 +13,9 @@ from embedport.demo.samples import builtin_samples
 
 from .checkpoint import checkpoint
 from .machine import print_table, save
-from .process import peer, run
+from .process import run, script
+
+SCRIPT = Path(__file__).with_name("sentence_transformers_onnx.py")
 
 
 def in_sentence_transformers() -> None:
@@ -24,7 +26,7 @@ def in_sentence_transformers() -> None:
         embedport.export(checkpoint("0.6b"), folder / "hidden", outputs="hidden")
         (folder / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
         names = [str(folder / each) for each in ("hidden", "texts.json", "vectors.npz")]
-        run(peer("sentence_transformers_onnx.py", *names))
+        run(script(SCRIPT, *names))
         theirs = np.load(folder / "vectors.npz")
         embedder = embedport.load(folder / "hidden", device="cpu")
         assert isinstance(embedder, embedport.Embedder)

@@ -7,9 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from embedport.bench.sides import install_peer
+
 from .checkpoint import CACHE, checkpoint, require_space
 from .machine import RESULTS, print_table, save
-from .process import Run, ours, peer, peer_versions, run
+from .process import Run, ours, run
 
 # What the 8B geometry takes: 16 GB of checkpoint, and as much again in 16 bits or twice in 32.
 CHECKPOINT_BYTES = 17_000_000_000
@@ -24,12 +26,12 @@ VARIANTS = {
 def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
     """fp32, rounds interleaved: wall time and peak memory of the whole process."""
     source = source or checkpoint("0.6b")
-    versions = peer_versions()
+    peer, versions = install_peer("optimum_onnx.py")
     commands = {
         "embedport": lambda out: ours(
             "export", "onnx", str(source), "-o", out, "--precision", "fp32"
         ),
-        "optimum-onnx": lambda out: peer("optimum_onnx.py", "export", str(source), out),
+        "optimum-onnx": lambda out: [*peer, "prepare", "fp32", str(source), out],
     }
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for number in range(rounds + 1):

@@ -1,39 +1,14 @@
-"""What a measurement ran on, and where its result is kept."""
+"""Where results are kept, and how they are printed."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from embedport.bench.machine import describe
+
 RESULTS = Path(__file__).parent / "results"
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-PACKAGES = ("embedport", "onnxruntime", "numpy", "onnx-ir")
-
-
-def describe() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, packages and the day."""
-    cpu, flags = platform.processor(), ""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = dict(
-            line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line
-        )
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        cpu, flags = fields.get("model name", cpu), fields.get("flags", "")
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": [flag for flag in FLAGS if flag in flags.split()],
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 def save(name: str, figures: dict[str, Any], results: Path = RESULTS) -> None:

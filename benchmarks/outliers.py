@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .checkpoint import CACHE, checkpoint
-from .inference import export_ours
 from .machine import RESULTS, print_table, save
-from .process import ours, run
+from .process import export_ours, ours, run
 
 if TYPE_CHECKING:
     from embedport import Embedder

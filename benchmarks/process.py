@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-PEERS = Path(__file__).parent / "peers"
 
 
 @dataclass(frozen=True)
@@ -51,14 +47,9 @@ def run(command: list[str]) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024, output)
 
 
-def peer(script: str, *arguments: str) -> list[str]:
-    """The command that runs a peer's script in its own environment."""
-    return ["uv", "run", "--quiet", "--script", str(PEERS / script), *arguments]
-
-
-def peer_versions(script: str = "optimum_onnx.py") -> dict[str, str]:
-    """The packages of a peer's environment; installs it where it is not."""
-    return json.loads(run(peer(script, "warm")).output.splitlines()[-1])
+def script(path: Path, *arguments: str) -> list[str]:
+    """The command that runs a script in its own environment."""
+    return ["uv", "run", "--quiet", "--script", str(path), *arguments]
 
 
 def ours(*arguments: str) -> list[str]:
@@ -66,29 +57,8 @@ def ours(*arguments: str) -> list[str]:
     return [sys.executable, "-c", "from embedport.cli import main; main()", *arguments]
 
 
-class Worker:
-    """A process that answers a JSON line with a JSON line, so that only one works at a time."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.ready = self._answer()
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the worker ended with {self._process.wait()}")
+def export_ours(source: Path, folder: Path, precision: str) -> Path:
+    """Export into the folder, under the precision's name."""
+    out = folder / precision
+    run(ours("export", "onnx", str(source), "-o", str(out), "--precision", precision))
+    return out

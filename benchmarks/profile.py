@@ -8,23 +8,20 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embedport.bench.machine import PRODUCTS, measure_peak
+
 from .checkpoint import CACHE, checkpoint
-from .inference import export_ours
 from .machine import RESULTS, print_table, save
-from .process import run
+from .process import export_ours, run
 
 SHAPES = ((1, 32), (8, 128), (1, 512))
 RUNS = 6
-# A square product that fills the cores, and each product of the graph is one like it.
-PEAK_SIZE = 2048
-PRODUCTS = "MatMulIntegerToFloat"
 
 
 def of_int8(results: Path = RESULTS) -> None:
@@ -56,7 +53,7 @@ def _measure(folder: Path) -> dict[str, Any]:
         )
         for batch, size in SHAPES
     }
-    return {"shapes": shapes, "peak": _peak()}
+    return {"shapes": shapes, "peak": measure_peak()}
 
 
 def _profile(graph: Path, ids: np.ndarray) -> dict[str, Any]:
@@ -85,50 +82,6 @@ def _profile(graph: Path, ids: np.ndarray) -> dict[str, Any]:
         "products_share": round(operators[PRODUCTS] / best["dur"], 3),
         "operators": {name: round(us / 1000, 1) for name, us in operators.most_common()},
     }
-
-
-def _peak() -> dict[str, float]:
-    """The fastest square product of each kind in onnxruntime, in 10^12 operations a second."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    size = PEAK_SIZE
-    generator = np.random.default_rng(0)
-    int8 = numpy_helper.from_array(generator.integers(-127, 127, (size, size), np.int8), "b")
-    fp32 = numpy_helper.from_array(generator.standard_normal((size, size), np.float32), "b")
-    one = numpy_helper.from_array(np.array(1, np.float32), "one")
-    zero = numpy_helper.from_array(np.array(128, np.uint8), "zero")
-    cases = {
-        "uint8 x int8": (PRODUCTS, ["a", "b", "one", "one", "zero"], TensorProto.UINT8, int8),
-        "fp32": ("MatMul", ["a", "b"], TensorProto.FLOAT, fp32),
-    }
-    found = {}
-    for name, (op_type, inputs, dtype, weights) in cases.items():
-        domain = "com.microsoft" if op_type == PRODUCTS else ""
-        graph = helper.make_graph(
-            [helper.make_node(op_type, inputs, ["y"], domain=domain)],
-            "product",
-            [helper.make_tensor_value_info("a", dtype, (size, size))],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, (size, size))],
-            [each for each in (weights, one, zero) if each.name in inputs],
-        )
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
-        feeds = {
-            "a": generator.integers(0, 255, (size, size)).astype(
-                helper.tensor_dtype_to_np_dtype(dtype)
-            )
-        }
-        seconds = []
-        for _ in range(10):
-            began = time.perf_counter()
-            session.run(None, feeds)
-            seconds.append(time.perf_counter() - began)
-        found[name] = round(2 * size**3 / min(seconds) / 1e12, 3)
-    return found
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,8 +10,30 @@ import numpy as np
 from ..errors import InputError
 from ..progress import progress_bar
 
-# A batch this large keeps two cores busy; larger ones only take memory.
-BATCH_TOKENS = 4096
+# What a core works through at once: more only drives its states out of the cache
+# (docs/benchmarks.md), and less lets it wait.
+CORE_TOKENS = 256
+# Not measured: no GPU was at hand.
+GPU_TOKENS = 16_384
+
+
+def choose_batch_tokens(wanted: int | None, device: str) -> int:
+    """The budget of a batch, in tokens: the one wanted, or what keeps the device busy.
+
+    Args:
+        wanted: None for the device's.
+        device: "cpu", "cuda" or "tensorrt".
+    """
+    if wanted is not None:
+        return wanted
+    return CORE_TOKENS * count_cores() if device == "cpu" else GPU_TOKENS
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

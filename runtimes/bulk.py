@@ -26,7 +26,6 @@ from ..corpus import Part, read_part, survey
 from ..errors import InputError
 from ..integrity import record_files
 from ..progress import progress_bar
-from .batching import BATCH_TOKENS
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
 from .vectors import quantize_vectors
@@ -60,7 +59,7 @@ class Job:
         prompt: As of `Embedder.encode`, like the next three.
         dim: Leading values to keep.
         precision: Of the vectors.
-        batch_tokens: Tokens of a batch at most.
+        batch_tokens: Tokens of a batch at most; by default what keeps the device busy.
         device: As of `load`, like the next.
         max_length: Tokens after which a text is cut.
     """
@@ -71,7 +70,7 @@ class Job:
     prompt: str = "document"
     dim: int | None = None
     precision: str = "float32"
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None
     device: str = "auto"
     max_length: int | None = None
 

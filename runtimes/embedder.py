@@ -10,7 +10,7 @@ import numpy as np
 from ..artifact import record_ranges
 from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, Encoded
-from .batching import BATCH_TOKENS, run_batches
+from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
 from .vectors import VECTOR_PRECISIONS, measure_ranges, quantize_vectors, shorten
 
@@ -56,7 +56,7 @@ class Embedder:
         prompt: str = "document",
         dim: int | None = None,
         precision: str = "float32",
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> np.ndarray:
         """Embed texts.
@@ -68,7 +68,8 @@ class Embedder:
             dim: Leading values to keep (MRL); the vectors are normalized again.
             precision: Of the vectors: "float32"; "int8" or "uint8", after `calibrate`; "binary" or
                 "ubinary", a bit a value in bytes of eight.
-            batch_tokens: Tokens of a batch at most, padding counted.
+            batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
+                device busy.
             progress: Whether to show a progress bar on a terminal, or what to call with the number
                 of texts just done.
 
@@ -83,17 +84,36 @@ class Embedder:
         check_options(self.dim, dim, precision)
         encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text")
-        vectors = run_batches(
-            self.model,
-            encoded.ids,
-            (self.dim,),
-            batch_tokens=batch_tokens,
-            description="Encoding",
-            progress=progress,
-        )
+        vectors = self.embed_rows(encoded.ids, batch_tokens=batch_tokens, progress=progress)
         warn_nonfinite(vectors, self.precision, "text")
         vectors = vectors if dim is None else shorten(vectors, dim)
         return quantize_vectors(vectors, precision, self.ranges)
+
+    def embed_rows(
+        self,
+        rows: Sequence[np.ndarray],
+        *,
+        batch_tokens: int | None = None,
+        progress: bool | Callable[[int], None] = False,
+    ) -> np.ndarray:
+        """Embed texts that are tokenized already, prompts and end tokens included.
+
+        Args:
+            rows: Token ids, int64 [tokens] each.
+            batch_tokens: As for `encode`, like `progress`.
+            progress: Whether to show it.
+
+        Returns:
+            float32 [rows, dim], unit length, in the order of `rows`.
+        """
+        return run_batches(
+            self.model,
+            rows,
+            (self.dim,),
+            batch_tokens=choose_batch_tokens(batch_tokens, self.device),
+            description="Encoding",
+            progress=progress,
+        )
 
     def calibrate(self, texts: Sequence[str], *, prompt: str = "document") -> None:
         """Measure the ranges that vectors in 8 bits need, and put them into the manifest.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import InputError
 from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
-from .batching import BATCH_TOKENS, run_batches
+from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, warn_nonfinite
 from .facts import Model, ModelFacts
 from .onnxruntime import OnnxModel
@@ -55,7 +55,7 @@ class Reranker:
         pairs: Sequence[tuple[str, str]],
         *,
         instruction: str = DEFAULT_INSTRUCTION,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
         """Judge pairs.
@@ -66,7 +66,8 @@ class Reranker:
         Args:
             pairs: (query, document) each; an empty list is defined.
             instruction: What makes a document relevant.
-            batch_tokens: Tokens of a batch at most, padding counted.
+            batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
+                device busy.
             progress: Whether to show a progress bar on a terminal.
 
         Returns:
@@ -77,14 +78,38 @@ class Reranker:
         """
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
-        how = {"batch_tokens": batch_tokens, "description": "Scoring", "progress": progress}
-        if isinstance(self.model, OnnxModel) and self.model.continues:
-            groups = group_rows([query for query, _ in pairs])
-            scores = run_groups(self.model, encoded.ids, groups, **how)
-        else:
-            scores = run_batches(self.model, encoded.ids, (), **how)
+        queries = [query for query, _ in pairs]
+        scores = self.score_rows(encoded.ids, queries, batch_tokens=batch_tokens, progress=progress)
         warn_nonfinite(scores, self.precision, "pair")
         return scores
+
+    def score_rows(
+        self,
+        rows: Sequence[np.ndarray],
+        queries: Sequence[Hashable],
+        *,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Judge pairs that are tokenized already, under the reranker's template.
+
+        Args:
+            rows: Token ids, int64 [tokens] each.
+            queries: What tells whose row each is: rows of one query begin alike.
+            batch_tokens: As for `score`, like `progress`.
+            progress: Whether to show it.
+
+        Returns:
+            float32 [rows], the probability of "yes".
+        """
+        how = {
+            "batch_tokens": choose_batch_tokens(batch_tokens, self.device),
+            "description": "Scoring",
+            "progress": progress,
+        }
+        if isinstance(self.model, OnnxModel) and self.model.continues:
+            return run_groups(self.model, rows, group_rows(queries), **how)
+        return run_batches(self.model, rows, (), **how)
 
     def rank(
         self,
@@ -93,7 +118,7 @@ class Reranker:
         *,
         top_k: int | None = None,
         instruction: str = DEFAULT_INSTRUCTION,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         progress: bool = False,
     ) -> list[Ranked]:
         """Order documents by relevance to a query.
@@ -103,7 +128,8 @@ class Reranker:
             documents: The documents.
             top_k: How many to return; all by default.
             instruction: What makes a document relevant.
-            batch_tokens: Tokens of a batch at most, padding counted.
+            batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
+                device busy.
             progress: Whether to show a progress bar on a terminal.
 
         Returns:

@@ -23,6 +23,7 @@ ALLOWED = {
 TOP = (
     "embedport/__init__.py",
     "embedport/__main__.py",
+    "embedport/bench/",
     "embedport/cli/",
     "embedport/demo/pipeline.py",
 )

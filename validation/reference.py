@@ -25,7 +25,7 @@ from ..errors import CheckpointError, require
 from ..files import read_json
 from ..hub import fetch
 from ..progress import progress_bar
-from ..runtimes.batching import BATCH_TOKENS, make_batches
+from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..spec import ModelSpec, Task, read_spec
 from ..weights import Weights
 
@@ -191,7 +191,7 @@ def run_reference(
         torch.inference_mode(),
         progress_bar(description, len(rows), enabled=progress) as advance,
     ):
-        for batch in make_batches([len(row) for row in rows], BATCH_TOKENS):
+        for batch in make_batches([len(row) for row in rows], choose_batch_tokens(None, device)):
             inputs = _pad(reference, [rows[i] for i in batch]).to(device)
             if answers:
                 # Of all positions' logits only the last are used: the others are not computed.

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ..errors import EmbedportError
 from ..version import __version__
-from . import demo, encode, export, inspect, quantize, rerank, tensorrt, validate
+from . import bench, demo, encode, export, inspect, quantize, rerank, tensorrt, validate
 
 
 class _StoppedError(Exception):
@@ -59,6 +59,7 @@ app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
 app.command("validate")(validate.validate)
 app.command("inspect")(inspect.inspect)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 
 

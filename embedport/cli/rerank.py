@@ -44,7 +44,14 @@ def rerank(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
     ] = "auto",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch at most.")] = 4096,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a batch at most; by default what keeps the device busy.",
+            show_default=False,
+        ),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Cut pairs to so many tokens.", show_default=False)
     ] = None,

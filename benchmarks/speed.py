@@ -1,0 +1,132 @@
+"""Every kind of work at the 0.6B geometry: our artifacts against every peer, in one run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .checkpoint import CACHE, ROOT, checkpoint
+from .machine import RESULTS, print_table
+from .process import export_ours
+
+INT8_PEERS = ("optimum-int8", "openvino-int8", "llama.cpp-q8_0")
+OTHER_PEERS = (
+    "llama.cpp-q4_k_m",
+    "openvino-bf16",
+    "sentence-transformers-bf16",
+    "sentence-transformers-onnx",
+    "optimum-fp32",
+)
+QUICK_PEERS = ("optimum-int8", "openvino-int8")
+NAME = "speed-0.6b"
+CHART = ROOT / "docs" / "speed.svg"
+
+
+def against_peers(
+    rounds: int,
+    *,
+    quick: bool = False,
+    peers: Sequence[str] | None = None,
+    source: Path | None = None,
+    results: Path = RESULTS,
+    chart: Path = CHART,
+) -> None:
+    """Embedding and reranking: int8 first, then our other precisions and the peers.
+
+    A peer's vectors of a pair are as much work as its score: both races take the same checkpoint's.
+    """
+    from embedport.bench.bench import bench
+
+    if peers is None:
+        peers = QUICK_PEERS if quick else INT8_PEERS + OTHER_PEERS
+    source = source or checkpoint("0.6b")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        for task, origin, precisions in (
+            ("embedding", source, ("int8",) if quick else ("int8", "int4", "fp32")),
+            ("reranker", checkpoint("0.6b", "reranker"), ("int8",)),
+        ):
+            folder = Path(temporary) / task
+            folder.mkdir()
+            done = bench(
+                [export_ours(origin, folder, precision) for precision in precisions],
+                peers=peers,
+                checkpoint=source,
+                rounds=rounds,
+                quick=quick,
+                cache=CACHE / "peers",
+                say=lambda stage: print(stage, file=sys.stderr, flush=True),
+            )
+            found[task] = done.to_dict()
+            print_results(found[task])
+            results.mkdir(parents=True, exist_ok=True)
+            path = results / f"{NAME}{'-quick' if quick else ''}.json"
+            path.write_text(json.dumps(found, indent=2) + "\n")
+            print(f"wrote {path}")
+    if not quick:
+        draw(found, chart)
+
+
+def print_results(found: dict[str, Any]) -> None:
+    """Print the tables of one race."""
+    for work, sides in found["works"].items():
+        print_table(
+            [work, "tokens/s", "from, to", "ratio", "from, to", "batch", "minimum cosine"],
+            [
+                [
+                    name,
+                    each["tokens_per_second"],
+                    "{}, {}".format(*each["from_to"]),
+                    each["ratio"],
+                    "{}, {}".format(*each["ratio_from_to"]),
+                    each["batch_rows"] or "own",
+                    each["minimum_cosine"],
+                ]
+                for name, each in sides.items()
+            ],
+        )
+    print_table(
+        ["", "cold start, s", "peak GB", "on disk GB"],
+        [
+            [
+                name,
+                median(side["cold_start"]),
+                round(side["peak_bytes"] / 1e9, 2),
+                round(side["bytes"] / 1e9, 3),
+            ]
+            for name, side in found["sides"].items()
+        ],
+    )
+    print(found["peak"])
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Tokens a second of each side, a panel a kind of work."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    works = found["embedding"]["works"] | found["reranker"]["works"]
+    figure = Figure(figsize=(8, 2.6 * -(-len(works) // 2)), layout="constrained")
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(-(-len(works) // 2), 2).flat
+    for axes, (work, sides) in zip(panels, works.items(), strict=False):
+        names = list(sides)[::-1]
+        speeds = [sides[name]["tokens_per_second"] for name in names]
+        colors = ["#2a6fbb" if name.startswith("embedport") else "#a8b3bd" for name in names]
+        bars = axes.barh(names, speeds, color=colors)
+        axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=7)
+        axes.set_title(f"{work}, tokens/s", fontsize=9, loc="left")
+        axes.tick_params(labelsize=7)
+        axes.set_xticks([])
+        axes.margins(x=0.15)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    for axes in panels:
+        axes.set_axis_off()
+    figure.savefig(path, metadata={"Date": None})
+    print(f"wrote {path}")

@@ -1,0 +1,162 @@
+"""Artifacts and peers over every kind of work, and what each costs beside time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..hub import fetch
+from ..integrity import cache_folder
+from ..runtimes import read_facts
+from .machine import describe, measure_peak
+from .race import Race, Result, start_cold
+from .sides import PEERS, Side, our_side, peer_side
+from .work import (
+    CANDIDATES,
+    PARTS,
+    PASSAGES,
+    QUERIES,
+    QUICK_SHAPES,
+    SHAPES,
+    Work,
+    passages,
+    reranking,
+    uniform,
+)
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class SideFacts:
+    """What a side is, and what it costs beside time.
+
+    Attributes:
+        bytes: Of its folder.
+        cold_start: Seconds from a process's start to its first answer, one a start.
+        peak_bytes: Its largest resident set in all of the work.
+        versions: Of a peer's packages.
+    """
+
+    bytes: int
+    cold_start: list[float]
+    peak_bytes: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The results of `bench`.
+
+    Attributes:
+        machine: What it ran on, as `machine.describe` says.
+        threads: Of each side.
+        peak: Fastest matrix products in onnxruntime here, in 10^12 operations a second.
+        sides: The sides by name; the first is what the others are measured by.
+        works: The results by the work's name and the side's.
+    """
+
+    machine: dict[str, Any]
+    threads: int
+    peak: dict[str, float]
+    sides: dict[str, SideFacts]
+    works: dict[str, dict[str, Result]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def bench(
+    artifacts: Sequence[str | Path],
+    *,
+    peers: Sequence[str] = (),
+    checkpoint: str | Path | None = None,
+    rounds: int = ROUNDS,
+    quick: bool = False,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda stage: None,
+) -> Bench:
+    """Race artifacts against one another and against peers, on this machine's CPU.
+
+    Every side gets the same token ids and the same threads, and chooses its best batch; rounds are
+    interleaved. Embedding models run rows of one length and passages of mixed length, rerankers
+    pairs. Peers run a reranker's pairs through its model without the head, which is hardly less.
+
+    Args:
+        artifacts: Artifacts, or checkpoints that torch runs; of one task. The first is what all
+            others are measured by.
+        peers: Names of `sides.PEERS`.
+        checkpoint: What peers are to serve: a folder or hub id of the same geometry.
+        rounds: Of each work of one length; sides that compute in wider types have one.
+        quick: A few minutes' worth.
+        cache: Where peers' models are kept; in the user's cache folder by default.
+        say: Told what is being done.
+
+    Raises:
+        InputError: Artifacts of different tasks, an unknown peer, or peers without a checkpoint.
+        EmbedportError: A side cannot be opened, or ends.
+    """
+    _check(artifacts, peers, checkpoint)
+    facts = [read_facts(artifact) for artifact in artifacts]
+    if len({each.task for each in facts}) > 1:
+        raise InputError(
+            f"{artifacts[0]} is of another task than the rest; race embedding models or rerankers"
+        )
+    sides = _distinct([our_side(Path(artifact)) for artifact in artifacts])
+    if peers:
+        assert checkpoint is not None
+        folder = fetch(checkpoint).folder
+        place = cache or cache_folder("bench")
+        sides += [peer_side(PEERS[name], folder, place, say) for name in peers]
+    tokenizer = facts[0].folder / "tokenizer.json"
+    works = _works(facts[0].task, tokenizer, quick)
+    results: dict[str, dict[str, Result]] = {}
+    with Race(sides, say) as race:
+        for work in works:
+            # A part that every round repeats needs rounds; parts are rounds themselves.
+            count = len(work.parts) if len(work.parts) > 1 else rounds
+            results[work.name] = race.run(work, count)
+        threads = race.threads
+    first = uniform(tokenizer, 1, 32) if facts[0].task == "embedding" else works[0]
+    found = {}
+    for side in sides:
+        say(f"{side.name}: cold starts")
+        seconds = start_cold(side, first, 1 if quick else 3)
+        peak = max(each[side.name].peak_bytes for each in results.values())
+        found[side.name] = SideFacts(side.size, seconds, peak, side.versions)
+    return Bench(describe(), threads, measure_peak(), found, results)
+
+
+def _check(
+    artifacts: Sequence[str | Path], peers: Sequence[str], checkpoint: str | Path | None
+) -> None:
+    if unknown := [name for name in peers if name not in PEERS]:
+        raise InputError(f"no peer is named {unknown[0]!r}; there are {', '.join(PEERS)}")
+    if peers and checkpoint is None:
+        raise InputError(
+            "peers serve a checkpoint: say which with --checkpoint, best the one that the artifact "
+            "was made from"
+        )
+
+
+def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:
+    if task == "reranker":
+        few = (2, 25) if quick else (QUERIES, CANDIDATES)
+        return [reranking(tokenizer, *few)]
+    shapes = QUICK_SHAPES if quick else SHAPES
+    mixed = (100, 2) if quick else (PASSAGES, PARTS)
+    return [uniform(tokenizer, *shape) for shape in shapes] + [passages(tokenizer, *mixed)]
+
+
+def _distinct(sides: list[Side]) -> list[Side]:
+    """Sides whose names differ: by their folders' where several have one precision."""
+    names = Counter(side.name for side in sides)
+    return [
+        replace(side, name=f"{side.name} ({side.folder.name})") if names[side.name] > 1 else side
+        for side in sides
+    ]

@@ -1,0 +1,68 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = ["openvino==2026.4.1", "nncf", "numpy"]
+# ///
+"""The peer: OpenVINO, in bf16 or with 8-bit weights and dynamic quantization of activations.
+
+uv run --script openvino_ir.py prepare bf16|int8 ONNX_FOLDER OUT
+uv run --script openvino_ir.py serve KIND FOLDER
+uv run --script openvino_ir.py warm
+"""
+
+import sys
+from pathlib import Path
+
+import serving
+
+PACKAGES = ("openvino", "nncf")
+# Dynamic quantization is on by default for 8-bit weights; the group is what its guide advises.
+OPTIONS = {
+    "int8": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
+    "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
+}
+
+
+def prepare(kind, onnx_folder, out):
+    """Convert an fp32 ONNX graph, its weights compressed to 8 or to 16 bits."""
+    import nncf
+    import openvino
+
+    model = openvino.convert_model(next(Path(onnx_folder).rglob("*.onnx")))
+    if kind == "int8":
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    openvino.save_model(model, Path(out) / "model.xml", compress_to_fp16=kind == "bf16")
+
+
+def serve(kind, folder):
+    """Run the graph; all else is as OpenVINO chooses it, its bf16 arithmetic included."""
+    import numpy as np
+    import openvino
+
+    options = {"PERFORMANCE_HINT": "LATENCY", **OPTIONS[kind]}
+    model = openvino.compile_model(Path(folder) / "model.xml", "CPU", options)
+    request = model.create_infer_request()
+    wanted = {port.get_any_name() for port in model.inputs}
+
+    def forward(rows):
+        ids, mask = serving.pad(rows)
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in wanted:
+            feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        request.infer(feeds, share_inputs=True, share_outputs=True)
+        return serving.last_token(request.get_output_tensor(0).data, mask)
+
+    threads = model.get_property("INFERENCE_NUM_THREADS")
+    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), threads)
+
+
+def warm():
+    """Install and import everything."""
+    import nncf  # noqa: F401
+    import openvino  # noqa: F401
+
+    serving.report(PACKAGES)
+
+
+if __name__ == "__main__":
+    verb, *arguments = sys.argv[1:]
+    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)

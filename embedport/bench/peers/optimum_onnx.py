@@ -1,0 +1,77 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = ["optimum-onnx[onnxruntime]==0.1.0", "transformers<4.58", "torch==2.15.0"]
+# ///
+"""The peer: optimum-onnx's traced export, and onnxruntime running it.
+
+uv run --script optimum_onnx.py prepare fp32 CHECKPOINT OUT
+uv run --script optimum_onnx.py prepare int8 FP32_FOLDER OUT
+uv run --script optimum_onnx.py serve KIND FOLDER
+uv run --script optimum_onnx.py warm
+"""
+
+import sys
+from pathlib import Path
+
+import serving
+
+PACKAGES = ("optimum-onnx", "transformers", "torch", "onnxruntime", "numpy")
+
+
+def prepare(kind, source, out):
+    """Trace and write the fp32 graph; or quantize it as optimum does for AVX-512 VNNI."""
+    if kind == "fp32":
+        from optimum.exporters.onnx import main_export
+
+        main_export(
+            source,
+            out,
+            task="feature-extraction",
+            library_name="transformers",
+            device="cpu",
+            do_validation=False,  # its own check would only add to its time
+        )
+        return
+    from optimum.onnxruntime import ORTQuantizer
+    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+
+    config = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
+    quantizer = ORTQuantizer.from_pretrained(source, file_name="model.onnx")
+    quantizer.quantize(save_dir=out, quantization_config=config, use_external_data_format=True)
+
+
+def serve(kind, folder):
+    """Run the graph with onnxruntime's default session options.
+
+    A thread count of one's own, even the same, turns off its pinning of threads to cores.
+    """
+    import numpy as np
+    import onnxruntime as ort
+
+    before = serving.count_threads()
+    session = ort.InferenceSession(
+        next(Path(folder).rglob("*.onnx")), providers=["CPUExecutionProvider"]
+    )
+    threads = serving.count_threads() - before + 1
+    wanted = {value.name for value in session.get_inputs()}
+
+    def forward(rows):
+        ids, mask = serving.pad(rows)
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if "position_ids" in wanted:
+            feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        return serving.last_token(session.run(["last_hidden_state"], feeds)[0], mask)
+
+    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), threads)
+
+
+def warm():
+    """Install and import everything."""
+    import optimum.exporters.onnx  # noqa: F401 (its import is what is slow the first time)
+
+    serving.report(PACKAGES)
+
+
+if __name__ == "__main__":
+    verb, *arguments = sys.argv[1:]
+    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)

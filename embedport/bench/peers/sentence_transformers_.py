@@ -1,0 +1,69 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [
+#     "sentence-transformers[onnx]<6",
+#     "optimum-onnx[onnxruntime]==0.1.0",
+#     "transformers<4.58",
+#     "torch==2.15.0",
+# ]
+# ///
+"""The peer: sentence-transformers, in torch with bf16, or its ONNX backend on optimum's graph.
+
+uv run --script sentence_transformers_.py prepare onnx CHECKPOINT OUT
+uv run --script sentence_transformers_.py serve bf16|onnx FOLDER
+uv run --script sentence_transformers_.py warm
+"""
+
+import sys
+
+import serving
+
+PACKAGES = ("sentence-transformers", "optimum-onnx", "transformers", "torch", "onnxruntime")
+
+
+def prepare(kind, checkpoint, out):
+    """Let the backend export the checkpoint, and save what came of it."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        checkpoint,
+        backend=kind,
+        model_kwargs={"provider": "CPUExecutionProvider", "export": True},
+    )
+    model.save_pretrained(out)
+
+
+def serve(kind, folder):
+    """Run the model on token ids, as `encode` would behind its tokenizer."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_grad_enabled(False)
+    if kind == "onnx":
+        before = serving.count_threads()
+        options = {"provider": "CPUExecutionProvider"}
+        model = SentenceTransformer(folder, backend="onnx", model_kwargs=options, device="cpu")
+        threads = max(1, min(serving.count_threads() - before + 1, torch.get_num_threads()))
+    else:
+        options = {"torch_dtype": torch.bfloat16}
+        model = SentenceTransformer(folder, model_kwargs=options, device="cpu")
+        threads = torch.get_num_threads()
+
+    def forward(rows):
+        ids, mask = map(torch.from_numpy, serving.pad(rows))
+        found = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+        return found.float().numpy()
+
+    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), threads)
+
+
+def warm():
+    """Install and import everything."""
+    import sentence_transformers  # noqa: F401
+
+    serving.report(PACKAGES)
+
+
+if __name__ == "__main__":
+    verb, *arguments = sys.argv[1:]
+    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)

@@ -1,0 +1,125 @@
+"""What a race is run over: rows of token ids, the same for every side.
+
+Texts are real: the built-in queries, and the documentation strings of the Python that runs this,
+cut into passages whose lengths are spread evenly on a logarithmic scale.
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..demo.samples import builtin_samples
+from ..prompts import EmbeddingTokenizer, RerankerTokenizer
+
+SHAPES = ((1, 32), (1, 512), (8, 128), (1, 4096))
+QUICK_SHAPES = ((1, 32), (1, 512), (8, 128))
+# Tokens of the shortest and of the longest passage.
+PASSAGE_TOKENS = (20, 700)
+PASSAGES, PARTS = 1000, 10
+QUERIES, CANDIDATES = 8, 50
+# A shape smaller than this is run several times in a round.
+ROUND_TOKENS = 512
+SEED = 0
+LONGEST = 32_768
+
+
+@dataclass(frozen=True)
+class Work:
+    """A named amount of work.
+
+    Attributes:
+        name: Of its row in the table.
+        parts: Each round takes the next: rows of token ids, int64 [tokens] each.
+        repeats: How often a round runs its part.
+    """
+
+    name: str
+    parts: tuple[tuple[np.ndarray, ...], ...]
+    repeats: int = 1
+
+    def part(self, number: int) -> tuple[np.ndarray, ...]:
+        """The rows of a round."""
+        return self.parts[number % len(self.parts)]
+
+
+def uniform(tokenizer_file: Path, batch: int, size: int) -> Work:
+    """Rows of one length, all full."""
+    tokenizer = EmbeddingTokenizer(tokenizer_file, LONGEST)
+    ids = np.concatenate(tokenizer.encode([each.text for each in builtin_samples()]).ids)
+    rows = tuple(np.resize(ids, batch * size).reshape(batch, size))
+    return Work(f"{batch} x {size}", (rows,), max(1, ROUND_TOKENS // (batch * size)))
+
+
+def passages(tokenizer_file: Path, count: int = PASSAGES, parts: int = PARTS) -> Work:
+    """Passages of mixed length, in parts of like mixture."""
+    tokenizer = EmbeddingTokenizer(tokenizer_file, LONGEST)
+    rows = tokenizer.encode(read_passages(tokenizer, count)).ids
+    cut = tuple(tuple(rows[start::parts]) for start in range(parts))
+    return Work(f"{count:,} passages", cut)
+
+
+def reranking(tokenizer_file: Path, queries: int = QUERIES, candidates: int = CANDIDATES) -> Work:
+    """Pairs under the reranker's template, a query's with all of its passages a part."""
+    tokenizer = RerankerTokenizer(tokenizer_file, LONGEST)
+    asked = [each.text for each in builtin_samples() if each.prompt == "query"][:queries]
+    texts = read_passages(EmbeddingTokenizer(tokenizer_file, LONGEST), queries * candidates)
+    parts = tuple(
+        tuple(tokenizer.encode([(query, text) for text in texts[number::queries]]).ids)
+        for number, query in enumerate(asked)
+    )
+    return Work(f"{queries} x {candidates} pairs", parts)
+
+
+def read_passages(tokenizer: EmbeddingTokenizer, count: int) -> list[str]:
+    """Passages of 20 to 700 tokens, each cut from one module's documentation.
+
+    Raises:
+        RuntimeError: This Python has too little of it.
+    """
+    generator = np.random.default_rng(SEED)
+    low, high = np.log(PASSAGE_TOKENS)
+    lengths = np.exp(low + (high - low) * (np.arange(count) + 0.5) / count)
+    wanted = list(generator.permutation(lengths).astype(int))
+    found: list[str] = []
+    for text in _documentation():
+        encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+        start = 0
+        while wanted and start + wanted[-1] <= len(encoding.ids):
+            end = start + wanted.pop()
+            found.append(text[encoding.offsets[start][0] : encoding.offsets[end - 1][1]])
+            start = end
+        if not wanted:
+            return found
+    raise RuntimeError(f"Python's documentation strings make {len(found)} of {count} passages")
+
+
+def _documentation() -> Iterator[str]:
+    """The documentation strings of each of the standard library's modules, one behind the other."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
+    for path in sorted(root.rglob("*.py")):
+        if skipped.isdisjoint(path.relative_to(root).parts):
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, ValueError):
+                continue
+            if text := "\n\n".join(_docstrings(tree)):
+                yield text
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def write_rows(path: Path, rows: Sequence[np.ndarray]) -> None:
+    """Put rows where `peers/serving.py` reads them."""
+    np.savez(path, ids=np.concatenate(rows), ends=np.cumsum([len(row) for row in rows]))

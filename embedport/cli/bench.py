@@ -1,0 +1,125 @@
+"""`embedport bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .outputs import check_output, size_words, stderr_console, stdout_console, write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..bench.bench import Bench
+    from ..bench.race import Result
+
+
+def bench(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders or hub ids; the first is what the others are measured by.",
+            show_default=False,
+        ),
+    ],
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            help="optimum-int8, openvino-int8, llama.cpp-q8_0, …: an unknown name lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="What the peers serve: the artifact's checkpoint, best.", show_default=False
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes' worth.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help=".json.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure speed, start-up and memory on this CPU, side by side.
+
+    Example: embedport bench qwen3-int8 --peer optimum-int8 --checkpoint Qwen/Qwen3-Embedding-0.6B
+    """
+    from ..bench.bench import bench as run
+
+    check_output(out, ".json")
+    console = stderr_console()
+    with console.status("Starting") as status:
+
+        def say(stage: str) -> None:
+            status.update(stage)
+
+        result = run(
+            artifacts,
+            peers=peers or (),
+            checkpoint=checkpoint,
+            rounds=rounds,
+            quick=quick,
+            say=say,
+        )
+    text = json.dumps(result.to_dict(), indent=2)
+    if out is not None:
+        write_text(out, text + "\n")
+    if as_json or not sys.stdout.isatty():
+        typer.echo(text)
+    else:
+        _print(result)
+
+
+def _print(result: Bench) -> None:
+    console = stdout_console()
+    for name, sides in result.works.items():
+        console.print(_work_table(name, sides))
+    console.print(_sides_table(result))
+    machine, peak = result.machine, result.peak
+    console.print(
+        f"{machine['cpu']}, {result.threads} threads; its fastest products: int8 "
+        f"{peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} x 10^12 operations a second"
+    )
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    return table
+
+
+def _work_table(name: str, sides: dict[str, Result]) -> Table:
+    table = _table(name, "tokens/s", "from - to", "first is faster by", "batch")
+    for side, each in sides.items():
+        table.add_row(
+            side,
+            f"{each.tokens_per_second:,.0f}",
+            f"{each.from_to[0]:,.0f} - {each.from_to[1]:,.0f}",
+            f"{each.ratio:.2f}",
+            "own" if each.batch_rows is None else str(each.batch_rows),
+        )
+    return table
+
+
+def _sides_table(result: Bench) -> Table:
+    table = _table("", "cold start, s", "peak memory", "on disk")
+    for name, side in result.sides.items():
+        table.add_row(
+            name,
+            f"{median(side.cold_start):.2f}",
+            size_words(side.peak_bytes),
+            size_words(side.bytes),
+        )
+    return table
