@@ -91,6 +91,8 @@ def print_results(found: dict[str, Any]) -> None:
                 for name, each in sides.items()
             ],
         )
+    for work, failed in found["failures"].items():
+        print(f"{work}: {', '.join(failed)} did not survive it")
     print_table(
         ["", "cold start, s", "peak GB", "on disk GB"],
         [

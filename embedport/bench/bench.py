@@ -58,6 +58,7 @@ class Bench:
         peak: Fastest matrix products in onnxruntime here, in 10^12 operations a second.
         sides: The sides by name; the first is what the others are measured by.
         works: The results by the work's name and the side's.
+        failures: The sides that did not survive a work, and what they said; named alike.
     """
 
     machine: dict[str, Any]
@@ -65,6 +66,7 @@ class Bench:
     peak: dict[str, float]
     sides: dict[str, SideFacts]
     works: dict[str, dict[str, Result]]
+    failures: dict[str, dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -121,15 +123,18 @@ def bench(
             # A part that every round repeats needs rounds; parts are rounds themselves.
             count = len(work.parts) if len(work.parts) > 1 else rounds
             results[work.name] = race.run(work, count)
-        threads = race.threads
+        threads, failures = race.threads, race.failures
     first = uniform(tokenizer, 1, 32) if facts[0].task == "embedding" else works[0]
     found = {}
     for side in sides:
         say(f"{side.name}: cold starts")
         seconds = start_cold(side, first, 1 if quick else 3)
-        peak = max(each[side.name].peak_bytes for each in results.values())
+        peak = max(
+            (each[side.name].peak_bytes for each in results.values() if side.name in each),
+            default=0,
+        )
         found[side.name] = SideFacts(side.size, seconds, peak, side.versions)
-    return Bench(describe(), threads, measure_peak(), found, results)
+    return Bench(describe(), threads, measure_peak(), found, results, failures)
 
 
 def _check(
@@ -150,7 +155,13 @@ def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:
         return [reranking(tokenizer, *few)]
     shapes = QUICK_SHAPES if quick else SHAPES
     mixed = (100, 2) if quick else (PASSAGES, PARTS)
-    return [uniform(tokenizer, *shape) for shape in shapes] + [passages(tokenizer, *mixed)]
+    works = [uniform(tokenizer, *shape) for shape in shapes]
+    # What takes most memory goes last: runtimes keep what they once took.
+    return sorted([*works, passages(tokenizer, *mixed)], key=_longest)
+
+
+def _longest(work: Work) -> int:
+    return max(len(row) for part in work.parts for row in part)
 
 
 def _distinct(sides: list[Side]) -> list[Side]:

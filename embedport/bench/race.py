@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -56,6 +56,11 @@ class Result:
 class Race:
     """Sides that are loaded, asked in turn; a context manager.
 
+    Attributes:
+        sides: The sides.
+        threads: Of each.
+        failures: Name of each work to the sides that did not survive it, and what they said.
+
     Args:
         sides: The first is what the others are measured by.
         say: Told what is being done.
@@ -68,14 +73,15 @@ class Race:
         self.sides = tuple(sides)
         self._say = say
         self._workers: dict[str, Worker] = {}
+        self.failures: dict[str, dict[str, str]] = {}
 
     def __enter__(self) -> Race:
         with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             for side in self.sides:
                 self._say(f"{side.name}: loading")
                 self._workers[side.name] = Worker(side.command)
-                stack.callback(self._workers[side.name].close)
             threads = {name: each.ready["threads"] for name, each in self._workers.items()}
             if len(set(threads.values())) > 1:
                 raise VerificationError(
@@ -88,6 +94,10 @@ class Race:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
+    def _close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
     def run(self, work: Work, rounds: int) -> dict[str, Result]:
         """Race over one work.
 
@@ -96,35 +106,66 @@ class Race:
             rounds: Of sides whose arithmetic is as wide as the first's, or narrower.
 
         Returns:
-            Name of each side to its result.
+            Name of each side to its result. A side whose process ends has none; `failures` says
+            why, and it is started again for the next work.
+
+        Raises:
+            VerificationError: The first side ends.
         """
         first = self.sides[0]
         rounds_of = {
             side.name: rounds if side.bits <= first.bits else min(rounds, FEW_ROUNDS)
             for side in self.sides
         }
-        batches = {side.name: self._choose_batch(side, work) for side in self.sides}
+        failed: set[str] = set()
+        batches: dict[str, int | None] = {}
+        for side in self.sides:
+            with self._survived(side, work, failed):
+                batches[side.name] = self._choose_batch(side, work)
         speeds: dict[str, list[float]] = {side.name: [] for side in self.sides}
         peaks: dict[str, int] = {}
         vectors: dict[str, np.ndarray] = {}
         for number in range(rounds):
             rows = work.part(number)
             tokens = sum(map(len, rows)) * work.repeats
-            running = [name for name, count in rounds_of.items() if number < count]
+            running = [side for side in self.sides if number < rounds_of[side.name]]
             # Who goes first changes: it would run on what the other one left in the caches.
-            for name in running if number % 2 == 0 else running[::-1]:
+            for side in running if number % 2 == 0 else running[::-1]:
+                name = side.name
+                if name in failed:
+                    continue
                 self._say(f"{work.name}, round {number + 1} of {rounds}: {name}")
-                answers = [
-                    self._ask(name, rows, batches[name] or 0, f"{name}.npy".replace("/", "-"))
-                    for _ in range(work.repeats)
-                ]
-                speeds[name].append(tokens / sum(seconds for seconds, _, _ in answers))
-                _, peaks[name], found = answers[-1]
-                vectors.setdefault(name, found)
+                with self._survived(side, work, failed):
+                    answers = [
+                        self._ask(name, rows, batches[name] or 0, "vectors.npy")
+                        for _ in range(work.repeats)
+                    ]
+                    speeds[name].append(tokens / sum(seconds for seconds, _, _ in answers))
+                    _, peaks[name], found = answers[-1]
+                    vectors.setdefault(name, found)
         return {
-            name: _result(batches[name], speeds[first.name], each, vectors, name, peaks[name])
+            name: _result(
+                batches[name],
+                speeds[first.name],
+                each,
+                (vectors[first.name], vectors[name]),
+                peaks[name],
+            )
             for name, each in speeds.items()
+            if name not in failed
         }
+
+    @contextlib.contextmanager
+    def _survived(self, side: Side, work: Work, failed: set[str]) -> Generator[None]:
+        """Leave a side whose process ends out of the work, such as one that takes all memory."""
+        try:
+            yield
+        except VerificationError as error:
+            if side == self.sides[0]:
+                raise
+            failed.add(side.name)
+            self.failures.setdefault(work.name, {})[side.name] = str(error)
+            self._workers[side.name] = Worker(side.command)
 
     def _choose_batch(self, side: Side, work: Work) -> int | None:
         """The side's fastest batch, on rows of all lengths; warms it up too."""
@@ -157,18 +198,17 @@ def _result(
     batch_rows: int | None,
     first: list[float],
     speeds: list[float],
-    vectors: dict[str, np.ndarray],
-    name: str,
+    vectors: tuple[np.ndarray, np.ndarray],
     peak: int,
 ) -> Result:
     ratios = [mine / theirs for mine, theirs in zip(first, speeds, strict=False)]
-    reference = next(iter(vectors.values()))
+    reference, found = vectors
     cosine = difference = None
     # A peer judges pairs by the vectors that the head would multiply.
-    if reference.ndim == vectors[name].ndim == 2:
-        cosine = float((vectors[name] * reference).sum(axis=1).min())
-    elif reference.ndim == vectors[name].ndim:
-        difference = float(np.abs(vectors[name] - reference).max())
+    if reference.ndim == found.ndim == 2:
+        cosine = float((found * reference).sum(axis=1).min())
+    elif reference.ndim == found.ndim:
+        difference = float(np.abs(found - reference).max())
     return Result(
         batch_rows,
         round(median(speeds), 1),

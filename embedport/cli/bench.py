@@ -82,6 +82,8 @@ def _print(result: Bench) -> None:
     console = stdout_console()
     for name, sides in result.works.items():
         console.print(_work_table(name, sides))
+        for side in result.failures.get(name, ()):
+            console.print(f"  {side} did not survive it (-o keeps what it said)")
     console.print(_sides_table(result))
     machine, peak = result.machine, result.peak
     console.print(

@@ -127,10 +127,26 @@ def test_a_side_that_ends_says_why():
         sides.Worker(broken.command)
 
 
+def test_a_side_that_ends_is_left_out():
+    """Of that work only: it starts again."""
+    frail = SCRIPT.replace("time.sleep(0.01)", "assert len(rows[0]) < 20")
+    parts = tuple((np.full(n, 7),) for n in (5, 30))
+    with Race([fake("first"), fake("frail", script=frail)], lambda stage: None) as race:
+        ended = race.run(work.Work("long", parts), 2)
+        assert list(ended) == ["first"]
+        assert "AssertionError" in race.failures["long"]["frail"]
+        assert list(race.run(work.Work("short", parts[:1]), 1)) == ["first", "frail"]
+    with (
+        pytest.raises(VerificationError, match="AssertionError"),
+        Race([fake("frail", script=frail)], lambda stage: None) as race,
+    ):
+        race.run(work.Work("long", parts), 2)
+
+
 def test_ours(artifact, tokenizer_file):
     shape = work.uniform(artifact / "tokenizer.json", 2, 16)
     side = sides.our_side(artifact)
-    with Race([side, side], lambda stage: None) as race:
+    with Race([side], lambda stage: None) as race:
         result = race.run(shape, 1)[side.name]
     assert (side.name, side.bits, result.batch_rows) == ("embedport int8", 8, None)
     assert side.size > 100_000

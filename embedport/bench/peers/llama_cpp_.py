@@ -71,7 +71,7 @@ def write_gguf(checkpoint, path):
             continue
         whole = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
         dtype = np.float16 if values.ndim == 2 else np.float32
-        writer.add_tensor(names.get_name(whole, (".weight",)) + ".weight", values.astype(dtype))
+        writer.add_tensor(names.get_name(whole, (".weight",)), values.astype(dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
