@@ -78,12 +78,18 @@ def _export_8b(precision: str = "bf16", checkpoint: Checkpoint = None, out: Out 
 def _speed(
     rounds: Rounds = 5,
     quick: Annotated[bool, typer.Option("--quick", help="int8 alone, five minutes.")] = False,
-    peer: Annotated[list[str] | None, typer.Option(help="Instead of all.")] = None,
+    contest: Annotated[list[speed.Name] | None, typer.Option(help="Instead of all.")] = None,
     checkpoint: Checkpoint = None,
     out: Out = RESULTS,
 ) -> None:
     """Speed, start-up, memory and size against every peer."""
-    speed.against_peers(rounds, quick=quick, peers=peer, source=checkpoint, results=out)
+    speed.against_peers(
+        rounds,
+        names=contest or tuple(speed.Name),
+        quick=quick,
+        source=checkpoint,
+        results=out,
+    )
 
 
 @app.command("outliers")

@@ -6,70 +6,110 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from .checkpoint import CACHE, ROOT, checkpoint
 from .machine import RESULTS, print_table
 from .process import export_ours
 
-INT8_PEERS = ("optimum-int8", "openvino-int8", "llama.cpp-q8_0")
-OTHER_PEERS = (
-    "llama.cpp-q4_k_m",
-    "openvino-bf16",
-    "sentence-transformers-bf16",
-    "sentence-transformers-onnx",
-    "optimum-fp32",
-)
-QUICK_PEERS = ("optimum-int8", "openvino-int8")
 NAME = "speed-0.6b"
 CHART = ROOT / "docs" / "speed.svg"
+
+
+class Name(StrEnum):
+    """Of a contest."""
+
+    EMBEDDING = "embedding"
+    RERANKING = "reranking"
+    PRECISIONS = "precisions"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One run of `bench`.
+
+    Attributes:
+        task: Of the checkpoint.
+        precisions: Of our artifacts; the others are measured by the first.
+        peers: Names of the peers.
+    """
+
+    task: Literal["embedding", "reranker"]
+    precisions: tuple[str, ...]
+    peers: tuple[str, ...]
+
+
+INT8_PEERS = ("optimum-int8", "openvino-int8", "llama.cpp-q8_0")
+CONTESTS: dict[Name, Contest] = {
+    Name.EMBEDDING: Contest("embedding", ("int8",), INT8_PEERS),
+    Name.RERANKING: Contest("reranker", ("int8",), INT8_PEERS),
+    Name.PRECISIONS: Contest(
+        "embedding",
+        ("int8", "int4", "fp32"),
+        (
+            "llama.cpp-q4_k_m",
+            "openvino-bf16",
+            "sentence-transformers-bf16",
+            "sentence-transformers-onnx",
+            "optimum-fp32",
+        ),
+    ),
+}
+QUICK_PEERS = ("optimum-int8", "openvino-int8")
 
 
 def against_peers(
     rounds: int,
     *,
+    names: Sequence[Name] = tuple(Name),
     quick: bool = False,
-    peers: Sequence[str] | None = None,
     source: Path | None = None,
     results: Path = RESULTS,
     chart: Path = CHART,
 ) -> None:
-    """Embedding and reranking: int8 first, then our other precisions and the peers.
+    """Embedding and reranking in int8, then our other precisions and the peers of other widths.
 
-    A peer's vectors of a pair are as much work as its score: both races take the same checkpoint's.
+    Each contest is a run of its own: there is no memory for all of the sides at once. What it finds
+    is written when it ends, beside what other runs found. A peer's vectors of a pair are as much
+    work as its score: it serves the embedding checkpoint in both tasks.
+
+    Args:
+        rounds: Of each work of one length.
+        names: Which of `CONTESTS`.
+        quick: int8 alone, with few peers and little work.
+        source: The embedding checkpoint; random weights at the 0.6B geometry unless given.
+        results: Folder of the results.
+        chart: File of the chart.
     """
     from embedport.bench.bench import bench
 
-    if peers is None:
-        peers = QUICK_PEERS if quick else INT8_PEERS + OTHER_PEERS
     source = source or checkpoint("0.6b")
+    path = results / f"{NAME}{'-quick' if quick else ''}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     CACHE.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        for task, origin, precisions in (
-            ("embedding", source, ("int8",) if quick else ("int8", "int4", "fp32")),
-            ("reranker", checkpoint("0.6b", "reranker"), ("int8",)),
-        ):
-            folder = Path(temporary) / task
-            folder.mkdir()
+    for name in [each for each in names if not (quick and each is Name.PRECISIONS)]:
+        contest = CONTESTS[name]
+        origin = source if contest.task == "embedding" else checkpoint("0.6b", contest.task)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             done = bench(
-                [export_ours(origin, folder, precision) for precision in precisions],
-                peers=peers,
+                [export_ours(origin, Path(folder), precision) for precision in contest.precisions],
+                peers=QUICK_PEERS if quick else contest.peers,
                 checkpoint=source,
                 rounds=rounds,
                 quick=quick,
                 cache=CACHE / "peers",
                 say=lambda stage: print(stage, file=sys.stderr, flush=True),
             )
-            found[task] = done.to_dict()
-            print_results(found[task])
-            results.mkdir(parents=True, exist_ok=True)
-            path = results / f"{NAME}{'-quick' if quick else ''}.json"
-            path.write_text(json.dumps(found, indent=2) + "\n")
-            print(f"wrote {path}")
-    if not quick:
+        found[name] = done.to_dict()
+        print_results(found[name])
+        results.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"wrote {path}")
+    if not quick and {Name.EMBEDDING, Name.RERANKING} <= found.keys():
         draw(found, chart)
 
 
@@ -109,11 +149,11 @@ def print_results(found: dict[str, Any]) -> None:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Tokens a second of each side, a panel a kind of work."""
+    """Tokens a second of each side in int8, a panel a kind of work."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    works = found["embedding"]["works"] | found["reranker"]["works"]
+    works = found["embedding"]["works"] | found["reranking"]["works"]
     figure = Figure(figsize=(8, 2.6 * -(-len(works) // 2)), layout="constrained")
     FigureCanvasSVG(figure)
     panels = figure.subplots(-(-len(works) // 2), 2).flat
