@@ -124,7 +124,7 @@ def bench(
             count = len(work.parts) if len(work.parts) > 1 else rounds
             results[work.name] = race.run(work, count)
         threads, failures = race.threads, race.failures
-    first = uniform(tokenizer, 1, 32) if facts[0].task == "embedding" else works[0]
+    first = _first(facts[0].task, tokenizer)
     found = {}
     for side in sides:
         say(f"{side.name}: cold starts")
@@ -158,6 +158,13 @@ def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:
     works = [uniform(tokenizer, *shape) for shape in shapes]
     # What takes most memory goes last: runtimes keep what they once took.
     return sorted([*works, passages(tokenizer, *mixed)], key=_longest)
+
+
+def _first(task: str, tokenizer: Path) -> Work:
+    """What a new process is asked for: one short text, or one pair."""
+    if task == "reranker":
+        return reranking(tokenizer, 1, 1)
+    return uniform(tokenizer, 1, 32)
 
 
 def _longest(work: Work) -> int:
