@@ -9,6 +9,7 @@ import typer
 
 from . import (
     backend,
+    batches,
     bulk,
     checkpoints,
     export,
@@ -43,6 +44,7 @@ def everything(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         export.against_peer(3)
         speed.against_peers(5)
+        batches.by_tokens(5)
         outliers.against_dynamic_int8()
         retrieval.on_the_held_out_set()
         checkpoints.on_the_demo_pair()
@@ -90,6 +92,12 @@ def _speed(
         source=checkpoint,
         results=out,
     )
+
+
+@app.command("batches")
+def _batches(rounds: Rounds = 5, out: Out = RESULTS) -> None:
+    """Speed by the tokens of a batch."""
+    batches.by_tokens(rounds, out)
 
 
 @app.command("outliers")
