@@ -12,7 +12,7 @@ from ..progress import progress_bar
 
 # What a core works through at once: more only drives its states out of the cache
 # (docs/benchmarks.md), and less lets it wait.
-CORE_TOKENS = 256
+CORE_TOKENS = 512
 # Not measured: no GPU was at hand.
 GPU_TOKENS = 16_384
 
