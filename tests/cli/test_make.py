@@ -1,0 +1,110 @@
+"""The verbs that write a model: export and quantize."""
+
+import json
+
+import pytest
+
+import embedport
+
+TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
+
+
+class TestExport:
+    def test_json(self, run, checkpoints, tmp_path):
+        code, out, err = run(
+            *("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out"),
+            *("--precision", "bf16", "--dialect", "standard", "--dim", 32, "--json"),
+        )
+        assert (code, err) == (0, "")
+        facts = json.loads(out)
+        assert facts["artifact"] == str(tmp_path / "out")
+        assert facts["kept_in_fp32"] == ["residual stream"]
+        manifest = embedport.Artifact.open(tmp_path / "out").manifest
+        assert manifest.graph is not None
+        assert (manifest.precision, manifest.graph.dialect) == ("bf16", "standard")
+        assert manifest.embedding_dim == 32
+
+    def test_words(self, run, checkpoints, tmp_path):
+        arguments = ("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out")
+        code, out, _ = run(*arguments, "--precision", "fp16")
+        assert code == 0
+        assert "embedding, fp16, ort dialect" in " ".join(out.split())
+        assert "Kept in fp32: nothing" in out
+        assert f"embedport validate {tmp_path / 'out'} --reference {checkpoints('kv2')}" in out
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert "exists; choose another place or replace it with --force" in err
+        assert run(*arguments, "--force")[0] == 0
+
+    def test_path_that_looks_like_markup(self, run, checkpoints, tmp_path):
+        output = tmp_path / "a model [/x]"
+        code, out, _ = run("export", "onnx", checkpoints("kv2"), "-o", output)
+        assert code == 0
+        assert out.startswith(f"{output}: embedding, fp32")
+        assert f"embedport encode '{output}' " in out
+
+    def test_hidden(self, run, checkpoints, tmp_path):
+        code, _, _ = run(
+            *("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "out", "--output", "hidden")
+        )
+        assert code == 0
+        graph = embedport.Artifact.open(tmp_path / "out").manifest.graph
+        assert graph is not None
+        assert (graph.output, graph.outputs) == ("hidden", ("last_hidden_state",))
+
+
+class TestQuantize:
+    def test_json(self, run, checkpoints, tmp_path):
+        command = ("quantize", checkpoints("kv8", "reranker"), "-o", tmp_path / "out", "--json")
+        code, out, err = run(*command, "--method", "w8a8", "--form", "sequence-classification")
+        assert (code, err) == (0, "")
+        facts = json.loads(out)
+        assert (facts["task"], facts["method"]) == ("reranker", "w8a8")
+        assert facts["bytes"] == embedport.Artifact.open(tmp_path / "out").size
+
+    def test_wrong_request(self, run, checkpoints, tmp_path):
+        command = ("quantize", checkpoints("kv8"), "-o", tmp_path / "out", "--method")
+        code, out, err = run(*command, "w4")
+        assert (code, out) == (2, "")
+        assert "method should be one of bnb-int8, bnb-nf4" in err
+        assert err.count("\n") == 1
+
+
+class TestExportTensorRT:
+    """No TensorRT here: all but the engine is written, and said."""
+
+    def test_without_a_gpu(self, run, checkpoints, tmp_path):
+        code, out, err = run(
+            *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out"),
+            *("--precision", "fp8", "--profile", "1x1:2x16:4x64"),
+        )
+        assert (code, err) == (0, "")
+        assert "No engine was built: tensorrt is not installed: pip install tensorrt" in out
+        assert f"embedport export tensorrt {tmp_path}/out -o OUT --profile 1x1:2x16:4x64" in out
+        code, out, _ = run("encode", tmp_path / "out", TEXTS[0], "--device", "cpu")
+        assert code == 0
+
+    def test_json(self, run, checkpoints, tmp_path):
+        code, out, _ = run(
+            *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out", "--json")
+        )
+        facts = json.loads(out)
+        assert code == 0
+        assert (facts["precision"], facts["engine"]) == ("bf16", False)
+        assert "tensorrt is not installed" in facts["obstacle"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--profile", "8x128"], "a profile should be MIN:OPT:MAX"),
+            (["--precision", "fp32"], "precision should be one of fp16, bf16, fp8, int8, int4"),
+            (["--hardware-compatible", "any"], "hardware_compatible should be one of none"),
+        ],
+    )
+    def test_bad_requests(self, run, checkpoints, tmp_path, options, message):
+        code, _, err = run(
+            "export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out", *options
+        )
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1

@@ -1,0 +1,153 @@
+"""The verbs that run a model: encode and rerank."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import embedport
+
+TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class TestEncode:
+    def test_arguments_as_json(self, run, folders):
+        code, out, _ = run("encode", folders / "embedding", *TEXTS, "--prompt", "query")
+        assert code == 0
+        rows = json_lines(out)
+        assert [row["text"] for row in rows] == TEXTS
+        embedder = embedport.load(folders / "embedding")
+        assert isinstance(embedder, embedport.Embedder)
+        expected = embedder.encode(TEXTS, prompt="query")
+        np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-6)
+
+    def test_files(self, run, folders, tmp_path):
+        (tmp_path / "in.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+        rows = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+        (tmp_path / "in.jsonl").write_text(rows, encoding="utf-8")
+        expected = embedport.load(folders / "embedding").encode(TEXTS, dim=16)  # ty: ignore
+        for name in ("in.txt", "in.jsonl"):
+            code, out, err = run(
+                *("encode", folders / "embedding", "--input", tmp_path / name),
+                *("--dim", 16, "-o", tmp_path / "out.npy"),
+            )
+            assert (code, out) == (0, "")
+            assert "3 vectors of 16, on cpu" in err
+            np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+        run("encode", folders / "embedding", *TEXTS, "-o", tmp_path / "out.jsonl")
+        assert len(json_lines((tmp_path / "out.jsonl").read_text())) == 3
+        assert not list(tmp_path.glob(".*partial*"))
+
+    def test_standard_input(self, run, folders):
+        piped = "\n".join(TEXTS) + "\n"
+        for more in ((), ("--input", "-")):
+            code, out, _ = run("encode", folders / "embedding", *more, stdin=piped)
+            assert code == 0
+            assert [row["text"] for row in json_lines(out)] == TEXTS
+        assert run("encode", folders / "embedding", stdin="") == (0, "", "")
+
+    def test_instruction(self, run, folders):
+        code, out, _ = run("encode", folders / "embedding", "noise", "--instruction", "Find it")
+        literal = run("encode", folders / "embedding", "Instruct: Find it\nQuery:noise")[1]
+        assert code == 0
+        assert json_lines(out)[0]["embedding"] == json_lines(literal)[0]["embedding"]
+
+        again = run(
+            "encode",
+            folders / "embedding",
+            "noise",
+            "--instruction",
+            "Find it",
+            "--prompt",
+            "query",
+        )[1]
+        assert again == out
+
+    def test_terminal(self, run, folders):
+        code, out, _ = run("encode", folders / "embedding", *TEXTS, terminal=True)
+        assert code == 0
+        vectors = embedport.load(folders / "embedding").encode(TEXTS)  # ty: ignore
+        for i, text in enumerate(TEXTS):
+            values = " ".join(f"{value:+.3f}" for value in vectors[i, :4])
+            line = next(line.split("  ") for line in out.splitlines() if values in line)
+            assert text.startswith(line[2].strip().rstrip("…")), line
+        cosines = " ".join(f"{value:.2f}" for value in vectors @ vectors[2])
+        assert f"2 {cosines}" in [" ".join(line.split()) for line in out.splitlines()]
+        assert max(map(len, out.splitlines())) <= 60
+
+    def test_nan_is_null(self, run, folders, monkeypatch):
+        def encode(_self, texts, **_options):
+            return np.full((len(texts), 2), [np.nan, 0.5], np.float32)
+
+        monkeypatch.setattr(embedport.Embedder, "encode", encode)
+        out = run("encode", folders / "embedding", "text")[1]
+        assert json.loads(out) == {"text": "text", "embedding": [None, 0.5]}
+
+    def test_truncation_is_said(self, run, folders, tmp_path):
+        command = [sys.executable, "-m", "embedport", "encode", str(folders / "embedding")]
+        found = subprocess.run(
+            [*command, "word " * 99, "--max-length", "8"], capture_output=True, text=True
+        )
+        assert found.returncode == 0
+        assert found.stderr == ("embedport: 1 of 1 texts cut to 8 tokens, the first is text 0\n")
+
+
+class TestRerank:
+    def test_json(self, run, folders):
+        code, out, _ = run("rerank", folders / "reranker", "query", *TEXTS, "--top-k", 2)
+        rows = json_lines(out)
+        assert code == 0
+        assert len(rows) == 2
+        assert rows[0]["score"] >= rows[1]["score"]
+        assert TEXTS[rows[0]["index"]] == rows[0]["document"]
+
+    def test_terminal(self, run, folders):
+        documents = ["A long document, longer than a line of sixty columns can be.", "Short."]
+        code, out, _ = run("rerank", folders / "reranker", "query", *documents, terminal=True)
+        assert code == 0
+        rows = [line.split() for line in out.splitlines() if "…" in line or "Short." in line]
+        assert [row[0] for row in rows] == ["1", "2"]
+        assert float(rows[0][1]) >= float(rows[1][1])
+        assert {row[2] for row in rows} == {"0", "1"}
+
+    def test_file(self, run, folders, tmp_path):
+        code, out, _ = run(
+            *("rerank", folders / "reranker", "query", "-o", tmp_path / "out.jsonl"),
+            stdin="one\ntwo\n",
+        )
+        assert (code, out) == (0, "")
+        found = json_lines((tmp_path / "out.jsonl").read_text())
+        assert {row["document"] for row in found} == {"one", "two"}
+
+
+class TestCheckpoints:
+    """Without an export: plain and quantized checkpoints."""
+
+    @pytest.mark.parametrize("method", [None, "awq"])
+    def test_encode(self, run, checkpoints, quantized, method):
+        folder = quantized(method) if method else checkpoints("kv8")
+        code, out, err = run("encode", folder, "a text", "--device", "cpu", "--json")
+        assert (code, err) == (0, "")
+        assert len(json.loads(out)["embedding"]) == 128
+
+    def test_rerank(self, run, checkpoints):
+        arguments = ("rerank", checkpoints("kv2", "reranker"), "query", "one", "two")
+        code, out, err = run(*arguments, "--device", "cpu", "--json")
+        assert (code, err) == (0, "")
+        assert len(out.splitlines()) == 2
+
+    def test_validate(self, run, checkpoints, tmp_path):
+        folder = checkpoints("kv2")
+        texts = tmp_path / "texts.txt"
+        texts.write_text("tea\nsnow\n")
+        code, _, err = run(
+            *("validate", folder, "--reference", folder, "--input", texts, "--device", "cpu")
+        )
+        assert code == 0
+        assert "Recorded" not in err
