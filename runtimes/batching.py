@@ -10,8 +10,8 @@ import numpy as np
 from ..errors import InputError
 from ..progress import progress_bar
 
-# What a core works through at once: more only drives its states out of the cache
-# (docs/benchmarks.md), and less lets it wait.
+# Half as much is as fast within the noise, four times as much is slower
+# (docs/benchmarks.md).
 CORE_TOKENS = 512
 # Not measured: no GPU was at hand.
 GPU_TOKENS = 16_384
