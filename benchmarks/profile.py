@@ -73,7 +73,8 @@ def _profile(graph: Path, ids: np.ndarray) -> dict[str, Any]:
     operators: Counter[str] = Counter()
     for event in events:
         inside = best["ts"] <= event["ts"] <= best["ts"] + best["dur"]
-        if inside and event["name"].endswith("_kernel_time"):
+        # What is in a branch of an If has an event of its own.
+        if inside and event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "If":
             operators[event["args"]["op_name"]] += event["dur"]
     return {
         "milliseconds": round(best["dur"] / 1000, 1),

@@ -13,7 +13,7 @@ from .errors import ArtifactError
 from .integrity import FileRecord
 from .spec import Task
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "embedport.json"
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]

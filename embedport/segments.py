@@ -28,13 +28,14 @@ def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
         (scope, list(nodes))
         for scope, nodes in groupby(list(graph), key=lambda node: str(node.name).split("/")[0])
     ]
-    part_of = {node: i for i, (_, nodes) in enumerate(parts) for node in nodes}
+    whole = [[inner for node in nodes for inner in _with_branches(node)] for _, nodes in parts]
+    part_of = {node: i for i, nodes in enumerate(whole) for node in nodes}
     for i, (scope, nodes) in enumerate(parts):
         produced = [value for node in nodes for value in node.outputs]
-        inside = set(produced)
+        inside = {value for node in whole[i] for value in node.outputs}
         taken = dict.fromkeys(
             value
-            for node in nodes
+            for node in whole[i]
             for value in node.inputs
             if value is not None and value not in inside and not value.is_initializer()
         )
@@ -45,6 +46,15 @@ def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
         ]
         part = ir.convenience.extract(graph, list(taken), given)
         yield scope, ir.Model(part, ir_version=model.ir_version)
+
+
+def _with_branches(node: ir.Node) -> Iterator[ir.Node]:
+    """A node, and those in its branches."""
+    yield node
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                yield from _with_branches(inner)
 
 
 def emulate_16_bits(model: ir.Model) -> bool:

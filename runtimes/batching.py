@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..attention import SHORT_ROW
 from ..errors import InputError
 from ..progress import progress_bar
 
@@ -43,6 +44,9 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         lengths: Tokens of each row.
         batch_tokens: The budget, padding counted; a longer row is a batch by itself.
 
+    Short rows and long ones (`SHORT_ROW`) do not share a batch, so that a text's result is the same
+    in any.
+
     Returns:
         Batches of row numbers, the longest rows first, so that memory peaks at the start.
 
@@ -54,7 +58,8 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+        fits = len(batches) > 0 and (len(batches[-1]) + 1) * longest <= batch_tokens
+        if fits and (longest <= SHORT_ROW) == (lengths[row] <= SHORT_ROW):
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..artifact import Artifact
+from ..attention import SHORT_ROW
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..requirements import meets
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
@@ -70,26 +71,33 @@ class OnnxModel:
             _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.continues:
-            feeds["past"] = self._no_past if past is None else past
-            feeds["kept"] = np.zeros(1, np.int64)
+            past = self._no_past if past is None else past
+            size = past.shape[2] + input_ids.shape[1]
+            feeds |= _continued(past, kept=0, short=size <= SHORT_ROW)
         if self.device == "cpu":
             output = self._session.run(self._graph.outputs, feeds)[0]
         else:
             output = run_bound(self._session, feeds, "cuda")
         return _pool(output, attention_mask) if self._graph.output == "hidden" else output
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
+    def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
         """What rows continue that begin with the same tokens.
 
         Args:
             ids: Those tokens, int64 [tokens], at least one; only where the model continues.
+            short: Whether the rows have SHORT_ROW tokens at most, these counted.
 
         Returns:
             Their keys and values, float32 [2 * layers, num_kv_heads, tokens, head_dim].
         """
         feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
-        feeds |= {"past": self._no_past, "kept": np.array([len(ids)])}
+        feeds |= _continued(self._no_past, kept=len(ids), short=short)
         return self._session.run(["present"], feeds)[0]
+
+
+def _continued(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.ndarray]:
+    """The further inputs of a graph that continues."""
+    return {"past": past, "kept": np.array([kept]), "short": np.array(short)}
 
 
 def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:

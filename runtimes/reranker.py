@@ -108,7 +108,8 @@ class Reranker:
             "progress": progress,
         }
         if isinstance(self.model, OnnxModel) and self.model.continues:
-            return run_groups(self.model, rows, group_rows(queries), **how)
+            groups = group_rows(queries, [len(ids) for ids in rows])
+            return run_groups(self.model, rows, groups, **how)
         return run_batches(self.model, rows, (), **how)
 
     def rank(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..attention import SHORT_ROW
 from ..progress import progress_bar
 from .batching import make_batches, pad
 
@@ -21,8 +22,13 @@ SHARED_TOKENS = 1024
 class ContinuingModel(Protocol):
     """A model whose rows may continue a past."""
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Keys and values of tokens that rows begin with, int64 [tokens]."""
+    def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
+        """Keys and values of tokens that rows begin with, int64 [tokens].
+
+        Args:
+            ids: The tokens.
+            short: Whether the rows are (`SHORT_ROW`).
+        """
         ...
 
     def __call__(
@@ -32,18 +38,22 @@ class ContinuingModel(Protocol):
         ...
 
 
-def group_rows(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Row numbers by key, the keys in their first order.
+def group_rows(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[list[int]]:
+    """Row numbers by key, the keys in their first order; short rows (`SHORT_ROW`), then long ones.
 
     Rows that have their keys for themselves are one group, the last: they share less, but
     something.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    alone = [group[0] for group in groups.values() if len(group) == 1]
-    shared = [group for group in groups.values() if len(group) > 1]
-    return [*shared, alone] if alone else shared
+    found = []
+    for short in (True, False):
+        groups: dict[Hashable, list[int]] = {}
+        for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
+            if (length <= SHORT_ROW) == short:
+                groups.setdefault(key, []).append(row)
+        alone = [group[0] for group in groups.values() if len(group) == 1]
+        found += [group for group in groups.values() if len(group) > 1]
+        found += [alone] if alone else []
+    return found
 
 
 def shared_length(rows: Sequence[np.ndarray]) -> int:
@@ -75,7 +85,7 @@ def run_groups(
     Args:
         model: The model.
         rows: Token ids, int64 [tokens] each.
-        groups: Row numbers, each once.
+        groups: Row numbers, each once; of one group all short or all long (`SHORT_ROW`).
         batch_tokens: The budget of a batch, what is shared counted for each row: attention holds
             its keys and values for each.
         description: What the progress bar says.
@@ -89,7 +99,8 @@ def run_groups(
         for group in groups:
             members = [rows[i] for i in group]
             length = shared_length(members)
-            past = model.read(members[0][:length]) if length else None
+            short = len(members[0]) <= SHORT_ROW
+            past = model.read(members[0][:length], short=short) if length else None
             for batch in make_batches([len(row) for row in members], batch_tokens):
                 ids, mask = pad([members[i][length:] for i in batch])
                 results[[group[i] for i in batch]] = model(ids, mask, past)

@@ -28,6 +28,7 @@ class GraphBuilder:
         self.inputs: dict[str, ir.Value] = {}
         self.kept: list[ir.Value] = []
         self._tape = ir.tape.Tape()
+        self._outermost = self._tape
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._made: dict[Any, Any] = {}
         self._count = 0
@@ -64,6 +65,31 @@ class GraphBuilder:
         )
         return outputs
 
+    def choose(
+        self,
+        condition: ir.Value,
+        then: Callable[[], Sequence[ir.Value]],
+        otherwise: Callable[[], Sequence[ir.Value]],
+    ) -> list[ir.Value]:
+        """What one of two functions describes, chosen when the graph runs.
+
+        Args:
+            condition: bool scalar.
+            then: Adds nodes and returns their values; those of the graph around may be read.
+            otherwise: The same, of as many values of the same dtypes.
+        """
+        first, second = self._branch(then), self._branch(otherwise)
+        dtypes = [value.dtype for value in first.outputs]
+        return self.op_outputs(
+            "If", condition, dtypes=dtypes, then_branch=first, else_branch=second
+        )
+
+    def _branch(self, describe: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
+        around, self._tape = self._tape, ir.tape.Tape()
+        outputs = describe()
+        nodes, self._tape = self._tape.nodes, around
+        return ir.Graph([], outputs, nodes=nodes, name=f"{self.scope}/branch_{self._count}")
+
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Cast, or the value itself when it has the dtype."""
         if value.dtype == dtype:
@@ -87,7 +113,7 @@ class GraphBuilder:
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
         """A weight, by the tensor's name."""
-        return self._tape.initializer(tensor)
+        return self._outermost.initializer(tensor)
 
     def model(
         self,

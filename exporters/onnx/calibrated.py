@@ -24,10 +24,10 @@ from ...quantize.gptq import quantize_gptq
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from ...weights import Weights
-from .dialects import OrtDialect
 from .formats import Format
 from .graph import Design
 from .layerwise import Layer, embed_rows
+from .ort_dialect import OrtDialect
 from .precision import PRECISIONS
 from .quantized import QuantizedMatrices
 

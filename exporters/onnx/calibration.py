@@ -15,9 +15,9 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...weights import Weights
-from .dialects import OrtDialect
 from .graph import Design
 from .layerwise import Layer, embed_rows
+from .ort_dialect import OrtDialect
 from .precision import FLOAT, FLOAT16, PRECISIONS, Precision
 from .tensors import FP16_MAX
 

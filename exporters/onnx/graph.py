@@ -13,7 +13,7 @@ After the last layer's attention only the last token of each row matters: the re
 
 A graph that continues takes keys and values of tokens before its rows, and gives those of its own:
 
-    input_ids, attention_mask, past, kept -> present, and the output as above
+    input_ids, attention_mask, past, kept, short -> present, and the output as above
 Source of the architecture: Qwen3 Technical Report, arXiv:2505.09388, and transformers' qwen3.
 """
 
@@ -28,12 +28,13 @@ import onnx_ir as ir
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec
 from .builder import GraphBuilder
-from .dialects import FLOAT8, INT8, Dialect, Positions
+from .dialect import FLOAT8, INT8, Dialect, Positions
 from .formats import TABLE
 from .precision import Precision
 from .quantized import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .tensors import CheckpointTensor
 
+BOOL = ir.DataType.BOOL
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
 INPUTS = ("input_ids", "attention_mask")
@@ -93,10 +94,13 @@ class Past(NamedTuple):
             at 2i and 2i + 1.
         kept: int64 [1], tokens of the first row, those before it counted, whose keys and values are
             to be given back.
+        short: bool scalar, whether rows are short, or those that are to continue what is given
+            back: see `SHORT_ROW`.
     """
 
     states: ir.Value
     kept: ir.Value
+    short: ir.Value
 
 
 class Batch(NamedTuple):
@@ -118,8 +122,8 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     Args:
         design: What to build.
         continues: Whether rows continue a past, and give their own keys and values: the further
-            inputs `past` and `kept` are those of `Past`, the output `present` is like `past`, with
-            `kept` tokens.
+            inputs `past`, `kept` and `short` are those of `Past`, the output `present` is like
+            `past`, with `kept` tokens.
     """
     g = GraphBuilder()
     spec = design.spec
@@ -128,7 +132,8 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     if continues:
         shape = (2 * spec.num_layers, spec.num_kv_heads, "past", spec.head_dim)
         states = ir.val("past", dtype=FLOAT, shape=shape)
-        past = Past(states, ir.val("kept", dtype=INT64, shape=(1,)))
+        kept, short = ir.val("kept", dtype=INT64, shape=(1,)), ir.val("short", dtype=BOOL, shape=())
+        past = Past(states, kept, short)
     batch = describe_inputs(g, design, *inputs, even=design.precision.has_groups, past=past)
     stream = embed(g, design, batch)
     for layer in range(spec.num_layers):
@@ -188,6 +193,7 @@ def describe_inputs(
         arange=arange,
         batch=g.op("Slice", shape, g.constant([0]), g.constant([1])),
         past=before,
+        short=None if past is None else past.short,
     )
     first = g.op("ArgMax", attention_mask, dtype=INT64, axis=1, keepdims=1)
     rolled = g.op("Mod", g.op("Add", arange, first), width)
@@ -197,7 +203,7 @@ def describe_inputs(
         width=width,
         even=even,
         positions=positions,
-        rotary=design.dialect.rotary(g, positions),
+        rotary=design.dialect.rotary(g, positions, design.precision.compute),
         cache=rotary_cache(g, design, everywhere),
         past=past,
     )

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ...attention import SHORT_ROW
 from ...errors import MissingPackageError, VerificationError
 from ...segments import emulate_16_bits, segments
-from .dialects import MICROSOFT
+from .dialect import MICROSOFT
 from .session import open_session
 
 # Scores, at the same weights and the same rounding of activations.
@@ -68,7 +69,11 @@ def verify_continuation(
     # The one dimension without a number is the tokens'.
     past = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
     for part, kept in ((ids[:half], half), (ids[half:], 0)):
-        feeds = _feeds(part) | {"past": past, "kept": np.array([kept])}
+        feeds = _feeds(part) | {
+            "past": past,
+            "kept": np.array([kept]),
+            "short": np.array(len(ids) <= SHORT_ROW),
+        }
         past, found = _run_parts(model, path, feeds, advance)
     if np.abs(found - expected).max() > MOST_APART:
         raise VerificationError(

@@ -61,7 +61,7 @@ def unsupported(model: ir.Model) -> list[str]:
         for domain, version in model.opset_imports.items()
         if domain or not first <= version <= last
     ]
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         found += [f"{node.name}: {reason}" for reason in _reasons(node)]
     return found
 

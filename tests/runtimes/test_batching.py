@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from embedport.attention import SHORT_ROW
 from embedport.errors import InputError
 from embedport.runtimes.batching import make_batches, pad, run_batches
 
@@ -25,6 +26,11 @@ def test_a_row_beyond_the_budget_is_alone():
     assert make_batches([], 12) == []
     with pytest.raises(InputError, match="at least 1, found 0"):
         make_batches([1], 0)
+
+
+def test_short_and_long_rows_are_apart():
+    lengths = [SHORT_ROW + 1, 3, SHORT_ROW, 900, 4]
+    assert make_batches(lengths, 10_000) == [[3, 0], [2, 4, 1]]
 
 
 def test_pad():

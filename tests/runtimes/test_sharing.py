@@ -8,13 +8,16 @@ import onnxruntime
 import pytest
 
 import embedport
+from embedport.attention import SHORT_ROW
 from embedport.demo.samples import builtin_pairs
 from embedport.runtimes.batching import pad
 from embedport.runtimes.sharing import SHARED_TOKENS, group_rows, shared_length
 
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
 QUERY = "How do plants turn sunlight into sugar?"
-RAGGED = ["", "Leaves.", "sugar " * 150, "Chlorophyll takes up light.", "x" * 41, "Leaves."]
+RAGGED = ["", "Leaves.", "sugar " * 40, "Chlorophyll takes up light.", "x" * 41, "Leaves."]
+# In the test tokenizer, whose tokens are short.
+LONG = ["sugar " * 150, "light " * 200]
 # Of a probability, as float32 sums in another order.
 MOST_APART = 1e-5
 
@@ -55,7 +58,7 @@ def test_scores_are_those_of_the_plain_path(rerankers, geometry, precision):
     assert reranker.model.continues
     pairs = [
         *PAIRS[::3],
-        *((QUERY, document) for document in RAGGED),
+        *((QUERY, document) for document in RAGGED + LONG),
         ("alone", "a pair of its own"),
     ]
     expected = plain_scores(reranker, pairs)
@@ -97,6 +100,22 @@ def test_what_is_shared_runs_once(rerankers, monkeypatch):
     assert all(past == shared for past, _, _ in batches)
     assert sum(rows for _, rows, _ in batches) == len(RAGGED)
     assert all(rows * (past + size) <= 400 or rows == 1 for past, rows, size in batches)
+
+
+def test_long_rows_share_among_themselves(rerankers, monkeypatch):
+    """What they continue was computed as the rows are."""
+    reranker = rerankers()
+    read, reads = reranker.model.read, []
+
+    def watched(ids, *, short):
+        reads.append((len(ids), short))
+        return read(ids, short=short)
+
+    monkeypatch.setattr(reranker.model, "read", watched)
+    reranker.rank(QUERY, RAGGED + LONG)
+    rows = reranker.tokenizer.encode([(QUERY, document) for document in LONG]).ids
+    assert min(map(len, rows)) > SHORT_ROW
+    assert [short for _, short in reads] == [True, False]
 
 
 def test_cut_rows(rerankers):
@@ -158,9 +177,10 @@ def test_who_gets_a_continuation(checkpoints, tmp_path, rerankers):
 
 
 def test_groups():
-    assert group_rows(["a", "b", "a", "c"]) == [[0, 2], [1, 3]]
-    assert group_rows(["a", "b"]) == [[0, 1]]
-    assert group_rows([]) == []
+    assert group_rows(["a", "b", "a", "c"], [9] * 4) == [[0, 2], [1, 3]]
+    assert group_rows(["a", "b"], [9, 9]) == [[0, 1]]
+    assert group_rows(["a"] * 4, [9, 600, SHORT_ROW, SHORT_ROW + 1]) == [[0, 2], [1, 3]]
+    assert group_rows([], []) == []
     rows = [np.array(row) for row in ([1, 2, 3], [1, 2, 3, 4], [1, 2])]
     assert shared_length(rows) == 1
     assert shared_length(rows[:2]) == 2

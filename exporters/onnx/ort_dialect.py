@@ -1,0 +1,274 @@
+"""The dialect `ort`: onnxruntime's fused operators (domain com.microsoft)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from ...attention import SHORT_ROW
+from ...spec import ModelSpec
+from .builder import GraphBuilder
+from .dialect import (
+    BOOL,
+    FLOAT,
+    INT64,
+    MICROSOFT,
+    UINT8,
+    Positions,
+    Rows,
+    attention_scale,
+    number_positions,
+    row_scales,
+)
+from .quantized import Float8Matrix, QuantizedMatrix
+
+ZERO_POINT = 128
+# MatMulNBits computes in int8 with a scale a block of a token's activations.
+ACCURACY_LEVEL = 4
+# Tokens of a row up to which its attention is computed whole, and parts of one with more.
+SMALL_ROW, PARTS = 128, 4
+
+
+class OrtDialect:
+    """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime."""
+
+    name = "ort"
+    # The input query_seqlens, without which a past goes with one row only.
+    continues: str | None = "onnxruntime>=1.32"
+    opsets = {"": 23, MICROSOFT: 1}  # noqa: RUF012 (read only)
+    ir_version = 11
+    requires = "onnxruntime>=1.23"
+
+    def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
+        """seqlens_k (int32 [batch], length - 1) and total_sequence_length (int32 scalar).
+
+        With a past, both count it too, and query_seqlens (int32 [batch]) are the rows' lengths.
+        Before them in fp32: whether rows are small and whether they are short (bool scalars), and
+        position_ids, int64 [batch, size].
+        """
+        last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
+        arange = positions.arange
+        if positions.past is not None:
+            last, total, arange = (
+                g.op("Add", count, positions.past) for count in (last, total, arange)
+            )
+
+        def a_row(count: ir.Value) -> ir.Value:
+            return g.op("Squeeze", g.cast(count, ir.DataType.INT32), g.constant([1]))
+
+        values = [a_row(last), g.cast(total, ir.DataType.INT32)]
+        if positions.past is not None:
+            values.append(a_row(positions.lengths))
+        if compute != FLOAT:
+            return values
+        short = positions.short
+        if short is None:
+            short = g.op("LessOrEqual", total, g.constant(SHORT_ROW), dtype=BOOL)
+        small = g.op("LessOrEqual", positions.size, g.constant(SMALL_ROW), dtype=BOOL)
+        small = g.op("And", short, small)
+        return [small, short, number_positions(g, positions, arange), *values]
+
+    def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
+        return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
+
+    def add_norm(
+        self, g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """SkipSimplifiedLayerNormalization: its fourth output is the sum."""
+        normed, _, _, total = g.op_outputs(
+            "SkipSimplifiedLayerNormalization",
+            residual,
+            x,
+            weight,
+            dtypes=[None, ir.DataType.FLOAT, ir.DataType.FLOAT, None],
+            domain=MICROSOFT,
+            epsilon=eps,
+        )
+        return normed, total
+
+    def silu_mul(self, g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+        """QuickGelu at alpha 1 is silu, in one pass."""
+        return g.op("Mul", g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
+
+    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
+        """Uint8 around 128, which onnxruntime multiplies thirty times as fast as int8 on x86.
+
+        A block of QuantizeLinear is a token: one pass, and no division before it.
+        """
+        scales = row_scales(g, x, codes)
+        shape = g.op("Shape", scales, dtype=INT64)
+        zero_points = g.op("Expand", g.constant(ZERO_POINT, UINT8), shape)
+        values = g.op(
+            "QuantizeLinear", x, scales, zero_points, dtype=UINT8, axis=-1, block_size=width
+        )
+        return Rows(values, scales)
+
+    def matmul_rows(
+        self,
+        g: GraphBuilder,
+        rows: Rows,
+        matrix: QuantizedMatrix | Float8Matrix,
+        compute: ir.DataType,
+    ) -> ir.Value:
+        """MatMulIntegerToFloat, at a scale of one for all rows; CPUs only, and in fp32."""
+        return g.op(
+            "MatMulIntegerToFloat",
+            rows.codes,
+            g.initializer(matrix.codes_transposed()),
+            g.constant(1, FLOAT),
+            g.initializer(matrix.scales_flat(FLOAT)),
+            g.constant(ZERO_POINT, UINT8),
+            dtype=FLOAT,
+            domain=MICROSOFT,
+        )
+
+    def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+        """MatMulNBits."""
+        zero_points = matrix.zero_points()
+        return g.op(
+            "MatMulNBits",
+            x,
+            g.initializer(matrix.codes_in_blocks()),
+            g.initializer(matrix.scales(x.dtype or FLOAT)),
+            None if zero_points is None else g.initializer(zero_points),
+            domain=MICROSOFT,
+            K=matrix.shape[1],
+            N=matrix.shape[0],
+            bits=matrix.scheme.bits,
+            block_size=matrix.scheme.group_size,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+        """GatherBlockQuantized."""
+        zero_points = matrix.zero_points()
+        return g.op(
+            "GatherBlockQuantized",
+            g.initializer(matrix.codes_as_table()),
+            ids,
+            g.initializer(matrix.scales(FLOAT)),
+            None if zero_points is None else g.initializer(zero_points),
+            dtype=FLOAT,
+            domain=MICROSOFT,
+            gather_axis=0,
+            quantize_axis=1,
+            bits=matrix.scheme.bits,
+            block_size=matrix.scheme.group_size,
+        )
+
+    def attention(
+        self,
+        g: GraphBuilder,
+        spec: ModelSpec,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        rotary: list[ir.Value],
+        cache: tuple[ir.Value, ir.Value],
+        past: tuple[ir.Value, ir.Value] | None,
+    ) -> list[ir.Value]:
+        """GroupQueryAttention, the rotary embedding inside; in fp32 only for long rows.
+
+        Short rows take the standard's Attention, which is faster on a CPU (docs/benchmarks.md):
+        small ones whole, others in parts, so that few scores are computed of tokens that come
+        later. 16-bit graphs are for GPUs, whose kernel is fused at any length.
+        """
+        queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
+        keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
+        inputs = (queries, keys, v)
+        if queries.dtype != FLOAT:
+            return _fused_attention(g, spec, inputs, rotary, cache, past)
+        small, short, position_ids, *counts = rotary
+
+        def in_parts(parts: int) -> list[ir.Value]:
+            return _plain_attention(g, spec, inputs, position_ids, cache, past, parts)
+
+        def fused() -> list[ir.Value]:
+            return _fused_attention(g, spec, inputs, counts, cache, past)
+
+        return g.choose(
+            small,
+            lambda: in_parts(1),
+            lambda: g.choose(short, lambda: in_parts(PARTS), fused),
+        )
+
+
+def _fused_attention(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    inputs: tuple[ir.Value, ir.Value, ir.Value],
+    counts: list[ir.Value],
+    cache: tuple[ir.Value, ir.Value],
+    past: tuple[ir.Value, ir.Value] | None,
+) -> list[ir.Value]:
+    """GroupQueryAttention, the rotary embedding inside.
+
+    Without a past nothing reads the keys and values it gives back, but onnxruntime takes its
+    flash kernel only if they are asked for, whose memory is linear in the length
+    (https://github.com/microsoft/onnxruntime/pull/28962).
+    """
+    seqlens_k, total, *query_seqlens = counts
+    # position_ids, attention_bias, head_sink, the scales and norms of keys are left out.
+    unused = [None] * 7 if query_seqlens else []
+    outputs = g.op_outputs(
+        "GroupQueryAttention",
+        *inputs,
+        *(past or (None, None)),
+        seqlens_k,
+        total,
+        *cache,
+        *unused,
+        *query_seqlens,
+        dtypes=[None, None, None],
+        domain=MICROSOFT,
+        num_heads=spec.num_heads,
+        kv_num_heads=spec.num_kv_heads,
+        do_rotary=1,
+        scale=attention_scale(spec),
+    )
+    return outputs[:1] if past is None else outputs
+
+
+def _plain_attention(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    inputs: tuple[ir.Value, ir.Value, ir.Value],
+    position_ids: ir.Value,
+    cache: tuple[ir.Value, ir.Value],
+    past: tuple[ir.Value, ir.Value] | None,
+    parts: int,
+) -> list[ir.Value]:
+    """Attention of the standard, all scores of a part of a row at once.
+
+    Each part continues the keys and values of those before it.
+    """
+
+    def rotated(x: ir.Value, heads: int) -> ir.Value:
+        inputs = (x, position_ids, *cache)
+        return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=heads)
+
+    def attend(rows: Sequence[ir.Value], past: Sequence[ir.Value], outputs: int) -> list[ir.Value]:
+        return g.op_outputs(
+            "Attention",
+            *rows,
+            *([None, *past] if past else []),
+            dtypes=[None] * outputs,
+            is_causal=1,
+            q_num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
+            scale=attention_scale(spec),
+        )
+
+    queries, keys, values = inputs
+    rows = [rotated(queries, spec.num_heads), rotated(keys, spec.num_kv_heads), values]
+    states, outputs = past or (), 1 if past is None else 3
+    if parts == 1:
+        return attend(rows, states, outputs)
+    attended = []
+    cut = [g.op_outputs("Split", x, dtypes=[None] * parts, axis=1, num_outputs=parts) for x in rows]
+    for part in zip(*cut, strict=True):
+        found, *states = attend(part, states, 3)
+        attended.append(found)
+    return [g.op("Concat", *attended, axis=1), *states][:outputs]
