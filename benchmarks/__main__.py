@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import (
+    attention,
     backend,
     batches,
     bulk,
@@ -45,6 +46,7 @@ def everything(context: typer.Context) -> None:
         export.against_peer(3)
         speed.against_peers(5)
         batches.by_tokens(5)
+        attention.by_length(5)
         outliers.against_dynamic_int8()
         retrieval.on_the_held_out_set()
         checkpoints.on_the_demo_pair()
@@ -98,6 +100,12 @@ def _speed(
 def _batches(rounds: Rounds = 5, out: Out = RESULTS) -> None:
     """Speed by the tokens of a batch."""
     batches.by_tokens(rounds, out)
+
+
+@app.command("attention")
+def _attention(rounds: Rounds = 5, out: Out = RESULTS) -> None:
+    """The ways of attention on a CPU, by the length of rows."""
+    attention.by_length(rounds, out)
 
 
 @app.command("outliers")

@@ -11,9 +11,8 @@ from ..attention import SHORT_ROW
 from ..errors import InputError
 from ..progress import progress_bar
 
-# Half as much is as fast within the noise, four times as much is slower
-# (docs/benchmarks.md).
-CORE_TOKENS = 512
+# Half as much is as fast within the noise, twice as much is slower (docs/benchmarks.md).
+CORE_TOKENS = 256
 # Not measured: no GPU was at hand.
 GPU_TOKENS = 16_384
 

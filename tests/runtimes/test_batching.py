@@ -29,7 +29,7 @@ def test_a_row_beyond_the_budget_is_alone():
 
 
 def test_short_and_long_rows_are_apart():
-    lengths = [SHORT_ROW + 1, 3, SHORT_ROW, 900, 4]
+    lengths = [SHORT_ROW + 1, 3, SHORT_ROW, SHORT_ROW + 9, 4]
     assert make_batches(lengths, 10_000) == [[3, 0], [2, 4, 1]]
 
 

@@ -17,7 +17,7 @@ PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
 QUERY = "How do plants turn sunlight into sugar?"
 RAGGED = ["", "Leaves.", "sugar " * 40, "Chlorophyll takes up light.", "x" * 41, "Leaves."]
 # In the test tokenizer, whose tokens are short.
-LONG = ["sugar " * 150, "light " * 200]
+LONG = ["sugar " * 400, "light " * 500]
 # Of a probability, as float32 sums in another order.
 MOST_APART = 1e-5
 
@@ -179,7 +179,7 @@ def test_who_gets_a_continuation(checkpoints, tmp_path, rerankers):
 def test_groups():
     assert group_rows(["a", "b", "a", "c"], [9] * 4) == [[0, 2], [1, 3]]
     assert group_rows(["a", "b"], [9, 9]) == [[0, 1]]
-    assert group_rows(["a"] * 4, [9, 600, SHORT_ROW, SHORT_ROW + 1]) == [[0, 2], [1, 3]]
+    assert group_rows(["a"] * 4, [9, SHORT_ROW + 9, SHORT_ROW, SHORT_ROW + 1]) == [[0, 2], [1, 3]]
     assert group_rows([], []) == []
     rows = [np.array(row) for row in ([1, 2, 3], [1, 2, 3, 4], [1, 2])]
     assert shared_length(rows) == 1

@@ -1,0 +1,103 @@
+"""The three ways of attention on a CPU, by the length of rows: int8 at the 0.6B geometry."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx_ir as ir
+
+from .checkpoint import CACHE, checkpoint
+from .machine import RESULTS, print_table, save
+from .process import export_ours, run
+
+# Each way's limits: tokens of a small row, tokens of a short one.
+WAYS = {"fused": (0, 0), "whole": (1 << 20, 1 << 20), "in four parts": (0, 1 << 20)}
+SHAPES = ((1, 32), (32, 32), (8, 128), (4, 256), (1, 512), (1, 768), (1, 1024))
+RUNS = 3
+
+
+def by_length(rounds: int, results: Path = RESULTS) -> None:
+    """Milliseconds of one graph with attention each way throughout, a process each, in turn.
+
+    Args:
+        rounds: Processes of each way.
+        results: Folder of the results.
+    """
+    source = checkpoint("0.6b")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    spent: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        graph = export_ours(source, Path(temporary), "int8") / "onnx" / "model.onnx"
+        graphs = {way: _with_limits(graph, way, *limits) for way, limits in WAYS.items()}
+        for _ in range(rounds):
+            for way, path in graphs.items():
+                output = run([sys.executable, "-m", "benchmarks.attention", str(path)]).output
+                for shape, each in json.loads(output.splitlines()[-1]).items():
+                    spent[shape, way].append(each)
+    shapes = [f"{batch}x{size}" for batch, size in SHAPES]
+    figures = {
+        shape: {
+            way: {
+                "milliseconds": round(median(spent[shape, way]), 1),
+                "fastest": round(min(spent[shape, way]), 1),
+                "slowest": round(max(spent[shape, way]), 1),
+            }
+            for way in WAYS
+        }
+        for shape in shapes
+    }
+    print_table(
+        ["rows x tokens", *WAYS],
+        [
+            [shape, *("{} ({}, {})".format(*each.values()) for each in ways.values())]
+            for shape, ways in figures.items()
+        ],
+    )
+    save("attention-0.6b-int8", figures, results)
+
+
+def _with_limits(graph: Path, way: str, small: int, short: int) -> Path:
+    """The graph with other limits, beside it."""
+    model = ir.load(graph)
+    compared = [node for node in model.graph if node.op_type == "LessOrEqual"]
+    for node, limit in zip(compared, (short, small), strict=True):
+        tensor = ir.tensor(np.array(limit), name=f"limit_{node.name}")
+        value = ir.Value(name=tensor.name, const_value=tensor)
+        model.graph.register_initializer(value)
+        node.replace_input_with(1, value)
+    path = graph.with_name(f"{way.replace(' ', '-')}.onnx")
+    ir.save(model, path)
+    return path
+
+
+def _measure(graph: Path) -> dict[str, float]:
+    """Milliseconds at each shape, the fastest of some runs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(0)
+    found = {}
+    for batch, size in SHAPES:
+        ids = random.integers(0, 150_000, (batch, size))
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        session.run(None, feeds)
+        spent = []
+        for _ in range(RUNS):
+            began = time.perf_counter()
+            session.run(None, feeds)
+            spent.append(1000 * (time.perf_counter() - began))
+        found[f"{batch}x{size}"] = min(spent)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(Path(sys.argv[1]))))
