@@ -120,7 +120,7 @@ def train_places(
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             expected = torch.stack(
                 [
-                    last_states(embedder, [ids.tolist() for ids in embedding.encode(*each).ids])
+                    last_states(embedder, *_behind(embedding.encode(*each).ids))
                     for each in ((queries, PROMPT), (documents,))
                 ],
                 dim=1,
@@ -327,7 +327,12 @@ def _encode(
     pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids behind the system prompt and the instruction, which all share; and those."""
-    rows = [ids.tolist() for ids in tokenizer.encode(pairs).ids]
+    return _behind(tokenizer.encode(pairs).ids)
+
+
+def _behind(ids: Sequence[np.ndarray]) -> tuple[list[list[int]], list[int]]:
+    """Rows behind what they all begin with; and that."""
+    rows = [row.tolist() for row in ids]
     shared = common_prefix(rows)
     return [row[len(shared) :] for row in rows], shared
 
