@@ -28,7 +28,7 @@ SHOWN = 3
 # What the reranker gets to see of the search, and on how many queries its retrieval is measured:
 # fifty pairs each, every one with the whole template.
 CANDIDATES = 50
-RERANKED_QUERIES = 100
+RERANKED_QUERIES = 200
 MARKER = "demo.txt"
 NEEDED = ("torch", "transformers", "ir_measures", "jinja2", "matplotlib")
 
