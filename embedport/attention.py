@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Tokens of a row, those that it continues counted. Up to here all scores of a row are held at once,
-# beyond it they are not: results differ by rounding, so a batch has short rows or long ones
-# (docs/benchmarks.md has the measurement).
+# Tokens of a row, those that it continues counted, beyond which its attention is fused on a CPU
+# (docs/benchmarks.md has the measurement). The kernels round differently, and 8 bits make more of
+# that: a batch has short rows or long ones.
 SHORT_ROW = 1024

@@ -39,12 +39,12 @@ def count_cores() -> int:
 def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group rows so that rows times the longest of them stays within the budget.
 
+    Short rows and long ones (`SHORT_ROW`) do not share a batch, so that a text's result is the same
+    in any.
+
     Args:
         lengths: Tokens of each row.
         batch_tokens: The budget, padding counted; a longer row is a batch by itself.
-
-    Short rows and long ones (`SHORT_ROW`) do not share a batch, so that a text's result is the same
-    in any.
 
     Returns:
         Batches of row numbers, the longest rows first, so that memory peaks at the start.

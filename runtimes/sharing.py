@@ -41,8 +41,12 @@ class ContinuingModel(Protocol):
 def group_rows(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[list[int]]:
     """Row numbers by key, the keys in their first order; short rows (`SHORT_ROW`), then long ones.
 
-    Rows that have their keys for themselves are one group, the last: they share less, but
-    something.
+    Rows that have their keys for themselves are one group of either kind, its last: they share
+    less, but something.
+
+    Args:
+        keys: What rows of one group have in common.
+        lengths: Tokens of each row.
     """
     found = []
     for short in (True, False):

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from embedport.attention import SHORT_ROW
 from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.exporters.onnx.ort_dialect import SMALL_ROW
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
@@ -48,6 +50,19 @@ def test_one_row_head_is_the_two_token_softmax(artifacts, reference, geometry, d
     reranker = artifacts(geometry, "reranker", dialect=dialect, precision="fp32")
     difference = np.abs(reranker.score(PAIRS) - reference(geometry, "reranker"))
     assert difference.max() <= 1e-6
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_where_attention_changes_its_kernel(artifacts, checkpoints, reference_vectors, geometry):
+    embedder = artifacts(geometry)
+    random = np.random.default_rng(0)
+    sizes = [limit + i for limit in (SMALL_ROW, SHORT_ROW) for i in (0, 1, 2, 3)]
+    rows = [random.integers(0, embedder.facts.vocab_size, size) for size in (1, *sizes)]
+    expected = reference_vectors(checkpoints(geometry), rows)
+    alone = np.concatenate([embedder.embed_rows([ids]) for ids in rows])
+    assert cosines(alone, expected).min() >= LIMITS["fp32"][0]
+    together = embedder.embed_rows(rows, batch_tokens=16_384)
+    np.testing.assert_allclose(together, alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

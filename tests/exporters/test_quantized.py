@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.attention import SHORT_ROW
 from embedport.demo.pipeline import builtin_embedder
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.demo.synthetic import plant_outliers
@@ -46,6 +47,17 @@ def test_a_text_alone_and_in_a_ragged_batch(artifacts, precision, dialect):
     embedder = artifacts("kv8", dialect=dialect, precision=precision)
     together = embedder.encode(TEXTS, batch_tokens=16_384)
     alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
+
+
+def test_short_and_long_rows_in_one_call(artifacts):
+    """Their attention is rounded differently, of which 8 bits make more."""
+    embedder = artifacts("kv8", precision="int8")
+    random = np.random.default_rng(0)
+    sizes = (9, SHORT_ROW - 100, SHORT_ROW, SHORT_ROW + 1)
+    rows = [random.integers(0, embedder.facts.vocab_size, size) for size in sizes]
+    alone = np.concatenate([embedder.embed_rows([ids]) for ids in rows])
+    together = embedder.embed_rows(rows, batch_tokens=16_384)
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
 
 
