@@ -28,7 +28,7 @@ from embedport.prompts import (
 
 from .embedder import Corpus, train_embedder
 from .model import GEOMETRY, common_prefix, load_model, save_model
-from .reranker import join_places, make_reranker, mine, train_answers, train_places
+from .reranker import SAMPLE, join_places, make_reranker, mine, train_answers, train_places
 from .retrieval import write_retrieval
 from .teacher import archive, principal_directions, teach
 from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
@@ -46,8 +46,8 @@ def main(
         "build/demo"
     ),
     embedder_steps: int = 1000,
-    places_steps: int = 850,
-    answers_steps: int = 400,
+    places_steps: int = 2000,
+    answers_steps: int = 800,
     seed: int = 0,
     keep_embedder: Annotated[
         bool, typer.Option("--keep-embedder", help="Use the one that is there.")
@@ -84,8 +84,8 @@ def main(
     train_places(reranker, embedder, texts, tokenizers, steps=places_steps, seed=seed)
     say("the reranker makes the vectors of a pair's two texts")
     lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
-    join_places(reranker, [(each.query, each.document) for each in lists[:64]], pairs)
-    train_answers(reranker, lists, corpus, pairs, steps=answers_steps, seed=seed)
+    join_places(reranker, [(each.query, each.documents[0]) for each in lists[:SAMPLE]], pairs)
+    train_answers(reranker, lists, pairs, steps=answers_steps, seed=seed)
     save_model(reranker, out / "reranker", "reranker", tokenizer)
     say(f"the reranker is trained on {len(lists)} lists")
 
