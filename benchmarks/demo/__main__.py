@@ -27,7 +27,7 @@ from embedport.prompts import (
 )
 
 from .embedder import Corpus, train_embedder
-from .model import GEOMETRY, common_prefix, load_model, save_model
+from .model import GEOMETRY, load_model, save_model, split_prefix
 from .reranker import SAMPLE, join_places, make_reranker, mine, train_answers, train_places
 from .retrieval import write_retrieval
 from .teacher import archive, principal_directions, teach
@@ -129,12 +129,11 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
     ]
     everything = list(dict.fromkeys(taught + others))
     tokenize = EmbeddingTokenizer(_save(tokenizer, work), MAX_TOKENS)
-    queries = [ids.tolist() for ids in tokenize.encode(everything, PROMPT).ids]
+    queries, shared = split_prefix(tokenize.encode(everything, PROMPT).ids)
     documents = [ids.tolist() for ids in tokenize.encode(everything).ids]
-    shared = common_prefix(queries)
     corpus = Corpus(
         prompt=shared,
-        queries=dict(zip(everything, (row[len(shared) :] for row in queries), strict=True)),
+        queries=dict(zip(everything, queries, strict=True)),
         documents=dict(zip(everything, documents, strict=True)),
         targets=targets[: len(taught)],
         index={text: i for i, text in enumerate(taught)},

@@ -102,11 +102,13 @@ def chunk_states(
         yield chunk.tolist(), out.last_hidden_state
 
 
-def common_prefix(rows: Sequence[list[int]]) -> list[int]:
-    """The token ids that all rows begin with."""
+def split_prefix(ids: Sequence[np.ndarray]) -> tuple[list[list[int]], list[int]]:
+    """Rows of token ids behind what they all begin with; and that."""
+    rows = [row.tolist() for row in ids]
     first, last = min(rows), max(rows)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return [token for token, _ in same]
+    shared = [token for token, _ in same]
+    return [row[len(shared) :] for row in rows], shared
 
 
 def load_model(folder: Path) -> Qwen3Model:

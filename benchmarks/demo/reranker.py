@@ -41,7 +41,7 @@ from embedport.prompts import (
 )
 
 from .embedder import TEMPERATURE, Corpus, encode, rate
-from .model import GEOMETRY, chunk_states, common_prefix, last_states, make_model
+from .model import GEOMETRY, chunk_states, last_states, make_model, split_prefix
 from .wordnet import Synset
 
 LAYERS = 4
@@ -82,13 +82,13 @@ class Ranked:
     """A query with its document and what the embedder ranked high for it beside that.
 
     Of a pair that the embedder was trained on, it is not known how high it would rank a new one's
-    document: there the truth teaches nothing.
+    document: there the opinion alone is the goal.
 
     Attributes:
         query: The text that asks.
         documents: The right one, then the others.
         opinion: The cosines by which they should be ranked, float32 [documents]: the teacher's of
-            definitions, the embedder's own of examples, where the teacher is no better.
+            definitions, the embedder's own of examples, which the teacher's made worse.
         seen: The embedder was trained on the pair.
     """
 
@@ -131,7 +131,9 @@ def train_places(
     generator = np.random.default_rng(seed)
     crops = [_crop(texts, generator) for _ in range(CROPS)]
     as_query, as_document = (
-        torch.from_numpy(encode(embedder, *_behind(embedding.encode(crops, prompt).ids)))[:, :HALF]
+        torch.from_numpy(encode(embedder, *split_prefix(embedding.encode(crops, prompt).ids)))[
+            :, :HALF
+        ]
         for prompt in (PROMPT, "")
     )
     model.train()
@@ -355,14 +357,7 @@ def _encode(
     pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids behind the system prompt and the instruction, which all share; and those."""
-    return _behind(tokenizer.encode(pairs).ids)
-
-
-def _behind(ids: Sequence[np.ndarray]) -> tuple[list[list[int]], list[int]]:
-    """Rows behind what they all begin with; and that."""
-    rows = [row.tolist() for row in ids]
-    shared = common_prefix(rows)
-    return [row[len(shared) :] for row in rows], shared
+    return split_prefix(tokenizer.encode(pairs).ids)
 
 
 def _answers(
