@@ -74,14 +74,12 @@ def main(
     say("the held-out set is written")
     pairs = RerankerTokenizer(_save(tokenizer, work), MAX_TOKENS)
     reranker = make_reranker(embedder, tokenizer, seed)
-    texts = [
-        text
-        for part in (split.embedder, split.reranker)
-        for each in part
-        for text in texts_of(each)
-    ]
+    known = [*split.embedder, *split.reranker]
+    definitions = [each.definition for each in known]
+    asks = [*(each.query for each in known), *definitions]
+    answers = [*definitions, *(text for each in known for text in each.examples)]
     tokenizers = (EmbeddingTokenizer(work / "tokenizer.json", MAX_TOKENS), pairs)
-    train_places(reranker, embedder, texts, tokenizers, steps=places_steps, seed=seed)
+    train_places(reranker, embedder, (asks, answers), tokenizers, steps=places_steps, seed=seed)
     say("the reranker makes the vectors of a pair's two texts")
     lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
     join_places(reranker, [(each.query, each.documents[0]) for each in lists[:SAMPLE]], pairs)

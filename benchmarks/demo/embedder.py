@@ -16,6 +16,8 @@ from .wordnet import Synset
 
 DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
 TEMPERATURE = 0.05
+# Of the distance to the teacher, whose gradients are small beside InfoNCE's.
+DISTANCE_WEIGHT = 8.0
 PAIRS = 384
 LEARNING_RATE = 2e-3
 WARM_UP = 100
@@ -69,7 +71,7 @@ def train_embedder(
     for step, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
         contrast, distance = _losses(model, pairs, corpus)
         optimizer.zero_grad()
-        (contrast + distance).backward()
+        (contrast + DISTANCE_WEIGHT * distance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -24,7 +24,6 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.functional import (
     binary_cross_entropy_with_logits,
-    cosine_similarity,
     cross_entropy,
     normalize,
 )
@@ -53,10 +52,14 @@ HALF = WIDTH // 2
 # The last coordinates of a state say whether its token is a query's place, a document's, or any.
 MARKS = (WIDTH - 3, WIDTH - 2, WIDTH - 1)
 MARK = 4.0
+# Length of the vectors that are made: lengths that differ would change the ranking.
+LENGTH = 8.0
 # Coordinates of a head that the rotary embedding turns least.
 SLOW = (HEAD // 2 - 1, HEAD - 1, HEAD // 2 - 2)
 # Gain of the queries and keys that look for the marks.
 SHARP = 2.0
+# How much louder what they fetch is than what was there.
+LOUD = 16.0
 # Of the first stage: texts whose vectors are known, and pairs of them a step.
 CROPS = 48_000
 PAIRS = 96
@@ -116,7 +119,7 @@ def make_reranker(embedder: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Qwen
 def train_places(
     model: Qwen3Model,
     embedder: Qwen3Model,
-    texts: Sequence[str],
+    texts: tuple[Sequence[str], Sequence[str]],
     tokenizers: tuple[EmbeddingTokenizer, RerankerTokenizer],
     *,
     steps: int,
@@ -126,24 +129,31 @@ def train_places(
 
     Any two texts stand in one: neither vector can be guessed from the other, and there are more
     pairs than can be learnt by heart.
+
+    Args:
+        model: Of `make_reranker`.
+        embedder: Makes the vectors that are learnt.
+        texts: What may be a query, and what may be a document.
+        tokenizers: The embedder's and the reranker's.
+        steps: Of `PAIRS` pairs.
+        seed: Of the pairs.
     """
     embedding, pairing = tokenizers
     generator = np.random.default_rng(seed)
-    crops = [_crop(texts, generator) for _ in range(CROPS)]
-    as_query, as_document = (
-        torch.from_numpy(encode(embedder, *split_prefix(embedding.encode(crops, prompt).ids)))[
-            :, :HALF
-        ]
-        for prompt in (PROMPT, "")
-    )
+    queries, documents = ([_crop(some, generator) for _ in range(CROPS)] for some in texts)
+    vectors = [
+        encode(embedder, *split_prefix(embedding.encode(crops, prompt).ids))[:, :HALF]
+        for crops, prompt in ((queries, PROMPT), (documents, ""))
+    ]
+    asking, answering = (normalize(torch.from_numpy(each), dim=-1) for each in vectors)
     model.train()
     _last_layer(model).requires_grad_(False)
     optimizer = _Optimizer(model, PLACES_RATE, steps)
     for _ in range(steps):
         asks, answers = generator.integers(CROPS, size=(2, PAIRS))
-        pairs = [(crops[q], crops[d]) for q, d in zip(asks, answers, strict=True)]
+        pairs = [(queries[q], documents[d]) for q, d in zip(asks, answers, strict=True)]
         rows, shared = _encode(pairs, pairing)
-        expected = torch.stack([as_query[asks], as_document[answers]], dim=1)
+        expected = torch.stack([asking[asks], answering[answers]], dim=1)
         distances, marks = [], []
         with torch.autocast("cpu", torch.bfloat16):
             front = model(torch.tensor([shared])).last_hidden_state
@@ -152,19 +162,19 @@ def train_places(
                 wanted = _marks([rows[i] for i in chunk], pairing.tokenizer)
                 share = len(chunk) / len(rows)
                 for place in (0, 1):
-                    found = states[wanted[..., place] > 0][:, :HALF].float()
-                    cosines = cosine_similarity(found, expected[chunk, place], dim=-1)
-                    distances.append((1 - cosines.mean()) * share / 2)
+                    found = states[wanted[..., place] > 0][:, :HALF].float() / LENGTH
+                    errors = (found - expected[chunk, place]).square().sum(-1)
+                    distances.append(errors.mean() * share / 2)
                 marks.append((states[..., MARKS] - wanted).square().mean() * share)
         optimizer.step(torch.stack(distances).sum(), torch.stack(marks).sum())
     _last_layer(model).requires_grad_(True)
 
 
 def _crop(texts: Sequence[str], generator: np.random.Generator) -> str:
-    """A text, or every other time some words of one that stand together."""
+    """A text, or every fourth time some words of one that stand together."""
     text = texts[int(generator.integers(len(texts)))]
     words = text.split()
-    if generator.random() < 0.5:
+    if generator.random() < 0.75:
         return text
     start, end = sorted(generator.integers(0, len(words) + 1, 2))
     return " ".join(words[start:end]) or text
@@ -219,7 +229,7 @@ def join_places(
             out[:, rows] = part[:, start : start + HEAD]
         # What is fetched drowns what was there, and says nothing about "yes" by itself.
         out -= torch.outer(difference, difference @ out) / (difference @ difference)
-        attention.o_proj.weight.copy_(4 * size * out)
+        attention.o_proj.weight.copy_(LOUD * size * out)
         mlp.gate_proj.weight[: 2 * HALF] = torch.cat([part[:HALF], -part[:HALF]])
         mlp.up_proj.weight[: 2 * HALF] = torch.cat([part[HALF:], part[HALF:]])
         answer = difference / (difference @ difference) * size / HALF
