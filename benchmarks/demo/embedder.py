@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import Qwen3Model
 
-from .model import GEOMETRY, last_states, make_model
+from .model import GEOMETRY, compile_parts, last_states, make_model
 from .wordnet import Synset
 
 DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
@@ -62,6 +62,7 @@ def train_embedder(
 ) -> Qwen3Model:
     """Train, beginning with the teacher's vectors of the tokens; prints the losses as it goes."""
     model = make_model(table, seed)
+    compile_parts(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )

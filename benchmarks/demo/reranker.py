@@ -3,11 +3,12 @@
 Comparing two texts is hard to discover by gradient descent from "yes" and "no" alone. So the model
 begins as the embedder with one layer more. The first stage teaches it, in one text, to make the
 embedder's vector of the query behind the query, and that of the document behind the document, and
-to mark the two places. Then the last layer is made to fetch both and to add their inner product to
-"yes". The second stage trains everything on what the embedder itself ranks high: of texts that are
-new to it against the truth and the teacher's opinion, of others against an opinion alone. What is
-kept is a mean of the model before and after it, which is better than either (Wortsman et al.,
-"Robust fine-tuning of zero-shot models", 2022).
+to mark the two places. What the embedder has at the tokens between is learnt too: there are many of
+them, and each shows which tokens belong together. Then the last layer is made to fetch both vectors
+and to add their inner product to "yes". The second stage trains everything on what the embedder
+itself ranks high: of texts that are new to it against the truth and the teacher's opinion, of
+others against an opinion alone. What is kept is a mean of the model before and after it, which is
+better than either (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
 
 Many steps of few pairs teach far more in an hour than few steps of many.
 """
@@ -40,13 +41,22 @@ from embedport.prompts import (
 )
 
 from .embedder import TEMPERATURE, Corpus, encode, rate
-from .model import GEOMETRY, chunk_states, last_states, make_model, split_prefix
+from .model import (
+    GEOMETRY,
+    chunk_states,
+    common_prefix,
+    compile_parts,
+    last_states,
+    make_model,
+    split_prefix,
+)
 from .wordnet import Synset
 
 LAYERS = 4
 PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 # Tokens behind the query and behind the document, at which their vectors are made.
 QUERY_PLACE, DOCUMENT_PLACE = "<Document", "</think>"
+END_OF_MESSAGE = "<|im_end|>"
 WIDTH, HEAD = GEOMETRY.hidden_size, GEOMETRY.head_dim
 HALF = WIDTH // 2
 # The last coordinates of a state say whether its token is a query's place, a document's, or any.
@@ -56,6 +66,8 @@ MARK = 4.0
 LENGTH = 8.0
 # Coordinates of a head that the rotary embedding turns least.
 SLOW = (HEAD // 2 - 1, HEAD - 1, HEAD // 2 - 2)
+# Of the vectors at the tokens between, beside those at the two places.
+TOKENS_WEIGHT = 1.0
 # Gain of the queries and keys that look for the marks.
 SHARP = 2.0
 # How much louder what they fetch is than what was there.
@@ -141,32 +153,35 @@ def train_places(
     embedding, pairing = tokenizers
     generator = np.random.default_rng(seed)
     queries, documents = ([_crop(some, generator) for _ in range(CROPS)] for some in texts)
-    vectors = [
-        encode(embedder, *split_prefix(embedding.encode(crops, prompt).ids))[:, :HALF]
-        for crops, prompt in ((queries, PROMPT), (documents, ""))
-    ]
-    asking, answering = (normalize(torch.from_numpy(each), dim=-1) for each in vectors)
+    asking = _read(embedder, queries, PROMPT, embedding)
+    answering = _read(embedder, documents, "", embedding)
     model.train()
     _last_layer(model).requires_grad_(False)
+    compile_parts(model)
     optimizer = _Optimizer(model, PLACES_RATE, steps)
     for _ in range(steps):
-        asks, answers = generator.integers(CROPS, size=(2, PAIRS))
-        pairs = [(queries[q], documents[d]) for q, d in zip(asks, answers, strict=True)]
-        rows, shared = _encode(pairs, pairing)
-        expected = torch.stack([asking[asks], answering[answers]], dim=1)
-        distances, marks = [], []
+        chosen = generator.integers(CROPS, size=(PAIRS, 2))
+        rows, shared = _encode([(queries[q], documents[d]) for q, d in chosen], pairing)
+        known = [(asking[q], answering[d]) for q, d in chosen]
+        distances, hints, marks = [], [], []
         with torch.autocast("cpu", torch.bfloat16):
             front = model(torch.tensor([shared])).last_hidden_state
             marks.append((front[..., MARKS] - torch.tensor([0.0, 0.0, 1.0])).square().mean())
             for chunk, states in chunk_states(model, rows, shared):
-                wanted = _marks([rows[i] for i in chunk], pairing.tokenizer)
                 share = len(chunk) / len(rows)
-                for place in (0, 1):
-                    found = states[wanted[..., place] > 0][:, :HALF].float() / LENGTH
-                    errors = (found - expected[chunk, place]).square().sum(-1)
-                    distances.append(errors.mean() * share / 2)
-                marks.append((states[..., MARKS] - wanted).square().mean() * share)
-        optimizer.step(torch.stack(distances).sum(), torch.stack(marks).sum())
+                goals = _goals(
+                    [rows[i] for i in chunk], [known[i] for i in chunk], pairing.tokenizer
+                )
+                marks.append((states[..., MARKS] - goals.marks).square().mean() * share)
+                found = states[goals.rows, goals.columns, :HALF].float() / LENGTH
+                errors = (found - goals.vectors).square().sum(-1)
+                distances.append(errors[goals.at_place].mean() * share)
+                hints.append(errors[~goals.at_place].mean() * share)
+        optimizer.step(
+            torch.stack(distances).sum(),
+            TOKENS_WEIGHT * torch.stack(hints).sum(),
+            torch.stack(marks).sum(),
+        )
     _last_layer(model).requires_grad_(True)
 
 
@@ -180,15 +195,70 @@ def _crop(texts: Sequence[str], generator: np.random.Generator) -> str:
     return " ".join(words[start:end]) or text
 
 
-def _marks(rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> torch.Tensor:
-    """What `MARKS` should hold: float32 [rows, longest, 3]."""
-    places = [_token(tokenizer, place) for place in (QUERY_PLACE, DOCUMENT_PLACE)]
+@dataclass(frozen=True)
+class _Text:
+    """A text as the embedder reads it.
+
+    Attributes:
+        ids: Its tokens behind the prompt, the end of the text last.
+        vectors: Unit vectors of the tokens' states, float16 [tokens, HALF]; the text's own is last.
+    """
+
+    ids: Sequence[int]
+    vectors: torch.Tensor
+
+
+def _read(
+    embedder: Qwen3Model, texts: Sequence[str], prompt: str, tokenizer: EmbeddingTokenizer
+) -> list[_Text]:
+    rows, shared = split_prefix(tokenizer.encode(texts, prompt).ids)
+    found: dict[int, _Text] = {}
+    with torch.inference_mode():
+        for chunk, states in chunk_states(embedder, rows, shared):
+            units = normalize(states[..., :HALF], dim=-1).half()
+            for number, unit in zip(chunk, units, strict=True):
+                found[number] = _Text(rows[number], unit[: len(rows[number])].clone())
+    return [found[number] for number in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class _Goals:
+    """What the first stage teaches some rows.
+
+    Attributes:
+        rows, columns: Of the tokens at which vectors are learnt.
+        vectors: Those, float32 [tokens, HALF].
+        at_place: Which of them are at the two places, bool [tokens].
+        marks: What `MARKS` should hold, float32 [rows, longest, 3].
+    """
+
+    rows: list[int]
+    columns: list[int]
+    vectors: torch.Tensor
+    at_place: torch.Tensor
+    marks: torch.Tensor
+
+
+def _goals(
+    rows: Sequence[list[int]], pairs: Sequence[tuple[_Text, _Text]], tokenizer: Tokenizer
+) -> _Goals:
+    query_place, document_place = _token(tokenizer, QUERY_PLACE), _token(tokenizer, DOCUMENT_PLACE)
+    end_of_message = _token(tokenizer, END_OF_MESSAGE)
     marks = torch.zeros(len(rows), max(map(len, rows)), len(MARKS))
     marks[..., 2] = 1
-    for number, row in enumerate(rows):
-        for place, token in enumerate(places):
-            marks[number, row.index(token), place] = MARK
-    return marks
+    numbers, columns, vectors, at_place = [], [], [], []
+    for number, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
+        places = row.index(query_place), row.index(document_place)
+        ends = places[0] - 1, row.index(end_of_message)  # a line ends behind the query
+        for mark, (place, end, text) in enumerate(zip(places, ends, pair, strict=True)):
+            marks[number, place, mark] = MARK
+            # A text's first word may be other tokens here.
+            same = len(common_prefix(row[:end][::-1], text.ids[-2::-1]))
+            numbers += [number] * (same + 1)
+            columns += [*range(end - same, end), place]
+            vectors.append(text.vectors[-1 - same :].float())
+            at_place += [False] * same + [True]
+    return _Goals(numbers, columns, torch.cat(vectors), torch.tensor(at_place), marks)
 
 
 def join_places(
@@ -249,6 +319,7 @@ def train_answers(
     """The second stage, in place, and its mean with the model before it; prints the losses."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
+    compile_parts(model)
     optimizer = _Optimizer(model, ANSWERS_RATE, steps)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     truth = torch.zeros(LISTS, LIST)
