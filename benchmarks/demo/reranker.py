@@ -89,7 +89,7 @@ ANSWERS_RATE = 2e-4
 # Of the running mean of the weights in the second stage.
 DECAY = 0.99
 # Of the model after the second stage in what is kept.
-SHARE = 0.5
+SHARE = 0.7
 
 
 @dataclass(frozen=True)
