@@ -26,15 +26,20 @@ from embedport.prompts import (
     reranker_body,
 )
 
+from .answers import mine, train_answers
 from .embedder import Corpus, train_embedder
+from .joining import join_places
 from .model import GEOMETRY, load_model, save_model, split_prefix
-from .reranker import SAMPLE, join_places, make_reranker, mine, train_answers, train_places
+from .places import train_places
+from .reranker import make_reranker
 from .retrieval import write_retrieval
 from .teacher import archive, principal_directions, teach
 from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
 
 VOCABULARY = 6144
 HELD_OUT = 3000
+# Pairs from whose scores their spread is learnt.
+SAMPLE = 64
 MAX_TOKENS = GEOMETRY.max_position_embeddings
 DEMO = Path(__file__).parents[2] / "embedport" / "demo"
 PROMPT = query_prompt(DEFAULT_INSTRUCTION)

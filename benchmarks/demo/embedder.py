@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import Qwen3Model
 
 from .model import GEOMETRY, compile_parts, last_states, make_model
+from .optimizer import Optimizer
 from .wordnet import Synset
 
 DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
@@ -20,7 +20,6 @@ TEMPERATURE = 0.05
 DISTANCE_WEIGHT = 8.0
 PAIRS = 384
 LEARNING_RATE = 2e-3
-WARM_UP = 100
 ROWS = 4096
 
 
@@ -63,35 +62,11 @@ def train_embedder(
     """Train, beginning with the teacher's vectors of the tokens; prints the losses as it goes."""
     model = make_model(table, seed)
     compile_parts(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
-    began = time.perf_counter()
-    shown = []
-    for step, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
+    optimizer = Optimizer(model, LEARNING_RATE, steps, "embedder")
+    for _, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
         contrast, distance = _losses(model, pairs, corpus)
-        optimizer.zero_grad()
-        (contrast + DISTANCE_WEIGHT * distance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        shown.append((contrast.item(), distance.item()))
-        if (step + 1) % 50 == 0:
-            means = np.mean(shown[-50:], axis=0)
-            print(
-                f"embedder {step + 1}/{steps}: InfoNCE {means[0]:.3f}, distance to the teacher "
-                f"{means[1]:.3f}, {time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
+        optimizer.step(contrast, DISTANCE_WEIGHT * distance)
     return model.eval()
-
-
-def rate(step: int, steps: int, warm_up: int = WARM_UP) -> float:
-    """Linear warm-up, then a cosine down to nothing."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + float(np.cos(np.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
 def pair_batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, str]]]:

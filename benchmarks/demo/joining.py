@@ -1,0 +1,83 @@
+"""Between the reranker's stages: its last layer is made, not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import Qwen3Model
+
+from embedport.prompts import RerankerTokenizer
+
+from .model import GEOMETRY
+from .reranker import HALF, LAYERS, MARKS, WIDTH, answer_of, answers_of, last_layer
+
+HEAD = GEOMETRY.head_dim
+# Coordinates of a head that the rotary embedding turns least.
+SLOW = (HEAD // 2 - 1, HEAD - 1, HEAD // 2 - 2)
+# Gain of the queries and keys that look for the marks.
+SHARP = 2.0
+# How much louder what they fetch is than what was there.
+LOUD = 16.0
+# Standard deviation of the scores.
+SPREAD = 2.0
+
+
+def join_places(
+    model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
+) -> None:
+    """Make the last layer fetch both vectors and add their inner product to "yes".
+
+    Its heads look for the marks. Its SwiGLU multiplies: silu(q) d - silu(-q) d = q d, for each
+    coordinate of the vectors' first halves.
+
+    Args:
+        model: With its first stage behind it.
+        pairs: Some pairs, from whose scores their spread is learnt.
+        tokenizer: Of the pairs.
+    """
+    last, gains = last_layer(model), model.norm.weight.detach()
+    attention, mlp = last.self_attn, last.mlp
+    model.eval()
+    size = _size_of_states(model, pairs, tokenizer)
+    difference = gains * answer_of(model, tokenizer.tokenizer).detach()
+    part = torch.eye(WIDTH)
+    with torch.no_grad():
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight.fill_(SHARP)
+        at_query, at_document, anywhere = part[list(MARKS)] * gains
+        keys = torch.zeros(HEAD, WIDTH)
+        keys[list(SLOW)] = torch.stack([at_query, at_document, anywhere])
+        attention.k_proj.weight.copy_(keys.repeat(GEOMETRY.num_kv_heads, 1))
+        attention.v_proj.weight.copy_(part[:HALF] * gains)
+        out = torch.zeros(WIDTH, GEOMETRY.num_heads * HEAD)
+        for head in range(GEOMETRY.num_heads):
+            group, place = divmod(head, 2)
+            queries = torch.zeros(HEAD, WIDTH)
+            queries[SLOW[place]], queries[SLOW[2]] = anywhere, -0.5 * anywhere
+            rows = slice(head * HEAD, (head + 1) * HEAD)
+            attention.q_proj.weight[rows] = queries
+            start = place * HALF + group * HEAD
+            out[:, rows] = part[:, start : start + HEAD]
+        # What is fetched drowns what was there, and says nothing about "yes" by itself.
+        out -= torch.outer(difference, difference @ out) / (difference @ difference)
+        attention.o_proj.weight.copy_(LOUD * size * out)
+        mlp.gate_proj.weight[: 2 * HALF] = torch.cat([part[:HALF], -part[:HALF]])
+        mlp.up_proj.weight[: 2 * HALF] = torch.cat([part[HALF:], part[HALF:]])
+        answer = difference / (difference @ difference) * size / HALF
+        mlp.down_proj.weight[:, :HALF] = answer[:, None]
+        mlp.down_proj.weight[:, HALF : 2 * HALF] = -answer[:, None]
+        mlp.down_proj.weight.mul_(SPREAD / answers_of(model, pairs, tokenizer).std())
+
+
+def _size_of_states(
+    model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
+) -> float:
+    """Root mean square of the last tokens' states before the last layer, pairs' mean."""
+    sizes = []
+    with torch.inference_mode():
+        for ids in tokenizer.encode(pairs).ids:
+            found = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states
+            sizes.append(found[LAYERS - 1][0, -1].square().mean().sqrt().item())
+    return float(np.mean(sizes))

@@ -1,0 +1,179 @@
+"""The reranker's first stage: the embedder's vectors of two texts, made in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.nn.functional import normalize
+from transformers import Qwen3Model
+
+from embedport.prompts import (
+    DEFAULT_INSTRUCTION,
+    EmbeddingTokenizer,
+    RerankerTokenizer,
+    query_prompt,
+)
+
+from .model import chunk_states, common_prefix, compile_parts, split_prefix
+from .optimizer import Optimizer
+from .reranker import (
+    DOCUMENT_PLACE,
+    HALF,
+    MARKS,
+    QUERY_PLACE,
+    encode_pairs,
+    last_layer,
+    token_of,
+)
+
+PROMPT = query_prompt(DEFAULT_INSTRUCTION)
+END_OF_MESSAGE = "<|im_end|>"
+MARK = 4.0
+# Length of the vectors that are made: lengths that differ would change the ranking.
+LENGTH = 8.0
+# Of the vectors at the tokens between, beside those at the two places.
+TOKENS_WEIGHT = 1.0
+# Texts whose vectors are known, and pairs of them a step.
+CROPS = 48_000
+PAIRS = 96
+LEARNING_RATE = 2e-3
+
+
+def train_places(
+    model: Qwen3Model,
+    embedder: Qwen3Model,
+    texts: tuple[Sequence[str], Sequence[str]],
+    tokenizers: tuple[EmbeddingTokenizer, RerankerTokenizer],
+    *,
+    steps: int,
+    seed: int,
+) -> None:
+    """The first stage, in place, all layers but the last; prints the losses as it goes.
+
+    Any two texts stand in one: neither vector can be guessed from the other, and there are more
+    pairs than can be learnt by heart.
+
+    Args:
+        model: Of `make_reranker`.
+        embedder: Makes the vectors that are learnt.
+        texts: What may be a query, and what may be a document.
+        tokenizers: The embedder's and the reranker's.
+        steps: Of `PAIRS` pairs.
+        seed: Of the pairs.
+    """
+    embedding, pairing = tokenizers
+    generator = np.random.default_rng(seed)
+    queries, documents = ([_crop(some, generator) for _ in range(CROPS)] for some in texts)
+    asking = _read(embedder, queries, PROMPT, embedding)
+    answering = _read(embedder, documents, "", embedding)
+    model.train()
+    last_layer(model).requires_grad_(False)
+    compile_parts(model)
+    optimizer = Optimizer(model, LEARNING_RATE, steps, "places")
+    for _ in range(steps):
+        chosen = generator.integers(CROPS, size=(PAIRS, 2))
+        rows, shared = encode_pairs([(queries[q], documents[d]) for q, d in chosen], pairing)
+        known = [(asking[q], answering[d]) for q, d in chosen]
+        distances, hints, marks = [], [], []
+        with torch.autocast("cpu", torch.bfloat16):
+            front = model(torch.tensor([shared])).last_hidden_state
+            marks.append((front[..., MARKS] - torch.tensor([0.0, 0.0, 1.0])).square().mean())
+            for chunk, states in chunk_states(model, rows, shared):
+                share = len(chunk) / len(rows)
+                goals = _goals(
+                    [rows[i] for i in chunk], [known[i] for i in chunk], pairing.tokenizer
+                )
+                marks.append((states[..., MARKS] - goals.marks).square().mean() * share)
+                found = states[goals.rows, goals.columns, :HALF].float() / LENGTH
+                errors = (found - goals.vectors).square().sum(-1)
+                distances.append(errors[goals.at_place].mean() * share)
+                hints.append(errors[~goals.at_place].mean() * share)
+        optimizer.step(
+            torch.stack(distances).sum(),
+            TOKENS_WEIGHT * torch.stack(hints).sum(),
+            torch.stack(marks).sum(),
+        )
+    last_layer(model).requires_grad_(True)
+
+
+def _crop(texts: Sequence[str], generator: np.random.Generator) -> str:
+    """A text, or every fourth time some words of one that stand together."""
+    text = texts[int(generator.integers(len(texts)))]
+    words = text.split()
+    if generator.random() < 0.75:
+        return text
+    start, end = sorted(generator.integers(0, len(words) + 1, 2))
+    return " ".join(words[start:end]) or text
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text as the embedder reads it.
+
+    Attributes:
+        ids: Its tokens behind the prompt, the end of the text last.
+        vectors: Unit vectors of the tokens' states, float16 [tokens, HALF]; the text's own is last.
+    """
+
+    ids: Sequence[int]
+    vectors: torch.Tensor
+
+
+def _read(
+    embedder: Qwen3Model, texts: Sequence[str], prompt: str, tokenizer: EmbeddingTokenizer
+) -> list[_Text]:
+    rows, shared = split_prefix(tokenizer.encode(texts, prompt).ids)
+    found: dict[int, _Text] = {}
+    with torch.inference_mode():
+        for chunk, states in chunk_states(embedder, rows, shared):
+            units = normalize(states[..., :HALF], dim=-1).half()
+            for number, unit in zip(chunk, units, strict=True):
+                found[number] = _Text(rows[number], unit[: len(rows[number])].clone())
+    return [found[number] for number in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class _Goals:
+    """What the first stage teaches some rows.
+
+    Attributes:
+        rows, columns: Of the tokens at which vectors are learnt.
+        vectors: Those, float32 [tokens, HALF].
+        at_place: Which of them are at the two places, bool [tokens].
+        marks: What `MARKS` should hold, float32 [rows, longest, 3].
+    """
+
+    rows: list[int]
+    columns: list[int]
+    vectors: torch.Tensor
+    at_place: torch.Tensor
+    marks: torch.Tensor
+
+
+def _goals(
+    rows: Sequence[list[int]], pairs: Sequence[tuple[_Text, _Text]], tokenizer: Tokenizer
+) -> _Goals:
+    query_place, document_place = (
+        token_of(tokenizer, QUERY_PLACE),
+        token_of(tokenizer, DOCUMENT_PLACE),
+    )
+    end_of_message = token_of(tokenizer, END_OF_MESSAGE)
+    marks = torch.zeros(len(rows), max(map(len, rows)), len(MARKS))
+    marks[..., 2] = 1
+    numbers, columns, vectors, at_place = [], [], [], []
+    for number, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
+        places = row.index(query_place), row.index(document_place)
+        ends = places[0] - 1, row.index(end_of_message)  # a line ends behind the query
+        for mark, (place, end, text) in enumerate(zip(places, ends, pair, strict=True)):
+            marks[number, place, mark] = MARK
+            # A text's first word may be other tokens here.
+            same = len(common_prefix(row[:end][::-1], text.ids[-2::-1]))
+            numbers += [number] * (same + 1)
+            columns += [*range(end - same, end), place]
+            vectors.append(text.vectors[-1 - same :].float())
+            at_place += [False] * same + [True]
+    return _Goals(numbers, columns, torch.cat(vectors), torch.tensor(at_place), marks)
