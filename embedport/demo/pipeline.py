@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
 PRECISIONS = ("fp32", "int8")
-QUERIES = ("fierce, savage", "a device for measuring temperature", "to travel through water")
+QUERIES = ("happy, joyful", "a boat with sails", "to speak very quietly")
 SHOWN = 3
 # What the reranker gets to see of the search.
 CANDIDATES = 50
