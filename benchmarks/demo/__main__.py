@@ -17,17 +17,15 @@ from tokenizers import Tokenizer
 
 from embedport.demo.synthetic import train_tokenizer
 from embedport.prompts import (
-    DEFAULT_INSTRUCTION,
     RERANKER_PREFIX,
     RERANKER_SUFFIX,
     EmbeddingTokenizer,
     RerankerTokenizer,
-    query_prompt,
     reranker_body,
 )
 
 from .answers import mine, train_answers
-from .embedder import Corpus, train_embedder
+from .embedder import PROMPT, Corpus, train_embedder
 from .joining import join_places
 from .model import GEOMETRY, load_model, save_model, split_prefix
 from .places import train_places
@@ -42,7 +40,6 @@ HELD_OUT = 3000
 SAMPLE = 64
 MAX_TOKENS = GEOMETRY.max_position_embeddings
 DEMO = Path(__file__).parents[2] / "embedport" / "demo"
-PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 
 
 def main(

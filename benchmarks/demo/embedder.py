@@ -10,10 +10,13 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import Qwen3Model
 
+from embedport.prompts import DEFAULT_INSTRUCTION, query_prompt
+
 from .model import GEOMETRY, compile_parts, last_states, make_model
 from .optimizer import Optimizer
 from .wordnet import Synset
 
+PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
 TEMPERATURE = 0.05
 # Of the distance to the teacher, whose gradients are small beside InfoNCE's.

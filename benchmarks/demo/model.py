@@ -118,7 +118,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 
 def compile_parts(model: Qwen3Model) -> None:
-    """Compile what is between the products of attention: a training step is an eighth faster.
+    """Compile norms and MLPs: a step of the embedder's training is about a tenth faster.
 
     It needs a C++ compiler and takes a quarter of a minute.
     """

@@ -11,13 +11,9 @@ from tokenizers import Tokenizer
 from torch.nn.functional import normalize
 from transformers import Qwen3Model
 
-from embedport.prompts import (
-    DEFAULT_INSTRUCTION,
-    EmbeddingTokenizer,
-    RerankerTokenizer,
-    query_prompt,
-)
+from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer
 
+from .embedder import PROMPT
 from .model import chunk_states, common_prefix, compile_parts, split_prefix
 from .optimizer import Optimizer
 from .reranker import (
@@ -30,7 +26,6 @@ from .reranker import (
     token_of,
 )
 
-PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 END_OF_MESSAGE = "<|im_end|>"
 MARK = 4.0
 # Length of the vectors that are made: lengths that differ would change the ranking.
@@ -157,10 +152,8 @@ class _Goals:
 def _goals(
     rows: Sequence[list[int]], pairs: Sequence[tuple[_Text, _Text]], tokenizer: Tokenizer
 ) -> _Goals:
-    query_place, document_place = (
-        token_of(tokenizer, QUERY_PLACE),
-        token_of(tokenizer, DOCUMENT_PLACE),
-    )
+    query_place = token_of(tokenizer, QUERY_PLACE)
+    document_place = token_of(tokenizer, DOCUMENT_PLACE)
     end_of_message = token_of(tokenizer, END_OF_MESSAGE)
     marks = torch.zeros(len(rows), max(map(len, rows)), len(MARKS))
     marks[..., 2] = 1

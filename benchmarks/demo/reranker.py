@@ -7,8 +7,8 @@ to mark the two places. What the embedder has at the tokens between is learnt to
 them, and each shows which tokens belong together. Then the last layer is made to fetch both vectors
 and to add their inner product to "yes". The second stage trains everything on what the embedder
 itself ranks high: of texts that are new to it against the truth and the teacher's opinion, of
-others against an opinion alone. What is kept is a mean of the model before and after it, which is
-better than either (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+others against an opinion alone. What is kept is a mean of the model before and after it, which
+ranks a little better than either (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
 
 Many steps of few pairs teach far more in an hour than few steps of many.
 """
