@@ -62,8 +62,11 @@ def carry_out(
             found = quantize_layers(weights, weights, formats, rows, layers, advance)
             return weights, lambda name: gptq_parts(found(name))
         case "awq":
-            scaled = scale_layers(weights, weights, formats, rows, layers, advance).rounded(dtype)
-            return scaled, lambda name: packed_parts(quantize_hqq(read(scaled, name), scheme))
+            folded, importance = scale_layers(weights, weights, formats, rows, layers, advance)
+            scaled = folded.rounded(dtype)
+            return scaled, lambda name: packed_parts(
+                quantize_hqq(read(scaled, name), scheme, importance(name))
+            )
         case "w8a8":
             smooth = balanced(weights).rounded(dtype)
             return smooth, lambda name: int8_parts(quantize_rtn(read(smooth, name), scheme))

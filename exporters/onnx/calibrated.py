@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from ...errors import CheckpointError
 from ...quantize.awq import search_factors
-from ...quantize.fold import READERS, FoldedWeights, narrow
+from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
 from ...quantize.gptq import quantize_gptq
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
@@ -126,26 +126,35 @@ def scale_layers(
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
-) -> FoldedWeights:
-    """Find AWQ's factors; arguments and errors as for `quantize_layers`."""
+) -> tuple[FoldedWeights, Callable[[str], np.ndarray]]:
+    """Find AWQ's factors; arguments and errors as for `quantize_layers`.
+
+    Returns:
+        (the weights with the factors folded in; a quantized projection to the mean square of each
+        of its inputs behind them, float32 [in]).
+    """
     _prepare(folder, _request(weights, source, formats, rows) + " awq")
     design = Design(source, OrtDialect(), PRECISIONS["fp32"])
     states = embed_rows(source, rows)
     factors: dict[tuple[str, str], np.ndarray] = {}
+    squares: dict[tuple[str, str], np.ndarray] = {}
     for number in range(source.spec.num_layers):
         file, prefix = _layer_file(folder, number), f"layers.{number}"
         if not file.is_file():
-            found = {}
+            stored = {}
             with Layer(design, number, folder) as layer:
                 samples = _samples(layer, rows, states)
             for maker, readers in READERS.items():
                 names = [f"{prefix}.{reader}" for reader in readers]
                 quantized = [name for name in names if name in formats]
                 if quantized:
-                    found[maker] = _search(source, quantized, samples[names[0]], formats)
-            _save(found, file)
-        for maker, values in load_file(file).items():
-            factors[prefix, maker] = values
+                    inputs = samples[names[0]]
+                    stored[f"{maker}.factors"] = _search(source, quantized, inputs, formats)
+                    stored[f"{maker}.squares"] = np.square(inputs).mean(axis=0)
+            _save(stored, file)
+        for name, values in load_file(file).items():
+            maker, _, kind = name.rpartition(".")
+            (factors if kind == "factors" else squares)[prefix, maker] = values
         if number + 1 < source.spec.num_layers:
             with Layer(design, number, folder) as layer:
                 states = [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
@@ -156,7 +165,12 @@ def scale_layers(
         shape = source.spec.tensor_shapes()[f"{layer}.{maker}.weight"]
         return factors.get((layer, maker), np.ones(shape[0], np.float32))
 
-    return FoldedWeights(source, find)
+    def importance(name: str) -> np.ndarray:
+        layer, number, part = name.split(".", 2)
+        key = f"{layer}.{number}", MAKERS[part]
+        return squares[key] / widen(source.spec, part, factors[key]) ** 2
+
+    return FoldedWeights(source, find), importance
 
 
 def _samples(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ def carry_out(
     # A table has no inputs to calibrate on: the best for it is the better rounding.
     quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
     found: Callable[[str], QuantizedTensor] | None = None
+    importance: Callable[[str], np.ndarray] | None = None
     projections = {name: each for name, each in formats.items() if name != TABLE}
     if recipe.algorithm == "awq":
-        source = scale_layers(weights, source, projections, rows, folder, advance)
+        source, importance = scale_layers(weights, source, projections, rows, folder, advance)
     if recipe.algorithm == "gptq":
         found = quantize_layers(weights, source, projections, rows, folder, advance)
     if recipe.algorithm == STORED:
@@ -68,7 +70,10 @@ def carry_out(
     def find(name: str) -> QuantizedTensor:
         if found is not None and name != TABLE:
             return found(name)
-        return quantize_rows(source, name, formats[name].scheme, quantize)
+        rounding = quantize
+        if importance is not None and name != TABLE:
+            rounding = partial(quantize_hqq, importance=importance(name))
+        return quantize_rows(source, name, formats[name].scheme, rounding)
 
     return source, QuantizedMatrices(find)
 

@@ -1,4 +1,4 @@
-"""GPTQ on whole models: closer than rounding, the same after an interruption."""
+"""GPTQ and AWQ on whole models: closer than rounding, the same after an interruption."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,17 @@ import embedport
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import plant_outliers
 from embedport.exporters.onnx import calibrated
-from embedport.exporters.onnx.calibrated import quantize_layers
+from embedport.exporters.onnx.calibrated import quantize_layers, scale_layers
 from embedport.exporters.onnx.formats import plan_formats
+from embedport.exporters.onnx.graph import Design
+from embedport.exporters.onnx.layerwise import Layer, embed_rows
+from embedport.exporters.onnx.ort_dialect import OrtDialect
+from embedport.exporters.onnx.precision import PRECISIONS
 from embedport.spec import ModelSpec
 from embedport.weights import Weights
 
 TEXTS = [sample.text for sample in builtin_samples()]
+ROWS = [np.random.default_rng(i).integers(0, 1000, 30) for i in range(4)]
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -48,6 +53,22 @@ def test_awq_on_outliers(checkpoints, copied, tmp_path):
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_awq_counts_an_error_by_what_it_is_multiplied_with(checkpoints, tmp_path):
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
+    formats = plan_formats(weights.spec, "int4", dialect="ort")
+    del formats["embed_tokens"]
+    folded, importance = scale_layers(
+        weights, weights, formats, ROWS, tmp_path / "layers", lambda: None
+    )
+    states = embed_rows(folded, ROWS)
+    with Layer(Design(folded, OrtDialect(), PRECISIONS["fp32"]), 0, tmp_path) as layer:
+        inputs = [layer.run_inputs(*each) for each in zip(ROWS, states, strict=True)]
+        for number, names in enumerate(layer.inputs):
+            squares = np.square(np.concatenate([each[number] for each in inputs])).mean(axis=0)
+            for name in names:
+                np.testing.assert_allclose(importance(name), squares, rtol=1e-3)
+
+
 def test_the_manifest_says_what_it_was_calibrated_on(artifacts):
     options = {"precision": "int4", "group_size": 32, "embedding_bits": 8, "algorithm": "gptq"}
     recipe = artifacts("kv1", **options).artifact.manifest.recipe
@@ -61,7 +82,6 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
     weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
     formats = plan_formats(weights.spec, "int4", dialect="ort")
     del formats["embed_tokens"]
-    rows = [np.random.default_rng(i).integers(0, 1000, 30) for i in range(4)]
     quantized = []
     real = calibrated.quantize_gptq
 
@@ -78,7 +98,7 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
             if next(done) + 1 == layers:
                 raise KeyboardInterrupt
 
-        return quantize_layers(weights, weights, formats, rows, folder, advance)
+        return quantize_layers(weights, weights, formats, ROWS, folder, advance)
 
     whole = run(tmp_path / "whole")
     assert len(quantized) == 3 * 7
@@ -91,7 +111,7 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
         np.testing.assert_array_equal(resumed(name).codes, whole(name).codes)
     # Other texts are another request: nothing is taken over.
     quantized.clear()
-    quantize_layers(weights, weights, formats, rows[:2], tmp_path / "parts", lambda: None)
+    quantize_layers(weights, weights, formats, ROWS[:2], tmp_path / "parts", lambda: None)
     assert len(quantized) == 3 * 7
 
 
