@@ -42,22 +42,22 @@ def teach(texts: Sequence[str], path: Path) -> np.ndarray:
     order = np.argsort([len(row) for row in rows], kind="stable")
     vectors = np.empty((len(rows), model.config.hidden_size), np.float16)
     start = 0
-    while start < len(order):
-        # Rows of one length need no mask.
-        length = len(rows[order[start]])
-        end = start
-        while (
-            end < len(order)
-            and len(rows[order[end]]) == length
-            and (end - start) * length < BATCH_TOKENS
-        ):
-            end += 1
-        batch = torch.tensor([rows[i] for i in order[start:end]])
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        while start < len(order):
+            # Rows of one length need no mask.
+            length = len(rows[order[start]])
+            end = start
+            while (
+                end < len(order)
+                and len(rows[order[end]]) == length
+                and (end - start) * length < BATCH_TOKENS
+            ):
+                end += 1
+            batch = torch.tensor([rows[i] for i in order[start:end]])
             hidden = model(batch).last_hidden_state
-        unit = torch.nn.functional.normalize(hidden.float().mean(1), dim=-1)
-        vectors[order[start:end]] = unit.numpy()
-        start = end
+            unit = torch.nn.functional.normalize(hidden.float().mean(1), dim=-1)
+            vectors[order[start:end]] = unit.numpy()
+            start = end
     return vectors
 
 
