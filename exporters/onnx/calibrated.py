@@ -133,7 +133,8 @@ def scale_layers(
         (the weights with the factors folded in; a quantized projection to the mean square of each
         of its inputs behind them, float32 [in]).
     """
-    _prepare(folder, _request(weights, source, formats, rows) + " awq")
+    # Names what a layer's file holds: one of another kind is not taken over.
+    _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares")
     design = Design(source, OrtDialect(), PRECISIONS["fp32"])
     states = embed_rows(source, rows)
     factors: dict[tuple[str, str], np.ndarray] = {}
