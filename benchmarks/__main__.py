@@ -16,6 +16,7 @@ from . import (
     export,
     gpu,
     levels,
+    loaders,
     openvino,
     outliers,
     parity,
@@ -51,6 +52,7 @@ def everything(context: typer.Context) -> None:
         retrieval.on_the_held_out_set()
         checkpoints.on_the_demo_pair()
         checkpoints.of_the_0_6b_geometry()
+        loaders.against_their_owners()
         levels.of_matmulnbits()
         profile.of_int8()
         openvino.runs_the_standard_dialect()
@@ -132,6 +134,12 @@ def _checkpoints(
         checkpoints.on_the_demo_pair(out)
     if large:
         checkpoints.of_the_0_6b_geometry(checkpoint, out)
+
+
+@app.command("loaders")
+def _loaders(out: Out = RESULTS) -> None:
+    """Quantized checkpoints in the libraries that own their formats, against this runtime."""
+    loaders.against_their_owners(out)
 
 
 @app.command("levels")

@@ -6,6 +6,7 @@ import lzma
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,9 @@ CACHE = ROOT / "build" / "benchmarks"
 
 
 def checkpoint(geometry: str, task: str = "embedding") -> Path:
-    """The checkpoint of a geometry, "0.6b" or "8b", kept under build/benchmarks/.
+    """The checkpoint of a geometry, kept under build/benchmarks/.
+
+    Geometries are "0.6b", "8b", and "0.6b-4", which is 0.6b's with four layers.
 
     Made in a process of its own: a child's ru_maxrss begins with its parent's memory, so whoever
     measures children must stay small.
@@ -50,7 +53,11 @@ def make(geometry: str, folder: str, task: str) -> None:
 
     from embedport.demo import synthetic
 
-    sizes = {"0.6b": synthetic.QWEN3_0_6B, "8b": synthetic.QWEN3_8B}[geometry]
+    sizes = {
+        "0.6b": synthetic.QWEN3_0_6B,
+        "0.6b-4": replace(synthetic.QWEN3_0_6B, num_layers=4),
+        "8b": synthetic.QWEN3_8B,
+    }[geometry]
     tokenizer = Tokenizer.from_str(lzma.decompress(TOKENIZER.read_bytes()).decode("utf-8"))
     synthetic.write_checkpoint(
         Path(folder), sizes, "reranker" if task == "reranker" else "embedding", tokenizer

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from embedport.prompts import RerankerTokenizer
 
-SCRIPT = Path(__file__).with_name("reload.py")
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reload.py"
 METHODS = ("bnb-int8", "bnb-nf4", "awq", "w8a8", "fp8")
 PREFIX = {"embedding": "", "reranker": "model."}
 needs_gptqmodel = pytest.mark.skipif(
@@ -38,7 +38,8 @@ def reload(jobs, folder):
 
 def job(key, loader, folder, rows):
     rows = [ids.tolist() if isinstance(ids, np.ndarray) else ids for ids in rows]
-    return {"key": key, "loader": loader, "folder": str(folder), "rows": rows}
+    names = {"key": key, "loader": loader, "folder": str(folder)}
+    return {**names, "rows": rows, "dtype": "float32"}
 
 
 @pytest.fixture(scope="session")

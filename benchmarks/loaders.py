@@ -1,0 +1,117 @@
+"""Quantized checkpoints in the libraries that own their formats, against this runtime."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import embedport
+from embedport.demo.pipeline import builtin_embedder, builtin_reranker
+from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.spec import Task
+
+from .checkpoint import CACHE, checkpoint
+from .checkpoints import WAYS
+from .machine import RESULTS, print_table, save
+from .process import ours, run, script
+
+NAME = "loaders"
+SCRIPT = Path(__file__).with_name("reload.py")
+# A text at a time, 150 times a method: the short ones.
+LONGEST = 500
+TEXTS = [sample.text for sample in builtin_samples() if 0 < len(sample.text) < LONGEST]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < LONGEST]
+# Form of a reranker to what loads it.
+RERANKERS = {
+    "causal-lm": {"AutoModelForCausalLM": "causal_logits"},
+    "sequence-classification": {
+        "AutoModelForSequenceClassification": "classifier_logits",
+        "CrossEncoder": "cross_encoder_logits",
+    },
+}
+EMBEDDERS = {"AutoModel": "vectors", "SentenceTransformer": "sentence_vectors"}
+# Columns: an embedder's is a cosine, a reranker's a difference of scores.
+LOADERS = [*EMBEDDERS, *(loader for form in RERANKERS.values() for loader in form)]
+
+
+def against_their_owners(results: Path = RESULTS) -> None:
+    """Each method, task and form, loaded in a fresh process and run in the checkpoint's own dtype.
+
+    The demo pair, and four layers of the 0.6B geometry with random weights. Of embedders the
+    smallest cosine to this runtime's vector of the same text, of rerankers the largest difference
+    of a score.
+    """
+    sources: dict[str, dict[Task, Path]] = {
+        "demo": {"embedding": builtin_embedder(), "reranker": builtin_reranker()},
+        "four layers of 0.6b": {
+            "embedding": checkpoint("0.6b-4"),
+            "reranker": checkpoint("0.6b-4", "reranker"),
+        },
+    }
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for model, folders in sources.items():
+        figures[model] = {}
+        for method, options in WAYS.items():
+            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+                figures[model][method] = _compare(folders, options, Path(temporary))
+            print(model, method, figures[model][method], flush=True)
+    save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
+    print_table(
+        ["checkpoint", "method", *LOADERS],
+        [
+            [model, method, *(f"{row[loader]:.2g}" for loader in LOADERS)]
+            for model, methods in figures.items()
+            for method, row in methods.items()
+        ],
+    )
+
+
+def _compare(sources: dict[Task, Path], options: list[str], folder: Path) -> dict[str, float]:
+    """Quantize, load by either side, and compare: loader to figure."""
+    jobs: list[dict[str, Any]] = []
+    mine: dict[str, np.ndarray] = {}
+
+    def add(loaders: dict[str, str], out: Path, own: np.ndarray, ids: Any, texts: Any) -> None:
+        for key, loader in loaders.items():
+            # sentence-transformers has the prompt and the template from the folder.
+            rows = ids if key.startswith("Auto") else texts
+            jobs.append(
+                {"key": key, "loader": loader, "folder": str(out), "rows": rows, "dtype": "auto"}
+            )
+            mine[key] = own
+
+    out = _quantize(sources["embedding"], folder / "embedder", options)
+    embedder = embedport.load(out, device="cpu")
+    assert isinstance(embedder, embedport.Embedder)
+    ids = embedder.tokenizer.encode(TEXTS, embedder.prompt_text("query")).ids
+    own = embedder.encode(TEXTS, prompt="query", batch_tokens=1)
+    add(EMBEDDERS, out, own, [row.tolist() for row in ids], TEXTS)
+    for form, loaders in RERANKERS.items():
+        out = _quantize(sources["reranker"], folder / form, [*options, "--form", form])
+        reranker = embedport.load(out, device="cpu")
+        assert isinstance(reranker, embedport.Reranker)
+        ids = reranker.tokenizer.encode(PAIRS).ids
+        own = reranker.score(PAIRS, batch_tokens=1)
+        add(loaders, out, own, [row.tolist() for row in ids], PAIRS)
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    files = [str(folder / "jobs.json"), str(folder / "out.npz")]
+    run(script(SCRIPT, *files) if "gptq" in options else [sys.executable, str(SCRIPT), *files])
+    theirs = np.load(folder / "out.npz")
+    return {key: _agreement(own, theirs[key]) for key, own in mine.items()}
+
+
+def _quantize(source: Path, out: Path, options: list[str]) -> Path:
+    run(ours("quantize", str(source), "-o", str(out), *options))
+    return out
+
+
+def _agreement(mine: np.ndarray, theirs: np.ndarray) -> float:
+    """The smallest cosine of vectors; the largest difference of scores, from logits of theirs."""
+    if mine.ndim == 2:
+        return float((mine * theirs).sum(axis=1).min())
+    return float(np.abs(mine - 1 / (1 + np.exp(-theirs))).max())
