@@ -141,7 +141,7 @@ class StoredWeights(Weights):
         if stored.method == "awq":
             return unpack_awq(words).T
         if stored.method == "compressed-tensors":
-            return unpack(words.T, stored.bits)
+            return unpack(words.T, stored.bits).T
         highest = np.uint8((1 << stored.bits) - 1)
         return ((unpack(words, stored.bits) + np.uint8(stored.zero_point_offset)) & highest).T
 
@@ -187,9 +187,8 @@ def open_weights(spec: ModelSpec) -> Weights:
     """
     if isinstance(spec.quantization, LibraryQuantization):
         raise CheckpointError(
-            f"{spec.source.folder}: a checkpoint quantized by {spec.quantization.method!r} gives "
-            "no weights to export, only one by 'gptq' and 'awq' does; give the original in bf16, "
-            "fp16 or fp32"
+            f"{spec.source.folder}: a checkpoint in {spec.quantization.precision} gives no weights "
+            "to export, only one by GPTQ or AWQ does; give the original in bf16, fp16 or fp32"
         )
     return Weights(spec) if spec.quantization is None else StoredWeights(spec)
 

@@ -21,6 +21,7 @@ CONFIGS = {
     "gptq": {"quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": False, "sym": False},
     "gptq_v2": {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "sym": False},
     "awq": {"quant_method": "awq", "version": "gemm", "zero_point": True},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
 }
 
 
@@ -35,8 +36,16 @@ def pack(codes, bits, order=None):
 
 
 def store(tensor, form):
-    """A quantized matrix as AutoGPTQ or AutoAWQ writes it."""
+    """A quantized matrix as AutoGPTQ, AutoAWQ or compressed-tensors writes it."""
     bits, zeros = tensor.scheme.bits, tensor.zero_points.T
+    if form == "compressed-tensors":
+        return {
+            "weight_packed": pack(tensor.codes, bits),
+            # Rows share a word here, not groups.
+            "weight_zero_point": np.ascontiguousarray(pack(zeros, bits).T),
+            "weight_scale": tensor.scales.astype(np.float16),
+            "weight_shape": np.array(tensor.codes.shape, np.int64),
+        }
     scales = np.ascontiguousarray(tensor.scales.T.astype(np.float16))
     if form == "awq":
         order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -79,7 +88,12 @@ def stored(checkpoints, tmp_path_factory):
             for part, packed in store(matrices[name], form).items():
                 tensors[f"{name}.{part}"] = packed
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        change(folder, CONFIGS[form] | {"bits": bits, "group_size": group_size})
+        weights = {"num_bits": bits, "type": "int", "group_size": group_size, "strategy": "group"}
+        scheme = {"targets": ["Linear"], "weights": weights | {"symmetric": symmetric}}
+        sizes = {"bits": bits, "group_size": group_size}
+        if form == "compressed-tensors":
+            sizes = {"config_groups": {"group_0": scheme}, "ignore": ["layers.1.mlp.up_proj"]}
+        change(folder, CONFIGS[form] | sizes)
         return folder, matrices
 
     return make
@@ -100,6 +114,9 @@ def change(folder, quantization):
         ("gptq", 8, 32, False),
         ("gptq_v2", 4, 64, False),
         ("awq", 4, 32, False),
+        ("compressed-tensors", 4, 32, False),
+        ("compressed-tensors", 4, 64, True),
+        ("compressed-tensors", 8, 32, False),
     ],
 )
 def test_codes_are_read_bit_for_bit(stored, form, bits, group_size, symmetric):
