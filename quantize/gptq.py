@@ -39,7 +39,7 @@ def quantize_gptq(
     diagonal = np.diag(hessian).astype(np.float64)
     base = quantize_hqq(weight, scheme, np.maximum(diagonal, 1e-12).astype(np.float32))
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(columns)
-    upper = _inverse_root(hessian.astype(np.float64)[np.ix_(order, order)])
+    upper = _inverse_root(hessian[np.ix_(order, order)].astype(np.float64))
     groups = order // (scheme.group_size or columns)
     scales, zeros = base.scales[:, groups], base.zero_points[:, groups].astype(np.float32)
     remaining = weight[:, order].astype(np.float32)
@@ -61,13 +61,17 @@ def quantize_gptq(
 
 
 def _inverse_root(hessian: np.ndarray) -> np.ndarray:
-    """Upper U with U^T U the damped Hessian's inverse: float32 [in, in]."""
-    diagonal = np.diag(hessian)
+    """Upper U with U^T U the damped Hessian's inverse: float32 [in, in].
+
+    Args:
+        hessian: float64 [in, in]; damped in place, since a wide matrix's takes a gigabyte.
+    """
+    diagonal = np.diag(hessian).copy()
     damping = DAMPING * max(float(diagonal.mean()), 1e-12)
     for _ in range(ATTEMPTS):
+        np.fill_diagonal(hessian, diagonal + damping)
         try:
-            damped = hessian + damping * np.eye(len(hessian))
-            return np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+            return np.linalg.cholesky(np.linalg.inv(hessian)).T.astype(np.float32)
         except np.linalg.LinAlgError:
             damping *= 10
     raise CheckpointError("the calibration's Hessian cannot be inverted: give more texts")

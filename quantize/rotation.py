@@ -70,7 +70,7 @@ class RotatedWeights:
             heads = values.reshape(len(values), -1, self.spec.head_dim)
             values = np.matmul(heads, self._head).reshape(values.shape)
         if part in WRITERS:
-            return (self._stream.T @ values)[rows]
+            return self._stream[:, rows].T @ values
         return values
 
     def answer_row(self, yes: int, no: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from ...quantize.schemes import ScaleDtype
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights
+from ..onnx.calibrated import kept_bytes
 from ..onnx.companions import write_companions
 from ..onnx.formats import matrices
 from ..onnx.quantization import CHUNK_VALUES, describe_calibration
@@ -114,9 +115,12 @@ def quantize_checkpoint(
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
-    output = Path(output)
+    output = Path(output).expanduser().absolute()
     layers = output.with_name(f".{output.name}.layers")
-    with staged(output, force=force, needs=_needed_bytes(spec, plan)) as folder:
+    needs = _needed_bytes(spec, plan)
+    if plan.method.algorithm == "gptq":
+        needs += kept_bytes(spec, rows)
+    with staged(output, force=force, needs=needs) as folder:
         advance = counted(progress, "quantize", spec.num_layers)
         source, quantize = carry_out(weights, plan, rows, layers, advance)
         write_companions(spec, folder)
@@ -223,7 +227,7 @@ def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) 
     return Manifest(
         task=spec.task,
         format="checkpoint",
-        precision=plan.name,
+        precision=plan.precision,
         graph=None,
         embedding_dim=spec.hidden_size if spec.task == "embedding" else None,
         hidden_size=spec.hidden_size,

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, InputError
 from ...quantize.awq import search_factors
 from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
 from ...quantize.gptq import quantize_gptq
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
+from ...spec import ModelSpec
 from ...weights import Weights
-from .formats import Format
+from .formats import Format, matrices
 from .graph import Design
-from .layerwise import Layer, embed_rows
+from .layerwise import Layer, embed_rows, run_layer
 from .ort_dialect import OrtDialect
 from .precision import PRECISIONS
 from .quantized import QuantizedMatrices
@@ -107,7 +110,7 @@ def quantize_layers(
                         tensors[f"{name}.{part}"] = getattr(tensor, part)
         _save(tensors, file)
         with Layer(quantized, number, folder) as layer:
-            states = [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
+            run_layer(layer, rows, states)
         if not all(np.isfinite(state).all() for state in states):
             raise CheckpointError(
                 f"{source.spec.source.folder}: layer {number} gives NaN or infinity on the "
@@ -134,7 +137,7 @@ def scale_layers(
         of its inputs behind them, float32 [in]).
     """
     # Names what a layer's file holds: one of another kind is not taken over.
-    _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares")
+    _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares, spread")
     design = Design(source, OrtDialect(), PRECISIONS["fp32"])
     states = embed_rows(source, rows)
     factors: dict[tuple[str, str], np.ndarray] = {}
@@ -158,7 +161,7 @@ def scale_layers(
             (factors if kind == "factors" else squares)[prefix, maker] = values
         if number + 1 < source.spec.num_layers:
             with Layer(design, number, folder) as layer:
-                states = [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
+                run_layer(layer, rows, states)
         advance()
 
     def find(layer: str, maker: str) -> np.ndarray:
@@ -179,10 +182,12 @@ def _samples(
 ) -> dict[str, np.ndarray]:
     """Projection to some of its inputs, spread over all texts: float32 [tokens, in]."""
     found: list[list[np.ndarray]] = [[] for _ in layer.inputs]
-    step = max(1, sum(map(len, rows)) // SAMPLE)
+    step, first = max(1, sum(map(len, rows)) // SAMPLE), 0
     for ids, state in zip(rows, states, strict=True):
         for kept, x in zip(found, layer.run_inputs(ids, state), strict=True):
-            kept.append(x[::step])
+            kept.append(x[first::step])
+        # The steps go on from text to text: begun anew, they would take every text's first token.
+        first = (first - len(ids)) % step
     return {
         name: np.concatenate(kept)
         for names, kept in zip(layer.inputs, found, strict=True)
@@ -214,15 +219,32 @@ def _hessians(
     ]
 
 
+def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
+    """What `quantize_layers` keeps in its folder: codes of a byte each, and two layers' states."""
+    codes = sum(math.prod(spec.tensor_shapes()[f"{name}.weight"]) for name in matrices(spec))
+    return codes + 2 * 4 * spec.hidden_size * sum(map(len, rows))
+
+
 def _layer_file(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:03}.safetensors"
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Write so that a reader finds a whole file or none."""
+    """Write so that a reader finds a whole file or none.
+
+    Raises:
+        InputError: It cannot be written.
+    """
     partial = path.with_suffix(".partial")
-    save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, partial)
-    partial.replace(path)
+    try:
+        save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} cannot be written: {error}; the same command goes on from the layers in "
+            f"{path.parent}, which may be deleted"
+        ) from error
 
 
 def _request(

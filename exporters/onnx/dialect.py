@@ -1,4 +1,4 @@
-"""The operators that differ between runtimes: one class a dialect, the same four questions.
+"""The operators that differ between runtimes: one class a dialect, the same questions.
 
 `ort`: onnxruntime's fused operators (domain com.microsoft).
 `standard`: operators of the ONNX standard only (opset 23), for TensorRT, OpenVINO and others.

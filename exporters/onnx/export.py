@@ -22,6 +22,7 @@ from ...quantize.stored import StoredWeights, open_weights
 from ...spec import ModelSpec, Task, read_spec
 from ...weights import Weights
 from ..provenance import Progress, counted, source_record, versions
+from .calibrated import kept_bytes
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
 from .continuation import plan_continuation, write_continuation
@@ -121,6 +122,7 @@ def export_onnx(
         CheckpointError: The checkpoint is not a whole Qwen3 checkpoint.
         VerificationError: The written graph does not run or gives NaN.
     """
+    output = Path(output).expanduser().absolute()
     spec = read_spec(fetch(checkpoint, revision), task)
     weights = open_weights(spec)
     chosen_dialect = find_dialect(dialect)
@@ -138,6 +140,8 @@ def export_onnx(
         if quantizes or any(options.values()) or arithmetic or precision != "fp32":
             raise InputError("a recipe decides everything: give no other option of quantization")
         plan, precision = Recipe.from_file(Path(recipe)), MIXED
+    elif precision == MIXED:
+        raise InputError("precision mixed is what a recipe or --precision auto makes: take these")
     elif precision in QUANTIZED:
         formats = plan_formats(spec, precision, dialect=dialect, **options)
         plan = Recipe(
@@ -163,6 +167,12 @@ def export_onnx(
         )
     elif precision == AUTO and dialect != "ort":
         raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
+    calibrates = plan is not None and plan.algorithm in CALIBRATED
+    if calibration is not None and not calibrates and precision not in ("fp16", AUTO):
+        raise InputError(
+            f"this export in {precision} runs no texts: --calibration goes with --precision fp16 "
+            f"and auto, and with --algorithm {' and '.join(CALIBRATED)}"
+        )
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
     chosen = find_precision(precision, "fp32" if plan is None else plan.arithmetic)
@@ -170,13 +180,15 @@ def export_onnx(
         chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
         _check_quantized(plan, chosen, dialect)
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
-    layers = Path(output).with_name(f".{Path(output).name}.layers")
+    if plan is not None and plan.algorithm == "gptq":
+        needs += kept_bytes(spec, rows)
+    layers = output.with_name(f".{output.name}.layers")
     search = ranking = None
     if max_ndcg_loss is not None and retrieval is not None:
         ranking = ranking_target(weights, max_length, retrieval, max_ndcg_loss)
     elif precision == AUTO and min_cosine is None:
         min_cosine = MIN_COSINE
-    with staged(Path(output), force=force, needs=needs) as folder:
+    with staged(output, force=force, needs=needs) as folder:
         source: WeightSource = weights
         matrices = None
         if precision == AUTO:

@@ -50,6 +50,8 @@ class Format:
         Raises:
             InputError: It is none.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a format should be text like int8 or int4/64, found {text!r}")
         if text == FP8:
             return cls(QuantScheme(8, None, symmetric=True), activations=True, float8=True)
         match = TEXT.fullmatch(text)
@@ -60,6 +62,8 @@ class Format:
         if match["group"] is None:
             return cls(QuantScheme(8, None, symmetric=True), activations=True)
         bits, group = int(match["bits"]), int(match["group"])
+        if group not in GROUP_SIZES:
+            raise InputError(f"a format's group should be one of {GROUP_SIZES}, found {text!r}")
         return cls(QuantScheme(bits, group, symmetric=bool(match["symmetric"])))
 
     def __str__(self) -> str:
@@ -162,4 +166,10 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> di
             raise InputError(f"{name}: {each} goes with --dialect standard")
         if name == TABLE and (each.activations or (dialect, each.scheme.bits) == ("standard", 4)):
             raise InputError(f"{name}: {each} is not a format of a table in dialect {dialect}")
+        size = each.scheme.group_size
+        if name == TABLE and dialect == "standard" and size and spec.hidden_size % size:
+            raise InputError(
+                f"{name}: groups of {size} should divide the width, {spec.hidden_size}, in the "
+                "standard dialect"
+            )
     return formats

@@ -25,6 +25,12 @@ from .session import open_session
 DATA = "part.onnx_data"
 
 
+def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
+    """Texts through a layer: each one's states in place of those before it."""
+    for i, ids in enumerate(rows):
+        states[i] = layer.run(ids, states[i])
+
+
 class Layer(AbstractContextManager["Layer"]):
     """One layer in a session; `with` deletes its graph.
 

@@ -21,7 +21,7 @@ from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights
 from ...weights import Weights
 from .calibrated import quantize_layers, scale_layers
-from .formats import TABLE, Format
+from .formats import TABLE, Format, matrices
 from .quantized import QuantizedMatrices
 from .recipe import STORED, Recipe
 
@@ -84,7 +84,10 @@ def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
     Projections that the checkpoint left in floating point stay in fp32.
     """
     table = {name: text for name, text in plan.formats.items() if name == TABLE}
-    stored = {name: str(Format(scheme)) for name, scheme in weights.schemes.items()}
+    projections = {*matrices(weights.spec)}
+    stored = {
+        name: str(Format(scheme)) for name, scheme in weights.schemes.items() if name in projections
+    }
     return Recipe(table | stored, STORED, arithmetic=plan.arithmetic)
 
 

@@ -1,4 +1,4 @@
-"""Initializers of quantized matrices: quantized when they are written, and only once."""
+"""Initializers of quantized matrices: quantized when they are written."""
 
 from __future__ import annotations
 

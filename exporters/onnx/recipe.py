@@ -82,4 +82,7 @@ class Recipe:
         values = {key: value for key, value in values.items() if key not in RECORDED}
         if odd := sorted(values.keys() - known):
             raise InputError(f"{path}: {odd[0]!r} is not part of a recipe; its parts: {known}")
+        for key, kind in (("rotate", bool), ("balance", bool), ("seed", int)):
+            if key in values and type(values[key]) is not kind:
+                raise InputError(f"{path}: {key} should be {kind.__name__}, found {values[key]!r}")
         return cls(**values)

@@ -110,7 +110,8 @@ def _run_parts(
             if found.dtype.kind == "f" and not np.isfinite(found).all():
                 raise VerificationError(
                     f"{path}: {scope} gives {np.count_nonzero(~np.isfinite(found)):,} NaN or "
-                    f"infinite values in {name}; export with --precision bf16 or fp32"
+                    f"infinite values in {name}: in fp16 it overflows (take --precision bf16 or "
+                    "fp32), otherwise the checkpoint's weights are damaged"
                 )
         values |= zip(names, outputs, strict=True)
         advance(scope)

@@ -1,5 +1,7 @@
 """GPTQ and AWQ on whole models: closer than rounding, the same after an interruption."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,24 @@ def test_awq_counts_an_error_by_what_it_is_multiplied_with(checkpoints, tmp_path
             squares = np.square(np.concatenate([each[number] for each in inputs])).mean(axis=0)
             for name in names:
                 np.testing.assert_allclose(importance(name), squares, rtol=1e-3)
+
+
+def test_awq_takes_tokens_from_all_places():
+    """Not every text's first, which is the same for all that begin alike."""
+
+    class Fake:
+        inputs = (["layers.0.mlp.up_proj"],)
+
+        def run_inputs(self, ids, state):
+            return [ids[:, None].astype(np.float32)]
+
+    rows = [np.arange(40)] * 600
+    layer: Any = Fake()
+    (found,) = calibrated._samples(layer, rows, rows).values()
+    places, counts = np.unique(found, return_counts=True)
+    assert len(found) == -(-600 * 40 // (600 * 40 // calibrated.SAMPLE))
+    assert len(places) >= 20
+    assert counts.max() < 2 * counts.mean()
 
 
 def test_the_manifest_says_what_it_was_calibrated_on(artifacts):

@@ -170,6 +170,9 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ({"precision": "fp16", "rotate": True}, "takes none of --algorithm, --rotate"),
         ({"precision": "fp32", "min_cosine": 0.9}, "--min-cosine goes with --precision auto"),
         ({"precision": "auto", "dialect": "standard"}, "--dialect ort"),
+        ({"precision": "mixed"}, "what a recipe or --precision auto makes"),
+        ({"precision": "int4", "calibration": "my.txt"}, "runs no texts: --calibration goes with"),
+        ({"calibration": "my.txt"}, "this export in fp32 runs no texts"),
         (
             {"precision": "int8", "dialect": "standard", "embedding_bits": 8},
             "standard dialect keeps its table",
@@ -190,7 +193,10 @@ def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message
         ({"formats": {"layers.9.mlp.up_proj": "int8"}}, "not a matrix of"),
         ({"formats": {"layers.0.mlp.up_proj": "int5"}}, "a format should be like"),
         ({"formats": {"layers.0.mlp.up_proj": "int4"}}, "a format should be like"),
+        ({"formats": {"layers.0.mlp.up_proj": 8}}, "a format should be text"),
+        ({"formats": {"layers.0.mlp.up_proj": "int4/48"}}, "group should be one of"),
         ({"formats": {"embed_tokens": "int8"}}, "not a format of a table"),
+        ({"formats": {}, "rotate": "no"}, "rotate should be bool, found 'no'"),
         ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
     ],
 )
@@ -200,6 +206,20 @@ def test_bad_recipes(checkpoints, tmp_path, recipe, message):
     with pytest.raises(InputError, match=message):
         embedport.export(checkpoints("kv8"), tmp_path / "out", recipe=path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):
+    """Of a width of 96, groups of 64 would be read as groups of 48."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"formats": {"embed_tokens": "int8/64s"}}))
+    with pytest.raises(InputError, match="groups of 64 should divide the width, 96"):
+        embedport.export(checkpoints("kv1"), tmp_path / "out", recipe=path, dialect="standard")
+
+
+def test_a_folder_that_is_here_is_not_replaced(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="exists; choose another place"):
+        embedport.export(checkpoints("kv8"), ".", precision="int4", algorithm="gptq")
 
 
 @pytest.mark.parametrize("text", ["int8", "int8/128s", "int8/32", "int4/64", "int4/32s"])
