@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from .integrity import check_files, record_files
 from .manifest import MANIFEST, Manifest
 
 CARD = "README.md"
+# Ends the name of an artifact that is being replaced.
+OLD = "-old"
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,20 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
     """
     output = output.expanduser().absolute()
     _check_output(output, force)
+    partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(output)
+        _tidy_up(output)
         free = shutil.disk_usage(output.parent).free
         if free < needs:
             raise InputError(
                 f"{output.parent} has {free / 1e9:.2f} GB free, and the artifact needs "
                 f"{needs / 1e9:.2f} GB"
             )
-        partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{output.parent} cannot be written: {error}") from error
+    lock = _lock(partial)
     try:
         yield partial
         _check_output(output, force)  # another export may have been quicker
@@ -106,11 +110,13 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"{output.parent}: disk full while writing; the artifact needs "
-                f"{needs / 1e9:.2f} GB. Nothing was left behind"
+                f"{needs / 1e9:.2f} GB, and {output.name} was not written"
             ) from error
-        raise InputError(f"{output} was not written: {error}. Nothing was left behind") from error
+        raise InputError(f"{output} was not written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -123,32 +129,53 @@ def _check_output(output: Path, force: bool) -> None:
     raise InputError(f"{output} is not an artifact, and is not replaced; choose another place")
 
 
-def _remove_abandoned(output: Path) -> None:
-    """Delete what exports of the same artifact that were killed have left."""
+def _tidy_up(output: Path) -> None:
+    """Delete what exports of the same artifact that were killed have left.
+
+    One that was killed between the two renames of `_put_in_place` leaves the earlier artifact
+    under another name: it gets its own back.
+    """
     for folder in output.parent.glob(f".{output.name}.partial-*"):
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
+        lock = _lock(folder)
+        if lock is None:
+            continue
+        if folder.name.endswith(OLD) and not output.exists():
+            folder.rename(output)
+        else:
             shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
-def _is_running(pid: int) -> bool:
+def _lock(folder: Path) -> int | None:
+    """Hold a folder until the descriptor is closed or the process ends.
+
+    None where another process holds it, or where locks are unknown: there nothing is tidied up.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
-    if output.exists():
-        old = partial.with_name(f"{partial.name}-old")
-        output.rename(old)
+    if not output.exists():
         partial.rename(output)
-        shutil.rmtree(old)
-    else:
+        return
+    old = partial.with_name(f"{partial.name}{OLD}")
+    output.rename(old)
+    try:
         partial.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

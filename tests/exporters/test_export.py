@@ -140,7 +140,7 @@ class TestDisk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(ir, "save", full)
-        with pytest.raises(InputError, match=r"disk full while writing.*Nothing was left behind"):
+        with pytest.raises(InputError, match=r"disk full while writing.*out was not written"):
             embedport.export(checkpoints("kv2"), tmp_path / "out")
         assert left_in(tmp_path) == []
 
@@ -190,11 +190,32 @@ def test_killed(checkpoints, tmp_path):
 
 
 def test_two_exports_at_once_do_not_tidy_each_other_up(checkpoints, tmp_path):
-    with staged(tmp_path / "out", force=False, needs=0) as first:
-        partial = first.with_name(f".out.partial-{os.getppid()}")
-        partial.mkdir()
-        (first / "embedport.json").write_text("{}")
-    assert partial.exists()
+    there = []
+    with (
+        pytest.raises(InputError, match="exists; choose another place"),
+        staged(tmp_path / "out", force=False, needs=0) as first,
+        staged(tmp_path / "out", force=False, needs=0) as second,
+    ):
+        there += [first.exists(), second.exists()]
+    assert there == [True, True]
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_killed_while_replacing(tmp_path):
+    """Between the two renames the earlier artifact has another name: it gets its own back."""
+    earlier = tmp_path / ".out.partial-12345678-old"
+    earlier.mkdir()
+    (earlier / "embedport.json").write_text("earlier")
+    with (
+        pytest.raises(InputError, match="exists; choose another place"),
+        staged(tmp_path / "out", force=False, needs=0),
+    ):
+        pass
+    assert (tmp_path / "out" / "embedport.json").read_text() == "earlier"
+    with staged(tmp_path / "out", force=True, needs=0) as folder:
+        (folder / "embedport.json").write_text("new")
+    assert (tmp_path / "out" / "embedport.json").read_text() == "new"
+    assert left_in(tmp_path) == ["out"]
 
 
 def test_another_export_was_quicker(tmp_path):
