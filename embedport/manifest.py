@@ -73,8 +73,8 @@ class Manifest:
             safetensors in the hub's layout.
         precision: Of a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "fp8", or
             "mixed" where a recipe or a search decided for each matrix. Of a checkpoint: the method
-            that quantized it, "bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8" or "fp8"; or "fp32",
-            "fp16" or "bf16" if none did.
+            that quantized it, "bnb-int8", "bnb-nf4", "gptq", "gptq-8", "awq", "w8a8" or "fp8"; or
+            "fp32", "fp16" or "bf16" if none did.
         graph: The graph; None in a checkpoint.
         embedding_dim: Width of a vector; None for a reranker.
         hidden_size: Width of the model.

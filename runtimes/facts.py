@@ -13,7 +13,7 @@ from ..artifact import Artifact
 from ..errors import InputError
 from ..files import check_links
 from ..hub import Source, fetch
-from ..manifest import MANIFEST
+from ..manifest import MANIFEST, Manifest
 from ..spec import ModelSpec, Task, read_spec
 from ..stored import LibraryQuantization
 from ..weights import Weights
@@ -118,7 +118,7 @@ def _artifact_facts(name: str, artifact: Artifact) -> ModelFacts:
         dim=manifest.embedding_dim or manifest.hidden_size,
         hidden_size=manifest.hidden_size,
         vocab_size=manifest.vocab_size,
-        max_length=manifest.max_length,
+        max_length=_longest(manifest),
         max_position_embeddings=manifest.max_position_embeddings,
         prompts=manifest.prompts,
         ranges=manifest.ranges,
@@ -127,6 +127,13 @@ def _artifact_facts(name: str, artifact: Artifact) -> ModelFacts:
         artifact=artifact,
         checkpoint=checkpoint,
     )
+
+
+def _longest(manifest: Manifest) -> int:
+    """Tokens after which a text is cut; an engine takes no more than its largest profile."""
+    if manifest.engine is None:
+        return manifest.max_length
+    return min(manifest.max_length, max(each.max[1] for each in manifest.engine.profiles))
 
 
 def _checkpoint_facts(source: Source) -> ModelFacts:
@@ -157,7 +164,7 @@ def _name_precision(spec: ModelSpec) -> str:
         return stored_float(spec)
     if spec.quantization.method == "compressed-tensors":  # which algorithm found the codes is lost
         return f"w{spec.quantization.bits}a16"
-    return spec.quantization.method
+    return "gptq-8" if spec.quantization.bits == 8 else spec.quantization.method
 
 
 def stored_float(spec: ModelSpec) -> str:

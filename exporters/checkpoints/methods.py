@@ -96,6 +96,11 @@ class Plan:
     dtype: ScaleDtype
 
     @property
+    def precision(self) -> str:
+        """What a manifest calls it."""
+        return "gptq-8" if (self.name, self.bits) == ("gptq", 8) else self.name
+
+    @property
     def scheme(self) -> QuantScheme:
         """How a matrix is quantized by the core."""
         # AutoGPTQ's format has fp16 scales whatever the model's dtype.

@@ -112,12 +112,10 @@ def export_tensorrt(
                 options,
                 progress,
             )
-            longest = max(each.max[1] for each in options.profiles)
             manifest = replace(
                 manifest,
                 format="tensorrt",
                 engine=record,
-                max_length=min(manifest.max_length, longest),
                 requires=f"tensorrt=={record.tensorrt}",
                 versions=versions(PACKAGES) | {"tensorrt": record.tensorrt},
             )
