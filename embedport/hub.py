@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local folder, or a Hugging Face hub id in the local cache."""
+"""Where a model's files are: a local folder, or a Hugging Face hub id in the local cache."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ class Source:
 
 
 def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool = True) -> Source:
-    """Find a checkpoint's folder, downloading it through huggingface_hub when it is a hub id.
+    """Find a model's folder, downloading it through huggingface_hub when it is a hub id.
+
+    A checkpoint's weights and configuration are downloaded; of an artifact all that its manifest
+    lists.
 
     The hub's cache, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
 
     Args:
-        checkpoint: A folder, or a hub id such as "Qwen/Qwen3-Embedding-0.6B".
+        checkpoint: A folder of a checkpoint or an artifact, or a hub id such as
+            "Qwen/Qwen3-Embedding-0.6B".
         revision: A branch, tag or commit of the hub repository.
-        weights: Whether the safetensors are needed too, or the configuration only.
+        weights: Whether a checkpoint's safetensors are needed too, or its configuration only.
 
     Raises:
         InputError: The folder does not exist, or a revision is given for a folder.
@@ -54,18 +58,31 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
+    from .manifest import MANIFEST, Manifest
+
+    patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
+    folder = _snapshot(repo_id, revision, patterns)
+    if (folder / MANIFEST).is_file():  # an artifact, which is all that its manifest lists
+        files = Manifest.from_json(folder / MANIFEST).files
+        folder = _snapshot(repo_id, folder.name, [*CONFIG_PATTERNS, *files])
+    return Source(repo_id, folder.name, folder)
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     at = f" at revision {revision}" if revision else ""
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise InputError(f"{repo_id}: no such folder, and not a hub id: {error}") from error
     except GatedRepoError as error:
         raise CheckpointError(f"{repo_id} is gated: log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -82,4 +99,3 @@ def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{repo_id}{at} could not be downloaded: {error}") from error
-    return Source(repo_id, folder.name, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from .outputs import size_words, stdout_console
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..hub import Source
     from ..spec import ModelSpec
 
 
@@ -34,10 +34,12 @@ def inspect(
 
     Example: embedport inspect Qwen/Qwen3-Embedding-0.6B
     """
+    from ..hub import fetch
     from ..manifest import MANIFEST
 
-    if (Path(target).expanduser() / MANIFEST).is_file():
-        facts = _artifact_facts(target)
+    source = fetch(target, revision, weights=False)
+    if (source.folder / MANIFEST).is_file():
+        facts = _artifact_facts(source)
         rows = _artifact_rows(facts)
     else:
         facts = _checkpoint_facts(target, revision)
@@ -48,15 +50,15 @@ def inspect(
         _print(rows)
 
 
-def _artifact_facts(folder: str) -> dict[str, Any]:
+def _artifact_facts(source: Source) -> dict[str, Any]:
     """The manifest, and where it lies; opening it checks every file."""
     from ..artifact import Artifact
     from ..sizes import checkpoint_sizes, graph_sizes
 
-    artifact = Artifact.open(folder)
+    artifact = Artifact.open(source.folder)
     is_graph = artifact.manifest.graph is not None
     return {
-        "artifact": folder,
+        "artifact": source.id,
         "bytes": artifact.size,
         "weights": graph_sizes(artifact.graph) if is_graph else checkpoint_sizes(artifact.folder),
         **asdict(artifact.manifest),

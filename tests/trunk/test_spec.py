@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+import embedport
 from embedport import ModelSpec
 from embedport.demo.synthetic import QWEN3_0_6B, QWEN3_4B, QWEN3_8B
 from embedport.errors import CheckpointError, InputError
@@ -165,6 +166,27 @@ class TestHub:
         spec = ModelSpec.from_checkpoint("Qwen/Qwen3-Embedding-0.6B", revision="main")
         assert spec.task == "embedding"
         assert spec.source.id == "Qwen/Qwen3-Embedding-0.6B"
+
+    def test_an_artifact_is_fetched_whole(self, checkpoints, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        artifact = embedport.export(checkpoints(), tmp_path / "snapshots" / self.COMMIT)
+        asked = []
+
+        def download(repo_id, revision, allow_patterns):
+            asked.append((revision, allow_patterns))
+            return str(artifact.folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert isinstance(embedport.load("me/qwen3-fp32", device="cpu"), embedport.Embedder)
+        assert [revision for revision, _ in asked] == [None, self.COMMIT]
+        assert set(artifact.manifest.files) <= set(asked[1][1])
+        assert not any(name.startswith("onnx") for name in asked[0][1])
+
+    @pytest.mark.parametrize("name", ["out/qwen3--int8", "Qwen/Qwen3-Embedding-0.6B.git"])
+    def test_not_a_name(self, name):
+        with pytest.raises(InputError, match="no such folder, and not a hub id"):
+            fetch(name)
 
     def test_not_in_the_cache(self, cached):
         with pytest.raises(CheckpointError, match="not in the hub's cache"):
