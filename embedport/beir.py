@@ -13,12 +13,14 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .corpus import titled_text
 from .errors import InputError
 
 BUILTIN = "builtin"
@@ -88,11 +90,17 @@ def write_candidates(path: Path, ranking: Mapping[str, Iterable[str]]) -> None:
     Args:
         path: The file.
         ranking: Query id to document ids, the best first.
+
+    Raises:
+        InputError: It cannot be written.
     """
     lines = ["query-id\tcorpus-id\trank"]
     for query, documents in ranking.items():
         lines += [f"{query}\t{document}\t{rank}" for rank, document in enumerate(documents, 1)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _builtin() -> Path:
@@ -124,12 +132,14 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
     for place, line in _lines(path):
         try:
             row: dict[str, Any] = json.loads(line)
-            key, text = row["_id"], " ".join([row.get("title") or "", row["text"]]).strip()
+            key, text = row["_id"], titled_text(row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f'{place} should be an object like {{"_id": …, "text": …}}, found {line[:80]!r} '
                 f"({error!r})"
             ) from error
+        if not isinstance(text, str):
+            raise InputError(f"{place}: text should be a string, found {text!r}")
         if not isinstance(key, str) or key in texts:
             raise InputError(f"{place}: _id should be a string of its own, found {key!r} (again)")
         texts[key] = text
@@ -184,7 +194,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if line.strip():

@@ -1,15 +1,18 @@
 """Texts in a file too large for memory: surveyed once, then read part by part.
 
-A .jsonl file holds {"text": …} a line, any other file a text a line; blank lines are no texts.
+A .jsonl file holds {"text": …} a line, and perhaps a "title", which goes before the text; any other
+file a text a line. Blank lines are no texts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 from .progress import progress_bar
@@ -25,12 +28,14 @@ class Part:
         rows: How many texts.
         offset: The byte at which the first one's line begins.
         line: That line's number, from 1.
+        crc32: Of the bytes from there to the end of the last one's line.
     """
 
     first: int
     rows: int
     offset: int
     line: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
     """
     digest = hashlib.sha256()
     parts: list[Part] = []
-    rows = size = 0
-    start: Part | None = None
+    rows = size = crc = 0
+    open_part: Part | None = None
     try:
         total = path.stat().st_size
         with progress_bar("Reading", total, enabled=progress) as advance:
@@ -66,17 +71,19 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
                 digest.update(line)
                 size += len(line)
                 advance(len(line))
+                crc = zlib.crc32(line, crc) if open_part else zlib.crc32(line)
                 if parse_text(path, number, line) is None:
                     continue
-                start = start or Part(rows, 0, offset, number)
+                open_part = open_part or Part(rows, 0, offset, number, 0)
+                open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
                 rows += 1
-                if rows - start.first == part_rows or size - start.offset >= part_bytes:
-                    parts.append(Part(start.first, rows - start.first, start.offset, start.line))
-                    start = None
+                if open_part.rows == part_rows or size - open_part.offset >= part_bytes:
+                    parts.append(open_part)
+                    open_part = None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if start is not None:
-        parts.append(Part(start.first, rows - start.first, start.offset, start.line))
+    if open_part is not None:
+        parts.append(open_part)
     if not parts:
         raise InputError(f"{path} holds no text")
     return Corpus(size, digest.hexdigest(), rows, tuple(parts))
@@ -89,19 +96,23 @@ def read_part(path: Path, part: Part) -> list[str]:
         InputError: The file is no longer what was surveyed.
     """
     texts: list[str] = []
+    crc = 0
     try:
         for number, _, line in _lines(path, part.offset, part.line):
+            crc = zlib.crc32(line, crc)
             text = parse_text(path, number, line)
             if text is not None:
                 texts.append(text)
             if len(texts) == part.rows:
-                return texts
+                break
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    raise InputError(
-        f"{path} should hold {part.rows:,} texts from line {part.line:,} on, found {len(texts):,}: "
-        "it has changed meanwhile"
-    )
+    if len(texts) < part.rows or crc != part.crc32:
+        raise InputError(
+            f"{path} should hold the same {part.rows:,} texts from line {part.line:,} on as when "
+            f"the work began, found others: it has changed meanwhile"
+        )
+    return texts
 
 
 def parse_text(path: Path, number: int, line: bytes) -> str | None:
@@ -117,7 +128,7 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
         if path.suffix != ".jsonl":
             return text
         row = json.loads(text)
-        text, prompt = row["text"], row.get("prompt", "document")
+        text, prompt = titled_text(row), row.get("prompt", "document")
         check_text(number, text)
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
@@ -130,6 +141,12 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
             "and give --prompt"
         )
     return text
+
+
+def titled_text(row: Mapping[str, Any]) -> Any:
+    """The "text" of a row, behind its "title" where it has one, as BEIR defines a document."""
+    title = row.get("title")
+    return " ".join((title, row["text"])).strip() if title else row["text"]
 
 
 def _lines(path: Path, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:

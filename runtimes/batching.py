@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from ..progress import progress_bar
 CORE_TOKENS = 256
 # Not measured: no GPU was at hand.
 GPU_TOKENS = 16_384
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def choose_batch_tokens(wanted: int | None, device: str) -> int:
@@ -30,10 +33,20 @@ def choose_batch_tokens(wanted: int | None, device: str) -> int:
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: those that it may run on, within its container's quota."""
+    there = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if there else os.cpu_count() or 1
+    quota = read_quota()
+    return cores if quota is None else min(cores, max(1, math.ceil(quota)))
+
+
+def read_quota() -> float | None:
+    """Processor time that a container may take, in cores (cgroup v2); None where it may all."""
+    try:
+        quota, period = QUOTA.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
 
 
 def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from ..integrity import record_files
 from ..progress import progress_bar
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
-from .vectors import quantize_vectors
+from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
 INDEX = "index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SHARD = re.compile(r"\d{6,}\.npy")
 # Texts that are sorted by length together; what a crash costs at most.
 SHARD_ROWS = 2048
 SHARD_BYTES = 4 << 20
@@ -215,6 +217,7 @@ def encode_shard(
             precision=job.precision,
             batch_tokens=job.batch_tokens,
             progress=advance,
+            first=part.first,
         )
     except InputError as error:
         raise InputError(
@@ -240,8 +243,8 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
     check_options(facts.dim, job.dim, job.precision)
     dim = job.dim or facts.dim
+    check_ranges(job.precision, dim, facts.ranges)
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, facts.ranges)
-    in_8_bits = job.precision in ("int8", "uint8")
     prompt = resolve_prompt(facts.prompts, job.prompt)
     max_length = choose_length(facts, job.max_length)
     corpus = survey(job.input, SHARD_ROWS, SHARD_BYTES, progress=progress)
@@ -255,7 +258,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         max_length=max_length,
         dim=dim,
         precision=job.precision,
-        ranges=_sha256(json.dumps(dict(facts.ranges or {}))) if in_8_bits else None,
+        ranges=_sha256(json.dumps(facts.ranges)) if job.precision in IN_8_BITS else None,
         dtype=str(empty.dtype),
         width=empty.shape[1],
         rows=corpus.rows,
@@ -283,15 +286,26 @@ def _prepare(output: Path, index: Index, force: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / INDEX
     if path.exists():
-        found = None if force else Index.from_json(path)
-        if found is not None:
-            _check_same(output, found, index)
+        if not force:
+            _check_same(output, Index.from_json(path), index)
             return
-        for shard in output.glob("[0-9]*.npy"):
-            shard.unlink()
+        _check_ours(path)
+        for shard in output.iterdir():
+            if SHARD.fullmatch(shard.name):
+                shard.unlink()
     elif any(not each.name.startswith(".") for each in output.iterdir()):
         raise InputError(f"{output} holds other files and no {INDEX}; choose another folder")
     _write(path, lambda file: file.write(index.to_json().encode()))
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse to begin anew where another program's index.json is; ours may be of any version."""
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8")).keys()
+    except (ValueError, AttributeError):
+        keys = set()
+    if not {"format_version", "model_sha256", "shards"} <= keys:
+        raise InputError(f"{path} is another program's; choose another folder")
 
 
 def _check_same(output: Path, found: Index, index: Index) -> None:

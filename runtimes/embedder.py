@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, Encoded
 from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
-from .vectors import VECTOR_PRECISIONS, measure_ranges, quantize_vectors, shorten
+from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Embedder:
         precision: str = "float32",
         batch_tokens: int | None = None,
         progress: bool | Callable[[int], None] = False,
+        first: int = 0,
     ) -> np.ndarray:
         """Embed texts.
 
@@ -72,6 +73,7 @@ class Embedder:
                 device busy.
             progress: Whether to show a progress bar on a terminal, or what to call with the number
                 of texts just done.
+            first: What messages call the first text: its number among more texts than these.
 
         Returns:
             float32 [len(texts), dim], unit length, in the order of `texts`; or integers, see
@@ -79,13 +81,19 @@ class Embedder:
 
         Raises:
             InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's,
-                or the precision needs ranges that were not measured.
+                or the precision needs ranges that were not measured, or a text gives NaN, which
+                only "float32" can say.
         """
         check_options(self.dim, dim, precision)
+        check_ranges(precision, dim or self.dim, self.ranges)
         encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
-        check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text")
+        check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text", first)
         vectors = self.embed_rows(encoded.ids, batch_tokens=batch_tokens, progress=progress)
-        warn_nonfinite(vectors, self.precision, "text")
+        wrong = describe_nonfinite(vectors, self.precision, "text", first)
+        if wrong and precision != "float32":
+            raise InputError(f"{wrong}; {precision} has no way to say so")
+        if wrong:
+            logger.error(wrong)
         vectors = vectors if dim is None else shorten(vectors, dim)
         return quantize_vectors(vectors, precision, self.ranges)
 
@@ -115,22 +123,28 @@ class Embedder:
             progress=progress,
         )
 
-    def calibrate(self, texts: Sequence[str], *, prompt: str = "document") -> None:
+    def calibrate(
+        self, texts: Sequence[str], *, prompt: str = "document", batch_tokens: int | None = None
+    ) -> None:
         """Measure the ranges that vectors in 8 bits need, and put them into the manifest.
 
         A checkpoint without a manifest keeps them in memory only, in `ranges`.
 
         Args:
             texts: Texts like those to be embedded, a few hundred or more.
-            prompt: As for `encode`.
+            prompt: As for `encode`, like `batch_tokens`.
+            batch_tokens: Tokens of a batch at most.
 
         Raises:
-            InputError: There are fewer than two texts, or one is not valid Unicode.
+            InputError: There are fewer than two texts, or one is not valid Unicode or gives NaN.
             ArtifactError: The manifest cannot be written.
         """
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
-        self.ranges = measure_ranges(self.encode(texts, prompt=prompt))
+        vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
+        if wrong := describe_nonfinite(vectors, self.precision, "text"):
+            raise InputError(f"{wrong}; no ranges were kept")
+        self.ranges = measure_ranges(vectors)
         if self.artifact is not None:
             record_ranges(self.artifact.folder, self.ranges)
 
@@ -174,7 +188,9 @@ def check_options(width: int, dim: int | None, precision: str) -> None:
         raise InputError(f"dim should be from 1 to {width}, found {dim}")
 
 
-def check_encoded(encoded: Encoded, vocab_size: int, max_length: int, noun: str) -> None:
+def check_encoded(
+    encoded: Encoded, vocab_size: int, max_length: int, noun: str, first: int = 0
+) -> None:
     """Log which inputs were cut.
 
     Args:
@@ -182,6 +198,7 @@ def check_encoded(encoded: Encoded, vocab_size: int, max_length: int, noun: str)
         vocab_size: Rows of the model's embedding table.
         max_length: Tokens of an input at most.
         noun: What an input is called.
+        first: The first one's number.
 
     Raises:
         InputError: A token is beyond the model's embedding table: some checkpoints' tokenizers
@@ -190,7 +207,7 @@ def check_encoded(encoded: Encoded, vocab_size: int, max_length: int, noun: str)
     for i, ids in enumerate(encoded.ids):
         if ids.max() >= vocab_size:
             raise InputError(
-                f"{noun} {i} holds token {ids.max()}, and the model's table has only "
+                f"{noun} {first + i} holds token {ids.max()}, and the model's table has only "
                 f"{vocab_size} rows; take that special token out of the text"
             )
     if encoded.truncated:
@@ -201,27 +218,23 @@ def check_encoded(encoded: Encoded, vocab_size: int, max_length: int, noun: str)
             noun,
             max_length,
             noun,
-            encoded.truncated[0],
+            first + encoded.truncated[0],
         )
 
 
-def warn_nonfinite(values: np.ndarray, precision: str, noun: str) -> None:
-    """Log which inputs gave NaN or infinity.
+def describe_nonfinite(values: np.ndarray, precision: str, noun: str, first: int = 0) -> str:
+    """Which inputs gave NaN or infinity; nothing where none did.
 
     Args:
         values: float32 [n] or [n, dim].
         precision: The model's, in words.
         noun: What an input is called.
+        first: The first one's number.
     """
     bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-    if len(bad):
-        logger.error(
-            "%d of %d %ss gave NaN or infinity in %s, the first is %s %d; take another precision, "
-            "or calibrate with texts like it",
-            len(bad),
-            len(values),
-            noun,
-            precision,
-            noun,
-            bad[0],
-        )
+    if not len(bad):
+        return ""
+    return (
+        f"{len(bad)} of {len(values)} {noun}s gave NaN or infinity in {precision}, the first is "
+        f"{noun} {first + bad[0]}; take another precision, or calibrate with texts like it"
+    )

@@ -12,6 +12,7 @@ from ..artifact import Artifact
 from ..attention import SHORT_ROW
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..requirements import meets
+from .batching import count_cores, read_quota
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)
@@ -209,6 +210,8 @@ def _some(nodes: list[str]) -> str:
 def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if read_quota() is not None:  # which onnxruntime does not know of
+        options.intra_op_num_threads = count_cores()
     path = _choose_graph(artifact, device, ort.__version__)
     graph: str | bytes = str(path)
     if _is_emulated(artifact, device):

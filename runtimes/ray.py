@@ -7,21 +7,30 @@ row is there once. All machines must see the model, the input and the output und
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..corpus import Part
 from ..errors import EmbedportError, InputError, require
+from .batching import count_cores
 from .bulk import Job, encode_shard, open_embedder
 from .embedder import Embedder
 
 
 class ShardWorker:
-    """An actor: the job's model, loaded once."""
+    """An actor: the job's model, loaded once.
 
-    def __init__(self, job: Job) -> None:
+    Args:
+        job: What to do.
+        machine_actors: Actors of a machine.
+    """
+
+    def __init__(self, job: Job, machine_actors: int) -> None:
         self._job = job
+        # Ray sets 1, and an actor without a GPU has its share of a machine's cores.
+        os.environ["OMP_NUM_THREADS"] = str(max(1, count_cores() // machine_actors))
         self._embedder: Embedder | None = None
 
     def __call__(self, shard: dict[str, Any]) -> dict[str, Any]:
@@ -67,12 +76,13 @@ def run_on_ray(
     ray.data.DataContext.get_current().enable_progress_bars = False
     gpus = 0 if job.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     nodes = sum(node["Alive"] for node in ray.nodes())
+    actors = workers or gpus or nodes
     worker: Any = ShardWorker  # Ray's annotation knows of functions only
     rows = [{"number": number, "part": asdict(part)} for number, part in shards]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         worker,
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=workers or gpus or nodes),
+        fn_constructor_args=(job, -(-actors // nodes)),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=None if gpus else 1,
         num_gpus=1 if gpus else None,
     )

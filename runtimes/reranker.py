@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,12 @@ import numpy as np
 from ..errors import InputError
 from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
 from .batching import choose_batch_tokens, run_batches
-from .embedder import check_encoded, warn_nonfinite
+from .embedder import check_encoded, describe_nonfinite
 from .facts import Model, ModelFacts
 from .onnxruntime import OnnxModel
 from .sharing import group_rows, run_groups
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Reranker:
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]
         scores = self.score_rows(encoded.ids, queries, batch_tokens=batch_tokens, progress=progress)
-        warn_nonfinite(scores, self.precision, "pair")
+        if wrong := describe_nonfinite(scores, self.precision, "pair"):
+            logger.error(wrong)
         return scores
 
     def score_rows(

@@ -9,6 +9,8 @@ import numpy as np
 from ..errors import InputError
 
 VECTOR_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+# Those of them that need each value's range.
+IN_8_BITS = ("int8", "uint8")
 MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)
 # Digits of a range that 255 steps can tell apart.
 DIGITS = 5
@@ -34,13 +36,39 @@ def measure_ranges(vectors: np.ndarray) -> dict[str, list[list[float]]]:
     Returns:
         Width, as text, to [smallest, largest], each of that width.
     """
-    width = vectors.shape[1]
     ranges = {}
-    for dim in (width, *(dim for dim in MRL_DIMS if dim < width)):
+    for dim in ranged_dims(vectors.shape[1]):
         cut = shorten(vectors, dim)
         bounds = (cut.min(axis=0), cut.max(axis=0))
         ranges[str(dim)] = [[float(f"{x:.{DIGITS}g}") for x in bound] for bound in bounds]
     return ranges
+
+
+def ranged_dims(width: int) -> tuple[int, ...]:
+    """The widths at which ranges are measured: the full one and the MRL dimensions below it."""
+    return (width, *(dim for dim in MRL_DIMS if dim < width))
+
+
+def check_ranges(
+    precision: str, dim: int, ranges: Mapping[str, Sequence[Sequence[float]]] | None
+) -> None:
+    """Make sure that vectors of a width can be quantized.
+
+    Raises:
+        InputError: The precision needs ranges, and there are none of this width.
+    """
+    if precision not in IN_8_BITS or str(dim) in (ranges or {}):
+        return
+    if ranges:
+        raise InputError(
+            f"{precision} needs each value's range at {dim} dimensions, and ranges are measured at "
+            f"{', '.join(ranges)}: choose one of these"
+        )
+    raise InputError(
+        f"{precision} needs each value's range at {dim} dimensions, and there are none: call "
+        "`embedder.calibrate(texts)` with texts like your own, or `embedport encode ARTIFACT "
+        "--calibrate texts.jsonl`, once"
+    )
 
 
 def quantize_vectors(
@@ -72,15 +100,9 @@ def quantize_vectors(
         raise InputError(
             f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
         )
-    dim = str(vectors.shape[1])
-    if ranges is None or dim not in ranges:
-        known = f"there are some of {', '.join(ranges)}" if ranges else "there are none"
-        raise InputError(
-            f"{precision} needs each value's range at {dim} dimensions, and {known}: call "
-            "`embedder.calibrate(texts)` with texts like your own, or `embedport encode ARTIFACT "
-            "--calibrate texts.jsonl`, once"
-        )
-    low, high = (np.asarray(bound, np.float32) for bound in ranges[dim])
+    check_ranges(precision, vectors.shape[1], ranges)
+    assert ranges is not None
+    low, high = (np.asarray(bound, np.float32) for bound in ranges[str(vectors.shape[1])])
     steps = np.maximum((high - low) / 255, np.finfo(np.float32).tiny)
     shifted = (vectors - low) / steps
     # Texts not seen in calibration go beyond its ranges.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -10,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .outputs import check_output, size_words, stderr_console, stdout_console, write_text
+from .outputs import (
+    check_output,
+    size_words,
+    stderr_console,
+    stdout_console,
+    to_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,7 +75,7 @@ def bench(
             quick=quick,
             say=say,
         )
-    text = json.dumps(result.to_dict(), indent=2)
+    text = to_json(result.to_dict(), indent=2)
     if out is not None:
         write_text(out, text + "\n")
     if as_json or not sys.stdout.isatty():

@@ -57,14 +57,14 @@ def encode(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
+    output: Annotated[
+        str | None,
         typer.Option(
             "-o",
             "--out",
             "--output",
-            help=".npy or .jsonl; or a folder, which takes --input of any size shard by shard and "
-            "goes on after a crash.",
+            help=".npy or .jsonl; or a folder (vectors/), which takes --input of any size shard by "
+            "shard and goes on after a crash.",
             show_default=False,
         ),
     ] = None,
@@ -100,11 +100,12 @@ def encode(
     from ..runtimes.bulk import Job
 
     prompt = _choose_prompt(prompt, instruction)
-    if out is not None and (out.is_dir() or not out.suffix):
-        if texts or file is None or calibrate is not None or as_json:
+    out = None if output is None else Path(output)
+    if out is not None and (out.is_dir() or not out.suffix or str(output).endswith("/")):
+        if texts or file is None or str(file) == "-" or calibrate is not None or as_json:
             raise InputError(
-                f"{out} is a folder: it takes its texts from --input, ranges that were measured "
-                "before, and no --json"
+                f"{out} is a folder: it takes its texts from a file (--input), ranges that were "
+                "measured before (embedport encode ARTIFACT --calibrate FILE), and no --json"
             )
         job = Job(
             model=_absolute(artifact),
@@ -121,13 +122,21 @@ def encode(
         return
     if engine != "local" or workers is not None or force:
         raise InputError("--engine, --workers and --force go with a folder: --output vectors/")
-    check_output(out, ".npy", ".jsonl")
-    inputs = read_texts(texts or [], file)
+    if out is not None and out.suffix not in (".npy", ".jsonl"):
+        raise InputError(f"{out} should end with .npy or .jsonl, or with / for a folder")
+    check_output(out)
+    if out is not None and as_json:
+        raise InputError("--json prints, and -o writes a file: give one of them")
+    only_ranges = calibrate is not None and not texts and file is None and sys.stdin.isatty()
+    inputs = [] if only_ranges else read_texts(texts or [], file)
     embedder = load(artifact, device=device, max_length=max_length)
     if not isinstance(embedder, Embedder):
         raise InputError(f"{artifact} is a reranker: use `embedport rerank`")
     if calibrate is not None:
-        embedder.calibrate(read_texts([], calibrate), prompt=prompt)
+        embedder.calibrate(read_texts([], calibrate), prompt=prompt, batch_tokens=batch_tokens)
+        if only_ranges:
+            typer.echo(f"{artifact}: ranges measured with {calibrate}", err=True)
+            return
     vectors = embedder.encode(
         inputs,
         prompt=prompt,

@@ -80,7 +80,8 @@ def _written(path: Path) -> Generator[IO[bytes]]:
             yield file
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+        # numpy says in words that the disk is full.
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -97,28 +98,32 @@ def check_output(path: Path | None, *suffixes: str) -> None:
     """Refuse an output file before any work is done.
 
     Raises:
-        InputError: The name ends with none of the suffixes, or its folder does not exist.
+        InputError: The name ends with none of the suffixes, where there are some; its folder does
+            not exist or cannot be written to; or it is a folder.
     """
     if path is None:
         return
-    if path.suffix not in suffixes:
+    if suffixes and path.suffix not in suffixes:
         raise InputError(f"{path} should end with {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        which = f"{path} is a folder" if path.is_dir() else f"{path.parent} is read-only"
+        raise InputError(f"{path} cannot be written: {which}")
 
 
-def to_json(row: object) -> str:
-    """A line of JSON, in which NaN and infinity, which JSON lacks, are null."""
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON, on one line unless indented, in which NaN and infinity, which JSON lacks, are null."""
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
-        return json.dumps(_without_nan(row), ensure_ascii=False)
+        return json.dumps(_without_nan(value), ensure_ascii=False, indent=indent)
 
 
 def _without_nan(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -67,6 +67,8 @@ def rerank(
     from ..runtimes import Reranker, load
 
     check_output(out, ".jsonl")
+    if out is not None and as_json:
+        raise InputError("--json prints, and -o writes a file: give one of them")
     inputs = read_texts(documents or [], file)
     reranker = load(artifact, device=device, max_length=max_length)
     if not isinstance(reranker, Reranker):

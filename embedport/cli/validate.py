@@ -90,6 +90,7 @@ def validate(
     from ..validation import validate as run
 
     check_output(report, ".html", ".json", ".md")
+    check_output(save_run)
     texts, pairs = _read(artifact, file)
     data = _read_set(retrieval, candidates, max_queries, max_ndcg_loss)
     result = run(

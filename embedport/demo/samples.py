@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..corpus import titled_text
 from ..errors import InputError
 
 T = TypeVar("T")
@@ -49,13 +50,17 @@ def _builtin(name: str) -> list[dict[str, Any]]:
 def read_samples(path: str | Path) -> list[Sample]:
     """Read texts: one a line of a .txt file, or {"text": …, "prompt": …} a line of a .jsonl file.
 
+    A "title" goes before the text.
+
     Raises:
         InputError: The file is missing, empty or malformed; names the line.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        return _read_jsonl(path, lambda row: Sample(row["text"], row.get("prompt", "document")))
-    return _nonempty(path, [Sample(line) for line in _lines(path)])
+        return _read_jsonl(
+            path, lambda row: Sample(titled_text(row), row.get("prompt", "document"))
+        )
+    return _nonempty(path, [Sample(line) for _, line in _lines(path)])
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -69,7 +74,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     rows = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _lines(path):
         try:
             row = make(json.loads(line))
             if not all(isinstance(value, str) for value in vars(row).values()):
@@ -83,13 +88,15 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     return _nonempty(path, rows)
 
 
-def _lines(path: Path) -> Iterable[str]:
+def _lines(path: Path) -> Iterable[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     # Not splitlines(): U+2028 and its like may stand inside a text.
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _nonempty(path: Path, rows: list[T]) -> list[T]:

@@ -21,6 +21,9 @@ class TestErrors:
             (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
             (["encode", "{embedding}", "a", "-o", "x.csv"], "should end with .npy or .jsonl"),
             (["encode", "{embedding}", "a", "-o", "no/x.npy"], "no/x.npy cannot be written"),
+            (["encode", "{embedding}", "a", "-o", "x.npy", "--json"], "give one of them"),
+            (["encode", "{embedding}", "--input", "{here}/far.jsonl"], "far.jsonl:3 should be"),
+            (["encode", "{embedding}", "a", "--precision", "int8"], "there are none"),
             (["encode", "{embedding}", "a", "--input", "b.txt"], "not both"),
             (["encode", "{embedding}", "--input", "gone.txt"], "gone.txt cannot be read"),
             (["encode", "{embedding}", "--input", "{here}/empty.txt"], "holds no text"),
@@ -42,6 +45,19 @@ class TestErrors:
                 "leave --prompt",
             ),
             (["inspect", "{here}"], "config.json is missing"),
+            (["inspect", "{embedding}", "--revision", "main"], "has no revision 'main'"),
+            (
+                ["validate", "{reranker}", "--reference", "{here}", "--min-cosine", "1"],
+                "a reranker gives scores, not vectors",
+            ),
+            (
+                ["validate", "{embedding}", "--reference", "{here}", "--save-run", "no/x.tsv"],
+                "no/x.tsv cannot be written",
+            ),
+            (
+                ["validate", "{embedding}", "--reference", "{here}", "--save-run", "{here}"],
+                "is a folder",
+            ),
             (["validate", "{embedding}", "--reference", "{here}"], "config.json is missing"),
         ],
     )
@@ -49,6 +65,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "?"}\n')
+        (tmp_path / "far.jsonl").write_text('{"text": "fine"}\n\n{"txet": "?"}\n')
         (tmp_path / "mixed.jsonl").write_text('{"text": "a", "prompt": "query"}\n')
         (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
         (tmp_path / "bert").mkdir()

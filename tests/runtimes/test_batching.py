@@ -5,6 +5,7 @@ import pytest
 
 from embedport.attention import SHORT_ROW
 from embedport.errors import InputError
+from embedport.runtimes import batching
 from embedport.runtimes.batching import make_batches, pad, run_batches
 
 
@@ -31,6 +32,20 @@ def test_a_row_beyond_the_budget_is_alone():
 def test_short_and_long_rows_are_apart():
     lengths = [SHORT_ROW + 1, 3, SHORT_ROW, SHORT_ROW + 9, 4]
     assert make_batches(lengths, 10_000) == [[3, 0], [2, 4, 1]]
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", None), ("150000 100000", 1.5), ("1600000 100000", 16), ("nonsense", None)],
+)
+def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
+    path = tmp_path / "cpu.max"
+    monkeypatch.setattr(batching, "QUOTA", path)
+    assert batching.read_quota() is None
+    path.write_text(quota + "\n")
+    assert batching.read_quota() == cores
+    monkeypatch.setattr(batching.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    assert batching.count_cores() == {None: 8, 1.5: 2, 16: 8}[cores]
 
 
 def test_pad():

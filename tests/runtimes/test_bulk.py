@@ -213,13 +213,41 @@ def test_bad_requests(job, tmp_path, checkpoints):
         encode_corpus(replace(job, output=tmp_path / "broken"), run_here)
 
 
-def test_an_input_that_changes_meanwhile(job):
+@pytest.mark.parametrize("change", ["shorter", "other texts, as many"])
+def test_an_input_that_changes_meanwhile(job, change):
     def run(job, shards, advance):
-        job.input.write_text('{"text": "shorter"}\n')
+        text = job.input.read_text(encoding="utf-8")
+        changed = '{"text": "shorter"}\n' if change == "shorter" else text.replace("one", "two")
+        job.input.write_text(changed, encoding="utf-8")
         run_here(job, shards, advance)
 
     with pytest.raises(InputError, match="it has changed meanwhile"):
         encode_corpus(job, run)
+
+
+def test_titles_go_before_texts(job, embedder):
+    """As BEIR has them, so that what is served is what `validate --retrieval` measures."""
+    rows = ({"_id": "1", "title": "Tea", "text": "a leaf"}, {"title": "", "text": "plain"})
+    job.input.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode_corpus(job, run_here)
+    expected = embedder.encode(["Tea a leaf", "plain"])
+    np.testing.assert_allclose(stacked(job.output), expected, **CLOSE)
+
+
+def test_another_programs_folder_is_never_begun_anew(job):
+    job.output.mkdir()
+    (job.output / INDEX).write_text('{"version": 2, "shards": []}')
+    (job.output / "2024.npy").write_bytes(b"theirs")
+    with pytest.raises(InputError, match="is another program's"):
+        encode_corpus(job, run_here, force=True)
+    assert (job.output / "2024.npy").read_bytes() == b"theirs"
+    # An index of ours is, whatever its version.
+    theirs = {"format_version": 99, "model_sha256": "", "shards": []}
+    (job.output / INDEX).write_text(json.dumps(theirs))
+    (job.output / "000007.npy").write_bytes(b"ours")
+    encode_corpus(job, run_here, force=True)
+    left = sorted(path.name for path in job.output.iterdir())
+    assert left == ["000000.npy", "2024.npy", INDEX]
 
 
 def test_command_line(job, artifact):
@@ -230,6 +258,15 @@ def test_command_line(job, artifact):
     ended = run("--prompt", "query")
     assert (ended.returncode, ended.stdout) == (0, "")
     assert f"{job.output}: 35 vectors of 64 in 1 shards" in ended.stderr
+    dotted = job.output.with_name("qwen3-0.6B")
+    piped = subprocess.run(
+        [*COMMAND, artifact, "--input", job.input, "-o", f"{dotted}/"], capture_output=True
+    )
+    assert piped.returncode == 0
+    assert (dotted / INDEX).is_file()
+    command = [*COMMAND, artifact, "--input", "-", "-o", f"{job.output}/"]
+    ended = subprocess.run(command, capture_output=True, text=True, input="text")
+    assert (ended.returncode, "its texts from a file" in ended.stderr) == (2, True)
     for options, message in (
         ((), "whose prompt was"),
         (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),
@@ -291,7 +328,7 @@ bulk.encode_corpus(bulk.Job(sys.argv[1], Path(sys.argv[2]), output, device="cpu"
 print("rows", sum(rows))
 try:
     run_on_ray(
-        bulk.Job(sys.argv[1], Path("/no"), output), [(0, bulk.Part(0, 1, 0, 1))], print, 1
+        bulk.Job(sys.argv[1], Path("/no"), output), [(0, bulk.Part(0, 1, 0, 1, 0))], print, 1
     )
 except bulk.InputError as error:
     print("error", error)

@@ -85,12 +85,40 @@ def test_encode_in_every_precision(embedder):
         assert (found.shape, found.dtype) == ((len(TEXTS), width), dtype)
         np.testing.assert_array_equal(found, quantize_vectors(plain, precision, embedder.ranges))
     assert embedder.encode(TEXTS, precision="int8", dim=64).shape == (len(TEXTS), 64)
-    with pytest.raises(InputError, match="int8 needs each value's range at 50 dimensions"):
+    with pytest.raises(InputError, match="at 50 dimensions, and ranges are measured at 96, 64, 32"):
         embedder.encode(TEXTS, precision="int8", dim=50)
     with pytest.raises(InputError, match="precision should be one of float32"):
         embedder.encode(TEXTS, precision="int4")
     with pytest.raises(InputError, match="at least two texts"):
         embedder.calibrate(TEXTS[:1])
+
+
+def test_nan_is_not_hidden_in_eight_bits(embedder, monkeypatch):
+    """An integer cannot say it, and one such text would ruin the ranges of all."""
+    embedder.calibrate(TEXTS)
+    ranges, run = embedder.ranges, embedder.embed_rows
+
+    def spoilt(rows, **options):
+        vectors = run(rows, **options)
+        vectors[5, 0] = np.nan
+        return vectors
+
+    monkeypatch.setattr(embedder, "embed_rows", spoilt)
+    for precision in ("int8", "ubinary"):
+        with pytest.raises(InputError, match=r"1 of 32 texts gave NaN.*the first is text 5"):
+            embedder.encode(TEXTS, precision=precision)
+    with pytest.raises(InputError, match=r"the first is text 105"):
+        embedder.encode(TEXTS, precision="int8", first=100)
+    with pytest.raises(InputError, match="no ranges were kept"):
+        embedder.calibrate(TEXTS)
+    assert embedder.ranges == ranges
+    assert np.isnan(embedder.encode(TEXTS)).sum() == 1
+
+
+def test_what_cannot_be_is_said_before_any_work(embedder, monkeypatch):
+    monkeypatch.setattr(embedder, "embed_rows", lambda rows, **options: pytest.fail("ran"))
+    with pytest.raises(InputError, match="there are none"):
+        embedder.encode(TEXTS, precision="int8")
 
 
 def test_ranges_are_kept_in_the_manifest(embedder):
