@@ -100,7 +100,8 @@ def bench(
         say: Told what is being done.
 
     Raises:
-        InputError: Artifacts of different tasks, an unknown peer, or peers without a checkpoint.
+        InputError: Artifacts of different tasks, one side twice, an unknown peer, or peers without
+            a checkpoint or the other way round.
         EmbedportError: A side cannot be opened, or ends.
     """
     _check(artifacts, peers, checkpoint)
@@ -109,7 +110,7 @@ def bench(
         raise InputError(
             f"{artifacts[0]} is of another task than the rest; race embedding models or rerankers"
         )
-    sides = _distinct([our_side(Path(artifact)) for artifact in artifacts])
+    sides = _distinct([our_side(artifact) for artifact in artifacts])
     if peers:
         assert checkpoint is not None
         folder = fetch(checkpoint).folder
@@ -147,6 +148,10 @@ def _check(
             "peers serve a checkpoint: say which with --checkpoint, best the one that the artifact "
             "was made from"
         )
+    if checkpoint is not None and not peers:
+        raise InputError("--checkpoint is what peers serve, and there are none: give --peer")
+    if twice := [name for name, count in Counter(peers).items() if count > 1]:
+        raise InputError(f"peer {twice[0]} is given twice")
 
 
 def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:
@@ -172,9 +177,19 @@ def _longest(work: Work) -> int:
 
 
 def _distinct(sides: list[Side]) -> list[Side]:
-    """Sides whose names differ: by their folders' where several have one precision."""
-    names = Counter(side.name for side in sides)
-    return [
-        replace(side, name=f"{side.name} ({side.folder.name})") if names[side.name] > 1 else side
-        for side in sides
-    ]
+    """Sides whose names differ: those of one precision by their folders.
+
+    Raises:
+        InputError: A folder is given twice.
+    """
+    precisions = Counter(side.name for side in sides)
+    folders = Counter((side.name, side.folder.name) for side in sides)
+    named = []
+    for side in sides:
+        alike = folders[side.name, side.folder.name] > 1
+        folder = side.folder.absolute() if alike else side.folder.name
+        is_alone = precisions[side.name] == 1
+        named.append(side if is_alone else replace(side, name=f"{side.name} ({folder})"))
+    if twice := [name for name, count in Counter(each.name for each in named).items() if count > 1]:
+        raise InputError(f"{twice[0]} is given twice: a side is measured by the others")
+    return named

@@ -82,7 +82,7 @@ class Side:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
-def our_side(artifact: Path) -> Side:
+def our_side(artifact: str | Path) -> Side:
     """An artifact or a checkpoint, as `embedport.load` runs it on a CPU.
 
     Raises:
@@ -92,7 +92,7 @@ def our_side(artifact: Path) -> Side:
 
     facts = read_facts(artifact)
     command = (sys.executable, "-m", "embedport.bench.serve", str(artifact))
-    bits = 8 if facts.precision.startswith(("int8", "int4", "auto")) else 32
+    bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
     return Side(f"embedport {facts.precision}", command, facts.folder, bits, {})
 
 

@@ -174,11 +174,28 @@ def test_peers_are_prepared_once(monkeypatch, tmp_path, checkpoints):
     [
         ({"peers": ["optimum"]}, "no peer is named 'optimum'; there are optimum-int8, "),
         ({"peers": ["optimum-int8"]}, "say which with --checkpoint"),
+        ({"checkpoint": "somewhere"}, "--checkpoint is what peers serve"),
+        ({"peers": ["optimum-int8"] * 2, "checkpoint": "x"}, "optimum-int8 is given twice"),
     ],
 )
 def test_bad_requests(artifact, options, message):
     with pytest.raises(InputError, match=message):
         benches.bench([artifact], **options)
+
+
+def test_every_side_has_a_name_of_its_own(tmp_path):
+    def side(folder, name="embedport int8"):
+        return sides.Side(name, (), tmp_path / folder, 8, {})
+
+    named = benches._distinct([side("a/int8"), side("b/int8"), side("c"), side("d", "other")])
+    assert [each.name for each in named] == [
+        f"embedport int8 ({tmp_path}/a/int8)",
+        f"embedport int8 ({tmp_path}/b/int8)",
+        "embedport int8 (c)",
+        "other",
+    ]
+    with pytest.raises(InputError, match="is given twice"):
+        benches._distinct([side("a"), side("a")])
 
 
 def test_tasks_do_not_mix(artifact, checkpoints, tmp_path):
