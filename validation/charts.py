@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import require
 from .layers import LayerError
+from .report import MEASURES
 from .retrieval import RetrievalRow
 
 SIZE = (4.6, 3.1)  # inches
@@ -208,7 +209,13 @@ def _by_measure(
         own = [row for row in rows if row.measure == measure]
         shift = 0.0 if own[0].dimension is None else 0.22 * (i - (len(measures) - 1) / 2)
         x = [places.index(_place(row)) + shift for row in own]
-        yield measure, own, x, SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+        yield (
+            MEASURES.get(measure, measure),
+            own,
+            x,
+            SERIES[i % len(SERIES)],
+            MARKERS[i % len(MARKERS)],
+        )
 
 
 def _measures(rows: Sequence[RetrievalRow]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..attention import SHORT_ROW
 from ..progress import progress_bar
 
 Model = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -21,6 +22,9 @@ FEW = 8
 # and a batch of 32 stays small.
 SHORTEST, LONGEST = 8, 64
 EXTRA = 16
+# Graphs change how they compute attention at 128 tokens, and at SHORT_ROW: beyond that rows share
+# no batch with shorter ones.
+LONG = {"long rows": (150, 300), "longer rows": (SHORT_ROW + 32, SHORT_ROW + 128)}
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,18 @@ class Outcome:
     alone: np.ndarray
 
 
-def run_suite(model: Model, rows: Sequence[np.ndarray], *, progress: bool = False) -> list[Outcome]:
+def run_suite(
+    model: Model, rows: Sequence[np.ndarray], max_length: int, *, progress: bool = False
+) -> list[Outcome]:
     """Run every case.
 
     Args:
         model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, ...].
         rows: Token ids of the texts, int64 [tokens] each; at least one.
+        max_length: Tokens of a row at most.
         progress: Whether to show a progress bar on a terminal.
     """
-    suite = make_cases(select_rows(rows))
+    suite = [*make_cases(select_rows(rows)), *make_long_cases(rows, max_length)]
     known: dict[bytes, np.ndarray] = {}
     outcomes = []
     with progress_bar("Invariance", len(suite), enabled=progress) as advance:
@@ -99,6 +106,18 @@ def make_cases(rows: Sequence[np.ndarray]) -> list[Case]:
         Case("reversed order", few[::-1], FEW),
         *(Case(f"batches of {size}", rows, size) for size in (1, 2, 7, 32)),
     ]
+
+
+def make_long_cases(rows: Sequence[np.ndarray], max_length: int) -> list[Case]:
+    """Two long rows in a batch, as far as the model takes them; the longest text is repeated."""
+    longest = max(rows, key=len)
+    cases = []
+    for name, lengths in LONG.items():
+        if lengths[0] < max_length:
+            ids = np.tile(longest, -(-lengths[-1] // len(longest)))
+            pair = [ids[-min(length, max_length) :] for length in lengths]
+            cases.append(Case(name, pair, len(pair), "left"))
+    return cases
 
 
 def _run(model: Model, case: Case) -> np.ndarray:

@@ -35,16 +35,18 @@ ROTATION = "output.rotation"
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far the hidden states after a layer are from the reference's, over all tokens.
+    """How far the hidden states after a layer are from the reference's.
 
     Attributes:
         layer: 1 is the first layer; 0 is the embedding table.
+        tokens: How many were compared.
         relative_error_mean: Mean over tokens of |artifact - reference| / |reference|.
         relative_error_max: Its maximum; NaN as soon as one value is.
         cosine_min: The smallest cosine of a token's state to the reference's.
     """
 
     layer: int
+    tokens: int
     relative_error_mean: float
     relative_error_max: float
     cosine_min: float
@@ -220,4 +222,6 @@ def _compare(layer: int, found: np.ndarray, expected: np.ndarray) -> LayerError:
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.linalg.norm(found.astype(np.float64) - expected, axis=1) / sizes
     agreement = cosines(found, expected)
-    return LayerError(layer, float(errors.mean()), float(errors.max()), float(agreement.min()))
+    return LayerError(
+        layer, len(found), float(errors.mean()), float(errors.max()), float(agreement.min())
+    )

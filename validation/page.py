@@ -16,7 +16,7 @@ from ..spec import Task
 from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
 from .layers import LayerError
-from .report import Comparison, Gate, Report, number
+from .report import MEASURES, Comparison, Gate, Report, number
 from .retrieval import CONFIDENCE, RetrievalReport
 
 WORST = 10
@@ -216,9 +216,15 @@ def _layers(errors: Sequence[LayerError]) -> tuple[Chart, Table]:
         f"{_inline(means[0])} after the embedding, {_inline(means[-1])} after layer "
         f"{errors[-1].layer}. "
     )
+    # A graph that pools has each text's last token only behind its last layer.
+    like = [each for each in errors if each.tokens == errors[0].tokens]
+    if len(like) < len(errors):
+        caption += f"Behind that layer it is of each text's last token only ({errors[-1].tokens}). "
     if np.isfinite(means).all():
-        growth = np.diff(means)
-        caption += f"It grows most in layer {errors[int(growth.argmax()) + 1].layer}."
+        growth = np.diff(means[: len(like)])
+        among = "" if len(like) == len(errors) else ", of those before it,"
+        if len(growth):
+            caption += f"It grows most{among} in layer {like[int(growth.argmax()) + 1].layer}."
     else:
         first = errors[int(np.flatnonzero(~np.isfinite(means))[0])].layer
         caption += f"It is not finite from layer {first} on."
@@ -261,7 +267,7 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
         ("Measure", "Dim.", "Artifact", "Reference", f"Difference, {CONFIDENCE} % interval"),
         tuple(
             (
-                row.measure,
+                MEASURES.get(row.measure, row.measure),
                 "–" if row.dimension is None else str(row.dimension),
                 f"{row.artifact:.4f}",
                 f"{row.reference:.4f}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,10 @@ def validate(
     """Measure how far an artifact, or a checkpoint, is from the one it was made from.
 
     The checkpoint is run by transformers: on a GPU in fp16, with fp32 or bf16 beside it; on a CPU
-    in fp32 on the weights rounded to fp16. The gates are about the fp16 run, or, for an fp32
-    artifact, which fp16 is too coarse for, the fp32 one; a run with NaN or infinity gives way to
-    one without. Token ids are compared first, and nothing else is done when they differ.
+    in fp32 on the weights rounded to fp16, unless the checkpoint stores fp32. The gates are about
+    the fp16 run, or, for an fp32 artifact, which fp16 is too coarse for, the fp32 one; a run with
+    NaN or infinity gives way to one without. Token ids are compared first, and nothing else is
+    done when they differ.
 
     Args:
         artifact: The artifact's folder, or a checkpoint as for `embedport.load`.
@@ -111,6 +112,8 @@ def validate(
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
+    if min_cosine is not None and facts.task == "reranker":
+        raise InputError("a reranker gives scores, not vectors: --max-score-difference limits them")
     graph = facts.artifact.manifest.graph if facts.artifact else None
     thresholds = find_thresholds(
         facts.precision,
@@ -138,13 +141,15 @@ def validate(
         found = task.run(runtime, progress=progress)
         # Vectors of queries and documents, or scores of pairs, as the task is.
         found_set: Any = None if data is None else task.run_set(runtime, data, progress=progress)
-        for outcome in run_suite(runtime.model, rows, progress=progress):
+        for outcome in run_suite(
+            runtime.model, rows, runtime.tokenizer.max_length, progress=progress
+        ):
             values = task.agreement(outcome.found, outcome.alone)
             invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
         runs = _run_references(source, expected_rows, device, facts.precision, progress)
         comparisons = [
-            task.compare(found, outputs, describe(arithmetic, device))
+            task.compare(found, outputs, describe(source, arithmetic, device))
             for arithmetic, outputs in runs.items()
         ]
         first = next(iter(runs))
@@ -157,11 +162,13 @@ def validate(
             _invariance_gate(task, invariance, thresholds),
         ]
         if data is not None:
-            expected_set: Any = task.run_reference_set(
-                source, data, first, device, progress=progress
-            )
+            expected_set = _run_reference_set(task, source, data, runs, device, progress)
             quality = task.compare_sets(found_set, expected_set, data)
-            gates.append(Gate("nDCG@10 loss", quality.ndcg_loss, "≤", thresholds.max_ndcg_loss))
+            gates += [
+                Gate("retrieval: NaN or infinity", _count_nonfinite(found_set), "≤", 0),
+                Gate("retrieval: reference's NaN", _count_nonfinite(expected_set), "≤", 0),
+                Gate("nDCG@10 loss", quality.ndcg_loss, "≤", thresholds.max_ndcg_loss),
+            ]
             if save_run is not None:
                 write_candidates(
                     Path(save_run), rank_documents(found_set, found.shape[1], data, CANDIDATES)
@@ -182,6 +189,8 @@ def validate(
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
+    if record and facts.artifact is not None:
+        record_parity(facts.artifact.folder, report.to_record(), report.to_markdown())
     if page is not None:
         layers = layer_errors(facts, source, rows, device=device) if comparisons else None
         details = collect_details(
@@ -193,9 +202,10 @@ def validate(
             layers=layers,
             command=command,
         )
-        Path(page).write_text(render(report, details), encoding="utf-8")
-    if record and facts.artifact is not None:
-        record_parity(facts.artifact.folder, report.to_record(), report.to_markdown())
+        try:
+            Path(page).write_text(render(report, details), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{page} cannot be written: {error.strerror}") from error
     return report
 
 
@@ -259,6 +269,29 @@ def _finite_gate(task: EmbeddingTask | RerankerTask, found: np.ndarray) -> Gate:
     bad = np.flatnonzero(~finite_rows(found))
     detail = ", ".join(task.names[i] for i in bad[:WORST])
     return Gate("results with NaN or infinity", len(bad), "≤", 0, detail)
+
+
+def _run_reference_set(
+    task: EmbeddingTask | RerankerTask,
+    source: Reference,
+    data: RetrievalSet,
+    arithmetics: Iterable[Arithmetic],
+    device: str,
+    progress: bool,
+) -> Any:
+    """The reference on a retrieval set, in the first arithmetic that gives no NaN there."""
+    results: Any = None
+    for arithmetic in arithmetics:
+        results = task.run_reference_set(source, data, arithmetic, device, progress=progress)
+        if not _count_nonfinite(results):
+            break
+    return results
+
+
+def _count_nonfinite(results: np.ndarray | tuple[np.ndarray, ...]) -> int:
+    """Rows of a retrieval set's scores, or of its queries' and documents' vectors."""
+    parts = results if isinstance(results, tuple) else (results,)
+    return sum(int((~finite_rows(part)).sum()) for part in parts)
 
 
 def _run_references(

@@ -26,6 +26,7 @@ from ..files import read_json
 from ..hub import fetch
 from ..progress import progress_bar
 from ..runtimes.batching import choose_batch_tokens, make_batches
+from ..runtimes.facts import stored_float
 from ..spec import ModelSpec, Task, read_spec
 from ..weights import Weights
 
@@ -153,9 +154,11 @@ def choose_arithmetics(reference: Reference, device: str) -> tuple[Arithmetic, .
     return ("fp16", "fp32" if fits else "bf16")
 
 
-def describe(arithmetic: Arithmetic, device: str) -> str:
-    """A reference's arithmetic in words."""
-    words = "fp32 on fp16-rounded weights" if arithmetic == "fp32" else arithmetic
+def describe(reference: Reference, arithmetic: Arithmetic, device: str) -> str:
+    """A run's arithmetic in words."""
+    words: str = arithmetic
+    if arithmetic == "fp32" and stored_float(reference.spec) != "fp32":
+        words = "fp32 on fp16-rounded weights"
     return f"{words}, {device}"
 
 
@@ -172,7 +175,8 @@ def run_reference(
     Args:
         reference: The reference.
         rows: Token ids.
-        arithmetic: "fp16", "bf16", or "fp32", which rounds the weights to fp16 first.
+        arithmetic: "fp16", "bf16", or "fp32", which rounds 16-bit weights to fp16 first; of a
+            checkpoint that stores fp32 it takes these.
         device: "cuda" or "cpu".
         progress: Whether to show a progress bar on a terminal.
 
@@ -219,6 +223,8 @@ def load_model(reference: Reference, arithmetic: Arithmetic, device: str) -> Any
         else transformers.AutoModelForCausalLM
     )
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float16
+    if arithmetic == "fp32" and stored_float(reference.spec) == "fp32":
+        dtype = torch.float32
     with _no_loading_bar(transformers):
         model = kind.from_pretrained(
             reference.spec.source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=False

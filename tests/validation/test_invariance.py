@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embedport.validation.invariance import make_cases, pad, run_suite, select_rows
+from embedport.validation.invariance import LONG, make_cases, pad, run_suite, select_rows
 
 GENERATOR = np.random.default_rng(1)
 TABLE = GENERATOR.standard_normal((50, 8)).astype(np.float32)
@@ -64,10 +64,10 @@ def mixes_up_rows(input_ids, attention_mask):
     return vectors
 
 
-def differing(model):
+def differing(model, max_length=64):
     return {
         outcome.case
-        for outcome in run_suite(model, ROWS)
+        for outcome in run_suite(model, ROWS, max_length)
         if not np.allclose(outcome.found, outcome.alone, atol=1e-5)
     }
 
@@ -80,7 +80,7 @@ LEFT = {"ragged batch, left padding", "extra left padding"}
 
 def test_a_correct_model_passes():
     assert differing(correct) == set()
-    outcomes = run_suite(correct, ROWS)
+    outcomes = run_suite(correct, ROWS, 64)
     assert {outcome.case for outcome in outcomes} == ALL
     assert len(ALL) == 10
 
@@ -101,8 +101,24 @@ def test_a_mistake_is_caught_where_it_is(model, expected):
     assert differing(model) == expected
 
 
+@pytest.mark.parametrize(
+    ("max_length", "expected"), [(100, set()), (200, {"long rows"}), (4096, set(LONG))]
+)
+def test_long_rows_are_tried_as_far_as_the_model_takes_them(max_length, expected):
+    widest = 0
+
+    def wrong_when_long(input_ids, attention_mask):
+        nonlocal widest
+        widest = max(widest, int(attention_mask.sum(axis=1).max()))
+        wrong = len(input_ids) > 1 and input_ids.shape[1] > 128
+        return correct(input_ids, attention_mask) * (-1 if wrong else 1)
+
+    assert differing(wrong_when_long, max_length) == expected
+    assert widest <= max_length
+
+
 def test_scores_are_one_number_a_row():
-    for outcome in run_suite(lambda ids, mask: correct(ids, mask)[:, 0], ROWS):
+    for outcome in run_suite(lambda ids, mask: correct(ids, mask)[:, 0], ROWS, 64):
         np.testing.assert_allclose(outcome.found, outcome.alone, atol=1e-6)
         assert outcome.found.ndim == 1
 

@@ -54,8 +54,8 @@ def test_a_graph_that_gives_each_tokens_vector(folders):
 
 @pytest.mark.parametrize("dim", [None, 48])
 def test_a_rotated_stream_is_rotated_back(folders, dim):
-    plain = errors_of(folders("embedding", precision="int8"), "embedding")
-    rotated = errors_of(folders("embedding", precision="int8", rotate=True, dim=dim), "embedding")
+    plain = errors_of(folders("embedding", precision="int8", rotate=False), "embedding")
+    rotated = errors_of(folders("embedding", precision="int8", dim=dim), "embedding")
     for a, b in zip(plain, rotated, strict=True):
         assert b.relative_error_mean == pytest.approx(a.relative_error_mean, rel=0.7)
 

@@ -117,7 +117,7 @@ def some_details(task="embedding", **changes):
         "agreement": tuple((1 - distances if task == "embedding" else distances).tolist()),
         "reference_scores": tuple(scores.tolist()),
         "artifact_scores": tuple((scores + 1e-3).tolist()),
-        "layers": tuple(LayerError(i, 1e-4 * (i + 1), 2e-4 * (i + 1), 0.999) for i in range(5)),
+        "layers": tuple(LayerError(i, 90, 1e-4 * (i + 1), 2e-4 * (i + 1), 0.999) for i in range(5)),
         "machine": Machine(EVIL, 4, 2**34, "Debian", "3.12", ("CPUExecutionProvider",)),
         "artifact_files": {"onnx/model.onnx": "a" * 64},
         "reference_files": {"model.safetensors": "b" * 64},
@@ -230,8 +230,8 @@ def test_the_same_facts_give_the_same_bytes():
 
 def test_numbers_that_are_none_still_render():
     agreement = (math.nan, *[0.9999] * 39)
-    lost = [LayerError(0, 0.0, 0.0, 1.0), LayerError(1, 1e-3, 2e-3, 0.99)]
-    lost += [LayerError(i, math.nan, math.nan, math.nan) for i in (2, 3)]
+    lost = [LayerError(0, 90, 0.0, 0.0, 1.0), LayerError(1, 90, 1e-3, 2e-3, 0.99)]
+    lost += [LayerError(i, 90, math.nan, math.nan, math.nan) for i in (2, 3)]
     page = render(a_report(), some_details(agreement=agreement, layers=tuple(lost)))
     assert "1 without a finite result are left out" in page
     assert "not finite from layer 2 on" in page
@@ -240,12 +240,21 @@ def test_numbers_that_are_none_still_render():
     assert Parsed(page).count("svg") == 5
 
 
+def test_growth_is_of_layers_that_compare_as_many_tokens():
+    """A graph that pools has last tokens only behind its last layer."""
+    layers = [LayerError(i, 90, error, error, 0.9) for i, error in enumerate((0, 0.1, 0.11))]
+    layers.append(LayerError(3, 8, 0.9, 0.9, 0.9))
+    page = render(a_report(), some_details(layers=tuple(layers)))
+    assert "of each text's last token only (8)" in html.unescape(page)
+    assert "It grows most, of those before it, in layer 1." in page
+
+
 def test_nothing_but_nan_and_infinity():
     nothing = {
         "agreement": (math.nan, math.inf) * 20,
         "reference_scores": (),
         "artifact_scores": (),
-        "layers": (LayerError(0, math.nan, math.inf, math.nan),),
+        "layers": (LayerError(0, 90, math.nan, math.inf, math.nan),),
     }
     page = render(a_report("reranker", retrieval=False), some_details("reranker", **nothing))
     assert "There is no finite result to show" in page
@@ -258,7 +267,7 @@ def test_identical_results():
         "agreement": (1.0000000000000002,) * 40,
         "reference_scores": (0.5, 0.5),
         "artifact_scores": (0.5, 0.5),
-        "layers": (LayerError(0, 0.0, 0.0, 1.0), LayerError(1, 0.0, 0.0, 1.0)),
+        "layers": (LayerError(0, 90, 0.0, 0.0, 1.0), LayerError(1, 90, 0.0, 0.0, 1.0)),
     }
     page = render(a_report(retrieval=False), some_details(**same))
     assert Parsed(page).count("svg") == 2

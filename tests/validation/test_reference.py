@@ -113,24 +113,28 @@ def test_scores_are_the_softmax_of_yes_and_no(opened):
     assert scores.shape == (5,)
 
 
-def test_fp32_is_on_weights_rounded_to_fp16(tmp_path, small_tokenizer, checkpoints):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fp32_is_on_weights_rounded_to_fp16_unless_they_are_fp32(tmp_path, small_tokenizer, dtype):
     """And nothing but the weights is rounded: not the rotary frequencies."""
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModel
 
     from embedport.demo.synthetic import TINY, write_checkpoint
 
-    folder = write_checkpoint(
-        tmp_path / "fp32", TINY, "embedding", small_tokenizer, dtype="float32"
-    )
+    folder = write_checkpoint(tmp_path / "small", TINY, "embedding", small_tokenizer, dtype=dtype)
+    path = folder / "model.safetensors"
+    # So small that bf16 has digits that fp16 lacks.
+    small = {name: weight * 2.0**-14 for name, weight in load_file(path).items()}
+    save_file(small, path, metadata={"format": "pt"})
     whole = AutoModel.from_pretrained(folder, dtype=torch.float32)
     reference = open_reference(folder, task="embedding", max_length=64)
     model = load_model(reference, "fp32", "cpu")
-    rounded = dict(model.named_parameters())
+    found = dict(model.named_parameters())
     for name, weight in whole.named_parameters():
-        assert rounded[name].dtype == torch.float32
-        assert torch.equal(rounded[name], weight.half().float())
-        assert not torch.equal(rounded[name], weight)
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], weight if dtype == "float32" else weight.half().float())
+    assert not torch.equal(whole.embed_tokens.weight.half().float(), whole.embed_tokens.weight)
     assert torch.equal(model.rotary_emb.inv_freq, whole.rotary_emb.inv_freq)
     halves = load_model(reference, "bf16", "cpu").parameters()
     assert {each.dtype for each in halves} == {torch.bfloat16}
@@ -174,8 +178,8 @@ def test_where_and_in_what(monkeypatch, opened):
     assert choose_arithmetics(reference, "cuda") == ("fp16", "fp32")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(need) - 1, 0))
     assert choose_arithmetics(reference, "cuda") == ("fp16", "bf16")
-    assert describe("fp32", "cpu") == "fp32 on fp16-rounded weights, cpu"
-    assert describe("fp16", "cuda") == "fp16, cuda"
+    assert describe(reference, "fp32", "cpu") == "fp32 on fp16-rounded weights, cpu"
+    assert describe(reference, "fp16", "cuda") == "fp16, cuda"
 
 
 def test_the_users_progress_bars_come_back(opened):

@@ -12,6 +12,7 @@ from embedport.beir import RetrievalSet, read_beir, write_candidates
 from embedport.errors import InputError
 from embedport.ranking import candidate_pairs, measure, search
 from embedport.validation.retrieval import bootstrap, compare_embedders, compare_rerankers
+from embedport.validation.tasks import EmbeddingTask
 
 DOCUMENTS = {
     "china": "The capital of China is Beijing.",
@@ -174,6 +175,33 @@ def test_a_loss_fails_the_gate(checkpoints, tmp_path, folder):
     artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
     report = embedport.validate(artifact, checkpoint, retrieval=folder, max_ndcg_loss=-0.1)
     assert [gate.name for gate in report.gates if not gate.passed] == ["nDCG@10 loss"]
+
+
+def test_nan_in_the_set_fails_on_either_side(checkpoints, tmp_path, folder, monkeypatch):
+    """A vector of NaN ranks as one of zeros: the loss alone would not show it."""
+    checkpoint = checkpoints("kv2")
+    artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
+    run = EmbeddingTask.run_set, EmbeddingTask.run_reference_set
+
+    def spoilt(number):
+        def changed(self, *args, **options):
+            queries, documents = run[number](self, *args, **options)
+            documents[3] = np.nan
+            return queries, documents
+
+        return changed
+
+    for number, (method, gate) in enumerate(
+        (
+            ("run_set", "retrieval: NaN or infinity"),
+            ("run_reference_set", "retrieval: reference's NaN"),
+        )
+    ):
+        with monkeypatch.context() as changes:
+            changes.setattr(EmbeddingTask, method, spoilt(number))
+            report = embedport.validate(artifact, checkpoint, retrieval=folder)
+        assert {each.name for each in report.gates if not each.passed} >= {gate}
+        assert next(each.value for each in report.gates if each.name == gate) == 1
 
 
 def test_a_reranker_needs_candidates(checkpoints, tmp_path):

@@ -83,8 +83,13 @@ GRAPHS = ("fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "mixed")
 
 @pytest.mark.parametrize("precision", GRAPHS)
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
-def test_an_export_passes(folders, task, precision):
-    report = validate(folders(task, precision=precision))
+def test_an_export_passes(folders, tmp_path, task, precision):
+    options = {"precision": precision}
+    if precision == "mixed":
+        options = {"recipe": tmp_path / "recipe.json"}
+        formats = {"layers.0.self_attn.q_proj": "int8", "layers.1.mlp.gate_proj": "int8/64s"}
+        options["recipe"].write_text(json.dumps({"formats": formats}))
+    report = validate(folders(task, **options))
     assert report.passed, report.gates
     assert (report.task, report.precision, report.device) == (task, precision, "cpu")
     assert report.inputs == len(builtin_samples() if task == "embedding" else builtin_pairs())
@@ -92,7 +97,7 @@ def test_an_export_passes(folders, task, precision):
     assert comparison.reference == "fp32 on fp16-rounded weights, cpu"
     assert comparison.compared == report.inputs
     assert set(report.versions) >= {"embedport", "onnxruntime", "torch", "transformers"}
-    assert len(report.invariance) == 10
+    assert len(report.invariance) == 12
     assert len(report.worst) == 5
     expected = {"mean score difference", "maximum score difference", "Kendall tau"}
     if task == "embedding":
