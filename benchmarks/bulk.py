@@ -100,25 +100,24 @@ def watch(command: list[str], output: Path, kill_at: int | None = None) -> dict[
     Returns:
         seconds; rows that this run did; memory, [seconds, resident bytes] each.
     """
-    from embedport.runtimes.bulk import SHARD_ROWS
 
-    def shards() -> int:
-        return len(list(output.glob("*.npy")))
+    def rows() -> int:
+        return sum(len(np.load(path, mmap_mode="r")) for path in output.glob("*.npy"))
 
     memory: list[tuple[float, int]] = []
-    there = shards()
+    there = rows()
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             if (resident := resident_bytes(process.pid)) is not None:
                 memory.append((round(time.perf_counter() - start, 2), resident))
-            if kill_at is not None and shards() * SHARD_ROWS >= kill_at:
+            if kill_at is not None and rows() >= kill_at:
                 process.send_signal(signal.SIGKILL)
             time.sleep(INTERVAL)
     seconds = time.perf_counter() - start
     if process.returncode != (0 if kill_at is None else -signal.SIGKILL):
         raise RuntimeError(f"{command} ended with {process.returncode}")
-    return {"seconds": seconds, "rows": (shards() - there) * SHARD_ROWS, "memory": memory}
+    return {"seconds": seconds, "rows": rows() - there, "memory": memory}
 
 
 def resident_bytes(pid: int) -> int | None:

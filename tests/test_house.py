@@ -98,12 +98,18 @@ def test_import_brings_nothing_heavy():
     assert found.stdout.strip() == "[]"
 
 
-def test_running_needs_no_torch():
+def test_exporting_and_running_need_no_torch(tmp_path):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "import embedport; embedport.load, embedport.export, embedport.validate"
+        "import embedport; from embedport.demo.pipeline import builtin_embedder\n"
+        "for name in ('fp32', 'fp16', 'int8', 'int4'):\n"
+        "    folder = f'{sys.argv[1]}/{name}'\n"
+        "    embedport.export(builtin_embedder(), folder, precision=name)\n"
+        "    print(embedport.load(folder, device='cpu').encode(['tea']).shape)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "(1, 256)\n" * 4
 
 
 def test_wheel_holds_the_package_only(tmp_path):
