@@ -41,7 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rotate": True,
         "embedding_bits": 8,
     },
+    "int4/32, gptq, table 4 bits": {"precision": "int4", "algorithm": "gptq", "group_size": 32},
     "int4/64, gptq, table 4 bits": {"precision": "int4", "algorithm": "gptq"},
+    "int4/64, rtn, table 4 bits": {"precision": "int4"},
 }
 
 

@@ -209,14 +209,15 @@ def _hessians(
     layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
 ) -> list[tuple[list[str], np.ndarray]]:
     """(projections, mean of x x^T over all tokens) for each input that they share."""
-    sums: list[np.ndarray | float] = [0.0] * len(layer.inputs)
+    sums: dict[int, np.ndarray] = {}
     for ids, state in zip(rows, states, strict=True):
         for i, x in enumerate(layer.run_inputs(ids, state)):
-            sums[i] = sums[i] + x.T @ x
-    tokens = sum(map(len, rows))
-    return [
-        (names, np.asarray(total) / tokens) for names, total in zip(layer.inputs, sums, strict=True)
-    ]
+            product = x.T @ x
+            # In place: at 12,288 inputs it takes 0.6 GB.
+            sums[i] = np.add(sums[i], product, out=sums[i]) if i in sums else product
+    for each in sums.values():
+        each /= sum(map(len, rows))
+    return [(names, sums[i]) for i, names in enumerate(layer.inputs)]
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
