@@ -32,7 +32,7 @@ LEARNING_RATE = 2e-4
 # Of the running mean of the weights.
 DECAY = 0.99
 # Of that mean in what is kept.
-SHARE = 0.7
+SHARE = 0.5
 
 
 @dataclass(frozen=True)
