@@ -24,9 +24,9 @@ from typing import Any
 
 from .card import model_card
 from .errors import ArtifactError, InputError
-from .files import check_links
+from .files import MANIFEST, check_links
 from .integrity import check_files, record_files
-from .manifest import MANIFEST, Manifest
+from .manifest import Manifest
 
 CARD = "README.md"
 # Ends the name of an artifact that is being replaced.

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, InputError
 
+# An artifact's.
+MANIFEST = "embedport.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 

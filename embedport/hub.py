@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError, InputError
+from .files import MANIFEST, read_json
 
 # A checkpoint is its configuration, its tokenizer and its safetensors. Nothing else is fetched:
 # no pickled weights, no code.
@@ -58,12 +59,10 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
-    from .manifest import MANIFEST, Manifest
-
     patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     folder = _snapshot(repo_id, revision, patterns)
     if (folder / MANIFEST).is_file():  # an artifact, which is all that its manifest lists
-        files = Manifest.from_json(folder / MANIFEST).files
+        files = read_json(folder / MANIFEST).get("files") or {}
         folder = _snapshot(repo_id, folder.name, [*CONFIG_PATTERNS, *files])
     return Source(repo_id, folder.name, folder)
 

@@ -14,7 +14,6 @@ from .integrity import FileRecord
 from .spec import Task
 
 FORMAT_VERSION = 4
-MANIFEST = "embedport.json"
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]
 

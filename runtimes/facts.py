@@ -11,9 +11,9 @@ import numpy as np
 
 from ..artifact import Artifact
 from ..errors import InputError
-from ..files import check_links
+from ..files import MANIFEST, check_links
 from ..hub import Source, fetch
-from ..manifest import MANIFEST, Manifest
+from ..manifest import Manifest
 from ..spec import ModelSpec, Task, read_spec
 from ..stored import LibraryQuantization
 from ..weights import Weights

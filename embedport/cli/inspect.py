@@ -34,8 +34,8 @@ def inspect(
 
     Example: embedport inspect Qwen/Qwen3-Embedding-0.6B
     """
+    from ..files import MANIFEST
     from ..hub import fetch
-    from ..manifest import MANIFEST
 
     source = fetch(target, revision, weights=False)
     if (source.folder / MANIFEST).is_file():

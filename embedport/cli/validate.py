@@ -86,7 +86,7 @@ def validate(
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
-    from ..manifest import MANIFEST
+    from ..files import MANIFEST
     from ..validation import validate as run
 
     check_output(report, ".html", ".json", ".md")

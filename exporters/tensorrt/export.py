@@ -23,7 +23,8 @@ from ...artifact import CARD, Artifact, staged, write_manifest
 from ...demo.samples import builtin_pairs, builtin_samples
 from ...engine import Compatibility, Profile
 from ...errors import InputError, VerificationError
-from ...manifest import MANIFEST, GraphRecord, Manifest
+from ...files import MANIFEST
+from ...manifest import GraphRecord, Manifest
 from ...prompts import DEFAULT_INSTRUCTION, EmbeddingTokenizer, RerankerTokenizer
 from ...spec import Task
 from ..onnx.dialects import find_dialect
