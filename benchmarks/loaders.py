@@ -14,14 +14,15 @@ import embedport
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.spec import Task
+from embedport.validation.measures import cosines
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import CACHE, ROOT, checkpoint
 from .checkpoints import WAYS
 from .machine import RESULTS, print_table, save
 from .process import ours, run, script
 
 NAME = "loaders"
-SCRIPT = Path(__file__).with_name("reload.py")
+SCRIPT = ROOT / "tests" / "exporters" / "reload.py"
 # A text at a time, 150 times a method: the short ones.
 LONGEST = 500
 TEXTS = [sample.text for sample in builtin_samples() if 0 < len(sample.text) < LONGEST]
@@ -59,8 +60,8 @@ def against_their_owners(results: Path = RESULTS) -> None:
         for method, options in WAYS.items():
             with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
                 figures[model][method] = _compare(folders, options, Path(temporary))
-            print(model, method, figures[model][method], flush=True)
-    save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
+            # After each row: a run that ends early loses the last one only.
+            save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
     print_table(
         ["checkpoint", "method", *LOADERS],
         [
@@ -113,5 +114,5 @@ def _quantize(source: Path, out: Path, options: list[str]) -> Path:
 def _agreement(mine: np.ndarray, theirs: np.ndarray) -> float:
     """The smallest cosine of vectors; the largest difference of scores, from logits of theirs."""
     if mine.ndim == 2:
-        return float((mine * theirs).sum(axis=1).min())
+        return float(cosines(mine, theirs).min())
     return float(np.abs(mine - 1 / (1 + np.exp(-theirs))).max())

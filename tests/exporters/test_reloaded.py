@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from embedport.prompts import RerankerTokenizer
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reload.py"
+SCRIPT = Path(__file__).with_name("reload.py")
 METHODS = ("bnb-int8", "bnb-nf4", "awq", "w8a8", "fp8")
 PREFIX = {"embedding": "", "reranker": "model."}
 needs_gptqmodel = pytest.mark.skipif(
