@@ -52,7 +52,8 @@ def everything(context: typer.Context) -> None:
         retrieval.on_the_held_out_set()
         checkpoints.on_the_demo_pair()
         checkpoints.of_the_0_6b_geometry()
-        loaders.against_their_owners()
+        loaders.on_the_demo_pair()
+        loaders.on_four_layers()
         levels.of_matmulnbits()
         profile.of_int8()
         openvino.runs_the_standard_dialect()
@@ -137,9 +138,16 @@ def _checkpoints(
 
 
 @app.command("loaders")
-def _loaders(out: Out = RESULTS) -> None:
+def _loaders(
+    demo: Annotated[bool, typer.Option(help="The demo pair.")] = True,
+    large: Annotated[bool, typer.Option(help="Four layers of the 0.6B geometry.")] = True,
+    out: Out = RESULTS,
+) -> None:
     """Quantized checkpoints in the libraries that own their formats, against this runtime."""
-    loaders.against_their_owners(out)
+    if demo:
+        loaders.on_the_demo_pair(out)
+    if large:
+        loaders.on_four_layers(out)
 
 
 @app.command("levels")

@@ -40,34 +40,41 @@ EMBEDDERS = {"AutoModel": "vectors", "SentenceTransformer": "sentence_vectors"}
 LOADERS = [*EMBEDDERS, *(loader for form in RERANKERS.values() for loader in form)]
 
 
-def against_their_owners(results: Path = RESULTS) -> None:
-    """Each method, task and form, loaded in a fresh process and run in the checkpoint's own dtype.
+def on_the_demo_pair(results: Path = RESULTS) -> None:
+    """Every method, task and form, against the trained pair's."""
+    _against_their_owners(
+        "demo", {"embedding": builtin_embedder(), "reranker": builtin_reranker()}, results
+    )
 
-    The demo pair, and four layers of the 0.6B geometry with random weights. Of embedders the
-    smallest cosine to this runtime's vector of the same text, of rerankers the largest difference
-    of a score.
-    """
-    sources: dict[str, dict[Task, Path]] = {
-        "demo": {"embedding": builtin_embedder(), "reranker": builtin_reranker()},
-        "four layers of 0.6b": {
-            "embedding": checkpoint("0.6b-4"),
-            "reranker": checkpoint("0.6b-4", "reranker"),
-        },
+
+def on_four_layers(results: Path = RESULTS) -> None:
+    """The same on four layers of the 0.6B geometry with random weights."""
+    sources: dict[Task, Path] = {
+        "embedding": checkpoint("0.6b-4"),
+        "reranker": checkpoint("0.6b-4", "reranker"),
     }
-    figures: dict[str, dict[str, dict[str, float]]] = {}
-    for model, folders in sources.items():
-        figures[model] = {}
-        for method, options in WAYS.items():
-            with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-                figures[model][method] = _compare(folders, options, Path(temporary))
-            # After each row: a run that ends early loses the last one only.
-            save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
+    _against_their_owners("four layers of 0.6b", sources, results)
+
+
+def _against_their_owners(model: str, sources: dict[Task, Path], results: Path) -> None:
+    """Each loaded in a fresh process and run in the checkpoint's own dtype.
+
+    Of embedders the smallest cosine to this runtime's vector of the same text, of rerankers the
+    largest difference of a score.
+    """
+    path = results / f"{NAME}.json"
+    figures = json.loads(path.read_text())["figures"] if path.exists() else {}
+    for method, options in WAYS.items():
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            found = _compare(sources, options, Path(temporary))
+        figures.setdefault(model, {})[method] = found
+        # After each row: a run that ends early loses the last one only.
+        save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
     print_table(
-        ["checkpoint", "method", *LOADERS],
+        [model, *LOADERS],
         [
-            [model, method, *(f"{row[loader]:.2g}" for loader in LOADERS)]
-            for model, methods in figures.items()
-            for method, row in methods.items()
+            [method, *(f"{row[loader]:.6f}" for loader in LOADERS)]
+            for method, row in figures[model].items()
         ],
     )
 
