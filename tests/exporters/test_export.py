@@ -102,7 +102,7 @@ def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
         ("embedding", {"dim": 8, "outputs": "hidden"}, "--output hidden has none"),
         ("embedding", {"max_length": 99999}, "max_length should be from 1 to 32768"),
         ("embedding", {"format": "pickle"}, "format should be one of onnx"),
-        ("embedding", {"calibration": "nowhere.txt"}, "nowhere.txt cannot be read"),
+        ("embedding", {"precision": "fp16", "calibration": "nowhere.txt"}, "cannot be read"),
         ("reranker", {"outputs": "hidden"}, "a reranker gives scores"),
         ("reranker", {"dim": 8}, "a reranker gives scores"),
     ],
