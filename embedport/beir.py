@@ -22,6 +22,7 @@ from typing import Any
 
 from .corpus import titled_text
 from .errors import InputError
+from .files import written
 
 BUILTIN = "builtin"
 
@@ -97,10 +98,8 @@ def write_candidates(path: Path, ranking: Mapping[str, Iterable[str]]) -> None:
     lines = ["query-id\tcorpus-id\trank"]
     for query, documents in ranking.items():
         lines += [f"{query}\t{document}\t{rank}" for rank, document in enumerate(documents, 1)]
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    with written(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
 
 
 def _builtin() -> Path:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -36,6 +39,25 @@ class TensorInfo:
         """
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits.group()) if bits else 8) // 8
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Generator[IO[bytes]]:
+    """A file that takes its name only when it is complete.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        # numpy says in words that the disk is full.
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

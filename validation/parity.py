@@ -15,6 +15,7 @@ from ..artifact import record_parity
 from ..beir import RetrievalSet, read_beir, write_candidates
 from ..demo.samples import Pair, Sample
 from ..errors import InputError, require
+from ..files import written
 from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import ModelFacts, load
 from ..spec import ModelSpec, Task
@@ -202,10 +203,9 @@ def validate(
             layers=layers,
             command=command,
         )
-        try:
-            Path(page).write_text(render(report, details), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{page} cannot be written: {error.strerror}") from error
+        text = render(report, details)
+        with written(Path(page)) as file:
+            file.write(text.encode())
     return report
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VerificationError
-from ..ranking import unit
+from ..validation.measures import cosines
 from .sides import Side, Worker
 from .work import Work, write_rows
 
@@ -207,7 +207,7 @@ def _result(
     cosine = difference = None
     # A peer judges pairs by the vectors that the head would multiply.
     if reference.ndim == found.ndim == 2:
-        cosine = float((unit(found) * unit(reference)).sum(axis=1).min())
+        cosine = float(cosines(found, reference).min())
     elif reference.ndim == found.ndim:
         difference = float(np.abs(found - reference).max())
     return Result(

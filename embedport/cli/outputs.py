@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 
@@ -67,25 +67,6 @@ def stages() -> Generator[Progress]:
         yield progress
 
 
-@contextlib.contextmanager
-def _written(path: Path) -> Generator[IO[bytes]]:
-    """A file that takes its name only when it is complete.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        # numpy says in words that the disk is full.
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def size_words(size: int) -> str:
     """Bytes for people: 812 B, 11.4 MB, 2.4 GB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
@@ -130,7 +111,9 @@ def _without_nan(value: object) -> object:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
-    with _written(path) as file:
+    from ..files import written
+
+    with written(path) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -138,12 +121,16 @@ def write_npy(path: Path, vectors: np.ndarray) -> None:
     """Write float32 [n, dim] as .npy."""
     import numpy as np
 
-    with _written(path) as file:
+    from ..files import written
+
+    with written(path) as file:
         np.save(file, vectors)
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
     """Write an object a line."""
-    with _written(path) as file:
+    from ..files import written
+
+    with written(path) as file:
         for row in rows:
             file.write(f"{to_json(row)}\n".encode())

@@ -26,7 +26,13 @@ DATA = "part.onnx_data"
 
 
 def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
-    """Texts through a layer: each one's states in place of those before it."""
+    """Texts through a layer: each one's states in place of those before it.
+
+    Args:
+        layer: The layer, open.
+        rows: Token ids, int64 [tokens] each.
+        states: Of each text before the layer, float32 [tokens, hidden_size]; replaced in the list.
+    """
     for i, ids in enumerate(rows):
         states[i] = layer.run(ids, states[i])
 

@@ -287,8 +287,10 @@ def _run_layer(
     states: Sequence[np.ndarray],
     folder: Path,
 ) -> list[np.ndarray]:
+    after = list(states)
     with Layer(design, number, folder) as layer:
-        return [layer.run(ids, state) for ids, state in zip(rows, states, strict=True)]
+        run_layer(layer, rows, after)
+    return after
 
 
 def _run(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
