@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from ..errors import CheckpointError, require
 from ..files import TensorInfo, read_headers
@@ -29,16 +31,16 @@ from ..stored import LibraryQuantization
 from ..weights import DTYPES, Weights
 
 ADAPTER = "adapter_config.json"
+Read = Callable[[str], Any]
 
 
-def load_base(spec: ModelSpec, dtype: Any, device: str, attention: str) -> Any:
+def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
     """Load a checkpoint's layers, without its head.
 
     Args:
         spec: The checkpoint.
         dtype: torch's, of what is not quantized and of what is between the matrices.
         device: "cpu" or "cuda".
-        attention: transformers' name of the implementation of attention.
 
     Returns:
         A Qwen3Model, on the device.
@@ -47,26 +49,89 @@ def load_base(spec: ModelSpec, dtype: Any, device: str, attention: str) -> Any:
         CheckpointError: A tensor is missing, or has another shape or dtype.
         MissingPackageError: What reads the checkpoint's format is not installed.
     """
-    folder = spec.source.folder
-    if (folder / ADAPTER).exists():
-        raise CheckpointError(
-            f"{folder / ADAPTER}: an adapter is not applied; merge it into the weights first"
-        )
     if isinstance(spec.quantization, LibraryQuantization):
-        return _load_by_library(spec, spec.quantization, dtype, device, attention)
+        _refuse_adapter(spec)
+        return _load_by_library(spec, spec.quantization, dtype, device)
     torch = require("torch", "torch")
-    weights = open_weights(spec)
-    config = _make_config(spec, attention)
+    read, _ = open_readers(spec)
+    config = _make_config(spec)
     with torch.device("meta"):
         model = require("transformers", "torch").Qwen3Model(config)
-    tensors = {name: _read(torch, weights, name).to(device, dtype) for name in model.state_dict()}
+    tensors = {name: read(name).to(device, dtype) for name in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
     # Its frequencies are computed, not stored, and still without memory.
     model.rotary_emb = type(model.rotary_emb)(config).to(device)
     return model.requires_grad_(False).eval()
 
 
-def _make_config(spec: ModelSpec, attention: str) -> Any:
+def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
+    """Where a checkpoint's tensors are read, one at a time, as torch tensors on the CPU.
+
+    Args:
+        spec: A plain checkpoint, one of GPTQ or AWQ, whose matrices are read as what they stand
+            for, or one that `has_fp8_matrices`, whose matrices are read as they are.
+
+    Returns:
+        (read, read_scales): of a tensor by its name in `spec.tensor_shapes()`; of the scales of a
+        matrix by its name, without ".weight", [out, 1], None where none is fp8.
+
+    Raises:
+        CheckpointError: A tensor is missing, or has another shape or dtype.
+    """
+    _refuse_adapter(spec)
+    torch = require("torch", "torch")
+    if not isinstance(spec.quantization, LibraryQuantization):
+        return partial(_read, torch, open_weights(spec)), None
+    headers = read_headers(spec.source.folder)
+    _check_tensors(spec, headers)
+    return (
+        partial(_read_stored, headers),
+        lambda matrix: _read_stored(headers, f"{matrix}.weight_scale"),
+    )
+
+
+def has_fp8_matrices(spec: ModelSpec) -> bool:
+    """Whether all projections are float8_e4m3fn, with a scale an output row and one a token."""
+    quantization = spec.quantization
+    if not isinstance(quantization, LibraryQuantization) or quantization.precision != "fp8":
+        return False
+    (group,) = quantization.values["config_groups"].values()
+    tokens = group["input_activations"]
+    headers = read_headers(spec.source.folder)
+    return (tokens.get("strategy"), tokens.get("dynamic")) == ("token", True) and all(
+        _dtype_and_shape(headers, name) == ("F8_E4M3", shape)
+        and _dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
+        for name, shape in spec.tensor_shapes().items()
+        if "_proj." in name
+    )
+
+
+def _refuse_adapter(spec: ModelSpec) -> None:
+    path = spec.source.folder / ADAPTER
+    if path.exists():
+        raise CheckpointError(f"{path}: an adapter is not applied; merge it into the weights first")
+
+
+def _find(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    return headers.get(name) or headers.get(f"model.{name}")
+
+
+def _dtype_and_shape(
+    headers: Mapping[str, TensorInfo], name: str
+) -> tuple[str | None, tuple[int, ...] | None]:
+    info = _find(headers, name)
+    return (None, None) if info is None else (info.dtype, info.shape)
+
+
+def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
+    """A tensor as it is stored; numpy has no fp8."""
+    info = _find(headers, name)
+    assert info is not None
+    with safe_open(info.file, framework="pt") as shard:
+        return shard.get_tensor(info.name)
+
+
+def _make_config(spec: ModelSpec) -> Any:
     return require("transformers", "torch").Qwen3Config(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
@@ -79,7 +144,7 @@ def _make_config(spec: ModelSpec, attention: str) -> Any:
         rms_norm_eps=spec.rms_norm_eps,
         rope_theta=spec.rope_theta,
         tie_word_embeddings=spec.tied,
-        attn_implementation=attention,
+        attn_implementation="sdpa",
     )
 
 
@@ -91,7 +156,7 @@ def _read(torch: Any, weights: Weights, name: str) -> Any:
 
 
 def _load_by_library(
-    spec: ModelSpec, quantization: LibraryQuantization, dtype: Any, device: str, attention: str
+    spec: ModelSpec, quantization: LibraryQuantization, dtype: Any, device: str
 ) -> Any:
     transformers = require("transformers", "torch")
     if quantization.method == "bitsandbytes":
@@ -102,7 +167,7 @@ def _load_by_library(
     folder = spec.source.folder
     headers = read_headers(folder)  # no index leads outside
     _check_tensors(spec, headers)
-    config = _make_config(spec, attention)
+    config = _make_config(spec)
     config.quantization_config = dict(quantization.values)
     # What is left out of quantization is named in full: so are the modules, as they were then.
     prefixed = any(name.startswith("model.") for name in headers)
@@ -144,7 +209,7 @@ def _load_by_library(
 def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
     """Every tensor is there, and those that are not quantized have their shapes."""
     for name, shape in spec.tensor_shapes().items():
-        info = headers.get(name) or headers.get(f"model.{name}")
+        info = _find(headers, name)
         if info is None:
             raise CheckpointError(
                 f"{spec.source.folder}: tensor {name} (or model.{name}) is missing; quantize it "

@@ -1,25 +1,34 @@
 """The torch adapter: a checkpoint as it is, on the CPU or a CUDA device.
 
-Rows are moved so that each begins with its first token. Then causal attention needs no mask, since
-no real token comes after a padding token, and SDPA and FlashAttention take their fast paths.
+On CUDA the layers are our own, without padding: see packed.py. On a CPU, and in what only a library
+computes, they are transformers'. There rows are moved so that each begins with its first token:
+causal attention needs no mask then, since no real token comes after a padding token.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from ..engine import AMPERE
 from ..errors import DeviceError, InputError, require
 from ..prompts import load_tokenizer, token_id
 from ..spec import ModelSpec
+from ..stored import LibraryQuantization
 from ..weights import Weights
-from .checkpoint import load_base
+from .batching import pad
+from .checkpoint import has_fp8_matrices, load_base, open_readers
 from .facts import stored_float
 
 logger = logging.getLogger(__name__)
+
+# Compute capability from which products in fp8 take a scale for each token.
+HOPPER = (9, 0)
 
 DEVICES = ("cpu", "cuda")
 DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -34,7 +43,6 @@ class TorchModel:
         device: "cpu", "cuda", or "auto" for CUDA where torch has it and else the CPU.
 
     Attributes:
-        base: transformers' Qwen3Model.
         device: Where it is.
         precision: What is stored and what is computed in, in words.
 
@@ -52,18 +60,26 @@ class TorchModel:
         self.precision = precision
         if arithmetic != precision:
             self.precision += f" (computed in {arithmetic})"
-        dtype = getattr(torch, DTYPE_NAMES[arithmetic])
-        attention = _choose_attention(self.device, arithmetic)
+        head = None
+        if spec.task == "reranker":
+            head = torch.from_numpy(_read_head(spec)).to(self.device)
+        finish = partial(_finish, torch, head)
         try:
-            self.base = load_base(spec, dtype, self.device, attention)
+            if self.device == "cuda" and can_pack(spec, arithmetic):
+                self._layers = open_packed(spec, arithmetic, finish)
+            else:
+                self._layers = PaddedLayers(load_layers(spec, self.device), self.device, finish)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{spec.source.folder} does not fit into the GPU's free memory; use device='cpu'"
             ) from error
-        self._head = None
-        if spec.task == "reranker":
-            self._head = torch.from_numpy(_read_head(spec)).to(self.device)
-        logger.info("%s runs on %s in %s", spec.source.folder, self.device, self.precision)
+        logger.info(
+            "%s runs on %s in %s, in %s",
+            spec.source.folder,
+            self.device,
+            self.precision,
+            type(self._layers).__name__,
+        )
 
     def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         """Run a batch.
@@ -79,39 +95,89 @@ class TorchModel:
             InputError: The batch does not fit into the GPU's memory.
         """
         torch = require("torch", "torch")
-        ids, lengths = align(input_ids, attention_mask)
+        lengths = attention_mask.sum(axis=1)
         try:
-            with torch.inference_mode():
-                states = self.base(
-                    input_ids=torch.from_numpy(ids).to(self.device), use_cache=False
-                ).last_hidden_state
-                rows = torch.arange(len(ids), device=self.device)
-                last = states[rows, torch.from_numpy(lengths - 1).to(self.device)].float()
-                if self._head is None:
-                    results = torch.nn.functional.normalize(last, dim=1)
-                else:
-                    results = torch.sigmoid(last @ self._head)
-                return results.cpu().numpy()
+            return self._layers(input_ids[attention_mask != 0], lengths)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"a batch of {ids.shape[0]} x {ids.shape[1]} tokens does not fit into the GPU's "
+                f"a batch of {len(lengths)} x {lengths.max()} tokens does not fit into the GPU's "
                 "memory: use a smaller batch_tokens, or max_length"
             ) from error
 
 
-def align(input_ids: np.ndarray, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Move each row to the left and cut the padding that no row needs.
+class PaddedLayers:
+    """transformers' layers: texts of one batch take the room of its longest.
 
     Args:
-        input_ids: int64 [batch, sequence].
-        attention_mask: int64 [batch, sequence], real tokens without gaps.
-
-    Returns:
-        (ids, lengths): int64 [batch, longest] and [batch].
+        base: A Qwen3Model.
+        device: Where it is.
+        finish: float32 [texts, hidden] after the last norm, to what is wanted of it.
     """
-    lengths = attention_mask.sum(axis=1)
-    columns = np.arange(lengths.max()) + attention_mask.argmax(axis=1)[:, None]
-    return np.take_along_axis(input_ids, columns % input_ids.shape[1], axis=1), lengths
+
+    def __init__(self, base: Any, device: str, finish: Callable[[Any], Any]) -> None:
+        self._base, self._device, self._finish = base, device, finish
+
+    def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Run texts.
+
+        Args:
+            ids: int64 [tokens], the texts end to end.
+            lengths: int64 [texts].
+
+        Returns:
+            float32: what `finish` gives of each text's last token.
+        """
+        torch = require("torch", "torch")
+        padded, _ = pad(np.split(ids, np.cumsum(lengths)[:-1]))
+        with torch.inference_mode():
+            states = self._base(
+                input_ids=torch.from_numpy(padded).to(self._device), use_cache=False
+            ).last_hidden_state
+            rows = torch.arange(len(padded), device=self._device)
+            last = states[rows, torch.from_numpy(lengths - 1).to(self._device)].float()
+            return self._finish(last).cpu().numpy()
+
+
+def load_layers(spec: ModelSpec, device: str) -> Any:
+    """A checkpoint as transformers' Qwen3Model, in the dtype that it is computed in.
+
+    Args:
+        spec: The checkpoint.
+        device: "cpu" or "cuda".
+
+    Raises:
+        CheckpointError: A tensor is missing, or has another shape or dtype.
+        MissingPackageError: What reads the checkpoint's format is not installed.
+    """
+    torch = require("torch", "torch")
+    dtype = getattr(torch, DTYPE_NAMES[_choose_arithmetic(spec, device)])
+    return load_base(spec, dtype, device)
+
+
+def can_pack(spec: ModelSpec, arithmetic: str) -> bool:
+    """Whether our own layers run it: FlashAttention, Triton and fp8's products have limits."""
+    torch = require("torch", "torch")
+    capability = torch.cuda.get_device_capability()
+    if arithmetic == "fp32" or find_spec("triton") is None or capability < AMPERE:
+        return False
+    if isinstance(spec.quantization, LibraryQuantization):
+        return capability >= HOPPER and arithmetic == "bf16" and has_fp8_matrices(spec)
+    return True
+
+
+def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) -> Any:
+    """A checkpoint's layers on the CUDA device, where `can_pack` says so."""
+    from .packed import PackedLayers
+
+    torch = require("torch", "torch")
+    return PackedLayers(spec, getattr(torch, DTYPE_NAMES[arithmetic]), *open_readers(spec), finish)
+
+
+def _finish(torch: Any, head: Any, last: Any) -> Any:
+    """Vectors of unit length; with a head, probabilities."""
+    if head is None:
+        return torch.nn.functional.normalize(last, dim=1)
+    return torch.sigmoid(last @ head)
 
 
 def _find_device(torch: Any, device: str) -> str:
@@ -131,11 +197,6 @@ def _choose_arithmetic(spec: ModelSpec, device: str) -> str:
     """What the checkpoint stores; a CPU has no fp16 arithmetic worth the name."""
     stored = stored_float(spec)
     return "fp32" if device == "cpu" and stored == "fp16" else stored
-
-
-def _choose_attention(device: str, arithmetic: str) -> str:
-    flash = device == "cuda" and arithmetic != "fp32" and find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else "sdpa"
 
 
 def _read_head(spec: ModelSpec) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+if shutil.which("nvidia-smi") is None:
+    # Triton's kernels run in its interpreter, which it must know before it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 DATA = Path(__file__).parent / "data"
 
@@ -93,7 +97,6 @@ def quantized(tmp_path_factory, checkpoints):
 @pytest.fixture
 def copied(tmp_path):
     """A function that copies a folder, so that a test may damage it."""
-    import shutil
 
     def copy(folder):
         return Path(shutil.copytree(folder, tmp_path / folder.name))

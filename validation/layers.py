@@ -20,7 +20,7 @@ import onnx_ir as ir
 from ..artifact import Artifact
 from ..errors import require
 from ..runtimes import ModelFacts
-from ..runtimes.torch import TorchModel
+from ..runtimes.torch import load_layers
 from ..segments import emulate_16_bits, segments
 from ..weights import Weights
 from .measures import cosines
@@ -81,7 +81,7 @@ def layer_errors(
     """
     sample = sample_rows(rows)
     if facts.checkpoint is not None:
-        found = _watch(TorchModel(facts.checkpoint, facts.precision, device).base, sample, device)
+        found = _watch(load_layers(facts.checkpoint, device), sample, device)
         expected = _reference_states(reference, sample, device)
         return tuple(
             _compare(layer, np.concatenate(states), np.concatenate(wanted))

@@ -15,7 +15,6 @@ from embedport.hub import Source
 from embedport.prompts import load_tokenizer
 from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import torch as adapter
-from embedport.runtimes.torch import align
 from embedport.spec import read_spec
 from embedport.validation.reference import open_reference, run_reference
 
@@ -182,16 +181,6 @@ def test_sharded(checkpoints):
     np.testing.assert_array_equal(results(embedport.load(parts, device="cpu")), whole)
 
 
-def test_align():
-    ids = np.array([[7, 8, 0, 0], [0, 0, 0, 5], [0, 1, 2, 0]])
-    mask = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 1, 0]])
-    found, lengths = align(ids, mask)
-    assert lengths.tolist() == [2, 1, 2]
-    assert found[0].tolist() == [7, 8]
-    assert found[1, 0] == 5
-    assert found[2].tolist() == [1, 2]
-
-
 def test_either_padding_and_any_batch(checkpoints):
     model = embedport.load(checkpoints("kv2", dtype="float32"), device="cpu")
     assert isinstance(model, embedport.Embedder)
@@ -244,15 +233,6 @@ def test_prompts_lengths_and_devices(checkpoints, monkeypatch):
         embedport.load(folder, device="cuda")
 
 
-def test_attention(monkeypatch):
-    monkeypatch.setattr(adapter, "find_spec", lambda name: object())
-    assert adapter._choose_attention("cuda", "bf16") == "flash_attention_2"
-    assert adapter._choose_attention("cuda", "fp32") == "sdpa"
-    assert adapter._choose_attention("cpu", "bf16") == "sdpa"
-    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
-    assert adapter._choose_attention("cuda", "bf16") == "sdpa"
-
-
 def test_a_full_gpu_is_said(checkpoints, monkeypatch):
     import torch
 
@@ -262,7 +242,7 @@ def test_a_full_gpu_is_said(checkpoints, monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(model.model, "base", full)
+    monkeypatch.setattr(model.model, "_layers", full)
     with pytest.raises(InputError, match=r"a batch of 1 x \d+ tokens does not fit"):
         model.encode(["a"])
     monkeypatch.setattr(adapter, "load_base", full)

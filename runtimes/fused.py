@@ -1,0 +1,213 @@
+"""What stands between a layer's matrices on a GPU, each a single pass over memory, in Triton.
+
+Everything is computed in fp32 and rounded once, where it is stored. A row is a token. Where the
+next matrix is in fp8, its input is rounded in the same pass, with a scale for each token.
+"""
+
+# ruff: noqa: ANN001, ANN202 - a kernel's arguments are what the compiler makes of them.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+# As a type checker may take it: what it makes of a function is no function.
+jit: Any = triton.jit
+E4M3 = torch.float8_e4m3fn
+LARGEST = tl.constexpr(torch.finfo(E4M3).max)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny * 1e3)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix's input: values [tokens, width], and fp8's scales float32 [tokens, 1]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+def add_norm(
+    states: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Rows:
+    """Add to the residual stream, in place, and RMSNorm of it.
+
+    Args:
+        states: float32 [tokens, width], contiguous.
+        delta: [tokens, width], contiguous; None to add nothing.
+        weight: [width].
+        eps: Added to the mean square.
+        dtype: Of the result; float8_e4m3fn with scales.
+
+    Returns:
+        x / sqrt(mean(x**2) + eps) * weight.
+    """
+    tokens, width = states.shape
+    rows = _empty_rows(states, width, dtype)
+    added = states if delta is None else delta
+    arguments = (states, added, weight, rows.values, rows.scales, width, eps)
+    add, fp8 = delta is not None, dtype == E4M3
+    _launch(_add_norm, tokens, *arguments, add=add, fp8=fp8, block=_block(width))
+    return rows
+
+
+def norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    heads: tuple[int, int],
+    eps: float,
+) -> None:
+    """RMSNorm of every query and key head, then the rotary embedding, in place.
+
+    Args:
+        qkv: [tokens, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values.
+        q_weight: [head_dim].
+        k_weight: [head_dim].
+        cos: float32 [positions, head_dim / 2].
+        sin: As `cos`.
+        positions: int32 [tokens].
+        heads: (heads, kv_heads).
+        eps: Added to the mean square.
+    """
+    tokens, width = qkv.shape
+    half, rotated = cos.shape[1], sum(heads)
+    _launch(
+        _norm_rope,
+        tokens,
+        *(qkv, q_weight, k_weight, cos, sin, positions, width, eps),
+        heads=heads[0],
+        rotated=rotated,
+        half=half,
+        block_heads=_block(rotated),
+        block=_block(half),
+    )
+
+
+def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
+    """silu(gate) * up.
+
+    Args:
+        gate_up: [tokens, 2 * width], contiguous: gates, then ups.
+        dtype: Of the result; float8_e4m3fn with scales.
+
+    Returns:
+        [tokens, width].
+    """
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    rows = _empty_rows(gate_up, width, dtype)
+    arguments = (gate_up, rows.values, rows.scales, width)
+    _launch(_silu_mul, tokens, *arguments, fp8=dtype == E4M3, block=_block(width))
+    return rows
+
+
+def to_fp8(values: torch.Tensor) -> Rows:
+    """Round each row to fp8: [tokens, width], contiguous."""
+    tokens, width = values.shape
+    rows = _empty_rows(values, width, E4M3)
+    _launch(_to_fp8, tokens, values, rows.values, rows.scales, width, block=_block(width))
+    return rows
+
+
+def _empty_rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> Rows:
+    tokens, device = len(like), like.device
+    scales = torch.empty((tokens, 1), dtype=torch.float32, device=device) if dtype == E4M3 else None
+    return Rows(torch.empty((tokens, width), dtype=dtype, device=device), scales)
+
+
+def _launch(kernel: Any, tokens: int, *arguments: Any, block: int, **constants: Any) -> None:
+    """Run a kernel once a token, by threads that hold 16 values each, within what there may be."""
+    warps = min(max(block // 512, 1), 16)
+    kernel[(tokens,)](*arguments, block=block, num_warps=warps, **constants)
+
+
+def _block(width: int) -> int:
+    """The power of two that Triton wants."""
+    return 1 << (width - 1).bit_length()
+
+
+@jit
+def _store(values, out, scales, row, columns, width, mask, fp8: tl.constexpr):
+    if fp8:
+        scale = tl.maximum(tl.max(tl.abs(values), axis=0), TINY) / LARGEST
+        tl.store(scales + row, scale)
+        values = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
+    tl.store(out + row * width + columns, values.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _add_norm(
+    states, delta, weight, out, scales, width, eps,
+    add: tl.constexpr, fp8: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    mask = columns < width
+    place = row * width + columns
+    values = tl.load(states + place, mask=mask, other=0.0)
+    if add:
+        values += tl.load(delta + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(states + place, values, mask=mask)
+    factor = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    gains = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    _store(values * factor * gains, out, scales, row, columns, width, mask, fp8)
+
+
+@jit
+def _norm_rope(
+    qkv, q_weight, k_weight, cos, sin, positions, width, eps,
+    heads: tl.constexpr, rotated: tl.constexpr, half: tl.constexpr,
+    block_heads: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, block_heads)[:, None]
+    columns = tl.arange(0, block)[None, :]
+    inside = columns < half
+    mask = (head < rotated) & inside
+    place = qkv + row * width + head * (2 * half) + columns
+    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
+    squares = tl.sum(first * first + second * second, axis=1) / (2 * half)
+    factor = tl.rsqrt(squares + eps)[:, None]
+    query = head < heads
+    q_first = tl.load(q_weight + columns, mask=inside, other=0.0).to(tl.float32)
+    k_first = tl.load(k_weight + columns, mask=inside, other=0.0).to(tl.float32)
+    q_second = tl.load(q_weight + half + columns, mask=inside, other=0.0).to(tl.float32)
+    k_second = tl.load(k_weight + half + columns, mask=inside, other=0.0).to(tl.float32)
+    first *= factor * tl.where(query, q_first, k_first)
+    second *= factor * tl.where(query, q_second, k_second)
+    angle = tl.load(positions + row) * half + columns
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    kind = qkv.dtype.element_ty
+    tl.store(place, (first * c - second * s).to(kind), mask=mask)
+    tl.store(place + half, (second * c + first * s).to(kind), mask=mask)
+
+
+@jit
+def _silu_mul(gate_up, out, scales, width, fp8: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    mask = columns < width
+    place = gate_up + row * 2 * width + columns
+    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+    _store(gate * tl.sigmoid(gate) * up, out, scales, row, columns, width, mask, fp8)
+
+
+@jit
+def _to_fp8(values, out, scales, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    mask = columns < width
+    found = tl.load(values + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    _store(found, out, scales, row, columns, width, mask, True)

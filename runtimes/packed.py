@@ -1,0 +1,295 @@
+"""A checkpoint on a CUDA device without padding: texts laid end to end, each attending to itself.
+
+Matrices that read the same input are one, what stands between them is a kernel each (fused.py), and
+the residual stream is fp32. After the last attention only each text's last token is computed.
+Matrices in fp8 are multiplied as they are stored, each token rounded by its own largest value.
+
+Small batches, whose launches cost more than their work, become CUDA graphs where their size comes
+back. Sizes are rounded up for that; what is too much belongs to no text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import ScalingType
+
+from ..spec import ModelSpec
+from .fused import E4M3, Rows, add_norm, norm_rope, silu_mul, to_fp8
+
+# A batch beyond this keeps the GPU busy longer than its launches take.
+GRAPH_TOKENS = 4096
+# A size's first batch runs as it is, and compiles what has to be; the second one is captured.
+REPEATS, MAX_GRAPHS = 2, 64
+# Sizes of a batch that runs as it is: what kernels compiled for one of them take of all.
+ALIGNMENT = 16
+# Later versions of torch want to be told.
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+# A tensor by its name: (name) -> on the CPU, as stored.
+Read = Callable[[str], torch.Tensor]
+# Tokens, texts, and tokens of the longest text, each rounded up.
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """weight [out, in]; scales float32 [1, out] where it is fp8."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+
+    def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+        """The product with each row: [tokens, out] in `dtype`."""
+        if self.scales is None or rows.scales is None:
+            return functional.linear(rows.values, self.weight)
+        return functional.scaled_mm(
+            rows.values,
+            self.weight.t(),
+            rows.scales,
+            ScalingType.RowWise,
+            self.scales,
+            ScalingType.RowWise,
+            output_dtype=dtype,
+            use_fast_accum=True,
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Norms' gains and matrices of a layer; those that read the same rows are one."""
+
+    input_norm: torch.Tensor
+    qkv: Matrix
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    out: Matrix
+    mlp_norm: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts end to end, on the device, int32.
+
+    Attributes:
+        ids: [tokens].
+        positions: [tokens], each in its text.
+        starts: [texts + 1], where each text begins, and the end.
+        last: [texts], where each text's last token is.
+        longest: Tokens of the longest text, or more.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    starts: torch.Tensor
+    last: torch.Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A CUDA graph of a batch's size: what it reads, int32, and what it leaves behind."""
+
+    graph: torch.cuda.CUDAGraph
+    memory: torch.Tensor
+    results: torch.Tensor
+
+
+class PackedLayers:
+    """Qwen3's layers on a CUDA device, for texts of any lengths at once.
+
+    Args:
+        spec: The checkpoint.
+        dtype: torch.float16 or torch.bfloat16, of what is not fp8.
+        device: "cuda"; tests emulate it on a CPU.
+        read: Its tensors, by their names in `spec.tensor_shapes()`.
+        read_scales: Where its matrices are fp8: their scales, by the matrices' names, [out, 1].
+        finish: float32 [texts, hidden] after the last norm, to what is wanted of it.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: str,
+        read: Read,
+        read_scales: Read | None,
+        finish: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._spec, self._dtype, self._device, self._finish = spec, dtype, device, finish
+        self._rounded = dtype if read_scales is None else E4M3
+        self._table = read("embed_tokens.weight").to(device, dtype)
+        self._layers = [
+            _load_layer(f"layers.{i}", dtype, device, read, read_scales)
+            for i in range(spec.num_layers)
+        ]
+        self._norm = read("norm.weight").to(device, dtype)
+        self._cos, self._sin = (each.to(device) for each in rotary_table(spec))
+        self._lock = threading.Lock()
+        self._seen: Counter[Size] = Counter()
+        self._graphs: dict[Size, Captured] = {}
+        # One batch runs at a time, and its results are read before the next one's come: all
+        # graphs share their memory.
+        self._pool: Any = None
+
+    def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Run texts.
+
+        Args:
+            ids: int64 [tokens], the texts end to end.
+            lengths: int64 [texts].
+
+        Returns:
+            float32: what `finish` gives of each text's last token.
+        """
+        size = round_sizes(len(ids), len(lengths), int(lengths.max()))
+        memory = torch.from_numpy(pack(ids, lengths, size))
+        with self._lock, torch.inference_mode():
+            return self._replay(memory, size)[: len(lengths)].cpu().numpy()
+
+    def _replay(self, memory: torch.Tensor, size: Size) -> torch.Tensor:
+        """Run a batch, as a CUDA graph where its size keeps coming back."""
+        if size in self._graphs:
+            captured = self._graphs[size]
+            captured.memory.copy_(memory)
+            captured.graph.replay()
+            return captured.results
+        on_device = memory.to(self._device)
+        batch = unpack(on_device, size)
+        self._seen[size] += 1
+        if size[0] > GRAPH_TOKENS or self._seen[size] < REPEATS or len(self._graphs) == MAX_GRAPHS:
+            return self._run(batch)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = self._run(batch)
+        self._pool = graph.pool()
+        self._graphs[size] = Captured(graph, on_device, results)
+        graph.replay()
+        return results
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        spec, dtype, eps = self._spec, self._dtype, self._spec.rms_norm_eps
+        heads = (spec.num_heads, spec.num_kv_heads)
+        states = functional.embedding(batch.ids, self._table).float()
+        delta = None
+        for layer in self._layers:
+            rows = add_norm(states, delta, layer.input_norm, eps, self._rounded)
+            qkv = layer.qkv(rows, dtype)
+            gains = (layer.q_norm, layer.k_norm)
+            norm_rope(qkv, *gains, self._cos, self._sin, batch.positions, heads, eps)
+            attended = attend(qkv, heads, batch)
+            if layer is self._layers[-1]:
+                states, attended = states[batch.last], attended[batch.last]
+            rows = Rows(attended) if self._rounded != E4M3 else to_fp8(attended)
+            delta = layer.out(rows, dtype)
+            rows = add_norm(states, delta, layer.mlp_norm, eps, self._rounded)
+            rows = silu_mul(layer.gate_up(rows, dtype), self._rounded)
+            delta = layer.down(rows, dtype)
+        return self._finish(add_norm(states, delta, self._norm, eps, torch.float32).values)
+
+
+def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Tensor:
+    """Causal attention within each text.
+
+    Args:
+        qkv: [tokens, (heads + 2 kv_heads) * head_dim].
+        heads: (heads, kv_heads).
+        batch: Where texts begin.
+
+    Returns:
+        [tokens, heads * head_dim]; tokens that belong to no text are left undefined.
+    """
+    split = qkv.view(len(qkv), heads[0] + 2 * heads[1], -1)
+    query, key, value = split.split([heads[0], heads[1], heads[1]], dim=1)
+    sizes = (batch.starts, batch.starts, batch.longest, batch.longest)
+    options: dict[str, Any] = {"enable_gqa": True} if GROUPED else {}
+    found = varlen_attn(query, key, value, *sizes, window_size=(-1, 0), **options)
+    assert isinstance(found, torch.Tensor)
+    return found.reshape(len(qkv), -1)
+
+
+def round_sizes(tokens: int, texts: int, longest: int) -> Size:
+    """Sizes that come back: up by an eighth at most, the longest to a power of two."""
+    if tokens > GRAPH_TOKENS:
+        return _up(tokens, ALIGNMENT), texts, _power(longest)
+    return _eighth(tokens), _eighth(texts), _power(longest)
+
+
+def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
+    """All that a `Batch` of a size holds: int32, ids, positions, starts and last tokens."""
+    tokens, texts, _ = size
+    ends = np.cumsum(lengths)
+    values = np.zeros(2 * tokens + 2 * texts + 1, np.int32)
+    places, starts, last = np.split(values[tokens:], [tokens, tokens + texts + 1])
+    values[: len(ids)] = ids
+    places[: len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    starts[1:] = len(ids)  # texts beyond the real ones are empty
+    starts[1 : len(ends) + 1] = ends
+    last[: len(ends)] = ends - 1
+    return values
+
+
+def unpack(memory: torch.Tensor, size: Size) -> Batch:
+    """What `pack` laid down, as views."""
+    tokens, texts, longest = size
+    parts = memory.split([tokens, tokens, texts + 1, texts])
+    return Batch(*parts, longest)
+
+
+def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position's angles: float32 [positions, head_dim / 2]."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    positions = torch.arange(spec.max_position_embeddings, dtype=torch.float64)
+    angles = positions[:, None] / spec.rope_theta**exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def _load_layer(
+    prefix: str, dtype: torch.dtype, device: str, read: Read, read_scales: Read | None
+) -> Layer:
+    def gain(name: str) -> torch.Tensor:
+        return read(f"{prefix}.{name}.weight").to(device, dtype)
+
+    def matrix(*names: str) -> Matrix:
+        full = [f"{prefix}.{name}" for name in names]
+        weight = torch.cat([read(f"{name}.weight").to(device) for name in full])
+        if read_scales is None:
+            return Matrix(weight.to(dtype), None)
+        scales = torch.cat([read_scales(name).to(device, torch.float32) for name in full])
+        return Matrix(weight, scales.t().contiguous())
+
+    return Layer(
+        gain("input_layernorm"),
+        matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        gain("self_attn.q_norm"),
+        gain("self_attn.k_norm"),
+        matrix("self_attn.o_proj"),
+        gain("post_attention_layernorm"),
+        matrix("mlp.gate_proj", "mlp.up_proj"),
+        matrix("mlp.down_proj"),
+    )
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _power(value: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(ALIGNMENT, 1 << (value - 1).bit_length())
+
+
+def _eighth(value: int) -> int:
+    """The next multiple of an eighth of the power of two above, of 16 at least."""
+    return _up(value, max(ALIGNMENT, _power(value) // 8))
