@@ -170,7 +170,9 @@ def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) 
     from .packed import PackedLayers
 
     torch = require("torch", "torch")
-    return PackedLayers(spec, getattr(torch, DTYPE_NAMES[arithmetic]), *open_readers(spec), finish)
+    dtype = getattr(torch, DTYPE_NAMES[arithmetic])
+    read, read_scales = open_readers(spec)
+    return PackedLayers(spec, dtype, "cuda", read, read_scales, finish)
 
 
 def _finish(torch: Any, head: Any, last: Any) -> Any:
