@@ -17,7 +17,7 @@ from embedport.errors import DeviceError, MissingPackageError
 from embedport.gpu import call, current_device
 
 from .checkpoint import CACHE, ROOT, checkpoint
-from .gpu_paths import PATHS, REFERENCE
+from .gpu_paths import PAIR, PATHS, REFERENCE
 from .machine import describe, print_table
 
 RESULTS = ROOT / "docs" / "gpu-results.json"
@@ -62,12 +62,11 @@ def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
             place = folder / str(i)
             place.mkdir()
             rows[name] = _run(name, source, inputs, place)
-            vectors = place / "vectors.npy"
-            if vectors.exists():
-                rows[name]["minimum_cosine"] = _cosine(vectors, folder / "0" / "vectors.npy")
+            rows[name] |= _parity(place, folder / "0")
             print(f"{name}: {rows[name]['status']} {rows[name].get('reason', '')}", flush=True)
             # A later path must not run short of disk.
-            shutil.rmtree(place / "artifact", ignore_errors=True)
+            for artifact in place.rglob("artifact"):
+                shutil.rmtree(artifact)
             _write(results, {"machine": machine, "rows": rows})
     _print(rows)
 
@@ -100,18 +99,26 @@ def _machine() -> dict[str, Any]:
 
 def _write_inputs(source: Path, folder: Path) -> Path:
     """Token ids of real text: every shape full, texts for parity, and a mix of their lengths."""
-    from embedport.demo.samples import builtin_samples
-    from embedport.prompts import EmbeddingTokenizer
+    from embedport.demo.samples import builtin_pairs, builtin_samples
+    from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer
 
-    tokenizer = EmbeddingTokenizer(source / "tokenizer.json", 32768)
-    texts = tokenizer.encode([sample.text for sample in builtin_samples()]).ids
+    samples = [sample.text for sample in builtin_samples()]
+    texts = EmbeddingTokenizer(source / "tokenizer.json", 32768).encode(samples).ids
     stream = np.concatenate(texts)
     arrays = {
         f"{rows}x{tokens}": np.resize(stream, rows * tokens).reshape(rows, tokens)
         for rows, tokens in SHAPES
     }
-    mix = [texts[i % len(texts)] for i in range(MIX_ROWS)]
-    for name, rows in (("text", texts), ("mix", mix)):
+    pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
+    lists = {
+        "text": texts,
+        "mix": [texts[i % len(texts)] for i in range(MIX_ROWS)],
+        "embedding": EmbeddingTokenizer(PAIR["embedding"] / "tokenizer.json", 512)
+        .encode(samples)
+        .ids,
+        "reranker": RerankerTokenizer(PAIR["reranker"] / "tokenizer.json", 512).encode(pairs).ids,
+    }
+    for name, rows in lists.items():
         arrays[f"{name}_ids"] = np.concatenate(rows)
         arrays[f"{name}_lengths"] = np.array([len(row) for row in rows])
     path = folder / "inputs.npz"
@@ -141,12 +148,26 @@ def _run(name: str, source: Path, inputs: Path, place: Path) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def _cosine(vectors: Path, reference: Path) -> float | None:
-    """The smallest cosine of a text; None if the reference did not run."""
-    if not reference.exists():
-        return None
-    a, b = np.load(vectors).astype(np.float64), np.load(reference).astype(np.float64)
+def _parity(place: Path, reference: Path) -> dict[str, Any]:
+    """How far results are from the reference's: smallest cosines, and the largest difference."""
+    found: dict[str, Any] = {}
+    for key, name, compare in (
+        ("minimum_cosine", "vectors", _cosine),
+        ("pair_minimum_cosine", "embedding", _cosine),
+        ("pair_score_difference", "reranker", _difference),
+    ):
+        paths = [folder / f"{name}.npy" for folder in (place, reference)]
+        if all(path.exists() for path in paths):
+            found[key] = compare(*(np.load(path).astype(np.float64) for path in paths))
+    return found
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
@@ -156,18 +177,19 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 def _print(rows: dict[str, Any]) -> None:
     shapes = [f"{a}x{b}" for a, b in SHAPES] + ["mix"]
+    parity = ("minimum_cosine", "pair_minimum_cosine", "pair_score_difference")
     print_table(
-        ["tokens/s", *shapes, "cosine", "GB", "start-up s"],
+        ["tokens/s", *shapes, "cosine", "of the pair", "scores", "GB", "start-up s"],
         [
             [
                 name,
                 *(row["tokens_per_second"][shape] for shape in shapes),
-                row.get("minimum_cosine"),
+                *(round(row[key], 6) if key in row else None for key in parity),
                 round(row["peak_bytes"] / 1e9, 2),
                 row["start_up_seconds"],
             ]
             if row["status"] == "run"
-            else [name, f"{row['status']}: {row['reason']}", *[""] * (len(shapes) + 2)]
+            else [name, f"{row['status']}: {row['reason']}", *[""] * (len(shapes) + 4)]
             for name, row in rows.items()
         ],
     )

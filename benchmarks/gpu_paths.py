@@ -2,16 +2,19 @@
 
     python -m benchmarks.gpu_paths NAME CHECKPOINT INPUTS.npz FOLDER
 
-Prints a line of JSON, and writes FOLDER/vectors.npy: what it gives for the texts of parity.
+Prints a line of JSON, and writes what it gives for the texts of parity: FOLDER/vectors.npy, and of
+the trained pair that ships FOLDER/embedding.npy and FOLDER/reranker.npy.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,13 @@ from embedport.errors import DeviceError, MissingPackageError
 from embedport.exporters.tensorrt import obstacle
 from embedport.gpu import call
 from embedport.runtimes.batching import run_batches
+from embedport.spec import Task
 
 # (input_ids, attention_mask), int64 [rows, tokens], right-padded, to float32 [rows, dim].
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 MIX_TOKENS = 16_384
 WARM_UPS = 4  # one more than a repeated shape needs to become a CUDA graph
-SECONDS, REPEATS = 2.0, 5
+SECONDS, REPEATS = 1.0, 5
 SAMPLE_SECONDS = 0.02
 
 
@@ -93,12 +97,39 @@ def _vllm(checkpoint: Path, folder: Path) -> Run:
     return run
 
 
-def _torch(checkpoint: Path, folder: Path) -> Run:
-    return embedport.load(checkpoint, device="cuda").model
+def _torch(prepare: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Run]:
+    def open_path(checkpoint: Path, folder: Path) -> Run:
+        out = folder / "artifact"
+        return embedport.load(
+            out if out.exists() else prepare(checkpoint, out), device="cuda"
+        ).model
+
+    return open_path
+
+
+def _as_stored(checkpoint: Path, out: Path) -> Path:
+    return checkpoint
+
+
+def _in_fp16(checkpoint: Path, out: Path) -> Path:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, out)
+    for path in out.glob("*.safetensors"):
+        tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    return out
+
+
+def _in_fp8(checkpoint: Path, out: Path) -> Path:
+    return embedport.quantize_checkpoint(checkpoint, out, method="fp8").folder
 
 
 def _onnxruntime(device: str, dialect: str, **options: str) -> Callable[[Path, Path], Run]:
     def open_path(checkpoint: Path, folder: Path) -> Run:
+        if device == "tensorrt" and (reason := obstacle()):
+            raise NotRunError(reason)
         out = folder / "artifact"
         if not out.exists():
             embedport.export(checkpoint, out, dialect=dialect, **options)
@@ -122,18 +153,24 @@ def _tensorrt(precision: str) -> Callable[[Path, Path], Run]:
 REFERENCE = "transformers fp16, SDPA"
 PATHS: dict[str, Callable[[Path, Path], Run]] = {
     REFERENCE: _transformers("sdpa"),
-    "transformers fp16, FlashAttention 2": _transformers("flash_attention_2"),
-    "sentence-transformers fp16": _sentence_transformers,
-    "vLLM fp16, pooling": _vllm,
-    "embedport torch": _torch,
+    "embedport torch": _torch(_as_stored),
+    "embedport torch fp16": _torch(_in_fp16),
+    "embedport torch fp8": _torch(_in_fp8),
     "embedport onnxruntime CUDA fp16": _onnxruntime("cuda", "ort", precision="fp16"),
     "embedport onnxruntime CUDA bf16": _onnxruntime("cuda", "ort", precision="bf16"),
     "embedport onnxruntime CUDA int4": _onnxruntime(
         "cuda", "ort", precision="int4", arithmetic="bf16"
     ),
+    "sentence-transformers fp16": _sentence_transformers,
+    "transformers fp16, FlashAttention 2": _transformers("flash_attention_2"),
+    "vLLM fp16, pooling": _vllm,
     "embedport onnxruntime TensorRT bf16": _onnxruntime("tensorrt", "standard", precision="bf16"),
     **{f"embedport TensorRT {each}": _tensorrt(each) for each in ("fp16", "bf16", "fp8", "int8")},
     "embedport TensorRT int4": _tensorrt("int4"),
+}
+PAIR: dict[Task, Path] = {
+    "embedding": Path(str(files("embedport.demo") / "embedder")),
+    "reranker": Path(str(files("embedport.demo") / "reranker")),
 }
 
 
@@ -172,41 +209,62 @@ def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str
         folder: Where artifacts and vectors go.
     """
     arrays = np.load(inputs)
-    rows = np.split(arrays["mix_ids"], np.cumsum(arrays["mix_lengths"])[:-1])
-    texts = np.split(arrays["text_ids"], np.cumsum(arrays["text_lengths"])[:-1])
+    memory = Memory()
     start = time.perf_counter()
     try:
         run = PATHS[name](checkpoint, folder)  # exports and builds where that has to be done
         run(*_full(arrays["1x32"]))
         prepared = time.perf_counter() - start
         del run
-        memory = Memory()
         start = time.perf_counter()
         run = PATHS[name](checkpoint, folder)
         run(*_full(arrays["1x32"]))
         start_up = time.perf_counter() - start
     except (NotRunError, MissingPackageError, DeviceError, ImportError) as error:
         return {"status": "not run", "reason": " ".join(str(error).split())}
-    width = run(*_full(arrays["1x32"])).shape[1:]
-
-    def together(rows: list[np.ndarray]) -> np.ndarray:
-        return run_batches(
-            run, rows, width, batch_tokens=MIX_TOKENS, description=name, progress=False
-        )
-
-    np.save(folder / "vectors.npy", together(texts))
+    np.save(folder / "vectors.npy", _together(run, _rows(arrays, "text")))
     speeds: dict[str, Any] = {}
     for shape in (key for key in arrays.files if "x" in key and "_" not in key):
         batch = _full(arrays[shape])
         speeds[shape] = _speed(lambda batch=batch: run(*batch), batch[0].size)
-    speeds["mix"] = _speed(lambda: together(rows), int(arrays["mix_lengths"].sum()))
+    rows = _rows(arrays, "mix")
+    speeds["mix"] = _speed(lambda: _together(run, rows), sum(map(len, rows)))
+    peak = memory.stop()
+    if name == REFERENCE or name.startswith("embedport"):
+        _run_pair(name, arrays, folder)
     return {
         "status": "run",
         "first_start_seconds": round(prepared, 2),
         "start_up_seconds": round(start_up, 2),
         "tokens_per_second": speeds,
-        "peak_bytes": memory.stop(),
+        "peak_bytes": peak,
     }
+
+
+def _run_pair(name: str, arrays: Any, folder: Path) -> None:
+    """Vectors and scores of the trained pair; the reference's from the model cards' own code."""
+    from embedport.validation.reference import open_reference, run_reference
+
+    for task, checkpoint in PAIR.items():
+        rows = _rows(arrays, task)
+        if name == REFERENCE:
+            reference = open_reference(checkpoint, task=task, max_length=max(map(len, rows)))
+            results = run_reference(reference, [row.tolist() for row in rows], "fp16", "cuda")
+        else:
+            place = folder / task
+            place.mkdir()
+            results = _together(PATHS[name](checkpoint, place), rows)
+        np.save(folder / f"{task}.npy", results)
+
+
+def _rows(arrays: Any, name: str) -> list[np.ndarray]:
+    return np.split(arrays[f"{name}_ids"], np.cumsum(arrays[f"{name}_lengths"])[:-1])
+
+
+def _together(run: Run, rows: list[np.ndarray]) -> np.ndarray:
+    """All rows in sorted batches, as `encode` has them."""
+    width = run(*_full(rows[0][None])).shape[1:]
+    return run_batches(run, rows, width, batch_tokens=MIX_TOKENS, description="", progress=False)
 
 
 def _full(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,7 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
         )
     if device != "cpu":
         options.add_session_config_entry(RECORD_NODES, "1")
+        _load_cuda(ort)
     try:
         return ort.InferenceSession(graph, options, providers=list_providers(device, artifact))
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
@@ -228,6 +231,13 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
             f"{path}: onnxruntime {ort.__version__} does not take the graph "
             f"(it needs {artifact.manifest.requires}): {error}"
         ) from error
+
+
+def _load_cuda(ort: Any) -> None:
+    """Find CUDA's libraries where pip puts them, unless something else has loaded them."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ort.preload_dlls()
+    logger.debug("onnxruntime.preload_dlls: %s", said.getvalue())
 
 
 def _choose_graph(artifact: Artifact, device: str, version: str) -> Path:

@@ -1,7 +1,10 @@
-"""What only a GPU can show: its results against the same graph's on the CPU.
+"""What only a GPU can show: its results against the same model's on the CPU.
 
-None of this has run where it was written: see docs/gpu.md.
+docs/gpu.md says which of it has run, and where.
 """
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import embedport
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.errors import DeviceError
 from embedport.exporters.tensorrt import obstacle
+from embedport.gpu import call
+from embedport.runtimes.buffers import Buffer
 
 pytestmark = pytest.mark.gpu
 
@@ -68,6 +73,8 @@ def test_tensorrt(engines, precision, task):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_onnxruntime(tmp_path, checkpoints, device, precision, task):
+    if device == "tensorrt" and (reason := obstacle()):
+        pytest.skip(reason)
     dialect = "ort" if device == "cuda" else "standard"
     folder = tmp_path / "artifact"
     embedport.export(checkpoints("kv8", task), folder, precision=precision, dialect=dialect)
@@ -79,3 +86,53 @@ def test_onnxruntime(tmp_path, checkpoints, device, precision, task):
         pytest.skip(str(error))
     expected = results(embedport.load(folder, device="cpu"), task)
     check(results(model, task), expected, precision)
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("geometry", ["kv1", "kv2", "kv8"])
+def test_torch(checkpoints, geometry, precision, task):
+    pytest.importorskip("torch")
+    name = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    expected = results(
+        embedport.load(checkpoints(geometry, task, dtype="float32"), device="cpu"), task
+    )
+    model = embedport.load(checkpoints(geometry, task, dtype=name), device="cuda")
+    for _ in range(4):  # the last ones from CUDA graphs
+        check(results(model, task), expected, precision)
+    adapter: Any = model.model
+    assert adapter._layers._graphs
+
+
+def test_torch_in_any_batch_and_thread(checkpoints):
+    pytest.importorskip("torch")
+    model = embedport.load(checkpoints("kv8", dtype="float16"), device="cuda")
+    assert isinstance(model, embedport.Embedder)
+    alone = model.encode(TEXTS, batch_tokens=1)
+    many = model.encode(TEXTS * 50, batch_tokens=1 << 20)  # too large for a graph
+    for i in range(50):
+        check(many[i * len(TEXTS) : (i + 1) * len(TEXTS)], alone, "fp16")
+    sizes = [64, 256, 1024, 4096] * 4
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda size: model.encode(TEXTS, batch_tokens=size), sizes):
+            check(found, alone, "fp16")
+
+
+def test_buffers():
+    """Copies to the device and back, captured in a CUDA graph as an engine's batches are."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    buffer, shape, stream = Buffer(np.int64, 8), (2, 3), int(call("cudaStreamCreate"))
+    graphs = []
+    for copy in (buffer.upload, buffer.download):
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", stream, mode)
+        copy(shape, stream)
+        graphs.append(call("cudaGraphInstantiate", call("cudaStreamEndCapture", stream), 0))
+    values = np.arange(6).reshape(shape)
+    buffer.host(shape)[:] = values
+    for graph in graphs:
+        call("cudaGraphLaunch", graph, stream)
+        call("cudaStreamSynchronize", stream)
+        if graph is graphs[0]:
+            buffer.host(shape)[:] = 0
+    np.testing.assert_array_equal(buffer.host(shape), values)

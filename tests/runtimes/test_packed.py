@@ -10,11 +10,24 @@ from embedport.spec import read_spec
 
 # The interpreter takes its time.
 LENGTHS = (3, 1, 6)
+DTYPES = {"float16": 1e-3, "bfloat16": 8e-3}  # half a step of a value near 1
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where kernels run: on a CPU they are interpreted, see conftest.py."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if (request.param == "cuda") != there:
+        pytest.skip(f"torch has {'a' if there else 'no'} CUDA device here")
+    return request.param
 
 
 @pytest.fixture
 def packed(monkeypatch):
-    """The module as it is on a CPU, where kernels are interpreted: see conftest.py."""
+    """The module as it is on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -73,3 +86,119 @@ def test_the_same_without_padding(packed, checkpoints, geometry, task, dtype, li
 def test_fp8(packed, quantized, task):
     found, expected = run(packed, quantized("fp8", task), task, "bfloat16")
     assert (found * expected).sum(axis=1).min() > 0.99
+
+
+def close(rows, expected, dtype):
+    """Rounded once, each value to its own precision."""
+    import torch
+
+    torch.testing.assert_close(rows.float(), expected, rtol=DTYPES[dtype], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [96, 128])
+def test_add_norm(device, dtype, width):
+    import torch
+
+    from embedport.runtimes.fused import add_norm
+
+    kind = getattr(torch, dtype)
+    states, delta, gains = random(device, (5, width), (5, width), (width,))
+    delta, gains = delta.to(kind), gains.to(kind)
+    expected = states + delta
+    found = states.clone()
+    rows = add_norm(found, delta, gains, 1e-6, kind)
+    torch.testing.assert_close(found, expected)
+    close(rows.values, rms_norm(expected, gains), dtype)
+    rows = add_norm(found, None, gains, 1e-6, kind)
+    torch.testing.assert_close(found, expected)
+    close(rows.values, rms_norm(expected, gains), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "half"), [((4, 2), 6), ((3, 1), 8)])
+def test_norm_rope(device, dtype, heads, half):
+    import torch
+
+    from embedport.runtimes.fused import norm_rope
+
+    kind, rotated = getattr(torch, dtype), sum(heads)
+    qkv, *gains, angles = random(
+        device, (5, (rotated + heads[1]) * 2 * half), (2 * half,), (2 * half,), (9, half)
+    )
+    qkv, gains = qkv.to(kind), [each.to(kind) for each in gains]
+    positions = torch.tensor([0, 1, 8, 0, 3], dtype=torch.int32, device=device)
+    split = qkv.view(5, -1, 2 * half).float()
+    both = torch.stack([gains[0]] * heads[0] + [gains[1]] * heads[1])
+    first, second = rms_norm(split[:, :rotated], both).chunk(2, dim=-1)
+    cos, sin = (each[positions.long()][:, None] for each in (angles.cos(), angles.sin()))
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    values = split[:, rotated:]
+    norm_rope(qkv, *gains, angles.cos(), angles.sin(), positions, heads, 1e-6)
+    found = qkv.view(5, -1, 2 * half)
+    close(found[:, :rotated], turned, dtype)
+    torch.testing.assert_close(found[:, rotated:].float(), values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(device, dtype):
+    import torch
+
+    from embedport.runtimes.fused import silu_mul
+
+    kind = getattr(torch, dtype)
+    gate_up = random(device, (5, 96))[0].to(kind)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    close(silu_mul(gate_up, kind).values, torch.nn.functional.silu(gate) * up, dtype)
+
+
+def test_to_fp8(device):
+    import torch
+
+    from embedport.runtimes.fused import E4M3, to_fp8
+
+    values = random(device, (5, 96))[0].bfloat16()
+    values[2] = 0
+    rows = to_fp8(values)
+    assert rows.scales is not None
+    torch.testing.assert_close(rows.scales[:, 0], values.float().abs().amax(dim=1) / 448)
+    scaled = values.float() / rows.scales.clamp(min=1e-30)
+    expected, found = scaled.to(E4M3).float(), rows.values.float()
+    assert expected.abs().max() == 448
+    if device == "cuda":
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        return
+    # The interpreter rounds halves up, and what comes to a power of two to half of it.
+    carried = expected.abs().log2() % 1 == 0
+    torch.testing.assert_close(found[~carried], expected[~carried], rtol=1 / 8, atol=0)
+
+
+def random(device, *shapes):
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def rms_norm(values, gains):
+    import torch
+
+    return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + 1e-6) * gains.float()
+
+
+def test_sizes_come_back():
+    from embedport.runtimes.packed import GRAPH_TOKENS, pack, round_sizes
+
+    for tokens in range(1, GRAPH_TOKENS + 100, 7):
+        rounded, texts, longest = round_sizes(tokens, 3, 5)
+        assert tokens <= rounded <= max(tokens + 15, tokens * 1.25)
+        assert rounded % 16 == 0
+        assert (texts, longest) == ((16, 16) if tokens <= GRAPH_TOKENS else (3, 16))
+    assert round_sizes(100, 100, 1000)[2] == 1024
+    assert len({round_sizes(n, 1, 1)[0] for n in range(1, GRAPH_TOKENS + 1)}) < 60
+    values = pack(np.array([7, 8, 9]), np.array([2, 1]), (16, 4, 16))
+    assert values.dtype == np.int32
+    assert values[:4].tolist() == [7, 8, 9, 0]
+    assert values[16:20].tolist() == [0, 1, 0, 0]
+    assert values[32:37].tolist() == [0, 2, 3, 3, 3]
+    assert values[37:].tolist() == [1, 2, 0, 0]
