@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from embedport.errors import DeviceError, MissingPackageError
+from embedport.errors import DeviceError, MissingPackageError, require
 from embedport.gpu import call, current_device
 
 from .checkpoint import CACHE, ROOT, checkpoint
@@ -30,7 +30,6 @@ PACKAGES = (
     "flash-attn",
     "sentence-transformers",
     "vllm",
-    "onnxruntime-gpu",
     "tensorrt",
     "cuda-bindings",
 )
@@ -86,6 +85,8 @@ def _machine() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    # The module that is imported, of whichever package.
+    found["onnxruntime"] = require("onnxruntime", "gpu").__version__
     facts = describe()
     return {
         **facts,

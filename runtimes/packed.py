@@ -142,6 +142,7 @@ class PackedLayers:
         # One batch runs at a time, and its results are read before the next one's come: all
         # graphs share their memory.
         self._pool: Any = None
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
 
     def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Run texts.
@@ -170,13 +171,20 @@ class PackedLayers:
         self._seen[size] += 1
         if size[0] > GRAPH_TOKENS or self._seen[size] < REPEATS or len(self._graphs) == MAX_GRAPHS:
             return self._run(batch)
+        self._graphs[size] = self._capture(batch, on_device)
+        self._graphs[size].graph.replay()
+        return self._graphs[size].results
+
+    def _capture(self, batch: Batch, memory: torch.Tensor) -> Captured:
+        # What a thread's first batch sets up, cuBLAS among it, must not be captured.
+        self._run(batch)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # A stream of its own and "thread_local": other threads may go on with other models.
+        options: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self._pool, **options):
             results = self._run(batch)
         self._pool = graph.pool()
-        self._graphs[size] = Captured(graph, on_device, results)
-        graph.replay()
-        return results
+        return Captured(graph, memory, results)
 
     def _run(self, batch: Batch) -> torch.Tensor:
         spec, dtype, eps = self._spec, self._dtype, self._spec.rms_norm_eps

@@ -1,11 +1,13 @@
 """Texts without padding, as on a GPU: Triton's interpreter and plain attention stand in for it."""
 
+import json
+
 import numpy as np
 import pytest
 
 from embedport.hub import Source
 from embedport.runtimes import torch as adapter
-from embedport.runtimes.checkpoint import open_readers
+from embedport.runtimes.checkpoint import has_fp8_matrices, open_readers
 from embedport.spec import read_spec
 
 # The interpreter takes its time.
@@ -202,3 +204,35 @@ def test_sizes_come_back():
     assert values[16:20].tolist() == [0, 1, 0, 0]
     assert values[32:37].tolist() == [0, 2, 3, 3, 3]
     assert values[37:].tolist() == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "capability", "expected"),
+    [
+        (None, (8, 0), True),
+        (None, (7, 5), False),
+        ("gptq", (8, 0), True),
+        ("fp8", (9, 0), True),
+        ("fp8", (8, 9), False),
+        ("w8a8", (9, 0), False),
+        ("bnb-int8", (9, 0), False),
+    ],
+)
+def test_what_is_packed(checkpoints, quantized, monkeypatch, method, capability, expected):
+    import torch
+
+    folder = quantized(method) if method else checkpoints("kv8")
+    spec = read_spec(Source("", None, folder), "embedding")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert adapter.can_pack(spec, "bf16") is expected
+    assert not adapter.can_pack(spec, "fp32")
+
+
+def test_fp8_in_another_form_is_left_to_its_library(quantized, copied):
+    folder = copied(quantized("fp8"))
+    assert has_fp8_matrices(read_spec(Source("", None, folder), "embedding"))
+    config = json.loads((folder / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["input_activations"] |= {"dynamic": False, "strategy": "tensor"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert not has_fp8_matrices(read_spec(Source("", None, folder), "embedding"))
