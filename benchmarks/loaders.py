@@ -36,6 +36,11 @@ RERANKERS = {
     },
 }
 EMBEDDERS = {"AutoModel": "vectors", "SentenceTransformer": "sentence_vectors"}
+# What rounds activations as this runtime does, where sentence-transformers has to be told.
+ROUNDED = {
+    "SentenceTransformer": "rounded_sentence_vectors",
+    "CrossEncoder": "rounded_cross_encoder_logits",
+}
 # Columns: an embedder's is a cosine, a reranker's a difference of scores.
 LOADERS = [*EMBEDDERS, *(loader for form in RERANKERS.values() for loader in form)]
 
@@ -88,6 +93,8 @@ def _compare(sources: dict[Task, Path], options: list[str], folder: Path) -> dic
         for key, loader in loaders.items():
             # sentence-transformers has the prompt and the template from the folder.
             rows = ids if key.startswith("Auto") else texts
+            if key in ROUNDED and {"w8a8", "fp8"} & set(options):
+                loader = ROUNDED[key]
             jobs.append(
                 {"key": key, "loader": loader, "folder": str(out), "rows": rows, "dtype": "auto"}
             )

@@ -92,8 +92,18 @@ def sentence_vectors(folder: Path, texts: list[str], dtype: str) -> torch.Tensor
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
-    computing_in(model[0].model, dtype)
-    return model.encode(texts, prompt_name="query", batch_size=1, convert_to_tensor=True).float()
+    return _query_vectors(model, texts, dtype)
+
+
+def rounded_sentence_vectors(folder: Path, texts: list[str], dtype: str) -> torch.Tensor:
+    """The same of compressed-tensors, opened so that activations are rounded too."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(folder), device="cpu", model_kwargs={"dtype": dtype, **options_of(folder)}
+    )
+    _unpack(model)
+    return _query_vectors(model, texts, dtype)
 
 
 def cross_encoder_logits(folder: Path, pairs: list[list[str]], dtype: str) -> torch.Tensor:
@@ -101,6 +111,31 @@ def cross_encoder_logits(folder: Path, pairs: list[list[str]], dtype: str) -> to
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": dtype})
+    return _pair_logits(model, pairs, dtype)
+
+
+def rounded_cross_encoder_logits(folder: Path, pairs: list[list[str]], dtype: str) -> torch.Tensor:
+    """The same of compressed-tensors, opened so that activations are rounded too."""
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(
+        str(folder), device="cpu", model_kwargs={"dtype": dtype, **options_of(folder)}
+    )
+    _unpack(model)
+    return _pair_logits(model, pairs, dtype)
+
+
+def _unpack(model: Any) -> None:
+    """compressed-tensors unpacks when a model is called; sentence-transformers calls `forward`."""
+    model[0].model(input_ids=torch.zeros((1, 1), dtype=torch.int64))
+
+
+def _query_vectors(model: Any, texts: list[str], dtype: str) -> torch.Tensor:
+    computing_in(model[0].model, dtype)
+    return model.encode(texts, prompt_name="query", batch_size=1, convert_to_tensor=True).float()
+
+
+def _pair_logits(model: Any, pairs: list[list[str]], dtype: str) -> torch.Tensor:
     computing_in(model[0].model, dtype)
     scores = model.predict(
         [(query, document) for query, document in pairs], batch_size=1, convert_to_tensor=True
@@ -110,7 +145,15 @@ def cross_encoder_logits(folder: Path, pairs: list[list[str]], dtype: str) -> to
 
 LOADERS = {
     each.__name__: each
-    for each in (vectors, causal_logits, classifier_logits, sentence_vectors, cross_encoder_logits)
+    for each in (
+        vectors,
+        causal_logits,
+        classifier_logits,
+        sentence_vectors,
+        rounded_sentence_vectors,
+        cross_encoder_logits,
+        rounded_cross_encoder_logits,
+    )
 }
 
 

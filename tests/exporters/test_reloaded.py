@@ -19,6 +19,7 @@ from embedport.prompts import RerankerTokenizer
 
 SCRIPT = Path(__file__).with_name("reload.py")
 METHODS = ("bnb-int8", "bnb-nf4", "awq", "w8a8", "fp8")
+ROUNDED = ("w8a8", "fp8")  # activations too, by compressed-tensors
 PREFIX = {"embedding": "", "reranker": "model."}
 needs_gptqmodel = pytest.mark.skipif(
     importlib.util.find_spec("gptqmodel") is None or importlib.util.find_spec("optimum") is None,
@@ -57,6 +58,18 @@ def reloaded(short, quantized, tmp_path_factory):
             job(f"{method} sentences", "sentence_vectors", embedder, short.texts),
             job(f"{method} cross-encoder", "cross_encoder_logits", classifier, short.pairs),
         ]
+        if method in ROUNDED:
+            jobs += [
+                job(
+                    f"{method} rounded sentences", "rounded_sentence_vectors", embedder, short.texts
+                ),
+                job(
+                    f"{method} rounded cross-encoder",
+                    "rounded_cross_encoder_logits",
+                    classifier,
+                    short.pairs,
+                ),
+            ]
     return reload(jobs, tmp_path_factory.mktemp("reloaded"))
 
 
@@ -184,17 +197,20 @@ def test_transformers_loads_it(short, quantized, reloaded, method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_sentence_transformers_loads_it(short, quantized, reloaded, method):
-    # Activations stay as they are there, but for bitsandbytes, whose own operator rounds them.
-    hook = rounded_inputs(method) if method == "bnb-int8" else None
+@pytest.mark.parametrize(
+    ("method", "opened"),
+    [*((method, "") for method in METHODS), *((m, "rounded ") for m in ROUNDED)],
+)
+def test_sentence_transformers_loads_it(short, quantized, reloaded, method, opened):
+    # It leaves activations as they are unless it is told; bitsandbytes' own operator rounds them.
+    hook = rounded_inputs(method) if opened or method == "bnb-int8" else None
     folder = quantized(method)
     expected = evaluate(folder, "embedding", short.rows(folder, "embedding"), hook)
-    assert smallest_cosine(reloaded[f"{method} sentences"], expected) >= 0.9999
+    assert smallest_cosine(reloaded[f"{method} {opened}sentences"], expected) >= 0.9999
     # The CrossEncoder renders the folder's template.
     folder = quantized(method, "reranker", form="sequence-classification")
     expected = evaluate(folder, "reranker", short.rows(folder, "reranker"), hook)
-    assert largest_difference(reloaded[f"{method} cross-encoder"], expected) < 2e-3
+    assert largest_difference(reloaded[f"{method} {opened}cross-encoder"], expected) < 2e-3
 
 
 @needs_gptqmodel
