@@ -143,6 +143,7 @@ class PackedLayers:
         # graphs share their memory.
         self._pool: Any = None
         self._stream = torch.cuda.Stream() if device == "cuda" else None
+        self._capturing = True
 
     def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Run texts.
@@ -169,9 +170,15 @@ class PackedLayers:
         on_device = memory.to(self._device)
         batch = unpack(on_device, size)
         self._seen[size] += 1
-        if size[0] > GRAPH_TOKENS or self._seen[size] < REPEATS or len(self._graphs) == MAX_GRAPHS:
+        repeated = self._capturing and self._seen[size] >= REPEATS
+        if size[0] > GRAPH_TOKENS or not repeated or len(self._graphs) == MAX_GRAPHS:
             return self._run(batch)
-        self._graphs[size] = self._capture(batch, on_device)
+        try:
+            self._graphs[size] = self._capture(batch, on_device)
+        except RuntimeError:
+            # What a capture that failed leaves behind lets no other one begin.
+            self._capturing = False
+            raise
         self._graphs[size].graph.replay()
         return self._graphs[size].results
 

@@ -37,7 +37,6 @@ def packed(monkeypatch):
     from embedport.runtimes import packed
 
     monkeypatch.setattr(packed, "varlen_attn", attention)
-    monkeypatch.setattr(packed, "GRAPH_TOKENS", 0)
     return packed
 
 
@@ -62,16 +61,23 @@ def rows_of(spec):
     return [generator.integers(0, spec.vocab_size, length) for length in LENGTHS]
 
 
+def open_layers(packed, spec, dtype):
+    import torch
+
+    read, read_scales = open_readers(spec)
+    return packed.PackedLayers(
+        spec, getattr(torch, dtype), "cpu", read, read_scales, torch.nn.functional.normalize
+    )
+
+
 def run(packed, folder, task, dtype):
     """(found, expected): packed layers' vectors, and those of transformers' layers."""
     import torch
 
     spec = read_spec(Source("", None, folder), task)
     rows = rows_of(spec)
-    read, read_scales = open_readers(spec)
     finish = torch.nn.functional.normalize
-    layers = packed.PackedLayers(spec, getattr(torch, dtype), "cpu", read, read_scales, finish)
-    found = layers(np.concatenate(rows), np.array(LENGTHS))
+    found = open_layers(packed, spec, dtype)(np.concatenate(rows), np.array(LENGTHS))
     padded = adapter.PaddedLayers(adapter.load_layers(spec, "cpu"), "cpu", finish)
     return found, padded(np.concatenate(rows), np.array(LENGTHS))
 
@@ -88,6 +94,55 @@ def test_the_same_without_padding(packed, checkpoints, geometry, task, dtype, li
 def test_fp8(packed, quantized, task):
     found, expected = run(packed, quantized("fp8", task), task, "bfloat16")
     assert (found * expected).sum(axis=1).min() > 0.99
+
+
+class StandIn:
+    """A CUDA graph that counts; what is recorded runs at once."""
+
+    replays = 0
+
+    def replay(self):
+        StandIn.replays += 1
+
+    def pool(self):
+        return (1, 0)
+
+
+def test_a_size_that_comes_back_becomes_a_graph(packed, checkpoints, monkeypatch):
+    import contextlib
+
+    import torch
+
+    seen = []
+
+    def record(graph, *, pool, stream, capture_error_mode):
+        seen.append(pool)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(StandIn, "replays", 0)
+    spec = read_spec(Source("", None, checkpoints("kv1")), "embedding")
+    layers = open_layers(packed, spec, "bfloat16")
+    ids, one = np.arange(4), np.array([4])
+    first = layers(ids, one)
+    assert (seen, StandIn.replays) == ([], 0)
+    for i in range(1, 4):
+        np.testing.assert_array_equal(layers(ids, one), first)
+        assert (seen, StandIn.replays) == ([None], i)
+    for _ in range(2):
+        layers(np.arange(20), np.array([20]))
+    assert seen == [None, (1, 0)]  # in the memory of the first
+
+    def fail(*args, **options):
+        raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    ids = np.arange(40)
+    expected = layers(ids, np.array([40]))
+    with pytest.raises(RuntimeError, match="capture failed"):
+        layers(ids, np.array([40]))
+    np.testing.assert_array_equal(layers(ids, np.array([40])), expected)  # as it is, from now on
 
 
 def close(rows, expected, dtype):
