@@ -235,7 +235,7 @@ def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Ten
 
 
 def round_sizes(tokens: int, texts: int, longest: int) -> Size:
-    """Sizes that come back: up by an eighth at most, the longest to a power of two."""
+    """Sizes that come back: up by a quarter at most, or to 16; the longest to a power of two."""
     if tokens > GRAPH_TOKENS:
         return _up(tokens, ALIGNMENT), texts, _power(longest)
     return _eighth(tokens), _eighth(texts), _power(longest)
