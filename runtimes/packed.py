@@ -169,9 +169,10 @@ class PackedLayers:
             return captured.results
         on_device = memory.to(self._device)
         batch = unpack(on_device, size)
+        if size[0] > GRAPH_TOKENS or not self._capturing or len(self._graphs) == MAX_GRAPHS:
+            return self._run(batch)
         self._seen[size] += 1
-        repeated = self._capturing and self._seen[size] >= REPEATS
-        if size[0] > GRAPH_TOKENS or not repeated or len(self._graphs) == MAX_GRAPHS:
+        if self._seen[size] < REPEATS:
             return self._run(batch)
         try:
             self._graphs[size] = self._capture(batch, on_device)
