@@ -27,7 +27,8 @@ format: $(UV)
 bench: $(UV)
 	$(RUN) python -m benchmarks
 
-gpu: $(UV)
+# A Python of one's own needs no uv.
+gpu: $(if $(findstring $(UV),$(GPU_PYTHON)),$(UV))
 	$(GPU_PYTHON) -m pytest -m gpu
 	$(GPU_PYTHON) -m benchmarks gpu
 

@@ -20,7 +20,7 @@ from . import (
     openvino,
     outliers,
     parity,
-    profile,
+    profiling,
     reranking,
     retrieval,
     speed,
@@ -55,7 +55,7 @@ def everything(context: typer.Context) -> None:
         loaders.on_the_demo_pair()
         loaders.on_four_layers()
         levels.of_matmulnbits()
-        profile.of_int8()
+        profiling.of_int8()
         openvino.runs_the_standard_dialect()
         parity.against_transformers()
         reranking.shared_against_plain(3)
@@ -159,7 +159,7 @@ def _levels(out: Out = RESULTS) -> None:
 @app.command("profile")
 def _profile(out: Out = RESULTS) -> None:
     """Where the time of the int8 graph goes."""
-    profile.of_int8(out)
+    profiling.of_int8(out)
 
 
 @app.command("openvino")

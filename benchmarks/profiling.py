@@ -3,6 +3,7 @@
 Beside it stands the fastest that this machine multiplies.
 """
 
+# Not named "profile": scripts beside it would import it for the standard library's.
 from __future__ import annotations
 
 import json
@@ -30,7 +31,7 @@ def of_int8(results: Path = RESULTS) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         folder = Path(temporary)
         export_ours(source, folder, "int8")
-        command = [sys.executable, "-m", "benchmarks.profile", str(folder / "int8")]
+        command = [sys.executable, "-m", "benchmarks.profiling", str(folder / "int8")]
         figures = json.loads(run(command).output.splitlines()[-1])
     for shape, each in figures["shapes"].items():
         print_table(
