@@ -10,7 +10,7 @@ import pytest
 import embedport
 from embedport.errors import DeviceError
 from embedport.integrity import cache_folder
-from embedport.runtimes.onnxruntime import run_bound
+from embedport.runtimes.onnxruntime import _load_cuda, run_bound
 from embedport.runtimes.providers import RECORD_NODES, engine_cache, fallen_back, list_providers
 
 
@@ -40,6 +40,13 @@ def test_what_is_asked_for(made):
     assert cpu == ("CPUExecutionProvider", {})
     names = [name for name, _ in list_providers("tensorrt", made())]
     assert names == ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_libraries_are_looked_for_in_silence(capsys, caplog):
+    caplog.set_level(logging.DEBUG)
+    _load_cuda(SimpleNamespace(preload_dlls=lambda: print("Failed to load libcublas.so.13")))  # noqa: T201
+    assert capsys.readouterr().out == ""
+    assert "libcublas.so.13" in caplog.text
 
 
 @pytest.mark.parametrize(
