@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -85,8 +86,9 @@ def _machine() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    # The module that is imported, of whichever package.
-    found["onnxruntime"] = require("onnxruntime", "gpu").__version__
+    with contextlib.suppress(MissingPackageError):
+        # The module that is imported, of whichever package.
+        found["onnxruntime"] = require("onnxruntime", "gpu").__version__
     facts = describe()
     return {
         **facts,

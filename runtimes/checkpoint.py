@@ -91,7 +91,10 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
 
 
 def has_fp8_matrices(spec: ModelSpec) -> bool:
-    """Whether all projections are float8_e4m3fn, with a scale an output row and one a token."""
+    """Whether all projections are float8_e4m3fn, with a scale an output row and one a token.
+
+    And of sizes that a GPU multiplies: whole blocks of 16.
+    """
     quantization = spec.quantization
     if not isinstance(quantization, LibraryQuantization) or quantization.precision != "fp8":
         return False
@@ -100,6 +103,7 @@ def has_fp8_matrices(spec: ModelSpec) -> bool:
     headers = read_headers(spec.source.folder)
     return (tokens.get("strategy"), tokens.get("dynamic")) == ("token", True) and all(
         _dtype_and_shape(headers, name) == ("F8_E4M3", shape)
+        and not any(size % 16 for size in shape)
         and _dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
         for name, shape in spec.tensor_shapes().items()
         if "_proj." in name
@@ -159,11 +163,7 @@ def _load_by_library(
     spec: ModelSpec, quantization: LibraryQuantization, dtype: Any, device: str
 ) -> Any:
     transformers = require("transformers", "torch")
-    if quantization.method == "bitsandbytes":
-        with without_fetched_kernels():
-            require("bitsandbytes", "quantize")
-    else:
-        require("compressed_tensors", "quantize")
+    require_library(quantization)
     folder = spec.source.folder
     headers = read_headers(folder)  # no index leads outside
     _check_tensors(spec, headers)
@@ -204,6 +204,19 @@ def _load_by_library(
         with _silent(transformers), torch.no_grad():
             model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
     return model.model if prefixed else model
+
+
+def require_library(quantization: LibraryQuantization) -> None:
+    """Import the library that a format is of.
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    if quantization.method == "bitsandbytes":
+        with without_fetched_kernels():
+            require("bitsandbytes", "quantize")
+    else:
+        require("compressed_tensors", "quantize")
 
 
 def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:

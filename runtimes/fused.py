@@ -126,8 +126,9 @@ def _empty_rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> Rows:
 
 def _launch(kernel: Any, tokens: int, *arguments: Any, block: int, **constants: Any) -> None:
     """Run a kernel once a token, by threads that hold 16 values each, within what there may be."""
-    warps = min(max(block // 512, 1), 16)
-    kernel[(tokens,)](*arguments, block=block, num_warps=warps, **constants)
+    values = block * constants.get("block_heads", 1)
+    constants |= {"num_warps": min(max(values // 512, 1), 16), "enable_fp_fusion": True}
+    kernel[(tokens,)](*arguments, block=block, **constants)
 
 
 def _block(width: int) -> int:

@@ -11,6 +11,7 @@ back. Sizes are rounded up for that; what is too much belongs to no text.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -20,11 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import ScalingType
 
+from ..errors import InputError
 from ..spec import ModelSpec
 from .fused import E4M3, Rows, add_norm, norm_rope, silu_mul, to_fp8
+
+logger = logging.getLogger(__name__)
 
 # A batch beyond this keeps the GPU busy longer than its launches take.
 GRAPH_TOKENS = 4096
@@ -154,7 +159,15 @@ class PackedLayers:
 
         Returns:
             float32: what `finish` gives of each text's last token.
+
+        Raises:
+            InputError: A text is longer than the model has positions.
         """
+        if lengths.max() > len(self._cos):
+            raise InputError(
+                f"a text of {lengths.max():,} tokens is longer than the model's "
+                f"{len(self._cos):,} positions; cut it"
+            )
         size = round_sizes(len(ids), len(lengths), int(lengths.max()))
         memory = torch.from_numpy(pack(ids, lengths, size))
         with self._lock, torch.inference_mode():
@@ -176,10 +189,11 @@ class PackedLayers:
             return self._run(batch)
         try:
             self._graphs[size] = self._capture(batch, on_device)
-        except RuntimeError:
+        except RuntimeError as error:
             # What a capture that failed leaves behind lets no other one begin.
             self._capturing = False
-            raise
+            logger.warning("batches run without CUDA graphs: %s", error)
+            return self._run(batch)
         self._graphs[size].graph.replay()
         return self._graphs[size].results
 
@@ -195,6 +209,12 @@ class PackedLayers:
         return Captured(graph, memory, results)
 
     def _run(self, batch: Batch) -> torch.Tensor:
+        # Later versions of torch would take cuDNN's attention, which makes a plan for every size.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return self._finish(self._final_states(batch))
+
+    def _final_states(self, batch: Batch) -> torch.Tensor:
+        """Each text's last token after the last norm: float32 [texts, hidden]."""
         spec, dtype, eps = self._spec, self._dtype, self._spec.rms_norm_eps
         heads = (spec.num_heads, spec.num_kv_heads)
         states = functional.embedding(batch.ids, self._table).float()
@@ -212,7 +232,7 @@ class PackedLayers:
             rows = add_norm(states, delta, layer.mlp_norm, eps, self._rounded)
             rows = silu_mul(layer.gate_up(rows, dtype), self._rounded)
             delta = layer.down(rows, dtype)
-        return self._finish(add_norm(states, delta, self._norm, eps, torch.float32).values)
+        return add_norm(states, delta, self._norm, eps, torch.float32).values
 
 
 def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Tensor:

@@ -8,6 +8,8 @@ causal attention needs no mask then, since no real token comes after a padding t
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -18,6 +20,7 @@ import numpy as np
 from ..engine import AMPERE
 from ..errors import DeviceError, InputError, require
 from ..prompts import load_tokenizer, token_id
+from ..requirements import meets
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
 from ..weights import Weights
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Compute capability from which products in fp8 take a scale for each token.
 HOPPER = (9, 0)
+# What FlashAttention takes, and the torch that has it for packed rows.
+WIDEST_HEAD, OLDEST = 256, "2.11"
 
 DEVICES = ("cpu", "cuda")
 DTYPE_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -64,8 +69,9 @@ class TorchModel:
         if spec.task == "reranker":
             head = torch.from_numpy(_read_head(spec)).to(self.device)
         finish = partial(_finish, torch, head)
+        padded = "it is a CPU" if self.device == "cpu" else why_padded(spec, arithmetic)
         try:
-            if self.device == "cuda" and can_pack(spec, arithmetic):
+            if padded is None:
                 self._layers = open_packed(spec, arithmetic, finish)
             else:
                 self._layers = PaddedLayers(load_layers(spec, self.device), self.device, finish)
@@ -73,12 +79,9 @@ class TorchModel:
             raise DeviceError(
                 f"{spec.source.folder} does not fit into the GPU's free memory; use device='cpu'"
             ) from error
+        layers = "layers without padding" if padded is None else f"transformers' layers: {padded}"
         logger.info(
-            "%s runs on %s in %s, in %s",
-            spec.source.folder,
-            self.device,
-            self.precision,
-            type(self._layers).__name__,
+            "%s runs on %s in %s, in %s", spec.source.folder, self.device, self.precision, layers
         )
 
     def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -154,19 +157,36 @@ def load_layers(spec: ModelSpec, device: str) -> Any:
     return load_base(spec, dtype, device)
 
 
-def can_pack(spec: ModelSpec, arithmetic: str) -> bool:
-    """Whether our own layers run it: FlashAttention, Triton and fp8's products have limits."""
+def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
+    """Why a checkpoint does not run in our own layers on the CUDA device; None where it does.
+
+    Args:
+        spec: The checkpoint.
+        arithmetic: What it is computed in, "fp16", "bf16" or "fp32".
+    """
     torch = require("torch", "torch")
     capability = torch.cuda.get_device_capability()
-    if arithmetic == "fp32" or find_spec("triton") is None or capability < AMPERE:
-        return False
-    if isinstance(spec.quantization, LibraryQuantization):
-        return capability >= HOPPER and arithmetic == "bf16" and has_fp8_matrices(spec)
-    return True
+    quantized = isinstance(spec.quantization, LibraryQuantization)
+    # Triton compiles what launches its kernels.
+    compilers = [os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")]
+    obstacles = {
+        "fp32 is for exactness": arithmetic == "fp32",
+        "its matrices are another library's": quantized and not has_fp8_matrices(spec),
+        "fp8 is multiplied beside bf16, on Hopper and later": quantized
+        and (arithmetic != "bf16" or capability < HOPPER),
+        "heads are wider than 256": spec.head_dim > WIDEST_HEAD,
+        "the GPU is older than Ampere": capability < AMPERE,
+        f"torch is older than {OLDEST}": not meets(f"torch>={OLDEST}", torch.__version__),
+        "torch is built without FlashAttention for CUDA": torch.version.hip is not None
+        or not torch.backends.cuda.is_flash_attention_available(),
+        "Triton is not installed": find_spec("triton") is None,
+        "Triton finds no C compiler": not any(compilers),
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
 def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) -> Any:
-    """A checkpoint's layers on the CUDA device, where `can_pack` says so."""
+    """A checkpoint's layers on the CUDA device, where `why_padded` has no reason against it."""
     from .packed import PackedLayers
 
     torch = require("torch", "torch")

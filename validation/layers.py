@@ -63,7 +63,8 @@ def layer_errors(
 
     The last layer of a pooled graph keeps the last token of a text only. Where the residual stream
     is rotated it is rotated back by the matrix that the graph holds; an artifact with a baked MRL
-    dimension then has only that many values to compare.
+    dimension then has only that many values to compare. A checkpoint's are transformers' layers,
+    also where our own ran it (runtimes.packed).
 
     Args:
         facts: The artifact, or the checkpoint.

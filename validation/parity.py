@@ -18,7 +18,9 @@ from ..errors import InputError, require
 from ..files import written
 from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import ModelFacts, load
+from ..runtimes.checkpoint import require_library
 from ..spec import ModelSpec, Task
+from ..stored import LibraryQuantization
 from .details import collect_details
 from .invariance import run_suite
 from .layers import layer_errors
@@ -113,6 +115,9 @@ def validate(
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
+    quantization = facts.checkpoint and facts.checkpoint.quantization
+    if page is not None and isinstance(quantization, LibraryQuantization):
+        require_library(quantization)  # its table by layer is of transformers' layers
     if min_cosine is not None and facts.task == "reranker":
         raise InputError("a reranker gives scores, not vectors: --max-score-difference limits them")
     graph = facts.artifact.manifest.graph if facts.artifact else None
