@@ -16,6 +16,7 @@ import numpy as np
 
 from embedport.errors import DeviceError, MissingPackageError, require
 from embedport.gpu import call, current_device
+from embedport.validation.measures import cosines
 
 from .checkpoint import CACHE, ROOT, checkpoint
 from .gpu_paths import PAIR, PATHS, REFERENCE
@@ -155,22 +156,14 @@ def _parity(place: Path, reference: Path) -> dict[str, Any]:
     """How far results are from the reference's: smallest cosines, and the largest difference."""
     found: dict[str, Any] = {}
     for key, name, compare in (
-        ("minimum_cosine", "vectors", _cosine),
-        ("pair_minimum_cosine", "embedding", _cosine),
-        ("pair_score_difference", "reranker", _difference),
+        ("minimum_cosine", "vectors", lambda a, b: cosines(a, b).min()),
+        ("pair_minimum_cosine", "embedding", lambda a, b: cosines(a, b).min()),
+        ("pair_score_difference", "reranker", lambda a, b: np.abs(a - b).max()),
     ):
         paths = [folder / f"{name}.npy" for folder in (place, reference)]
         if all(path.exists() for path in paths):
-            found[key] = compare(*(np.load(path).astype(np.float64) for path in paths))
+            found[key] = float(compare(*map(np.load, paths)))
     return found
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
-
-
-def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max())
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ..progress import progress_bar
 
 # Half as much is as fast within the noise, twice as much is slower (docs/benchmarks.md).
 CORE_TOKENS = 256
-# Four times as much is 4 % faster on an H100 (docs/gpu.md), and takes four times the memory.
+# Enough to keep an H100 busy; more gains little there and takes its memory.
 GPU_TOKENS = 16_384
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

@@ -31,6 +31,7 @@ from ..stored import LibraryQuantization
 from ..weights import DTYPES, Weights
 
 ADAPTER = "adapter_config.json"
+# A tensor by its name: torch's, on the CPU, as stored.
 Read = Callable[[str], Any]
 
 

@@ -46,14 +46,14 @@ def add_norm(
         dtype: Of the result; float8_e4m3fn with scales.
 
     Returns:
-        x / sqrt(mean(x**2) + eps) * weight.
+        x / sqrt(mean(x**2) + eps) * weight (RMSNorm, arXiv:1910.07467).
     """
     tokens, width = states.shape
     rows = _empty_rows(states, width, dtype)
     added = states if delta is None else delta
     arguments = (states, added, weight, rows.values, rows.scales, width, eps)
     add, fp8 = delta is not None, dtype == E4M3
-    _launch(_add_norm, tokens, *arguments, add=add, fp8=fp8, block=_block(width))
+    _launch(_add_norm, tokens, *arguments, add=add, fp8=fp8, block=power_of_two(width))
     return rows
 
 
@@ -68,6 +68,9 @@ def norm_rope(
     eps: float,
 ) -> None:
     """RMSNorm of every query and key head, then the rotary embedding, in place.
+
+    Halves (a, b) of a head become (a cos - b sin, b cos + a sin), as in transformers' Qwen3
+    (rotary embedding: arXiv:2104.09864).
 
     Args:
         qkv: [tokens, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values.
@@ -88,13 +91,13 @@ def norm_rope(
         heads=heads[0],
         rotated=rotated,
         half=half,
-        block_heads=_block(rotated),
-        block=_block(half),
+        block_heads=power_of_two(rotated),
+        block=power_of_two(half),
     )
 
 
 def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
-    """silu(gate) * up.
+    """silu(gate) * up (SwiGLU, arXiv:2002.05202).
 
     Args:
         gate_up: [tokens, 2 * width], contiguous: gates, then ups.
@@ -106,15 +109,15 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     rows = _empty_rows(gate_up, width, dtype)
     arguments = (gate_up, rows.values, rows.scales, width)
-    _launch(_silu_mul, tokens, *arguments, fp8=dtype == E4M3, block=_block(width))
+    _launch(_silu_mul, tokens, *arguments, fp8=dtype == E4M3, block=power_of_two(width))
     return rows
 
 
 def to_fp8(values: torch.Tensor) -> Rows:
-    """Round each row to fp8: [tokens, width], contiguous."""
+    """Round each row to fp8, by its largest value / 448: [tokens, width], contiguous."""
     tokens, width = values.shape
     rows = _empty_rows(values, width, E4M3)
-    _launch(_to_fp8, tokens, values, rows.values, rows.scales, width, block=_block(width))
+    _launch(_to_fp8, tokens, values, rows.values, rows.scales, width, block=power_of_two(width))
     return rows
 
 
@@ -131,8 +134,8 @@ def _launch(kernel: Any, tokens: int, *arguments: Any, block: int, **constants: 
     kernel[(tokens,)](*arguments, block=block, **constants)
 
 
-def _block(width: int) -> int:
-    """The power of two that Triton wants."""
+def power_of_two(width: int) -> int:
+    """The next one, which is what Triton wants of a block."""
     return 1 << (width - 1).bit_length()
 
 

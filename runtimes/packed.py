@@ -27,7 +27,8 @@ from torch.nn.functional import ScalingType
 
 from ..errors import InputError
 from ..spec import ModelSpec
-from .fused import E4M3, Rows, add_norm, norm_rope, silu_mul, to_fp8
+from .checkpoint import Read
+from .fused import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ ALIGNMENT = 16
 # Later versions of torch want to be told.
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-# A tensor by its name: (name) -> on the CPU, as stored.
-Read = Callable[[str], torch.Tensor]
 # Tokens, texts, and tokens of the longest text, each rounded up.
 Size = tuple[int, int, int]
 
@@ -263,7 +262,16 @@ def round_sizes(tokens: int, texts: int, longest: int) -> Size:
 
 
 def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
-    """All that a `Batch` of a size holds: int32, ids, positions, starts and last tokens."""
+    """All that a `Batch` of a size holds, end to end.
+
+    Args:
+        ids: int64 [tokens], the texts end to end.
+        lengths: int64 [texts].
+        size: From `round_sizes`, T tokens and B texts.
+
+    Returns:
+        int32 [2 T + 2 B + 1]: ids, positions, starts and last tokens.
+    """
     tokens, texts, _ = size
     ends = np.cumsum(lengths)
     values = np.zeros(2 * tokens + 2 * texts + 1, np.int32)
@@ -277,14 +285,17 @@ def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
 
 
 def unpack(memory: torch.Tensor, size: Size) -> Batch:
-    """What `pack` laid down, as views."""
+    """What `pack` laid down, int32 [2 T + 2 B + 1] on a device, as views."""
     tokens, texts, longest = size
     parts = memory.split([tokens, tokens, texts + 1, texts])
     return Batch(*parts, longest)
 
 
 def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles: float32 [positions, head_dim / 2]."""
+    """Cosines and sines of every position's angles: float32 [positions, head_dim / 2].
+
+    Position p and pair i make p / rope_theta ** (2 i / head_dim) (arXiv:2104.09864).
+    """
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
     positions = torch.arange(spec.max_position_embeddings, dtype=torch.float64)
     angles = positions[:, None] / spec.rope_theta**exponents
@@ -323,7 +334,7 @@ def _up(value: int, step: int) -> int:
 
 def _power(value: int) -> int:
     """The next power of two, 16 at least."""
-    return max(ALIGNMENT, 1 << (value - 1).bit_length())
+    return max(ALIGNMENT, power_of_two(value))
 
 
 def _eighth(value: int) -> int:

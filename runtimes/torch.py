@@ -121,15 +121,7 @@ class PaddedLayers:
         self._base, self._device, self._finish = base, device, finish
 
     def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Run texts.
-
-        Args:
-            ids: int64 [tokens], the texts end to end.
-            lengths: int64 [texts].
-
-        Returns:
-            float32: what `finish` gives of each text's last token.
-        """
+        """As `PackedLayers`: texts end to end, int64 [tokens], and their lengths, int64 [texts]."""
         torch = require("torch", "torch")
         padded, _ = pad(np.split(ids, np.cumsum(lengths)[:-1]))
         with torch.inference_mode():
