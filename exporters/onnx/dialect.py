@@ -20,9 +20,11 @@ from .builder import GraphBuilder
 from .quantized import Float8Matrix, QuantizedMatrix
 
 MICROSOFT = "com.microsoft"
-BOOL, FLOAT, INT8, UINT8, INT64, FLOAT8 = (
+BOOL, FLOAT, FLOAT16, BFLOAT16, INT8, UINT8, INT64, FLOAT8 = (
     ir.DataType.BOOL,
     ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
     ir.DataType.INT8,
     ir.DataType.UINT8,
     ir.DataType.INT64,
@@ -162,11 +164,11 @@ class Dialect(Protocol):
         Args:
             g: The graph.
             spec: The model.
-            q: [batch, size, num_heads, head_dim], normed.
+            q: [batch, size, num_heads, head_dim], normed, in the dtype to rotate in.
             k: [batch, size, num_kv_heads, head_dim], normed.
-            v: [batch, size, num_kv_heads * head_dim].
+            v: [batch, size, num_kv_heads * head_dim], in the dtype of attention.
             rotary: From `rotary`.
-            cache: Cosines and sines, each [past + size, head_dim / 2].
+            cache: Cosines and sines, each [past + size, head_dim / 2], in the dtype of `q`.
             past: Keys and values of the tokens before, each [batch, num_kv_heads, past, head_dim];
                 only where the dialect continues.
 

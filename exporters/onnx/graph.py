@@ -220,8 +220,8 @@ def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.
     frequencies = np.float32(1) / np.float32(spec.rope_theta) ** exponents
     rows = g.op("Unsqueeze", g.cast(arange, FLOAT), g.constant([1]))
     angles = g.op("Mul", rows, g.constant(frequencies[None], FLOAT))
-    compute = design.precision.compute
-    return g.cast(g.op("Cos", angles), compute), g.cast(g.op("Sin", angles), compute)
+    dtype = design.precision.rotary
+    return g.cast(g.op("Cos", angles), dtype), g.cast(g.op("Sin", angles), dtype)
 
 
 def embed(g: GraphBuilder, design: Design, batch: Batch) -> Stream:
@@ -274,7 +274,7 @@ def describe_attention(
     g: GraphBuilder, design: Design, layer: int, x: ir.Value, batch: Batch
 ) -> ir.Value:
     """Projections, per-head RMSNorm of queries and keys, rotary embedding, attention."""
-    spec, compute = design.spec, design.precision.compute
+    spec, precision = design.spec, design.precision
     prefix = f"layers.{layer}.self_attn"
 
     def normed_heads(name: str, heads: int) -> ir.Value:
@@ -282,14 +282,14 @@ def describe_attention(
         projected = linear(g, design, f"{prefix}.{name}_proj", Product(x))
         split = g.op("Reshape", projected.value, g.constant([0, 0, heads, spec.head_dim]))
         weight = norm_weight(g, design, f"{prefix}.{name}_norm.weight", split.dtype)
-        return g.cast(design.dialect.norm(g, split, weight, spec.rms_norm_eps), compute)
+        return g.cast(design.dialect.norm(g, split, weight, spec.rms_norm_eps), precision.rotary)
 
     attended, *states = design.dialect.attention(
         g,
         spec,
         normed_heads("q", spec.num_heads),
         normed_heads("k", spec.num_kv_heads),
-        g.cast(settle(g, linear(g, design, f"{prefix}.v_proj", Product(x))), compute),
+        g.cast(settle(g, linear(g, design, f"{prefix}.v_proj", Product(x))), precision.compute),
         batch.rotary,
         batch.cache,
         None if batch.past is None else past_of(g, layer, batch.past, batch.positions),

@@ -10,8 +10,10 @@ from ...attention import SHORT_ROW
 from ...spec import ModelSpec
 from .builder import GraphBuilder
 from .dialect import (
+    BFLOAT16,
     BOOL,
     FLOAT,
+    FLOAT16,
     INT64,
     MICROSOFT,
     UINT8,
@@ -28,6 +30,8 @@ ZERO_POINT = 128
 ACCURACY_LEVEL = 4
 # Tokens of a row up to which its attention is computed whole, and parts of one with more.
 SMALL_ROW, PARTS = 128, 4
+# Queries, keys and values, [batch, size, heads * head_dim] each.
+Inputs = tuple[ir.Value, ir.Value, ir.Value]
 
 
 class OrtDialect:
@@ -45,8 +49,9 @@ class OrtDialect:
         """seqlens_k (int32 [batch], length - 1) and total_sequence_length (int32 scalar).
 
         With a past, both count it too, and query_seqlens (int32 [batch]) are the rows' lengths.
-        Before them in fp32: whether rows are small and whether they are short (bool scalars), and
-        position_ids, int64 [batch, size].
+        Before them position_ids, int64 [batch, size], where the rotary embedding is not inside
+        attention; and before these in fp32 whether rows are small and whether they are short (bool
+        scalars).
         """
         last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
         arange = positions.arange
@@ -61,14 +66,17 @@ class OrtDialect:
         values = [a_row(last), g.cast(total, ir.DataType.INT32)]
         if positions.past is not None:
             values.append(a_row(positions.lengths))
-        if compute != FLOAT:
+        if compute == FLOAT16:
+            return values
+        values = [number_positions(g, positions, arange), *values]
+        if compute == BFLOAT16:
             return values
         short = positions.short
         if short is None:
             short = g.op("LessOrEqual", total, g.constant(SHORT_ROW), dtype=BOOL)
         small = g.op("LessOrEqual", positions.size, g.constant(SMALL_ROW), dtype=BOOL)
         small = g.op("And", short, small)
-        return [small, short, number_positions(g, positions, arange), *values]
+        return [small, short, *values]
 
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
@@ -170,21 +178,34 @@ class OrtDialect:
         cache: tuple[ir.Value, ir.Value],
         past: tuple[ir.Value, ir.Value] | None,
     ) -> list[ir.Value]:
-        """GroupQueryAttention, the rotary embedding inside; in fp32 only for long rows.
+        """GroupQueryAttention; in fp32 only for long rows.
 
         Short rows take the standard's Attention, which is faster on a CPU (docs/benchmarks.md):
         small ones whole, others in parts, so that few scores are computed of tokens that come
-        later. 16-bit graphs are for GPUs, whose kernel is fused at any length.
+        later. 16-bit graphs are for GPUs, whose kernel is fused at any length; what is rotated in
+        another dtype than attention's is rotated before it.
         """
         queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
         keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
         inputs = (queries, keys, v)
-        if queries.dtype != FLOAT:
+        if v.dtype == FLOAT16:
             return _fused_attention(g, spec, inputs, rotary, cache, past)
+
+        def rotated(position_ids: ir.Value) -> Inputs:
+            turned = (
+                g.op("RotaryEmbedding", x, position_ids, *cache, domain=MICROSOFT, num_heads=heads)
+                for x, heads in ((queries, spec.num_heads), (keys, spec.num_kv_heads))
+            )
+            queries_, keys_ = (g.cast(x, v.dtype or FLOAT) for x in turned)
+            return queries_, keys_, v
+
+        if v.dtype == BFLOAT16:
+            position_ids, *counts = rotary
+            return _fused_attention(g, spec, rotated(position_ids), counts, None, past)
         small, short, position_ids, *counts = rotary
 
         def in_parts(parts: int) -> list[ir.Value]:
-            return _plain_attention(g, spec, inputs, position_ids, cache, past, parts)
+            return _plain_attention(g, spec, rotated(position_ids), past, parts)
 
         def fused() -> list[ir.Value]:
             return _fused_attention(g, spec, inputs, counts, cache, past)
@@ -199,12 +220,12 @@ class OrtDialect:
 def _fused_attention(
     g: GraphBuilder,
     spec: ModelSpec,
-    inputs: tuple[ir.Value, ir.Value, ir.Value],
+    inputs: Inputs,
     counts: list[ir.Value],
-    cache: tuple[ir.Value, ir.Value],
+    cache: tuple[ir.Value, ir.Value] | None,
     past: tuple[ir.Value, ir.Value] | None,
 ) -> list[ir.Value]:
-    """GroupQueryAttention, the rotary embedding inside.
+    """GroupQueryAttention, the rotary embedding inside where its cosines are given.
 
     Without a past nothing reads the keys and values it gives back, but onnxruntime takes its
     flash kernel only if they are asked for, whose memory is linear in the length
@@ -219,14 +240,14 @@ def _fused_attention(
         *(past or (None, None)),
         seqlens_k,
         total,
-        *cache,
+        *(cache or (None, None)),
         *unused,
         *query_seqlens,
         dtypes=[None, None, None],
         domain=MICROSOFT,
         num_heads=spec.num_heads,
         kv_num_heads=spec.num_kv_heads,
-        do_rotary=1,
+        do_rotary=int(cache is not None),
         scale=attention_scale(spec),
     )
     return outputs[:1] if past is None else outputs
@@ -235,9 +256,7 @@ def _fused_attention(
 def _plain_attention(
     g: GraphBuilder,
     spec: ModelSpec,
-    inputs: tuple[ir.Value, ir.Value, ir.Value],
-    position_ids: ir.Value,
-    cache: tuple[ir.Value, ir.Value],
+    rows: Inputs,
     past: tuple[ir.Value, ir.Value] | None,
     parts: int,
 ) -> list[ir.Value]:
@@ -245,10 +264,6 @@ def _plain_attention(
 
     Each part continues the keys and values of those before it.
     """
-
-    def rotated(x: ir.Value, heads: int) -> ir.Value:
-        inputs = (x, position_ids, *cache)
-        return g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=heads)
 
     def attend(rows: Sequence[ir.Value], past: Sequence[ir.Value], outputs: int) -> list[ir.Value]:
         return g.op_outputs(
@@ -262,8 +277,6 @@ def _plain_attention(
             scale=attention_scale(spec),
         )
 
-    queries, keys, values = inputs
-    rows = [rotated(queries, spec.num_heads), rotated(keys, spec.num_kv_heads), values]
     states, outputs = past or (), 1 if past is None else 3
     if parts == 1:
         return attend(rows, states, outputs)

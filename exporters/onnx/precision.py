@@ -37,6 +37,14 @@ class Precision:
         """The name of `compute`."""
         return {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}[self.compute]
 
+    @property
+    def rotary(self) -> ir.DataType:
+        """The dtype in which queries and keys are rotated.
+
+        bf16's 8 bits are too few for a cosine; fp16 holds what is rotated, since it is normed.
+        """
+        return FLOAT16 if self.compute == BFLOAT16 else self.compute
+
     def dtype_of(self, projection: str) -> ir.DataType:
         """The dtype in which a projection is stored and computed."""
         return FLOAT if projection in self.kept else self.compute

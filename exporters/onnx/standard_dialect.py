@@ -103,10 +103,13 @@ class StandardDialect:
         def heads_first(x: ir.Value) -> ir.Value:
             return g.op("Transpose", x, perm=[0, 2, 1, 3])
 
+        def rotated(x: ir.Value) -> ir.Value:
+            turned = g.op("RotaryEmbedding", heads_first(x), *cache, position_ids)
+            return g.cast(turned, values.dtype or FLOAT)
+
         v = g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim]))
-        queries = g.op("RotaryEmbedding", heads_first(q), *cache, position_ids)
-        keys = g.op("RotaryEmbedding", heads_first(k), *cache, position_ids)
         values = heads_first(v)
+        queries, keys = rotated(q), rotated(k)
         attended = g.op(
             "Attention", queries, keys, values, is_causal=1, scale=attention_scale(spec)
         )
