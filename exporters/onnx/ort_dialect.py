@@ -231,12 +231,17 @@ def _fused_attention(
     flash kernel only if they are asked for, whose memory is linear in the length
     (https://github.com/microsoft/onnxruntime/pull/28962).
     """
+    queries, keys, values = inputs
+    # Before 1.31 values of an unknown shape are taken for none, and the queries for all three.
+    values = g.op("Reshape", values, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
     seqlens_k, total, *query_seqlens = counts
     # position_ids, attention_bias, head_sink, the scales and norms of keys are left out.
     unused = [None] * 7 if query_seqlens else []
     outputs = g.op_outputs(
         "GroupQueryAttention",
-        *inputs,
+        queries,
+        keys,
+        values,
         *(past or (None, None)),
         seqlens_k,
         total,
