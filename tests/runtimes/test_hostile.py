@@ -178,8 +178,12 @@ def test_unknown_methods(folder, quantization, message):
         embedport.load(folder, device="cpu")
 
 
-def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
-    """On a CPU with bf16 it would take code off the hub where the package `kernels` is."""
+@pytest.mark.parametrize("method", ["bnb-nf4", "bnb-int8"])
+def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap, method):
+    """On a CPU with bf16 it would take code off the hub where the package `kernels` is.
+
+    And say so where there is none, and of each 8-bit product that it rounds its input.
+    """
     (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {code(trap)}")
     program = (
         "import sys, embedport\n"
@@ -187,13 +191,14 @@ def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
         "import kernels; print(kernels.get_kernel)"
     )
     found = subprocess.run(
-        [sys.executable, "-c", program, str(quantized("bnb-nf4"))],
+        [sys.executable, "-c", program, str(quantized(method))],
         env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
     assert found.stdout.startswith("(1, 128)")
+    assert found.stderr == ""
     assert not trap.exists()
 
 
