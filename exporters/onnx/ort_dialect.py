@@ -98,8 +98,15 @@ class OrtDialect:
         return normed, total
 
     def silu_mul(self, g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
-        """QuickGelu at alpha 1 is silu, in one pass."""
-        return g.op("Mul", g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0), up)
+        """QuickGelu at alpha 1 is silu, in one pass; of bf16 values in fp32.
+
+        On CUDA each of its steps is rounded, and a negative value's sigmoid is one less something:
+        8 bits leave nothing of it.
+        """
+        dtype = gate.dtype or FLOAT
+        gate = g.cast(gate, FLOAT) if dtype == BFLOAT16 else gate
+        silu = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)
+        return g.op("Mul", g.cast(silu, dtype), up)
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
         """Uint8 around 128, which onnxruntime multiplies thirty times as fast as int8 on x86.
