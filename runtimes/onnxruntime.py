@@ -166,6 +166,12 @@ def check_device(device: str) -> None:
 def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
     check_device(device)
     ort = require("onnxruntime", "cpu")
+    needed = artifact.manifest.requires
+    if needed.startswith("onnxruntime") and not meets(needed, ort.__version__):
+        raise ArtifactError(
+            f"{artifact.graph}: needs {needed}, found {ort.__version__}, which may take it and "
+            f"compute something else: pip install '{needed}'"
+        )
     available = ort.get_available_providers()
     if device == "auto":
         if PROVIDERS["cuda"] in available:
@@ -200,9 +206,7 @@ def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
 
 
 def _fallen_back(session: Any) -> list[str]:
-    # Before 1.24 onnxruntime does not tell.
-    tell = getattr(session, "get_provider_graph_assignment_info", None)
-    return [] if tell is None else fallen_back(tell())
+    return fallen_back(session.get_provider_graph_assignment_info())
 
 
 def _some(nodes: list[str]) -> str:

@@ -42,8 +42,8 @@ class OrtDialect:
     continues: str | None = "onnxruntime>=1.32"
     opsets = {"": 23, MICROSOFT: 1}  # noqa: RUF012 (read only)
     ir_version = 11
-    # 1.23 refuses an Attention whose keys are asked for and that continues none.
-    requires = "onnxruntime>=1.24"
+    # Before it GatherBlockQuantized takes rows with an odd number of groups of 4 bits for others.
+    requires = "onnxruntime>=1.27"
 
     def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
         """seqlens_k (int32 [batch], length - 1) and total_sequence_length (int32 scalar).

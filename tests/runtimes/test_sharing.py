@@ -10,6 +10,7 @@ import pytest
 import embedport
 from embedport.attention import SHORT_ROW
 from embedport.demo.samples import builtin_pairs
+from embedport.errors import ArtifactError
 from embedport.runtimes.batching import pad
 from embedport.runtimes.sharing import SHARED_TOKENS, group_rows, shared_length
 
@@ -161,6 +162,12 @@ def test_an_onnxruntime_too_old_for_it(rerankers, checkpoints, tmp_path, monkeyp
     np.testing.assert_allclose(plain.score(PAIRS), rerankers().score(PAIRS), atol=1e-6, rtol=0)
     embedport.export(checkpoints("kv2", "reranker"), tmp_path / "out")
     assert not (tmp_path / "out" / "onnx" / "continuation.onnx").exists()
+
+
+def test_an_onnxruntime_too_old_for_the_graph(rerankers, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.9")
+    with pytest.raises(ArtifactError, match=r"needs onnxruntime>=1\.27, found 1\.26\.9"):
+        load(rerankers().artifact.folder)
 
 
 def test_who_gets_a_continuation(checkpoints, tmp_path, rerankers):
