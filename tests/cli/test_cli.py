@@ -87,7 +87,8 @@ class TestErrors:
     def test_unknown_option(self, run):
         code, _, err = run("encode", "--colour")
         assert code == 2
-        assert "No such option: --colour" in err
+        assert "No such option" in err
+        assert "--colour" in err
 
     def test_debug_shows_where(self, run):
         for arguments in (
