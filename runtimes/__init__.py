@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import TypeVar
 
+from ..artifact import Artifact
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
 from .embedder import Embedder
 from .facts import Model, ModelFacts, choose_length, read_facts
@@ -11,6 +16,8 @@ from .onnxruntime import OnnxModel, check_device
 from .reranker import Ranked, Reranker
 from .tensorrt import TensorRTModel
 from .torch import TorchModel
+
+Tokenizer = TypeVar("Tokenizer")
 
 __all__ = ["Embedder", "ModelFacts", "Ranked", "Reranker", "load", "read_facts"]
 
@@ -41,21 +48,39 @@ def load(
         MissingPackageError: What runs it is not installed.
     """
     facts = read_facts(model)
-    tokenizer_file = facts.folder / "tokenizer.json"
+    file = facts.folder / "tokenizer.json"
     length = choose_length(facts, max_length)
     if facts.task == "embedding":
-        tokenizer = EmbeddingTokenizer(tokenizer_file, length)
-        return Embedder(facts, _open_model(facts, device), tokenizer)
-    pair_tokenizer = RerankerTokenizer(tokenizer_file, length)
-    return Reranker(facts, _open_model(facts, device), pair_tokenizer)
+        return Embedder(facts, *_open(facts, device, lambda: EmbeddingTokenizer(file, length)))
+    return Reranker(facts, *_open(facts, device, lambda: RerankerTokenizer(file, length)))
 
 
-def _open_model(facts: ModelFacts, device: str) -> Model:
+def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:
+    """The model, and its tokenizer, which `read` reads."""
     if facts.checkpoint is not None:
-        return TorchModel(facts.checkpoint, facts.precision, device)
+        tokenizer = read()
+        return TorchModel(facts.checkpoint, facts.precision, device), tokenizer
     assert facts.artifact is not None
     # An artifact with an engine has the engine's graph too.
     if facts.artifact.manifest.engine is None or device == "cpu":
-        return OnnxModel(facts.artifact, device)
+        return _open_graph(facts.artifact, device, read)
     check_device(device)
-    return TensorRTModel(facts.artifact)
+    tokenizer = read()
+    return TensorRTModel(facts.artifact), tokenizer
+
+
+def _open_graph(
+    artifact: Artifact, device: str, read: Callable[[], Tokenizer]
+) -> tuple[Model, Tokenizer]:
+    """A graph's session, and meanwhile the tokenizer.
+
+    Either takes a third of a second at the 0.6B geometry, and a tokenizer is read without letting
+    any other thread run: the session has to have come to where it needs no interpreter.
+    """
+    parsed = Event()
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(OnnxModel, artifact, device, parsed.set)
+        opening.add_done_callback(lambda _: parsed.set())
+        parsed.wait()
+        tokenizer = read()
+        return opening.result(), tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class OnnxModel:
         artifact: The artifact.
         device: "cpu", "cuda", "tensorrt" (onnxruntime's provider, which builds engines at its first
             batches), or "auto" for CUDA where it works and else the CPU.
+        parsed: Called when the graph is read and its weights are being prepared, during which
+            another thread may use the interpreter.
 
     Attributes:
         device: The device that the session runs on.
@@ -38,12 +41,14 @@ class OnnxModel:
         ArtifactError: onnxruntime does not take the graph.
     """
 
-    def __init__(self, artifact: Artifact, device: str = "auto") -> None:
+    def __init__(
+        self, artifact: Artifact, device: str = "auto", parsed: Callable[[], None] | None = None
+    ) -> None:
         graph = artifact.manifest.graph
         assert graph is not None
         self._graph = graph
         self._num_heads = artifact.manifest.num_heads
-        self.device, self._session = _open_session(artifact, device)
+        self.device, self._session = _open_session(artifact, device, parsed)
         inputs = {each.name: each.shape for each in self._session.get_inputs()}
         self.continues = "past" in inputs
         if self.continues:
@@ -163,7 +168,9 @@ def check_device(device: str) -> None:
         raise InputError(f"device should be auto, {', '.join(PROVIDERS)}; found {device!r}")
 
 
-def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
+def _open_session(
+    artifact: Artifact, device: str, parsed: Callable[[], None] | None
+) -> tuple[str, Any]:
     check_device(device)
     ort = require("onnxruntime", "cpu")
     needed = artifact.manifest.requires
@@ -175,7 +182,7 @@ def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
     available = ort.get_available_providers()
     if device == "auto":
         if PROVIDERS["cuda"] in available:
-            session = _create_session(ort, artifact, "cuda")
+            session = _create_session(ort, artifact, "cuda", parsed)
             if session.get_providers()[0] != PROVIDERS["cuda"]:
                 logger.warning(
                     "onnxruntime has CUDA built in but found no working GPU: using the CPU"
@@ -184,13 +191,13 @@ def _open_session(artifact: Artifact, device: str) -> tuple[str, Any]:
                 logger.warning("CUDA has no kernels for %s: using the CPU", _some(fell))
             else:
                 return "cuda", session
-        return "cpu", _create_session(ort, artifact, "cpu")
+        return "cpu", _create_session(ort, artifact, "cpu", parsed)
     if PROVIDERS[device] not in available:
         raise DeviceError(
             f"this onnxruntime has no {PROVIDERS[device]} (it has {', '.join(available)}): "
             "pip uninstall onnxruntime, then pip install 'embedport[gpu]'; or use device='cpu'"
         )
-    session = _create_session(ort, artifact, device)
+    session = _create_session(ort, artifact, device, parsed)
     if session.get_providers()[0] != PROVIDERS[device]:
         raise DeviceError(
             f"{PROVIDERS[device]} could not start on this machine (no GPU, or its libraries are "
@@ -213,7 +220,9 @@ def _some(nodes: list[str]) -> str:
     return f"{len(nodes)} nodes, such as {nodes[0]}" if len(nodes) > 1 else nodes[0]
 
 
-def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
+def _create_session(
+    ort: Any, artifact: Artifact, device: str, parsed: Callable[[], None] | None
+) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if read_quota() is not None:  # which onnxruntime does not know of
@@ -229,12 +238,28 @@ def _create_session(ort: Any, artifact: Artifact, device: str) -> Any:
         options.add_session_config_entry(RECORD_NODES, "1")
         _load_cuda(ort)
     try:
-        return ort.InferenceSession(graph, options, providers=list_providers(device, artifact))
+        return ort.InferenceSession(
+            graph,
+            options,
+            providers=list_providers(device, artifact),
+            disabled_optimizers=_none(parsed),
+        )
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         raise ArtifactError(
             f"{path}: onnxruntime {ort.__version__} does not take the graph "
             f"(it needs {artifact.manifest.requires}): {error}"
         ) from error
+
+
+def _none(asked: Callable[[], None] | None) -> Iterator[str]:
+    """Nothing, and a word when it is asked for.
+
+    onnxruntime asks for the optimizers to leave out between parsing a graph, which keeps the
+    interpreter busy, and preparing its weights, which takes longer and leaves it alone.
+    """
+    if asked is not None:
+        asked()
+    yield from ()
 
 
 def _load_cuda(ort: Any) -> None:

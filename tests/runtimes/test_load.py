@@ -2,11 +2,13 @@
 
 import json
 import logging
+from threading import Event
 
 import numpy as np
 import pytest
 
 import embedport
+from embedport import runtimes
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError
 from embedport.prompts import DEFAULT_INSTRUCTION, query_prompt
 
@@ -35,6 +37,32 @@ def test_kinds(embedder, reranker):
     assert embedder.device == "cpu"
     assert "dim=64" in repr(embedder)
     assert "cpu" in repr(reranker)
+
+
+def test_the_tokenizer_is_read_while_the_graph_opens(folders, monkeypatch):
+    """Not before, and not behind it: opening ends only when reading has begun."""
+    asked, reading = Event(), Event()
+
+    class Opening(runtimes.OnnxModel):
+        def __init__(self, artifact, device, parsed):
+            def told():
+                asked.set()
+                parsed()
+                assert reading.wait(60)
+
+            super().__init__(artifact, device, told)
+
+    class Read(runtimes.EmbeddingTokenizer):
+        def __init__(self, *arguments):
+            assert asked.is_set()
+            reading.set()
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(runtimes, "OnnxModel", Opening)
+    monkeypatch.setattr(runtimes, "EmbeddingTokenizer", Read)
+    model = embedport.load(folders / "embedding", device="cpu")
+    assert isinstance(model, embedport.Embedder)
+    assert model.encode(["a"]).shape == (1, 64)
 
 
 def test_prompts(embedder):
