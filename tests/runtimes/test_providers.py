@@ -95,9 +95,9 @@ SESSION = onnxruntime.InferenceSession
 class Session:
     """A session on CUDA, some of whose nodes are not."""
 
-    def __init__(self, graph, options, providers):
+    def __init__(self, graph, options, providers, **others):
         self.providers = [name for name, _ in providers]
-        self.session = SESSION(graph, options, providers=["CPUExecutionProvider"])
+        self.session = SESSION(graph, options, providers=["CPUExecutionProvider"], **others)
 
     def get_providers(self):
         return self.providers
