@@ -72,10 +72,10 @@ def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tupl
 def _open_graph(
     artifact: Artifact, device: str, read: Callable[[], Tokenizer]
 ) -> tuple[Model, Tokenizer]:
-    """A graph's session, and meanwhile the tokenizer.
+    """A graph's session, and meanwhile the tokenizer: the two are most of a start.
 
-    Either takes a third of a second at the 0.6B geometry, and a tokenizer is read without letting
-    any other thread run: the session has to have come to where it needs no interpreter.
+    A tokenizer is read without letting any other thread run: the session has to have come to where
+    it needs no interpreter.
     """
     parsed = Event()
     with ThreadPoolExecutor(1) as pool:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from ..bitsandbytes_ import importing_bitsandbytes
 from ..errors import CheckpointError, require
 from ..files import TensorInfo, read_headers
-from ..kernels import without_fetched_kernels
 from ..quantize.stored import open_weights
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
@@ -214,7 +214,7 @@ def require_library(quantization: LibraryQuantization) -> None:
         MissingPackageError: It is not installed.
     """
     if quantization.method == "bitsandbytes":
-        with without_fetched_kernels():
+        with importing_bitsandbytes():
             require("bitsandbytes", "quantize")
     else:
         require("compressed_tensors", "quantize")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ...artifact import Artifact, staged, write_manifest
+from ...bitsandbytes_ import importing_bitsandbytes
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
 from ...hub import fetch
-from ...kernels import without_fetched_kernels
 from ...layout import write_json
 from ...manifest import Manifest
 from ...quantize.schemes import ScaleDtype
@@ -111,7 +111,7 @@ def quantize_checkpoint(
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
         raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
-    with without_fetched_kernels():
+    with importing_bitsandbytes():
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []

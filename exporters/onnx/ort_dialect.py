@@ -199,12 +199,12 @@ class OrtDialect:
             return _fused_attention(g, spec, inputs, rotary, cache, past)
 
         def rotated(position_ids: ir.Value) -> Inputs:
-            turned = (
-                g.op("RotaryEmbedding", x, position_ids, *cache, domain=MICROSOFT, num_heads=heads)
-                for x, heads in ((queries, spec.num_heads), (keys, spec.num_kv_heads))
-            )
-            queries_, keys_ = (g.cast(x, v.dtype or FLOAT) for x in turned)
-            return queries_, keys_, v
+            def turn(x: ir.Value, heads: int) -> ir.Value:
+                given = (x, position_ids, *cache)
+                turned = g.op("RotaryEmbedding", *given, domain=MICROSOFT, num_heads=heads)
+                return g.cast(turned, v.dtype or FLOAT)
+
+            return turn(queries, spec.num_heads), turn(keys, spec.num_kv_heads), v
 
         if v.dtype == BFLOAT16:
             position_ids, *counts = rotary

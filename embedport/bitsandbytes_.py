@@ -9,10 +9,10 @@ from collections.abc import Generator
 
 
 @contextlib.contextmanager
-def without_fetched_kernels() -> Generator[None]:
+def importing_bitsandbytes() -> Generator[None]:
     """Keep bitsandbytes, on its first import, from fetching and running a kernel off the hub.
 
-    It does so on CPUs with bf16 wherever the package `kernels` is installed, and warns where it
+    It fetches one on CPUs with bf16 wherever the package `kernels` is installed, and warns where it
     cannot. Later it would warn of every 8-bit product of every batch that bf16 is rounded to fp16
     on the way, as the method does.
     """
