@@ -5,7 +5,8 @@ the residual stream is fp32. After the last attention only each text's last toke
 Matrices in fp8 are multiplied as they are stored, each token rounded by its own largest value.
 
 Small batches, whose launches cost more than their work, become CUDA graphs where their size comes
-back. Sizes are rounded up for that; what is too much belongs to no text.
+back. Sizes are rounded up for that; what is too much belongs to no text. Long texts attend one by
+one, through cuDNN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,13 @@ logger = logging.getLogger(__name__)
 GRAPH_TOKENS = 4096
 # A size's first batch runs as it is, and compiles what has to be; the second one is captured.
 REPEATS, MAX_GRAPHS = 2, 64
+# A text beyond this attends through cuDNN, by a length rounded up: each length's plan takes as long
+# to make as a few batches (docs/gpu.md). No less than GRAPH_TOKENS: graphs do not know of spans.
+LONG_TEXT, LONG_STEP = GRAPH_TOKENS, 512
+# Where that has been measured to be worth it: Hopper.
+LONG_CAPABILITY = (9, 0)
+# The second where no cuDNN takes it.
+LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 # Sizes of a batch that runs as it is: what kernels compiled for one of them take of all.
 ALIGNMENT = 16
 # Later versions of torch want to be told.
@@ -92,6 +100,8 @@ class Batch:
         starts: [texts + 1], where each text begins, and the end.
         last: [texts], where each text's last token is.
         longest: Tokens of the longest text, or more.
+        spans: Where some text is long: each text's tokens, and some more, the next text's among
+            them.
     """
 
     ids: torch.Tensor
@@ -99,6 +109,7 @@ class Batch:
     starts: torch.Tensor
     last: torch.Tensor
     longest: int
+    spans: Sequence[slice] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,9 @@ class PackedLayers:
         self._pool: Any = None
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._capturing = True
+        self._takes_spans = (
+            device != "cuda" or torch.cuda.get_device_capability() >= LONG_CAPABILITY
+        )
 
     def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Run texts.
@@ -167,12 +181,14 @@ class PackedLayers:
                 f"a text of {lengths.max():,} tokens is longer than the model's "
                 f"{len(self._cos):,} positions; cut it"
             )
-        size = round_sizes(len(ids), len(lengths), int(lengths.max()))
+        spans = list_spans(lengths) if self._takes_spans else ()
+        tokens = spans[-1].stop if spans else len(ids)
+        size = round_sizes(tokens, len(lengths), int(lengths.max()))
         memory = torch.from_numpy(pack(ids, lengths, size))
         with self._lock, torch.inference_mode():
-            return self._replay(memory, size)[: len(lengths)].cpu().numpy()
+            return self._replay(memory, size, spans)[: len(lengths)].cpu().numpy()
 
-    def _replay(self, memory: torch.Tensor, size: Size) -> torch.Tensor:
+    def _replay(self, memory: torch.Tensor, size: Size, spans: Sequence[slice]) -> torch.Tensor:
         """Run a batch, as a CUDA graph where its size keeps coming back."""
         if size in self._graphs:
             captured = self._graphs[size]
@@ -180,7 +196,7 @@ class PackedLayers:
             captured.graph.replay()
             return captured.results
         on_device = memory.to(self._device)
-        batch = unpack(on_device, size)
+        batch = unpack(on_device, size, spans)
         if size[0] > GRAPH_TOKENS or not self._capturing or len(self._graphs) == MAX_GRAPHS:
             return self._run(batch)
         self._seen[size] += 1
@@ -247,11 +263,45 @@ def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Ten
     """
     split = qkv.view(len(qkv), heads[0] + 2 * heads[1], -1)
     query, key, value = split.split([heads[0], heads[1], heads[1]], dim=1)
+    if batch.spans:
+        return _attend_by_text(query, key, value, batch.spans).reshape(len(qkv), -1)
     sizes = (batch.starts, batch.starts, batch.longest, batch.longest)
     options: dict[str, Any] = {"enable_gqa": True} if GROUPED else {}
     found = varlen_attn(query, key, value, *sizes, window_size=(-1, 0), **options)
     assert isinstance(found, torch.Tensor)
     return found.reshape(len(qkv), -1)
+
+
+def _attend_by_text(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[slice]
+) -> torch.Tensor:
+    """`attend` where some text is long: [tokens, heads, head_dim].
+
+    A span's tokens beyond its text are later than the text's, which do not see them; what they get
+    is overwritten by the next text's.
+    """
+    found = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    with sdpa_kernel(LONG_BACKENDS, set_priority=True):
+        for span in spans:
+            q, k, v = (each[span].transpose(0, 1)[None] for each in (query, key, value))
+            attended = functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+            found[span] = attended[0].transpose(0, 1)
+    return found
+
+
+def list_spans(lengths: np.ndarray) -> list[slice]:
+    """Tokens to attend over, text by text, where some text is long; else none.
+
+    Args:
+        lengths: int64 [texts], of texts end to end.
+    """
+    if lengths.max() <= LONG_TEXT:
+        return []
+    starts = np.cumsum(lengths) - lengths
+    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return [slice(start, start + _up(length, LONG_STEP)) for start, length in pairs]
 
 
 def round_sizes(tokens: int, texts: int, longest: int) -> Size:
@@ -284,11 +334,11 @@ def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
     return values
 
 
-def unpack(memory: torch.Tensor, size: Size) -> Batch:
-    """What `pack` laid down, int32 [2 T + 2 B + 1] on a device, as views."""
+def unpack(memory: torch.Tensor, size: Size, spans: Sequence[slice]) -> Batch:
+    """What `pack` laid down, int32 [2 T + 2 B + 1] on a device, as views; spans of `list_spans`."""
     tokens, texts, longest = size
     parts = memory.split([tokens, tokens, texts + 1, texts])
-    return Batch(*parts, longest)
+    return Batch(*parts, longest, spans)
 
 
 def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -118,6 +118,19 @@ def test_torch_in_any_batch_and_thread(checkpoints):
             check(found, alone, "fp16")
 
 
+def test_torch_long_texts(checkpoints):
+    """Beyond 4,096 tokens a text attends by itself."""
+    pytest.importorskip("torch")
+    texts = ["word " * 5000, "a few words", "number " * 4500]
+    reference = embedport.load(checkpoints("kv8", dtype="float32"), device="cpu")
+    model = embedport.load(checkpoints("kv8", dtype="float16"), device="cuda")
+    assert isinstance(reference, embedport.Embedder)
+    assert isinstance(model, embedport.Embedder)
+    expected = reference.encode(texts)
+    check(model.encode(texts, batch_tokens=1 << 20), expected, "fp16")
+    check(model.encode(texts, batch_tokens=1), expected, "fp16")
+
+
 def test_buffers():
     """Copies to the device and back, captured in a CUDA graph as an engine's batches are."""
     runtime = pytest.importorskip("cuda.bindings.runtime")

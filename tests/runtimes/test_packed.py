@@ -102,6 +102,35 @@ def test_fp8(packed, quantized, task):
     assert (found * expected).sum(axis=1).min() > 0.99
 
 
+@pytest.mark.parametrize("lengths", [(3, 1, 6), (1, 9, 3), (9,)])
+def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths):
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    monkeypatch.setattr(packed, "varlen_attn", None)
+    monkeypatch.setattr(packed, "LONG_BACKENDS", [SDPBackend.MATH])
+    for name in ("GRAPH_TOKENS", "LONG_TEXT", "LONG_STEP"):
+        monkeypatch.setattr(packed, name, 4)
+    spans = packed.list_spans(np.array(lengths))
+    assert all((span.stop - span.start) % 4 == 0 for span in spans)
+    spec = open_spec(checkpoints("kv2", dtype="float16"))
+    ids = np.random.default_rng(7).integers(0, spec.vocab_size, sum(lengths))
+    found = open_layers(packed, spec, "float16")(ids, np.array(lengths))
+    finish = torch.nn.functional.normalize
+    padded = adapter.PaddedLayers(adapter.load_layers(spec, "cpu"), "cpu", finish)
+    expected = padded(ids, np.array(lengths))
+    assert (found * expected).sum(axis=1).min() > 0.99999
+
+
+def test_short_texts_have_no_spans():
+    from embedport.runtimes.packed import LONG_STEP, LONG_TEXT, list_spans
+
+    assert list_spans(np.array([LONG_TEXT] * 3)) == []
+    first, second = list_spans(np.array([7, LONG_TEXT + 1]))
+    assert first == slice(0, LONG_STEP)
+    assert second == slice(7, 7 + LONG_TEXT + LONG_STEP)
+
+
 class StandIn:
     """A CUDA graph that counts; what is recorded runs at once."""
 
