@@ -23,7 +23,7 @@ from .gpu_paths import PAIR, PATHS, REFERENCE
 from .machine import describe, print_table
 
 RESULTS = ROOT / "docs" / "gpu-results.json"
-SHAPES = ((1, 32), (32, 128), (256, 128), (8, 2048), (1, 8192))
+SHAPES = ((1, 32), (32, 128), (256, 128), (8, 2048), (1, 8192), (1, 32_000))
 MIX_ROWS = 2048
 TIMEOUT_SECONDS = 3600
 PACKAGES = (
