@@ -87,7 +87,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
             full, or a file cannot be read or written on the way.
     """
     output = output.expanduser().absolute()
-    _check_output(output, force)
+    check_output(output, force)
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +101,11 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{output.parent} cannot be written: {error}") from error
-    lock = _lock(partial)
+    held = None
     try:
+        held = lock(partial)
         yield partial
-        _check_output(output, force)  # another export may have been quicker
+        check_output(output, force)  # another export may have been quicker
         _put_in_place(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -115,11 +116,16 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         raise InputError(f"{output} was not written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
 
-def _check_output(output: Path, force: bool) -> None:
+def check_output(output: Path, force: bool) -> None:
+    """Refuse a place where something is, unless it is an artifact that may be replaced.
+
+    Raises:
+        InputError: It is.
+    """
     if not output.exists() and not output.is_symlink():
         return
     if not force:
@@ -136,30 +142,40 @@ def _tidy_up(output: Path) -> None:
     under another name: it gets its own back.
     """
     for folder in output.parent.glob(f".{output.name}.partial-*"):
-        lock = _lock(folder)
-        if lock is None:
+        try:
+            held = lock(folder)
+        except BlockingIOError:
+            continue
+        if held is None:
             continue
         if folder.name.endswith(OLD) and not output.exists():
             folder.rename(output)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        os.close(held)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(folder: Path) -> int | None:
     """Hold a folder until the descriptor is closed or the process ends.
 
-    None where another process holds it, or where locks are unknown: there nothing is tidied up.
+    Returns:
+        The descriptor; None where locks are unknown, as on Windows: there nobody is kept out, and
+        nothing is tidied up.
+
+    Raises:
+        BlockingIOError: Another process holds it.
     """
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return descriptor
 
@@ -178,8 +194,13 @@ def _put_in_place(partial: Path, output: Path) -> None:
     shutil.rmtree(old)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     """Complete an artifact: hash its files, and write the manifest and the model card.
+
+    Args:
+        folder: Where it is being made.
+        manifest: Its manifest.
+        name: What the folder will be called.
 
     Returns:
         The manifest with `files` filled in.
@@ -193,7 +214,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     files = {path.relative_to(folder).as_posix(): records[path] for path in paths}
     manifest = replace(manifest, files=files)
     _write(folder / MANIFEST, manifest.to_json())
-    _write(folder / CARD, model_card(manifest, folder.name))
+    _write(folder / CARD, model_card(manifest, name))
     return manifest
 
 

@@ -17,9 +17,8 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         parity_table: The last validation in Markdown.
     """
     source = manifest.source
-    revision = f" at `{source.revision}`" if source.revision else ""
     rows = {
-        "Source": f"`{source.id}`{revision}",
+        "Source": f"`{source.pinned}`",
         "Task": manifest.task,
         "Precision": manifest.precision,
         **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
@@ -31,7 +30,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     if manifest.embedding_dim:
         rows["Dimensions"] = str(manifest.embedding_dim)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    parity = parity_table or NOT_VALIDATED.format(name=name, source=source.id)
+    parity = parity_table or NOT_VALIDATED.format(name=name, source=source.pinned)
     kinds = {
         "onnx": "An ONNX export",
         "tensorrt": "A TensorRT engine",

@@ -26,6 +26,11 @@ class SourceRecord:
     revision: str | None
     files: Mapping[str, str]
 
+    @property
+    def pinned(self) -> str:
+        """What `fetch` takes for the same again."""
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
 
 @dataclass(frozen=True)
 class ContinuationRecord:

@@ -280,6 +280,6 @@ class TestDamagedArtifact:
         from embedport.manifest import Manifest
 
         (folder / "onnx/model.onnx").write_bytes(b"not a graph")
-        write_manifest(folder, Manifest.from_json(folder / "embedport.json"))
+        write_manifest(folder, Manifest.from_json(folder / "embedport.json"), "artifact")
         with pytest.raises(ArtifactError, match=r"does not take the graph \(it needs onnxruntime"):
             embedport.load(folder)
