@@ -152,7 +152,11 @@ def _read_triples(
 ) -> Iterator[tuple[str, str, str, int]]:
     """(place, query id, document id, whole number) of each line but the header."""
     lines = _lines(path)
-    next(lines, None)
+    place, header = next(lines, (f"{path}:1", ""))
+    if header.rpartition("\t")[2].strip().isdigit():
+        raise InputError(
+            f"{place} should be a header, query-id, corpus-id and score, found {header[:80]!r}"
+        )
     for place, line in lines:
         fields = line.split("\t")
         if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
@@ -192,7 +196,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not empty."""
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):

@@ -1,6 +1,6 @@
 """Texts in a file too large for memory: surveyed once, then read part by part.
 
-A .jsonl file holds {"text": …} a line, and perhaps a "title", which goes before the text; any other
+A .jsonl file holds {"text": …} a line, and perhaps a "title", which goes before the text; a .txt
 file a text a line. Blank lines are no texts.
 """
 
@@ -58,8 +58,10 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
         progress: Whether to show a progress bar on a terminal.
 
     Raises:
-        InputError: The file is missing or holds no text, or a line is not one; names the line.
+        InputError: The file is missing or holds no text, or a line is not one; names the line. Or
+            its name does not say what it holds.
     """
+    is_jsonl(path)
     digest = hashlib.sha256()
     parts: list[Part] = []
     rows = size = crc = 0
@@ -122,10 +124,12 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
         InputError: It is not valid, or names a prompt of its own.
     """
     try:
-        text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        # Windows' editors begin a file with a mark.
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = text.removesuffix("\n").removesuffix("\r")
         if not text.strip():
             return None
-        if path.suffix != ".jsonl":
+        if not is_jsonl(path):
             return text
         row = json.loads(text)
         text, prompt = titled_text(row), row.get("prompt", "document")
@@ -141,6 +145,21 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
             "and give --prompt"
         )
     return text
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a file of texts is one of JSON objects.
+
+    Raises:
+        InputError: Its name says neither that nor a text a line.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".txt", ""):  # a pipe has none
+        raise InputError(
+            f'{path} should be .txt, a text a line, or .jsonl, {{"text": …}} a line, found '
+            f"{path.suffix}"
+        )
+    return suffix == ".jsonl"
 
 
 def titled_text(row: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,25 @@ def query_prompt(instruction: str) -> str:
 def reranker_body(query: str, document: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
     """The part of a reranker's input between its prefix and its suffix."""
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+
+
+def resolve_prompt(prompts: Mapping[str, str], prompt: str) -> str:
+    """The text that a prompt's name stands for, or a literal prompt itself.
+
+    Raises:
+        InputError: It is no string, or one word and not a known name: a typing error would go
+            unnoticed.
+    """
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt should be a string, found {prompt!r}")
+    if prompt in prompts:
+        return prompts[prompt]
+    if prompt and prompt.replace("_", "").replace("-", "").isalnum():
+        raise InputError(
+            f"no prompt is named {prompt!r}; there are {', '.join(sorted(prompts))}. A literal "
+            "prompt is more than a word: embedport.query_prompt(instruction) makes one"
+        )
+    return prompt
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,9 @@ class RerankerTokenizer:
         Raises:
             InputError: A text is not a string or not valid Unicode.
         """
+        if not isinstance(instruction, str):
+            raise InputError(f"the instruction should be a string, found {instruction!r}")
+        check_list(pairs, "pairs should be a list of (query, document)")
         bodies = [_body(i, pair, instruction) for i, pair in enumerate(pairs)]
         encoded = _encode(self.tokenizer, bodies, lambda body: body, special=False)
         rows = [np.concatenate([self.prefix, ids, self.suffix]) for ids in encoded.ids]
@@ -116,7 +138,8 @@ class RerankerTokenizer:
 
 
 def _body(index: int, pair: tuple[str, str], instruction: str) -> str:
-    if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+    is_one = isinstance(pair, str) or not hasattr(pair, "__len__")
+    if is_one or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
         raise InputError(f"pair {index} should be (query, document), two strings; found {pair!r}")
     return reranker_body(*pair, instruction)
 
@@ -124,14 +147,24 @@ def _body(index: int, pair: tuple[str, str], instruction: str) -> str:
 def _encode(
     tokenizer: Tokenizer, texts: Sequence[str], complete: Callable[[str], str], *, special: bool
 ) -> Encoded:
-    if isinstance(texts, str):
-        raise InputError("texts should be a list of strings, found one string")
+    check_list(texts, "texts should be a list of strings")
     inputs = [check_text(i, complete(check_text(i, text))) for i, text in enumerate(texts)]
     encodings = tokenizer.encode_batch_fast(inputs, add_special_tokens=special)
     return Encoded(
         [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings],
         [i for i, encoding in enumerate(encodings) if encoding.overflowing],
     )
+
+
+def check_list(values: Iterable[object], expected: str) -> None:
+    """Refuse one string for many, and what is not many.
+
+    Raises:
+        InputError: With what was expected, in words.
+    """
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        found = "one string" if isinstance(values, str) else type(values).__name__
+        raise InputError(f"{expected}, found {found}")
 
 
 def check_text(index: int, text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer
+from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer, check_list
 from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, describe_nonfinite
 from .facts import Model, ModelFacts
@@ -145,8 +145,7 @@ class Reranker:
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k should be at least 1, found {top_k}")
-        if isinstance(documents, str):
-            raise InputError("documents should be a list of strings, found one string")
+        check_list(documents, "documents should be a list of strings")
         scores = self.score(
             [(query, document) for document in documents],
             instruction=instruction,

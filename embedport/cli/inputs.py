@@ -18,7 +18,7 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
             not a terminal.
 
     Raises:
-        InputError: There are no texts, or two sources of them.
+        InputError: There is no source of texts, or two of them, or a file is not one.
     """
     if arguments and file is not None:
         raise InputError("give texts as arguments or with --input, not both")
@@ -37,7 +37,7 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
     if file is None and sys.stdin.isatty():
         raise InputError("no texts: give them as arguments, with --input, or on standard input")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not UTF-8: {error}") from error
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]

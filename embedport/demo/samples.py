@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..corpus import titled_text
+from ..corpus import is_jsonl, titled_text
 from ..errors import InputError
 
 T = TypeVar("T")
@@ -53,10 +53,11 @@ def read_samples(path: str | Path) -> list[Sample]:
     A "title" goes before the text.
 
     Raises:
-        InputError: The file is missing, empty or malformed; names the line.
+        InputError: The file is missing, empty or malformed; names the line. Or its name does not
+            say what it holds.
     """
     path = Path(path)
-    if path.suffix == ".jsonl":
+    if is_jsonl(path):
         return _read_jsonl(
             path, lambda row: Sample(titled_text(row), row.get("prompt", "document"))
         )
@@ -91,7 +92,7 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     # Not splitlines(): U+2028 and its like may stand inside a text.

@@ -14,6 +14,7 @@ from embedport.prompts import (
     append_end_of_text,
     load_tokenizer,
     query_prompt,
+    resolve_prompt,
     token_id,
 )
 
@@ -137,11 +138,19 @@ def test_bad_texts(folders):
         tokenizer.encode([7])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="list of strings, found one string"):
         tokenizer.encode("one string")
+    with pytest.raises(InputError, match="list of strings, found NoneType"):
+        tokenizer.encode(None)  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="lone surrogate"):
         tokenizer.encode(["fine"], "bad prompt \udcff")
     pairs = RerankerTokenizer(folders["reranker"] / "tokenizer.json", 200)
     with pytest.raises(InputError, match="pair 0 should be"):
         pairs.encode(["query only"])  # ty: ignore[invalid-argument-type]
+    with pytest.raises(InputError, match="pair 0 should be"):
+        pairs.encode([None])  # ty: ignore[invalid-argument-type]
+    with pytest.raises(InputError, match="the instruction should be a string, found None"):
+        pairs.encode([("q", "d")], None)  # ty: ignore[invalid-argument-type]
+    with pytest.raises(InputError, match="a prompt should be a string, found None"):
+        resolve_prompt({}, None)  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="lone surrogate"):
         pairs.encode([("q", "\udfff")])
     assert tokenizer.encode([]).ids == []
