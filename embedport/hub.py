@@ -35,12 +35,12 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
 
     Args:
         checkpoint: A folder of a checkpoint or an artifact, or a hub id such as
-            "Qwen/Qwen3-Embedding-0.6B".
+            "Qwen/Qwen3-Embedding-0.6B", perhaps with a revision: "Qwen/Qwen3-Embedding-0.6B@main".
         revision: A branch, tag or commit of the hub repository.
         weights: Whether a checkpoint's safetensors are needed too, or its configuration only.
 
     Raises:
-        InputError: The folder does not exist, or a revision is given for a folder.
+        InputError: The folder does not exist, or a revision is given for a folder, or two.
         CheckpointError: The hub does not have it, or cannot be reached and the cache lacks it.
     """
     folder = Path(checkpoint).expanduser()
@@ -53,9 +53,12 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
         return Source(str(checkpoint), None, folder)
     if folder.exists():
         raise InputError(f"{checkpoint} is a file; give the checkpoint's folder")
-    if not HUB_ID.fullmatch(str(checkpoint)):
+    name, _, at = str(checkpoint).partition("@")
+    if not HUB_ID.fullmatch(name):
         raise InputError(f"{checkpoint}: no such folder, and not a hub id of the form owner/name")
-    return _download(str(checkpoint), revision, weights)
+    if at and revision not in (None, at):
+        raise InputError(f"{checkpoint} names revision {at}, and {revision} is given: give one")
+    return _download(name, at or revision, weights)
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
@@ -92,9 +95,12 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             "(or it is private: log in with `hf auth login`)"
         ) from error
     except LocalEntryNotFoundError as error:
+        cause = " ".join(str(error.__cause__ or error).split())
         raise CheckpointError(
-            f"{repo_id}{at}: no such folder here, not in the hub's cache, and the hub cannot be "
-            "reached (HF_HUB_OFFLINE or no network)"
+            f"{repo_id}{at}: no such folder here, not whole in the hub's cache, and the hub cannot "
+            f"be reached (HF_HUB_OFFLINE, or no network?): {cause}"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"{repo_id}{at} could not be downloaded: {error}") from error
+    except Exception as error:  # of the network's libraries, each with classes of its own
+        raise CheckpointError(
+            f"{repo_id}{at} could not be downloaded: {type(error).__name__}: {error}"
+        ) from error

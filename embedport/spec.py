@@ -21,6 +21,8 @@ from .stored import LibraryQuantization, StoredQuantization, read_quantization
 
 Task = Literal["embedding", "reranker"]
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
+# Of weights that are to be added to the checkpoint's.
+ADAPTER = "adapter_config.json"
 
 # Model card: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B (config_sentence_transformers.json).
 DEFAULT_PROMPTS = {
@@ -170,6 +172,10 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     if task is not None and task not in TASKS:
         raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
     folder = source.folder
+    if (adapter := folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{adapter}: an adapter is not applied; merge it into the weights first"
+        )
     config = _Config(folder / "config.json")
     model_type = config.values.get("model_type")
     if model_type != "qwen3":

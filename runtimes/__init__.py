@@ -28,10 +28,12 @@ def load(
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
     ONNX graphs run in onnxruntime; checkpoints, quantized or in fp32, fp16 or bf16, in torch. No
-    code that comes with a model is run.
+    code that comes with a model is run, but that of a TensorRT engine built for later versions too:
+    it brings some, as its manifest says.
 
     Args:
-        model: The folder of an artifact or of a checkpoint in the hub's layout, or a hub id.
+        model: The folder of an artifact or of a checkpoint in the hub's layout, or a hub id, with a
+            revision if need be ("owner/name@revision").
         device: "cpu", "cuda", "tensorrt" (graphs only), or "auto" for CUDA where it works and else
             the CPU; the result's `device` says which it got. A TensorRT engine runs on the GPU it
             was built for, and its graph on the CPU if that is asked for.

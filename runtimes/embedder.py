@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..artifact import record_ranges
 from ..errors import InputError
-from ..prompts import EmbeddingTokenizer, Encoded
+from ..prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
 from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
@@ -128,7 +128,8 @@ class Embedder:
     ) -> None:
         """Measure the ranges that vectors in 8 bits need, and put them into the manifest.
 
-        A checkpoint without a manifest keeps them in memory only, in `ranges`.
+        A checkpoint without a manifest keeps them in memory only, in `ranges`, and so does a model
+        in the hub's cache, which is not written to.
 
         Args:
             texts: Texts like those to be embedded, a few hundred or more.
@@ -145,28 +146,17 @@ class Embedder:
         if wrong := describe_nonfinite(vectors, self.precision, "text"):
             raise InputError(f"{wrong}; no ranges were kept")
         self.ranges = measure_ranges(vectors)
-        if self.artifact is not None:
-            record_ranges(self.artifact.folder, self.ranges)
+        if self.keeps_ranges:
+            record_ranges(self.facts.folder, self.ranges)
+
+    @property
+    def keeps_ranges(self) -> bool:
+        """Whether `calibrate` finds a manifest that it may write to."""
+        return self.artifact is not None and self.facts.revision is None
 
     def prompt_text(self, prompt: str) -> str:
         """The text that a prompt's name stands for, or a literal prompt: `resolve_prompt`."""
         return resolve_prompt(self.prompts, prompt)
-
-
-def resolve_prompt(prompts: Mapping[str, str], prompt: str) -> str:
-    """The text that a prompt's name stands for, or a literal prompt itself.
-
-    Raises:
-        InputError: It is one word and not a known name: a typing error would go unnoticed.
-    """
-    if prompt in prompts:
-        return prompts[prompt]
-    if prompt and prompt.replace("_", "").replace("-", "").isalnum():
-        raise InputError(
-            f"no prompt is named {prompt!r}; there are {', '.join(sorted(prompts))}. A literal "
-            "prompt is more than a word: embedport.query_prompt(instruction) makes one"
-        )
-    return prompt
 
 
 def check_options(width: int, dim: int | None, precision: str) -> None:

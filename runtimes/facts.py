@@ -63,6 +63,7 @@ class ModelFacts:
         prompts: Prompt name to the text put before an input.
         ranges: Each value's range by width, for vectors in 8 bits, if they were measured.
         source: The id of the checkpoint that it was made from; its own if it is one.
+        revision: The commit, where it is the hub's and its folder the cache's; else None.
         folder: Where its files are.
         artifact: The artifact; None for a checkpoint without a manifest.
         checkpoint: What torch runs; None where it is a graph.
@@ -79,6 +80,7 @@ class ModelFacts:
     prompts: Mapping[str, str]
     ranges: Mapping[str, Any] | None
     source: str
+    revision: str | None
     folder: Path
     artifact: Artifact | None
     checkpoint: ModelSpec | None
@@ -97,7 +99,7 @@ def read_facts(model: str | Path) -> ModelFacts:
     """
     source = fetch(model)
     if (source.folder / MANIFEST).is_file():
-        return _artifact_facts(str(model), Artifact.open(source.folder))
+        return _artifact_facts(source, Artifact.open(source.folder))
     if not (source.folder / CONFIG).is_file():
         raise InputError(
             f"{source.folder} is neither an artifact nor a checkpoint: it has no {MANIFEST} and no "
@@ -106,13 +108,13 @@ def read_facts(model: str | Path) -> ModelFacts:
     return _checkpoint_facts(source)
 
 
-def _artifact_facts(name: str, artifact: Artifact) -> ModelFacts:
-    manifest, folder = artifact.manifest, artifact.folder
+def _artifact_facts(source: Source, artifact: Artifact) -> ModelFacts:
+    manifest = artifact.manifest
     checkpoint = None
     if manifest.format == "checkpoint":
-        checkpoint = read_spec(Source(name, None, folder), manifest.task)
+        checkpoint = read_spec(source, manifest.task)
     return ModelFacts(
-        name=name,
+        name=source.id,
         task=manifest.task,
         precision=manifest.precision,
         dim=manifest.embedding_dim or manifest.hidden_size,
@@ -123,7 +125,8 @@ def _artifact_facts(name: str, artifact: Artifact) -> ModelFacts:
         prompts=manifest.prompts,
         ranges=manifest.ranges,
         source=manifest.source.id,
-        folder=folder,
+        revision=source.revision,
+        folder=artifact.folder,
         artifact=artifact,
         checkpoint=checkpoint,
     )
@@ -151,6 +154,7 @@ def _checkpoint_facts(source: Source) -> ModelFacts:
         prompts=spec.prompts if spec.task == "embedding" else {},
         ranges=None,
         source=source.id,
+        revision=source.revision,
         folder=source.folder,
         artifact=None,
         checkpoint=spec,

@@ -189,5 +189,32 @@ class TestHub:
             fetch(name)
 
     def test_not_in_the_cache(self, cached):
-        with pytest.raises(CheckpointError, match="not in the hub's cache"):
+        with pytest.raises(CheckpointError, match=r"not whole in the hub's cache.*offline mode"):
             ModelSpec.from_checkpoint("Qwen/Qwen3-Embedding-4B")
+
+    def test_a_library_s_own_error(self, monkeypatch):
+        import huggingface_hub
+
+        class ProxyError(Exception):
+            pass
+
+        def download(*args, **options):
+            raise ProxyError("407 Proxy Authentication Required")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        with pytest.raises(CheckpointError, match="could not be downloaded: ProxyError: 407"):
+            fetch("Qwen/Qwen3-Embedding-0.6B")
+
+    def test_the_cache_is_not_written_to(self, checkpoints, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        artifact = embedport.export(checkpoints(), tmp_path / "snapshots" / self.COMMIT)
+        monkeypatch.setattr(
+            huggingface_hub, "snapshot_download", lambda *args, **options: str(artifact.folder)
+        )
+        before = (artifact.folder / "embedport.json").read_bytes()
+        embedder = embedport.load("me/qwen3-fp32", device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
+        embedder.calibrate(["one", "two"])
+        assert embedder.ranges is not None
+        assert (artifact.folder / "embedport.json").read_bytes() == before
