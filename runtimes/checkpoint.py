@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
@@ -30,9 +31,11 @@ from ..spec import ModelSpec
 from ..stored import LibraryQuantization
 from ..weights import DTYPES, Weights
 
-ADAPTER = "adapter_config.json"
 # A tensor by its name: torch's, on the CPU, as stored.
 Read = Callable[[str], Any]
+# torch chooses attention's kernel for the whole process: whoever changes that, or runs on CUDA with
+# what it is by default, holds this.
+ATTENTION_CHOICE = threading.Lock()
 
 
 def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
@@ -51,7 +54,6 @@ def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
         MissingPackageError: What reads the checkpoint's format is not installed.
     """
     if isinstance(spec.quantization, LibraryQuantization):
-        _refuse_adapter(spec)
         return _load_by_library(spec, spec.quantization, dtype, device)
     torch = require("torch", "torch")
     read, _ = open_readers(spec)
@@ -79,7 +81,6 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     Raises:
         CheckpointError: A tensor is missing, or has another shape or dtype.
     """
-    _refuse_adapter(spec)
     torch = require("torch", "torch")
     if not isinstance(spec.quantization, LibraryQuantization):
         return partial(_read, torch, open_weights(spec)), None
@@ -109,12 +110,6 @@ def has_fp8_matrices(spec: ModelSpec) -> bool:
         for name, shape in spec.tensor_shapes().items()
         if "_proj." in name
     )
-
-
-def _refuse_adapter(spec: ModelSpec) -> None:
-    path = spec.source.folder / ADAPTER
-    if path.exists():
-        raise CheckpointError(f"{path}: an adapter is not applied; merge it into the weights first")
 
 
 def _find(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:

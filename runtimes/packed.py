@@ -28,7 +28,7 @@ from torch.nn.functional import ScalingType
 
 from ..errors import InputError
 from ..spec import ModelSpec
-from .checkpoint import Read
+from .checkpoint import ATTENTION_CHOICE, Read
 from .fused import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_fp8
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ GRAPH_TOKENS = 4096
 # A size's first batch runs as it is, and compiles what has to be; the second one is captured.
 REPEATS, MAX_GRAPHS = 2, 64
 # A text beyond this attends through cuDNN, by a length rounded up: each length's plan takes as long
-# to make as a few batches (docs/gpu.md). No less than GRAPH_TOKENS: graphs do not know of spans.
+# to make as a few batches (docs/gpu.md). No less than GRAPH_TOKENS: a graph would keep its texts'.
 LONG_TEXT, LONG_STEP = GRAPH_TOKENS, 512
 # Where that has been measured to be worth it: Hopper.
 LONG_CAPABILITY = (9, 0)
@@ -100,8 +100,7 @@ class Batch:
         starts: [texts + 1], where each text begins, and the end.
         last: [texts], where each text's last token is.
         longest: Tokens of the longest text, or more.
-        spans: Where some text is long: each text's tokens, and some more, the next text's among
-            them.
+        alone: Where some text is long: each text's tokens, to attend one text at a time; else none.
     """
 
     ids: torch.Tensor
@@ -109,7 +108,7 @@ class Batch:
     starts: torch.Tensor
     last: torch.Tensor
     longest: int
-    spans: Sequence[slice] = ()
+    alone: Sequence[slice] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class PackedLayers:
         self._pool: Any = None
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._capturing = True
-        self._takes_spans = (
+        self._has_long_texts = (
             device != "cuda" or torch.cuda.get_device_capability() >= LONG_CAPABILITY
         )
 
@@ -181,14 +180,13 @@ class PackedLayers:
                 f"a text of {lengths.max():,} tokens is longer than the model's "
                 f"{len(self._cos):,} positions; cut it"
             )
-        spans = list_spans(lengths) if self._takes_spans else ()
-        tokens = spans[-1].stop if spans else len(ids)
-        size = round_sizes(tokens, len(lengths), int(lengths.max()))
+        alone = attend_alone(lengths) if self._has_long_texts else ()
+        size = round_sizes(len(ids), len(lengths), int(lengths.max()))
         memory = torch.from_numpy(pack(ids, lengths, size))
         with self._lock, torch.inference_mode():
-            return self._replay(memory, size, spans)[: len(lengths)].cpu().numpy()
+            return self._replay(memory, size, alone)[: len(lengths)].cpu().numpy()
 
-    def _replay(self, memory: torch.Tensor, size: Size, spans: Sequence[slice]) -> torch.Tensor:
+    def _replay(self, memory: torch.Tensor, size: Size, alone: Sequence[slice]) -> torch.Tensor:
         """Run a batch, as a CUDA graph where its size keeps coming back."""
         if size in self._graphs:
             captured = self._graphs[size]
@@ -196,7 +194,7 @@ class PackedLayers:
             captured.graph.replay()
             return captured.results
         on_device = memory.to(self._device)
-        batch = unpack(on_device, size, spans)
+        batch = unpack(on_device, size, alone)
         if size[0] > GRAPH_TOKENS or not self._capturing or len(self._graphs) == MAX_GRAPHS:
             return self._run(batch)
         self._seen[size] += 1
@@ -224,8 +222,9 @@ class PackedLayers:
         return Captured(graph, memory, results)
 
     def _run(self, batch: Batch) -> torch.Tensor:
-        # Later versions of torch would take cuDNN's attention, which makes a plan for every size.
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        # Later versions of torch would always take cuDNN, which makes a plan for every size.
+        backends = LONG_BACKENDS if batch.alone else [SDPBackend.FLASH_ATTENTION]
+        with ATTENTION_CHOICE, sdpa_kernel(backends, set_priority=True):
             return self._finish(self._final_states(batch))
 
     def _final_states(self, batch: Batch) -> torch.Tensor:
@@ -261,10 +260,12 @@ def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Ten
     Returns:
         [tokens, heads * head_dim]; tokens that belong to no text are left undefined.
     """
-    split = qkv.view(len(qkv), heads[0] + 2 * heads[1], -1)
-    query, key, value = split.split([heads[0], heads[1], heads[1]], dim=1)
-    if batch.spans:
-        return _attend_by_text(query, key, value, batch.spans).reshape(len(qkv), -1)
+    if batch.alone:
+        found = qkv.new_empty(len(qkv), qkv.shape[1] * heads[0] // (heads[0] + 2 * heads[1]))
+        for text in batch.alone:
+            found[text] = _attend_long(qkv[text], heads)
+        return found
+    query, key, value = _split(qkv, heads)
     sizes = (batch.starts, batch.starts, batch.longest, batch.longest)
     options: dict[str, Any] = {"enable_gqa": True} if GROUPED else {}
     found = varlen_attn(query, key, value, *sizes, window_size=(-1, 0), **options)
@@ -272,36 +273,31 @@ def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Ten
     return found.reshape(len(qkv), -1)
 
 
-def _attend_by_text(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Sequence[slice]
-) -> torch.Tensor:
-    """`attend` where some text is long: [tokens, heads, head_dim].
-
-    A span's tokens beyond its text are later than the text's, which do not see them; what they get
-    is overwritten by the next text's.
-    """
-    found = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    with sdpa_kernel(LONG_BACKENDS, set_priority=True):
-        for span in spans:
-            q, k, v = (each[span].transpose(0, 1)[None] for each in (query, key, value))
-            attended = functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            )
-            found[span] = attended[0].transpose(0, 1)
-    return found
+def _attend_long(qkv: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:
+    """`attend` of one text, behind which zeros stand: later ones, which it does not see."""
+    tokens = len(qkv)
+    padded = functional.pad(qkv, (0, 0, 0, _up(tokens, LONG_STEP) - tokens))
+    q, k, v = (each.transpose(0, 1)[None] for each in _split(padded, heads))
+    found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return found[0, :, :tokens].transpose(0, 1).reshape(tokens, -1)
 
 
-def list_spans(lengths: np.ndarray) -> list[slice]:
-    """Tokens to attend over, text by text, where some text is long; else none.
+def _split(qkv: torch.Tensor, heads: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values, [tokens, heads, head_dim] each."""
+    split = qkv.view(len(qkv), heads[0] + 2 * heads[1], -1)
+    return split.split([heads[0], heads[1], heads[1]], dim=1)
+
+
+def attend_alone(lengths: np.ndarray) -> list[slice]:
+    """Each text's tokens, where some text is long; else none.
 
     Args:
         lengths: int64 [texts], of texts end to end.
     """
     if lengths.max() <= LONG_TEXT:
         return []
-    starts = np.cumsum(lengths) - lengths
-    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return [slice(start, start + _up(length, LONG_STEP)) for start, length in pairs]
+    ends = np.cumsum(lengths)
+    return [slice(*each) for each in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
 
 
 def round_sizes(tokens: int, texts: int, longest: int) -> Size:
@@ -334,11 +330,11 @@ def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
     return values
 
 
-def unpack(memory: torch.Tensor, size: Size, spans: Sequence[slice]) -> Batch:
-    """What `pack` laid down, int32 [2 T + 2 B + 1] on a device, as views; spans of `list_spans`."""
+def unpack(memory: torch.Tensor, size: Size, alone: Sequence[slice]) -> Batch:
+    """What `pack` laid down, int32 [2 T + 2 B + 1] on a device, as views."""
     tokens, texts, longest = size
     parts = memory.split([tokens, tokens, texts + 1, texts])
-    return Batch(*parts, longest, spans)
+    return Batch(*parts, longest, alone)
 
 
 def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:

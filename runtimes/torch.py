@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -25,7 +26,7 @@ from ..spec import ModelSpec
 from ..stored import LibraryQuantization
 from ..weights import Weights
 from .batching import pad
-from .checkpoint import has_fp8_matrices, load_base, open_readers
+from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, open_readers
 from .facts import stored_float
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,8 @@ class PaddedLayers:
         """As `PackedLayers`: texts end to end, int64 [tokens], and their lengths, int64 [texts]."""
         torch = require("torch", "torch")
         padded, _ = pad(np.split(ids, np.cumsum(lengths)[:-1]))
-        with torch.inference_mode():
+        choice = ATTENTION_CHOICE if self._device == "cuda" else nullcontext()
+        with choice, torch.inference_mode():
             states = self._base(
                 input_ids=torch.from_numpy(padded).to(self._device), use_cache=False
             ).last_hidden_state

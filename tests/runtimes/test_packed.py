@@ -102,7 +102,7 @@ def test_fp8(packed, quantized, task):
     assert (found * expected).sum(axis=1).min() > 0.99
 
 
-@pytest.mark.parametrize("lengths", [(3, 1, 6), (1, 9, 3), (9,)])
+@pytest.mark.parametrize("lengths", [(3, 1, 6), (1, 9, 3), (8,)])
 def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths):
     import torch
     from torch.nn.attention import SDPBackend
@@ -111,8 +111,6 @@ def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths)
     monkeypatch.setattr(packed, "LONG_BACKENDS", [SDPBackend.MATH])
     for name in ("GRAPH_TOKENS", "LONG_TEXT", "LONG_STEP"):
         monkeypatch.setattr(packed, name, 4)
-    spans = packed.list_spans(np.array(lengths))
-    assert all((span.stop - span.start) % 4 == 0 for span in spans)
     spec = open_spec(checkpoints("kv2", dtype="float16"))
     ids = np.random.default_rng(7).integers(0, spec.vocab_size, sum(lengths))
     found = open_layers(packed, spec, "float16")(ids, np.array(lengths))
@@ -122,13 +120,38 @@ def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths)
     assert (found * expected).sum(axis=1).min() > 0.99999
 
 
-def test_short_texts_have_no_spans():
-    from embedport.runtimes.packed import LONG_STEP, LONG_TEXT, list_spans
+def test_a_long_text_does_not_see_the_next_one(packed, monkeypatch):
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    assert list_spans(np.array([LONG_TEXT] * 3)) == []
-    first, second = list_spans(np.array([7, LONG_TEXT + 1]))
-    assert first == slice(0, LONG_STEP)
-    assert second == slice(7, 7 + LONG_TEXT + LONG_STEP)
+    monkeypatch.setattr(packed, "LONG_STEP", 4)
+    monkeypatch.setattr(packed, "LONG_TEXT", 4)
+    (qkv,) = random("cpu", (10, 4 * 16))
+    qkv[5:] = float("inf")
+    alone = packed.attend_alone(np.array([5, 5]))
+    batch = packed.unpack(torch.zeros(2 * 10 + 5, dtype=torch.int32), (10, 2, 8), alone)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = packed.attend(qkv, (2, 1), batch)
+    assert found[:5].isfinite().all()
+
+
+def test_attention_is_chosen_for_the_batch_only(packed, checkpoints):
+    import torch
+
+    backends = torch.backends.cuda
+    order = torch._C._get_sdp_priority_order()
+    layers = open_layers(packed, open_spec(checkpoints("kv2")), "bfloat16")
+    layers(np.arange(4), np.array([4]))
+    assert backends.math_sdp_enabled()
+    assert backends.cudnn_sdp_enabled()
+    assert torch._C._get_sdp_priority_order() == order
+
+
+def test_short_texts_attend_together():
+    from embedport.runtimes.packed import LONG_TEXT, attend_alone
+
+    assert attend_alone(np.array([LONG_TEXT] * 3)) == []
+    assert attend_alone(np.array([7, LONG_TEXT + 1])) == [slice(0, 7), slice(7, LONG_TEXT + 8)]
 
 
 class StandIn:
