@@ -33,11 +33,22 @@ def choose_batch_tokens(wanted: int | None, device: str) -> int:
 
 
 def count_cores() -> int:
-    """Cores that this process may use: those that it may run on, within its container's quota."""
+    """Cores that this process may use: those that it may run on, within its limit."""
     there = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if there else os.cpu_count() or 1
-    quota = read_quota()
-    return cores if quota is None else min(cores, max(1, math.ceil(quota)))
+    limit = core_limit()
+    return cores if limit is None else min(cores, limit)
+
+
+def core_limit() -> int | None:
+    """What OMP_NUM_THREADS and the container's quota leave of the cores; None where neither is."""
+    limits = []
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > 0:
+        limits.append(int(threads))
+    if (quota := read_quota()) is not None:
+        limits.append(max(1, math.ceil(quota)))
+    return min(limits, default=None)
 
 
 def read_quota() -> float | None:

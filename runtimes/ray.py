@@ -30,6 +30,7 @@ class ShardWorker:
     def __init__(self, job: Job, machine_actors: int) -> None:
         self._job = job
         # Ray sets 1, and an actor without a GPU has its share of a machine's cores.
+        os.environ.pop("OMP_NUM_THREADS", None)
         os.environ["OMP_NUM_THREADS"] = str(max(1, count_cores() // machine_actors))
         self._embedder: Embedder | None = None
 

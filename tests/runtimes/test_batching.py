@@ -40,12 +40,21 @@ def test_short_and_long_rows_are_apart():
 )
 def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
     path = tmp_path / "cpu.max"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(batching, "QUOTA", path)
     assert batching.read_quota() is None
     path.write_text(quota + "\n")
     assert batching.read_quota() == cores
     monkeypatch.setattr(batching.os, "sched_getaffinity", lambda pid: range(8), raising=False)
     assert batching.count_cores() == {None: 8, 1.5: 2, 16: 8}[cores]
+
+
+def test_the_usual_variable_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(batching.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    for threads, limit, cores in (("3", 3, 3), ("16", 16, 8), ("", None, 8), ("many", None, 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert (batching.core_limit(), batching.count_cores()) == (limit, cores)
 
 
 def test_pad():
