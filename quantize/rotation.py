@@ -9,21 +9,14 @@ Nothing is left to do at run time but one product a text at the very end.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from ..spec import ModelSpec
+from .fold import LAYER, MAKERS
 from .source import WeightSource
 
-LAYER = re.compile(r"(layers\.\d+)\.(.+)\.weight")
-READERS = {
-    "self_attn.q_proj": "input_layernorm",
-    "self_attn.k_proj": "input_layernorm",
-    "self_attn.v_proj": "input_layernorm",
-    "mlp.gate_proj": "post_attention_layernorm",
-    "mlp.up_proj": "post_attention_layernorm",
-}
+# What reads the residual stream, to the norm through which it does.
+NORMS = {reader: maker for reader, maker in MAKERS.items() if maker.endswith("layernorm")}
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -56,7 +49,7 @@ class RotatedWeights:
             return np.ones_like(self._source.read_fp32(name, rows))
         match = LAYER.fullmatch(name)
         layer, part = match.groups() if match else ("", "")
-        if part in READERS.values():
+        if part in NORMS.values():
             return np.ones_like(self._source.read_fp32(name, rows))
         if part == "self_attn.v_proj":
             whole = self._source.read_fp32(name)
@@ -64,7 +57,7 @@ class RotatedWeights:
             turned = np.matmul(self._head.T, heads).reshape(whole.shape)
             return (turned[rows] * self._gains(layer, part)) @ self._stream
         values = self._source.read_fp32(name, rows if part not in WRITERS else slice(None))
-        if part in READERS:
+        if part in NORMS:
             return (values * self._gains(layer, part)) @ self._stream
         if part == "self_attn.o_proj":
             heads = values.reshape(len(values), -1, self.spec.head_dim)
@@ -79,7 +72,7 @@ class RotatedWeights:
         return self.output_rotation @ self._source.answer_row(yes, no)
 
     def _gains(self, layer: str, part: str) -> np.ndarray:
-        return self._source.read_fp32(f"{layer}.{READERS[part]}.weight")
+        return self._source.read_fp32(f"{layer}.{NORMS[part]}.weight")
 
 
 def orthogonal(size: int, generator: np.random.Generator) -> np.ndarray:

@@ -185,12 +185,21 @@ def open_weights(spec: ModelSpec) -> Weights:
     Raises:
         CheckpointError: As their classes; or only the library that quantized it reads it.
     """
+    check_readable(spec)
+    return Weights(spec) if spec.quantization is None else StoredWeights(spec)
+
+
+def check_readable(spec: ModelSpec) -> None:
+    """Refuse a checkpoint of which only the library that quantized it reads the weights.
+
+    Raises:
+        CheckpointError: It is one.
+    """
     if isinstance(spec.quantization, LibraryQuantization):
         raise CheckpointError(
             f"{spec.source.folder}: a checkpoint in {spec.quantization.precision} gives no weights "
             "to export, only one by GPTQ or AWQ does; give the original in bf16, fp16 or fp32"
         )
-    return Weights(spec) if spec.quantization is None else StoredWeights(spec)
 
 
 def _part(name: str, part: str) -> str:

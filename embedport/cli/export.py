@@ -62,7 +62,9 @@ def export_onnx(
             show_default=False,
         ),
     ] = None,
-    algorithm: Annotated[str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq.")] = "rtn",
+    algorithm: Annotated[
+        str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq; auto takes rtn.")
+    ] = "rtn",
     rotate: Annotated[
         bool | None,
         typer.Option(
@@ -85,7 +87,8 @@ def export_onnx(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="recipe.json, or an artifact's embedport.json: quantize as it says.",
+            help="recipe.json, or an artifact's embedport.json: quantize as it says, with the same "
+            "--calibration.",
             show_default=False,
         ),
     ] = None,
@@ -144,7 +147,7 @@ def export_onnx(
     if as_json:
         typer.echo(json.dumps(_facts(artifact, seconds)))
     else:
-        _print(artifact, checkpoint, seconds)
+        _print(artifact, seconds)
 
 
 def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
@@ -161,7 +164,7 @@ def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
     }
 
 
-def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
+def _print(artifact: Artifact, seconds: float) -> None:
     from rich.text import Text
 
     manifest, graph, console = artifact.manifest, artifact.manifest.graph, stdout_console()
@@ -179,9 +182,9 @@ def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
     console.print("Next:")
     texts = '"What is the capital of China?"'
     texts += ' "The capital of China is Beijing."' if verb == "rerank" else " --prompt query"
-    folder = shlex.quote(str(artifact.folder))
+    folder, source = (shlex.quote(str(x)) for x in (artifact.folder, manifest.source.pinned))
     for command in (
         f"embedport {verb} {folder} {texts}",
-        f"embedport validate {folder} --reference {shlex.quote(checkpoint)}",
+        f"embedport validate {folder} --reference {source}",
     ):
         console.print(f"  {command}", soft_wrap=True)

@@ -100,10 +100,10 @@ def quantize(
         }
         typer.echo(json.dumps(facts))
     else:
-        _print(artifact, checkpoint, seconds)
+        _print(artifact, seconds)
 
 
-def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
+def _print(artifact: Artifact, seconds: float) -> None:
     from rich.text import Text
 
     manifest, console = artifact.manifest, stdout_console()
@@ -115,8 +115,6 @@ def _print(artifact: Artifact, checkpoint: str, seconds: float) -> None:
         soft_wrap=True,
     )
     console.print("Next:")
-    folder = shlex.quote(str(artifact.folder))
-    console.print(
-        f"  embedport validate {folder} --reference {shlex.quote(checkpoint)}", soft_wrap=True
-    )
+    folder, source = (shlex.quote(str(x)) for x in (artifact.folder, manifest.source.pinned))
+    console.print(f"  embedport validate {folder} --reference {source}", soft_wrap=True)
     console.print(f"With vLLM: see {artifact.folder / 'vllm.md'}", soft_wrap=True)

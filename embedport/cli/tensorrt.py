@@ -98,10 +98,14 @@ def export_tensorrt(
         }
         typer.echo(json.dumps(facts))
     else:
-        _print(artifact, reason, profile or [], seconds)
+        options = [f"--profile {each}" for each in profile or []]
+        options += ["--version-compatible"] * version_compatible
+        if hardware_compatible != "none":
+            options.append(f"--hardware-compatible {hardware_compatible}")
+        _print(artifact, reason, options, seconds)
 
 
-def _print(artifact: Artifact, reason: str | None, profiles: list[str], seconds: float) -> None:
+def _print(artifact: Artifact, reason: str | None, options: list[str], seconds: float) -> None:
     from rich.text import Text
 
     manifest, console = artifact.manifest, stdout_console()
@@ -121,9 +125,8 @@ def _print(artifact: Artifact, reason: str | None, profiles: list[str], seconds:
         return
     console.print(f"No engine was built: {reason}", soft_wrap=True)
     console.print("On a machine with a GPU, one of:", soft_wrap=True)
-    options = "".join(f" --profile {each}" for each in profiles)
     for command in (
-        f"embedport export tensorrt {folder} -o OUT{options}",
+        " ".join([f"embedport export tensorrt {folder} -o OUT", *options]),
         f"{folder}/engine/build.sh   (trtexec)",
         f"python {folder}/engine/check.py   (Polygraphy; compares its numbers too)",
     ):

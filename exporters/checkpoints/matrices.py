@@ -45,7 +45,7 @@ def carry_out(
         weights: The source.
         plan: How to quantize it.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        layers: Where GPTQ and AWQ keep finished layers: a run that is interrupted goes on there.
+        layers: Where GPTQ and AWQ keep finished layers: see `kept_layers`.
         advance: Called after each layer that GPTQ or AWQ has finished.
 
     Returns:

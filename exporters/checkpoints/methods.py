@@ -85,7 +85,8 @@ class Plan:
         bits: A weight's bits.
         group_size: Inputs that share a scale; None for one an output row, or bitsandbytes' blocks.
         double_quant: Whether bitsandbytes quantizes its scales too.
-        dtype: "bfloat16" or "float16": of what is not quantized, and of computation.
+        dtype: "bfloat16" or "float16": of what is not quantized, and of computation; what the
+            weights say, once they are read.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Plan:
     bits: int
     group_size: int | None
     double_quant: bool
-    dtype: ScaleDtype
+    dtype: ScaleDtype = "bfloat16"
 
     @property
     def precision(self) -> str:
@@ -119,7 +120,6 @@ class Plan:
 def plan_method(
     spec: ModelSpec,
     name: str,
-    dtype: ScaleDtype,
     *,
     bits: int | None = None,
     group_size: int | None = None,
@@ -144,9 +144,7 @@ def plan_method(
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if double_quant and name != "bnb-nf4":
         raise InputError(f"--double-quant goes with --method bnb-nf4, not with {name}")
-    plan = Plan(
-        name, method, bits or method.bits, group_size or method.group_size, double_quant, dtype
-    )
+    plan = Plan(name, method, bits or method.bits, group_size or method.group_size, double_quant)
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
         if plan.group_size is not None and columns % plan.group_size:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ..onnx.packing import signed
 from .methods import Plan, numpy_dtype
 
 Parts = dict[str, np.ndarray]
@@ -48,7 +49,7 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    words = pack_to_int32(torch.from_numpy(_signed(tensor)), tensor.scheme.bits)
+    words = pack_to_int32(torch.from_numpy(signed(tensor)), tensor.scheme.bits)
     return {
         "weight_packed": words.numpy(),
         "weight_scale": _stored_scales(tensor),
@@ -59,7 +60,7 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
 def int8_parts(tensor: QuantizedTensor) -> Parts:
     """compressed-tensors' "int-quantized"."""
     return {
-        "weight": _signed(tensor),
+        "weight": signed(tensor),
         "weight_scale": _stored_scales(tensor),
     }
 
@@ -90,11 +91,6 @@ def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
     data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=plan.double_quant)
     tensors = state.as_dict(packed=True)
     return {"weight": data.numpy()} | {f"weight.{k}": v.numpy() for k, v in tensors.items()}
-
-
-def _signed(tensor: QuantizedTensor) -> np.ndarray:
-    """Symmetric codes around zero: int8 [out, in]."""
-    return (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8)
 
 
 def _stored_scales(tensor: QuantizedTensor) -> np.ndarray:

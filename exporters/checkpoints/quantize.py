@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...artifact import Artifact, staged, write_manifest
+from ...artifact import Artifact, check_output, staged, write_manifest
 from ...bitsandbytes_ import importing_bitsandbytes
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
-from ...hub import fetch
 from ...layout import write_json
 from ...manifest import Manifest
 from ...quantize.schemes import ScaleDtype
 from ...quantize.source import WeightSource
-from ...spec import ModelSpec, Task, read_spec
+from ...spec import ModelSpec, Task
 from ...weights import Weights
-from ..onnx.calibrated import kept_bytes
+from ..configuration import fetch_weights, read_configuration
+from ..onnx.calibrated import kept_bytes, kept_layers
 from ..onnx.companions import write_companions
 from ..onnx.formats import matrices
 from ..onnx.quantization import CHUNK_VALUES, describe_calibration
@@ -90,37 +90,39 @@ def quantize_checkpoint(
         InputError: An option is wrong, the output exists, or the disk is too small.
         CheckpointError: The checkpoint is not a whole Qwen3 checkpoint, is quantized already, or
             holds NaN or infinity.
-        MissingPackageError: The library whose format it is is not installed.
+        MissingPackageError: The library whose format it is is not installed, or onnxruntime, which
+            runs the texts of "gptq" and "awq".
         VerificationError: What was written is not what should have been.
     """
-    spec = read_spec(fetch(checkpoint, revision), task)
+    output = Path(output).expanduser().absolute()
+    # Weights may be gigabytes to download: what can be wrong without them comes first.
+    spec = read_configuration(checkpoint, revision, task)
     if spec.quantization is not None:
         raise CheckpointError(
             f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
             f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
         )
-    weights = Weights(spec)
-    plan = plan_method(
-        spec,
-        method,
-        KEPT[weights.tensors["embed_tokens.weight"].dtype],
-        bits=bits,
-        group_size=group_size,
-        double_quant=double_quant,
-    )
+    plan = plan_method(spec, method, bits=bits, group_size=group_size, double_quant=double_quant)
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
         raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
     with importing_bitsandbytes():
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")
+    if plan.method.is_calibrated:
+        require("onnxruntime", "cpu")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
-    output = Path(output).expanduser().absolute()
-    layers = output.with_name(f".{output.name}.layers")
+    check_output(output, force)
+    fetch_weights(spec)
+    weights = Weights(spec)
+    plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
     needs = _needed_bytes(spec, plan)
     if plan.method.algorithm == "gptq":
         needs += kept_bytes(spec, rows)
-    with staged(output, force=force, needs=needs) as folder:
+    with (
+        kept_layers(output, used=plan.method.is_calibrated) as layers,
+        staged(output, force=force, needs=needs) as folder,
+    ):
         advance = counted(progress, "quantize", spec.num_layers)
         source, quantize = carry_out(weights, plan, rows, layers, advance)
         write_companions(spec, folder)
@@ -131,9 +133,9 @@ def quantize_checkpoint(
         _write_tensors(folder, plan, form, source, quantize, progress)
         write_manifest(
             folder,
-            _manifest(weights, plan, _calibration_record(rows, calibration)),
+            _manifest(weights, plan, describe_calibration(rows, calibration) if rows else None),
+            output.name,
         )
-    shutil.rmtree(layers, ignore_errors=True)
     return Artifact.open(output)
 
 
@@ -212,14 +214,6 @@ def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:
         else:
             total += 2 * math.prod(shape)
     return total
-
-
-def _calibration_record(
-    rows: list[np.ndarray], calibration: str | Path | None
-) -> dict[str, Any] | None:
-    if not rows:
-        return None
-    return describe_calibration(rows, Path(calibration).name if calibration else "built-in")
 
 
 def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) -> Manifest:

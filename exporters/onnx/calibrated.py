@@ -1,17 +1,22 @@
-"""GPTQ and AWQ layer by layer, on the operators that the artifact will have.
+"""GPTQ and AWQ layer by layer, on onnxruntime's operators in fp32.
 
 For GPTQ each layer's inputs are what the quantized layers before it give, so that it makes good for
 them.
 Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes).
-A finished layer is written down with the states behind it: a run that is interrupted goes on there.
+A finished layer is written down: a run that is interrupted takes it from there. GPTQ writes the
+states behind it too and goes on from these; AWQ, whose inputs are the fp32 model's, runs the texts
+through the layers again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +24,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ...artifact import lock
 from ...errors import CheckpointError, InputError
+from ...files import written
 from ...quantize.awq import search_factors
 from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
 from ...quantize.gptq import quantize_gptq
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec
+from ...version import __version__
 from ...weights import Weights
 from .formats import Format, matrices
 from .graph import Design
@@ -34,10 +42,52 @@ from .ort_dialect import OrtDialect
 from .precision import PRECISIONS
 from .quantized import QuantizedMatrices
 
-STATE = "request.json"
+REQUEST = "request.txt"
+LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
 # Tokens of which AWQ judges.
 SAMPLE = 512
 PARTS = ("codes", "scales", "zero_points")
+
+
+@contextlib.contextmanager
+def kept_layers(output: Path, *, used: bool) -> Generator[Path]:
+    """The folder beside an artifact where finished layers are kept, held until the block ends.
+
+    It is deleted when the block ends without an error; after one, the next run goes on there.
+
+    Args:
+        output: The artifact's final place.
+        used: Whether layers will be kept. Otherwise only what an earlier run left is deleted.
+
+    Raises:
+        InputError: Another process holds it, or it cannot be made.
+    """
+    folder = output.with_name(f".{output.name}.layers")
+    try:
+        if used:
+            folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder) if folder.is_dir() else None
+    except BlockingIOError:
+        if used:
+            raise InputError(
+                f"{folder} should be this run's alone, and another one that makes {output.name} "
+                "holds it: wait for it to end, or choose another place"
+            ) from None
+        held = None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from error
+    ours = used or held is not None
+    try:
+        yield folder
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        # An empty one is nothing to go on from.
+        with contextlib.suppress(OSError):
+            if ours:
+                folder.rmdir()
+        if held is not None:
+            os.close(held)
 
 
 class CalibratedMatrices:
@@ -74,26 +124,27 @@ def quantize_layers(
         source: The weights that are quantized: the checkpoint's, or transformed.
         formats: Of the projections; the embedding table is none of them.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        folder: Where finished layers are kept.
+        folder: Where finished layers are kept: see `kept_layers`.
         advance: Called after each layer.
 
     Raises:
-        CheckpointError: An activation is not finite.
+        CheckpointError: An activation is not finite, or a Hessian cannot be inverted.
+        InputError: A layer cannot be written.
     """
-    request = _request(weights, source, formats, rows)
-    _prepare(folder, request)
+    _prepare(folder, _request(weights, source, formats, rows))
     schemes = {name: each.scheme for name, each in formats.items()}
     found = CalibratedMatrices(folder, schemes)
     fp32 = Design(source, OrtDialect(), PRECISIONS["fp32"])
     precision = replace(PRECISIONS["fp32"], formats=formats)
     quantized = replace(fp32, precision=precision, matrices=QuantizedMatrices(found))
-    finished = sorted(folder.glob("states-*.safetensors"))
+    finished = sorted(folder.glob(STATES))
     if finished:
         stored = load_file(finished[-1])
         states = [stored[str(i)] for i in range(len(rows))]
         first = int(finished[-1].stem.partition("-")[2]) + 1
     else:
         states, first = embed_rows(source, rows), 0
+        _check_finite(source, "embed_tokens gives", states)
     for _ in range(first):
         advance()
     for number in range(first, source.spec.num_layers):
@@ -104,18 +155,13 @@ def quantize_layers(
                 for name in names:
                     if name not in schemes:
                         continue
-                    weight = source.read_fp32(f"{name}.weight")
-                    tensor = quantize_gptq(weight, hessian, schemes[name])
+                    tensor = _quantize(source, name, hessian, schemes[name])
                     for part in PARTS:
                         tensors[f"{name}.{part}"] = getattr(tensor, part)
         _save(tensors, file)
         with Layer(quantized, number, folder) as layer:
             run_layer(layer, rows, states)
-        if not all(np.isfinite(state).all() for state in states):
-            raise CheckpointError(
-                f"{source.spec.source.folder}: layer {number} gives NaN or infinity on the "
-                "calibration texts"
-            )
+        _check_finite(source, f"layer {number} gives", states)
         _save({str(i): state for i, state in enumerate(states)}, after)
         (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
         advance()
@@ -130,24 +176,34 @@ def scale_layers(
     folder: Path,
     advance: Callable[[], None],
 ) -> tuple[FoldedWeights, Callable[[str], np.ndarray]]:
-    """Find AWQ's factors; arguments and errors as for `quantize_layers`.
+    """Find AWQ's factors; arguments as for `quantize_layers`.
 
     Returns:
         (the weights with the factors folded in; a quantized projection to the mean square of each
         of its inputs behind them, float32 [in]).
+
+    Raises:
+        CheckpointError: An activation is not finite.
+        InputError: A layer cannot be written.
     """
     # Names what a layer's file holds: one of another kind is not taken over.
     _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares, spread")
     design = Design(source, OrtDialect(), PRECISIONS["fp32"])
     states = embed_rows(source, rows)
+    _check_finite(source, "embed_tokens gives", states)
     factors: dict[tuple[str, str], np.ndarray] = {}
     squares: dict[tuple[str, str], np.ndarray] = {}
     for number in range(source.spec.num_layers):
         file, prefix = _layer_file(folder, number), f"layers.{number}"
-        if not file.is_file():
+        finished = file.is_file()
+        with Layer(design, number, folder) as layer:
+            samples = {} if finished else _samples(layer, rows, states)
+            run_layer(layer, rows, states)
+        for name, inputs in samples.items():
+            _check_finite(source, f"{name} takes", [inputs])
+        _check_finite(source, f"layer {number} gives", states)
+        if not finished:
             stored = {}
-            with Layer(design, number, folder) as layer:
-                samples = _samples(layer, rows, states)
             for maker, readers in READERS.items():
                 names = [f"{prefix}.{reader}" for reader in readers]
                 quantized = [name for name in names if name in formats]
@@ -159,9 +215,6 @@ def scale_layers(
         for name, values in load_file(file).items():
             maker, _, kind = name.rpartition(".")
             (factors if kind == "factors" else squares)[prefix, maker] = values
-        if number + 1 < source.spec.num_layers:
-            with Layer(design, number, folder) as layer:
-                run_layer(layer, rows, states)
         advance()
 
     def find(layer: str, maker: str) -> np.ndarray:
@@ -175,6 +228,23 @@ def scale_layers(
         return squares[key] / widen(source.spec, part, factors[key]) ** 2
 
     return FoldedWeights(source, find), importance
+
+
+def _check_finite(source: WeightSource, what: str, values: Iterable[np.ndarray]) -> None:
+    if not all(np.isfinite(each).all() for each in values):
+        raise CheckpointError(
+            f"{source.spec.source.folder}: {what} NaN or infinity on the calibration texts; the "
+            "checkpoint is damaged, download it again"
+        )
+
+
+def _quantize(
+    source: WeightSource, name: str, hessian: np.ndarray, scheme: QuantScheme
+) -> QuantizedTensor:
+    try:
+        return quantize_gptq(source.read_fp32(f"{name}.weight"), hessian, scheme)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.spec.source.folder}: {name}: {error}") from error
 
 
 def _samples(
@@ -255,7 +325,7 @@ def _request(
     rows: Sequence[np.ndarray],
 ) -> str:
     """A hash of all that decides the result."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{__version__}\n".encode())
     for path in weights.files:
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -269,12 +339,19 @@ def _request(
 
 
 def _prepare(folder: Path, request: str) -> None:
-    """Keep the layers of the same request, and no others."""
-    state = folder / STATE
-    if state.is_file() and json.loads(state.read_text(encoding="utf-8")) == request:
-        return
+    """Keep the layers of the same request that a run goes on from, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.suffix in (".safetensors", ".partial"):
+    state = folder / REQUEST
+    kept: set[Path] = set()
+    # One that cannot be read is another request.
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if state.read_text(encoding="utf-8") == request:
+            kept = {state, *folder.glob(LAYERS), *sorted(folder.glob(STATES))[-1:]}
+    for path in set(folder.iterdir()) - kept:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
-    state.write_text(json.dumps(request), encoding="utf-8")
+    if not kept:
+        with written(state) as file:
+            file.write(request.encode())

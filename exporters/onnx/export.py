@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...artifact import Artifact, staged, write_manifest
-from ...errors import EmbedportError, InputError
-from ...hub import fetch
+from ...artifact import Artifact, check_output, staged, write_manifest
+from ...errors import EmbedportError, InputError, require
 from ...integrity import record_files
 from ...manifest import GraphRecord, Manifest
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
-from ...quantize.stored import StoredWeights, open_weights
-from ...spec import ModelSpec, Task, read_spec
+from ...quantize.stored import StoredWeights, check_readable, open_weights
+from ...spec import ModelSpec, Task
+from ...stored import StoredQuantization
 from ...weights import Weights
+from ..configuration import fetch_weights, read_configuration
 from ..provenance import Progress, counted, source_record, versions
-from .calibrated import kept_bytes
+from .calibrated import kept_bytes, kept_layers
 from .calibration import choose_fp16, measure_activations
 from .companions import write_companions
 from .continuation import plan_continuation, write_continuation
@@ -38,13 +38,14 @@ from .quantization import (
     stored_recipe,
 )
 from .recipe import CALIBRATED, Recipe
-from .search import Search, search_formats
-from .texts import ranking_target, reranker_head, tokenize_samples
+from .search import RankingTarget, Search, search_formats
+from .texts import reranker_head, tokenize_retrieval, tokenize_samples
 from .verify import verify_continuation, verify_graph
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
 # Massive activations show in a text's first tokens; a reranker's document begins after some 65.
+# The check runs no more either: the standard dialect holds the scores of all pairs of tokens.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
 MIN_COSINE = 0.999
 # The precision that takes a quantized checkpoint's codes as they are.
@@ -103,7 +104,7 @@ def export_onnx(
         max_length: Tokens after which a text is cut by default; the model's own if not given.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
-        algorithm: Of a quantized precision: "rtn", "hqq", "gptq" or "awq".
+        algorithm: Of a quantized precision: "rtn", "hqq", "gptq" or "awq"; "auto" takes "rtn".
         rotate: Whether to rotate the residual stream before quantizing, against outliers; by
             default for "int8".
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
@@ -120,90 +121,79 @@ def export_onnx(
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
         CheckpointError: The checkpoint is not a whole Qwen3 checkpoint.
+        MissingPackageError: onnxruntime is not installed, or ir-measures for `retrieval`.
         VerificationError: The written graph does not run or gives NaN.
     """
     output = Path(output).expanduser().absolute()
-    spec = read_spec(fetch(checkpoint, revision), task)
-    weights = open_weights(spec)
+    if precision == AUTO and algorithm != "rtn":
+        raise InputError(
+            "--precision auto measures matrices that are rounded to nearest: it takes no "
+            f"--algorithm {algorithm}; leave it out, or give it with --precision int4"
+        )
+    # Weights may be gigabytes to download: what can be wrong without them comes first.
+    spec = read_configuration(checkpoint, revision, task)
+    check_readable(spec)
     chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)
-    options = {"group_size": group_size, "embedding_bits": embedding_bits}
-    quantizes = algorithm != "rtn" or rotate is not None
-    targets = {"--min-cosine": min_cosine, "--max-ndcg-loss": max_ndcg_loss}
-    for name, value in (*targets.items(), ("--retrieval", retrieval)):
-        if value is not None and precision != AUTO:
-            raise InputError(f"{name} goes with --precision auto, not with {precision}")
-    if (max_ndcg_loss is None) != (retrieval is None):
-        raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
-    plan = None
-    if recipe is not None:
-        if quantizes or any(options.values()) or arithmetic or precision != "fp32":
-            raise InputError("a recipe decides everything: give no other option of quantization")
-        plan, precision = Recipe.from_file(Path(recipe)), MIXED
-    elif precision == MIXED:
-        raise InputError("precision mixed is what a recipe or --precision auto makes: take these")
-    elif precision in QUANTIZED:
-        formats = plan_formats(spec, precision, dialect=dialect, **options)
-        plan = Recipe(
-            {name: str(each) for name, each in formats.items()},
-            algorithm,
-            rotate=precision == "int8" if rotate is None else rotate,
-            balance=precision == "int8",
-            # GPUs multiply float8 and nothing else does: the rest is in 16 bits too.
-            arithmetic=arithmetic or ("bf16" if precision == FP8 else "fp32"),
-        )
-        if isinstance(weights, StoredWeights) and STORED_BITS.get(precision) == weights.bits:
-            if quantizes or group_size is not None:
-                raise InputError(
-                    f"{spec.source.id} is quantized to {weights.bits} bits already, and its own "
-                    "codes are taken: give none of --algorithm, --rotate and --group-size"
-                )
-            plan = stored_recipe(weights, plan)
-    elif any(options.values()) or arithmetic or (quantizes and precision != AUTO):
-        raise InputError(
-            f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
-            "--embedding-bits and --arithmetic that was given; they go with "
-            f"{', '.join(QUANTIZED)}"
-        )
-    elif precision == AUTO and dialect != "ort":
-        raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
+    _check_targets(precision, min_cosine, max_ndcg_loss, retrieval)
+    plan = _plan(
+        spec,
+        precision,
+        dialect,
+        recipe,
+        arithmetic=arithmetic,
+        algorithm=algorithm,
+        rotate=rotate,
+        group_size=group_size,
+        embedding_bits=embedding_bits,
+    )
+    # What the artifact's is called.
+    named = MIXED if recipe is not None or precision == AUTO else precision
     calibrates = plan is not None and plan.algorithm in CALIBRATED
     if calibration is not None and not calibrates and precision not in ("fp16", AUTO):
         raise InputError(
-            f"this export in {precision} runs no texts: --calibration goes with --precision fp16 "
+            f"this export in {named} runs no texts: --calibration goes with --precision fp16 "
             f"and auto, and with --algorithm {' and '.join(CALIBRATED)}"
         )
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
-    chosen = find_precision(precision, "fp32" if plan is None else plan.arithmetic)
-    if plan is not None:
-        chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
-        _check_quantized(plan, chosen, dialect)
+    chosen = _choose(spec, named, plan, dialect)
+    if plan is not None and calibrates:
+        _check_texts(plan, rows, calibration)
+    retrieved = None if retrieval is None else tokenize_retrieval(spec, max_length, retrieval)
+    require("onnxruntime", "cpu")
+    check_output(output, force)
+    fetch_weights(spec)
+    weights = open_weights(spec)
+    if isinstance(weights, StoredWeights) and plan is not None and _gives_codes(spec, precision):
+        plan = stored_recipe(weights, plan)
+        chosen = _choose(spec, named, plan, dialect)
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
     if plan is not None and plan.algorithm == "gptq":
         needs += kept_bytes(spec, rows)
-    layers = output.with_name(f".{output.name}.layers")
-    search = ranking = None
-    if max_ndcg_loss is not None and retrieval is not None:
-        ranking = ranking_target(weights, max_length, retrieval, max_ndcg_loss)
-    elif precision == AUTO and min_cosine is None:
-        min_cosine = MIN_COSINE
-    with staged(output, force=force, needs=needs) as folder:
+    with (
+        kept_layers(output, used=calibrates) as layers,
+        staged(output, force=force, needs=needs) as folder,
+    ):
         source: WeightSource = weights
-        matrices = None
+        matrices = search = None
         if precision == AUTO:
             source = rotated(weights, rotate=bool(rotate))
+            ranking = None
+            if retrieved is not None and max_ndcg_loss is not None:
+                head = reranker_head(weights) if spec.task == "reranker" else None
+                ranking = RankingTarget(*retrieved, head, max_ndcg_loss)
             search = search_formats(
                 Design(source, chosen_dialect, chosen),
                 lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
                 rows,
-                min_cosine,
+                MIN_COSINE if min_cosine is None and ranking is None else min_cosine,
                 ranking,
                 folder,
                 counted(progress, "search", spec.num_layers),
             )
-            plan, precision = Recipe(search.formats, algorithm, bool(rotate)), MIXED
-            chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
+            plan = Recipe(search.formats, rotate=bool(rotate))
+            chosen = _choose(spec, named, plan, dialect)
         if plan is not None:
             advance = counted(progress, "quantize", spec.num_layers)
             source, matrices = carry_out(weights, plan, chosen.formats, rows, layers, advance)
@@ -221,17 +211,18 @@ def export_onnx(
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are remembered: the manifest's are ready when the text has run.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
-            result = verify_graph(folder / GRAPH, rows[0], lambda scope: advance())
+            ids = rows[0][: CALIBRATION_TOKENS[spec.task]]
+            result = verify_graph(folder / GRAPH, ids, lambda scope: advance())
             if continuation is not None:
                 continued = folder / continuation.path
                 write_continuation(design, folder / GRAPH, continued)
-                verify_continuation(continued, rows[0], result, lambda scope: advance())
+                verify_continuation(continued, ids, result, lambda scope: advance())
         write_manifest(
             folder,
             Manifest(
                 task=spec.task,
                 format="onnx",
-                precision=precision,
+                precision=named,
                 graph=GraphRecord(
                     path=GRAPH,
                     dialect=dialect,
@@ -256,8 +247,8 @@ def export_onnx(
                 files={},
                 recipe=_recipe_record(plan, search, rows, calibration),
             ),
+            output.name,
         )
-    shutil.rmtree(layers, ignore_errors=True)
     return Artifact.open(output)
 
 
@@ -269,12 +260,10 @@ def _recipe_record(
 ) -> dict[str, Any] | None:
     if plan is None:
         return None
-    used = None
-    if search is not None or plan.algorithm in CALIBRATED:
-        used = describe_calibration(rows, Path(calibration).name if calibration else "built-in")
+    runs_texts = search is not None or plan.algorithm in CALIBRATED
     return {
         **plan.to_record(),
-        "calibration": used,
+        "calibration": describe_calibration(rows, calibration) if runs_texts else None,
         "search": None if search is None else search.to_record(),
     }
 
@@ -291,6 +280,113 @@ def _check_options(spec: ModelSpec, outputs: str, dim: int | None, max_length: i
     if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
         raise InputError(
             f"max_length should be from 1 to {spec.max_position_embeddings}, found {max_length}"
+        )
+
+
+def _check_targets(
+    precision: str,
+    min_cosine: float | None,
+    max_ndcg_loss: float | None,
+    retrieval: str | Path | None,
+) -> None:
+    targets = {"--min-cosine": min_cosine, "--max-ndcg-loss": max_ndcg_loss}
+    for name, value in (*targets.items(), ("--retrieval", retrieval)):
+        if value is not None and precision != AUTO:
+            raise InputError(f"{name} goes with --precision auto, not with {precision}")
+    if (max_ndcg_loss is None) != (retrieval is None):
+        raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
+    if min_cosine is not None and not 0 < min_cosine <= 1:
+        raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
+    if max_ndcg_loss is not None and not 0 <= max_ndcg_loss <= 1:
+        raise InputError(f"max_ndcg_loss should be from 0 to 1, found {max_ndcg_loss}")
+
+
+def _plan(
+    spec: ModelSpec,
+    precision: str,
+    dialect: str,
+    recipe: str | Path | None,
+    *,
+    arithmetic: str | None,
+    algorithm: str,
+    rotate: bool | None,
+    group_size: int | None,
+    embedding_bits: int | None,
+) -> Recipe | None:
+    """How a graph is quantized; None if it is not, or if "auto" is to find that out.
+
+    Arguments as for `export_onnx`. Of a quantized checkpoint that gives its own codes it is what
+    goes for all else: see `stored_recipe`.
+
+    Raises:
+        InputError: Options do not go together, or the recipe is none.
+    """
+    quantizes = algorithm != "rtn" or rotate is not None
+    given = any(each is not None for each in (arithmetic, group_size, embedding_bits))
+    if recipe is not None:
+        if quantizes or given or precision != "fp32":
+            raise InputError("a recipe decides everything: give no other option of quantization")
+        return Recipe.from_file(Path(recipe))
+    if precision == MIXED:
+        raise InputError("precision mixed is what a recipe or --precision auto makes: take these")
+    if precision in QUANTIZED:
+        formats = plan_formats(
+            spec,
+            precision,
+            dialect=dialect,
+            group_size=group_size,
+            embedding_bits=embedding_bits,
+        )
+        # GPUs multiply float8 and nothing else does: the rest is in 16 bits too.
+        usual = "bf16" if precision == FP8 else "fp32"
+        plan = Recipe(
+            {name: str(each) for name, each in formats.items()},
+            algorithm,
+            rotate=precision == "int8" if rotate is None else rotate,
+            balance=precision == "int8",
+            arithmetic=usual if arithmetic is None else arithmetic,
+        )
+        if _gives_codes(spec, precision) and (quantizes or group_size is not None):
+            raise InputError(
+                f"{spec.source.id} is quantized to {STORED_BITS[precision]} bits already, and its "
+                "own codes are taken: give none of --algorithm, --rotate and --group-size"
+            )
+        return plan
+    if given or (quantizes and precision != AUTO):
+        raise InputError(
+            f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
+            "--embedding-bits and --arithmetic that was given; they go with "
+            f"{', '.join(QUANTIZED)}"
+        )
+    if precision == AUTO and dialect != "ort":
+        raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
+    return None
+
+
+def _gives_codes(spec: ModelSpec, precision: str) -> bool:
+    """Whether a checkpoint is quantized to a precision's bits already."""
+    stored = spec.quantization
+    return isinstance(stored, StoredQuantization) and STORED_BITS.get(precision) == stored.bits
+
+
+def _choose(spec: ModelSpec, precision: str, plan: Recipe | None, dialect: str) -> Precision:
+    """The dtypes and formats of a graph."""
+    if plan is None:
+        return find_precision(precision)
+    chosen = find_precision(precision, plan.arithmetic)
+    chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
+    _check_quantized(plan, chosen, dialect)
+    return chosen
+
+
+def _check_texts(plan: Recipe, rows: list[np.ndarray], calibration: str | Path | None) -> None:
+    """A recipe that was carried out on texts is carried out on the same ones again."""
+    recorded, found = plan.calibration, describe_calibration(rows, calibration)
+    if recorded is not None and recorded["sha256"] != found["sha256"]:
+        raise InputError(
+            f"the recipe was calibrated on texts from {recorded['source']}, and those from "
+            f"{found['source']} give other tokens: give the same with --calibration and, if it was "
+            'given, --max-length; or take "calibration" out of the recipe to calibrate anew'
         )
 
 

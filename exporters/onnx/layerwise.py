@@ -1,7 +1,7 @@
 """A model run layer by layer with onnxruntime, before there is an artifact.
 
-Each layer is an ONNX graph of its own in a temporary folder, with the operators that the artifact
-will have; memory stays at one layer and the texts' hidden states, whatever the model's size.
+Each layer is an ONNX graph of its own in a temporary folder, with the design's operators; memory
+stays at one layer and the texts' hidden states, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]
     Args:
         layer: The layer, open.
         rows: Token ids, int64 [tokens] each.
-        states: Of each text before the layer, float32 [tokens, hidden_size]; replaced in the list.
+        states: Of each text before the layer, float32 [1, tokens, hidden_size]; replaced in the
+            list.
     """
     for i, ids in enumerate(rows):
         states[i] = layer.run(ids, states[i])
 
 
 class Layer(AbstractContextManager["Layer"]):
-    """One layer in a session; `with` deletes its graph.
+    """One layer in a session; `with` closes it and deletes its graph.
 
     Args:
         design: The model.
@@ -102,6 +103,8 @@ class Layer(AbstractContextManager["Layer"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # The variable that `with` named outlives the block, and the next layer is opened then.
+        del self._session
         self._temporary.cleanup()
 
 

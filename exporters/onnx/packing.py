@@ -11,7 +11,7 @@ from .tensors import transposed
 
 def signed(tensor: QuantizedTensor) -> np.ndarray:
     """Symmetric codes around zero: int8 [out, in], of 4 bits in -8..7."""
-    return (tensor.codes - np.uint8(1 << (tensor.scheme.bits - 1))).view(np.int8)
+    return (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8)
 
 
 def signed_transposed(tensor: QuantizedTensor) -> np.ndarray:

@@ -45,8 +45,7 @@ def carry_out(
         recipe: How to quantize.
         formats: The recipe's formats.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        folder: Where finished layers are kept, for "gptq" and "awq": a run that is interrupted goes
-            on there.
+        folder: Where finished layers are kept, for "gptq" and "awq": see `kept_layers`.
         advance: Called after each layer, for "gptq" and "awq".
 
     Returns:
@@ -81,7 +80,7 @@ def carry_out(
 def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
     """The recipe that takes a quantized checkpoint's codes, and a plan's format of the table.
 
-    Projections that the checkpoint left in floating point stay in fp32.
+    Projections that the checkpoint left in floating point are not quantized here either.
     """
     table = {name: text for name, text in plan.formats.items() if name == TABLE}
     projections = {*matrices(weights.spec)}
@@ -129,14 +128,21 @@ def quantize_rows(
     )
 
 
-def describe_calibration(rows: Sequence[np.ndarray], source: str) -> dict[str, Any]:
-    """What a manifest says of the calibration texts: their hash, and none of them."""
+def describe_calibration(
+    rows: Sequence[np.ndarray], calibration: str | Path | None
+) -> dict[str, Any]:
+    """What a manifest says of the calibration texts: their hash, and none of them.
+
+    Args:
+        rows: Token ids, int64 [tokens] each.
+        calibration: Their file; None for the built-in ones.
+    """
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.int64(len(row)).tobytes())
         digest.update(np.ascontiguousarray(row, np.int64).tobytes())
     return {
-        "source": source,
+        "source": Path(calibration).name if calibration else "built-in",
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
         "sha256": digest.hexdigest(),

@@ -17,7 +17,7 @@ ARITHMETIC = ("fp32", "bf16")
 # The codes of a checkpoint that is quantized already.
 STORED = "stored"
 # What an artifact's record says beside the recipe.
-RECORDED = ("calibration", "search")
+RECORDED = ("search",)
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,17 @@ class Recipe:
 
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
-            matrix that is not named stays in fp32.
+            matrix that is not named is not quantized, and is in `arithmetic`.
         algorithm: "rtn", "hqq", "gptq" or "awq"; or "stored", the codes of a checkpoint that is
             quantized already. The embedding table has nothing to calibrate, and no such checkpoint
             has codes of it: all but "rtn" round it as "hqq" does.
         rotate: Whether the residual stream and the attention's values are rotated.
         balance: Whether outlier channels are moved from activations into weights (see
             quantize.balance); for "int8", whose activations are quantized.
-        seed: Of the rotation and of what calibration draws.
+        seed: Of the rotation.
         arithmetic: What the graph computes in, "fp32" (for CPUs) or "bf16" (for GPUs).
+        calibration: Of a recipe that was carried out on texts, their record (see
+            `describe_calibration`), so that it is not done again on others unnoticed.
     """
 
     formats: Mapping[str, str]
@@ -43,6 +45,7 @@ class Recipe:
     balance: bool = False
     seed: int = 0
     arithmetic: str = "fp32"
+    calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in (*ALGORITHMS, STORED):
@@ -51,6 +54,11 @@ class Recipe:
             )
         if self.arithmetic not in ARITHMETIC:
             raise InputError(f"arithmetic should be fp32 or bf16, found {self.arithmetic!r}")
+        if self.algorithm == STORED and (self.rotate or self.balance):
+            raise InputError(
+                f"algorithm {STORED!r} takes a checkpoint's codes as they are: rotate and balance "
+                f"should be false, found {self.rotate} and {self.balance}"
+            )
 
     def to_record(self) -> dict[str, Any]:
         """What a manifest or recipe.json keeps."""
@@ -85,4 +93,12 @@ class Recipe:
         for key, kind in (("rotate", bool), ("balance", bool), ("seed", int)):
             if key in values and type(values[key]) is not kind:
                 raise InputError(f"{path}: {key} should be {kind.__name__}, found {values[key]!r}")
+        texts = values.get("calibration")
+        if texts is not None and not (
+            isinstance(texts, dict) and {"source", "sha256"} <= texts.keys()
+        ):
+            raise InputError(
+                f"{path}: calibration should be null or an artifact's record with source and "
+                f"sha256, found {texts!r}"
+            )
         return cls(**values)

@@ -150,8 +150,6 @@ def search_formats(
     Raises:
         InputError: Not even fp32 keeps the target.
     """
-    if min_cosine is not None and not 0 < min_cosine <= 1:
-        raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
     rows = _bounded(rows)
     sensitivities, reference = _measure(design, quantize, rows, folder, advance)
     steps = _order(design, sensitivities)

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ...beir import read_beir
+from ...beir import RetrievalSet, read_beir
 from ...demo.samples import Sample, builtin_pairs, builtin_samples, read_pairs, read_samples
 from ...errors import require
-from ...prompts import EmbeddingTokenizer, RerankerTokenizer, load_tokenizer, token_id
+from ...prompts import (
+    EmbeddingTokenizer,
+    RerankerTokenizer,
+    load_tokenizer,
+    resolve_prompt,
+    token_id,
+)
 from ...quantize.source import WeightSource
 from ...ranking import candidate_pairs
 from ...spec import ModelSpec
-from .search import RankingTarget
 
 
 def reranker_head(weights: WeightSource) -> np.ndarray:
@@ -42,33 +47,33 @@ def tokenize_samples(
     return [row for text in texts for row in _encode(tokenizer, spec, text)]
 
 
-def ranking_target(
-    weights: WeightSource, max_length: int, folder: str | Path, max_loss: float
-) -> RankingTarget:
-    """A retrieval set's queries and documents, or a reranker's candidates, as token ids.
+def tokenize_retrieval(
+    spec: ModelSpec, max_length: int, folder: str | Path
+) -> tuple[RetrievalSet, list[np.ndarray]]:
+    """A retrieval set, and its queries and documents, or a reranker's candidates, as token ids.
 
     Args:
-        weights: The checkpoint.
+        spec: The checkpoint's spec.
         max_length: Tokens after which a text is cut.
         folder: In the BEIR layout, or "builtin".
-        max_loss: Of nDCG@10.
+
+    Returns:
+        (the set; int64 [tokens] each, as `RankingTarget.rows`).
 
     Raises:
         InputError: The set is not whole, or has no candidates for a reranker.
         MissingPackageError: ir-measures is not installed.
     """
-    spec, data = weights.spec, read_beir(folder)
+    data = read_beir(folder)
     require("ir_measures", "retrieval")  # before long work
     path = spec.source.folder / "tokenizer.json"
     if spec.task == "reranker":
-        rows = RerankerTokenizer(path, max_length).encode(candidate_pairs(data)).ids
-        return RankingTarget(data, rows, reranker_head(weights), max_loss)
+        return data, RerankerTokenizer(path, max_length).encode(candidate_pairs(data)).ids
     tokenizer = EmbeddingTokenizer(path, max_length)
     samples = [Sample(text, "query") for text in data.queries.values()]
     samples += [Sample(text, "document") for text in data.documents.values()]
-    rows = [row for sample in samples for row in _encode(tokenizer, spec, sample)]
-    return RankingTarget(data, rows, None, max_loss)
+    return data, [row for sample in samples for row in _encode(tokenizer, spec, sample)]
 
 
 def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
-    return tokenizer.encode([sample.text], spec.prompts.get(sample.prompt, "")).ids
+    return tokenizer.encode([sample.text], resolve_prompt(spec.prompts, sample.prompt)).ids

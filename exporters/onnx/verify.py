@@ -102,20 +102,34 @@ def _run_parts(
 ) -> list[np.ndarray]:
     """The graph's outputs, computed part by part."""
     values = dict(feeds)
-    for scope, part in segments(model):
-        session = _create_session(part, path)
-        names = [value.name for value in session.get_outputs()]
-        outputs = session.run(None, {each.name: values[each.name] for each in session.get_inputs()})
-        for name, found in zip(names, outputs, strict=True):
-            if found.dtype.kind == "f" and not np.isfinite(found).all():
-                raise VerificationError(
-                    f"{path}: {scope} gives {np.count_nonzero(~np.isfinite(found)):,} NaN or "
-                    f"infinite values in {name}: in fp16 it overflows (take --precision bf16 or "
-                    "fp32), otherwise the checkpoint's weights are damaged"
-                )
-        values |= zip(names, outputs, strict=True)
+    outputs = [str(value.name) for value in model.graph.outputs]
+    parts = list(segments(model))
+    # A value to the last part that reads it.
+    needed = {
+        str(value.name): i for i, (_, part) in enumerate(parts) for value in part.graph.inputs
+    }
+    needed |= dict.fromkeys(outputs, len(parts))
+    for i, (scope, part) in enumerate(parts):
+        values |= _run_part(part, path, scope, values)
+        values = {name: value for name, value in values.items() if needed.get(name, 0) > i}
         advance(scope)
-    return [values[str(value.name)] for value in model.graph.outputs]
+    return [values[name] for name in outputs]
+
+
+def _run_part(
+    part: ir.Model, path: Path, scope: str, values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    session = _create_session(part, path)
+    names = [value.name for value in session.get_outputs()]
+    outputs = session.run(None, {each.name: values[each.name] for each in session.get_inputs()})
+    for name, found in zip(names, outputs, strict=True):
+        if found.dtype.kind == "f" and not np.isfinite(found).all():
+            raise VerificationError(
+                f"{path}: {scope} gives {np.count_nonzero(~np.isfinite(found)):,} NaN or "
+                f"infinite values in {name}: in fp16 it overflows (take --precision bf16 or "
+                "fp32), otherwise the checkpoint's weights are damaged"
+            )
+    return dict(zip(names, outputs, strict=True))
 
 
 def _create_session(model: ir.Model, path: Path) -> Any:

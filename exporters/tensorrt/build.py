@@ -15,7 +15,7 @@ from ...gpu import current_device, tensorrt_version
 from ...integrity import cache_folder
 from ..provenance import Progress
 from .options import EngineOptions
-from .versions import allow_decomposition, hardware_level, network_flags
+from .versions import allow_decomposition, check_version, hardware_level, network_flags
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def obstacle() -> str | None:
     """Why no engine can be built here; None if one can."""
     try:
-        tensorrt_version()
+        check_version(tensorrt_version())
         current_device()
     except (DeviceError, MissingPackageError) as error:
         return str(error)
@@ -39,7 +39,7 @@ def build_engine(
     options: EngineOptions,
     progress: Progress,
 ) -> EngineRecord:
-    """Build an engine on the GPU that is here.
+    """Build an engine on the GPU that is here, where there is no `obstacle`.
 
     Args:
         graph: An ONNX graph; its external data is found beside it.
@@ -50,9 +50,10 @@ def build_engine(
         progress: Called with (phase, done, total) of TensorRT's own phases.
 
     Raises:
-        DeviceError: There is no GPU, or TensorRT is too old.
+        DeviceError: There is no GPU.
         MissingPackageError: TensorRT or cuda-bindings is missing.
         VerificationError: TensorRT does not take the graph.
+        BaseException: What `progress` raised.
     """
     version, device = tensorrt_version(), current_device()
     import tensorrt as trt
@@ -87,8 +88,8 @@ def build_engine(
     config.progress_monitor = monitor = _monitor(watch)
     serialized = builder.build_serialized_network(network, config)
     del monitor  # TensorRT holds no reference to it
-    if watch.interrupted:
-        raise KeyboardInterrupt
+    if watch.failure is not None:
+        raise watch.failure
     if serialized is None:
         raise VerificationError(
             f"{graph}: TensorRT {version} could not build an engine on {device}; its log is above"
@@ -123,28 +124,33 @@ class _Watch:
     Attributes:
         progress: Where to.
         totals: Steps of each phase under way.
-        interrupted: Whether Ctrl-C came, and the build is to stop.
+        failure: What passing on raised, as Ctrl-C does: the build is to stop.
     """
 
     progress: Progress
     totals: dict[str, int] = field(default_factory=dict)
-    interrupted: bool = False
+    failure: BaseException | None = None
 
     def start(self, phase: str, total: int) -> None:
         self.totals[phase] = total
-        self.progress(phase, 0, total)
+        self._report(phase, 0)
 
     def step(self, phase: str, done: int) -> bool:
+        self._report(phase, done)
+        return self.failure is None
+
+    def finish(self, phase: str) -> None:
+        self._report(phase, self.totals[phase])
+        del self.totals[phase]
+
+    def _report(self, phase: str, done: int) -> None:
+        if self.failure is not None:
+            return
         # An exception must not go through TensorRT.
         try:
             self.progress(phase, done, self.totals[phase])
-        except KeyboardInterrupt:
-            self.interrupted = True
-        return not self.interrupted
-
-    def finish(self, phase: str) -> None:
-        total = self.totals.pop(phase)
-        self.progress(phase, total, total)
+        except BaseException as error:
+            self.failure = error
 
 
 def _monitor(watch: _Watch) -> trt.IProgressMonitor:

@@ -93,6 +93,7 @@ def export_tensorrt(
         raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {precision!r}")
     given = _open(source, precision, revision, task)
     size = given.size if given else 0
+    builds = obstacle() is None
     with staged(Path(output), force=force, needs=2 * size) as folder:
         if given:
             manifest = _copy(given, folder)
@@ -102,9 +103,11 @@ def export_tensorrt(
             )
         graph = manifest.graph
         assert graph is not None
+        if builds:
+            _check_room(folder, graph)
         _check_graph(folder / graph.path)
         _write_scripts(folder, manifest, graph, options, progress)
-        if obstacle() is None:
+        if builds:
             record = build_engine(
                 folder / graph.path,
                 folder / PLAN,
@@ -120,7 +123,7 @@ def export_tensorrt(
                 requires=f"tensorrt=={record.tensorrt}",
                 versions=versions(PACKAGES) | {"tensorrt": record.tensorrt},
             )
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, Path(output).absolute().name)
     return Artifact.open(output)
 
 
@@ -183,6 +186,17 @@ def _export_graph(
             if path.name not in (MANIFEST, CARD):
                 path.rename(folder / path.name)
     return artifact.manifest
+
+
+def _check_room(folder: Path, graph: GraphRecord) -> None:
+    """An engine is about as large as its graph, whose size is known once it is written."""
+    needed = sum(path.stat().st_size for path in (folder / graph.path).parent.iterdir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free beside the graph, and its engine needs "
+            f"about {needed / 1e9:.2f} GB"
+        )
 
 
 def _check_graph(path: Path) -> None:

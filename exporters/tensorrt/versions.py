@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 LOWEST = (10, 15)
 
 
-def network_flags(version: str) -> int:
-    """What `Builder.create_network` takes for a strongly typed network.
+def check_version(version: str) -> None:
+    """Refuse a TensorRT that is too old.
 
     Raises:
-        DeviceError: That TensorRT lacks operators of the graph.
+        DeviceError: It lacks operators of the graph.
     """
-    import tensorrt as trt
-
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) < LOWEST:
+    if tuple(int(part) for part in version.split(".")[:2]) < LOWEST:
         raise DeviceError(
             f"TensorRT {version} has no RMSNormalization: "
             f"{LOWEST[0]}.{LOWEST[1]} or later is needed"
         )
-    if major >= 11:
+
+
+def network_flags(version: str) -> int:
+    """What `Builder.create_network` takes for a strongly typed network."""
+    import tensorrt as trt
+
+    if int(version.split(".")[0]) >= 11:
         return 0
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 

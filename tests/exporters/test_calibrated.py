@@ -1,20 +1,25 @@
 """GPTQ and AWQ on whole models: closer than rounding, the same after an interruption."""
 
+import re
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import plant_outliers
+from embedport.errors import CheckpointError, InputError
 from embedport.exporters.onnx import calibrated
-from embedport.exporters.onnx.calibrated import quantize_layers, scale_layers
+from embedport.exporters.onnx.calibrated import kept_layers, quantize_layers, scale_layers
 from embedport.exporters.onnx.formats import plan_formats
 from embedport.exporters.onnx.graph import Design
 from embedport.exporters.onnx.layerwise import Layer, embed_rows
 from embedport.exporters.onnx.ort_dialect import OrtDialect
 from embedport.exporters.onnx.precision import PRECISIONS
+from embedport.files import SINGLE
 from embedport.spec import ModelSpec
 from embedport.weights import Weights
 
@@ -96,6 +101,124 @@ def test_the_manifest_says_what_it_was_calibrated_on(artifacts):
     assert recipe["calibration"]["source"] == "built-in"
     assert recipe["calibration"]["texts"] == len(TEXTS)
     assert len(recipe["calibration"]["sha256"]) == 64
+
+
+def test_a_recipe_is_replayed_on_the_same_texts_only(checkpoints, short, tmp_path):
+    texts = short.file("embedding", tmp_path)
+    first = embedport.export(
+        checkpoints("kv1"),
+        tmp_path / "first",
+        precision="int4",
+        group_size=32,
+        algorithm="gptq",
+        calibration=texts,
+    )
+    recipe = first.folder / "embedport.json"
+    with pytest.raises(
+        InputError, match=r"on texts from calibration\.jsonl, and those from built-in give other"
+    ):
+        embedport.export(checkpoints("kv1"), tmp_path / "other", recipe=recipe)
+    assert not (tmp_path / "other").exists()
+    again = embedport.export(
+        checkpoints("kv1"), tmp_path / "again", recipe=recipe, calibration=texts
+    )
+    data = [each.graph.with_name("model.onnx_data").read_bytes() for each in (first, again)]
+    assert data[0] == data[1]
+    assert again.manifest.recipe == first.manifest.recipe
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq"])
+@pytest.mark.parametrize(
+    ("tensor", "place"),
+    [
+        ("embed_tokens", "embed_tokens gives"),
+        ("layers.1.input_layernorm", r"layers\.1\.self_attn\.q_proj"),
+    ],
+)
+def test_activations_that_are_not_finite(checkpoints, copied, tmp_path, algorithm, tensor, place):
+    folder = copied(checkpoints("kv1"))
+    tensors = load_file(folder / SINGLE)
+    tensors[f"{tensor}.weight"][...] = np.nan
+    save_file(tensors, folder / SINGLE)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder))}: {place}"):
+        embedport.export(folder, tmp_path / "out", precision="int4", algorithm=algorithm)
+
+
+def test_a_layer_is_closed(checkpoints, tmp_path):
+    """The variable of `with` outlives the block; the layer's weights do not."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
+    with Layer(Design(weights, OrtDialect(), PRECISIONS["fp32"]), 0, tmp_path) as layer:
+        session = weakref.ref(layer._session)
+        assert session() is not None
+    assert session() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_awq_opens_each_layer_once(checkpoints, tmp_path, monkeypatch):
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
+    formats = plan_formats(weights.spec, "int4", dialect="ort")
+    del formats["embed_tokens"]
+    opened = []
+
+    class Counted(Layer):
+        def __init__(self, design, layer, folder):
+            opened.append(layer)
+            super().__init__(design, layer, folder)
+
+    monkeypatch.setattr(calibrated, "Layer", Counted)
+    scale_layers(weights, weights, formats, ROWS, tmp_path / "layers", lambda: None)
+    assert opened == [0, 1, 2]
+
+
+def test_finished_layers_are_one_runs_alone(checkpoints, tmp_path):
+    """Two runs with different requests would delete each other's."""
+    source, out = checkpoints("kv8"), tmp_path / "out"
+    with kept_layers(out, used=True) as folder:
+        layer = folder / "layer-000.safetensors"
+        layer.write_bytes(b"of the run that holds the folder")
+        with pytest.raises(InputError, match=r"\.out\.layers should be this run's alone"):
+            embedport.export(source, out, precision="int4", algorithm="gptq")
+        with pytest.raises(InputError, match=r"\.out\.layers should be this run's alone"):
+            embedport.quantize_checkpoint(source, out, method="gptq")
+        embedport.export(source, out)
+        assert layer.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_an_earlier_run_left_goes_with_the_next(checkpoints, tmp_path):
+    folder = tmp_path / ".out.layers"
+    folder.mkdir()
+    (folder / "layer-000.safetensors").write_bytes(bytes(8))
+    embedport.export(checkpoints("kv2"), tmp_path / "out")
+    assert not folder.exists()
+
+
+def test_only_what_a_run_goes_on_from_is_kept(tmp_path):
+    def left():
+        """What a killed run may leave, and then what is there when the next has prepared."""
+        for name in ("layer-000", "layer-001", "states-000", "states-001"):
+            (tmp_path / f"{name}.safetensors").write_bytes(b"")
+        (tmp_path / "layer-002.partial").write_bytes(b"")
+        (tmp_path / "tmpx").mkdir()
+        (tmp_path / "tmpx" / "part.onnx_data").write_bytes(b"")
+        calibrated._prepare(tmp_path, "a request")
+        assert (tmp_path / calibrated.REQUEST).read_text() == "a request"
+        return {path.name for path in tmp_path.iterdir()} - {calibrated.REQUEST}
+
+    assert left() == set()
+    resumed = {"layer-000.safetensors", "layer-001.safetensors", "states-001.safetensors"}
+    assert left() == resumed
+    for damaged in (b"", b"a requ", b"\xff"):
+        (tmp_path / calibrated.REQUEST).write_bytes(damaged)
+        assert left() == set()
+
+
+def test_another_version_begins_anew(checkpoints, monkeypatch):
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
+    before = calibrated._request(weights, weights, {}, ROWS)
+    assert calibrated._request(weights, weights, {}, ROWS) == before
+    monkeypatch.setattr(calibrated, "__version__", "99")
+    assert calibrated._request(weights, weights, {}, ROWS) != before
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections import namedtuple
 
 import numpy as np
@@ -14,7 +15,14 @@ import pytest
 
 import embedport
 from embedport.artifact import Artifact, record_parity, staged
-from embedport.errors import CheckpointError, InputError, VerificationError
+from embedport.errors import (
+    CheckpointError,
+    EmbedportError,
+    InputError,
+    MissingPackageError,
+    VerificationError,
+)
+from embedport.exporters.onnx import export as export_module
 from embedport.exporters.onnx import verify
 from embedport.manifest import Manifest
 
@@ -38,7 +46,10 @@ def test_the_folder(artifacts, checkpoints):
     assert manifest.source.id == str(checkpoints("kv2"))
     assert list(manifest.source.files) == ["model.safetensors"]
     assert manifest.versions["embedport"] == embedport.__version__
-    assert "Not validated yet" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert card.startswith(f"# {folder.name}\n")
+    assert ".partial" not in card
+    assert "Not validated yet" in card
     assert Manifest.from_json(folder / "embedport.json") == manifest
     assert artifact.size == sum((folder / name).stat().st_size for name in manifest.files)
     assert (folder.stat().st_mode & 0o777) == 0o777 & ~current_umask()
@@ -120,6 +131,108 @@ def test_bad_checkpoint_leaves_nothing(checkpoints, copied, tmp_path):
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         embedport.export(folder, tmp_path / "out")
     assert left_in(tmp_path) == ["checkpoint"]
+
+
+class TestFromTheHub:
+    """Its weights are gigabytes: whatever can be wrong without them is found before."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    @pytest.fixture
+    def hub(self, checkpoints, tmp_path_factory, monkeypatch):
+        """A hub with a checkpoint: (its folder in the cache, what was asked of it)."""
+        import huggingface_hub
+
+        source = checkpoints("kv8")
+        folder = tmp_path_factory.mktemp("snapshots") / self.COMMIT
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        asked = []
+
+        def download(repo_id, revision, allow_patterns):
+            weights = "*.safetensors" in allow_patterns
+            asked.append((revision, weights))
+            if weights:
+                shutil.copy(source / "model.safetensors", folder)
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        return folder, asked
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"precision": "fp6"},
+            {"dialect": "latin"},
+            {"dim": 129},
+            {"precision": "int4", "group_size": 48},
+            {"precision": "int8", "arithmetic": "bf16"},
+            {"precision": "fp16", "calibration": "nowhere.txt"},
+            {"precision": "auto", "min_cosine": 1.5},
+            {"precision": "auto", "max_ndcg_loss": 0.1, "retrieval": "nowhere"},
+            {"recipe": "nowhere.json"},
+        ],
+    )
+    def test_bad_options(self, hub, tmp_path, options):
+        with pytest.raises(InputError):
+            embedport.export("me/qwen3", tmp_path / "out", **options)
+        assert hub[1] == [(None, False)]
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"method": "gguf"}, {"method": "awq", "bits": 8}, {"method": "w8a8", "form": "causal-lm"}],
+    )
+    def test_bad_methods(self, hub, tmp_path, options):
+        with pytest.raises(InputError):
+            embedport.quantize_checkpoint("me/qwen3", tmp_path / "out", **options)
+        assert hub[1] == [(None, False)]
+
+    def test_existing_output(self, hub, tmp_path):
+        with pytest.raises(InputError, match="exists; choose another place"):
+            embedport.export("me/qwen3", tmp_path)
+        with pytest.raises(InputError, match="exists; choose another place"):
+            embedport.quantize_checkpoint("me/qwen3", tmp_path, method="gptq")
+        assert hub[1] == [(None, False)] * 2
+
+    def test_missing_packages(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(MissingPackageError, match="onnxruntime is not installed"):
+            embedport.export("me/qwen3", tmp_path / "out")
+        with pytest.raises(MissingPackageError, match="onnxruntime is not installed"):
+            embedport.quantize_checkpoint("me/qwen3", tmp_path / "out", method="gptq")
+        monkeypatch.setitem(sys.modules, "ir_measures", None)
+        with pytest.raises(MissingPackageError, match="ir_measures is not installed"):
+            embedport.export(
+                "me/qwen3",
+                tmp_path / "out",
+                precision="auto",
+                max_ndcg_loss=0.1,
+                retrieval="builtin",
+            )
+        assert hub[1] == [(None, False)] * 3
+
+    def test_what_only_its_library_reads(self, hub, tmp_path):
+        path = hub[0] / "config.json"
+        quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        config = json.loads(path.read_text()) | {"quantization_config": quantization}
+        path.write_text(json.dumps(config))
+        with pytest.raises(EmbedportError, match="gives no weights to export"):
+            embedport.export("me/qwen3", tmp_path / "out")
+        assert hub[1] == [(None, False)]
+
+    def test_the_weights_are_of_the_same_commit(self, hub, tmp_path):
+        artifact = embedport.export("me/qwen3", tmp_path / "out", revision="main")
+        assert hub[1] == [("main", False), (self.COMMIT, True)]
+        assert (artifact.manifest.source.id, artifact.manifest.source.revision) == (
+            "me/qwen3",
+            self.COMMIT,
+        )
+
+    def test_where_only_the_weights_tell_the_task(self, hub, tmp_path):
+        """Without modules.json and an index it is in the names of the tensors."""
+        (hub[0] / "modules.json").unlink()
+        artifact = embedport.export("me/qwen3", tmp_path / "out", dim=32)
+        assert artifact.manifest.task == "embedding"
+        assert hub[1][:2] == [(None, False), (self.COMMIT, True)]
 
 
 class TestDisk:
@@ -264,6 +377,25 @@ class TestVerification:
         )
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
+    def test_what_no_later_part_reads_is_dropped(self, graph, monkeypatch):
+        given, kept = {}, {}
+        run = verify._run_part
+
+        def watched(part, path, scope, values):
+            found = run(part, path, scope, values)
+            given[scope] = [weakref.ref(each) for each in found.values()]
+            return found
+
+        def advance(scope):
+            kept[scope] = {
+                name for name, refs in given.items() if any(ref() is not None for ref in refs)
+            }
+
+        monkeypatch.setattr(verify, "_run_part", watched)
+        verify.verify_graph(graph, self.IDS, advance)
+        assert "layers.0" in kept["layers.0"]
+        assert "layers.0" not in kept["layers.1"]
+
     def test_short_data(self, graph):
         data = graph.with_name("model.onnx_data")
         data.write_bytes(data.read_bytes()[:-1])
@@ -286,6 +418,22 @@ class TestVerification:
         graph.write_bytes(model.SerializeToString())
         with pytest.raises(VerificationError, match="onnxruntime does not take the graph"):
             verify.verify_graph(graph, self.IDS)
+
+
+def test_a_long_text_is_not_run_whole(checkpoints, tmp_path, monkeypatch):
+    """Of 8,192 tokens, the standard dialect's scores are gigabytes a layer."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("tea " * 300)
+    lengths = []
+    check = export_module.verify_graph
+
+    def watched(path, ids, advance):
+        lengths.append(len(ids))
+        return check(path, ids, advance)
+
+    monkeypatch.setattr(export_module, "verify_graph", watched)
+    embedport.export(checkpoints("kv2"), tmp_path / "out", precision="fp16", calibration=texts)
+    assert lengths == [export_module.CALIBRATION_TOKENS["embedding"]]
 
 
 def test_parity_is_recorded(artifacts, copied):

@@ -154,6 +154,11 @@ def test_auto_is_the_smallest_that_keeps_the_cosine(checkpoints, artifacts, tmp_
     assert {"embed_tokens", "layers.0", "layers.1.mlp.down_proj"} <= measured
 
 
+def test_auto_refuses_an_algorithm_before_it_reads_anything(tmp_path):
+    with pytest.raises(InputError, match="it takes no --algorithm awq"):
+        embedport.export(tmp_path / "nowhere", tmp_path / "a", precision="auto", algorithm="awq")
+
+
 def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
     with pytest.raises(InputError, match="above 0 and at most 1"):
         embedport.export(checkpoints("kv8"), tmp_path / "a", precision="auto", min_cosine=1.1)
@@ -170,6 +175,12 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ({"precision": "fp16", "rotate": True}, "takes none of --algorithm, --rotate"),
         ({"precision": "fp32", "min_cosine": 0.9}, "--min-cosine goes with --precision auto"),
         ({"precision": "auto", "dialect": "standard"}, "--dialect ort"),
+        ({"precision": "auto", "algorithm": "hqq"}, "it takes no --algorithm hqq"),
+        ({"precision": "auto", "algorithm": "gptq"}, "it takes no --algorithm gptq"),
+        ({"precision": "bf16", "group_size": 0}, "takes none of --algorithm, --rotate"),
+        ({"embedding_bits": 0}, "takes none of --algorithm, --rotate"),
+        ({"recipe": "recipe.json", "embedding_bits": 0}, "a recipe decides everything"),
+        ({"precision": "int4", "arithmetic": ""}, "arithmetic should be fp32 or bf16"),
         ({"precision": "mixed"}, "what a recipe or --precision auto makes"),
         ({"precision": "int4", "calibration": "my.txt"}, "runs no texts: --calibration goes with"),
         ({"calibration": "my.txt"}, "this export in fp32 runs no texts"),
@@ -198,6 +209,9 @@ def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message
         ({"formats": {"embed_tokens": "int8"}}, "not a format of a table"),
         ({"formats": {}, "rotate": "no"}, "rotate should be bool, found 'no'"),
         ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
+        ({"formats": {}, "algorithm": "stored", "rotate": True}, "should be false, found True and"),
+        ({"formats": {}, "algorithm": "stored", "balance": True}, "found False and True"),
+        ({"formats": {}, "calibration": "my.txt"}, "calibration should be null or an artifact's"),
     ],
 )
 def test_bad_recipes(checkpoints, tmp_path, recipe, message):
@@ -259,3 +273,8 @@ def test_targets_go_with_auto(checkpoints, tmp_path):
         embedport.export(folder, tmp_path / "a", precision="auto", max_ndcg_loss=0.1)
     with pytest.raises(InputError, match="min_cosine should be above 0"):
         embedport.export(folder, tmp_path / "a", precision="auto", min_cosine=1.5)
+    for loss in (-1, float("nan")):
+        with pytest.raises(InputError, match=f"max_ndcg_loss should be from 0 to 1, found {loss}"):
+            embedport.export(
+                folder, tmp_path / "a", precision="auto", max_ndcg_loss=loss, retrieval="nowhere"
+            )

@@ -1,8 +1,10 @@
 """What a build is asked for, and what is written with an engine and without."""
 
 import runpy
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 
 import embedport
 from embedport.engine import Device
-from embedport.errors import DeviceError, InputError, VerificationError
+from embedport.errors import InputError, VerificationError
+from embedport.exporters.tensorrt import build as build_module
 from embedport.exporters.tensorrt import obstacle
 from embedport.integrity import cache_folder
 from embedport.manifest import Manifest
@@ -99,6 +102,42 @@ def test_interrupted(build, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_no_exception_goes_through_tensorrt(tensorrt, failing):
+    """It is kept until the build has come back, wherever it was raised."""
+    tensorrt()
+    seen = []
+
+    def progress(stage, done, total):
+        seen.append(done)
+        if len(seen) == failing + 1:
+            raise OSError("the terminal is gone")
+
+    watch = build_module._Watch(progress)
+    monitor = build_module._monitor(watch)
+    monitor.phase_start("Building", "", 2)
+    going = monitor.step_complete("Building", 0)
+    monitor.phase_finish("Building")
+    assert going == (failing == 2)
+    assert isinstance(watch.failure, OSError)
+    assert seen == [0, 1, 2][: failing + 1]
+
+
+def test_no_room_for_the_engine(checkpoints, tensorrt, tmp_path, monkeypatch):
+    """How large a checkpoint's graph is, and so its engine, is known when it is written."""
+    usage = namedtuple("usage", "total used free")
+
+    def disk_usage(path):
+        written = any(tmp_path.rglob("model.onnx_data"))
+        return usage(10**12, 0, 1000 if written else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    tensorrt()
+    with pytest.raises(InputError, match=r"0\.00 GB free beside the graph, and its engine needs"):
+        embedport.export(checkpoints("blocks"), tmp_path / "out", format="tensorrt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tensorrt_refuses(graphs, tensorrt, tmp_path):
     trt = tensorrt()
     trt.parse_error = ("layers.0/MatMul_7", "no such thing")
@@ -108,14 +147,20 @@ def test_tensorrt_refuses(graphs, tensorrt, tmp_path):
     trt.fails = True
     with pytest.raises(VerificationError, match="could not build an engine on Fake H100"):
         embedport.export(graphs().folder, tmp_path / "out", format="tensorrt")
-    tensorrt("10.13.0.35")
-    with pytest.raises(DeviceError, match=r"10.13.0.35 has no RMSNormalization: 10.15 or later"):
-        embedport.export(graphs().folder, tmp_path / "out", format="tensorrt")
     assert list(tmp_path.iterdir()) == []
 
 
 class TestWithoutAnEngine:
     """The stubs of TensorRT are installed here, and TensorRT is not."""
+
+    def test_too_old(self, graphs, tensorrt, tmp_path):
+        tensorrt("10.13.0.35")
+        artifact = embedport.export(graphs().folder, tmp_path / "out", format="tensorrt")
+        assert (artifact.manifest.format, artifact.manifest.engine) == ("onnx", None)
+        assert {"engine/build.sh", "engine/check.npz"} <= set(artifact.manifest.files)
+        assert obstacle() == (
+            "TensorRT 10.13.0.35 has no RMSNormalization: 10.15 or later is needed"
+        )
 
     def test_why(self, cuda, tensorrt):
         assert "tensorrt is not installed" in str(obstacle())

@@ -1,0 +1,40 @@
+"""A checkpoint in two steps: its configuration, and its weights once nothing else can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..files import INDEX
+from ..hub import fetch
+from ..spec import ModelSpec, Task, read_spec
+
+
+def read_configuration(
+    checkpoint: str | Path, revision: str | None, task: Task | None
+) -> ModelSpec:
+    """The spec of a checkpoint; of a hub id the configuration alone, where that tells the task.
+
+    Args:
+        checkpoint: A folder in the hub's layout, or a hub id.
+        revision: A branch, tag or commit, for a hub id.
+        task: Needed only for a checkpoint whose files do not tell.
+
+    Raises:
+        InputError: No such folder or hub id.
+        CheckpointError: It is not a Qwen3 checkpoint, or uses what is not supported.
+    """
+    source = fetch(checkpoint, revision, weights=False)
+    tells = any((source.folder / name).is_file() for name in ("modules.json", INDEX))
+    if task is None and not tells:
+        # The names of its tensors tell, and they are in the one file of its weights.
+        source = fetch(source.id, source.revision)
+    return read_spec(source, task)
+
+
+def fetch_weights(spec: ModelSpec) -> None:
+    """Download the weights of a checkpoint, of the very commit that its spec was read from.
+
+    Raises:
+        CheckpointError: The hub does not give them.
+    """
+    fetch(spec.source.id, spec.source.revision)
