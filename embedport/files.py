@@ -43,7 +43,7 @@ class TensorInfo:
 
 @contextlib.contextmanager
 def written(path: Path) -> Generator[IO[bytes]]:
-    """A file that takes its name only when it is complete.
+    """A file that takes its name only when it is complete and on the disk.
 
     Raises:
         InputError: It cannot be written.
@@ -52,6 +52,8 @@ def written(path: Path) -> Generator[IO[bytes]]:
     try:
         with partial.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         # numpy says in words that the disk is full.

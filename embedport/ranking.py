@@ -11,7 +11,8 @@ from .errors import InputError, require
 
 NDCG = "nDCG@10"
 TOP = 100
-BLOCK = 1024
+# Compared at once: 16 bytes each while they are sorted.
+SCORES = 1 << 22
 
 Ranking = Mapping[str, Sequence[str]]
 # (queries [n, dim], documents [m, dim])
@@ -30,16 +31,17 @@ def search(queries: np.ndarray, documents: np.ndarray, top: int = TOP) -> np.nda
 
     Args:
         queries: Unit vectors [n, dim].
-        documents: Unit vectors [m, dim].
+        documents: Unit vectors [m, dim], at least one.
         top: How many to find.
 
     Returns:
         int64 [n, min(top, m)], the best first; of equal ones the first.
     """
     found = np.empty((len(queries), min(top, len(documents))), np.int64)
-    for start in range(0, len(queries), BLOCK):
-        scores = queries[start : start + BLOCK] @ documents.T
-        found[start : start + BLOCK] = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    block = max(1, SCORES // len(documents))
+    for start in range(0, len(queries), block):
+        scores = queries[start : start + block] @ documents.T
+        found[start : start + block] = np.argsort(-scores, axis=1, kind="stable")[:, :top]
     return found
 
 

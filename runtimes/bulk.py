@@ -19,12 +19,13 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
 from ..corpus import Part, read_part, survey
 from ..errors import InputError
+from ..files import written
 from ..integrity import record_files
 from ..progress import progress_bar
 from .embedder import Embedder, check_options, resolve_prompt
@@ -33,6 +34,8 @@ from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
+# What tells an index of any version from another program's index.json.
+OURS = frozenset({"format_version", "model_sha256", "shards"})
 SHARD = re.compile(r"\d{6,}\.npy")
 # Texts that are sorted by length together; what a crash costs at most.
 SHARD_ROWS = 2048
@@ -160,6 +163,8 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
         missing = [each for each in shards if not _is_done(job.output, index, *each)]
+        if missing:  # an earlier run may have said that all are there
+            _write_index(job.output, index.to_json())
     with progress_bar("Encoding", index.rows, enabled=progress) as advance:
         advance(index.rows - sum(part.rows for _, part in missing))
         if missing:
@@ -171,7 +176,7 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         for partial in job.output.glob(".*.partial-*"):
             partial.unlink(missing_ok=True)
         index = replace(index, complete=True)
-        _write(job.output / INDEX, lambda file: file.write(index.to_json().encode()))
+        _write_index(job.output, index.to_json())
     return index
 
 
@@ -223,8 +228,8 @@ def encode_shard(
         raise InputError(
             f"{job.input}, {part.rows} texts from line {part.line}: {error}"
         ) from error
-    with _as_input_error(job.output):
-        _write(job.output / shard_name(number), lambda file: np.save(file, vectors))
+    with written(job.output / shard_name(number)) as file:
+        np.save(file, vectors)
 
 
 def shard_name(number: int) -> str:
@@ -289,23 +294,33 @@ def _prepare(output: Path, index: Index, force: bool) -> None:
         if not force:
             _check_same(output, Index.from_json(path), index)
             return
-        _check_ours(path)
+        # The index stays the old vectors' until the last of them is gone: shards look alike.
+        _write_index(output, json.dumps(_read_ours(path) | {"complete": False}))
         for shard in output.iterdir():
             if SHARD.fullmatch(shard.name):
                 shard.unlink()
     elif any(not each.name.startswith(".") for each in output.iterdir()):
         raise InputError(f"{output} holds other files and no {INDEX}; choose another folder")
-    _write(path, lambda file: file.write(index.to_json().encode()))
 
 
-def _check_ours(path: Path) -> None:
-    """Refuse to begin anew where another program's index.json is; ours may be of any version."""
+def _read_ours(path: Path) -> dict[str, Any]:
+    """The values of an index.json of ours, of any version.
+
+    Raises:
+        InputError: It is another program's.
+    """
     try:
-        keys = json.loads(path.read_text(encoding="utf-8")).keys()
-    except (ValueError, AttributeError):
-        keys = set()
-    if not {"format_version", "model_sha256", "shards"} <= keys:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or OURS - values.keys():
         raise InputError(f"{path} is another program's; choose another folder")
+    return values
+
+
+def _write_index(output: Path, text: str) -> None:
+    with written(output / INDEX) as file:
+        file.write(text.encode())
 
 
 def _check_same(output: Path, found: Index, index: Index) -> None:
@@ -334,16 +349,6 @@ def _is_done(output: Path, index: Index, number: int, part: Part) -> bool:
             )
     except (FileNotFoundError, ValueError):
         return False
-
-
-def _write(path: Path, save: Callable[[IO[bytes]], object]) -> None:
-    """Write a file that takes its name when it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,17 @@ from ..artifact import Artifact
 from ..attention import SHORT_ROW
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..requirements import meets
-from .batching import count_cores, read_quota
+from .batching import core_limit, count_cores
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)
+
+CGROUP = Path("/sys/fs/cgroup")
+# What onnxruntime's arena, CUDA, and cuBLAS or cuDNN say where a GPU's memory is full.
+FULL = re.compile(
+    "failed to allocate memory|smaller than requested bytes|out of memory|ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 class OnnxModel:
@@ -37,7 +45,8 @@ class OnnxModel:
         continues: Whether rows may continue a past: see `read`.
 
     Raises:
-        DeviceError: The device asked for is not there, or has no kernels for parts of the graph.
+        DeviceError: The device asked for is not there, or has no kernels for parts of the graph,
+            or too little memory.
         ArtifactError: onnxruntime does not take the graph.
     """
 
@@ -73,7 +82,8 @@ class OnnxModel:
             float32: embeddings [batch, dim] of unit length, or scores [batch].
 
         Raises:
-            InputError: Attention would take more memory than there is.
+            InputError: Attention would take more memory than there is, or the batch does not fit
+                into the GPU's.
         """
         if self.device == "cpu" and self._graph.dialect == "standard":
             _check_memory(*input_ids.shape, self._num_heads)
@@ -85,7 +95,7 @@ class OnnxModel:
         if self.device == "cpu":
             output = self._session.run(self._graph.outputs, feeds)[0]
         else:
-            output = run_bound(self._session, feeds, "cuda")
+            output = self._run_on_gpu(feeds)
         return _pool(output, attention_mask) if self._graph.output == "hidden" else output
 
     def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
@@ -101,6 +111,18 @@ class OnnxModel:
         feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
         feeds |= _continued(self._no_past, kept=len(ids), short=short)
         return self._session.run(["present"], feeds)[0]
+
+    def _run_on_gpu(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        try:
+            return run_bound(self._session, feeds, "cuda")
+        except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
+            if not FULL.search(str(error)):
+                raise
+            rows, tokens = feeds["input_ids"].shape
+            raise InputError(
+                f"a batch of {rows} x {tokens} tokens does not fit into the GPU's memory: use a "
+                "smaller batch_tokens, or max_length"
+            ) from error
 
 
 def _continued(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.ndarray]:
@@ -141,7 +163,16 @@ def _check_memory(batch: int, size: int, num_heads: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
+    """Bytes that can be had without swapping, within the container's limit.
+
+    None where the system does not tell.
+    """
+    found = [each for each in (_read_available(), _read_left()) if each is not None]
+    return min(found, default=None)
+
+
+def _read_available() -> int | None:
+    """The machine's; None where it does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -149,6 +180,21 @@ def available_memory() -> int | None:
     return next(
         (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
     )
+
+
+def _read_left() -> int | None:
+    """What a container may still take (cgroup v2); None where it may take all."""
+    try:
+        limit, used, lines = (
+            (CGROUP / f"memory.{name}").read_text(encoding="ascii")
+            for name in ("max", "current", "stat")
+        )
+        sizes = dict(line.split() for line in lines.splitlines())
+        # Files that are only cached count as used, and are given up for whatever is needed.
+        cached = int(sizes["active_file"]) + int(sizes["inactive_file"])
+        return max(0, int(limit) - int(used) + cached)
+    except (OSError, ValueError, KeyError):  # no limit is "max"
+        return None
 
 
 def _pool(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
@@ -225,7 +271,7 @@ def _create_session(
 ) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if read_quota() is not None:  # which onnxruntime does not know of
+    if core_limit() is not None:  # which onnxruntime does not know of
         options.intra_op_num_threads = count_cores()
     path = _choose_graph(artifact, device, ort.__version__)
     graph: str | bytes = str(path)
@@ -245,6 +291,10 @@ def _create_session(
             disabled_optimizers=_none(parsed),
         )
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
+        if device != "cpu" and FULL.search(str(error)):
+            raise DeviceError(
+                f"{path} does not fit into the GPU's free memory; use device='cpu'"
+            ) from error
         raise ArtifactError(
             f"{path}: onnxruntime {ort.__version__} does not take the graph "
             f"(it needs {artifact.manifest.requires}): {error}"

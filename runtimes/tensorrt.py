@@ -9,6 +9,7 @@ import contextlib
 import logging
 import mmap
 import threading
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,7 @@ class TensorRTModel:
         self._lock = threading.Lock()
         self._engine = _load_engine(artifact, self._record)
         self._stream = int(call("cudaStreamCreate"))
+        _destroy_with(self, "cudaStreamDestroy", self._stream)
         # Batches run one after the other: all contexts share what one of them needs.
         self._scratch_size = self._engine.device_memory_size_v2
         self._scratch = allocate(self, "cudaMalloc", max(1, self._scratch_size))
@@ -156,10 +158,15 @@ class TensorRTModel:
         except DeviceError:
             logger.warning("TensorRT cannot capture %s x %s tokens in a CUDA graph", *shape)
             with contextlib.suppress(DeviceError):
-                call("cudaStreamEndCapture", self._stream)
+                call("cudaGraphDestroy", call("cudaStreamEndCapture", self._stream))
             return _Captured(context, None)
-        graph = call("cudaStreamEndCapture", self._stream)
-        return _Captured(context, call("cudaGraphInstantiate", graph, 0))
+        template = call("cudaStreamEndCapture", self._stream)
+        try:
+            graph = call("cudaGraphInstantiate", template, 0)
+        finally:
+            call("cudaGraphDestroy", template)
+        _destroy_with(self, "cudaGraphExecDestroy", graph)
+        return _Captured(context, graph)
 
     def _enqueue(self, context: trt.IExecutionContext, shape: tuple[int, int]) -> None:
         for name, buffer in self._inputs.items():
@@ -183,6 +190,13 @@ class TensorRTModel:
         for name, buffer in (*self._inputs.items(), (self._output_name, self._output)):
             context.set_tensor_address(name, buffer.device)
         return context
+
+
+def _destroy_with(owner: object, function: str, handle: Any) -> None:
+    """Destroy what CUDA made when an object goes; the last one made goes first."""
+    finalizer = weakref.finalize(owner, call, function, handle)
+    # At the end of the process CUDA may be gone, and everything goes anyway.
+    finalizer.atexit = False
 
 
 def _load_engine(artifact: Artifact, record: EngineRecord) -> Any:

@@ -1,5 +1,6 @@
 """A corpus embedded shard by shard: every row once, in order, whatever dies on the way."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,72 @@ def test_what_is_there_is_not_done_again(job, monkeypatch):
     np.testing.assert_array_equal(stacked(job.output), vectors)
     again = {name for name, stamp in stamps(job.output).items() if before[name] != stamp}
     assert again == {lost.name, cut.name}
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("force", [False, True], ids=["a shard is lost", "begun anew"])
+def test_a_folder_says_that_it_is_complete_only_while_it_is(job, monkeypatch, force):
+    """Killed at any deletion, and before any of the new shards is there."""
+    encode_corpus(job, run_here)
+    vectors = stacked(job.output)
+    unlink, said = Path.unlink, []
+
+    def watched(path, **options):
+        said.append(json.loads((job.output / INDEX).read_text())["complete"])
+        unlink(path, **options)
+
+    def run(*arguments):
+        assert not json.loads((job.output / INDEX).read_text())["complete"]
+        raise KeyboardInterrupt
+
+    if force:
+        monkeypatch.setattr(Path, "unlink", watched)
+    else:
+        shards(job.output)[2].unlink()
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(job, run, force=force)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert not any(said)
+    assert len(said) > 9 or not force
+    encode_corpus(job, run_here)
+    np.testing.assert_array_equal(stacked(job.output), vectors)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_killed_while_another_jobs_shards_are_deleted(job, monkeypatch):
+    """Those left are not taken for the new job's, of the same shape."""
+    encode_corpus(job, run_here)
+    queries, unlink = replace(job, prompt="query"), Path.unlink
+
+    def killed(path, **options):
+        if path.name == shards(job.output)[-1].name:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode_corpus(queries, run_here, force=True)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert shards(job.output)
+    with pytest.raises(InputError, match="whose prompt was"):
+        encode_corpus(queries, run_here)
+    encode_corpus(queries, run_here, force=True)
+    stacked(job.output)
+
+
+def test_a_full_disk(job, monkeypatch):
+    """Nothing is left of a shard, and none has its name before it is on the disk."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run(*arguments):
+        monkeypatch.setattr(os, "fsync", full)
+        run_here(*arguments)
+
+    with pytest.raises(InputError, match=r"000000\.npy cannot be written: No space left"):
+        encode_corpus(job, run)
+    assert [path.name for path in job.output.iterdir()] == [INDEX]
 
 
 def test_kill_9(artifact, vectors_of_many, tmp_path):

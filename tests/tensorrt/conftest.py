@@ -7,6 +7,7 @@ call is not in here.
 
 import ctypes
 import enum
+import itertools
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ class Cuda(ModuleType):
     Attributes:
         device: Name and compute capability of the only GPU; None for no GPU.
         launches: CUDA graphs that were launched.
+        handles: What is there by its handle: "stream", or a graph's operations.
     """
 
     cudaError_t = enum.Enum("cudaError_t", {"cudaSuccess": 0, "cudaErrorNoDevice": 100})
@@ -37,6 +39,8 @@ class Cuda(ModuleType):
         super().__init__("cuda.bindings.runtime")
         self.device = ("Fake H100", (9, 0))
         self.launches = 0
+        self.handles = {}
+        self._numbers = itertools.count(7)
         self._memory = {}
         self._recording = None
 
@@ -46,6 +50,17 @@ class Cuda(ModuleType):
             operation()
         else:
             self._recording.append(operation)
+
+    def _make(self, what):
+        handle = next(self._numbers)
+        self.handles[handle] = what
+        return self._ok(handle)
+
+    def _destroy(self, handle):
+        del self.handles[handle]
+        return self._ok()
+
+    cudaStreamDestroy = cudaGraphDestroy = cudaGraphExecDestroy = _destroy
 
     def _ok(self, *results):
         return (self.cudaError_t.cudaSuccess, *results)
@@ -82,7 +97,7 @@ class Cuda(ModuleType):
         return self._ok()
 
     def cudaStreamCreate(self):
-        return self._ok(7)
+        return self._make("stream")
 
     def cudaStreamSynchronize(self, stream):
         return self._ok()
@@ -94,14 +109,14 @@ class Cuda(ModuleType):
 
     def cudaStreamEndCapture(self, stream):
         recorded, self._recording = self._recording, None
-        return self._ok(recorded)
+        return self._make(recorded)
 
     def cudaGraphInstantiate(self, graph, flags):
-        return self._ok(graph)
+        return self._make(list(self.handles[graph]))
 
     def cudaGraphLaunch(self, graph, stream):
         self.launches += 1
-        for operation in graph:
+        for operation in self.handles[graph]:
             operation()
         return self._ok()
 

@@ -108,6 +108,41 @@ def test_memory_is_given_back(build, cuda, load):
     assert len(cuda._memory) == before
 
 
+def test_streams_and_graphs_are_given_back(build, cuda, monkeypatch, load):
+    """A stream and one instantiated graph while the model is there, and nothing after it."""
+    artifact, _ = build(profiles=PROFILES)
+    embedder = load(artifact.folder)
+    context = type(embedder.model._contexts[0])
+    run = context.execute_async_v3
+    refused = np.ones((1, 16), np.int64)
+    for ids in (np.ones((1, 8), np.int64), refused):
+        if ids is refused:
+            monkeypatch.setattr(
+                context,
+                "execute_async_v3",
+                lambda self, s: cuda._recording is None and run(self, s),
+            )
+        for _ in range(adapter.REPEATS + 1):
+            embedder.model(ids, ids)
+    assert cuda.launches == 1
+    assert len(cuda.handles) == 2
+    del embedder
+    assert cuda.handles == {}
+
+
+def test_a_graph_that_cannot_be_instantiated_is_given_back(build, cuda, monkeypatch, load):
+    artifact, _ = build(profiles=PROFILES)
+    model = load(artifact.folder).model
+    error = cuda.cudaError_t.cudaErrorNoDevice
+    monkeypatch.setattr(cuda, "cudaGraphInstantiate", lambda graph, flags: (error, None))
+    ids = np.ones((1, 8), np.int64)
+    for _ in range(adapter.REPEATS - 1):
+        model(ids, ids)
+    with pytest.raises(DeviceError, match="cudaGraphInstantiate failed"):
+        model(ids, ids)
+    assert list(cuda.handles.values()) == ["stream"]
+
+
 def test_too_long(build, load):
     artifact, _ = build(profiles=["1x1:1x8:2x64"])
     embedder = load(artifact.folder)
