@@ -17,7 +17,6 @@ from ..integrity import record_files
 from ..runtimes import ModelFacts
 from ..weights import Weights
 from .layers import LayerError
-from .measures import finite_rows, unit
 from .reference import Reference
 from .report import excerpt
 from .tasks import EmbeddingTask, RerankerTask
@@ -101,7 +100,7 @@ def collect_details(
     agreement = reference_scores = artifact_scores = np.empty(0)
     if found is not None and expected is not None:
         agreement = task.agreement(found, expected)
-        artifact_scores, reference_scores = _scores(task, found, expected)
+        artifact_scores, reference_scores = map(np.ravel, task.scores(found, expected))
     return Details(
         names=tuple(task.names),
         excerpts=tuple(map(excerpt, task.texts)),
@@ -130,20 +129,6 @@ def _hash(folder: Path, files: Iterable[Path]) -> dict[str, str]:
         path.relative_to(folder).as_posix(): record.sha256
         for path, record in record_files(files).items()
     }
-
-
-def _scores(
-    task: EmbeddingTask | RerankerTask, found: np.ndarray, expected: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(the artifact's scores, the reference's), float64 [scores], of finite results."""
-    good = finite_rows(found) & finite_rows(expected)
-    if isinstance(task, RerankerTask):
-        return found[good].astype(np.float64), expected[good].astype(np.float64)
-    is_query = np.array([sample.prompt == "query" for sample in task.samples])
-    queries, documents = good & is_query, good & ~is_query
-    expected = unit(expected[:, : found.shape[1]])
-    scores = found[queries].astype(np.float64) @ found[documents].T
-    return scores.ravel(), (expected[queries] @ expected[documents].T).ravel()
 
 
 def describe_machine() -> Machine:

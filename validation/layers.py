@@ -8,7 +8,6 @@ reference's are.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..runtimes.torch import load_layers
 from ..segments import emulate_16_bits, segments
 from ..weights import Weights
 from .measures import cosines
-from .reference import Reference, choose_arithmetics, load_model
+from .reference import Reference, choose_arithmetics, load_model, release_memory
 
 TEXTS = 8
 TOKENS = 128
@@ -188,9 +187,7 @@ def _reference_states(
     model = load_model(reference, choose_arithmetics(reference, device)[-1], device)
     states = _watch(model.base_model, rows, device)
     del model
-    if device == "cuda":
-        gc.collect()
-        require("torch", "torch").cuda.empty_cache()
+    release_memory(device)
     return states
 
 

@@ -280,7 +280,7 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
         "Quality",
         retrieval_values(rows),
         f"{retrieval.name}: {retrieval.queries:,} queries, {retrieval.documents:,} documents. "
-        f"Points are the artifact, rings the reference.{before}",
+        f"Points are the artifact, rings the reference ({retrieval.reference}).{before}",
     )
     return values, Chart("Difference", retrieval_differences(rows), caption), table
 

@@ -26,6 +26,7 @@ from .invariance import run_suite
 from .layers import layer_errors
 from .measures import finite_rows
 from .page import render
+from .recording import find_recorded
 from .reference import (
     Arithmetic,
     Reference,
@@ -97,11 +98,13 @@ def validate(
             "report".
         command: The command line, for the page.
         record: Whether to put the figures into the artifact's manifest and model card, whatever the
-            verdict. No text is put there. A checkpoint without a manifest stays as it is.
+            verdict. No text is put there. A checkpoint without a manifest stays as it is, and so
+            does what is in the hub's cache.
         progress: Whether to show progress bars on a terminal.
 
     Raises:
-        InputError: The inputs are wrong, or the reference is another kind of model.
+        InputError: The inputs are wrong, or a limit is of what is not measured, or the reference
+            is another kind of model.
         ArtifactError: It is not an artifact, or cannot be written to.
         CheckpointError: The reference is not a whole Qwen3 checkpoint.
         DeviceError: The device asked for is not there.
@@ -112,14 +115,13 @@ def validate(
         require("matplotlib", "report")
     if retrieval is not None:
         require("ir_measures", "retrieval")
+    recorded = find_recorded(artifact) if record else None
     runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
     quantization = facts.checkpoint and facts.checkpoint.quantization
     if page is not None and isinstance(quantization, LibraryQuantization):
         require_library(quantization)  # its table by layer is of transformers' layers
-    if min_cosine is not None and facts.task == "reranker":
-        raise InputError("a reranker gives scores, not vectors: --max-score-difference limits them")
     graph = facts.artifact.manifest.graph if facts.artifact else None
     thresholds = find_thresholds(
         facts.precision,
@@ -130,6 +132,7 @@ def validate(
     )
     data = _choose_set(retrieval, task=facts.task, save_run=save_run)
     task = choose_inputs(facts.task, texts, pairs)
+    _check_limits(task, data, min_cosine, max_score_difference, max_ndcg_loss)
     source = open_reference(
         reference, task=facts.task, max_length=runtime.tokenizer.max_length, revision=revision
     )
@@ -168,8 +171,9 @@ def validate(
             _invariance_gate(task, invariance, thresholds),
         ]
         if data is not None:
-            expected_set = _run_reference_set(task, source, data, runs, device, progress)
-            quality = task.compare_sets(found_set, expected_set, data)
+            expected_set, used = _run_reference_set(task, source, data, runs, device, progress)
+            run = describe(source, used, device)
+            quality = task.compare_sets(found_set, expected_set, data, run)
             gates += [
                 Gate("retrieval: NaN or infinity", _count_nonfinite(found_set), "≤", 0),
                 Gate("retrieval: reference's NaN", _count_nonfinite(expected_set), "≤", 0),
@@ -195,8 +199,6 @@ def validate(
         versions=_versions(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
-    if record and facts.artifact is not None:
-        record_parity(facts.artifact.folder, report.to_record(), report.to_markdown())
     if page is not None:
         layers = layer_errors(facts, source, rows, device=device) if comparisons else None
         details = collect_details(
@@ -211,6 +213,8 @@ def validate(
         text = render(report, details)
         with written(Path(page)) as file:
             file.write(text.encode())
+    if recorded is not None:
+        record_parity(recorded, report.to_record(), report.to_markdown())
     return report
 
 
@@ -226,6 +230,28 @@ def _choose_set(
     if data is not None and task == "reranker":
         candidate_pairs(data)  # before hours of work, not after
     return data
+
+
+def _check_limits(
+    task: EmbeddingTask | RerankerTask,
+    data: RetrievalSet | None,
+    min_cosine: float | None,
+    max_score_difference: float | None,
+    max_ndcg_loss: float | None,
+) -> None:
+    """Refuse a limit that no gate would hold."""
+    if min_cosine is not None and isinstance(task, RerankerTask):
+        raise InputError("a reranker gives scores, not vectors: --max-score-difference limits them")
+    if max_score_difference is not None and isinstance(task, EmbeddingTask):
+        kinds = set(task.is_query.tolist())
+        if len(kinds) == 1:
+            raise InputError(
+                "--max-score-difference limits the scores of queries and documents, found "
+                f"{'queries' if kinds.pop() else 'documents'} only: give texts of both kinds, each "
+                "with its prompt"
+            )
+    if max_ndcg_loss is not None and data is None:
+        raise InputError("--max-ndcg-loss limits what is lost on a set: give --retrieval too")
 
 
 def _check_same_model(facts: ModelFacts, spec: ModelSpec) -> None:
@@ -283,14 +309,17 @@ def _run_reference_set(
     arithmetics: Iterable[Arithmetic],
     device: str,
     progress: bool,
-) -> Any:
-    """The reference on a retrieval set, in the first arithmetic that gives no NaN there."""
-    results: Any = None
-    for arithmetic in arithmetics:
-        results = task.run_reference_set(source, data, arithmetic, device, progress=progress)
-        if not _count_nonfinite(results):
-            break
-    return results
+) -> tuple[Any, Arithmetic]:
+    """The reference on a retrieval set, and the first arithmetic that gives no NaN there.
+
+    Where all give some, the last one.
+    """
+    left = list(arithmetics)
+    while True:
+        used = left.pop(0)
+        results = task.run_reference_set(source, data, used, device, progress=progress)
+        if not left or not _count_nonfinite(results):
+            return results, used
 
 
 def _count_nonfinite(results: np.ndarray | tuple[np.ndarray, ...]) -> int:

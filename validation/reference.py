@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..demo.samples import Pair, Sample
-from ..errors import CheckpointError, require
+from ..errors import CheckpointError, DeviceError, InputError, require
 from ..files import read_json
 from ..hub import fetch
 from ..progress import progress_bar
@@ -150,8 +150,20 @@ def choose_arithmetics(reference: Reference, device: str) -> tuple[Arithmetic, .
     if device == "cpu":
         return ("fp32",)
     torch = require("torch", "torch")
+    release_memory(device)  # the artifact's would count as taken
     fits = reference.spec.parameters * 4 * HEADROOM <= torch.cuda.mem_get_info()[0]
     return ("fp16", "fp32" if fits else "bf16")
+
+
+def release_memory(device: str) -> None:
+    """Give back what torch keeps on a GPU of models that are gone.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    if device == "cuda":
+        gc.collect()
+        require("torch", "torch").cuda.empty_cache()
 
 
 def describe(reference: Reference, arithmetic: Arithmetic, device: str) -> str:
@@ -182,6 +194,10 @@ def run_reference(
 
     Returns:
         float32: unit vectors [rows, hidden_size], or probabilities of "yes" [rows].
+
+    Raises:
+        DeviceError: The reference does not fit into the GPU's memory.
+        InputError: A batch does not.
     """
     torch = require("torch", "torch")
     model = load_model(reference, arithmetic, device)
@@ -196,25 +212,37 @@ def run_reference(
         progress_bar(description, len(rows), enabled=progress) as advance,
     ):
         for batch in make_batches([len(row) for row in rows], choose_batch_tokens(None, device)):
-            inputs = _pad(reference, [rows[i] for i in batch]).to(device)
-            if answers:
-                # Of all positions' logits only the last are used: the others are not computed.
-                logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, answers]
-                output = torch.log_softmax(logits.float(), dim=1)[:, 1].exp()
-            else:
-                states = model(**inputs, use_cache=False).last_hidden_state
-                output = torch.nn.functional.normalize(states[:, -1].float(), p=2, dim=1)
-            results[batch] = output.cpu().numpy()
+            inputs = _pad(reference, [rows[i] for i in batch])
+            try:
+                results[batch] = _answer(torch, model, inputs.to(device), answers).cpu().numpy()
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{reference.spec.source.folder}: a batch of {len(batch)} x "
+                    f"{max(len(rows[i]) for i in batch)} tokens of the reference in {arithmetic} "
+                    "does not fit into the GPU's memory: give shorter texts, or use device='cpu'"
+                ) from error
             advance(len(batch))
     del model
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+    release_memory(device)
     return results
 
 
+def _answer(torch: Any, model: Any, inputs: Any, answers: Sequence[int] | None) -> Any:
+    """float32 [batch, hidden_size], or probabilities [batch] with the two answers' ids."""
+    if answers:
+        # Of all positions' logits only the last are used: the others are not computed.
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, answers]
+        return torch.log_softmax(logits.float(), dim=1)[:, 1].exp()
+    states = model(**inputs, use_cache=False).last_hidden_state
+    return torch.nn.functional.normalize(states[:, -1].float(), p=2, dim=1)
+
+
 def load_model(reference: Reference, arithmetic: Arithmetic, device: str) -> Any:
-    """The checkpoint as transformers loads it, on a device; see `run_reference`."""
+    """The checkpoint as transformers loads it, on a device; see `run_reference`.
+
+    Raises:
+        DeviceError: It does not fit into the GPU's memory.
+    """
     torch = require("torch", "torch")
     transformers = require("transformers", "torch")
     kind = (
@@ -231,7 +259,13 @@ def load_model(reference: Reference, arithmetic: Arithmetic, device: str) -> Any
         )
     if arithmetic == "fp32":
         model = model.float()
-    return model.to(device).eval()
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{reference.spec.source.folder}: the reference in {arithmetic} does not fit into the "
+            "GPU's free memory; use device='cpu'"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -224,7 +224,8 @@ class Report:
 
     def _retrieval_table(self, found: RetrievalReport) -> Table:
         title = (
-            f"Retrieval on {found.name}: {found.queries:,} queries, {found.documents:,} documents"
+            f"Retrieval on {found.name}: {found.queries:,} queries, {found.documents:,} documents, "
+            f"against {found.reference}"
         )
         if found.before is not None:
             title += f"; nDCG@10 of the candidates as they came {found.before:.4f}"

@@ -55,6 +55,7 @@ class RetrievalReport:
         name: The set's.
         queries: How many.
         documents: How many.
+        reference: What the reference ran in, and on.
         rows: The full width first.
         before: nDCG@10 of a reranker's candidates as they came; None for an embedder.
     """
@@ -62,6 +63,7 @@ class RetrievalReport:
     name: str
     queries: int
     documents: int
+    reference: str
     rows: tuple[RetrievalRow, ...]
     before: float | None = None
 
@@ -85,6 +87,7 @@ def compare_embedders(
     found: Vectors,
     expected: Vectors,
     data: RetrievalSet,
+    run: str,
 ) -> RetrievalReport:
     """Rank all documents by the artifact's and by the reference's vectors, at each dimension.
 
@@ -92,6 +95,7 @@ def compare_embedders(
         found: The artifact's (queries [n, dim], documents [m, dim]).
         expected: The reference's, as wide or wider.
         data: The set.
+        run: The reference's run, by its name.
     """
     width = found[0].shape[1]
     rows: list[RetrievalRow] = []
@@ -101,11 +105,11 @@ def compare_embedders(
             for vectors in (found, expected)
         ]
         rows += [_row(name, dim, *(each[name] for each in values)) for name in EMBEDDER_MEASURES]
-    return RetrievalReport(data.name, len(data.queries), len(data.documents), tuple(rows))
+    return RetrievalReport(data.name, len(data.queries), len(data.documents), run, tuple(rows))
 
 
 def compare_rerankers(
-    found: np.ndarray, expected: np.ndarray, data: RetrievalSet
+    found: np.ndarray, expected: np.ndarray, data: RetrievalSet, run: str
 ) -> RetrievalReport:
     """Rank each query's candidates by the artifact's and by the reference's scores.
 
@@ -113,6 +117,7 @@ def compare_rerankers(
         found: The artifact's scores of `candidate_pairs(data)`, [pairs].
         expected: The reference's.
         data: The set.
+        run: The reference's run, by its name.
     """
     before = {query: data.candidates[query] for query in data.queries}
     after = [
@@ -121,7 +126,8 @@ def compare_rerankers(
     ]
     rows = [_row(name, None, *(each[name] for each in after)) for name in RERANKER_MEASURES]
     first = float(measure(before, data.relevance, RERANKER_MEASURES)[NDCG].mean())
-    return RetrievalReport(data.name, len(data.queries), len(data.documents), tuple(rows), first)
+    sizes = (len(data.queries), len(data.documents))
+    return RetrievalReport(data.name, *sizes, run, tuple(rows), first)
 
 
 def encode_set(embedder: Embedder, data: RetrievalSet, *, progress: bool) -> Vectors:

@@ -11,6 +11,7 @@ import numpy as np
 from ..beir import RetrievalSet
 from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from ..errors import InputError
+from ..prompts import check_text
 from ..ranking import Vectors, unit
 from ..runtimes import Embedder, Reranker
 from ..runtimes.vectors import MRL_DIMS
@@ -35,6 +36,8 @@ from .retrieval import (
 )
 from .thresholds import Thresholds
 
+# What is no query: the name of documents' prompt, and no prompt at all.
+DOCUMENTS = ("document", "")
 # The narrowest width with a gate of its own: people store vectors of this width.
 MRL_GATE = 256
 
@@ -56,12 +59,18 @@ class EmbeddingTask:
         """What the report shows of each."""
         return [sample.text for sample in self.samples]
 
+    @property
+    def is_query(self) -> np.ndarray:
+        """Which texts are queries, the others being documents: bool [texts]."""
+        return np.array([sample.prompt not in DOCUMENTS for sample in self.samples])
+
     def artifact_ids(self, embedder: Embedder) -> list[np.ndarray]:
-        """Token ids as the artifact makes them."""
-        return [
-            embedder.tokenizer.encode([sample.text], embedder.prompt_text(sample.prompt)).ids[0]
-            for sample in self.samples
-        ]
+        """Token ids as the artifact makes them.
+
+        Raises:
+            InputError: A text is not valid Unicode, or its prompt has no such name.
+        """
+        return embedder.tokenizer.encode(self._prompted(embedder)).ids
 
     def reference_ids(self, reference: Reference) -> list[list[int]]:
         """Token ids as transformers makes them."""
@@ -69,16 +78,28 @@ class EmbeddingTask:
 
     def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
         """The artifact's vectors: float32 [texts, dim]."""
-        vectors = np.empty((len(self.samples), embedder.dim), np.float32)
-        for prompt in dict.fromkeys(sample.prompt for sample in self.samples):
-            rows = [i for i, sample in enumerate(self.samples) if sample.prompt == prompt]
-            texts = [self.samples[i].text for i in rows]
-            vectors[rows] = embedder.encode(texts, prompt=prompt, progress=progress)
-        return vectors
+        return embedder.encode(self._prompted(embedder), prompt="", progress=progress)
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The cosine of each vector: [n, dim] and [n, dim or more] to float64 [n]."""
         return cosines(found, expected[:, : found.shape[1]])
+
+    def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of every query and every document, where both sides are finite.
+
+        Args:
+            found: float32 [texts, dim].
+            expected: float32 [texts, dim or more].
+
+        Returns:
+            (the artifact's, the reference's), float64 [queries, documents].
+        """
+        expected = unit(expected[:, : found.shape[1]])
+        good = finite_rows(found) & finite_rows(expected)
+        queries, documents = good & self.is_query, good & ~self.is_query
+        # A plain product, as users compute it: a vector that is not of unit length shows.
+        scores = found[queries].astype(np.float64) @ found[documents].T
+        return scores, expected[queries] @ expected[documents].T
 
     def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
         """The artifact's vectors against one run of the reference.
@@ -90,13 +111,9 @@ class EmbeddingTask:
             run: The run's name.
         """
         width = found.shape[1]
+        scores, expected_scores = self.scores(found, expected)
         expected = unit(expected[:, :width])
         good = finite_rows(found) & finite_rows(expected)
-        is_query = np.array([sample.prompt == "query" for sample in self.samples])
-        queries, documents = good & is_query, good & ~is_query
-        # A plain product, as users compute it: a vector that is not of unit length shows.
-        scores = found[queries].astype(np.float64) @ found[documents].T
-        expected_scores = expected[queries] @ expected[documents].T
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
@@ -128,10 +145,10 @@ class EmbeddingTask:
         return encode_reference(reference, data, arithmetic, device, progress=progress)
 
     def compare_sets(
-        self, found: Vectors, expected: Vectors, data: RetrievalSet
+        self, found: Vectors, expected: Vectors, data: RetrievalSet, run: str
     ) -> RetrievalReport:
-        """Retrieval by the artifact's and by the reference's vectors."""
-        return compare_embedders(found, expected, data)
+        """Retrieval by the artifact's and by the reference's vectors, those of a run."""
+        return compare_embedders(found, expected, data, run)
 
     def gates(
         self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds
@@ -155,6 +172,13 @@ class EmbeddingTask:
     def invariance_limit(self, thresholds: Thresholds) -> float:
         """The limit for the invariance suite."""
         return thresholds.min_invariance
+
+    def _prompted(self, embedder: Embedder) -> list[str]:
+        """Each text behind its prompt: encoded together they keep the caller's numbers."""
+        return [
+            embedder.prompt_text(sample.prompt) + check_text(i, sample.text)
+            for i, sample in enumerate(self.samples)
+        ]
 
 
 @dataclass(frozen=True)
@@ -191,6 +215,11 @@ class RerankerTask:
         with np.errstate(invalid="ignore"):  # infinity - infinity
             return np.abs(found.astype(np.float64) - expected)
 
+    def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the artifact's, the reference's) where both are finite: float64 [pairs]."""
+        good = finite_rows(found) & finite_rows(expected)
+        return found[good].astype(np.float64), expected[good].astype(np.float64)
+
     def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
         """The artifact's scores [pairs] against one run of the reference [pairs]."""
         good = finite_rows(found) & finite_rows(expected)
@@ -223,10 +252,10 @@ class RerankerTask:
         return score_reference(reference, data, arithmetic, device, progress=progress)
 
     def compare_sets(
-        self, found: np.ndarray, expected: np.ndarray, data: RetrievalSet
+        self, found: np.ndarray, expected: np.ndarray, data: RetrievalSet, run: str
     ) -> RetrievalReport:
-        """Reranking by the artifact's and by the reference's scores."""
-        return compare_rerankers(found, expected, data)
+        """Reranking by the artifact's and by the reference's scores, those of a run."""
+        return compare_rerankers(found, expected, data, run)
 
     def gates(
         self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds

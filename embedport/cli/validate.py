@@ -86,13 +86,14 @@ def validate(
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
-    from ..files import MANIFEST
     from ..validation import validate as run
+    from ..validation.recording import find_recorded
 
     check_output(report, ".html", ".json", ".md")
     check_output(save_run)
+    recorded = find_recorded(artifact) if record else None
     texts, pairs = _read(artifact, file)
-    data = _read_set(retrieval, candidates, max_queries, max_ndcg_loss)
+    data = _read_set(artifact, retrieval, candidates, max_queries, max_ndcg_loss)
     result = run(
         artifact,
         reference,
@@ -107,7 +108,7 @@ def validate(
         save_run=save_run,
         page=report if report is not None and report.suffix == ".html" else None,
         command=["embedport", *sys.argv[1:]],
-        record=record,
+        record=recorded is not None,
         progress=True,
     )
     if report is not None and report.suffix != ".html":
@@ -116,9 +117,9 @@ def validate(
         typer.echo(result.to_json())
     else:
         stdout_console().print(result)
-    if record and (artifact / MANIFEST).is_file():
+    if recorded is not None:
         stderr_console().print(
-            f"Recorded in {artifact}: embedport.json and README.md", soft_wrap=True
+            f"Recorded in {recorded}: embedport.json and README.md", soft_wrap=True
         )
     raise typer.Exit(0 if result.passed else 1)
 
@@ -135,6 +136,7 @@ def _read(artifact: Path, file: Path | None) -> tuple[list[Sample] | None, list[
 
 
 def _read_set(
+    artifact: Path,
     retrieval: str | None,
     candidates: Path | None,
     max_queries: int | None,
@@ -147,5 +149,8 @@ def _read_set(
             )
         return None
     from ..beir import read_beir
+    from ..runtimes import read_facts
 
+    if candidates is not None and read_facts(artifact).task == "embedding":
+        raise InputError("an embedding model searches all documents: --candidates are a reranker's")
     return read_beir(retrieval, candidates=candidates, max_queries=max_queries)

@@ -98,13 +98,13 @@ def a_report(task="embedding", retrieval=True, **changes):
 def a_retrieval(task):
     if task == "reranker":
         rows = [RetrievalRow("nDCG@10", None, 0.7, 0.69, 0.01, 0.002, 0.02)]
-        return RetrievalReport(EVIL, 50, 500, tuple(rows), before=0.61)
+        return RetrievalReport(EVIL, 50, 500, "bf16, cuda", tuple(rows), before=0.61)
     rows = [
         RetrievalRow(measure, dim, 0.7 - 1 / dim, 0.7, -1 / dim, -1 / dim - 0.01, 0.01)
         for measure in ("nDCG@10", "R@100", "RR")
         for dim in (1024, 256, 32)
     ]
-    return RetrievalReport(EVIL, 50, 500, tuple(rows))
+    return RetrievalReport(EVIL, 50, 500, "bf16, cuda", tuple(rows))
 
 
 def some_details(task="embedding", **changes):
@@ -170,6 +170,7 @@ def test_the_page_in_order(task, retrieval):
     assert parsed.count("figcaption") == parsed.count("figure") == parsed.count("svg")
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
+    assert ("rings the reference (bf16, cuda)" in page) is retrieval
     for fact in ("Debian, Python 3.12", "16.0 GiB", "a" * 64, "b" * 64, "2026-01-02"):
         assert fact in page
 

@@ -1,14 +1,16 @@
 """The reference against our own tokenization, and against transformers run by hand."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
-from embedport.errors import CheckpointError, InputError, MissingPackageError
+from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
 from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer, query_prompt
 from embedport.validation import reference as module
 from embedport.validation.reference import (
@@ -180,6 +182,51 @@ def test_where_and_in_what(monkeypatch, opened):
     assert choose_arithmetics(reference, "cuda") == ("fp16", "bf16")
     assert describe(reference, "fp32", "cpu") == "fp32 on fp16-rounded weights, cpu"
     assert describe(reference, "fp16", "cuda") == "fp16, cuda"
+
+
+def test_memory_that_torch_keeps_counts_as_free(monkeypatch, opened):
+    """Of a model that is gone, and that only the collector finds."""
+    import torch
+
+    class Model:
+        def __init__(self):
+            self.itself = self
+
+    reference = opened("embedding")
+    need = int(reference.spec.parameters * 4 * module.HEADROOM) + 1
+    model = Model()
+    there, cached = weakref.ref(model), [need]
+
+    def empty_cache():
+        if there() is None:
+            cached.clear()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (need - sum(cached), need))
+    gc.disable()
+    del model
+    try:
+        assert choose_arithmetics(reference, "cuda") == ("fp16", "fp32")
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_a_full_gpu_is_said(monkeypatch, opened, task):
+    import torch
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    model = load_model(opened(task), "fp32", "cpu")
+    with monkeypatch.context() as changes:
+        changes.setattr(module, "load_model", lambda *args: model)
+        changes.setattr(type(model), "forward", full)
+        with pytest.raises(InputError, match=r"a batch of 2 x 3 tokens of the reference in fp32"):
+            run_reference(opened(task), [[5, 6, 7], [8, 9]], "fp32", "cpu")
+    monkeypatch.setattr(type(model), "to", full)
+    with pytest.raises(DeviceError, match=r"reference in bf16 does not fit .*device='cpu'"):
+        load_model(opened(task), "bf16", "cpu")
 
 
 def test_the_users_progress_bars_come_back(opened):

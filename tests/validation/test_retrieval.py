@@ -2,15 +2,18 @@
 
 import gzip
 import json
+import tracemalloc
 from math import log2
 
 import numpy as np
 import pytest
 
 import embedport
+from embedport import ranking
 from embedport.beir import RetrievalSet, read_beir, write_candidates
 from embedport.errors import InputError
 from embedport.ranking import candidate_pairs, measure, search
+from embedport.validation import parity
 from embedport.validation.retrieval import bootstrap, compare_embedders, compare_rerankers
 from embedport.validation.tasks import EmbeddingTask
 
@@ -80,6 +83,7 @@ def test_the_same_queries_are_taken_each_time(folder):
         ("corpus.jsonl", "{}\n", "corpus.jsonl:1 should be an object"),
         ("queries.jsonl", '{"_id": "a", "text": "b"}\n' * 2, "queries.jsonl:2: _id should be"),
         ("qrels/test.tsv", None, "test.tsv cannot be read"),
+        ("qrels/test.tsv", "q1\tchina\t1\n", "test.tsv:1 should be a header"),
         ("qrels/test.tsv", "h\nq1\tchina\n", "test.tsv:2 should be query-id"),
         ("qrels/test.tsv", "h\nq1\tchina\t0.5\n", "test.tsv:2 should be query-id"),
         ("qrels/test.tsv", "h\nq1\tchina\t-1\n", "relevance should be 0 or more"),
@@ -119,6 +123,23 @@ def test_search_finds_the_nearest_and_keeps_the_order_of_equal_ones():
     assert search(queries, documents, 3).tolist() == [[1, 2, 0], [3, 0, 1]]
 
 
+def test_the_memory_of_a_search_does_not_grow_with_the_corpus(monkeypatch):
+    generator = np.random.default_rng(0)
+    documents = generator.standard_normal((20_000, 4)).astype(np.float32)
+    queries = generator.standard_normal((100, 4)).astype(np.float32)
+    expected = search(queries, documents, 5)
+    monkeypatch.setattr(ranking, "SCORES", 3 * len(documents))
+    tracemalloc.start()
+    found = search(queries, documents, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, expected)
+    # All at once, scores alone would take 8 MB.
+    assert peak < 2e6
+    monkeypatch.setattr(ranking, "SCORES", 1)
+    np.testing.assert_array_equal(search(queries[:3], documents, 5), expected[:3])
+
+
 def test_bootstrap():
     assert bootstrap(np.zeros(50)) == (0, 0)
     sample = np.random.default_rng(1).normal(0.1, 0.1, 400)
@@ -132,12 +153,15 @@ def test_equal_vectors_lose_nothing_and_swapped_ones_show(folder):
     generator = np.random.default_rng(0)
     documents = generator.standard_normal((5, 64)).astype(np.float32)
     queries = documents[:3] + 0.1 * generator.standard_normal((3, 64)).astype(np.float32)
-    same = compare_embedders((queries, documents), (queries, documents), data)
+    same = compare_embedders((queries, documents), (queries, documents), data, "fp16, cuda")
     assert same.ndcg_loss == 0
     assert {(row.low, row.high) for row in same.rows} == {(0, 0)}
     assert [row.dimension for row in same.rows] == [64] * 3 + [32] * 3
     assert same.rows[0].artifact == 1
-    swapped = compare_embedders((queries[::-1], documents), (queries, documents), data)
+    assert same.reference == "fp16, cuda"
+    swapped = compare_embedders(
+        (queries[::-1], documents), (queries, documents), data, "fp16, cuda"
+    )
     assert swapped.ndcg_loss > 0.2
 
 
@@ -145,7 +169,7 @@ def test_reranking(folder):
     data = read_beir(folder)
     assert len(candidate_pairs(data)) == 15
     right = np.array([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]], np.float32).ravel()
-    report = compare_rerankers(1 - right, right, data)
+    report = compare_rerankers(1 - right, right, data, "fp16, cuda")
     assert report.before == pytest.approx((1 + 1 / log2(3) + 1 / log2(4)) / 3)
     assert report.rows[0].reference == 1
     assert report.ndcg_loss == pytest.approx(1 - 1 / log2(6))
@@ -162,7 +186,9 @@ def test_validate_measures_retrieval(checkpoints, tmp_path, folder, task):
     assert report.retrieval.queries == 3
     assert report.retrieval.ndcg_loss == 0
     assert "nDCG@10 loss" in [gate.name for gate in report.gates]
-    assert "Retrieval on small: 3 queries, 5 documents" in report.to_markdown()
+    run = report.comparisons[0].reference
+    title = f"Retrieval on small: 3 queries, 5 documents, against {run}"
+    assert title in report.to_markdown()
     record = json.loads((artifact / "embedport.json").read_text())["parity"]["retrieval"]
     assert record["rows"][0]["measure"] == "nDCG@10"
     if save_run is not None:
@@ -202,6 +228,30 @@ def test_nan_in_the_set_fails_on_either_side(checkpoints, tmp_path, folder, monk
             report = embedport.validate(artifact, checkpoint, retrieval=folder)
         assert {each.name for each in report.gates if not each.passed} >= {gate}
         assert next(each.value for each in report.gates if each.name == gate) == 1
+
+
+@pytest.mark.parametrize(("spoilt", "used"), [((), "fp16"), (("fp16",), "bf16")])
+def test_the_reference_on_a_set_is_named(checkpoints, tmp_path, folder, monkeypatch, spoilt, used):
+    """On a set it may be another run than on the texts: the first one without NaN there."""
+    checkpoint = checkpoints("kv2")
+    artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
+    run, run_set = parity.run_reference, EmbeddingTask.run_reference_set
+
+    def run_on_cpu(source, rows, arithmetic, device, *, progress):
+        return run(source, rows, "fp32", "cpu")
+
+    def run_set_on_cpu(self, source, data, arithmetic, device, *, progress):
+        queries, documents = run_set(self, source, data, "fp32", "cpu", progress=progress)
+        return queries, documents * (np.nan if arithmetic in spoilt else 1)
+
+    monkeypatch.setattr(parity, "find_device", lambda device: "cuda")
+    monkeypatch.setattr(parity, "choose_arithmetics", lambda source, device: ("fp16", "bf16"))
+    monkeypatch.setattr(parity, "run_reference", run_on_cpu)
+    monkeypatch.setattr(EmbeddingTask, "run_reference_set", run_set_on_cpu)
+    report = embedport.validate(artifact, checkpoint, retrieval=folder)
+    assert report.retrieval is not None
+    assert report.retrieval.reference == f"{used}, cuda"
+    assert report.comparisons[0].reference == "fp16, cuda"
 
 
 def test_a_reranker_needs_candidates(checkpoints, tmp_path):

@@ -12,7 +12,7 @@ import embedport
 from embedport.artifact import Artifact
 from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.errors import InputError
-from embedport.prompts import Encoded
+from embedport.prompts import Encoded, query_prompt
 from embedport.validation import parity
 from embedport.validation.measures import unit
 from embedport.validation.tasks import EmbeddingTask
@@ -355,6 +355,68 @@ def test_plain_strings_are_documents(folders):
         "1st percentile of cosine",
         "minimum cosine",
     }
+
+
+def test_a_literal_prompt_makes_a_query(folders, tmp_path):
+    """And an empty one a document; on the page too."""
+    samples = [
+        Sample("gravity", query_prompt("Find the law that applies")),
+        Sample("gravity", "query"),
+        Sample("Masses attract each other.", ""),
+        Sample("A leaf."),
+        Sample("Snow is cold."),
+    ]
+    task = EmbeddingTask(samples)
+    assert task.is_query.tolist() == [True, True, False, False, False]
+    page = tmp_path / "report.html"
+    report = validate(folders("embedding"), samples, page=page, max_score_difference=0.01)
+    assert report.passed
+    assert gate(report, "maximum score difference").limit == 0.01
+    assert "6 similarities, each of a query and a document" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "limit", "message"),
+    [
+        ("embedding", {"texts": ["a", "b"]}, "max_score_difference", "found documents only"),
+        ("embedding", {"texts": QUERIES}, "max_score_difference", "found queries only"),
+        ("embedding", {}, "max_ndcg_loss", "--max-ndcg-loss .* give --retrieval too"),
+        ("reranker", {}, "max_ndcg_loss", "--max-ndcg-loss .* give --retrieval too"),
+        ("reranker", {}, "min_cosine", "a reranker gives scores, not vectors"),
+    ],
+)
+def test_a_limit_that_no_gate_would_hold(folders, task, inputs, limit, message):
+    with pytest.raises(InputError, match=message):
+        validate(folders(task), **inputs, **{limit: 0.5})
+
+
+def test_texts_have_the_callers_numbers(folders, monkeypatch, caplog):
+    """Whatever the prompts before them are."""
+    samples = [Sample(f"text {i}", "query" if i % 2 else "document") for i in range(20)]
+    spoilt = [*samples]
+    spoilt[16] = Sample("bad \ud800")
+    with pytest.raises(InputError, match=r"text 16 is not valid Unicode: .* at character 4"):
+        validate(folders("embedding"), spoilt)
+    spoilt[16] = Sample("an image", "<|image|>\ud800 ")
+    with pytest.raises(InputError, match="text 16 is not valid Unicode"):
+        validate(folders("embedding"), spoilt)
+    task = EmbeddingTask([*samples[:16], Sample("word " * 99), *samples[17:]])
+    embedder = embedport.load(folders("embedding").artifact, device="cpu", max_length=60)
+    assert isinstance(embedder, embedport.Embedder)
+    task.run(embedder, progress=False)
+    assert "1 of 20 texts cut to 60 tokens, the first is text 16" in caplog.text
+    monkeypatch.setattr(embedder, "model", lambda ids, mask: np.full((len(ids), 64), np.nan, "f4"))
+    task.run(embedder, progress=False)
+    assert "20 of 20 texts gave NaN or infinity" in caplog.text
+
+
+def test_each_text_is_run_under_its_prompt(folders):
+    embedder = embedport.load(folders("embedding").artifact, device="cpu")
+    assert isinstance(embedder, embedport.Embedder)
+    found = EmbeddingTask(SAMPLES).run(embedder, progress=False)
+    for sample, vector in zip(SAMPLES, found, strict=True):
+        expected = embedder.encode([sample.text], prompt=sample.prompt)[0]
+        np.testing.assert_allclose(vector, expected, atol=1e-6)
 
 
 def test_pairs_may_be_tuples(folders):

@@ -1,0 +1,88 @@
+"""Where the figures go: decided before anything is loaded, and never the hub's cache."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import embedport
+from embedport.errors import ArtifactError
+from embedport.hub import Source
+from embedport.validation import parity, recording
+from embedport.validation.recording import find_recorded
+
+COMMIT = "0123456789abcdef"
+
+
+@pytest.fixture
+def snapshot(folders, tmp_path):
+    """An artifact as the hub's cache has it."""
+    folder = tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT
+    return Path(shutil.copytree(folders("embedding").artifact, folder))
+
+
+def texts_of(folder):
+    return {name: (folder / name).read_text() for name in ("embedport.json", "README.md")}
+
+
+def test_what_takes_figures(folders, checkpoints):
+    folder = folders("embedding").artifact
+    assert find_recorded(folder) == folder
+    assert find_recorded(checkpoints("kv2")) is None
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_the_hubs_cache_stays_as_it_is(folders, snapshot, monkeypatch, caplog, by_id):
+    """Whether it is asked for by its id or by its folder."""
+    artifact = "owner/name" if by_id else snapshot
+    if by_id:
+        source = Source("owner/name", COMMIT, snapshot)
+        monkeypatch.setattr(recording, "fetch", lambda checkpoint: source)
+        load = parity.load
+        monkeypatch.setattr(parity, "load", lambda model, device: load(snapshot, device=device))
+    before = texts_of(snapshot)
+    with caplog.at_level(logging.WARNING):
+        report = embedport.validate(
+            artifact, folders("embedding").checkpoint, ["a text", "another"], device="cpu"
+        )
+    assert report.passed
+    assert f"{artifact} is in the hub's cache, where no figures are recorded" in caplog.text
+    assert texts_of(snapshot) == before
+
+
+def test_a_read_only_folder_is_refused_before_anything_is_loaded(
+    folders, copied, monkeypatch, tmp_path
+):
+    made = folders("embedding")
+    folder = copied(made.artifact)
+    access = os.access
+    # root may write to anything.
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != folder and access(path, mode)
+    )
+    load = parity.load
+    monkeypatch.setattr(parity, "load", lambda *args, **options: pytest.fail("it was loaded"))
+    with pytest.raises(ArtifactError, match=r"model is read-only, .*--no-record"):
+        embedport.validate(folder, made.checkpoint, device="cpu")
+    monkeypatch.setattr(parity, "load", load)
+    before = texts_of(folder)
+    embedport.validate(folder, made.checkpoint, ["a text"], device="cpu", record=False)
+    assert texts_of(folder) == before
+
+
+def test_the_page_is_there_when_recording_fails(folders, copied, monkeypatch, tmp_path):
+    """A disk that is full by then must not cost what was measured."""
+    made = folders("embedding")
+    page = tmp_path / "report.html"
+
+    def full(*arguments):
+        raise ArtifactError("disk full")
+
+    monkeypatch.setattr(parity, "record_parity", full)
+    with pytest.raises(ArtifactError, match="disk full"):
+        embedport.validate(
+            copied(made.artifact), made.checkpoint, ["a text"], device="cpu", page=page
+        )
+    assert "<svg" in page.read_text()
