@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from embedport.bench.race import Race, to_json
-from embedport.bench.sides import Side, our_side
+from embedport.bench.sides import our_side
 from embedport.bench.work import QUERIES, reranking
 
 from .checkpoint import CACHE, checkpoint
@@ -33,7 +33,7 @@ def shared_against_plain(
         artifact = export_ours(source, Path(temporary), precision)
         command = (sys.executable, "-m", "benchmarks.reranking", str(artifact))
         shared = replace(our_side(artifact), name="embedport, shared")
-        plain = Side("embedport, plain", command, artifact, shared.bits, {})
+        plain = replace(shared, name="embedport, plain", command=command)
         work = reranking(artifact / "tokenizer.json")
         with Race([shared, plain], lambda stage: print(stage, file=sys.stderr)) as race:
             found = race.run(work, rounds * QUERIES)

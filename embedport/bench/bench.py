@@ -28,7 +28,7 @@ from .work import (
     uniform,
 )
 
-ROUNDS = 5
+ROUNDS, COLD_STARTS = 5, 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def bench(
             others are measured by.
         peers: Names of `sides.PEERS`.
         checkpoint: What peers are to serve: a folder or hub id of the same geometry.
-        rounds: Of each work of one length; sides that compute in wider types have one.
+        rounds: Of each work of one length; passages and pairs have a round for each of their parts;
+            sides that compute in wider types have one.
         quick: A few minutes' worth.
         cache: Where peers' models are kept; in the user's cache folder by default.
         say: Told what is being done.
@@ -129,7 +130,7 @@ def bench(
     found = {}
     for side in sides:
         say(f"{side.name}: cold starts")
-        seconds = start_cold(side, first, 1 if quick else 3)
+        seconds = start_cold(side, first, 1 if quick else COLD_STARTS)
         peak = max(
             (each[side.name].peak_bytes for each in results.values() if side.name in each),
             default=0,

@@ -22,7 +22,6 @@ from .work import Work, write_rows
 BATCHES = (1, 4, 8, 16, 32)
 # Of a work's part, the rows on which that choice is made.
 TRIED_ROWS = 32
-COLD_STARTS = 3
 # Rounds of sides whose arithmetic is wider than the first's: they take many times as long.
 FEW_ROUNDS = 1
 
@@ -173,7 +172,7 @@ class Race:
         rows = work.part(0)
         tried = sorted(rows, key=len)[:: -(-len(rows) // TRIED_ROWS)]
         self._say(f"{work.name}: {side.name} warms up")
-        if side.name.startswith("embedport"):
+        if side.has_batches:
             self._ask(side.name, tried, 0, "tried.npy")
             return None
         sizes = [size for size in BATCHES if size <= len(tried)]
@@ -223,7 +222,7 @@ def _result(
     )
 
 
-def start_cold(side: Side, work: Work, starts: int = COLD_STARTS) -> list[float]:
+def start_cold(side: Side, work: Work, starts: int) -> list[float]:
     """Seconds from the start of a new process to its first answer; files are in the page cache.
 
     Args:

@@ -68,6 +68,7 @@ class Side:
         folder: What it serves.
         bits: Of its arithmetic.
         versions: Of the packages that it runs on.
+        has_batches: Whether it makes its own batches of what it is given.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Side:
     folder: Path
     bits: int
     versions: dict[str, str]
+    has_batches: bool = False
 
     @property
     def size(self) -> int:
@@ -93,7 +95,7 @@ def our_side(artifact: str | Path) -> Side:
     facts = read_facts(artifact)
     command = (sys.executable, "-m", "embedport.bench.serve", str(artifact))
     bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
-    return Side(f"embedport {facts.precision}", command, facts.folder, bits, {})
+    return Side(f"embedport {facts.precision}", command, facts.folder, bits, {}, has_batches=True)
 
 
 def peer_side(peer: Peer, checkpoint: Path, cache: Path, say: Callable[[str], None]) -> Side:
@@ -116,7 +118,7 @@ def peer_side(peer: Peer, checkpoint: Path, cache: Path, say: Callable[[str], No
         folder = peer_side(PEERS[peer.source], checkpoint, cache, say).folder
     if peer.prepared:
         source = folder
-        folder = cache / f"{peer.name}-{_key(peer.script, checkpoint, versions)}"
+        folder = cache / f"{peer.name}-{_key(peer.script, source, versions)}"
         if not folder.is_dir():
             say(f"{peer.name}: preparing")
             cache.mkdir(parents=True, exist_ok=True)
@@ -149,10 +151,10 @@ def install_peer(script: str) -> tuple[tuple[str, ...], dict[str, str]]:
     return (warm["python"], path), warm["versions"]
 
 
-def _key(script: str, checkpoint: Path, versions: dict[str, str]) -> str:
+def _key(script: str, source: Path, versions: dict[str, str]) -> str:
     """Changes with all that the peer's folder is made from."""
     hashed = hashlib.sha256((SCRIPTS / script).read_bytes() + json.dumps(versions).encode())
-    for path in sorted(checkpoint.glob("*")):
+    for path in (source, *sorted(source.glob("*"))):
         status = path.stat()
         hashed.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
     return hashed.hexdigest()[:12]

@@ -47,7 +47,12 @@ def bench(
             help="What the peers serve: the artifact's checkpoint, best.", show_default=False
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Interleaved rounds of each shape; passages and pairs have their own."
+        ),
+    ] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes' worth.")] = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".json.", show_default=False)
