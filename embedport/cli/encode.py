@@ -53,7 +53,8 @@ def encode(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="Texts (.txt, .jsonl) to measure the ranges of 8-bit vectors with, once.",
+            help="Texts (.txt, .jsonl) to measure the ranges of 8-bit vectors with, once; without "
+            "texts to embed it does no more. Standard input is --input -.",
             show_default=False,
         ),
     ] = None,
@@ -127,11 +128,16 @@ def encode(
     check_output(out)
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
-    only_ranges = calibrate is not None and not texts and file is None and sys.stdin.isatty()
+    only_ranges = calibrate is not None and not texts and file is None
     inputs = [] if only_ranges else read_texts(texts or [], file)
     embedder = load(artifact, device=device, max_length=max_length)
     if not isinstance(embedder, Embedder):
         raise InputError(f"{artifact} is a reranker: use `embedport rerank`")
+    if only_ranges and not embedder.keeps_ranges:
+        raise InputError(
+            f"{artifact} has no manifest to keep ranges in (a checkpoint, or a folder of the hub's "
+            "cache): give the texts to embed in the same command, or export it first"
+        )
     if calibrate is not None:
         embedder.calibrate(read_texts([], calibrate), prompt=prompt, batch_tokens=batch_tokens)
         if only_ranges:

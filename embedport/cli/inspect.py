@@ -42,7 +42,7 @@ def inspect(
         facts = _artifact_facts(source)
         rows = _artifact_rows(facts)
     else:
-        facts = _checkpoint_facts(target, revision)
+        facts = _checkpoint_facts(source)
         rows = _checkpoint_rows(facts)
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
@@ -137,19 +137,22 @@ def _verdict(parity: Mapping[str, Any] | None) -> str:
     return "\n".join([f"{holds} ({parity['date']})", *words])
 
 
-def _checkpoint_facts(target: str, revision: str | None) -> dict[str, Any]:
-    from ..spec import ModelSpec
+def _checkpoint_facts(source: Source) -> dict[str, Any]:
+    from ..spec import read_spec
+    from ..stored import LibraryQuantization
 
-    spec = ModelSpec.from_checkpoint(target, revision=revision)
+    spec = read_spec(source)
     facts = asdict(spec)
-    source = facts.pop("source")
+    del facts["source"]
+    # What a library alone reads gives no weights to export.
+    exports = not isinstance(spec.quantization, LibraryQuantization)
     return {
-        "checkpoint": source["id"],
-        "revision": source["revision"],
+        "checkpoint": source.id,
+        "revision": source.revision,
         **facts,
         "parameters": spec.parameters,
         "weights": _weights(spec),
-        "artifact_bytes": _artifact_bytes(spec),
+        "artifact_bytes": _artifact_bytes(spec) if exports else None,
     }
 
 
@@ -189,8 +192,7 @@ def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
-    sizes = [f"{size_words(size)} in {name}" for name, size in facts["artifact_bytes"].items()]
-    return {
+    rows = {
         "Checkpoint": _at(facts["checkpoint"], facts["revision"]),
         "Task": facts["task"],
         "Layers": f"{facts['num_layers']}, hidden size {facts['hidden_size']:,}, intermediate "
@@ -202,8 +204,11 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
         "Prompts": _prompts(facts["prompts"] if facts["task"] == "embedding" else {}),
         "Parameters": f"{facts['parameters']:,}",
         "Weights": _shards(facts["weights"]) + _method(facts["quantization"]),
-        "As an artifact": f"about {', '.join(sizes)}",
     }
+    if facts["artifact_bytes"] is not None:
+        sizes = [f"{size_words(size)} in {name}" for name, size in facts["artifact_bytes"].items()]
+        rows["As an artifact"] = f"about {', '.join(sizes)}"
+    return rows
 
 
 def _method(quantization: Mapping[str, Any] | None) -> str:

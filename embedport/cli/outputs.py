@@ -118,7 +118,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_npy(path: Path, vectors: np.ndarray) -> None:
-    """Write float32 [n, dim] as .npy."""
+    """Write vectors [n, dim] as .npy."""
     import numpy as np
 
     from ..files import written

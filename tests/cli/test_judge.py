@@ -98,6 +98,9 @@ class TestInspect:
         assert facts["weights"]["dtypes"] == ["BF16", "I8"]
         words = " ".join(run("inspect", folder)[1].split())
         assert "quantized by compressed-tensors: w8a8" in words
+        # It is not one that `export` takes.
+        assert facts["artifact_bytes"] is None
+        assert "As an artifact" not in words
 
     def test_damage(self, run, folders, copied):
         folder = copied(folders / "embedding")

@@ -52,6 +52,45 @@ class TestEncode:
             assert [row["text"] for row in json_lines(out)] == TEXTS
         assert run("encode", folders / "embedding", stdin="") == (0, "", "")
 
+    def test_a_file_of_windows(self, run, folders, tmp_path):
+        mark = b"\xef\xbb\xbf"
+        (tmp_path / "in.txt").write_bytes(mark + b"one\r\n \r\ntwo\r\n")
+        (tmp_path / "IN.JSONL").write_bytes(mark + b'{"text": "one"}\r\n{"text": "two"}\r\n')
+        for name in ("in.txt", "IN.JSONL"):
+            _, out, _ = run("encode", folders / "embedding", "--input", tmp_path / name)
+            assert [row["text"] for row in json_lines(out)] == ["one", "two"]
+            code, _, _ = run(
+                *("encode", folders / "embedding", "--input", tmp_path / name),
+                *("-o", tmp_path / name.partition(".")[0]),
+            )
+            assert code == 0
+            index = json.loads((tmp_path / name.partition(".")[0] / "index.json").read_text())
+            assert index["rows"] == 2
+        _, out, _ = run("encode", folders / "embedding", stdin="\ufeffone\n \ntwo\n")
+        assert [row["text"] for row in json_lines(out)] == ["one", "two"]
+
+    def test_a_file_of_another_kind(self, run, folders, tmp_path):
+        path = tmp_path / "in.ndjson"
+        path.write_text('{"text": "one"}\n')
+        for more in ((), ("-o", tmp_path / "vectors")):
+            code, _, err = run("encode", folders / "embedding", "--input", path, *more)
+            assert code == 2
+            assert "or .jsonl" in err
+
+    def test_ranges_alone(self, run, folders, checkpoints, copied, tmp_path):
+        """Whatever standard input is."""
+        (tmp_path / "sample.txt").write_text("one\ntwo\n")
+        folder = copied(folders / "embedding")
+        for stdin in ("", "not to be read\n"):
+            code, out, err = run(
+                "encode", folder, "--calibrate", tmp_path / "sample.txt", stdin=stdin
+            )
+            assert (code, out) == (0, "")
+            assert "ranges measured with" in err
+        code, _, err = run("encode", checkpoints(), "--calibrate", tmp_path / "sample.txt")
+        assert code == 2
+        assert "has no manifest to keep ranges in" in err
+
     def test_instruction(self, run, folders):
         code, out, _ = run("encode", folders / "embedding", "noise", "--instruction", "Find it")
         literal = run("encode", folders / "embedding", "Instruct: Find it\nQuery:noise")[1]
