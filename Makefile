@@ -4,7 +4,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PYTHON ?= python3
 RUN = $(UV) run --frozen
 
-# A GPU's packages (onnxruntime-gpu, tensorrt) are not in the lock file: see docs/gpu.md.
+# The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
 
 .PHONY: demo test lint format bench gpu

@@ -16,12 +16,11 @@ from ..beir import BUILTIN, read_beir
 from ..errors import InputError
 from ..exporters import export
 from ..runtimes import Embedder, Ranked, Reranker, load
-from ..spec import Task
+from ..spec import TASKS
 
 if TYPE_CHECKING:
     from ..validation import Report
 
-TASKS: tuple[Task, ...] = ("embedding", "reranker")
 PRECISIONS = ("fp32", "int8")
 QUERIES = ("happy, joyful", "a boat with sails", "to speak very quietly")
 SHOWN = 3
