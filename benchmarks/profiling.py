@@ -1,12 +1,14 @@
 """Where the time of an int8 graph goes, operator by operator.
 
-Beside it stands the fastest that this machine multiplies.
+Beside it stands the fastest that this machine multiplies, and how long the graph's multiplications
+alone would take at that.
 """
 
 # Not named "profile": scripts beside it would import it for the standard library's.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from embedport.bench.machine import PRODUCTS, measure_peak
+from embedport.spec import ModelSpec
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
@@ -39,7 +42,37 @@ def of_int8(results: Path = RESULTS) -> None:
             [[name, ms, f"{ms / each['nodes_ms']:.1%}"] for name, ms in each["operators"].items()],
         )
     print_table(["product", "10^12 operations/s"], [[*each] for each in figures["peak"].items()])
+    spec = ModelSpec.from_checkpoint(source)
+    limits = {shape: _limit(spec, *shape, figures["peak"]) for shape in SHAPES}
+    for (batch, size), each in limits.items():
+        figures["shapes"][f"{batch}x{size}"]["limit_ms"] = each
+    print_table(
+        ["at these speeds, ms", "8-bit products", "attention's"],
+        [[f"{a}x{b}", *each.values()] for (a, b), each in limits.items()],
+    )
     save("profile-0.6b-int8", figures, results)
+
+
+def _limit(spec: ModelSpec, batch: int, size: int, peak: dict[str, float]) -> dict[str, float]:
+    """Milliseconds that multiplications alone take at the machine's fastest.
+
+    Attention's are those of earlier tokens and the token itself; after the last layer's only one
+    token a row goes on.
+    """
+    tokens = batch * size
+    rows = {"o": batch, "gate": batch, "up": batch, "down": batch}
+    products = 0
+    for name, shape in spec.tensor_shapes().items():
+        layer, _, part = name.removesuffix("_proj.weight").rpartition(".")
+        if name.endswith("_proj.weight"):
+            last = layer.startswith(f"layers.{spec.num_layers - 1}.")
+            products += 2 * math.prod(shape) * (rows.get(part, tokens) if last else tokens)
+    scores = spec.num_layers * spec.num_heads * batch * size * (size + 1) / 2
+    attention = 2 * 2 * scores * spec.head_dim
+    return {
+        "products": round(products / peak["uint8 x int8"] / 1e9, 1),
+        "attention": round(attention / peak["fp32"] / 1e9, 1),
+    }
 
 
 def _measure(folder: Path) -> dict[str, Any]:

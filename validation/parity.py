@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..beir import RetrievalSet, read_beir, write_candidates
 from ..demo.samples import Pair, Sample
 from ..errors import InputError, require
 from ..files import written
+from ..integrity import record_files
 from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import ModelFacts, load
 from ..runtimes.checkpoint import require_library
@@ -40,6 +42,8 @@ from .report import Comparison, Gate, Report, Worst, excerpt
 from .retrieval import CANDIDATES
 from .tasks import EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
+
+logger = logging.getLogger(__name__)
 
 WORST = 5
 PACKAGES = (
@@ -137,6 +141,7 @@ def validate(
         reference, task=facts.task, max_length=runtime.tokenizer.max_length, revision=revision
     )
     _check_same_model(facts, source.spec)
+    _compare_weights(facts, source.spec)
     rows = task.artifact_ids(runtime)
     expected_rows = task.reference_ids(source)
     device = find_device(device)
@@ -261,6 +266,25 @@ def _check_same_model(facts: ModelFacts, spec: ModelSpec) -> None:
             f"the artifact was made from {facts.source}, with hidden_size and vocab_size "
             f"{made}; the reference {spec.source.id} has {(spec.hidden_size, spec.vocab_size)}"
         )
+
+
+def _compare_weights(facts: ModelFacts, spec: ModelSpec) -> None:
+    """Say so where the reference's files are not those that the artifact was made of."""
+    if facts.artifact is None:
+        return
+    made = facts.artifact.manifest.source.files
+    paths = {name: spec.source.folder / name for name in made}
+    records = record_files(path for path in paths.values() if path.is_file())
+    for name, path in paths.items():
+        if path not in records or records[path].sha256 != made[name]:
+            logger.warning(
+                "the artifact was made from %s, whose %s is not the one of %s: what follows may "
+                "be the difference of two models",
+                facts.artifact.manifest.source.pinned,
+                name,
+                spec.source.folder,
+            )
+            return
 
 
 def _describe_source(spec: ModelSpec) -> str:

@@ -453,6 +453,16 @@ def test_another_models_checkpoint(folders, checkpoints):
         embedport.validate(folders("embedding").artifact, checkpoints("kv1"), device="cpu")
 
 
+def test_other_weights_than_it_was_made_of(folders, checkpoints, caplog):
+    """Of the same geometry: only the hashes tell."""
+    artifact = folders("embedding").artifact
+    for options, warned in (({}, False), ({"dtype": "float32"}, True)):
+        embedport.validate(
+            artifact, checkpoints("kv2", **options), ["a"], device="cpu", record=False
+        )
+        assert ("model.safetensors is not the one of" in caplog.text) == warned
+
+
 def test_unknown_precision():
     with pytest.raises(InputError, match="for precision 'int3', only for fp32, fp16, bf16"):
         find_thresholds("int3")
