@@ -87,7 +87,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
             full, or a file cannot be read or written on the way.
     """
     output = output.expanduser().absolute()
-    check_output(output, force)
+    check_place(output, force)
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
     try:
         held = lock(partial)
         yield partial
-        check_output(output, force)  # another export may have been quicker
+        check_place(output, force)  # another export may have been quicker
         _put_in_place(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -120,7 +120,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
             os.close(held)
 
 
-def check_output(output: Path, force: bool) -> None:
+def check_place(output: Path, force: bool) -> None:
     """Refuse a place where something is, unless it is an artifact that may be replaced.
 
     Raises:

@@ -13,6 +13,8 @@ from .files import MANIFEST, read_json
 # no pickled weights, no code.
 CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json"]
 WEIGHT_PATTERNS = ["*.safetensors"]
+# A commit's folder in huggingface_hub's cache.
+SNAPSHOT = "models--*/snapshots/*"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -23,6 +25,11 @@ class Source:
     id: str
     revision: str | None
     folder: Path
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the folder is the hub's cache, which is not written to, whoever named it."""
+        return self.revision is not None or self.folder.resolve().match(SNAPSHOT)
 
 
 def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool = True) -> Source:

@@ -12,16 +12,10 @@ from ..spec import ModelSpec, Task, read_spec
 def read_configuration(
     checkpoint: str | Path, revision: str | None, task: Task | None
 ) -> ModelSpec:
-    """The spec of a checkpoint; of a hub id the configuration alone, where that tells the task.
+    """The spec of a checkpoint; arguments and errors as for `ModelSpec.from_checkpoint`.
 
-    Args:
-        checkpoint: A folder in the hub's layout, or a hub id.
-        revision: A branch, tag or commit, for a hub id.
-        task: Needed only for a checkpoint whose files do not tell.
-
-    Raises:
-        InputError: No such folder or hub id.
-        CheckpointError: It is not a Qwen3 checkpoint, or uses what is not supported.
+    Of a hub id the configuration alone is downloaded where that tells the task, else the weights
+    too.
     """
     source = fetch(checkpoint, revision, weights=False)
     tells = any((source.folder / name).is_file() for name in ("modules.json", INDEX))

@@ -152,7 +152,7 @@ class Embedder:
     @property
     def keeps_ranges(self) -> bool:
         """Whether `calibrate` finds a manifest that it may write to."""
-        return self.artifact is not None and self.facts.revision is None
+        return self.artifact is not None and not self.facts.is_cached
 
     def prompt_text(self, prompt: str) -> str:
         """The text that a prompt's name stands for, or a literal prompt: `resolve_prompt`."""

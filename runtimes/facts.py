@@ -63,7 +63,7 @@ class ModelFacts:
         prompts: Prompt name to the text put before an input.
         ranges: Each value's range by width, for vectors in 8 bits, if they were measured.
         source: The id of the checkpoint that it was made from; its own if it is one.
-        revision: The commit, where it is the hub's and its folder the cache's; else None.
+        is_cached: Whether its folder is the hub's cache, which is not written to.
         folder: Where its files are.
         artifact: The artifact; None for a checkpoint without a manifest.
         checkpoint: What torch runs; None where it is a graph.
@@ -80,7 +80,7 @@ class ModelFacts:
     prompts: Mapping[str, str]
     ranges: Mapping[str, Any] | None
     source: str
-    revision: str | None
+    is_cached: bool
     folder: Path
     artifact: Artifact | None
     checkpoint: ModelSpec | None
@@ -125,7 +125,7 @@ def _artifact_facts(source: Source, artifact: Artifact) -> ModelFacts:
         prompts=manifest.prompts,
         ranges=manifest.ranges,
         source=manifest.source.id,
-        revision=source.revision,
+        is_cached=source.is_cached,
         folder=artifact.folder,
         artifact=artifact,
         checkpoint=checkpoint,
@@ -154,7 +154,7 @@ def _checkpoint_facts(source: Source) -> ModelFacts:
         prompts=spec.prompts if spec.task == "embedding" else {},
         ranges=None,
         source=source.id,
-        revision=source.revision,
+        is_cached=source.is_cached,
         folder=source.folder,
         artifact=None,
         checkpoint=spec,

@@ -12,9 +12,6 @@ from ..hub import fetch
 
 logger = logging.getLogger(__name__)
 
-# huggingface_hub's layout: a folder a commit.
-SNAPSHOT = "models--*/snapshots/*"
-
 
 def find_recorded(artifact: str | Path) -> Path | None:
     """The folder whose manifest and model card take the figures of a validation.
@@ -34,7 +31,7 @@ def find_recorded(artifact: str | Path) -> Path | None:
     source = fetch(artifact)
     if not (source.folder / MANIFEST).is_file():
         return None
-    if source.revision is not None or source.folder.resolve().match(SNAPSHOT):
+    if source.is_cached:
         logger.warning(
             "%s is in the hub's cache, where no figures are recorded: validate a copy of the "
             "folder for that",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...artifact import Artifact, check_output, staged, write_manifest
+from ...artifact import Artifact, check_place, staged, write_manifest
 from ...bitsandbytes_ import importing_bitsandbytes
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
@@ -112,7 +112,7 @@ def quantize_checkpoint(
     if plan.method.is_calibrated:
         require("onnxruntime", "cpu")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
-    check_output(output, force)
+    check_place(output, force)
     fetch_weights(spec)
     weights = Weights(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])

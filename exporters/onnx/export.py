@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...artifact import Artifact, check_output, staged, write_manifest
+from ...artifact import Artifact, check_place, staged, write_manifest
 from ...errors import EmbedportError, InputError, require
 from ...integrity import record_files
 from ...manifest import GraphRecord, Manifest
@@ -162,7 +162,7 @@ def export_onnx(
         _check_texts(plan, rows, calibration)
     retrieved = None if retrieval is None else tokenize_retrieval(spec, max_length, retrieval)
     require("onnxruntime", "cpu")
-    check_output(output, force)
+    check_place(output, force)
     fetch_weights(spec)
     weights = open_weights(spec)
     if isinstance(weights, StoredWeights) and plan is not None and _gives_codes(spec, precision):
