@@ -45,7 +45,8 @@ def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
             if value in outputs or any(part_of[node] != i for node, _ in value.uses())
         ]
         part = ir.convenience.extract(graph, list(taken), given)
-        yield scope, ir.Model(part, ir_version=model.ir_version)
+        functions = list(model.functions.values())
+        yield scope, ir.Model(part, ir_version=model.ir_version, functions=functions)
 
 
 def _with_branches(node: ir.Node) -> Iterator[ir.Node]:

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 T = TypeVar("T")
+# Of functions: see `GraphBuilder.call`.
+DOMAIN = "embedport"
 
 
 class GraphBuilder:
@@ -31,6 +33,7 @@ class GraphBuilder:
         self._outermost = self._tape
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._made: dict[Any, Any] = {}
+        self._functions: dict[str, ir.Function] = {}
         self._count = 0
 
     def op(
@@ -64,6 +67,37 @@ class GraphBuilder:
             op_type, inputs, attributes, domain=domain, name=name, outputs=outputs
         )
         return outputs
+
+    def call(
+        self,
+        name: str,
+        *inputs: ir.Value,
+        dtypes: Sequence[ir.DataType],
+        describe: Callable[..., Sequence[ir.Value]],
+        opsets: dict[str, int],
+        **attributes: int | float,
+    ) -> list[ir.Value]:
+        """Add a node of a function of the model, which is described the first time only.
+
+        A runtime runs the function's own nodes, or a kernel that it has for the name.
+
+        Args:
+            name: The function's.
+            inputs: What it takes; all that its nodes read, for they see nothing of the graph.
+            dtypes: Its outputs'; one that nobody reads in the end is left out of the node.
+            describe: Adds the function's nodes to the builder given first, reading the values after
+                it, and returns its outputs.
+            opsets: Operator versions by domain.
+            attributes: What a kernel has to know; the same for all nodes, so that `describe` knows
+                them too.
+        """
+        if name not in self._functions:
+            g = _FunctionBuilder()
+            g.scope = name
+            taken = [ir.Value(name=f"{name}/{i}", type=x.type) for i, x in enumerate(inputs)]
+            given = describe(g, *taken)
+            self._functions[name] = g.function(taken, given, attributes, opsets)
+        return self.op_outputs(name, *inputs, dtypes=dtypes, domain=DOMAIN, **attributes)
 
     def choose(
         self,
@@ -125,12 +159,47 @@ class GraphBuilder:
         name: str,
     ) -> ir.Model:
         """The model of everything recorded."""
+        for node in self._tape.nodes:
+            for value in node.outputs:
+                if node.domain == DOMAIN and not value.uses() and value not in outputs:
+                    value.name = ""
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
-            opset_imports=opsets,
+            opset_imports=opsets | ({DOMAIN: 1} if self._functions else {}),
             name=name,
         )
-        return ir.Model(graph, ir_version=ir_version, producer_name="embedport")
+        return ir.Model(
+            graph,
+            ir_version=ir_version,
+            producer_name="embedport",
+            functions=list(self._functions.values()),
+        )
+
+
+class _FunctionBuilder(GraphBuilder):
+    """Records a function's nodes; a function has no initializers, so constants are nodes."""
+
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        name = f"{self.scope}/{tensor.name}"
+        value = ir.Value(name=f"{name}:0", type=ir.TensorType(tensor.dtype))
+        self._outermost.op_multi_out("Constant", [], {"value": tensor}, name=name, outputs=[value])
+        return value
+
+    def function(
+        self,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        attributes: dict[str, int | float],
+        opsets: dict[str, int],
+    ) -> ir.Function:
+        """The function of everything recorded, by the name of the scope."""
+        kinds = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
+        return ir.Function(
+            DOMAIN,
+            self.scope,
+            graph=ir.Graph(inputs, outputs, nodes=self._tape.nodes, opset_imports=opsets),
+            attributes=[ir.Attr(name, kinds[type(x)], None) for name, x in attributes.items()],
+        )

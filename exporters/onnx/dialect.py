@@ -10,7 +10,7 @@ after a padding token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -71,6 +71,51 @@ class Rows:
     scales: ir.Value
 
 
+class Product(NamedTuple):
+    """A product that still lacks a factor for each token: `scales`, float32 [batch, size, 1].
+
+    What follows may not need the factor, or need it only on something smaller.
+    """
+
+    value: ir.Value
+    scales: ir.Value | None = None
+
+
+class Heads(NamedTuple):
+    """What a layer's attention reads, as its projections give it.
+
+    Attributes:
+        q: [batch, size, num_heads * head_dim]. RMSNorm takes any factor of a token away again, so
+            none is put on; the same for `k`.
+        k: [batch, size, num_kv_heads * head_dim].
+        v: The same.
+        q_norm: The gains of queries' RMSNorm, [head_dim].
+        k_norm: Those of keys.
+    """
+
+    q: ir.Value
+    k: ir.Value
+    v: Product
+    q_norm: ir.Value
+    k_norm: ir.Value
+
+
+class LayerPast(NamedTuple):
+    """Tokens before every row of a batch, the same ones for all, as a layer sees them.
+
+    Attributes:
+        states: The keys and values of all layers, float32 [2 * layers, num_kv_heads, past,
+            head_dim].
+        indices: int64 [2], where the layer's are.
+        kept: int64 [1], tokens of the first row, those before it counted, whose keys and values are
+            to be given back.
+    """
+
+    states: ir.Value
+    indices: ir.Value
+    kept: ir.Value
+
+
 class Dialect(Protocol):
     """How a dialect writes what is not the same everywhere.
 
@@ -103,13 +148,15 @@ class Dialect(Protocol):
         ...
 
     def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
+        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
     ) -> tuple[ir.Value, ir.Value]:
-        """(RMSNorm(residual + x), residual + x)."""
+        """(RMSNorm(residual + x), residual + x), in the dtype of `residual`."""
         ...
 
-    def silu_mul(self, g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
-        """silu(gate) * up."""
+    def swiglu(
+        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> ir.Value:
+        """silu(gate) * up, [batch, size, width] in `dtype`."""
         ...
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
@@ -152,29 +199,26 @@ class Dialect(Protocol):
         self,
         g: GraphBuilder,
         spec: ModelSpec,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
+        heads: Heads,
         rotary: list[ir.Value],
         cache: tuple[ir.Value, ir.Value],
-        past: tuple[ir.Value, ir.Value] | None,
+        compute: ir.DataType,
+        past: LayerPast | None,
     ) -> list[ir.Value]:
-        """Rotary embedding and causal grouped-query attention.
+        """Norms of queries and keys, their rotary embedding, causal grouped-query attention.
 
         Args:
             g: The graph.
             spec: The model.
-            q: [batch, size, num_heads, head_dim], normed, in the dtype to rotate in.
-            k: [batch, size, num_kv_heads, head_dim], normed.
-            v: [batch, size, num_kv_heads * head_dim], in the dtype of attention.
+            heads: Queries, keys and values.
             rotary: From `rotary`.
-            cache: Cosines and sines, each [past + size, head_dim / 2], in the dtype of `q`.
-            past: Keys and values of the tokens before, each [batch, num_kv_heads, past, head_dim];
-                only where the dialect continues.
+            cache: Cosines and sines, each [past + size, head_dim / 2], in the dtype to rotate in.
+            compute: The dtype of attention.
+            past: Only where the dialect continues.
 
         Returns:
-            [batch, size, num_heads * head_dim]; with a past also keys and values of all tokens,
-            each [batch, num_kv_heads, past + size, head_dim], the keys rotated.
+            [batch, size, num_heads * head_dim]; with a past also the first row's keys and values,
+            each [1, num_kv_heads, kept, head_dim], the keys rotated.
         """
         ...
 
@@ -188,6 +232,32 @@ def number_positions(g: GraphBuilder, positions: Positions, arange: ir.Value) ->
     """Positions of each row: int64 [size] to [batch, size]."""
     size = g.op("Reshape", positions.size, g.constant([1]))
     return g.op("Expand", arange, g.op("Concat", positions.batch, size, axis=0))
+
+
+def settle(g: GraphBuilder, product: Product) -> ir.Value:
+    """The product with its factor."""
+    if product.scales is None:
+        return product.value
+    return g.op("Mul", g.cast(product.value, FLOAT), product.scales)
+
+
+def norm_heads(
+    g: GraphBuilder,
+    dialect: Dialect,
+    spec: ModelSpec,
+    heads: Heads,
+    dtype: ir.DataType | None,
+) -> tuple[ir.Value, ir.Value]:
+    """Queries and keys after their RMSNorm, each [batch, size, heads, head_dim], in `dtype`."""
+
+    def normed(x: ir.Value, weight: ir.Value, count: int) -> ir.Value:
+        split = g.op("Reshape", x, g.constant([0, 0, count, spec.head_dim]))
+        return g.cast(dialect.norm(g, split, weight, spec.rms_norm_eps), dtype or FLOAT)
+
+    return (
+        normed(heads.q, heads.q_norm, spec.num_heads),
+        normed(heads.k, heads.k_norm, spec.num_kv_heads),
+    )
 
 
 def row_scales(g: GraphBuilder, x: ir.Value, codes: ir.DataType) -> ir.Value:

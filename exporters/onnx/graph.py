@@ -28,7 +28,7 @@ import onnx_ir as ir
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec
 from .builder import GraphBuilder
-from .dialect import FLOAT8, INT8, Dialect, Positions
+from .dialect import FLOAT8, INT8, Dialect, Heads, LayerPast, Positions, Product, settle
 from .formats import TABLE
 from .precision import Precision
 from .quantized import Float8Matrix, QuantizedMatrices, QuantizedMatrix
@@ -73,17 +73,7 @@ class Stream(NamedTuple):
     """Between layers: the residual stream, and what is to be added to it (None at the start)."""
 
     residual: ir.Value
-    pending: ir.Value | None
-
-
-class Product(NamedTuple):
-    """A product that still lacks a factor for each token: `scales`, float32 [batch, size, 1].
-
-    What follows may not need the factor, or need it only on something smaller.
-    """
-
-    value: ir.Value
-    scales: ir.Value | None = None
+    pending: Product | None
 
 
 class Past(NamedTuple):
@@ -257,14 +247,13 @@ def describe_layer(
     """
     prefix = f"layers.{layer}"
     g.scope = prefix
-    precision = design.precision
     normed, residual = add_norm(g, design, f"{prefix}.input_layernorm.weight", stream)
     g.probes[f"{prefix}.residual"] = residual
     attended = describe_attention(g, design, layer, normed, batch)
     if last_only:
         attended, residual = (last_token(g, x, batch) for x in (attended, residual))
-    projected = settle(g, linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended)))
-    stream = Stream(residual, g.cast(projected, precision.residual))
+    projected = linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended))
+    stream = Stream(residual, projected)
     normed, residual = add_norm(g, design, f"{prefix}.post_attention_layernorm.weight", stream)
     g.probes[f"{prefix}.mlp.residual"] = residual
     return Stream(residual, describe_mlp(g, design, f"{prefix}.mlp", normed))
@@ -273,57 +262,39 @@ def describe_layer(
 def describe_attention(
     g: GraphBuilder, design: Design, layer: int, x: ir.Value, batch: Batch
 ) -> ir.Value:
-    """Projections, per-head RMSNorm of queries and keys, rotary embedding, attention."""
-    spec, precision = design.spec, design.precision
+    """Projections, and what the dialect makes of them."""
     prefix = f"layers.{layer}.self_attn"
 
-    def normed_heads(name: str, heads: int) -> ir.Value:
-        # RMSNorm takes any factor of a token away again: none is put on.
-        projected = linear(g, design, f"{prefix}.{name}_proj", Product(x))
-        split = g.op("Reshape", projected.value, g.constant([0, 0, heads, spec.head_dim]))
-        weight = norm_weight(g, design, f"{prefix}.{name}_norm.weight", split.dtype)
-        return g.cast(design.dialect.norm(g, split, weight, spec.rms_norm_eps), precision.rotary)
+    def projected(name: str) -> Product:
+        return linear(g, design, f"{prefix}.{name}_proj", Product(x))
 
+    def gains(name: str, dtype: ir.DataType | None) -> ir.Value:
+        return norm_weight(g, design, f"{prefix}.{name}_norm.weight", dtype)
+
+    q, k, v = (projected(name) for name in "qkv")
+    heads = Heads(q.value, k.value, v, gains("q", q.value.dtype), gains("k", k.value.dtype))
+    past = batch.past
+    if past is not None:
+        indices = g.constant([2 * layer, 2 * layer + 1])
+        past = LayerPast(past.states, indices, past.kept)
     attended, *states = design.dialect.attention(
-        g,
-        spec,
-        normed_heads("q", spec.num_heads),
-        normed_heads("k", spec.num_kv_heads),
-        g.cast(settle(g, linear(g, design, f"{prefix}.v_proj", Product(x))), precision.compute),
-        batch.rotary,
-        batch.cache,
-        None if batch.past is None else past_of(g, layer, batch.past, batch.positions),
+        g, design.spec, heads, batch.rotary, batch.cache, design.precision.compute, past
     )
-    if batch.past is not None:
-        ends = g.op("Concat", g.constant([1]), batch.past.kept, axis=0)
-        for state in states:
-            g.kept.append(g.op("Slice", state, g.constant([0, 0]), ends, g.constant([0, 2])))
+    g.kept += states
     return attended
 
 
-def past_of(
-    g: GraphBuilder, layer: int, past: Past, positions: Positions
-) -> tuple[ir.Value, ir.Value]:
-    """A layer's keys and values of the past for each row, [batch, num_kv_heads, past, head_dim]."""
-    shape = g.op("Concat", positions.batch, g.constant([1, 1, 1]), axis=0)
-    keys, values = (
-        g.op("Expand", g.op("Gather", past.states, g.constant([2 * layer + i]), axis=0), shape)
-        for i in range(2)
-    )
-    return keys, values
-
-
-def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> ir.Value:
-    """SwiGLU, arXiv:2002.05202: down(silu(gate(x)) * up(x)), in the stream's dtype."""
+def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> Product:
+    """SwiGLU, arXiv:2002.05202: down(silu(gate(x)) * up(x))."""
     down = f"{prefix}.down_proj"
     dtype = design.precision.dtype_of(down)
-    gate = settle(g, linear(g, design, f"{prefix}.gate_proj", Product(x)))
+    gate = linear(g, design, f"{prefix}.gate_proj", Product(x))
     up = linear(g, design, f"{prefix}.up_proj", Product(x))
-    product = design.dialect.silu_mul(g, g.cast(gate, dtype), g.cast(up.value, dtype))
+    width = design.spec.intermediate_size
+    product = design.dialect.swiglu(g, gate, up.value, width, dtype)
     g.probes[f"{down}.input"] = product
     # The factor of `up` goes through to the narrower output.
-    out = settle(g, linear(g, design, down, Product(product, up.scales)))
-    return g.cast(out, design.precision.residual)
+    return linear(g, design, down, Product(product, up.scales))
 
 
 def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
@@ -350,13 +321,6 @@ def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
     )
     scales = rows.scales if x.scales is None else g.op("Mul", rows.scales, x.scales)
     return Product(dialect.matmul_rows(g, rows, matrix, compute), scales)
-
-
-def settle(g: GraphBuilder, product: Product) -> ir.Value:
-    """The product with its factor."""
-    if product.scales is None:
-        return product.value
-    return g.op("Mul", g.cast(product.value, FLOAT), product.scales)
 
 
 def quantized(design: Design, name: str) -> QuantizedMatrix:
@@ -402,7 +366,9 @@ def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batc
     g.scope = "output"
     spec = design.spec
     assert stream.pending is not None  # a model has at least one layer
-    stream = Stream(g.cast(stream.residual, FLOAT), g.cast(stream.pending, FLOAT))
+    # One row a text: there is nothing to fuse.
+    pending = Product(g.cast(settle(g, stream.pending), FLOAT))
+    stream = Stream(g.cast(stream.residual, FLOAT), pending)
     normed, _ = add_norm(g, design, "norm.weight", stream)
     rotation = design.weights.output_rotation
     # A reranker's head is rotated instead.

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from ...quantize.source import WeightSource
 from .builder import GraphBuilder
+from .dialect import settle
 from .graph import INPUTS, Design, Stream, describe_inputs, describe_layer, embed
 from .precision import FLOAT
 from .session import open_session
@@ -60,7 +61,7 @@ class Layer(AbstractContextManager["Layer"]):
         batch = describe_inputs(g, design, ids, mask)
         out = describe_layer(g, design, layer, Stream(stream, None), batch)
         assert out.pending is not None
-        outputs = [g.op("Add", out.residual, out.pending)]
+        outputs = [g.op("Add", out.residual, settle(g, out.pending))]
         self.probes = list(g.probes)
         for value in g.probes.values():
             outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))

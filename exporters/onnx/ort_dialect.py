@@ -14,14 +14,20 @@ from .dialect import (
     BOOL,
     FLOAT,
     FLOAT16,
+    INT8,
     INT64,
     MICROSOFT,
     UINT8,
+    Heads,
+    LayerPast,
     Positions,
+    Product,
     Rows,
     attention_scale,
+    norm_heads,
     number_positions,
     row_scales,
+    settle,
 )
 from .quantized import Float8Matrix, QuantizedMatrix
 
@@ -83,43 +89,70 @@ class OrtDialect:
         return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
 
     def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
+        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
     ) -> tuple[ir.Value, ir.Value]:
-        """SkipSimplifiedLayerNormalization: its fourth output is the sum."""
-        normed, _, _, total = g.op_outputs(
-            "SkipSimplifiedLayerNormalization",
+        """SkipSimplifiedLayerNormalization; behind an 8-bit product with codes for the next one."""
+        dtype = residual.dtype or FLOAT
+        if x.scales is None or dtype != FLOAT:
+            return _add_norm(g, residual, g.cast(settle(g, x), dtype), weight, eps)
+
+        def describe(f: GraphBuilder, residual: ir.Value, *x: ir.Value) -> list[ir.Value]:
+            *product, weight = x
+            normed, total = _add_norm(f, residual, settle(f, Product(*product)), weight, eps)
+            return [total, normed, *_round_rows(f, normed)]
+
+        total, normed, *rows = g.call(
+            "AddNormQuantize",
             residual,
-            x,
+            x.value,
+            x.scales,
             weight,
-            dtypes=[None, ir.DataType.FLOAT, ir.DataType.FLOAT, None],
-            domain=MICROSOFT,
+            dtypes=[FLOAT, FLOAT, UINT8, FLOAT],
+            describe=describe,
+            opsets=self.opsets,
             epsilon=eps,
+            width=_width(weight),
         )
+        g.once((normed, INT8), lambda: Rows(*rows))
         return normed, total
 
-    def silu_mul(self, g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
-        """QuickGelu at alpha 1 is silu, in one pass; of bf16 values in fp32.
+    def swiglu(
+        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> ir.Value:
+        """QuickGelu at alpha 1 is silu; between 8-bit products with codes for the next one."""
+        if gate.scales is None or dtype != FLOAT:
+            return _swiglu(g, g.cast(settle(g, gate), dtype), g.cast(up, dtype))
 
-        On CUDA each of its steps is rounded, and a negative value's sigmoid is one less something:
-        8 bits leave nothing of it.
-        """
-        dtype = gate.dtype or FLOAT
-        gate = g.cast(gate, FLOAT) if dtype == BFLOAT16 else gate
-        silu = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)
-        return g.op("Mul", g.cast(silu, dtype), up)
+        def describe(
+            f: GraphBuilder, gate: ir.Value, scales: ir.Value, up: ir.Value
+        ) -> list[ir.Value]:
+            product = _swiglu(f, settle(f, Product(gate, scales)), up)
+            return [product, *_round_rows(f, product)]
+
+        product, *rows = g.call(
+            "SwigluQuantize",
+            gate.value,
+            gate.scales,
+            up,
+            dtypes=[FLOAT, UINT8, FLOAT],
+            describe=describe,
+            opsets=self.opsets,
+            width=width,
+        )
+        g.once((product, INT8), lambda: Rows(*rows))
+        return product
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
-        """Uint8 around 128, which onnxruntime multiplies thirty times as fast as int8 on x86.
-
-        A block of QuantizeLinear is a token: one pass, and no division before it.
-        """
-        scales = row_scales(g, x, codes)
-        shape = g.op("Shape", scales, dtype=INT64)
-        zero_points = g.op("Expand", g.constant(ZERO_POINT, UINT8), shape)
-        values = g.op(
-            "QuantizeLinear", x, scales, zero_points, dtype=UINT8, axis=-1, block_size=width
+        """Uint8 around 128, which onnxruntime multiplies thirty times as fast as int8 on x86."""
+        rows = g.call(
+            "QuantizeRows",
+            x,
+            dtypes=[UINT8, FLOAT],
+            describe=_round_rows,
+            opsets=self.opsets,
+            width=width,
         )
-        return Rows(values, scales)
+        return Rows(*rows)
 
     def matmul_rows(
         self,
@@ -178,50 +211,184 @@ class OrtDialect:
         self,
         g: GraphBuilder,
         spec: ModelSpec,
+        heads: Heads,
+        rotary: list[ir.Value],
+        cache: tuple[ir.Value, ir.Value],
+        compute: ir.DataType,
+        past: LayerPast | None,
+    ) -> list[ir.Value]:
+        """GroupQueryAttention; in fp32 a function of its own, see `_attend`.
+
+        16-bit graphs are for GPUs, whose kernel is fused at any length; what is rotated in another
+        dtype than attention's is rotated before it.
+        """
+        if compute == FLOAT:
+            v, scales = heads.v
+            scales = g.constant([[[1]]], FLOAT) if scales is None else scales
+            given = (heads.q, heads.k, v, scales, heads.q_norm, heads.k_norm, *cache, *rotary)
+            return g.call(
+                "RotaryAttention",
+                *given,
+                *(past or ()),
+                dtypes=[FLOAT] * (1 if past is None else 3),
+                describe=lambda f, *inputs: self._attend(f, spec, *inputs),
+                opsets=self.opsets,
+                epsilon=spec.rms_norm_eps,
+                scale=attention_scale(spec),
+                num_heads=spec.num_heads,
+                kv_num_heads=spec.num_kv_heads,
+            )
+        assert past is None
+        rows = self._rows(g, spec, heads, cache[0].dtype, compute)
+        if compute == FLOAT16:
+            return _fused_attention(g, spec, rows, rotary, cache, None)
+        position_ids, *counts = rotary
+        return _fused_attention(
+            g, spec, _rotate(g, spec, rows, position_ids, cache), counts, None, None
+        )
+
+    def _rows(
+        self,
+        g: GraphBuilder,
+        spec: ModelSpec,
+        heads: Heads,
+        rotary: ir.DataType | None,
+        compute: ir.DataType,
+    ) -> Inputs:
+        """Queries and keys after their norms in the dtype to rotate in, and values."""
+        q, k = norm_heads(g, self, spec, heads, rotary)
+        queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
+        keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
+        return queries, keys, g.cast(settle(g, heads.v), compute)
+
+    def _attend(
+        self,
+        g: GraphBuilder,
+        spec: ModelSpec,
         q: ir.Value,
         k: ir.Value,
         v: ir.Value,
-        rotary: list[ir.Value],
-        cache: tuple[ir.Value, ir.Value],
-        past: tuple[ir.Value, ir.Value] | None,
+        v_scales: ir.Value,
+        q_norm: ir.Value,
+        k_norm: ir.Value,
+        cosines: ir.Value,
+        sines: ir.Value,
+        small: ir.Value,
+        short: ir.Value,
+        position_ids: ir.Value,
+        seqlens_k: ir.Value,
+        total: ir.Value,
+        query_seqlens: ir.Value | None = None,
+        states: ir.Value | None = None,
+        indices: ir.Value | None = None,
+        kept: ir.Value | None = None,
     ) -> list[ir.Value]:
-        """GroupQueryAttention; in fp32 only for long rows.
+        """Attention in fp32, which is CPUs'.
 
-        Short rows take the standard's Attention, which is faster on a CPU (docs/benchmarks.md):
-        small ones whole, others in parts, so that few scores are computed of tokens that come
-        later. 16-bit graphs are for GPUs, whose kernel is fused at any length; what is rotated in
-        another dtype than attention's is rotated before it.
+        Short rows take the standard's Attention, which is faster there than GroupQueryAttention
+        (docs/benchmarks.md): small ones whole, others in parts, so that few scores are computed of
+        tokens that come later.
         """
-        queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
-        keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
-        inputs = (queries, keys, v)
-        if v.dtype == FLOAT16:
-            return _fused_attention(g, spec, inputs, rotary, cache, past)
-
-        def rotated(position_ids: ir.Value) -> Inputs:
-            def turn(x: ir.Value, heads: int) -> ir.Value:
-                given = (x, position_ids, *cache)
-                turned = g.op("RotaryEmbedding", *given, domain=MICROSOFT, num_heads=heads)
-                return g.cast(turned, v.dtype or FLOAT)
-
-            return turn(queries, spec.num_heads), turn(keys, spec.num_kv_heads), v
-
-        if v.dtype == BFLOAT16:
-            position_ids, *counts = rotary
-            return _fused_attention(g, spec, rotated(position_ids), counts, None, past)
-        small, short, position_ids, *counts = rotary
+        cache = (cosines, sines)
+        rows = self._rows(g, spec, Heads(q, k, Product(v, v_scales), q_norm, k_norm), FLOAT, FLOAT)
+        counts = [seqlens_k, total]
+        past = None
+        if query_seqlens is not None:
+            counts.append(query_seqlens)
+            batch = g.op("Slice", g.op("Shape", q, dtype=INT64), g.constant([0]), g.constant([1]))
+            shape = g.op("Concat", batch, g.constant([1, 1, 1]), axis=0)
+            own = g.op("Gather", states, indices, axis=0)
+            own = g.op_outputs("Split", own, dtypes=[FLOAT, FLOAT], axis=0, num_outputs=2)
+            past = tuple(g.op("Expand", each, shape) for each in own)
 
         def in_parts(parts: int) -> list[ir.Value]:
-            return _plain_attention(g, spec, rotated(position_ids), past, parts)
+            rotated = _rotate(g, spec, rows, position_ids, cache)
+            return _plain_attention(g, spec, rotated, past, parts)
 
-        def fused() -> list[ir.Value]:
-            return _fused_attention(g, spec, inputs, counts, cache, past)
-
-        return g.choose(
+        attended, *states_given = g.choose(
             small,
             lambda: in_parts(1),
-            lambda: g.choose(short, lambda: in_parts(PARTS), fused),
+            lambda: g.choose(
+                short,
+                lambda: in_parts(PARTS),
+                lambda: _fused_attention(g, spec, rows, counts, cache, past),
+            ),
         )
+        if kept is None:
+            return [attended]
+        ends = g.op("Concat", g.constant([1]), kept, axis=0)
+        return [
+            attended,
+            *(
+                g.op("Slice", state, g.constant([0, 0]), ends, g.constant([0, 2]))
+                for state in states_given
+            ),
+        ]
+
+
+def _width(weight: ir.Value) -> int:
+    """Values of a token that a norm's gains, [width], are for."""
+    assert weight.shape is not None
+    return int(weight.shape[0])
+
+
+def _add_norm(
+    g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
+) -> tuple[ir.Value, ir.Value]:
+    """SkipSimplifiedLayerNormalization: its fourth output is the sum."""
+    normed, _, _, total = g.op_outputs(
+        "SkipSimplifiedLayerNormalization",
+        residual,
+        x,
+        weight,
+        dtypes=[None, FLOAT, FLOAT, None],
+        domain=MICROSOFT,
+        epsilon=eps,
+    )
+    return normed, total
+
+
+def _swiglu(g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """QuickGelu at alpha 1 is silu, in one pass; of bf16 values in fp32.
+
+    On CUDA each of its steps is rounded, and a negative value's sigmoid is one less something:
+    8 bits leave nothing of it.
+    """
+    dtype = gate.dtype or FLOAT
+    gate = g.cast(gate, FLOAT) if dtype == BFLOAT16 else gate
+    silu = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)
+    return g.op("Mul", g.cast(silu, dtype), up)
+
+
+def _round_rows(f: GraphBuilder, x: ir.Value) -> list[ir.Value]:
+    """Codes and scales in a function with the attribute `width`.
+
+    A block of QuantizeLinear is a token: one pass, and no division before it.
+    """
+    scales = row_scales(f, x, INT8)
+    shape = f.op("Shape", scales, dtype=INT64)
+    zero_points = f.op("Expand", f.constant(ZERO_POINT, UINT8), shape)
+    width = ir.RefAttr("block_size", "width", ir.AttributeType.INT)
+    codes = f.op("QuantizeLinear", x, scales, zero_points, dtype=UINT8, axis=-1, block_size=width)
+    return [codes, scales]
+
+
+def _rotate(
+    g: GraphBuilder,
+    spec: ModelSpec,
+    rows: Inputs,
+    position_ids: ir.Value,
+    cache: tuple[ir.Value, ir.Value],
+) -> Inputs:
+    """Queries and keys rotated, in the dtype of the values."""
+    queries, keys, values = rows
+
+    def turn(x: ir.Value, heads: int) -> ir.Value:
+        given = (x, position_ids, *cache)
+        turned = g.op("RotaryEmbedding", *given, domain=MICROSOFT, num_heads=heads)
+        return g.cast(turned, values.dtype or FLOAT)
+
+    return turn(queries, spec.num_heads), turn(keys, spec.num_kv_heads), values
 
 
 def _fused_attention(

@@ -6,7 +6,20 @@ import onnx_ir as ir
 
 from ...spec import ModelSpec
 from .builder import GraphBuilder
-from .dialect import FLOAT, INT8, Positions, Rows, attention_scale, number_positions, row_scales
+from .dialect import (
+    FLOAT,
+    INT8,
+    Heads,
+    LayerPast,
+    Positions,
+    Product,
+    Rows,
+    attention_scale,
+    norm_heads,
+    number_positions,
+    row_scales,
+    settle,
+)
 from .quantized import Float8Matrix, QuantizedMatrix
 
 
@@ -28,15 +41,18 @@ class StandardDialect:
         return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
 
     def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
+        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
     ) -> tuple[ir.Value, ir.Value]:
         """Add, then RMSNormalization."""
-        total = g.op("Add", residual, x)
+        total = g.op("Add", residual, g.cast(settle(g, x), residual.dtype or FLOAT))
         return self.norm(g, total, weight, eps), total
 
-    def silu_mul(self, g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    def swiglu(
+        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> ir.Value:
         """Gate times its sigmoid, times up."""
-        return g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+        x = g.cast(settle(g, gate), dtype)
+        return g.op("Mul", g.op("Mul", x, g.op("Sigmoid", x)), g.cast(up, dtype))
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
         """Divided by its scale, a row needs one constant scale, as 8-bit engines want it."""
@@ -89,12 +105,11 @@ class StandardDialect:
         self,
         g: GraphBuilder,
         spec: ModelSpec,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
+        heads: Heads,
         rotary: list[ir.Value],
         cache: tuple[ir.Value, ir.Value],
-        past: tuple[ir.Value, ir.Value] | None,
+        compute: ir.DataType,
+        past: LayerPast | None,
     ) -> list[ir.Value]:
         """Heads first, as TensorRT's parser takes it; no mask but the causal one."""
         assert past is None
@@ -105,8 +120,10 @@ class StandardDialect:
 
         def rotated(x: ir.Value) -> ir.Value:
             turned = g.op("RotaryEmbedding", heads_first(x), *cache, position_ids)
-            return g.cast(turned, values.dtype or FLOAT)
+            return g.cast(turned, compute)
 
+        q, k = norm_heads(g, self, spec, heads, cache[0].dtype)
+        v = g.cast(settle(g, heads.v), compute)
         v = g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim]))
         values = heads_first(v)
         queries, keys = rotated(q), rotated(k)

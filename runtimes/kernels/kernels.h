@@ -1,0 +1,57 @@
+/* What the operators compute; register.c hands it to onnxruntime. */
+
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+/* Tokens of `tokens` rows, [rows, width] each. Absent outputs are NULL. */
+struct rows {
+    ptrdiff_t count, width;
+    const float *residual, *value, *scales, *gains; /* add_norm: [n], scales [rows] */
+    const float *gate, *gate_scales, *up;           /* swiglu */
+    float eps;
+    float *total, *normed, *product, *row_scales;
+    uint8_t *codes;
+};
+
+/* Rows [first, last): RMSNorm(residual + value * scales), and its codes. */
+void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
+/* Rows [first, last): silu(gate * gate_scales) * up, and its codes. */
+void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
+/* Rows [first, last): the codes of `value`. */
+void quantize(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
+
+/* Rows of swiglu() and heads of attention lie on the stack. */
+enum { MAX_WIDTH = 1 << 16, MAX_HEAD_DIM = 256 };
+
+struct attention {
+    ptrdiff_t batch, size, heads, kv_heads, head_dim;
+    const float *q, *k, *v;        /* [batch, size, heads or kv_heads, head_dim] */
+    const float *v_scales;         /* [batch, size], or one for all */
+    ptrdiff_t v_scales_step;       /* 1, or 0 where it is one */
+    const float *q_gains, *k_gains; /* [head_dim] */
+    const float *cosines, *sines;  /* [past + size, head_dim / 2] */
+    const int32_t *last;           /* [batch]: the position of a row's last real token */
+    float eps, scale;
+    ptrdiff_t past;                 /* tokens before every row */
+    const float *past_k, *past_v;  /* [kv_heads, past, head_dim] */
+    float *attended;               /* [batch, size, heads, head_dim] */
+    ptrdiff_t kept;                 /* tokens of the first row whose states are given back */
+    float *kept_k, *kept_v;        /* [kv_heads, kept, head_dim] */
+    float *scratch;                /* scratch_floats() */
+    /* Derived by prepare(). */
+    ptrdiff_t padded_dim;           /* head_dim in whole vectors */
+    ptrdiff_t shared_panels;        /* of the past, used by all rows */
+    ptrdiff_t own_panels;           /* of each row */
+};
+
+/* Fill the derived members; afterwards `scratch_floats` are needed. */
+void prepare(struct attention *a);
+size_t scratch_floats(const struct attention *a);
+/* First all of [0, panel_tasks), then all of [0, query_tasks), each set in any order. */
+size_t panel_tasks(const struct attention *a);
+void fill_panel(const struct attention *a, size_t task);
+size_t query_tasks(const struct attention *a);
+void attend(const struct attention *a, size_t task);
+/* Keys and values of the first row's `kept` tokens, head by head; after the panels. */
+void keep_states(const struct attention *a, size_t head);

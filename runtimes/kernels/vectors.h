@@ -1,0 +1,34 @@
+/* Sixteen floats at a time. */
+
+#pragma once
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LANES = 16 };
+
+/* Lanes of a vector that lie within `count`, `done` of which came before. */
+INLINE __mmask16 lanes(ptrdiff_t count, ptrdiff_t done) {
+    ptrdiff_t left = count - done;
+    return left >= LANES ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+}
+
+/* e^x to 1 ulp or so: 2^n e^r with |r| <= ln(2) / 2, whose Taylor series ends at r^7 / 7!. */
+INLINE __m512 exponential(__m512 x) {
+    /* The second operand is given where one is NaN. Below -126 all is zero. */
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 sum = _mm512_set1_ps(1.0f / 5040);
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 720));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 120));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 24));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f / 6));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(0.5f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(sum, n);
+}
