@@ -17,6 +17,7 @@ from ..attention import SHORT_ROW
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..requirements import meets
 from .batching import core_limit, count_cores
+from .compiled import register_kernels
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)
@@ -280,7 +281,9 @@ def _create_session(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
         )
-    if device != "cpu":
+    if device == "cpu":
+        register_kernels(options)
+    else:
         options.add_session_config_entry(RECORD_NODES, "1")
         _load_cuda(ort)
     try:

@@ -68,8 +68,7 @@ static void norm_rotate(const struct attention *a, const float *x, const float *
         __m512 value = _mm512_maskz_loadu_ps(lanes(2 * half, i), x + i);
         squares = _mm512_fmadd_ps(value, value, squares);
     }
-    float mean = _mm512_reduce_add_ps(squares) / (float)(2 * half);
-    __m512 scale = _mm512_set1_ps(factor / __builtin_sqrtf(mean + a->eps));
+    __m512 scale = _mm512_set1_ps(factor * norm_factor(squares, 2 * half, a->eps));
     for (ptrdiff_t i = 0; i < half; i += LANES) {
         __mmask16 mask = lanes(half, i);
         __m512 first = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);

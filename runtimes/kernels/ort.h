@@ -32,7 +32,7 @@ typedef struct OrtAllocator {
 
 typedef enum { FLOAT = 1, UINT8 = 2, INT32 = 6, INT64 = 7, BOOL = 9 } ElementType;
 typedef enum { REQUIRED = 0, OPTIONAL = 1 } Characteristic;
-enum { INVALID_ARGUMENT = 2, RUNTIME_EXCEPTION = 6 };
+enum { INVALID_ARGUMENT = 2, RUNTIME_EXCEPTION = 6, NOT_IMPLEMENTED = 9 };
 
 typedef struct OrtCustomOp {
     uint32_t version;

@@ -8,8 +8,6 @@
 #include "kernels.h"
 #include "ort.h"
 
-#pragma GCC visibility push(hidden)
-
 enum { ROWS_A_TASK = 8, MAX_VALUES = 17 };
 
 /* An operator: its values' types in order, of which the first `required` must be there. */
@@ -313,6 +311,9 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
                                                                     const OrtApiBase *base) {
     OrtApi api = base->get_api(API_VERSION);
     OrtCustomOpDomain *domain;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return create_status(api)(NOT_IMPLEMENTED, "the CPU has no AVX-512");
     TRY(create_domain(api)("embedport", &domain));
     for (size_t i = 0; i < sizeof OPERATORS / sizeof *OPERATORS; i++)
         TRY(add_op(api)(domain, &OPERATORS[i].ort));

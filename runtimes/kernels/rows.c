@@ -62,8 +62,7 @@ void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
             squares = _mm512_fmadd_ps(x, x, squares);
             _mm512_mask_storeu_ps(total + i, mask, x);
         }
-        float mean = _mm512_reduce_add_ps(squares) / (float)width;
-        __m512 factor = _mm512_set1_ps(1 / __builtin_sqrtf(mean + rows->eps));
+        __m512 factor = _mm512_set1_ps(norm_factor(squares, width, rows->eps));
         struct largest largest = {_mm512_setzero_ps(), 0};
         for (ptrdiff_t i = 0; i < width; i += LANES) {
             __mmask16 mask = lanes(width, i);

@@ -1,6 +1,12 @@
 /* Sixteen floats at a time. */
 
 #pragma once
+/* For this code only: what decides whether it runs must run anywhere. */
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -31,4 +37,10 @@ INLINE __m512 exponential(__m512 x) {
     sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
     sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(sum, n);
+}
+
+/* 1 / sqrt(mean of squares + eps), RMSNorm's factor (arXiv:1910.07467). */
+INLINE float norm_factor(__m512 squares, ptrdiff_t count, float eps) {
+    float mean = _mm512_reduce_add_ps(squares) / (float)count;
+    return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean + eps)));
 }

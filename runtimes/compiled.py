@@ -1,0 +1,29 @@
+"""The kernels in C that stand in for the functions of a graph on a CPU.
+
+A graph describes its functions (domain "embedport") in onnxruntime's own operators too, which run
+where there are no kernels: no compiler when the package was built, or a CPU without AVX-512.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def register_kernels(options: Any) -> None:
+    """Have a session take the kernels, if they are there and the CPU has what they need.
+
+    Args:
+        options: onnxruntime.SessionOptions.
+    """
+    library = find_spec(f"{__package__}._kernels")
+    if library is None or library.origin is None:
+        logger.info("the package was built without kernels: onnxruntime's operators run instead")
+        return
+    try:
+        options.register_custom_ops_library(library.origin)
+    except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
+        logger.info("the kernels do not run here (%s): onnxruntime's operators do", error)
