@@ -1,13 +1,15 @@
 """The error layer by layer: the artifact's residual stream against the reference's.
 
 A graph runs on the CPU part by part, a layer's weights in memory at a time, on a few texts. A layer
-hands on the residual stream and what is still to be added to it: their sum is the hidden state that
+hands on the residual stream and what is still to be added to it, and of 8-bit products its tokens'
+scales: their sum is the hidden state that
 transformers has after the same layer. A checkpoint's layers are watched in torch, as the
 reference's are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,9 +166,14 @@ def _artifact_states(
         if in_stream:
             # Rows may have a token of padding at their end.
             yield [
-                np.sum([value[0, : len(ids)] for value in stream.values()], axis=0)
+                _total(*(value[0, : len(ids)] for value in stream.values()))
                 for ids, stream in zip(rows, streams, strict=True)
             ]
+
+
+def _total(residual: np.ndarray, *product: np.ndarray) -> np.ndarray:
+    """The stream with what a layer hands on to be added: maybe a product and its tokens' scales."""
+    return residual + math.prod(product) if product else residual
 
 
 def _open_session(model: ir.Model, folder: Path) -> Any:

@@ -94,7 +94,7 @@ def test_weights_are_float8(loaded):
 def test_another_dialect_is_refused(artifacts):
     reasons = unsupported(ir.load(artifacts("blocks").artifact.graph))
     assert "com.microsoft 1: TensorRT takes ai.onnx 9 to 24" in reasons
-    assert any("GroupQueryAttention is no operator of TensorRT's" in each for each in reasons)
+    assert any("embedport.RotaryAttention is no operator of TensorRT's" in each for each in reasons)
 
 
 @pytest.mark.parametrize(

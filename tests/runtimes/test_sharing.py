@@ -12,6 +12,7 @@ from embedport.attention import SHORT_ROW
 from embedport.demo.samples import builtin_pairs
 from embedport.errors import ArtifactError
 from embedport.runtimes.batching import pad
+from embedport.runtimes.compiled import register_kernels
 from embedport.runtimes.sharing import SHARED_TOKENS, group_rows, shared_length
 
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
@@ -43,8 +44,10 @@ def rerankers(tmp_path_factory, checkpoints):
 
 
 def plain_scores(reranker, pairs, **options):
-    """The main graph's, as any software runs it: each row alone and whole."""
-    session = onnxruntime.InferenceSession(reranker.artifact.graph)
+    """The main graph's, as other software runs it: each row alone and whole."""
+    session_options = onnxruntime.SessionOptions()
+    register_kernels(session_options)
+    session = onnxruntime.InferenceSession(reranker.artifact.graph, session_options)
     assert [each.name for each in session.get_inputs()] == ["input_ids", "attention_mask"]
     rows = [pad([ids]) for ids in reranker.tokenizer.encode(pairs, **options).ids]
     return np.concatenate(
