@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,17 @@ def register_kernels(options: Any) -> None:
     Args:
         options: onnxruntime.SessionOptions.
     """
-    library = find_spec(f"{__package__}._kernels")
-    if library is None or library.origin is None:
+    library = find_library()
+    if library is None:
         logger.info("the package was built without kernels: onnxruntime's operators run instead")
         return
     try:
-        options.register_custom_ops_library(library.origin)
+        options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         logger.info("the kernels do not run here (%s): onnxruntime's operators do", error)
+
+
+def find_library() -> Path | None:
+    """The kernels' library; None where the package was built without."""
+    found = find_spec(f"{__package__}._kernels")
+    return None if found is None or found.origin is None else Path(found.origin)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import embedport
+from embedport.runtimes.compiled import find_library
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("exporters", "quantize", "runtimes", "validation")
@@ -138,8 +139,12 @@ def test_wheel_holds_the_package_only(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"embedport", wheel.name.rpartition("-py3")[0] + ".dist-info"}
+    assert tops == {"embedport", "-".join(wheel.name.split("-")[:2]) + ".dist-info"}
     for place, path in python_files():
         name = path.relative_to(ROOT).as_posix()
         assert (name if place == "embedport" else f"embedport/{name}") in names
     assert "embedport/demo/texts.jsonl" in names
+    # One build for every Python.
+    if (library := find_library()) is not None:
+        assert f"embedport/runtimes/{library.name}" in names
+        assert "-cp311-abi3-" in wheel.name

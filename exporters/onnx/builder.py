@@ -84,7 +84,7 @@ class GraphBuilder:
         Args:
             name: The function's.
             inputs: What it takes; all that its nodes read, for they see nothing of the graph.
-            dtypes: Its outputs'; one that nobody reads in the end is left out of the node.
+            dtypes: Its outputs'; one that nobody reads in the end is left out, unless it is the last.
             describe: Adds the function's nodes to the builder given first, reading the values after
                 it, and returns its outputs.
             opsets: Operator versions by domain.
@@ -160,8 +160,9 @@ class GraphBuilder:
     ) -> ir.Model:
         """The model of everything recorded."""
         for node in self._tape.nodes:
-            for value in node.outputs:
-                if node.domain == DOMAIN and not value.uses() and value not in outputs:
+            # The last output stays: onnxruntime counts a node's outputs by it.
+            for value in node.outputs[:-1] if node.domain == DOMAIN else ():
+                if not value.uses() and value not in outputs:
                     value.name = ""
         graph = ir.Graph(
             inputs,

@@ -103,9 +103,7 @@ static OrtStatus *write_codes(const struct node *node, OrtKernelContext *context
     rows->width = x->shape[2];
     rows->count = x->shape[0] * x->shape[1];
     TRY(write(node, context, index, x->shape, 3, &rows->codes));
-    TRY(write(node, context, index + 1, scales, 3, &rows->row_scales));
-    if (!rows->codes != !rows->row_scales) return refuse(node, "codes go with their scales");
-    return NULL;
+    return write(node, context, index + 1, scales, 3, &rows->row_scales);
 }
 
 static OrtStatus *compute_add_norm(void *kernel, OrtKernelContext *context) {
