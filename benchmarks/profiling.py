@@ -1,4 +1,4 @@
-"""Where the time of an int8 graph goes, operator by operator.
+"""Where the time of an int8 graph goes, operator by operator, with the kernels in C and without.
 
 Beside it stands the fastest that this machine multiplies, and how long the graph's multiplications
 alone would take at that.
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from embedport.bench.machine import PRODUCTS, measure_peak
+from embedport.runtimes.compiled import register_kernels
 from embedport.spec import ModelSpec
 
 from .checkpoint import CACHE, checkpoint
@@ -36,16 +37,19 @@ def of_int8(results: Path = RESULTS) -> None:
         export_ours(source, folder, "int8")
         command = [sys.executable, "-m", "benchmarks.profiling", str(folder / "int8")]
         figures = json.loads(run(command).output.splitlines()[-1])
-    for shape, each in figures["shapes"].items():
-        print_table(
-            [f"{shape}, {each['milliseconds']} ms", "ms", "share"],
-            [[name, ms, f"{ms / each['nodes_ms']:.1%}"] for name, ms in each["operators"].items()],
-        )
+    for way, shapes in figures["ways"].items():
+        for shape, each in shapes.items():
+            print_table(
+                [f"{shape} {way}, {each['milliseconds']} ms", "ms", "share"],
+                [
+                    [name, ms, f"{ms / each['nodes_ms']:.1%}"]
+                    for name, ms in each["operators"].items()
+                ],
+            )
     print_table(["product", "10^12 operations/s"], [[*each] for each in figures["peak"].items()])
     spec = ModelSpec.from_checkpoint(source)
     limits = {shape: _limit(spec, *shape, figures["peak"]) for shape in SHAPES}
-    for (batch, size), each in limits.items():
-        figures["shapes"][f"{batch}x{size}"]["limit_ms"] = each
+    figures["limits_ms"] = {f"{batch}x{size}": each for (batch, size), each in limits.items()}
     print_table(
         ["at these speeds, ms", "8-bit products", "attention's"],
         [[f"{a}x{b}", *each.values()] for (a, b), each in limits.items()],
@@ -81,20 +85,26 @@ def _measure(folder: Path) -> dict[str, Any]:
 
     tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", 32768)
     ids = np.concatenate(tokenizer.encode([each.text for each in builtin_samples()]).ids)
-    shapes = {
-        f"{batch}x{size}": _profile(
-            folder / "onnx" / "model.onnx", np.resize(ids, batch * size).reshape(batch, size)
-        )
-        for batch, size in SHAPES
+    graph = folder / "onnx" / "model.onnx"
+    ways = {
+        way: {
+            f"{batch}x{size}": _profile(
+                graph, np.resize(ids, batch * size).reshape(batch, size), kernels=way == "kernels"
+            )
+            for batch, size in SHAPES
+        }
+        for way in ("kernels", "without")
     }
-    return {"shapes": shapes, "peak": measure_peak()}
+    return {"ways": ways, "peak": measure_peak()}
 
 
-def _profile(graph: Path, ids: np.ndarray) -> dict[str, Any]:
+def _profile(graph: Path, ids: np.ndarray, *, kernels: bool) -> dict[str, Any]:
     """Milliseconds of each operator in the fastest run."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if kernels and not register_kernels(options):
+        raise RuntimeError("the kernels do not run here: see the log")
     options.enable_profiling = True
     options.profile_file_prefix = str(graph.with_name("profile"))
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -14,20 +14,25 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def register_kernels(options: Any) -> None:
+def register_kernels(options: Any) -> bool:
     """Have a session take the kernels, if they are there and the CPU has what they need.
 
     Args:
         options: onnxruntime.SessionOptions.
+
+    Returns:
+        Whether they are; the log says why not.
     """
     library = find_library()
     if library is None:
         logger.info("the package was built without kernels: onnxruntime's operators run instead")
-        return
+        return False
     try:
         options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         logger.info("the kernels do not run here (%s): onnxruntime's operators do", error)
+        return False
+    return True
 
 
 def find_library() -> Path | None:

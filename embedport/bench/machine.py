@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import require
 from ..runtimes.batching import count_cores
+from ..runtimes.compiled import register_kernels
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 PACKAGES = ("embedport", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx-ir")
@@ -29,7 +30,8 @@ PEAKS = {
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, packages and the day."""
+    """Processor, cores, memory in bytes, packages, whether there are kernels, and the day."""
+    ort = require("onnxruntime", "cpu")
     cpu, flags = platform.processor(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -44,6 +46,7 @@ def describe() -> dict[str, Any]:
         "flags": [flag for flag in FLAGS if flag in flags.split()],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
+        "kernels": register_kernels(ort.SessionOptions()),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }

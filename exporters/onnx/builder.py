@@ -84,7 +84,7 @@ class GraphBuilder:
         Args:
             name: The function's.
             inputs: What it takes; all that its nodes read, for they see nothing of the graph.
-            dtypes: Its outputs'; one that nobody reads in the end is left out, unless it is the last.
+            dtypes: Its outputs'. One that nobody reads is left out, but for the last.
             describe: Adds the function's nodes to the builder given first, reading the values after
                 it, and returns its outputs.
             opsets: Operator versions by domain.
@@ -197,10 +197,13 @@ class _FunctionBuilder(GraphBuilder):
         opsets: dict[str, int],
     ) -> ir.Function:
         """The function of everything recorded, by the name of the scope."""
-        kinds = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT}
+        kinds = {
+            name: ir.AttributeType.INT if isinstance(value, int) else ir.AttributeType.FLOAT
+            for name, value in attributes.items()
+        }
         return ir.Function(
             DOMAIN,
             self.scope,
             graph=ir.Graph(inputs, outputs, nodes=self._tape.nodes, opset_imports=opsets),
-            attributes=[ir.Attr(name, kinds[type(x)], None) for name, x in attributes.items()],
+            attributes=[ir.Attr(name, kind, None) for name, kind in kinds.items()],
         )

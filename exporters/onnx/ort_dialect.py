@@ -101,6 +101,8 @@ class OrtDialect:
             normed, total = _add_norm(f, residual, settle(f, Product(*product)), weight, eps)
             return [total, normed, *_round_rows(f, normed)]
 
+        assert weight.shape is not None
+        (width,) = weight.shape.numpy()
         total, normed, *rows = g.call(
             "AddNormQuantize",
             residual,
@@ -111,7 +113,7 @@ class OrtDialect:
             describe=describe,
             opsets=self.opsets,
             epsilon=eps,
-            width=_width(weight),
+            width=width,
         )
         g.once((normed, INT8), lambda: Rows(*rows))
         return normed, total
@@ -298,8 +300,8 @@ class OrtDialect:
             batch = g.op("Slice", g.op("Shape", q, dtype=INT64), g.constant([0]), g.constant([1]))
             shape = g.op("Concat", batch, g.constant([1, 1, 1]), axis=0)
             own = g.op("Gather", states, indices, axis=0)
-            own = g.op_outputs("Split", own, dtypes=[FLOAT, FLOAT], axis=0, num_outputs=2)
-            past = tuple(g.op("Expand", each, shape) for each in own)
+            keys, values = g.op_outputs("Split", own, dtypes=[FLOAT] * 2, axis=0, num_outputs=2)
+            past = g.op("Expand", keys, shape), g.op("Expand", values, shape)
 
         def in_parts(parts: int) -> list[ir.Value]:
             rotated = _rotate(g, spec, rows, position_ids, cache)
@@ -324,12 +326,6 @@ class OrtDialect:
                 for state in states_given
             ),
         ]
-
-
-def _width(weight: ir.Value) -> int:
-    """Values of a token that a norm's gains, [width], are for."""
-    assert weight.shape is not None
-    return int(weight.shape[0])
 
 
 def _add_norm(

@@ -42,7 +42,7 @@ INLINE void multiply_tile(int rows, int vectors, int add, ptrdiff_t depth, const
 }
 
 /* The tile in registers for each number of rows and vectors. */
-static void multiply(int rows, int vectors, int add, ptrdiff_t depth, const float *a,
+AVX512 static void multiply(int rows, int vectors, int add, ptrdiff_t depth, const float *a,
                      ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c, ptrdiff_t c_row) {
 #define WITH(r, v)                                                             \
     case 4 * (r) + (v):                                                        \
@@ -55,11 +55,11 @@ static void multiply(int rows, int vectors, int add, ptrdiff_t depth, const floa
 #undef WITH
 }
 
-INLINE ptrdiff_t minimum(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-INLINE ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+static inline ptrdiff_t minimum(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static inline ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
 /* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor. */
-static void norm_rotate(const struct attention *a, const float *x, const float *gains,
+AVX512 static void norm_rotate(const struct attention *a, const float *x, const float *gains,
                         ptrdiff_t position, float factor, float *out) {
     ptrdiff_t half = a->head_dim / 2;
     const float *cosines = a->cosines + position * half, *sines = a->sines + position * half;
@@ -99,7 +99,7 @@ size_t scratch_floats(const struct attention *a) {
 }
 
 /* The panel of keys that begins at position PANEL * `panel`; its values follow it. */
-INLINE float *find_panel(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
+static inline float *find_panel(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
                          ptrdiff_t panel) {
     ptrdiff_t shared = a->shared_panels, before;
     if (panel < shared) before = head * shared + panel;
@@ -108,7 +108,7 @@ INLINE float *find_panel(const struct attention *a, ptrdiff_t row, ptrdiff_t hea
     return a->scratch + before * 2 * PANEL * a->padded_dim;
 }
 
-void fill_panel(const struct attention *a, size_t task) {
+AVX512 void fill_panel(const struct attention *a, size_t task) {
     ptrdiff_t shared = a->kv_heads * a->shared_panels, row = 0, head, panel;
     if ((ptrdiff_t)task < shared) {
         head = (ptrdiff_t)task / a->shared_panels;
@@ -216,7 +216,7 @@ INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax
     softmax->sum += _mm512_reduce_add_ps(sum);
 }
 
-void attend(const struct attention *a, size_t task) {
+AVX512 void attend(const struct attention *a, size_t task) {
     /* The last queries see most: they come first, so that threads end together. */
     ptrdiff_t blocks = ceiling(a->size, QUERIES), rows = a->batch * a->heads;
     ptrdiff_t first = (blocks - 1 - (ptrdiff_t)task / rows) * QUERIES;

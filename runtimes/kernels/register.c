@@ -75,7 +75,13 @@ static OrtStatus *write(const struct node *node, OrtKernelContext *context, size
     return value ? get_data(node->api)(value, data) : NULL;
 }
 
-/* Rows shared out among onnxruntime's threads. */
+/* Tasks in any order on onnxruntime's threads. */
+static OrtStatus *run_tasks(const struct node *node, OrtKernelContext *context,
+                            void (*run)(void *, size_t), size_t count, void *data) {
+    /* As many batches as tasks: a thread takes the next one when it is done with one. */
+    return count ? parallel_for(node->api)(context, run, count, count, data) : NULL;
+}
+
 struct share {
     const struct rows *rows;
     void (*work)(const struct rows *, ptrdiff_t, ptrdiff_t);
@@ -92,8 +98,7 @@ static OrtStatus *run_rows(const struct node *node, OrtKernelContext *context,
                            void (*work)(const struct rows *, ptrdiff_t, ptrdiff_t)) {
     struct share share = {rows, work};
     size_t tasks = (size_t)(rows->count + ROWS_A_TASK - 1) / ROWS_A_TASK;
-    if (!tasks) return NULL;
-    return parallel_for(node->api)(context, run_share, tasks, tasks, &share);
+    return run_tasks(node, context, run_share, tasks, &share);
 }
 
 /* [batch, size, width] of `x` become rows, and codes and scales for them outputs. */
@@ -187,13 +192,14 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
         in[K].count != tokens * states || in[V].count != tokens * states ||
         (in[V_SCALES].count != 1 && in[V_SCALES].count != tokens) ||
         in[K_GAINS].count != a.head_dim || in[LAST].count != a.batch ||
-        in[COSINES].count != angles || in[SINES].count != angles || a.kept < 0 ||
-        a.kept > a.past + a.size ||
+        in[COSINES].count != angles || in[SINES].count != angles ||
         (a.past && (in[STATES].shape[1] * in[STATES].shape[3] != states || in[INDICES].count != 2)))
         return refuse(node, "RotaryAttention: shapes do not go together");
     for (ptrdiff_t i = 0; i < a.batch; i++)
         if (a.last[i] < a.past || a.last[i] >= a.past + a.size)
             return refuse(node, "RotaryAttention: a row's last token is not in it");
+    if (a.kept < 0 || (a.kept && (!a.batch || a.kept > a.last[0] + 1)))
+        return refuse(node, "RotaryAttention: the first row has fewer tokens than are to be kept");
     if (a.past) {
         const int64_t *indices = in[INDICES].data, count = in[STATES].shape[0];
         if (indices[0] < 0 || indices[0] >= count || indices[1] < 0 || indices[1] >= count)
@@ -209,13 +215,10 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     a.scratch = node->allocator->alloc(node->allocator, scratch_floats(&a) * sizeof(float));
     if (!a.scratch)
         return create_status(node->api)(RUNTIME_EXCEPTION, "RotaryAttention: memory is full");
-    OrtStatus *status = parallel_for(node->api)(context, run_fill, panel_tasks(&a),
-                                                panel_tasks(&a), &a);
-    if (!status)
-        status = parallel_for(node->api)(context, run_attend, query_tasks(&a), query_tasks(&a), &a);
-    if (!status && a.kept && a.kept_k && a.kept_v)
-        status = parallel_for(node->api)(context, run_keep, (size_t)a.kv_heads, (size_t)a.kv_heads,
-                                         &a);
+    OrtStatus *status = run_tasks(node, context, run_fill, panel_tasks(&a), &a);
+    if (!status) status = run_tasks(node, context, run_attend, query_tasks(&a), &a);
+    if (!status && a.kept_k && a.kept_v)
+        status = run_tasks(node, context, run_keep, (size_t)a.kv_heads, &a);
     node->allocator->free(node->allocator, a.scratch);
     return status;
 }

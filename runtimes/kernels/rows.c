@@ -29,7 +29,7 @@ INLINE void store_codes(uint8_t *codes, __mmask16 mask, __m512 x) {
     _mm512_mask_cvtepi32_storeu_epi8(codes, mask, code);
 }
 
-static void quantize_row(const float *x, ptrdiff_t width, uint8_t *codes, float *scale) {
+AVX512 static void quantize_row(const float *x, ptrdiff_t width, uint8_t *codes, float *scale) {
     struct largest largest = {_mm512_setzero_ps(), 0};
     for (ptrdiff_t i = 0; i < width; i += LANES)
         enlarge(&largest, _mm512_maskz_loadu_ps(lanes(width, i), x + i));
@@ -42,14 +42,14 @@ static void quantize_row(const float *x, ptrdiff_t width, uint8_t *codes, float 
     *scale = most * (1 / 127.0f);
 }
 
-void quantize(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
+AVX512 void quantize(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t width = rows->width;
     for (ptrdiff_t row = first; row < last; row++)
         quantize_row(rows->value + row * width, width, rows->codes + row * width,
                      rows->row_scales + row);
 }
 
-void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
+AVX512 void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t width = rows->width;
     for (ptrdiff_t row = first; row < last; row++) {
         const float *residual = rows->residual + row * width, *value = rows->value + row * width;
@@ -84,7 +84,7 @@ void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
     }
 }
 
-void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
+AVX512 void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t width = rows->width;
     float buffer[rows->product ? 1 : width];
     __m512 one = _mm512_set1_ps(1.0f);

@@ -1,17 +1,13 @@
 /* Sixteen floats at a time. */
 
 #pragma once
-/* For this code only: what decides whether it runs must run anywhere. */
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
-#endif
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define INLINE static inline __attribute__((always_inline))
+/* On each function that needs it, and on no other: what decides whether they run, runs anywhere. */
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define INLINE static inline AVX512 __attribute__((always_inline))
 
 enum { LANES = 16 };
 
