@@ -9,6 +9,7 @@ after a padding token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -150,7 +151,11 @@ class Dialect(Protocol):
     def add_norm(
         self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
     ) -> tuple[ir.Value, ir.Value]:
-        """(RMSNorm(residual + x), residual + x), in the dtype of `residual`."""
+        """(RMSNorm(residual + x), residual + x), in the dtype of `residual`.
+
+        What it has rounded of the first already it leaves for `quantize_rows`, under the key that
+        `graph.linear` asks for; so does `swiglu`.
+        """
         ...
 
     def swiglu(
@@ -243,7 +248,7 @@ def settle(g: GraphBuilder, product: Product) -> ir.Value:
 
 def norm_heads(
     g: GraphBuilder,
-    dialect: Dialect,
+    norm: Callable[[GraphBuilder, ir.Value, ir.Value, float], ir.Value],
     spec: ModelSpec,
     heads: Heads,
     dtype: ir.DataType | None,
@@ -252,7 +257,7 @@ def norm_heads(
 
     def normed(x: ir.Value, weight: ir.Value, count: int) -> ir.Value:
         split = g.op("Reshape", x, g.constant([0, 0, count, spec.head_dim]))
-        return g.cast(dialect.norm(g, split, weight, spec.rms_norm_eps), dtype or FLOAT)
+        return g.cast(norm(g, split, weight, spec.rms_norm_eps), dtype or FLOAT)
 
     return (
         normed(heads.q, heads.q_norm, spec.num_heads),

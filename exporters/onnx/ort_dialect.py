@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
 from ...attention import SHORT_ROW
 from ...spec import ModelSpec
+from . import ort_attention
 from .builder import GraphBuilder
 from .dialect import (
     BFLOAT16,
@@ -24,7 +23,6 @@ from .dialect import (
     Product,
     Rows,
     attention_scale,
-    norm_heads,
     number_positions,
     row_scales,
     settle,
@@ -34,10 +32,8 @@ from .quantized import Float8Matrix, QuantizedMatrix
 ZERO_POINT = 128
 # MatMulNBits computes in int8 with a scale a block of a token's activations.
 ACCURACY_LEVEL = 4
-# Tokens of a row up to which its attention is computed whole, and parts of one with more.
-SMALL_ROW, PARTS = 128, 4
-# Queries, keys and values, [batch, size, heads * head_dim] each.
-Inputs = tuple[ir.Value, ir.Value, ir.Value]
+# Tokens of a row up to which its attention is computed whole.
+SMALL_ROW = 128
 
 
 class OrtDialect:
@@ -219,113 +215,30 @@ class OrtDialect:
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
-        """GroupQueryAttention; in fp32 a function of its own, see `_attend`.
-
-        16-bit graphs are for GPUs, whose kernel is fused at any length; what is rotated in another
-        dtype than attention's is rotated before it.
-        """
-        if compute == FLOAT:
-            v, scales = heads.v
-            scales = g.constant([[[1]]], FLOAT) if scales is None else scales
-            given = (heads.q, heads.k, v, scales, heads.q_norm, heads.k_norm, *cache, *rotary)
-            return g.call(
-                "RotaryAttention",
-                *given,
-                *(past or ()),
-                dtypes=[FLOAT] * (1 if past is None else 3),
-                describe=lambda f, *inputs: self._attend(f, spec, *inputs),
-                opsets=self.opsets,
-                epsilon=spec.rms_norm_eps,
-                scale=attention_scale(spec),
-                num_heads=spec.num_heads,
-                kv_num_heads=spec.num_kv_heads,
-            )
-        assert past is None
-        rows = self._rows(g, spec, heads, cache[0].dtype, compute)
-        if compute == FLOAT16:
-            return _fused_attention(g, spec, rows, rotary, cache, None)
-        position_ids, *counts = rotary
-        return _fused_attention(
-            g, spec, _rotate(g, spec, rows, position_ids, cache), counts, None, None
+        """A function in fp32, which is for CPUs; GroupQueryAttention in 16 bits, for GPUs."""
+        if compute != FLOAT:
+            assert past is None
+            return [ort_attention.fused(g, self.norm, spec, heads, rotary, cache, compute)]
+        v, scales = heads.v
+        return g.call(
+            "RotaryAttention",
+            heads.q,
+            heads.k,
+            v,
+            g.constant([[[1]]], FLOAT) if scales is None else scales,
+            heads.q_norm,
+            heads.k_norm,
+            *cache,
+            *rotary,
+            *(past or ()),
+            dtypes=[FLOAT] * (1 if past is None else 3),
+            describe=lambda f, *inputs: ort_attention.chosen_by_length(f, self.norm, spec, *inputs),
+            opsets=self.opsets,
+            epsilon=spec.rms_norm_eps,
+            scale=attention_scale(spec),
+            num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
         )
-
-    def _rows(
-        self,
-        g: GraphBuilder,
-        spec: ModelSpec,
-        heads: Heads,
-        rotary: ir.DataType | None,
-        compute: ir.DataType,
-    ) -> Inputs:
-        """Queries and keys after their norms in the dtype to rotate in, and values."""
-        q, k = norm_heads(g, self, spec, heads, rotary)
-        queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
-        keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
-        return queries, keys, g.cast(settle(g, heads.v), compute)
-
-    def _attend(
-        self,
-        g: GraphBuilder,
-        spec: ModelSpec,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        v_scales: ir.Value,
-        q_norm: ir.Value,
-        k_norm: ir.Value,
-        cosines: ir.Value,
-        sines: ir.Value,
-        small: ir.Value,
-        short: ir.Value,
-        position_ids: ir.Value,
-        seqlens_k: ir.Value,
-        total: ir.Value,
-        query_seqlens: ir.Value | None = None,
-        states: ir.Value | None = None,
-        indices: ir.Value | None = None,
-        kept: ir.Value | None = None,
-    ) -> list[ir.Value]:
-        """Attention in fp32, which is CPUs'.
-
-        Short rows take the standard's Attention, which is faster there than GroupQueryAttention
-        (docs/benchmarks.md): small ones whole, others in parts, so that few scores are computed of
-        tokens that come later.
-        """
-        cache = (cosines, sines)
-        rows = self._rows(g, spec, Heads(q, k, Product(v, v_scales), q_norm, k_norm), FLOAT, FLOAT)
-        counts = [seqlens_k, total]
-        past = None
-        if query_seqlens is not None:
-            counts.append(query_seqlens)
-            batch = g.op("Slice", g.op("Shape", q, dtype=INT64), g.constant([0]), g.constant([1]))
-            shape = g.op("Concat", batch, g.constant([1, 1, 1]), axis=0)
-            own = g.op("Gather", states, indices, axis=0)
-            keys, values = g.op_outputs("Split", own, dtypes=[FLOAT] * 2, axis=0, num_outputs=2)
-            past = g.op("Expand", keys, shape), g.op("Expand", values, shape)
-
-        def in_parts(parts: int) -> list[ir.Value]:
-            rotated = _rotate(g, spec, rows, position_ids, cache)
-            return _plain_attention(g, spec, rotated, past, parts)
-
-        attended, *states_given = g.choose(
-            small,
-            lambda: in_parts(1),
-            lambda: g.choose(
-                short,
-                lambda: in_parts(PARTS),
-                lambda: _fused_attention(g, spec, rows, counts, cache, past),
-            ),
-        )
-        if kept is None:
-            return [attended]
-        ends = g.op("Concat", g.constant([1]), kept, axis=0)
-        return [
-            attended,
-            *(
-                g.op("Slice", state, g.constant([0, 0]), ends, g.constant([0, 2]))
-                for state in states_given
-            ),
-        ]
 
 
 def _add_norm(
@@ -367,97 +280,3 @@ def _round_rows(f: GraphBuilder, x: ir.Value) -> list[ir.Value]:
     width = ir.RefAttr("block_size", "width", ir.AttributeType.INT)
     codes = f.op("QuantizeLinear", x, scales, zero_points, dtype=UINT8, axis=-1, block_size=width)
     return [codes, scales]
-
-
-def _rotate(
-    g: GraphBuilder,
-    spec: ModelSpec,
-    rows: Inputs,
-    position_ids: ir.Value,
-    cache: tuple[ir.Value, ir.Value],
-) -> Inputs:
-    """Queries and keys rotated, in the dtype of the values."""
-    queries, keys, values = rows
-
-    def turn(x: ir.Value, heads: int) -> ir.Value:
-        given = (x, position_ids, *cache)
-        turned = g.op("RotaryEmbedding", *given, domain=MICROSOFT, num_heads=heads)
-        return g.cast(turned, values.dtype or FLOAT)
-
-    return turn(queries, spec.num_heads), turn(keys, spec.num_kv_heads), values
-
-
-def _fused_attention(
-    g: GraphBuilder,
-    spec: ModelSpec,
-    inputs: Inputs,
-    counts: list[ir.Value],
-    cache: tuple[ir.Value, ir.Value] | None,
-    past: tuple[ir.Value, ir.Value] | None,
-) -> list[ir.Value]:
-    """GroupQueryAttention, the rotary embedding inside where its cosines are given.
-
-    Without a past nothing reads the keys and values it gives back, but onnxruntime takes its
-    flash kernel only if they are asked for, whose memory is linear in the length
-    (https://github.com/microsoft/onnxruntime/pull/28962).
-    """
-    queries, keys, values = inputs
-    # Before 1.31 values of an unknown shape are taken for none, and the queries for all three.
-    values = g.op("Reshape", values, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
-    seqlens_k, total, *query_seqlens = counts
-    # position_ids, attention_bias, head_sink, the scales and norms of keys are left out.
-    unused = [None] * 7 if query_seqlens else []
-    outputs = g.op_outputs(
-        "GroupQueryAttention",
-        queries,
-        keys,
-        values,
-        *(past or (None, None)),
-        seqlens_k,
-        total,
-        *(cache or (None, None)),
-        *unused,
-        *query_seqlens,
-        dtypes=[None, None, None],
-        domain=MICROSOFT,
-        num_heads=spec.num_heads,
-        kv_num_heads=spec.num_kv_heads,
-        do_rotary=int(cache is not None),
-        scale=attention_scale(spec),
-    )
-    return outputs[:1] if past is None else outputs
-
-
-def _plain_attention(
-    g: GraphBuilder,
-    spec: ModelSpec,
-    rows: Inputs,
-    past: tuple[ir.Value, ir.Value] | None,
-    parts: int,
-) -> list[ir.Value]:
-    """Attention of the standard, all scores of a part of a row at once.
-
-    Each part continues the keys and values of those before it.
-    """
-
-    def attend(rows: Sequence[ir.Value], past: Sequence[ir.Value], outputs: int) -> list[ir.Value]:
-        return g.op_outputs(
-            "Attention",
-            *rows,
-            *([None, *past] if past else []),
-            dtypes=[None] * outputs,
-            is_causal=1,
-            q_num_heads=spec.num_heads,
-            kv_num_heads=spec.num_kv_heads,
-            scale=attention_scale(spec),
-        )
-
-    states, outputs = past or (), 1 if past is None else 3
-    if parts == 1:
-        return attend(rows, states, outputs)
-    attended = []
-    cut = [g.op_outputs("Split", x, dtypes=[None] * parts, axis=1, num_outputs=parts) for x in rows]
-    for part in zip(*cut, strict=True):
-        found, *states = attend(part, states, 3)
-        attended.append(found)
-    return [g.op("Concat", *attended, axis=1), *states][:outputs]

@@ -122,7 +122,7 @@ class StandardDialect:
             turned = g.op("RotaryEmbedding", heads_first(x), *cache, position_ids)
             return g.cast(turned, compute)
 
-        q, k = norm_heads(g, self, spec, heads, cache[0].dtype)
+        q, k = norm_heads(g, self.norm, spec, heads, cache[0].dtype)
         v = g.cast(settle(g, heads.v), compute)
         v = g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim]))
         values = heads_first(v)

@@ -58,19 +58,21 @@ AVX512 static void multiply(int rows, int vectors, int add, ptrdiff_t depth, con
 static inline ptrdiff_t minimum(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
-/* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor. */
-AVX512 static void norm_rotate(const struct attention *a, const float *x, const float *gains,
-                        ptrdiff_t position, float factor, float *out) {
+/* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor.
+   `whole`: halves are whole vectors, and masks are not needed. */
+INLINE void norm_rotate_head(const struct attention *a, const float *x, const float *gains,
+                             ptrdiff_t position, float factor, float *out, int whole) {
     ptrdiff_t half = a->head_dim / 2;
     const float *cosines = a->cosines + position * half, *sines = a->sines + position * half;
     __m512 squares = _mm512_setzero_ps();
     for (ptrdiff_t i = 0; i < 2 * half; i += LANES) {
-        __m512 value = _mm512_maskz_loadu_ps(lanes(2 * half, i), x + i);
+        __mmask16 mask = whole ? 0xffff : lanes(2 * half, i);
+        __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
         squares = _mm512_fmadd_ps(value, value, squares);
     }
     __m512 scale = _mm512_set1_ps(factor * norm_factor(squares, 2 * half, a->eps));
     for (ptrdiff_t i = 0; i < half; i += LANES) {
-        __mmask16 mask = lanes(half, i);
+        __mmask16 mask = whole ? 0xffff : lanes(half, i);
         __m512 first = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
         __m512 second = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + half + i), scale);
         first = _mm512_mul_ps(first, _mm512_maskz_loadu_ps(mask, gains + i));
@@ -82,6 +84,12 @@ AVX512 static void norm_rotate(const struct attention *a, const float *x, const 
         turned = _mm512_fmadd_ps(second, c, _mm512_mul_ps(first, s));
         _mm512_mask_storeu_ps(out + half + i, mask, turned);
     }
+}
+
+AVX512 static void norm_rotate(const struct attention *a, const float *x, const float *gains,
+                               ptrdiff_t position, float factor, float *out) {
+    if (a->head_dim % (2 * LANES)) norm_rotate_head(a, x, gains, position, factor, out, 0);
+    else norm_rotate_head(a, x, gains, position, factor, out, 1);
 }
 
 void prepare(struct attention *a) {
@@ -124,9 +132,6 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
     if ((ptrdiff_t)task < shared) count = PANEL;
     float *keys = find_panel(a, row, head, panel), *values = keys + PANEL * padded;
     float normed[LANES * MAX_HEAD_DIM];
-    __m512i places = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32((int)padded));
     for (ptrdiff_t group = 0; group < count; group += LANES) {
         for (ptrdiff_t i = 0; i < LANES; i++) {
             ptrdiff_t position = first + group + i, token = position - a->past;
@@ -159,8 +164,8 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
                 _mm512_storeu_ps(value + j, _mm512_mul_ps(x, scale));
             }
         }
-        for (ptrdiff_t j = 0; j < padded; j++)
-            _mm512_storeu_ps(keys + j * PANEL + group, _mm512_i32gather_ps(places, normed + j, 4));
+        for (ptrdiff_t j = 0; j < padded; j += LANES)
+            transpose(normed + j, padded, keys + j * PANEL + group, PANEL);
     }
 }
 

@@ -40,3 +40,32 @@ INLINE float norm_factor(__m512 squares, ptrdiff_t count, float eps) {
     float mean = _mm512_reduce_add_ps(squares) / (float)count;
     return 1 / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(mean + eps)));
 }
+
+/* [16, 16] turned over: pairs, then fours within a quarter of a vector, then the quarters. */
+INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_t to_row) {
+    __m512 a[LANES], b[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) a[i] = _mm512_loadu_ps(from + i * from_row);
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        __m512d x = _mm512_castps_pd(b[i / 4 * 4 + i % 4 / 2]);
+        __m512d y = _mm512_castps_pd(b[i / 4 * 4 + i % 4 / 2 + 2]);
+        a[i] = _mm512_castpd_ps(i % 2 ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 first = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x44);
+        __m512 second = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xee);
+        __m512 third = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x44);
+        __m512 fourth = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xee);
+        _mm512_storeu_ps(to + i * to_row, _mm512_shuffle_f32x4(first, third, 0x88));
+        _mm512_storeu_ps(to + (i + 4) * to_row, _mm512_shuffle_f32x4(first, third, 0xdd));
+        _mm512_storeu_ps(to + (i + 8) * to_row, _mm512_shuffle_f32x4(second, fourth, 0x88));
+        _mm512_storeu_ps(to + (i + 12) * to_row, _mm512_shuffle_f32x4(second, fourth, 0xdd));
+    }
+}
