@@ -10,7 +10,7 @@
 #include "kernels.h"
 #include "vectors.h"
 
-enum { PANEL = 64, QUERIES = 48, KEYS = 256, TILE = 6 };
+enum { PANEL = 64, QUERIES = 48, KEYS = 256, TILE = 6, AHEAD = 4 };
 
 /* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors]. */
 INLINE void multiply_tile(int rows, int vectors, int add, ptrdiff_t depth, const float *a,
@@ -106,19 +106,26 @@ size_t scratch_floats(const struct attention *a) {
     return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim);
 }
 
-/* The panel of keys that begins at position PANEL * `panel`; its values follow it. */
-static inline float *find_panel(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
-                         ptrdiff_t panel) {
+/* Where the panel of keys is that begins at position PANEL * `panel`; behind it come those after. */
+static inline float *find_keys(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
+                               ptrdiff_t panel) {
     ptrdiff_t shared = a->shared_panels, before;
     if (panel < shared) before = head * shared + panel;
     else
         before = a->kv_heads * shared + (row * a->kv_heads + head) * a->own_panels + panel - shared;
-    return a->scratch + before * 2 * PANEL * a->padded_dim;
+    return a->scratch + before * PANEL * a->padded_dim;
+}
+
+/* The same of values, which lie behind all keys. */
+static inline float *find_values(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
+                                 ptrdiff_t panel) {
+    return find_keys(a, row, head, panel) + scratch_floats(a) / 2;
 }
 
 AVX512 void fill_panel(const struct attention *a, size_t task) {
     ptrdiff_t shared = a->kv_heads * a->shared_panels, row = 0, head, panel;
-    if ((ptrdiff_t)task < shared) {
+    int is_shared = (ptrdiff_t)task < shared;
+    if (is_shared) {
         head = (ptrdiff_t)task / a->shared_panels;
         panel = (ptrdiff_t)task % a->shared_panels;
     } else {
@@ -128,9 +135,8 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
         panel = a->shared_panels + own % a->own_panels;
     }
     ptrdiff_t first = panel * PANEL, dim = a->head_dim, padded = a->padded_dim;
-    ptrdiff_t count = minimum(PANEL, a->last[row] + 1 - first);
-    if ((ptrdiff_t)task < shared) count = PANEL;
-    float *keys = find_panel(a, row, head, panel), *values = keys + PANEL * padded;
+    ptrdiff_t count = is_shared ? PANEL : minimum(PANEL, a->last[row] + 1 - first);
+    float *keys = find_keys(a, row, head, panel), *values = find_values(a, row, head, panel);
     float normed[LANES * MAX_HEAD_DIM];
     for (ptrdiff_t group = 0; group < count; group += LANES) {
         for (ptrdiff_t i = 0; i < LANES; i++) {
@@ -155,6 +161,10 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
             } else {
                 ptrdiff_t index = row * a->size + token;
                 ptrdiff_t place = (index * a->kv_heads + head) * dim;
+                if (group + i + AHEAD < count) {
+                    prefetch(a->k + place + AHEAD * a->kv_heads * dim, dim);
+                    prefetch(a->v + place + AHEAD * a->kv_heads * dim, dim);
+                }
                 norm_rotate(a, a->k + place, a->k_gains, position, 1.0f, key);
                 from = a->v + place;
                 scale = _mm512_set1_ps(a->v_scales[index * a->v_scales_step]);
@@ -172,11 +182,12 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
 void keep_states(const struct attention *a, size_t head) {
     ptrdiff_t dim = a->head_dim, padded = a->padded_dim;
     for (ptrdiff_t token = 0; token < a->kept; token++) {
-        const float *keys = find_panel(a, 0, (ptrdiff_t)head, token / PANEL);
+        const float *keys = find_keys(a, 0, (ptrdiff_t)head, token / PANEL);
+        const float *values = find_values(a, 0, (ptrdiff_t)head, token / PANEL);
         ptrdiff_t place = ((ptrdiff_t)head * a->kept + token) * dim;
         for (ptrdiff_t i = 0; i < dim; i++) {
             a->kept_k[place + i] = keys[i * PANEL + token % PANEL];
-            a->kept_v[place + i] = keys[PANEL * padded + token % PANEL * padded + i];
+            a->kept_v[place + i] = values[token % PANEL * padded + i];
         }
     }
 }
@@ -198,23 +209,32 @@ INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax
             _mm512_storeu_ps(scores + i, _mm512_setzero_ps());
         return;
     }
-    __m512 low = _mm512_set1_ps(-__builtin_inff()), most = low;
-    for (ptrdiff_t i = 0; i < seen; i += LANES)
-        most = _mm512_max_ps(most, _mm512_mask_loadu_ps(low, lanes(seen, i), scores + i));
+    ptrdiff_t whole = seen / LANES * LANES, i;
+    __mmask16 rest = lanes(seen, whole);
+    __m512 most = _mm512_set1_ps(-__builtin_inff());
+    for (i = 0; i < whole; i += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
+    if (rest) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, rest, scores + whole));
     float before = softmax->most, now = _mm512_reduce_max_ps(most);
     now = before > now ? before : now;
     __m512 shift = _mm512_set1_ps(now), sum = _mm512_setzero_ps();
-    for (ptrdiff_t i = 0; i < width; i += LANES) {
+    for (i = 0; i < whole; i += LANES) {
         __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), shift));
-        weight = _mm512_maskz_mov_ps(lanes(seen, i), weight);
         sum = _mm512_add_ps(sum, weight);
         _mm512_storeu_ps(scores + i, weight);
     }
+    if (rest) {
+        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), shift));
+        weight = _mm512_maskz_mov_ps(rest, weight);
+        sum = _mm512_add_ps(sum, weight);
+        _mm512_storeu_ps(scores + i, weight);
+        i += LANES;
+    }
+    for (; i < width; i += LANES) _mm512_storeu_ps(scores + i, _mm512_setzero_ps());
     softmax->most = now;
-    if (now > before) {
+    if (now > before && softmax->sum > 0) {
         float factor = _mm512_cvtss_f32(exponential(_mm512_set1_ps(before - now)));
         softmax->sum *= factor;
-        for (ptrdiff_t i = 0; i < dim; i += LANES)
+        for (i = 0; i < dim; i += LANES)
             _mm512_storeu_ps(attended + i, _mm512_mul_ps(_mm512_loadu_ps(attended + i),
                                                          _mm512_set1_ps(factor)));
     }
@@ -236,6 +256,7 @@ AVX512 void attend(const struct attention *a, size_t task) {
     float *out = a->attended + ((row * a->size + first) * a->heads + head) * dim;
     for (ptrdiff_t i = 0; i < count; i++) {
         const float *q = a->q + ((row * a->size + first + i) * a->heads + head) * dim;
+        if (i + AHEAD < count) prefetch(q + AHEAD * a->heads * dim, dim);
         for (ptrdiff_t j = dim / LANES * LANES; j < padded; j += LANES)
             _mm512_storeu_ps(queries + i * padded + j, _mm512_setzero_ps());
         norm_rotate(a, q, a->q_gains, a->past + first + i, a->scale, queries + i * padded);
@@ -246,7 +267,7 @@ AVX512 void attend(const struct attention *a, size_t task) {
     ptrdiff_t start = a->past + first; /* the first query's position */
     for (ptrdiff_t key = 0; count > 0 && key < start + count; key += KEYS) {
         for (ptrdiff_t panel = key; panel < minimum(key + KEYS, start + count); panel += PANEL) {
-            const float *keys = find_panel(a, row, kv_head, panel / PANEL);
+            const float *keys = find_keys(a, row, kv_head, panel / PANEL);
             for (ptrdiff_t i = 0; i < count; i += TILE) {
                 ptrdiff_t tile = minimum(TILE, count - i);
                 ptrdiff_t width = minimum(PANEL, start + i + tile - panel);
@@ -263,13 +284,15 @@ AVX512 void attend(const struct attention *a, size_t task) {
             for (ptrdiff_t j = i; j < i + tile; j++)
                 weigh(scores + j * KEYS, width, minimum(width, start + j + 1 - key), softmax + j,
                       attended + j * padded, padded);
-            for (ptrdiff_t panel = 0; panel < width; panel += PANEL) {
-                const float *values =
-                    find_panel(a, row, kv_head, (key + panel) / PANEL) + PANEL * padded;
-                for (ptrdiff_t j = 0; j < padded; j += PANEL)
-                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1,
-                             minimum(PANEL, width - panel), scores + i * KEYS + panel, KEYS,
-                             values + j, padded, attended + i * padded + j, padded);
+            /* Shared values and the row's own lie apart. */
+            ptrdiff_t shared = minimum(width, a->shared_panels * PANEL - key), end;
+            for (ptrdiff_t from = 0; from < width; from = end) {
+                const float *values = find_values(a, row, kv_head, (key + from) / PANEL);
+                end = from < shared ? shared : width;
+                for (ptrdiff_t j = 0; j < padded; j += 4 * LANES)
+                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, end - from,
+                             scores + i * KEYS + from, KEYS, values + j, padded,
+                             attended + i * padded + j, padded);
             }
         }
     }

@@ -4,10 +4,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Tokens of `tokens` rows, [rows, width] each. Absent outputs are NULL. */
+/* Tokens, [count, width] each. Outputs that nobody reads are NULL. */
 struct rows {
     ptrdiff_t count, width;
-    const float *residual, *value, *scales, *gains; /* add_norm: [n], scales [rows] */
+    const float *residual, *value, *scales, *gains; /* add_norm: scales [count], gains [width] */
     const float *gate, *gate_scales, *up;           /* swiglu */
     float eps;
     float *total, *normed, *product, *row_scales;
@@ -26,23 +26,23 @@ enum { MAX_WIDTH = 1 << 16, MAX_HEAD_DIM = 256 };
 
 struct attention {
     ptrdiff_t batch, size, heads, kv_heads, head_dim;
-    const float *q, *k, *v;        /* [batch, size, heads or kv_heads, head_dim] */
-    const float *v_scales;         /* [batch, size], or one for all */
-    ptrdiff_t v_scales_step;       /* 1, or 0 where it is one */
+    const float *q, *k, *v;         /* [batch, size, heads or kv_heads, head_dim] */
+    const float *v_scales;          /* [batch, size], or one for all */
+    ptrdiff_t v_scales_step;        /* 1, or 0 where it is one */
     const float *q_gains, *k_gains; /* [head_dim] */
-    const float *cosines, *sines;  /* [past + size, head_dim / 2] */
-    const int32_t *last;           /* [batch]: the position of a row's last real token */
+    const float *cosines, *sines;   /* [past + size, head_dim / 2] */
+    const int32_t *last;            /* [batch]: the position of a row's last real token */
     float eps, scale;
-    ptrdiff_t past;                 /* tokens before every row */
+    ptrdiff_t past;                /* tokens before every row */
     const float *past_k, *past_v;  /* [kv_heads, past, head_dim] */
     float *attended;               /* [batch, size, heads, head_dim] */
-    ptrdiff_t kept;                 /* tokens of the first row whose states are given back */
+    ptrdiff_t kept;                /* tokens of the first row whose states are given back */
     float *kept_k, *kept_v;        /* [kv_heads, kept, head_dim] */
     float *scratch;                /* scratch_floats() */
     /* Derived by prepare(). */
-    ptrdiff_t padded_dim;           /* head_dim in whole vectors */
-    ptrdiff_t shared_panels;        /* of the past, used by all rows */
-    ptrdiff_t own_panels;           /* of each row */
+    ptrdiff_t padded_dim;    /* head_dim in whole vectors */
+    ptrdiff_t shared_panels; /* of the past, used by all rows */
+    ptrdiff_t own_panels;    /* of each row */
 };
 
 /* Fill the derived members; afterwards `scratch_floats` are needed. */

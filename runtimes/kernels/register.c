@@ -1,7 +1,7 @@
 /* The kernels as operators of onnxruntime, domain "embedport", on its CPU provider and its threads.
 
-   A graph has each operator as a function of standard ones too (exporters/onnx/functions.py), which
-   onnxruntime takes where this library is not registered. */
+   A graph has each operator as a function of onnxruntime's own ones too (exporters/onnx/), which
+   it takes where this library is not registered. */
 
 #include <stdlib.h>
 
@@ -28,6 +28,7 @@ struct node {
 
 struct tensor {
     void *data; /* NULL where the value is absent */
+    size_t rank;
     int64_t shape[4];
     ptrdiff_t count;
 };
@@ -44,23 +45,24 @@ static OrtStatus *refuse(const struct node *node, const char *message) {
 
 static OrtStatus *read(const struct node *node, OrtKernelContext *context, size_t index,
                        struct tensor *tensor) {
-    size_t count, rank;
+    size_t count;
     const OrtValue *value = NULL;
     OrtTensorTypeAndShapeInfo *info;
-    *tensor = (struct tensor){NULL, {1, 1, 1, 1}, 0};
+    *tensor = (struct tensor){.shape = {1, 1, 1, 1}};
     TRY(count_inputs(node->api)(context, &count));
     if (index >= count) return NULL;
     TRY(get_input(node->api)(context, index, &value));
     if (!value) return NULL;
     TRY(get_data(node->api)(value, &tensor->data));
     TRY(get_shape(node->api)(value, &info));
-    OrtStatus *status = get_rank(node->api)(info, &rank);
-    if (!status && rank <= 4) status = get_dimensions(node->api)(info, tensor->shape, rank);
+    OrtStatus *status = get_rank(node->api)(info, &tensor->rank);
+    if (!status && tensor->rank <= 4)
+        status = get_dimensions(node->api)(info, tensor->shape, tensor->rank);
     release_shape(node->api)(info);
     if (status) return status;
-    if (rank > 4) return refuse(node, "a value has more than four dimensions");
+    if (tensor->rank > 4) return refuse(node, "a value has more than four dimensions");
     tensor->count = 1;
-    for (size_t i = 0; i < rank; i++) tensor->count *= tensor->shape[i];
+    for (size_t i = 0; i < tensor->rank; i++) tensor->count *= tensor->shape[i];
     return NULL;
 }
 
@@ -105,10 +107,12 @@ static OrtStatus *run_rows(const struct node *node, OrtKernelContext *context,
 static OrtStatus *write_codes(const struct node *node, OrtKernelContext *context, size_t index,
                               const struct tensor *x, struct rows *rows) {
     int64_t scales[3] = {x->shape[0], x->shape[1], 1};
+    if (x->rank != 3) return refuse(node, "rows should be [batch, size, width]");
     rows->width = x->shape[2];
     rows->count = x->shape[0] * x->shape[1];
     TRY(write(node, context, index, x->shape, 3, &rows->codes));
-    return write(node, context, index + 1, scales, 3, &rows->row_scales);
+    TRY(write(node, context, index + 1, scales, 3, &rows->row_scales));
+    return rows->codes && !rows->row_scales ? refuse(node, "codes need their scales") : NULL;
 }
 
 static OrtStatus *compute_add_norm(void *kernel, OrtKernelContext *context) {
@@ -211,6 +215,7 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     TRY(write(node, context, 0, in[Q].shape, 3, &a.attended));
     TRY(write(node, context, 1, shape, 4, &a.kept_k));
     TRY(write(node, context, 2, shape, 4, &a.kept_v));
+    if (!tokens) return NULL;
     prepare(&a);
     a.scratch = node->allocator->alloc(node->allocator, scratch_floats(&a) * sizeof(float));
     if (!a.scratch)
@@ -228,7 +233,6 @@ static const struct operator *operator_of(const OrtCustomOp *op) {
 }
 
 static const char *get_name(const OrtCustomOp *op) { return operator_of(op)->name; }
-static const char *get_provider(const OrtCustomOp *op) { return op ? "CPUExecutionProvider" : ""; }
 static size_t get_input_count(const OrtCustomOp *op) { return operator_of(op)->input_count; }
 static size_t get_output_count(const OrtCustomOp *op) { return operator_of(op)->output_count; }
 static ElementType get_input_type(const OrtCustomOp *op, size_t i) {
@@ -243,8 +247,10 @@ static Characteristic get_input_characteristic(const OrtCustomOp *op, size_t i) 
 static Characteristic get_output_characteristic(const OrtCustomOp *op, size_t i) {
     return i < operator_of(op)->required_outputs ? REQUIRED : OPTIONAL;
 }
-static int get_input_memory(const OrtCustomOp *op, size_t i) { return op && i ? 0 : 0; }
-static int get_version(const OrtCustomOp *op) { return op ? 1 : 0; }
+/* The same for all operators. */
+static const char *get_provider(const OrtCustomOp *op) { return (void)op, "CPUExecutionProvider"; }
+static int get_input_memory(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
+static int get_version(const OrtCustomOp *op) { return (void)op, 1; }
 
 static void destroy_kernel(void *kernel) {
     struct node *node = kernel;
@@ -267,7 +273,8 @@ static void read_float_attribute(OrtApi api, const OrtKernelInfo *info, const ch
 
 static OrtStatus *create_kernel(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info,
                                 void **kernel) {
-    struct node *node = op ? calloc(1, sizeof *node) : NULL;
+    struct node *node = calloc(1, sizeof *node);
+    (void)op;
     if (!node) return create_status(api)(RUNTIME_EXCEPTION, "memory is full");
     node->api = api;
     OrtStatus *status = get_allocator(api)(info, 0, &node->allocator);
