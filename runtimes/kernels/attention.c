@@ -3,19 +3,22 @@
    Keys lie in panels of 64, transposed: [head_dim, 64]; so a tile of six queries by 64 keys is made
    of outer products that stay in registers. Values lie as they come, [64, head_dim], and the same
    tile serves for the weighted sum. Scores of 48 queries with 256 keys at a time are in the cache;
-   the softmax goes on from block to block (arXiv:1805.02867). Blocks begin at fixed positions, and
+   the softmax goes on from block to block (arXiv:1805.02867). In bf16 a pair of numbers that are
+   multiplied and added together is in the place of one float, and all else is the same. Blocks begin at fixed positions, and
    each query is summed for itself: its result is the same to the bit in any batch, and behind any
    past. */
+
+#include <string.h>
 
 #include "kernels.h"
 #include "vectors.h"
 
 enum { PANEL = 64, QUERIES = 48, KEYS = 256, TILE = 6, AHEAD = 4 };
 
-/* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors]. */
-INLINE void multiply_tile(int rows, int vectors, int add, ptrdiff_t depth, const float *a,
-                          ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
-                          ptrdiff_t c_row) {
+/* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors], of floats or of pairs. */
+INLINE void multiply_tile(int rows, int vectors, int add, int pairs, ptrdiff_t depth,
+                          const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
+                          float *c, ptrdiff_t c_row) {
     __m512 sums[TILE][4];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
@@ -31,7 +34,8 @@ INLINE void multiply_tile(int rows, int vectors, int add, ptrdiff_t depth, const
             __m512 left = _mm512_set1_ps(a[i * a_row + k]);
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; j++)
-                sums[i][j] = _mm512_fmadd_ps(left, right[j], sums[i][j]);
+                sums[i][j] = pairs ? _mm512_dpbf16_ps(sums[i][j], (__m512bh)left, (__m512bh)right[j])
+                                   : _mm512_fmadd_ps(left, right[j], sums[i][j]);
         }
     }
 #pragma GCC unroll 6
@@ -42,17 +46,32 @@ INLINE void multiply_tile(int rows, int vectors, int add, ptrdiff_t depth, const
 }
 
 /* The tile in registers for each number of rows and vectors. */
-AVX512 static void multiply(int rows, int vectors, int add, ptrdiff_t depth, const float *a,
-                     ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c, ptrdiff_t c_row) {
-#define WITH(r, v)                                                             \
-    case 4 * (r) + (v):                                                        \
-        if (add) multiply_tile(r, v, 1, depth, a, a_row, b, b_row, c, c_row);  \
-        else multiply_tile(r, v, 0, depth, a, a_row, b, b_row, c, c_row);      \
+INLINE void multiply_kind(int rows, int vectors, int add, int pairs, ptrdiff_t depth,
+                          const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
+                          float *c, ptrdiff_t c_row) {
+#define WITH(r, v)                                                                     \
+    case 4 * (r) + (v):                                                                \
+        multiply_tile(r, v, add, pairs, depth, a, a_row, b, b_row, c, c_row);          \
         break;
 #define ROWS(r) WITH(r, 1) WITH(r, 2) WITH(r, 3) WITH(r, 4)
     switch (4 * rows + vectors) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
 #undef ROWS
 #undef WITH
+}
+
+AVX512 static void multiply(int rows, int vectors, int add, int pairs, ptrdiff_t depth,
+                            const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
+                            float *c, ptrdiff_t c_row) {
+#define KIND(add_, pairs_) \
+    multiply_kind(rows, vectors, add_, pairs_, depth, a, a_row, b, b_row, c, c_row)
+    if (pairs) {
+        if (add) KIND(1, 1);
+        else KIND(0, 1);
+    } else {
+        if (add) KIND(1, 0);
+        else KIND(0, 0);
+    }
+#undef KIND
 }
 
 static inline ptrdiff_t minimum(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -92,8 +111,22 @@ AVX512 static void norm_rotate(const struct attention *a, const float *x, const 
     else norm_rotate_head(a, x, gains, position, factor, out, 1);
 }
 
+INLINE void clear(float *to, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i += LANES) _mm512_storeu_ps(to + i, _mm512_setzero_ps());
+}
+
+/* `count` floats times a factor, and zeros up to `padded`. */
+INLINE void copy_scaled(const float *from, float factor, float *to, ptrdiff_t count,
+                        ptrdiff_t padded) {
+    for (ptrdiff_t i = 0; i < padded; i += LANES) {
+        __m512 x = _mm512_maskz_loadu_ps(lanes(count, i), from + i);
+        _mm512_storeu_ps(to + i, _mm512_mul_ps(x, _mm512_set1_ps(factor)));
+    }
+}
+
 void prepare(struct attention *a) {
-    a->padded_dim = LANES * ceiling(a->head_dim, LANES);
+    a->padded_dim = 2 * LANES * ceiling(a->head_dim, 2 * LANES);
+    a->pair = a->bf16 ? 2 : 1;
     a->shared_panels = a->past / PANEL;
     a->own_panels = ceiling(a->past + a->size, PANEL) - a->shared_panels;
 }
@@ -103,7 +136,7 @@ size_t panel_tasks(const struct attention *a) {
 }
 
 size_t scratch_floats(const struct attention *a) {
-    return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim);
+    return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim / a->pair);
 }
 
 /* Where the panel of keys is that begins at position PANEL * `panel`; behind it come those after. */
@@ -113,7 +146,7 @@ static inline float *find_keys(const struct attention *a, ptrdiff_t row, ptrdiff
     if (panel < shared) before = head * shared + panel;
     else
         before = a->kv_heads * shared + (row * a->kv_heads + head) * a->own_panels + panel - shared;
-    return a->scratch + before * PANEL * a->padded_dim;
+    return a->scratch + before * PANEL * a->padded_dim / a->pair;
 }
 
 /* The same of values, which lie behind all keys. */
@@ -137,27 +170,19 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
     ptrdiff_t first = panel * PANEL, dim = a->head_dim, padded = a->padded_dim;
     ptrdiff_t count = is_shared ? PANEL : minimum(PANEL, a->last[row] + 1 - first);
     float *keys = find_keys(a, row, head, panel), *values = find_values(a, row, head, panel);
-    float normed[LANES * MAX_HEAD_DIM];
+    float rotated[LANES * MAX_HEAD_DIM], scaled[LANES * MAX_HEAD_DIM];
     for (ptrdiff_t group = 0; group < count; group += LANES) {
         for (ptrdiff_t i = 0; i < LANES; i++) {
             ptrdiff_t position = first + group + i, token = position - a->past;
-            float *key = normed + i * padded, *value = values + (group + i) * padded;
-            const float *from = NULL;
-            __m512 scale = _mm512_set1_ps(1.0f);
-            for (ptrdiff_t j = dim / LANES * LANES; j < padded; j += LANES)
-                _mm512_storeu_ps(key + j, _mm512_setzero_ps());
+            float *key = rotated + i * padded, *value = scaled + i * padded;
+            clear(key + dim / LANES * LANES, padded - dim / LANES * LANES);
             if (group + i >= count) { /* behind the last token */
-                for (ptrdiff_t j = 0; j < dim; j += LANES)
-                    _mm512_storeu_ps(key + j, _mm512_setzero_ps());
-                continue;
-            }
-            if (token < 0) {
-                const float *state = a->past_k + (head * a->past + position) * dim;
-                for (ptrdiff_t j = 0; j < dim; j += LANES) {
-                    __mmask16 mask = lanes(dim, j);
-                    _mm512_mask_storeu_ps(key + j, mask, _mm512_maskz_loadu_ps(mask, state + j));
-                }
-                from = a->past_v + (head * a->past + position) * dim;
+                clear(key, padded);
+                clear(value, padded);
+            } else if (token < 0) {
+                ptrdiff_t place = (head * a->past + position) * dim;
+                copy_scaled(a->past_k + place, 1, key, dim, padded);
+                copy_scaled(a->past_v + place, 1, value, dim, padded);
             } else {
                 ptrdiff_t index = row * a->size + token;
                 ptrdiff_t place = (index * a->kv_heads + head) * dim;
@@ -166,17 +191,31 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
                     prefetch(a->v + place + AHEAD * a->kv_heads * dim, dim);
                 }
                 norm_rotate(a, a->k + place, a->k_gains, position, 1.0f, key);
-                from = a->v + place;
-                scale = _mm512_set1_ps(a->v_scales[index * a->v_scales_step]);
+                copy_scaled(a->v + place, a->v_scales[index * a->v_scales_step], value, dim,
+                            padded);
             }
-            for (ptrdiff_t j = 0; j < padded; j += LANES) {
-                __m512 x = _mm512_maskz_loadu_ps(lanes(dim, j), from + j);
-                _mm512_storeu_ps(value + j, _mm512_mul_ps(x, scale));
-            }
+            if (a->bf16)
+                for (ptrdiff_t j = 0; j < padded; j += 2 * LANES) round_pairs(key + j, key + j / 2);
         }
-        for (ptrdiff_t j = 0; j < padded; j += LANES)
-            transpose(normed + j, padded, keys + j * PANEL + group, PANEL);
+        for (ptrdiff_t j = 0; j < padded / a->pair; j += LANES)
+            transpose(rotated + j, padded, keys + j * PANEL + group, PANEL);
+        for (ptrdiff_t i = 0; i < LANES; i += a->pair)
+            for (ptrdiff_t j = 0; j < padded; j += LANES) {
+                const float *value = scaled + i * padded + j;
+                float *to = values + (group + i) / a->pair * padded + j;
+                if (a->bf16) round_columns(value, value + padded, to);
+                else _mm512_storeu_ps(to, _mm512_loadu_ps(value));
+            }
     }
+}
+
+/* One of two numbers in bf16. */
+static inline float half_of(float pair, ptrdiff_t which) {
+    uint32_t bits;
+    memcpy(&bits, &pair, sizeof bits);
+    bits = which ? bits & 0xffff0000u : bits << 16;
+    memcpy(&pair, &bits, sizeof bits);
+    return pair;
 }
 
 void keep_states(const struct attention *a, size_t head) {
@@ -185,9 +224,11 @@ void keep_states(const struct attention *a, size_t head) {
         const float *keys = find_keys(a, 0, (ptrdiff_t)head, token / PANEL);
         const float *values = find_values(a, 0, (ptrdiff_t)head, token / PANEL);
         ptrdiff_t place = ((ptrdiff_t)head * a->kept + token) * dim;
+        ptrdiff_t in = token % PANEL;
         for (ptrdiff_t i = 0; i < dim; i++) {
-            a->kept_k[place + i] = keys[i * PANEL + token % PANEL];
-            a->kept_v[place + i] = values[token % PANEL * padded + i];
+            float key = keys[i / a->pair * PANEL + in], value = values[in / a->pair * padded + i];
+            a->kept_k[place + i] = a->bf16 ? half_of(key, i % 2) : key;
+            a->kept_v[place + i] = a->bf16 ? half_of(value, in % 2) : value;
         }
     }
 }
@@ -201,12 +242,11 @@ struct softmax {
     float most, sum;
 };
 
-/* Scores of a query with `width` keys, of which it sees `seen`, become their weights. */
+/* Scores of a query with `width` keys (whole vectors), of which it sees `seen`, become their weights. */
 INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax *softmax,
                   float *attended, ptrdiff_t dim) {
     if (seen <= 0) {
-        for (ptrdiff_t i = 0; i < width; i += LANES)
-            _mm512_storeu_ps(scores + i, _mm512_setzero_ps());
+        clear(scores, width);
         return;
     }
     ptrdiff_t whole = seen / LANES * LANES, i;
@@ -229,7 +269,7 @@ INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax
         _mm512_storeu_ps(scores + i, weight);
         i += LANES;
     }
-    for (; i < width; i += LANES) _mm512_storeu_ps(scores + i, _mm512_setzero_ps());
+    clear(scores + i, width - i);
     softmax->most = now;
     if (now > before && softmax->sum > 0) {
         float factor = _mm512_cvtss_f32(exponential(_mm512_set1_ps(before - now)));
@@ -257,11 +297,12 @@ AVX512 void attend(const struct attention *a, size_t task) {
     for (ptrdiff_t i = 0; i < count; i++) {
         const float *q = a->q + ((row * a->size + first + i) * a->heads + head) * dim;
         if (i + AHEAD < count) prefetch(q + AHEAD * a->heads * dim, dim);
-        for (ptrdiff_t j = dim / LANES * LANES; j < padded; j += LANES)
-            _mm512_storeu_ps(queries + i * padded + j, _mm512_setzero_ps());
-        norm_rotate(a, q, a->q_gains, a->past + first + i, a->scale, queries + i * padded);
-        for (ptrdiff_t j = 0; j < padded; j += LANES)
-            _mm512_storeu_ps(attended + i * padded + j, _mm512_setzero_ps());
+        float *query = queries + i * padded;
+        clear(query + dim / LANES * LANES, padded - dim / LANES * LANES);
+        norm_rotate(a, q, a->q_gains, a->past + first + i, a->scale, query);
+        if (a->bf16)
+            for (ptrdiff_t j = 0; j < padded; j += 2 * LANES) round_pairs(query + j, query + j / 2);
+        clear(attended + i * padded, padded);
         softmax[i] = (struct softmax){-__builtin_inff(), 0};
     }
     ptrdiff_t start = a->past + first; /* the first query's position */
@@ -272,7 +313,7 @@ AVX512 void attend(const struct attention *a, size_t task) {
                 ptrdiff_t tile = minimum(TILE, count - i);
                 ptrdiff_t width = minimum(PANEL, start + i + tile - panel);
                 if (width > 0)
-                    multiply((int)tile, (int)ceiling(width, LANES), 0, padded,
+                    multiply((int)tile, (int)ceiling(width, LANES), 0, a->bf16, padded / a->pair,
                              queries + i * padded, padded, keys, PANEL,
                              scores + i * KEYS + panel - key, KEYS);
             }
@@ -281,18 +322,24 @@ AVX512 void attend(const struct attention *a, size_t task) {
             ptrdiff_t tile = minimum(TILE, count - i);
             ptrdiff_t width = minimum(KEYS, start + i + tile - key);
             if (width <= 0) continue;
-            for (ptrdiff_t j = i; j < i + tile; j++)
-                weigh(scores + j * KEYS, width, minimum(width, start + j + 1 - key), softmax + j,
+            ptrdiff_t whole = 2 * LANES * ceiling(width, 2 * LANES);
+            for (ptrdiff_t j = i; j < i + tile; j++) {
+                float *weights = scores + j * KEYS;
+                weigh(weights, whole, minimum(width, start + j + 1 - key), softmax + j,
                       attended + j * padded, padded);
+                if (a->bf16)
+                    for (ptrdiff_t k = 0; k < whole; k += 2 * LANES)
+                        round_pairs(weights + k, weights + k / 2);
+            }
             /* Shared values and the row's own lie apart. */
             ptrdiff_t shared = minimum(width, a->shared_panels * PANEL - key), end;
             for (ptrdiff_t from = 0; from < width; from = end) {
                 const float *values = find_values(a, row, kv_head, (key + from) / PANEL);
                 end = from < shared ? shared : width;
                 for (ptrdiff_t j = 0; j < padded; j += 4 * LANES)
-                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, end - from,
-                             scores + i * KEYS + from, KEYS, values + j, padded,
-                             attended + i * padded + j, padded);
+                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, a->bf16,
+                             ceiling(end - from, a->pair), scores + i * KEYS + from / a->pair,
+                             KEYS, values + j, padded, attended + i * padded + j, padded);
             }
         }
     }

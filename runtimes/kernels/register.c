@@ -23,7 +23,7 @@ struct node {
     OrtApi api;
     OrtAllocator *allocator;
     float epsilon, scale;
-    int64_t heads, kv_heads;
+    int64_t heads, kv_heads, bf16;
 };
 
 struct tensor {
@@ -186,6 +186,7 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
         .last = in[LAST].data,
         .eps = node->epsilon,
         .scale = node->scale,
+        .bf16 = node->bf16 && __builtin_cpu_supports("avx512bf16"),
         .past = in[STATES].count ? in[STATES].shape[2] : 0,
         .kept = in[KEPT].data ? *(const int64_t *)in[KEPT].data : 0,
     };
@@ -286,6 +287,7 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, OrtApi api, const OrtKern
     read_float_attribute(api, info, "scale", &node->scale);
     read_int_attribute(api, info, "num_heads", &node->heads);
     read_int_attribute(api, info, "kv_num_heads", &node->kv_heads);
+    read_int_attribute(api, info, "bf16", &node->bf16);
     *kernel = node;
     return NULL;
 }

@@ -5,8 +5,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* On each function that needs it, and on no other: what decides whether they run, runs anywhere. */
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+/* On each function that needs it, and on no other: what decides whether they run, runs anywhere.
+   Products of bf16 are made by name only, so functions that may make them run without them too. */
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE static inline AVX512 __attribute__((always_inline))
 
 enum { LANES = 16 };
@@ -21,6 +22,20 @@ INLINE __mmask16 lanes(ptrdiff_t count, ptrdiff_t done) {
 INLINE void prefetch(const float *from, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += LANES)
         _mm_prefetch((const char *)(from + i), _MM_HINT_T0);
+}
+
+/* 32 floats as 16 pairs of bf16, rounded to nearest; may lie over the beginning of `from`. */
+INLINE void round_pairs(const float *from, float *to) {
+    __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
+    _mm512_storeu_si512(to, (__m512i)pairs);
+}
+
+/* The same of two rows of 16 floats: pairs of what stands one above the other. */
+INLINE void round_columns(const float *first, const float *second, float *to) {
+    __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(second), _mm512_loadu_ps(first));
+    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256((__m512i)both));
+    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64((__m512i)both, 1));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
 /* e^x to 1 ulp or so: 2^n e^r with |r| <= ln(2) / 2, whose Taylor series ends at r^7 / 7!. */
