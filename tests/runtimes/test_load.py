@@ -182,13 +182,16 @@ def test_a_text_too_long_for_the_memory(tmp_path, checkpoints, monkeypatch):
     assert embedder.encode(["word " * 50]).shape == (1, 64)
 
 
-def test_memory_of_a_long_text_is_linear(embedder):
-    """The fused dialect's attention takes the flash kernel: 16,000 tokens in a child of its own."""
+@pytest.mark.parametrize("kernels", ["with", "without"])
+def test_memory_of_a_long_text_is_linear(embedder, kernels):
+    """Without kernels attention takes onnxruntime's flash kernel: 16,000 tokens in a child."""
     import subprocess
     import sys
 
     code = (
         "import embedport, resource, sys\n"
+        "import embedport.runtimes.onnxruntime as adapter\n"
+        "if sys.argv[2] == 'without': adapter.register_kernels = lambda options: False\n"
         "embedder = embedport.load(sys.argv[1], device='cpu')\n"
         "embedder.encode(['short'])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -196,7 +199,7 @@ def test_memory_of_a_long_text_is_linear(embedder):
         "embedder.model(ids[None], ids[None] * 0 + 1)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    command = [sys.executable, "-c", code, str(embedder.artifact.folder)]
+    command = [sys.executable, "-c", code, str(embedder.artifact.folder), kernels]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     # All scores of 4 heads would take 4 GB.
     assert int(found.stdout) * 1024 < 1e9
