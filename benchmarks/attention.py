@@ -22,9 +22,10 @@ from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
 from .process import export_ours, run
 
-# Each way's limits: tokens of a small row, tokens of a short one.
 KERNEL = "kernel"
+# The function that has the kernel, and its name where it is to have none.
 ATTENTION, OPERATORS = "RotaryAttention", "AttentionOfOperators"
+# Of the other ways: tokens of a small row, tokens of a short one.
 LIMITS = {"fused": (0, 0), "whole": (1 << 20, 1 << 20), "in four parts": (0, 1 << 20)}
 WAYS = (KERNEL, *LIMITS)
 SHAPES = ((1, 32), (32, 32), (8, 128), (4, 256), (1, 512), (1, 768), (1, 1024), (1, 2048))

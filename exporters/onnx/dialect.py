@@ -35,6 +35,8 @@ BOOL, FLOAT, FLOAT16, BFLOAT16, INT8, UINT8, INT64, FLOAT8 = (
 LARGEST = {INT8: 127.0, FLOAT8: 448.0}
 # Stands for the largest value of a token of zeros.
 TINY = 1e-20
+# A dialect's `norm`.
+Norm = Callable[[GraphBuilder, ir.Value, ir.Value, float], ir.Value]
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ def settle(g: GraphBuilder, product: Product) -> ir.Value:
 
 def norm_heads(
     g: GraphBuilder,
-    norm: Callable[[GraphBuilder, ir.Value, ir.Value, float], ir.Value],
+    norm: Norm,
     spec: ModelSpec,
     heads: Heads,
     dtype: ir.DataType | None,

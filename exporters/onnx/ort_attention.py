@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -15,6 +15,7 @@ from .dialect import (
     MICROSOFT,
     Heads,
     LayerPast,
+    Norm,
     Product,
     attention_scale,
     norm_heads,
@@ -23,8 +24,6 @@ from .dialect import (
 
 # Parts of a row that is not computed whole.
 PARTS = 4
-# A dialect's.
-Norm = Callable[[GraphBuilder, ir.Value, ir.Value, float], ir.Value]
 # Queries, keys and values, [batch, size, heads * head_dim] each.
 Inputs = tuple[ir.Value, ir.Value, ir.Value]
 

@@ -4,9 +4,10 @@
    of outer products that stay in registers. Values lie as they come, [64, head_dim], and the same
    tile serves for the weighted sum. Scores of 48 queries with 256 keys at a time are in the cache;
    the softmax goes on from block to block (arXiv:1805.02867). In bf16 a pair of numbers that are
-   multiplied and added together is in the place of one float, and all else is the same. Blocks begin at fixed positions, and
-   each query is summed for itself: its result is the same to the bit in any batch, and behind any
-   past. */
+   multiplied and added together is in the place of one float, and all else is the same.
+
+   Blocks begin at fixed positions, and each query is summed for itself: its result is the same to
+   the bit in any batch, and behind any past. */
 
 #include <string.h>
 
@@ -77,6 +78,10 @@ AVX512 static void multiply(int rows, int vectors, int add, int pairs, ptrdiff_t
 static inline ptrdiff_t minimum(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 static inline ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
+INLINE void clear(float *to, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i += LANES) _mm512_storeu_ps(to + i, _mm512_setzero_ps());
+}
+
 /* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor.
    `whole`: halves are whole vectors, and masks are not needed. */
 INLINE void norm_rotate_head(const struct attention *a, const float *x, const float *gains,
@@ -105,14 +110,13 @@ INLINE void norm_rotate_head(const struct attention *a, const float *x, const fl
     }
 }
 
+/* The same, and zeros up to padded_dim. */
 AVX512 static void norm_rotate(const struct attention *a, const float *x, const float *gains,
                                ptrdiff_t position, float factor, float *out) {
+    ptrdiff_t whole = a->head_dim / LANES * LANES;
+    clear(out + whole, a->padded_dim - whole);
     if (a->head_dim % (2 * LANES)) norm_rotate_head(a, x, gains, position, factor, out, 0);
     else norm_rotate_head(a, x, gains, position, factor, out, 1);
-}
-
-INLINE void clear(float *to, ptrdiff_t count) {
-    for (ptrdiff_t i = 0; i < count; i += LANES) _mm512_storeu_ps(to + i, _mm512_setzero_ps());
 }
 
 /* `count` floats times a factor, and zeros up to `padded`. */
@@ -175,7 +179,6 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
         for (ptrdiff_t i = 0; i < LANES; i++) {
             ptrdiff_t position = first + group + i, token = position - a->past;
             float *key = rotated + i * padded, *value = scaled + i * padded;
-            clear(key + dim / LANES * LANES, padded - dim / LANES * LANES);
             if (group + i >= count) { /* behind the last token */
                 clear(key, padded);
                 clear(value, padded);
@@ -194,8 +197,7 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
                 copy_scaled(a->v + place, a->v_scales[index * a->v_scales_step], value, dim,
                             padded);
             }
-            if (a->bf16)
-                for (ptrdiff_t j = 0; j < padded; j += 2 * LANES) round_pairs(key + j, key + j / 2);
+            if (a->bf16) round_row(key, padded);
         }
         for (ptrdiff_t j = 0; j < padded / a->pair; j += LANES)
             transpose(rotated + j, padded, keys + j * PANEL + group, PANEL);
@@ -242,7 +244,7 @@ struct softmax {
     float most, sum;
 };
 
-/* Scores of a query with `width` keys (whole vectors), of which it sees `seen`, become their weights. */
+/* Scores of a query with `width` keys, whole vectors, become their weights; it sees `seen`. */
 INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax *softmax,
                   float *attended, ptrdiff_t dim) {
     if (seen <= 0) {
@@ -298,10 +300,8 @@ AVX512 void attend(const struct attention *a, size_t task) {
         const float *q = a->q + ((row * a->size + first + i) * a->heads + head) * dim;
         if (i + AHEAD < count) prefetch(q + AHEAD * a->heads * dim, dim);
         float *query = queries + i * padded;
-        clear(query + dim / LANES * LANES, padded - dim / LANES * LANES);
         norm_rotate(a, q, a->q_gains, a->past + first + i, a->scale, query);
-        if (a->bf16)
-            for (ptrdiff_t j = 0; j < padded; j += 2 * LANES) round_pairs(query + j, query + j / 2);
+        if (a->bf16) round_row(query, padded);
         clear(attended + i * padded, padded);
         softmax[i] = (struct softmax){-__builtin_inff(), 0};
     }
@@ -327,9 +327,7 @@ AVX512 void attend(const struct attention *a, size_t task) {
                 float *weights = scores + j * KEYS;
                 weigh(weights, whole, minimum(width, start + j + 1 - key), softmax + j,
                       attended + j * padded, padded);
-                if (a->bf16)
-                    for (ptrdiff_t k = 0; k < whole; k += 2 * LANES)
-                        round_pairs(weights + k, weights + k / 2);
+                if (a->bf16) round_row(weights, whole);
             }
             /* Shared values and the row's own lie apart. */
             ptrdiff_t shared = minimum(width, a->shared_panels * PANEL - key), end;

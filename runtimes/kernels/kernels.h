@@ -7,16 +7,18 @@
 /* Tokens, [count, width] each. Outputs that nobody reads are NULL. */
 struct rows {
     ptrdiff_t count, width;
-    const float *residual, *value, *scales, *gains; /* add_norm: scales [count], gains [width] */
-    const float *gate, *gate_scales, *up;           /* swiglu */
+    const float *value, *scales;   /* scales [count] */
+    const float *residual, *gains; /* add_norm: gains [width] */
+    const float *up;               /* swiglu */
     float eps;
-    float *total, *normed, *product, *row_scales;
+    float *total;                  /* add_norm: residual + value * scales */
+    float *result, *row_scales;    /* row_scales [count]: of the codes */
     uint8_t *codes;
 };
 
-/* Rows [first, last): RMSNorm(residual + value * scales), and its codes. */
+/* Rows [first, last): RMSNorm(total), and its codes. */
 void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
-/* Rows [first, last): silu(gate * gate_scales) * up, and its codes. */
+/* Rows [first, last): silu(value * scales) * up, and its codes. */
 void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
 /* Rows [first, last): the codes of `value`. */
 void quantize(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
@@ -33,13 +35,13 @@ struct attention {
     const float *cosines, *sines;   /* [past + size, head_dim / 2] */
     const int32_t *last;            /* [batch]: the position of a row's last real token */
     float eps, scale;
-    int bf16;                      /* whether what is multiplied is rounded to bf16 */
-    ptrdiff_t past;                /* tokens before every row */
-    const float *past_k, *past_v;  /* [kv_heads, past, head_dim] */
-    float *attended;               /* [batch, size, heads, head_dim] */
-    ptrdiff_t kept;                /* tokens of the first row whose states are given back */
-    float *kept_k, *kept_v;        /* [kv_heads, kept, head_dim] */
-    float *scratch;                /* scratch_floats() */
+    int bf16;                       /* whether what is multiplied is rounded to bf16 */
+    ptrdiff_t past;                 /* tokens before every row */
+    const float *past_k, *past_v;   /* [kv_heads, past, head_dim] */
+    float *attended;                /* [batch, size, heads, head_dim] */
+    ptrdiff_t kept;                 /* tokens of the first row whose states are given back */
+    float *kept_k, *kept_v;         /* [kv_heads, kept, head_dim] */
+    float *scratch;                 /* scratch_floats() */
     /* Derived by prepare(). */
     ptrdiff_t padded_dim;    /* head_dim in whole vectors of pairs */
     ptrdiff_t pair;          /* numbers in the place of one float: 2 in bf16, else 1 */

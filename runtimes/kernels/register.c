@@ -129,7 +129,7 @@ static OrtStatus *compute_add_norm(void *kernel, OrtKernelContext *context) {
     rows.residual = residual.data, rows.value = value.data;
     rows.scales = scales.data, rows.gains = gains.data;
     TRY(write(node, context, 0, residual.shape, 3, &rows.total));
-    TRY(write(node, context, 1, residual.shape, 3, &rows.normed));
+    TRY(write(node, context, 1, residual.shape, 3, &rows.result));
     return run_rows(node, context, &rows, add_norm);
 }
 
@@ -143,8 +143,8 @@ static OrtStatus *compute_swiglu(void *kernel, OrtKernelContext *context) {
     TRY(write_codes(node, context, 1, &gate, &rows));
     if (up.count != gate.count || scales.count != rows.count || rows.width > MAX_WIDTH)
         return refuse(node, "SwigluQuantize: shapes do not go together, or rows are too wide");
-    rows.gate = gate.data, rows.gate_scales = scales.data, rows.up = up.data;
-    TRY(write(node, context, 0, gate.shape, 3, &rows.product));
+    rows.value = gate.data, rows.scales = scales.data, rows.up = up.data;
+    TRY(write(node, context, 0, gate.shape, 3, &rows.result));
     return run_rows(node, context, &rows, swiglu);
 }
 

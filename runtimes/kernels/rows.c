@@ -69,7 +69,7 @@ AVX512 void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
             __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, total + i), factor);
             x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, rows->gains + i));
             enlarge(&largest, x);
-            if (rows->normed) _mm512_mask_storeu_ps(rows->normed + row * width + i, mask, x);
+            if (rows->result) _mm512_mask_storeu_ps(rows->result + row * width + i, mask, x);
         }
         if (!rows->codes) continue;
         float most = reduce(largest);
@@ -86,12 +86,12 @@ AVX512 void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
 
 AVX512 void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t width = rows->width;
-    float buffer[rows->product ? 1 : width];
+    float buffer[rows->result ? 1 : width];
     __m512 one = _mm512_set1_ps(1.0f);
     for (ptrdiff_t row = first; row < last; row++) {
-        const float *gate = rows->gate + row * width, *up = rows->up + row * width;
-        __m512 scale = _mm512_set1_ps(rows->gate_scales[row]);
-        float *product = rows->product ? rows->product + row * width : buffer;
+        const float *gate = rows->value + row * width, *up = rows->up + row * width;
+        __m512 scale = _mm512_set1_ps(rows->scales[row]);
+        float *product = rows->result ? rows->result + row * width : buffer;
         for (ptrdiff_t i = 0; i < width; i += LANES) {
             __mmask16 mask = lanes(width, i);
             __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, gate + i), scale);

@@ -24,13 +24,15 @@ INLINE void prefetch(const float *from, ptrdiff_t count) {
         _mm_prefetch((const char *)(from + i), _MM_HINT_T0);
 }
 
-/* 32 floats as 16 pairs of bf16, rounded to nearest; may lie over the beginning of `from`. */
-INLINE void round_pairs(const float *from, float *to) {
-    __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
-    _mm512_storeu_si512(to, (__m512i)pairs);
+/* A row's floats as pairs of bf16, rounded to nearest, in its first half. */
+INLINE void round_row(float *row, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i += 2 * LANES) {
+        __m512 first = _mm512_loadu_ps(row + i), second = _mm512_loadu_ps(row + i + LANES);
+        _mm512_storeu_si512(row + i / 2, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
 }
 
-/* The same of two rows of 16 floats: pairs of what stands one above the other. */
+/* Two rows of 16 floats as pairs of what stands one above the other. */
 INLINE void round_columns(const float *first, const float *second, float *to) {
     __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(second), _mm512_loadu_ps(first));
     __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256((__m512i)both));
@@ -38,7 +40,7 @@ INLINE void round_columns(const float *first, const float *second, float *to) {
     _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 
-/* e^x to 1 ulp or so: 2^n e^r with |r| <= ln(2) / 2, whose Taylor series ends at r^7 / 7!. */
+/* e^x: 2^n e^r with |r| <= ln(2) / 2, whose Taylor series ends at r^7 / 7!. */
 INLINE __m512 exponential(__m512 x) {
     /* The second operand is given where one is NaN. Below -126 all is zero. */
     x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
