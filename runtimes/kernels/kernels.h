@@ -16,13 +16,6 @@ struct rows {
     uint8_t *codes;
 };
 
-/* Rows [first, last): RMSNorm(total), and its codes. */
-void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
-/* Rows [first, last): silu(value * scales) * up, and its codes. */
-void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
-/* Rows [first, last): the codes of `value`. */
-void quantize(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
-
 /* Rows of swiglu() and heads of attention lie on the stack. */
 enum { MAX_WIDTH = 1 << 16, MAX_HEAD_DIM = 256 };
 
@@ -49,13 +42,55 @@ struct attention {
     ptrdiff_t own_panels;    /* of each row */
 };
 
-/* Fill the derived members; afterwards `scratch_floats` are needed. */
-void prepare(struct attention *a);
-size_t scratch_floats(const struct attention *a);
-/* First all of [0, panel_tasks), then all of [0, query_tasks), each set in any order. */
-size_t panel_tasks(const struct attention *a);
-void fill_panel(const struct attention *a, size_t task);
-size_t query_tasks(const struct attention *a);
-void attend(const struct attention *a, size_t task);
-/* Keys and values of the first row's `kept` tokens, head by head; after the panels. */
-void keep_states(const struct attention *a, size_t head);
+/* Tokens by a matrix of weights in groups. */
+struct product {
+    ptrdiff_t count, depth, outputs; /* tokens, inputs, outputs */
+    ptrdiff_t bits, group, groups;   /* 4 or 8; inputs of a group; groups of an output */
+    const float *x;                  /* [count, depth] */
+    const uint8_t *codes;            /* [outputs, groups, group * bits / 8] */
+    const float *scales;             /* [outputs, groups] */
+    const uint8_t *zero_points;      /* [outputs, ceil(groups * bits / 8)]; NULL: the middle */
+    float *out;                      /* [count, outputs] */
+    uint8_t *scratch;                /* rounded_bytes() */
+};
+
+enum { MAX_GROUP = 256 };
+
+/* The kernels of one instruction set. */
+struct kernels {
+    /* Rows [first, last): RMSNorm(total), and its codes. */
+    void (*add_norm)(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
+    /* Rows [first, last): silu(value * scales) * up, and its codes. */
+    void (*swiglu)(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
+    /* Rows [first, last): the codes of `value`. */
+    void (*quantize)(const struct rows *rows, ptrdiff_t first, ptrdiff_t last);
+
+    /* Fill the derived members; afterwards `scratch_floats` are needed. */
+    void (*prepare)(struct attention *a);
+    size_t (*scratch_floats)(const struct attention *a);
+    /* First all of [0, panel_tasks), then all of [0, query_tasks), each set in any order. */
+    size_t (*panel_tasks)(const struct attention *a);
+    void (*fill_panel)(const struct attention *a, size_t task);
+    size_t (*query_tasks)(const struct attention *a);
+    void (*attend)(const struct attention *a, size_t task);
+    /* Keys and values of the first row's `kept` tokens, head by head; after the panels. */
+    void (*keep_states)(const struct attention *a, size_t head);
+
+    size_t (*rounded_bytes)(const struct product *p);
+    /* First all rows, then all of [0, panel_count), each set in any order. */
+    void (*round_groups)(const struct product *p, ptrdiff_t first, ptrdiff_t last);
+    size_t (*panel_count)(const struct product *p);
+    void (*multiply_panel)(const struct product *p, size_t task);
+};
+
+extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels;
+
+/* What a file of an instruction set defines. */
+#define KERNELS                                                                                  \
+    {                                                                                            \
+        .add_norm = add_norm, .swiglu = swiglu, .quantize = quantize, .prepare = prepare,        \
+        .scratch_floats = scratch_floats, .panel_tasks = panel_tasks, .fill_panel = fill_panel,  \
+        .query_tasks = query_tasks, .attend = attend, .keep_states = keep_states,                \
+        .rounded_bytes = rounded_bytes, .round_groups = round_groups, .panel_count = panel_count, \
+        .multiply_panel = multiply_panel,                                                        \
+    }

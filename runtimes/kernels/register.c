@@ -4,6 +4,7 @@
    it takes where this library is not registered. */
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "ort.h"
@@ -13,6 +14,8 @@ enum { ROWS_A_TASK = 8, MAX_VALUES = 17 };
 /* An operator: its values' types in order, of which the first `required` must be there. */
 struct operator {
     OrtCustomOp ort;
+    const struct kernels *kernels;
+    int bf16;
     const char *name;
     ElementType inputs[MAX_VALUES], outputs[MAX_VALUES];
     size_t input_count, required_inputs, output_count, required_outputs;
@@ -22,8 +25,10 @@ struct operator {
 struct node {
     OrtApi api;
     OrtAllocator *allocator;
+    const struct kernels *kernels;
     float epsilon, scale;
     int64_t heads, kv_heads, bf16;
+    int64_t depth, outputs, bits, group;
 };
 
 struct tensor {
@@ -130,7 +135,7 @@ static OrtStatus *compute_add_norm(void *kernel, OrtKernelContext *context) {
     rows.scales = scales.data, rows.gains = gains.data;
     TRY(write(node, context, 0, residual.shape, 3, &rows.total));
     TRY(write(node, context, 1, residual.shape, 3, &rows.result));
-    return run_rows(node, context, &rows, add_norm);
+    return run_rows(node, context, &rows, node->kernels->add_norm);
 }
 
 static OrtStatus *compute_swiglu(void *kernel, OrtKernelContext *context) {
@@ -145,7 +150,7 @@ static OrtStatus *compute_swiglu(void *kernel, OrtKernelContext *context) {
         return refuse(node, "SwigluQuantize: shapes do not go together, or rows are too wide");
     rows.value = gate.data, rows.scales = scales.data, rows.up = up.data;
     TRY(write(node, context, 0, gate.shape, 3, &rows.result));
-    return run_rows(node, context, &rows, swiglu);
+    return run_rows(node, context, &rows, node->kernels->swiglu);
 }
 
 static OrtStatus *compute_quantize(void *kernel, OrtKernelContext *context) {
@@ -155,12 +160,26 @@ static OrtStatus *compute_quantize(void *kernel, OrtKernelContext *context) {
     TRY(read(node, context, 0, &value));
     TRY(write_codes(node, context, 0, &value, &rows));
     rows.value = value.data;
-    return run_rows(node, context, &rows, quantize);
+    return run_rows(node, context, &rows, node->kernels->quantize);
 }
 
-static void run_fill(void *data, size_t task) { fill_panel(data, task); }
-static void run_attend(void *data, size_t task) { attend(data, task); }
-static void run_keep(void *data, size_t task) { keep_states(data, task); }
+/* One step of attention. */
+struct pass {
+    const struct attention *attention;
+    void (*work)(const struct attention *, size_t);
+};
+
+static void run_pass(void *data, size_t task) {
+    const struct pass *pass = data;
+    pass->work(pass->attention, task);
+}
+
+static OrtStatus *run_tasks_of(const struct node *node, OrtKernelContext *context,
+                               const struct attention *a,
+                               void (*work)(const struct attention *, size_t), size_t count) {
+    struct pass pass = {a, work};
+    return run_tasks(node, context, run_pass, count, &pass);
+}
 
 static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     const struct node *node = kernel;
@@ -186,7 +205,7 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
         .last = in[LAST].data,
         .eps = node->epsilon,
         .scale = node->scale,
-        .bf16 = node->bf16 && __builtin_cpu_supports("avx512bf16"),
+        .bf16 = node->bf16 != 0,
         .past = in[STATES].count ? in[STATES].shape[2] : 0,
         .kept = in[KEPT].data ? *(const int64_t *)in[KEPT].data : 0,
     };
@@ -217,15 +236,79 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     TRY(write(node, context, 1, shape, 4, &a.kept_k));
     TRY(write(node, context, 2, shape, 4, &a.kept_v));
     if (!tokens) return NULL;
-    prepare(&a);
-    a.scratch = node->allocator->alloc(node->allocator, scratch_floats(&a) * sizeof(float));
+    const struct kernels *kernels = node->kernels;
+    kernels->prepare(&a);
+    size_t needed = kernels->scratch_floats(&a) * sizeof(float);
+    a.scratch = node->allocator->alloc(node->allocator, needed);
     if (!a.scratch)
         return create_status(node->api)(RUNTIME_EXCEPTION, "RotaryAttention: memory is full");
-    OrtStatus *status = run_tasks(node, context, run_fill, panel_tasks(&a), &a);
-    if (!status) status = run_tasks(node, context, run_attend, query_tasks(&a), &a);
+    OrtStatus *status =
+        run_tasks_of(node, context, &a, kernels->fill_panel, kernels->panel_tasks(&a));
+    if (!status)
+        status = run_tasks_of(node, context, &a, kernels->attend, kernels->query_tasks(&a));
     if (!status && a.kept_k && a.kept_v)
-        status = run_tasks(node, context, run_keep, (size_t)a.kv_heads, &a);
+        status = run_tasks_of(node, context, &a, kernels->keep_states, (size_t)a.kv_heads);
     node->allocator->free(node->allocator, a.scratch);
+    return status;
+}
+
+struct multiplication {
+    const struct product *product;
+    const struct kernels *kernels;
+};
+
+static void run_round(void *data, size_t task) {
+    const struct multiplication *m = data;
+    ptrdiff_t first = (ptrdiff_t)task * ROWS_A_TASK, last = first + ROWS_A_TASK;
+    m->kernels->round_groups(m->product, first, last < m->product->count ? last : m->product->count);
+}
+
+static void run_multiply(void *data, size_t task) {
+    const struct multiplication *m = data;
+    m->kernels->multiply_panel(m->product, task);
+}
+
+static OrtStatus *compute_product(void *kernel, OrtKernelContext *context) {
+    const struct node *node = kernel;
+    struct tensor x, codes, scales, zero_points;
+    TRY(read(node, context, 0, &x));
+    TRY(read(node, context, 1, &codes));
+    TRY(read(node, context, 2, &scales));
+    TRY(read(node, context, 3, &zero_points));
+    struct product p = {
+        .depth = node->depth,
+        .outputs = node->outputs,
+        .bits = node->bits,
+        .group = node->group,
+        .x = x.data,
+        .codes = codes.data,
+        .scales = scales.data,
+        .zero_points = zero_points.data,
+    };
+    if ((p.bits != 4 && p.bits != 8) || p.group < 16 || p.group > MAX_GROUP || p.group % 16 ||
+        p.depth < 1 || p.outputs < 1 || x.rank < 1 || x.shape[x.rank - 1] != p.depth)
+        return refuse(node, "MatMulGroups: shapes do not go together");
+    p.groups = (p.depth + p.group - 1) / p.group;
+    p.count = x.count / p.depth;
+    if (codes.count != p.outputs * p.groups * p.group * p.bits / 8 ||
+        scales.count != p.outputs * p.groups ||
+        (zero_points.data && (p.bits == 8 || zero_points.count != p.outputs * ((p.groups + 1) / 2))))
+        return refuse(node, "MatMulGroups: weights are not of the shape that they should have");
+    int64_t shape[4];
+    memcpy(shape, x.shape, sizeof shape);
+    shape[x.rank - 1] = p.outputs;
+    TRY(write(node, context, 0, shape, x.rank, &p.out));
+    if (!p.count) return NULL;
+    struct multiplication multiplication = {&p, node->kernels};
+    p.scratch = node->allocator->alloc(node->allocator, node->kernels->rounded_bytes(&p));
+    if (!p.scratch)
+        return create_status(node->api)(RUNTIME_EXCEPTION, "MatMulGroups: memory is full");
+    size_t rows = (size_t)(p.count + ROWS_A_TASK - 1) / ROWS_A_TASK;
+    OrtStatus *status = run_tasks(node, context, run_round, rows, &multiplication);
+    if (!status)
+        status = run_tasks(node, context, run_multiply, node->kernels->panel_count(&p),
+                           &multiplication);
+    node->allocator->free(node->allocator, p.scratch);
     return status;
 }
 
@@ -275,7 +358,6 @@ static void read_float_attribute(OrtApi api, const OrtKernelInfo *info, const ch
 static OrtStatus *create_kernel(const OrtCustomOp *op, OrtApi api, const OrtKernelInfo *info,
                                 void **kernel) {
     struct node *node = calloc(1, sizeof *node);
-    (void)op;
     if (!node) return create_status(api)(RUNTIME_EXCEPTION, "memory is full");
     node->api = api;
     OrtStatus *status = get_allocator(api)(info, 0, &node->allocator);
@@ -288,12 +370,18 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, OrtApi api, const OrtKern
     read_int_attribute(api, info, "num_heads", &node->heads);
     read_int_attribute(api, info, "kv_num_heads", &node->kv_heads);
     read_int_attribute(api, info, "bf16", &node->bf16);
+    read_int_attribute(api, info, "K", &node->depth);
+    read_int_attribute(api, info, "N", &node->outputs);
+    read_int_attribute(api, info, "bits", &node->bits);
+    read_int_attribute(api, info, "block_size", &node->group);
+    node->kernels = operator_of(op)->kernels;
+    node->bf16 = node->bf16 && operator_of(op)->bf16;
     *kernel = node;
     return NULL;
 }
 
-#define OPERATOR(compute_function)                                                        \
-    {                                                                                     \
+#define OPERATOR(compute_function, name_)                                                 \
+    .ort = {                                                                              \
         .version = API_VERSION, .get_name = get_name, .get_provider = get_provider,       \
         .get_input_type = get_input_type, .get_input_count = get_input_count,             \
         .get_output_type = get_output_type, .get_output_count = get_output_count,         \
@@ -303,29 +391,97 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, OrtApi api, const OrtKern
         .get_input_memory = get_input_memory, .create_kernel = create_kernel,             \
         .compute = compute_function, .get_start_version = get_version,                    \
         .get_end_version = get_version,                                                   \
-    }
+    },                                                                                    \
+    .name = name_
 
 static const struct operator OPERATORS[] = {
-    {OPERATOR(compute_add_norm), "AddNormQuantize", {FLOAT, FLOAT, FLOAT, FLOAT},
-     {FLOAT, FLOAT, UINT8, FLOAT}, 4, 4, 4, 1},
-    {OPERATOR(compute_swiglu), "SwigluQuantize", {FLOAT, FLOAT, FLOAT}, {FLOAT, UINT8, FLOAT}, 3, 3,
-     3, 0},
-    {OPERATOR(compute_quantize), "QuantizeRows", {FLOAT}, {UINT8, FLOAT}, 1, 1, 2, 2},
-    {OPERATOR(compute_attention), "RotaryAttention",
-     {FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, BOOL, BOOL, INT64, INT32, INT32,
-      INT32, FLOAT, INT64, INT64},
-     {FLOAT, FLOAT, FLOAT}, 17, 13, 3, 1},
+    {OPERATOR(compute_add_norm, "AddNormQuantize"), .inputs = {FLOAT, FLOAT, FLOAT, FLOAT},
+     .outputs = {FLOAT, FLOAT, UINT8, FLOAT}, .input_count = 4, .required_inputs = 4,
+     .output_count = 4, .required_outputs = 1},
+    {OPERATOR(compute_swiglu, "SwigluQuantize"), .inputs = {FLOAT, FLOAT, FLOAT},
+     .outputs = {FLOAT, UINT8, FLOAT}, .input_count = 3, .required_inputs = 3, .output_count = 3,
+     .required_outputs = 0},
+    {OPERATOR(compute_quantize, "QuantizeRows"), .inputs = {FLOAT}, .outputs = {UINT8, FLOAT},
+     .input_count = 1, .required_inputs = 1, .output_count = 2, .required_outputs = 2},
+    {OPERATOR(compute_attention, "RotaryAttention"),
+     .inputs = {FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, BOOL, BOOL, INT64, INT32,
+                INT32, INT32, FLOAT, INT64, INT64},
+     .outputs = {FLOAT, FLOAT, FLOAT}, .input_count = 17, .required_inputs = 13, .output_count = 3,
+     .required_outputs = 1},
+    {OPERATOR(compute_product, "MatMulGroups"), .inputs = {FLOAT, UINT8, FLOAT, UINT8},
+     .outputs = {FLOAT}, .input_count = 4, .required_inputs = 3, .output_count = 1,
+     .required_outputs = 1},
 };
 
-__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
-                                                                    const OrtApiBase *base) {
+enum { OPERATOR_COUNT = sizeof OPERATORS / sizeof *OPERATORS };
+
+/* An instruction set, and whether the CPU has it. */
+struct set {
+    const char *name;
+    int here, bf16;
+    struct kernels kernels;
+};
+
+enum { SETS = 2 };
+
+/* The instruction sets that this library was compiled for, the best first. */
+static void list_sets(struct set sets[SETS]) {
+    memset(sets, 0, SETS * sizeof *sets);
+#ifdef __x86_64__
+    sets[0] = (struct set){"avx512", 0, 0, avx512_kernels};
+    sets[0].here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    sets[0].bf16 = __builtin_cpu_supports("avx512bf16");
+    if (!__builtin_cpu_supports("avx512vnni")) {
+        sets[0].kernels.rounded_bytes = avx2_kernels.rounded_bytes;
+        sets[0].kernels.round_groups = avx2_kernels.round_groups;
+        sets[0].kernels.panel_count = avx2_kernels.panel_count;
+        sets[0].kernels.multiply_panel = avx2_kernels.multiply_panel;
+    }
+    sets[1] = (struct set){"avx2", 0, 0, avx2_kernels};
+    sets[1].here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+    sets[0] = (struct set){"neon", 1, 0, neon_kernels};
+#endif
+}
+
+#define EXPORTED __attribute__((visibility("default")))
+
+/* What the next call of RegisterCustomOps takes: an index of a set, and whether bf16 may be used. */
+static int chosen = -1, chosen_bf16 = 0;
+
+/* Choose an instruction set by its name ("": the best that is here) for sessions to come; `bf16`: whether
+   attention of 8-bit products may be rounded to bf16 where the CPU multiplies it. Returns the name of what
+   was chosen, or NULL where it is not here. Not safe against itself on another thread. */
+EXPORTED const char *choose_kernels(const char *name, int bf16) {
+    struct set sets[SETS];
+    list_sets(sets);
+    for (int i = 0; i < SETS; i++)
+        if (sets[i].here && (!*name || !strcmp(sets[i].name, name))) {
+            chosen = i;
+            chosen_bf16 = bf16 && sets[i].bf16;
+            return sets[i].name;
+        }
+    return NULL;
+}
+
+EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    /* Sessions keep pointers to these, so they are filled once. */
+    static struct set sets[SETS];
+    static struct operator operators[SETS][2][OPERATOR_COUNT];
     OrtApi api = base->get_api(API_VERSION);
     OrtCustomOpDomain *domain;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-        return create_status(api)(NOT_IMPLEMENTED, "the CPU has no AVX-512");
+    if (chosen < 0 && !choose_kernels("", 0))
+        return create_status(api)(NOT_IMPLEMENTED, "the CPU has neither AVX2 with FMA nor NEON");
+    if (!sets[0].name) list_sets(sets);
+    struct operator *all = operators[chosen][chosen_bf16];
+    if (!all->kernels)
+        for (size_t i = 0; i < OPERATOR_COUNT; i++) {
+            all[i] = OPERATORS[i];
+            all[i].kernels = &sets[chosen].kernels;
+            all[i].bf16 = chosen_bf16;
+        }
     TRY(create_domain(api)("embedport", &domain));
-    for (size_t i = 0; i < sizeof OPERATORS / sizeof *OPERATORS; i++)
-        TRY(add_op(api)(domain, &OPERATORS[i].ort));
+    for (size_t i = 0; i < OPERATOR_COUNT; i++) TRY(add_op(api)(domain, &all[i].ort));
     return add_domain(api)(options, domain);
 }

@@ -1,58 +1,68 @@
 /* Causal grouped-query attention with the norms and the rotary embedding of queries and keys.
 
-   Keys lie in panels of 64, transposed: [head_dim, 64]; so a tile of six queries by 64 keys is made
-   of outer products that stay in registers. Values lie as they come, [64, head_dim], and the same
-   tile serves for the weighted sum. Scores of 48 queries with 256 keys at a time are in the cache;
-   the softmax goes on from block to block (arXiv:1805.02867). In bf16 a pair of numbers that are
-   multiplied and added together is in the place of one float, and all else is the same.
+   Keys lie in panels of 64, transposed: [head_dim, 64]; so a tile of six queries by as many keys as registers
+   hold is made of outer products. Values lie as they come, [64, head_dim], and the same tile serves for the
+   weighted sum. Scores of 48 queries with 256 keys at a time are in the cache; the softmax goes on from block
+   to block (arXiv:1805.02867). In bf16 a pair of numbers that are multiplied and added together is in the
+   place of one float, and all else is the same.
 
-   Blocks begin at fixed positions, and each query is summed for itself: its result is the same to
-   the bit in any batch, and behind any past. */
+   Blocks begin at fixed positions, and each query is summed for itself, input by input: its result is the
+   same to the bit in any batch, behind any past, and with any instruction set. */
 
+#pragma once
 #include <string.h>
 
 #include "kernels.h"
 #include "vectors.h"
 
-enum { PANEL = 64, QUERIES = 48, KEYS = 256, TILE = 6, AHEAD = 4 };
+enum { PANEL = 64, QUERIES = 48, KEYS = 256, AHEAD = 4 };
+
+#if !HAS_BF16
+/* Never called: register.c asks for bf16 only where the CPU has it. */
+INLINE vec fma_pairs(vec a, vec b, vec c) { return (void)a, (void)b, c; }
+INLINE void round_row(float *row, ptrdiff_t count) { (void)row, (void)count; }
+INLINE void round_columns(const float *first, const float *second, float *to) {
+    (void)first, (void)second, (void)to;
+}
+#endif
 
 /* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors], of floats or of pairs. */
-INLINE void multiply_tile(int rows, int vectors, int add, int pairs, ptrdiff_t depth,
+INLINE void multiply_tile(int rows, int vectors, int more, int pairs, ptrdiff_t depth,
                           const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
                           float *c, ptrdiff_t c_row) {
-    __m512 sums[TILE][4];
+    vec sums[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++)
-            sums[i][j] = add ? _mm512_loadu_ps(c + i * c_row + LANES * j) : _mm512_setzero_ps();
+            sums[i][j] = more ? load(c + i * c_row + LANES * j) : set(0);
     for (ptrdiff_t k = 0; k < depth; k++) {
-        __m512 right[4];
+        vec right[TILE_VECTORS];
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) right[j] = _mm512_loadu_ps(b + k * b_row + LANES * j);
+        for (int j = 0; j < vectors; j++) right[j] = load(b + k * b_row + LANES * j);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
-            __m512 left = _mm512_set1_ps(a[i * a_row + k]);
+            vec left = set(a[i * a_row + k]);
 #pragma GCC unroll 4
             for (int j = 0; j < vectors; j++)
-                sums[i][j] = pairs ? _mm512_dpbf16_ps(sums[i][j], (__m512bh)left, (__m512bh)right[j])
-                                   : _mm512_fmadd_ps(left, right[j], sums[i][j]);
+                sums[i][j] = pairs ? fma_pairs(left, right[j], sums[i][j])
+                                   : fma_add(left, right[j], sums[i][j]);
         }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++)
-            _mm512_storeu_ps(c + i * c_row + LANES * j, sums[i][j]);
+        for (int j = 0; j < vectors; j++) store(c + i * c_row + LANES * j, sums[i][j]);
 }
 
 /* The tile in registers for each number of rows and vectors. */
-INLINE void multiply_kind(int rows, int vectors, int add, int pairs, ptrdiff_t depth,
+INLINE void multiply_kind(int rows, int vectors, int more, int pairs, ptrdiff_t depth,
                           const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
                           float *c, ptrdiff_t c_row) {
 #define WITH(r, v)                                                                     \
     case 4 * (r) + (v):                                                                \
-        multiply_tile(r, v, add, pairs, depth, a, a_row, b, b_row, c, c_row);          \
+        if (v <= TILE_VECTORS)                                                         \
+            multiply_tile(r, v, more, pairs, depth, a, a_row, b, b_row, c, c_row);     \
         break;
 #define ROWS(r) WITH(r, 1) WITH(r, 2) WITH(r, 3) WITH(r, 4)
     switch (4 * rows + vectors) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
@@ -60,58 +70,52 @@ INLINE void multiply_kind(int rows, int vectors, int add, int pairs, ptrdiff_t d
 #undef WITH
 }
 
-AVX512 static void multiply(int rows, int vectors, int add, int pairs, ptrdiff_t depth,
+/* C [rows, 16 * vectors] as multiply_tile has it, for up to 4 vectors. */
+TARGET static void multiply(int rows, int vectors, int more, int pairs, ptrdiff_t depth,
                             const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
                             float *c, ptrdiff_t c_row) {
-#define KIND(add_, pairs_) \
-    multiply_kind(rows, vectors, add_, pairs_, depth, a, a_row, b, b_row, c, c_row)
-    if (pairs) {
-        if (add) KIND(1, 1);
-        else KIND(0, 1);
-    } else {
-        if (add) KIND(1, 0);
-        else KIND(0, 0);
+#define KIND(more_, pairs_)                                                                    \
+    multiply_kind(rows, count, more_, pairs_, depth, a, a_row, b + LANES * j, b_row, c + LANES * j, \
+                  c_row)
+    for (int j = 0; j < vectors; j += TILE_VECTORS) {
+        int count = vectors - j < TILE_VECTORS ? vectors - j : TILE_VECTORS;
+        if (HAS_BF16 && pairs) {
+            if (more) KIND(1, 1);
+            else KIND(0, 1);
+        } else {
+            if (more) KIND(1, 0);
+            else KIND(0, 0);
+        }
     }
 #undef KIND
 }
 
-static inline ptrdiff_t minimum(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-static inline ptrdiff_t ceiling(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
-
-INLINE void clear(float *to, ptrdiff_t count) {
-    for (ptrdiff_t i = 0; i < count; i += LANES) _mm512_storeu_ps(to + i, _mm512_setzero_ps());
-}
-
 /* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor.
-   `whole`: halves are whole vectors, and masks are not needed. */
+   `whole`: halves are whole vectors, and no part of one is loaded. */
 INLINE void norm_rotate_head(const struct attention *a, const float *x, const float *gains,
                              ptrdiff_t position, float factor, float *out, int whole) {
     ptrdiff_t half = a->head_dim / 2;
     const float *cosines = a->cosines + position * half, *sines = a->sines + position * half;
-    __m512 squares = _mm512_setzero_ps();
+    vec squares = set(0);
     for (ptrdiff_t i = 0; i < 2 * half; i += LANES) {
-        __mmask16 mask = whole ? 0xffff : lanes(2 * half, i);
-        __m512 value = _mm512_maskz_loadu_ps(mask, x + i);
-        squares = _mm512_fmadd_ps(value, value, squares);
+        vec value = load_part(x + i, whole ? LANES : 2 * half - i);
+        squares = fma_add(value, value, squares);
     }
-    __m512 scale = _mm512_set1_ps(factor * norm_factor(squares, 2 * half, a->eps));
+    vec scale = set(factor * norm_factor(squares, 2 * half, a->eps));
     for (ptrdiff_t i = 0; i < half; i += LANES) {
-        __mmask16 mask = whole ? 0xffff : lanes(half, i);
-        __m512 first = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
-        __m512 second = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + half + i), scale);
-        first = _mm512_mul_ps(first, _mm512_maskz_loadu_ps(mask, gains + i));
-        second = _mm512_mul_ps(second, _mm512_maskz_loadu_ps(mask, gains + half + i));
-        __m512 c = _mm512_maskz_loadu_ps(mask, cosines + i);
-        __m512 s = _mm512_maskz_loadu_ps(mask, sines + i);
-        __m512 turned = _mm512_fmsub_ps(first, c, _mm512_mul_ps(second, s));
-        _mm512_mask_storeu_ps(out + i, mask, turned);
-        turned = _mm512_fmadd_ps(second, c, _mm512_mul_ps(first, s));
-        _mm512_mask_storeu_ps(out + half + i, mask, turned);
+        ptrdiff_t left = whole ? LANES : half - i;
+        vec front = times(load_part(x + i, left), scale);
+        vec back = times(load_part(x + half + i, left), scale);
+        front = times(front, load_part(gains + i, left));
+        back = times(back, load_part(gains + half + i, left));
+        vec c = load_part(cosines + i, left), s = load_part(sines + i, left);
+        store_part(out + i, left, fma_subtract(front, c, times(back, s)));
+        store_part(out + half + i, left, fma_add(back, c, times(front, s)));
     }
 }
 
 /* The same, and zeros up to padded_dim. */
-AVX512 static void norm_rotate(const struct attention *a, const float *x, const float *gains,
+TARGET static void norm_rotate(const struct attention *a, const float *x, const float *gains,
                                ptrdiff_t position, float factor, float *out) {
     ptrdiff_t whole = a->head_dim / LANES * LANES;
     clear(out + whole, a->padded_dim - whole);
@@ -122,24 +126,22 @@ AVX512 static void norm_rotate(const struct attention *a, const float *x, const 
 /* `count` floats times a factor, and zeros up to `padded`. */
 INLINE void copy_scaled(const float *from, float factor, float *to, ptrdiff_t count,
                         ptrdiff_t padded) {
-    for (ptrdiff_t i = 0; i < padded; i += LANES) {
-        __m512 x = _mm512_maskz_loadu_ps(lanes(count, i), from + i);
-        _mm512_storeu_ps(to + i, _mm512_mul_ps(x, _mm512_set1_ps(factor)));
-    }
+    for (ptrdiff_t i = 0; i < padded; i += LANES)
+        store(to + i, times(load_part(from + i, count - i), set(factor)));
 }
 
-void prepare(struct attention *a) {
+static void prepare(struct attention *a) {
     a->padded_dim = 2 * LANES * ceiling(a->head_dim, 2 * LANES);
     a->pair = a->bf16 ? 2 : 1;
     a->shared_panels = a->past / PANEL;
     a->own_panels = ceiling(a->past + a->size, PANEL) - a->shared_panels;
 }
 
-size_t panel_tasks(const struct attention *a) {
+static size_t panel_tasks(const struct attention *a) {
     return (size_t)(a->kv_heads * (a->shared_panels + a->batch * a->own_panels));
 }
 
-size_t scratch_floats(const struct attention *a) {
+static size_t scratch_floats(const struct attention *a) {
     return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim / a->pair);
 }
 
@@ -159,7 +161,7 @@ static inline float *find_values(const struct attention *a, ptrdiff_t row, ptrdi
     return find_keys(a, row, head, panel) + scratch_floats(a) / 2;
 }
 
-AVX512 void fill_panel(const struct attention *a, size_t task) {
+TARGET static void fill_panel(const struct attention *a, size_t task) {
     ptrdiff_t shared = a->kv_heads * a->shared_panels, row = 0, head, panel;
     int is_shared = (ptrdiff_t)task < shared;
     if (is_shared) {
@@ -206,7 +208,7 @@ AVX512 void fill_panel(const struct attention *a, size_t task) {
                 const float *value = scaled + i * padded + j;
                 float *to = values + (group + i) / a->pair * padded + j;
                 if (a->bf16) round_columns(value, value + padded, to);
-                else _mm512_storeu_ps(to, _mm512_loadu_ps(value));
+                else store(to, load(value));
             }
     }
 }
@@ -220,7 +222,7 @@ static inline float half_of(float pair, ptrdiff_t which) {
     return pair;
 }
 
-void keep_states(const struct attention *a, size_t head) {
+static void keep_states(const struct attention *a, size_t head) {
     ptrdiff_t dim = a->head_dim, padded = a->padded_dim;
     for (ptrdiff_t token = 0; token < a->kept; token++) {
         const float *keys = find_keys(a, 0, (ptrdiff_t)head, token / PANEL);
@@ -235,7 +237,7 @@ void keep_states(const struct attention *a, size_t head) {
     }
 }
 
-size_t query_tasks(const struct attention *a) {
+static size_t query_tasks(const struct attention *a) {
     return (size_t)(a->batch * a->heads * ceiling(a->size, QUERIES));
 }
 
@@ -251,39 +253,37 @@ INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax
         clear(scores, width);
         return;
     }
-    ptrdiff_t whole = seen / LANES * LANES, i;
-    __mmask16 rest = lanes(seen, whole);
-    __m512 most = _mm512_set1_ps(-__builtin_inff());
-    for (i = 0; i < whole; i += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
-    if (rest) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(most, rest, scores + whole));
-    float before = softmax->most, now = _mm512_reduce_max_ps(most);
+    ptrdiff_t whole = seen / LANES * LANES, rest = seen - whole, i;
+    vec most = set(-__builtin_inff());
+    for (i = 0; i < whole; i += LANES) most = larger(most, load(scores + i));
+    if (rest) most = larger(most, keep_first(load(scores + whole), rest, most));
+    float before = softmax->most, now = maximum(most);
     now = before > now ? before : now;
-    __m512 shift = _mm512_set1_ps(now), sum = _mm512_setzero_ps();
+    vec shift = set(now), weights = set(0);
     for (i = 0; i < whole; i += LANES) {
-        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), shift));
-        sum = _mm512_add_ps(sum, weight);
-        _mm512_storeu_ps(scores + i, weight);
+        vec weight = exponential(subtract(load(scores + i), shift));
+        weights = add(weights, weight);
+        store(scores + i, weight);
     }
     if (rest) {
-        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), shift));
-        weight = _mm512_maskz_mov_ps(rest, weight);
-        sum = _mm512_add_ps(sum, weight);
-        _mm512_storeu_ps(scores + i, weight);
+        vec weight = exponential(subtract(load(scores + i), shift));
+        weight = keep_first(weight, rest, set(0));
+        weights = add(weights, weight);
+        store(scores + i, weight);
         i += LANES;
     }
     clear(scores + i, width - i);
     softmax->most = now;
     if (now > before && softmax->sum > 0) {
-        float factor = _mm512_cvtss_f32(exponential(_mm512_set1_ps(before - now)));
+        float factor = first_lane(exponential(set(before - now)));
         softmax->sum *= factor;
         for (i = 0; i < dim; i += LANES)
-            _mm512_storeu_ps(attended + i, _mm512_mul_ps(_mm512_loadu_ps(attended + i),
-                                                         _mm512_set1_ps(factor)));
+            store(attended + i, times(load(attended + i), set(factor)));
     }
-    softmax->sum += _mm512_reduce_add_ps(sum);
+    softmax->sum += sum(weights);
 }
 
-AVX512 void attend(const struct attention *a, size_t task) {
+TARGET static void attend(const struct attention *a, size_t task) {
     /* The last queries see most: they come first, so that threads end together. */
     ptrdiff_t blocks = ceiling(a->size, QUERIES), rows = a->batch * a->heads;
     ptrdiff_t first = (blocks - 1 - (ptrdiff_t)task / rows) * QUERIES;
@@ -309,8 +309,8 @@ AVX512 void attend(const struct attention *a, size_t task) {
     for (ptrdiff_t key = 0; count > 0 && key < start + count; key += KEYS) {
         for (ptrdiff_t panel = key; panel < minimum(key + KEYS, start + count); panel += PANEL) {
             const float *keys = find_keys(a, row, kv_head, panel / PANEL);
-            for (ptrdiff_t i = 0; i < count; i += TILE) {
-                ptrdiff_t tile = minimum(TILE, count - i);
+            for (ptrdiff_t i = 0; i < count; i += TILE_ROWS) {
+                ptrdiff_t tile = minimum(TILE_ROWS, count - i);
                 ptrdiff_t width = minimum(PANEL, start + i + tile - panel);
                 if (width > 0)
                     multiply((int)tile, (int)ceiling(width, LANES), 0, a->bf16, padded / a->pair,
@@ -318,8 +318,8 @@ AVX512 void attend(const struct attention *a, size_t task) {
                              scores + i * KEYS + panel - key, KEYS);
             }
         }
-        for (ptrdiff_t i = 0; i < count; i += TILE) {
-            ptrdiff_t tile = minimum(TILE, count - i);
+        for (ptrdiff_t i = 0; i < count; i += TILE_ROWS) {
+            ptrdiff_t tile = minimum(TILE_ROWS, count - i);
             ptrdiff_t width = minimum(KEYS, start + i + tile - key);
             if (width <= 0) continue;
             ptrdiff_t whole = 2 * LANES * ceiling(width, 2 * LANES);
@@ -342,11 +342,10 @@ AVX512 void attend(const struct attention *a, size_t task) {
         }
     }
     for (ptrdiff_t i = 0; i < inside; i++) {
-        __m512 factor = _mm512_set1_ps(i < count ? 1 / softmax[i].sum : 0);
+        vec factor = set(i < count ? 1 / softmax[i].sum : 0);
         for (ptrdiff_t j = 0; j < dim; j += LANES) {
-            __m512 x = i < count ? _mm512_loadu_ps(attended + i * padded + j) : factor;
-            _mm512_mask_storeu_ps(out + i * a->heads * dim + j, lanes(dim, j),
-                                  _mm512_mul_ps(x, factor));
+            vec x = i < count ? load(attended + i * padded + j) : factor;
+            store_part(out + i * a->heads * dim + j, dim - j, times(x, factor));
         }
     }
 }

@@ -1,0 +1,11 @@
+#ifdef __x86_64__
+
+#include "avx512.h"
+/* Behind the operations that they are made of. */
+#include "attention.h"
+#include "product.h"
+#include "rows.h"
+
+const struct kernels avx512_kernels = KERNELS;
+
+#endif
