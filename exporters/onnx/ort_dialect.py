@@ -172,21 +172,37 @@ class OrtDialect:
         )
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """MatMulNBits."""
+        """MatMulNBits; in fp32, which is for CPUs, as a function that has a kernel."""
         zero_points = matrix.zero_points()
-        return g.op(
-            "MatMulNBits",
+        inputs = [
             x,
             g.initializer(matrix.codes_in_blocks()),
             g.initializer(matrix.scales(x.dtype or FLOAT)),
-            None if zero_points is None else g.initializer(zero_points),
-            domain=MICROSOFT,
-            K=matrix.shape[1],
-            N=matrix.shape[0],
-            bits=matrix.scheme.bits,
-            block_size=matrix.scheme.group_size,
-            accuracy_level=ACCURACY_LEVEL,
-        )
+        ]
+        if zero_points is not None:
+            inputs.append(g.initializer(zero_points))
+        attributes = {
+            "K": matrix.shape[1],
+            "N": matrix.shape[0],
+            "bits": matrix.scheme.bits,
+            "block_size": matrix.scheme.group_size or matrix.shape[1],
+        }
+        # The kernel's 8-bit weights are int8: with zero points of their own they would need 9 bits.
+        if x.dtype != FLOAT or (matrix.scheme.bits == 8 and zero_points is not None):
+            return _matmul_groups(g, *inputs, **attributes)
+
+        def describe(f: GraphBuilder, *inputs: ir.Value) -> list[ir.Value]:
+            given = {name: ir.RefAttr(name, name, ir.AttributeType.INT) for name in attributes}
+            return [_matmul_groups(f, *inputs, **given)]
+
+        return g.call(
+            "MatMulSymmetricGroups" if zero_points is None else "MatMulGroups",
+            *inputs,
+            dtypes=[FLOAT],
+            describe=describe,
+            opsets=self.opsets,
+            **attributes,
+        )[0]
 
     def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         """GatherBlockQuantized."""
@@ -241,6 +257,15 @@ class OrtDialect:
             # What comes from 8-bit products a kernel may round to bf16, as GPUs' attention does.
             bf16=int(scales is not None),
         )
+
+
+def _matmul_groups(
+    g: GraphBuilder, *inputs: ir.Value, **attributes: int | ir.RefAttr
+) -> ir.Value:
+    """MatMulNBits, with activations in 8 bits."""
+    return g.op(
+        "MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=ACCURACY_LEVEL, **attributes
+    )
 
 
 def _add_norm(

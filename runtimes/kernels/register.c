@@ -409,7 +409,10 @@ static const struct operator OPERATORS[] = {
      .outputs = {FLOAT, FLOAT, FLOAT}, .input_count = 17, .required_inputs = 13, .output_count = 3,
      .required_outputs = 1},
     {OPERATOR(compute_product, "MatMulGroups"), .inputs = {FLOAT, UINT8, FLOAT, UINT8},
-     .outputs = {FLOAT}, .input_count = 4, .required_inputs = 3, .output_count = 1,
+     .outputs = {FLOAT}, .input_count = 4, .required_inputs = 4, .output_count = 1,
+     .required_outputs = 1},
+    {OPERATOR(compute_product, "MatMulSymmetricGroups"), .inputs = {FLOAT, UINT8, FLOAT},
+     .outputs = {FLOAT}, .input_count = 3, .required_inputs = 3, .output_count = 1,
      .required_outputs = 1},
 };
 
