@@ -176,7 +176,14 @@ enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
    16 bits: 4-bit weights leave room for four such sums, 255 x 15 x 8 = 30,600. 8-bit ones leave none;
    there it takes the magnitude of the weight and gives its sign to the activation,
    127 x 127 x 2 = 32,258. */
-enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 0, GROUP_ROWS = 3 };
+enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 0, GROUP_ROWS = 2 };
+
+/* Sums are added in the order in which they are written: gcc would first make all of what is added, for which
+   there are not registers enough. */
+INLINE __m256i in_order(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
 
 INLINE __m256i four_inputs(const uint8_t *a) {
     int32_t four;
@@ -184,53 +191,67 @@ INLINE __m256i four_inputs(const uint8_t *a) {
     return _mm256_set1_epi32(four);
 }
 
-/* One group of inputs of GROUP_ROWS tokens or fewer by 32 outputs: see product.h. */
-INLINE void multiply_group(int rows, int bits, ptrdiff_t steps, const uint8_t *a, ptrdiff_t a_row,
-                           const int8_t *w, const int32_t *start, const float *row_scales,
-                           ptrdiff_t scales_row, const float *scales, float *c) {
+/* sums += a group by 16 outputs: 4-bit weights, four steps in 16 bits. */
+INLINE void add_nibbles(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256i ones,
+                        __m256i sums[GROUP_ROWS][2]) {
+    for (ptrdiff_t k = 0; k < steps; k += 4) {
+        __m256i words[GROUP_ROWS][2];
+#pragma GCC unroll 4
+        for (int step = 0; step < 4; step++, a += 4 * GROUP_ROWS, w += 128) {
+            __m256i left = _mm256_loadu_si256((const __m256i *)w);
+            __m256i right = _mm256_loadu_si256((const __m256i *)(w + 32));
+#pragma GCC unroll 2
+            for (int i = 0; i < GROUP_ROWS; i++) {
+                __m256i x = four_inputs(a + 4 * i);
+                __m256i first = _mm256_maddubs_epi16(x, left);
+                __m256i second = _mm256_maddubs_epi16(x, right);
+                words[i][0] = in_order(step ? _mm256_add_epi16(words[i][0], first) : first);
+                words[i][1] = in_order(step ? _mm256_add_epi16(words[i][1], second) : second);
+            }
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < GROUP_ROWS; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++)
+                sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(words[i][j], ones));
+    }
+}
+
+/* sums += a group by 16 outputs: 8-bit weights. */
+INLINE void add_bytes(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256i ones,
+                      __m256i sums[GROUP_ROWS][2]) {
+    for (ptrdiff_t k = 0; k < steps; k++, a += 4 * GROUP_ROWS, w += 128)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            __m256i weights = _mm256_loadu_si256((const __m256i *)(w + 32 * j));
+            __m256i sizes = _mm256_abs_epi8(weights);
+#pragma GCC unroll 2
+            for (int i = 0; i < GROUP_ROWS; i++) {
+                __m256i x = _mm256_sign_epi8(four_inputs(a + 4 * i), weights);
+                __m256i pairs = _mm256_maddubs_epi16(sizes, x);
+                pairs = _mm256_madd_epi16(pairs, ones);
+                sums[i][j] = in_order(_mm256_add_epi32(sums[i][j], pairs));
+            }
+        }
+}
+
+/* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
+INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
+                           const int32_t *start, const float *row_scales, const float *scales,
+                           float *c) {
     __m256i ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 32; half += 16, w += 64, start += 16, scales += 16, c += 16) {
         __m256i sums[GROUP_ROWS][2];
-#pragma GCC unroll 3
-        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int i = 0; i < GROUP_ROWS; i++)
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++)
                 sums[i][j] = _mm256_loadu_si256((const __m256i *)(start + 8 * j));
-        for (ptrdiff_t k = 0; k < steps; k += 4) {
-            __m256i words[GROUP_ROWS][2];
-#pragma GCC unroll 4
-            for (int step = 0; step < 4; step++) {
-                const int8_t *at = w + 128 * (k + step);
-                __m256i weights[2] = {_mm256_loadu_si256((const __m256i *)at),
-                                      _mm256_loadu_si256((const __m256i *)(at + 32))};
-                __m256i sizes[2] = {_mm256_abs_epi8(weights[0]), _mm256_abs_epi8(weights[1])};
-#pragma GCC unroll 3
-                for (int i = 0; i < rows; i++) {
-                    __m256i x = four_inputs(a + i * a_row + 4 * (k + step));
+        if (bits == 4) add_nibbles(steps, a, w, ones, sums);
+        else add_bytes(steps, a, w, ones, sums);
 #pragma GCC unroll 2
-                    for (int j = 0; j < 2; j++)
-                        if (bits == 4) {
-                            __m256i pairs = _mm256_maddubs_epi16(x, weights[j]);
-                            words[i][j] = step ? _mm256_add_epi16(words[i][j], pairs) : pairs;
-                        } else {
-                            __m256i signed_x = _mm256_sign_epi8(x, weights[j]);
-                            __m256i pairs = _mm256_maddubs_epi16(sizes[j], signed_x);
-                            sums[i][j] =
-                                _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(pairs, ones));
-                        }
-                }
-            }
-            if (bits == 4)
-#pragma GCC unroll 3
-                for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-                    for (int j = 0; j < 2; j++)
-                        sums[i][j] =
-                            _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(words[i][j], ones));
-        }
-#pragma GCC unroll 3
-        for (int i = 0; i < rows; i++) {
-            __m256 scale = _mm256_set1_ps(row_scales[i * scales_row]);
+        for (int i = 0; i < GROUP_ROWS; i++) {
+            __m256 scale = _mm256_set1_ps(row_scales[i]);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++) {
                 __m256 factor = _mm256_mul_ps(scale, _mm256_loadu_ps(scales + 8 * j));

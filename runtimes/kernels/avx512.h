@@ -132,33 +132,38 @@ INLINE void round_columns(const float *first, const float *second, float *to) {
 }
 
 /* The zero point of rounded activations: AVX-512 VNNI multiplies uint8 by int8. */
-enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 128, GROUP_ROWS = 12 };
+enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 128, GROUP_ROWS = 8 };
 
-/* One group of inputs of GROUP_ROWS tokens or fewer by 32 outputs: see product.h. */
-INLINE void multiply_group(int rows, int bits, ptrdiff_t steps, const uint8_t *a, ptrdiff_t a_row,
-                           const int8_t *w, const int32_t *start, const float *row_scales,
-                           ptrdiff_t scales_row, const float *scales, float *c) {
+/* sums += four products a lane. gcc 12 copies the sums of its intrinsic to another register and back. */
+INLINE void dot(__m512i *sums, __m512i x, __m512i w) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(x), "v"(w));
+}
+
+/* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
+INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
+                           const int32_t *start, const float *row_scales, const float *scales,
+                           float *c) {
     __m512i sums[GROUP_ROWS][2];
     (void)bits;
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP_ROWS; i++) {
         sums[i][0] = _mm512_loadu_si512(start);
         sums[i][1] = _mm512_loadu_si512(start + 16);
     }
-    for (ptrdiff_t k = 0; k < steps; k++) {
-        __m512i left = _mm512_loadu_si512(w + 128 * k), right = _mm512_loadu_si512(w + 128 * k + 64);
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; i++) {
+    for (ptrdiff_t k = 0; k < steps; k++, a += 4 * GROUP_ROWS, w += 128) {
+        __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
+#pragma GCC unroll 8
+        for (int i = 0; i < GROUP_ROWS; i++) {
             int32_t four;
-            __builtin_memcpy(&four, a + i * a_row + 4 * k, sizeof four);
+            __builtin_memcpy(&four, a + 4 * i, sizeof four);
             __m512i x = _mm512_set1_epi32(four);
-            sums[i][0] = _mm512_dpbusd_epi32(sums[i][0], x, left);
-            sums[i][1] = _mm512_dpbusd_epi32(sums[i][1], x, right);
+            dot(&sums[i][0], x, left);
+            dot(&sums[i][1], x, right);
         }
     }
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-        __m512 scale = _mm512_set1_ps(row_scales[i * scales_row]);
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP_ROWS; i++) {
+        __m512 scale = _mm512_set1_ps(row_scales[i]);
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             __m512 factor = _mm512_mul_ps(scale, _mm512_loadu_ps(scales + 16 * j));

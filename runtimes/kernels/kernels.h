@@ -51,7 +51,7 @@ struct product {
     const float *scales;             /* [outputs, groups] */
     const uint8_t *zero_points;      /* [outputs, ceil(groups * bits / 8)]; NULL: the middle */
     float *out;                      /* [count, outputs] */
-    uint8_t *scratch;                /* rounded_bytes() */
+    uint8_t *scratch;                /* tile_bytes() */
 };
 
 enum { MAX_GROUP = 256 };
@@ -76,9 +76,10 @@ struct kernels {
     /* Keys and values of the first row's `kept` tokens, head by head; after the panels. */
     void (*keep_states)(const struct attention *a, size_t head);
 
-    size_t (*rounded_bytes)(const struct product *p);
-    /* First all rows, then all of [0, panel_count), each set in any order. */
-    void (*round_groups)(const struct product *p, ptrdiff_t first, ptrdiff_t last);
+    size_t (*tile_bytes)(const struct product *p);
+    /* First all of [0, tile_count), then all of [0, panel_count), each set in any order. */
+    size_t (*tile_count)(const struct product *p);
+    void (*round_tile)(const struct product *p, size_t task);
     size_t (*panel_count)(const struct product *p);
     void (*multiply_panel)(const struct product *p, size_t task);
 };
@@ -91,6 +92,6 @@ extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels;
         .add_norm = add_norm, .swiglu = swiglu, .quantize = quantize, .prepare = prepare,        \
         .scratch_floats = scratch_floats, .panel_tasks = panel_tasks, .fill_panel = fill_panel,  \
         .query_tasks = query_tasks, .attend = attend, .keep_states = keep_states,                \
-        .rounded_bytes = rounded_bytes, .round_groups = round_groups, .panel_count = panel_count, \
-        .multiply_panel = multiply_panel,                                                        \
+        .tile_bytes = tile_bytes, .tile_count = tile_count, .round_tile = round_tile,            \
+        .panel_count = panel_count, .multiply_panel = multiply_panel,                            \
     }

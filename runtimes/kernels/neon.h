@@ -175,25 +175,25 @@ INLINE int32x4_t dot(int32x4_t sums, int8x16_t x, int8x16_t w) {
     return vaddq_s32(sums, vpaddq_s32(low, high));
 }
 
-/* One group of inputs of GROUP_ROWS tokens or fewer by 32 outputs: see product.h. */
-INLINE void multiply_group(int rows, int bits, ptrdiff_t steps, const uint8_t *a, ptrdiff_t a_row,
-                           const int8_t *w, const int32_t *start, const float *row_scales,
-                           ptrdiff_t scales_row, const float *scales, float *c) {
+/* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
+INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
+                           const int32_t *start, const float *row_scales, const float *scales,
+                           float *c) {
     (void)bits;
     for (int half = 0; half < 32; half += 16, w += 64, start += 16, scales += 16, c += 16) {
         int32x4_t sums[GROUP_ROWS][4];
-        for (int i = 0; i < rows; i++)
+        for (int i = 0; i < GROUP_ROWS; i++)
             for (int j = 0; j < 4; j++) sums[i][j] = vld1q_s32(start + 4 * j);
         for (ptrdiff_t k = 0; k < steps; k++)
-            for (int i = 0; i < rows; i++) {
+            for (int i = 0; i < GROUP_ROWS; i++) {
                 int32_t four;
-                __builtin_memcpy(&four, a + i * a_row + 4 * k, sizeof four);
+                __builtin_memcpy(&four, a + 4 * (GROUP_ROWS * k + i), sizeof four);
                 int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
                 for (int j = 0; j < 4; j++)
                     sums[i][j] = dot(sums[i][j], x, vld1q_s8(w + 128 * k + 16 * j));
             }
-        for (int i = 0; i < rows; i++) {
-            float32x4_t scale = vdupq_n_f32(row_scales[i * scales_row]);
+        for (int i = 0; i < GROUP_ROWS; i++) {
+            float32x4_t scale = vdupq_n_f32(row_scales[i]);
             for (int j = 0; j < 4; j++) {
                 float32x4_t factor = vmulq_f32(scale, vld1q_f32(scales + 4 * j));
                 float *to = c + 32 * i + 4 * j;

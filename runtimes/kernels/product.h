@@ -4,11 +4,11 @@
    accuracy level 4. Integer products of a group are exact; groups are added in fp32 in their order, with one
    rounding each. So every instruction set gives the same bits, for a token alone and in any batch.
 
-   Weights stay as the file has them. A task unpacks those of 32 outputs and up to 512 inputs into a panel
-   that the cache holds, signed and without their zero points, and multiplies all tokens by it. The panel is
-   [inputs / 4, 32 outputs, 4 inputs]: four products a lane, as instructions add them. 4-bit weights come
-   eight inputs in four bytes, the first four of these in lower halves being inputs 0, 2, 4, 6: activations
-   lie in that order too. */
+   Rounded activations of GROUP_ROWS tokens, a tile, lie together: [inputs / 4, tokens, 4 inputs]. Weights stay
+   as the file has them. A task unpacks those of 32 outputs and up to 512 inputs into a panel that the cache
+   holds, signed and without their zero points, and multiplies all tiles by it. The panel is [inputs / 4,
+   32 outputs, 4 inputs]: four products a lane, as instructions add them. 4-bit weights come eight inputs in
+   four bytes, whose lower halves are inputs 0, 2, 4, 6: activations lie in that order too. */
 
 #pragma once
 #include <string.h>
@@ -18,23 +18,27 @@
 
 enum { OUTPUTS = 32, INPUTS = 512, SMALLEST_GROUP = 16 };
 
-/* Rounded activations of a row, whole groups. */
-static ptrdiff_t padded_depth(const struct product *p) { return p->groups * p->group; }
+static size_t tile_count(const struct product *p) { return (size_t)ceiling(p->count, GROUP_ROWS); }
 
-static size_t rounded_bytes(const struct product *p) {
-    return (size_t)(p->count * (padded_depth(p) + p->groups * (ptrdiff_t)sizeof(float)));
+static size_t panel_count(const struct product *p) { return (size_t)ceiling(p->outputs, OUTPUTS); }
+
+/* Codes of all tiles, then the scales of each, [groups, tokens]. */
+static size_t tile_bytes(const struct product *p) {
+    return tile_count(p) * (size_t)(p->groups * GROUP_ROWS) *
+           ((size_t)p->group + sizeof(float));
 }
 
-static size_t panel_count(const struct product *p) {
-    return (size_t)ceiling(p->outputs, OUTPUTS);
+static inline uint8_t *codes_of(const struct product *p, ptrdiff_t tile, ptrdiff_t group) {
+    return p->scratch + (tile * p->groups + group) * p->group * GROUP_ROWS;
+}
+
+static inline float *scales_of(const struct product *p, ptrdiff_t tile, ptrdiff_t group) {
+    float *scales = (float *)codes_of(p, (ptrdiff_t)tile_count(p), 0);
+    return scales + (tile * p->groups + group) * GROUP_ROWS;
 }
 
 INLINE int zero_of(const struct product *p) {
     return p->bits == 4 ? ZERO_BY_4_BITS : ZERO_BY_8_BITS;
-}
-
-static inline float *row_scales_of(const struct product *p) {
-    return (float *)(p->scratch + p->count * padded_depth(p));
 }
 
 /* Inputs 0 to 7 become 0, 2, 4, 6, 1, 3, 5, 7. */
@@ -45,31 +49,37 @@ static inline uint64_t evens_first(uint64_t codes) {
     return ((even | even >> 16) & 0xffffffffu) | (odd | odd >> 16) << 32;
 }
 
-/* Rows [from, to) of activations: their codes and scales. */
-TARGET static void round_groups(const struct product *p, ptrdiff_t from, ptrdiff_t to) {
-    ptrdiff_t padded = padded_depth(p), zero = zero_of(p);
-    for (ptrdiff_t row = from; row < to; row++) {
-        uint8_t *codes = p->scratch + row * padded;
-        float *scales = row_scales_of(p) + row * p->groups;
-        for (ptrdiff_t group = 0; group < p->groups; group++, codes += p->group) {
-            const float *x = p->x + row * p->depth + group * p->group;
-            ptrdiff_t count = minimum(p->group, p->depth - group * p->group);
-            struct largest largest = none();
-            for (ptrdiff_t i = 0; i < count; i += LANES) enlarge(&largest, load_part(x + i, count - i));
-            float most = magnitude(largest);
-            vec factor = set(127.0f / most);
-            for (ptrdiff_t i = 0; i < p->group; i += LANES) {
-                vec value = times(load_part(x + i, count - i), factor);
-                store_codes(codes + i, LANES, value, (int)zero);
-            }
-            scales[group] = most * (1 / 127.0f);
-            if (p->bits == 4)
-                for (ptrdiff_t i = 0; i < p->group; i += 8) {
-                    uint64_t eight;
-                    memcpy(&eight, codes + i, sizeof eight);
-                    eight = evens_first(eight);
-                    memcpy(codes + i, &eight, sizeof eight);
-                }
+/* A group of a token: its codes in the order of the weights', and its scale. */
+INLINE float round_group(const struct product *p, const float *x, ptrdiff_t count, uint8_t *codes) {
+    struct largest largest = none();
+    for (ptrdiff_t i = 0; i < count; i += LANES) enlarge(&largest, load_part(x + i, count - i));
+    float most = magnitude(largest);
+    vec factor = set(127.0f / most);
+    for (ptrdiff_t i = 0; i < p->group; i += LANES)
+        store_codes(codes + i, LANES, times(load_part(x + i, count - i), factor), zero_of(p));
+    if (p->bits == 4)
+        for (ptrdiff_t i = 0; i < p->group; i += 8) {
+            uint64_t eight;
+            memcpy(&eight, codes + i, sizeof eight);
+            eight = evens_first(eight);
+            memcpy(codes + i, &eight, sizeof eight);
+        }
+    return most * (1 / 127.0f);
+}
+
+/* Rounds the activations of a tile; tokens that are not there have a scale of zero. */
+TARGET static void round_tile(const struct product *p, size_t tile) {
+    for (ptrdiff_t group = 0; group < p->groups; group++) {
+        uint8_t *to = codes_of(p, (ptrdiff_t)tile, group), codes[MAX_GROUP] = {0};
+        float *scales = scales_of(p, (ptrdiff_t)tile, group);
+        for (ptrdiff_t i = 0; i < GROUP_ROWS; i++) {
+            ptrdiff_t token = (ptrdiff_t)tile * GROUP_ROWS + i, input = group * p->group;
+            scales[i] = 0;
+            if (token < p->count)
+                scales[i] = round_group(p, p->x + token * p->depth + input,
+                                        minimum(p->group, p->depth - input), codes);
+            for (ptrdiff_t k = 0; k < p->group; k += 4)
+                memcpy(to + k * GROUP_ROWS + 4 * i, codes + k, 4);
         }
     }
 }
@@ -106,11 +116,10 @@ TARGET static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t f
                           ptrdiff_t groups, struct panel *panel) {
     ptrdiff_t row = p->groups * p->group * p->bits / 8, words = p->group * p->bits / 32;
     ptrdiff_t steps = p->group / 4;
-    static const float ones[1] = {1.0f};
-    uint8_t one[4 * INPUTS];
-    float unit[OUTPUTS], sums[OUTPUTS];
-    int32_t nothing[OUTPUTS] = {0};
-    memset(one, 1, sizeof one);
+    uint8_t one[INPUTS * GROUP_ROWS];
+    float unit[OUTPUTS], sums[GROUP_ROWS * OUTPUTS];
+    const int32_t nothing[OUTPUTS] = {0};
+    memset(one, 1, (size_t)(p->group * GROUP_ROWS));
     for (ptrdiff_t i = 0; i < OUTPUTS; i++) unit[i] = 1;
     for (ptrdiff_t group = 0; group < groups; group++) {
         int8_t *weights = panel->weights + group * steps * OUTPUTS * 4;
@@ -145,23 +154,19 @@ TARGET static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t f
         }
         /* What the zero point of activations adds to each sum is taken off where the sum begins. */
         memset(sums, 0, sizeof sums);
-        multiply_group(1, (int)p->bits, steps, one, 0, weights, nothing, ones, 0, unit, sums);
+        multiply_group((int)p->bits, steps, one, weights, nothing, unit, unit, sums);
         for (ptrdiff_t i = 0; i < OUTPUTS; i++)
             panel->start[group * OUTPUTS + i] = -zero_of(p) * (int32_t)sums[i];
     }
 }
 
-/* GROUP_ROWS tokens or fewer by a panel. */
-INLINE void multiply_rows(int rows, int bits, const struct product *p, const struct panel *panel,
-                          ptrdiff_t token, ptrdiff_t first_group, ptrdiff_t groups, float *c) {
-    ptrdiff_t padded = padded_depth(p), steps = p->group / 4;
-    const uint8_t *a = p->scratch + token * padded + first_group * p->group;
-    const float *row_scales = row_scales_of(p) + token * p->groups + first_group;
+/* A tile by a panel. */
+INLINE void multiply_tile_by(const struct product *p, int bits, const struct panel *panel,
+                             ptrdiff_t tile, ptrdiff_t first_group, ptrdiff_t groups, float *c) {
     for (ptrdiff_t group = 0; group < groups; group++)
-        multiply_group(rows, bits, steps, a + group * p->group, padded,
-                       panel->weights + group * steps * OUTPUTS * 4,
-                       panel->start + group * OUTPUTS, row_scales + group, p->groups,
-                       panel->scales + group * OUTPUTS, c);
+        multiply_group(bits, p->group / 4, codes_of(p, tile, first_group + group),
+                       panel->weights + group * p->group * OUTPUTS, panel->start + group * OUTPUTS,
+                       scales_of(p, tile, first_group + group), panel->scales + group * OUTPUTS, c);
 }
 
 /* All tokens by the weights of OUTPUTS outputs. */
@@ -172,30 +177,19 @@ TARGET static void multiply_panel(const struct product *p, size_t task) {
     for (ptrdiff_t group = 0; group < p->groups; group += at_once) {
         ptrdiff_t groups = minimum(at_once, p->groups - group);
         unpack(p, output, group, groups, &panel);
-        for (ptrdiff_t token = 0; token < p->count; token += GROUP_ROWS) {
-            float c[GROUP_ROWS * OUTPUTS];
-            ptrdiff_t rows = minimum(GROUP_ROWS, p->count - token);
-            for (ptrdiff_t i = 0; i < rows; i++) {
-                const float *out = p->out + (token + i) * p->outputs + output;
-                for (ptrdiff_t j = 0; j < OUTPUTS; j += LANES)
-                    store(c + i * OUTPUTS + j, group ? load_part(out + j, width - j) : set(0));
-            }
-#define WITH(r, b)                                                              \
-    case 16 * (r) + (b):                                                        \
-        if (r <= GROUP_ROWS) multiply_rows(r, b, p, &panel, token, group, groups, c); \
-        break;
-#define ROWS(r) WITH(r, 4) WITH(r, 8)
-            switch (16 * rows + p->bits) {
-                ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
-                ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
-            }
-#undef ROWS
-#undef WITH
-            for (ptrdiff_t i = 0; i < rows; i++) {
-                float *out = p->out + (token + i) * p->outputs + output;
+        for (ptrdiff_t tile = 0; tile < (ptrdiff_t)tile_count(p); tile++) {
+            float c[GROUP_ROWS * OUTPUTS] = {0};
+            float *out = p->out + tile * GROUP_ROWS * p->outputs + output;
+            ptrdiff_t rows = minimum(GROUP_ROWS, p->count - tile * GROUP_ROWS);
+            if (group)
+                for (ptrdiff_t i = 0; i < rows; i++)
+                    for (ptrdiff_t j = 0; j < width; j += LANES)
+                        store(c + i * OUTPUTS + j, load_part(out + i * p->outputs + j, width - j));
+            if (p->bits == 4) multiply_tile_by(p, 4, &panel, tile, group, groups, c);
+            else multiply_tile_by(p, 8, &panel, tile, group, groups, c);
+            for (ptrdiff_t i = 0; i < rows; i++)
                 for (ptrdiff_t j = 0; j < width; j += LANES)
-                    store_part(out + j, width - j, load(c + i * OUTPUTS + j));
-            }
+                    store_part(out + i * p->outputs + j, width - j, load(c + i * OUTPUTS + j));
         }
     }
 }

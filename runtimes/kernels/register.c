@@ -252,20 +252,15 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     return status;
 }
 
-struct multiplication {
+/* One step of a product. */
+struct step {
     const struct product *product;
-    const struct kernels *kernels;
+    void (*work)(const struct product *, size_t);
 };
 
-static void run_round(void *data, size_t task) {
-    const struct multiplication *m = data;
-    ptrdiff_t first = (ptrdiff_t)task * ROWS_A_TASK, last = first + ROWS_A_TASK;
-    m->kernels->round_groups(m->product, first, last < m->product->count ? last : m->product->count);
-}
-
-static void run_multiply(void *data, size_t task) {
-    const struct multiplication *m = data;
-    m->kernels->multiply_panel(m->product, task);
+static void run_step(void *data, size_t task) {
+    const struct step *step = data;
+    step->work(step->product, task);
 }
 
 static OrtStatus *compute_product(void *kernel, OrtKernelContext *context) {
@@ -299,15 +294,14 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context) {
     shape[x.rank - 1] = p.outputs;
     TRY(write(node, context, 0, shape, x.rank, &p.out));
     if (!p.count) return NULL;
-    struct multiplication multiplication = {&p, node->kernels};
-    p.scratch = node->allocator->alloc(node->allocator, node->kernels->rounded_bytes(&p));
+    const struct kernels *kernels = node->kernels;
+    p.scratch = node->allocator->alloc(node->allocator, kernels->tile_bytes(&p));
     if (!p.scratch)
         return create_status(node->api)(RUNTIME_EXCEPTION, "MatMulGroups: memory is full");
-    size_t rows = (size_t)(p.count + ROWS_A_TASK - 1) / ROWS_A_TASK;
-    OrtStatus *status = run_tasks(node, context, run_round, rows, &multiplication);
+    struct step round = {&p, kernels->round_tile}, multiply = {&p, kernels->multiply_panel};
+    OrtStatus *status = run_tasks(node, context, run_step, kernels->tile_count(&p), &round);
     if (!status)
-        status = run_tasks(node, context, run_multiply, node->kernels->panel_count(&p),
-                           &multiplication);
+        status = run_tasks(node, context, run_step, kernels->panel_count(&p), &multiply);
     node->allocator->free(node->allocator, p.scratch);
     return status;
 }
@@ -436,8 +430,9 @@ static void list_sets(struct set sets[SETS]) {
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     sets[0].bf16 = __builtin_cpu_supports("avx512bf16");
     if (!__builtin_cpu_supports("avx512vnni")) {
-        sets[0].kernels.rounded_bytes = avx2_kernels.rounded_bytes;
-        sets[0].kernels.round_groups = avx2_kernels.round_groups;
+        sets[0].kernels.tile_bytes = avx2_kernels.tile_bytes;
+        sets[0].kernels.tile_count = avx2_kernels.tile_count;
+        sets[0].kernels.round_tile = avx2_kernels.round_tile;
         sets[0].kernels.panel_count = avx2_kernels.panel_count;
         sets[0].kernels.multiply_panel = avx2_kernels.multiply_panel;
     }
