@@ -1,7 +1,8 @@
 """The kernels in C that stand in for the functions of a graph on a CPU.
 
 A graph describes its functions (domain "embedport") in onnxruntime's own operators too, which run
-where there are no kernels: no compiler when the package was built, or a CPU with neither AVX2 nor NEON.
+where there are no kernels: no compiler when the package was built, or a CPU with neither AVX2 nor
+NEON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def register_kernels(options: Any, *, bf16_attention: bool = False) -> str | Non
     Args:
         options: onnxruntime.SessionOptions.
         bf16_attention: Whether attention between 8-bit products is computed in bf16 where the CPU
-            multiplies it. It may be faster; the vectors differ from other machines' (docs/runtimes.md).
+            multiplies it. Vectors then differ from those of other machines.
 
     Returns:
         Their instruction set, "avx512", "avx2" or "neon"; None where onnxruntime's operators run

@@ -146,6 +146,18 @@ class Dialect(Protocol):
         """
         ...
 
+    def cos_sin(
+        self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines of float32 angles, in float32.
+
+        Args:
+            g: The graph.
+            angles: Of any shape, up to 2^20.
+            compute: The dtype of attention.
+        """
+        ...
+
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """RMSNorm over the last axis, statistics in fp32."""
         ...

@@ -211,7 +211,8 @@ def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.
     rows = g.op("Unsqueeze", g.cast(arange, FLOAT), g.constant([1]))
     angles = g.op("Mul", rows, g.constant(frequencies[None], FLOAT))
     dtype = design.precision.rotary
-    return g.cast(g.op("Cos", angles), dtype), g.cast(g.op("Sin", angles), dtype)
+    cosines, sines = design.dialect.cos_sin(g, angles, design.precision.compute)
+    return g.cast(cosines, dtype), g.cast(sines, dtype)
 
 
 def embed(g: GraphBuilder, design: Design, batch: Batch) -> Stream:

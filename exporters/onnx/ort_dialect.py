@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from ...attention import SHORT_ROW
@@ -80,17 +82,57 @@ class OrtDialect:
         small = g.op("And", short, small)
         return [small, short, *values]
 
+    def cos_sin(
+        self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """Cos and Sin; in fp32, which is for CPUs, as a function that has a kernel."""
+
+        def describe(f: GraphBuilder, angles: ir.Value) -> list[ir.Value]:
+            return [f.op("Cos", angles), f.op("Sin", angles)]
+
+        if compute != FLOAT:
+            return g.op("Cos", angles), g.op("Sin", angles)
+        cosines, sines = g.call(
+            "CosSin", angles, dtypes=[FLOAT] * 2, describe=describe, opsets=self.opsets
+        )
+        return cosines, sines
+
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
-        return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
+        """SimplifiedLayerNormalization; in fp32 as a function that has a kernel."""
+        if x.dtype != FLOAT:
+            return _norm(g, x, weight, eps)
+        return g.call(
+            "Norm",
+            x,
+            weight,
+            dtypes=[FLOAT],
+            describe=lambda f, x, weight: [_norm(f, x, weight, eps)],
+            opsets=self.opsets,
+            epsilon=eps,
+        )[0]
 
     def add_norm(
         self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
     ) -> tuple[ir.Value, ir.Value]:
-        """SkipSimplifiedLayerNormalization; behind an 8-bit product with codes for the next one."""
+        """SkipSimplifiedLayerNormalization; behind an 8-bit product with codes for the next one.
+
+        In fp32 it is a function that has a kernel.
+        """
         dtype = residual.dtype or FLOAT
-        if x.scales is None or dtype != FLOAT:
+        if dtype != FLOAT or (x.scales is None and x.value.dtype != FLOAT):
             return _add_norm(g, residual, g.cast(settle(g, x), dtype), weight, eps)
+        if x.scales is None:
+            normed, total = g.call(
+                "AddNorm",
+                residual,
+                weight,
+                x.value,
+                dtypes=[FLOAT, FLOAT],
+                describe=lambda f, residual, weight, x: _add_norm(f, residual, x, weight, eps),
+                opsets=self.opsets,
+                epsilon=eps,
+            )
+            return normed, total
 
         def describe(f: GraphBuilder, residual: ir.Value, *x: ir.Value) -> list[ir.Value]:
             *product, weight = x
@@ -117,9 +159,22 @@ class OrtDialect:
     def swiglu(
         self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
     ) -> ir.Value:
-        """QuickGelu at alpha 1 is silu; between 8-bit products with codes for the next one."""
-        if gate.scales is None or dtype != FLOAT:
+        """QuickGelu at alpha 1 is silu; between 8-bit products with codes for the next one.
+
+        In fp32 it is a function that has a kernel.
+        """
+        plain = gate.value.dtype == up.dtype == FLOAT
+        if dtype != FLOAT or (gate.scales is None and not plain):
             return _swiglu(g, g.cast(settle(g, gate), dtype), g.cast(up, dtype))
+        if gate.scales is None:
+            return g.call(
+                "Swiglu",
+                gate.value,
+                up,
+                dtypes=[FLOAT],
+                describe=lambda f, gate, up: [_swiglu(f, gate, up)],
+                opsets=self.opsets,
+            )[0]
 
         def describe(
             f: GraphBuilder, gate: ir.Value, scales: ir.Value, up: ir.Value
@@ -234,7 +289,7 @@ class OrtDialect:
         """A function in fp32, which is for CPUs; GroupQueryAttention in 16 bits, for GPUs."""
         if compute != FLOAT:
             assert past is None
-            return [ort_attention.fused(g, self.norm, spec, heads, rotary, cache, compute)]
+            return [ort_attention.fused(g, _norm, spec, heads, rotary, cache, compute)]
         v, scales = heads.v
         return g.call(
             "RotaryAttention",
@@ -248,7 +303,7 @@ class OrtDialect:
             *rotary,
             *(past or ()),
             dtypes=[FLOAT] * (1 if past is None else 3),
-            describe=lambda f, *inputs: ort_attention.chosen_by_length(f, self.norm, spec, *inputs),
+            describe=lambda f, *inputs: ort_attention.chosen_by_length(f, _norm, spec, *inputs),
             opsets=self.opsets,
             epsilon=spec.rms_norm_eps,
             scale=attention_scale(spec),
@@ -259,13 +314,16 @@ class OrtDialect:
         )
 
 
-def _matmul_groups(
-    g: GraphBuilder, *inputs: ir.Value, **attributes: int | ir.RefAttr
-) -> ir.Value:
+def _matmul_groups(g: GraphBuilder, *inputs: ir.Value, **attributes: Any) -> ir.Value:
     """MatMulNBits, with activations in 8 bits."""
     return g.op(
         "MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=ACCURACY_LEVEL, **attributes
     )
+
+
+def _norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
+    return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
 
 
 def _add_norm(

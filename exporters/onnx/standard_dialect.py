@@ -36,6 +36,12 @@ class StandardDialect:
         """position_ids, int64 [batch, size]."""
         return [number_positions(g, positions, positions.arange)]
 
+    def cos_sin(
+        self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """Cos and Sin."""
+        return g.op("Cos", angles), g.op("Sin", angles)
+
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """RMSNormalization."""
         return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)

@@ -7,7 +7,7 @@
 /* Tokens, [count, width] each. Outputs that nobody reads are NULL. */
 struct rows {
     ptrdiff_t count, width;
-    const float *value, *scales;   /* scales [count] */
+    const float *value, *scales;   /* add_norm: NULL adds nothing; scales [count], NULL: 1 */
     const float *residual, *gains; /* add_norm: gains [width] */
     const float *up;               /* swiglu */
     float eps;
@@ -83,6 +83,9 @@ struct kernels {
     size_t (*panel_count)(const struct product *p);
     void (*multiply_panel)(const struct product *p, size_t task);
 };
+
+/* Cosines and sines of `count` angles, up to 2^20 in magnitude. */
+void turn(const float *angles, ptrdiff_t count, float *cosines, float *sines);
 
 extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels;
 

@@ -153,6 +153,52 @@ static OrtStatus *compute_swiglu(void *kernel, OrtKernelContext *context) {
     return run_rows(node, context, &rows, node->kernels->swiglu);
 }
 
+/* The same without codes, and without a product's scales. */
+static OrtStatus *compute_plain_norm(void *kernel, OrtKernelContext *context) {
+    const struct node *node = kernel;
+    struct tensor residual, value, gains;
+    struct rows rows = {.eps = node->epsilon};
+    TRY(read(node, context, 0, &residual));
+    TRY(read(node, context, 1, &gains));
+    TRY(read(node, context, 2, &value));
+    if (residual.rank != 3 || gains.count != residual.shape[2] ||
+        (value.data && value.count != residual.count))
+        return refuse(node, "AddNorm: shapes do not go together");
+    rows.width = residual.shape[2];
+    rows.count = residual.shape[0] * residual.shape[1];
+    rows.residual = residual.data, rows.value = value.data, rows.gains = gains.data;
+    TRY(write(node, context, 0, residual.shape, 3, &rows.result));
+    TRY(write(node, context, 1, residual.shape, 3, &rows.total));
+    if (rows.value && !rows.total) return refuse(node, "AddNorm: the sum has no output");
+    return run_rows(node, context, &rows, node->kernels->add_norm);
+}
+
+static OrtStatus *compute_plain_swiglu(void *kernel, OrtKernelContext *context) {
+    const struct node *node = kernel;
+    struct tensor gate, up;
+    struct rows rows = {0};
+    TRY(read(node, context, 0, &gate));
+    TRY(read(node, context, 1, &up));
+    if (gate.rank != 3 || up.count != gate.count)
+        return refuse(node, "Swiglu: shapes do not go together");
+    rows.width = gate.shape[2];
+    rows.count = gate.shape[0] * gate.shape[1];
+    rows.value = gate.data, rows.up = up.data;
+    TRY(write(node, context, 0, gate.shape, 3, &rows.result));
+    return run_rows(node, context, &rows, node->kernels->swiglu);
+}
+
+static OrtStatus *compute_turn(void *kernel, OrtKernelContext *context) {
+    const struct node *node = kernel;
+    struct tensor angles;
+    float *cosines, *sines;
+    TRY(read(node, context, 0, &angles));
+    TRY(write(node, context, 0, angles.shape, angles.rank, &cosines));
+    TRY(write(node, context, 1, angles.shape, angles.rank, &sines));
+    turn(angles.data, angles.count, cosines, sines);
+    return NULL;
+}
+
 static OrtStatus *compute_quantize(void *kernel, OrtKernelContext *context) {
     const struct node *node = kernel;
     struct tensor value;
@@ -395,6 +441,15 @@ static const struct operator OPERATORS[] = {
     {OPERATOR(compute_swiglu, "SwigluQuantize"), .inputs = {FLOAT, FLOAT, FLOAT},
      .outputs = {FLOAT, UINT8, FLOAT}, .input_count = 3, .required_inputs = 3, .output_count = 3,
      .required_outputs = 0},
+    {OPERATOR(compute_plain_norm, "Norm"), .inputs = {FLOAT, FLOAT}, .outputs = {FLOAT},
+     .input_count = 2, .required_inputs = 2, .output_count = 1, .required_outputs = 1},
+    {OPERATOR(compute_plain_norm, "AddNorm"), .inputs = {FLOAT, FLOAT, FLOAT},
+     .outputs = {FLOAT, FLOAT}, .input_count = 3, .required_inputs = 3, .output_count = 2,
+     .required_outputs = 2},
+    {OPERATOR(compute_plain_swiglu, "Swiglu"), .inputs = {FLOAT, FLOAT}, .outputs = {FLOAT},
+     .input_count = 2, .required_inputs = 2, .output_count = 1, .required_outputs = 1},
+    {OPERATOR(compute_turn, "CosSin"), .inputs = {FLOAT}, .outputs = {FLOAT, FLOAT},
+     .input_count = 1, .required_inputs = 1, .output_count = 2, .required_outputs = 2},
     {OPERATOR(compute_quantize, "QuantizeRows"), .inputs = {FLOAT}, .outputs = {UINT8, FLOAT},
      .input_count = 1, .required_inputs = 1, .output_count = 2, .required_outputs = 2},
     {OPERATOR(compute_attention, "RotaryAttention"),

@@ -28,14 +28,24 @@ TARGET static void quantize(const struct rows *rows, ptrdiff_t first, ptrdiff_t 
 TARGET static void add_norm(const struct rows *rows, ptrdiff_t first, ptrdiff_t last) {
     ptrdiff_t width = rows->width;
     for (ptrdiff_t row = first; row < last; row++) {
-        const float *residual = rows->residual + row * width, *value = rows->value + row * width;
-        float *total = rows->total + row * width;
-        vec scale = set(rows->scales[row]), squares = set(0);
-        for (ptrdiff_t i = 0; i < width; i += LANES) {
-            ptrdiff_t left = width - i;
-            vec x = fma_add(load_part(value + i, left), scale, load_part(residual + i, left));
-            squares = fma_add(x, x, squares);
-            store_part(total + i, left, x);
+        const float *residual = rows->residual + row * width, *total = residual;
+        vec squares = set(0);
+        if (rows->value) {
+            const float *value = rows->value + row * width;
+            float *to = rows->total + row * width;
+            vec scale = set(rows->scales ? rows->scales[row] : 1);
+            for (ptrdiff_t i = 0; i < width; i += LANES) {
+                ptrdiff_t left = width - i;
+                vec x = fma_add(load_part(value + i, left), scale, load_part(residual + i, left));
+                squares = fma_add(x, x, squares);
+                store_part(to + i, left, x);
+            }
+            total = to;
+        } else {
+            for (ptrdiff_t i = 0; i < width; i += LANES) {
+                vec x = load_part(residual + i, width - i);
+                squares = fma_add(x, x, squares);
+            }
         }
         vec factor = set(norm_factor(squares, width, rows->eps));
         struct largest largest = none();
@@ -64,7 +74,7 @@ TARGET static void swiglu(const struct rows *rows, ptrdiff_t first, ptrdiff_t la
     float buffer[rows->result ? 1 : width];
     for (ptrdiff_t row = first; row < last; row++) {
         const float *gate = rows->value + row * width, *up = rows->up + row * width;
-        vec scale = set(rows->scales[row]);
+        vec scale = set(rows->scales ? rows->scales[row] : 1);
         float *product = rows->result ? rows->result + row * width : buffer;
         for (ptrdiff_t i = 0; i < width; i += LANES) {
             ptrdiff_t left = width - i;

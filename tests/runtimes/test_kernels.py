@@ -13,16 +13,30 @@ from embedport.attention import SHORT_ROW
 from embedport.exporters.onnx.builder import GraphBuilder
 from embedport.exporters.onnx.dialect import FLOAT, INT8, Product
 from embedport.exporters.onnx.ort_dialect import OrtDialect
-from embedport.runtimes.compiled import register_kernels
+from embedport.exporters.onnx.quantized import QuantizedMatrices, QuantizedMatrix
+from embedport.quantize.schemes import QuantizedTensor, QuantScheme
+from embedport.runtimes.compiled import VARIABLE, register_kernels
 
 DIALECT = OrtDialect()
 EPS = 1e-6
 
 
-needs_kernels = pytest.mark.skipif(
-    not register_kernels(onnxruntime.SessionOptions()),
-    reason="there was no C compiler, or the CPU has no AVX-512",
-)
+def here(name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, name)
+        return register_kernels(onnxruntime.SessionOptions()) == name
+
+
+# The instruction sets that this CPU has; the others run under emulation (tests/cpus).
+SETS = [name for name in ("avx512", "avx2", "neon") if here(name)]
+needs_kernels = pytest.mark.skipif(not SETS, reason="no C compiler, or neither AVX2 nor NEON")
+
+
+@pytest.fixture(params=SETS or [None])
+def instructions(request, monkeypatch):
+    """Each instruction set that is here, chosen by hand."""
+    monkeypatch.setenv(VARIABLE, request.param or "none")
+    return request.param
 
 
 def run(graph, feeds, *, kernels):
@@ -88,6 +102,43 @@ def gated(width):
     return model_of(describe, width, 1, width)
 
 
+def plain(width):
+    """A graph that norms rows, adds others and norms the sum."""
+    gains = ir.tensor(random(width, seed=1), name="gains")
+
+    def describe(g, x, more):
+        weight = g.initializer(gains)
+        return [
+            DIALECT.norm(g, x, weight, EPS),
+            *DIALECT.add_norm(g, x, Product(more), weight, EPS),
+        ]
+
+    return model_of(describe, width, width)
+
+
+def activated(width):
+    """A graph that gates rows."""
+    return model_of(
+        lambda g, gate, up: [DIALECT.swiglu(g, Product(gate), up, width, FLOAT)], width, width
+    )
+
+
+def grouped(scheme, shape, codes=None):
+    """A product of random codes and scales, or of the codes given and scales of 1; its matrix."""
+    out, columns = shape
+    groups = -(-columns // scheme.group_size)
+    scales = np.abs(random(out, groups, seed=2)) + 0.1 if codes is None else np.ones((out, groups))
+    if codes is None:
+        codes = np.random.default_rng(0).integers(0, scheme.levels, shape)
+    zero_points = np.full((out, groups), scheme.middle, np.uint8)
+    if not scheme.symmetric:
+        zero_points = np.random.default_rng(1).integers(0, scheme.levels, (out, groups))
+    parts = (codes.astype(np.uint8), scales.astype(np.float32), zero_points.astype(np.uint8))
+    tensor = QuantizedTensor(scheme, *parts)
+    matrix = QuantizedMatrix("m", shape, scheme, QuantizedMatrices(lambda name: tensor))
+    return model_of(lambda g, x: [DIALECT.matmul_groups(g, x, matrix)], columns), tensor
+
+
 def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, np.float32) * 3
 
@@ -104,6 +155,7 @@ def check(found, expected):
 
 # Whole vectors of sixteen, and a part of one at the end; more rows than a task has.
 @pytest.mark.parametrize("width", [1, 64, 88])
+@pytest.mark.usefixtures("instructions")
 @needs_kernels
 class TestRows:
     def test_rounded(self, width):
@@ -128,6 +180,13 @@ class TestRows:
         expected, found = both(gated(width), feeds)
         check(found, expected)
 
+    def test_without_codes(self, width):
+        feeds = {"x0": random(2, 21, width), "x1": random(2, 21, width, seed=2)}
+        for graph in (plain(width), activated(width)):
+            expected, found = both(graph, feeds)
+            for each in zip(found, expected, strict=True):
+                np.testing.assert_allclose(*each, rtol=1e-5, atol=1e-5)
+
     def test_nan_is_not_lost(self, width):
         """A damaged weight has to be seen in the result."""
         x, one = random(1, 3, width), np.ones((1, 3, 1), np.float32)
@@ -139,6 +198,68 @@ class TestRows:
         ):
             scales = run(graph, feeds, kernels=True)[-1]
             assert np.isnan(scales).ravel().tolist() == [False, True, False]
+
+
+# Outputs and inputs that fill the kernel's panels of 32 by 512, and that do not.
+@pytest.mark.parametrize("shape", [(48, 1088), (5, 80)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantScheme(4, 32, symmetric=False),
+        QuantScheme(4, 64, symmetric=True),
+        QuantScheme(4, 128, symmetric=False),
+        QuantScheme(8, 128, symmetric=True),
+    ],
+    ids=str,
+)
+@needs_kernels
+class TestGroups:
+    def test_product(self, instructions, scheme, shape):
+        """Activations are rounded: a token's error is held to its own size."""
+        graph, tensor = grouped(scheme, shape)
+        x = random(2, 9, shape[1])
+        x[1, 3] = 0
+        (found,) = run(graph, {"x0": x}, kernels=True)
+        exact = x @ tensor.dequantize().T
+        (operator,) = run(graph, {"x0": x}, kernels=False)
+        error = np.abs(found - exact).max() / np.abs(exact).max()
+        assert error <= 1.1 * np.abs(operator - exact).max() / np.abs(exact).max()
+        assert (found[1, 3] == 0).all()
+
+    def test_worst_codes(self, instructions, scheme, shape):
+        """Integer products do not saturate: whole numbers come out whole."""
+        least = scheme.levels - 255 if scheme.bits == 8 else 0
+        codes = np.where(np.arange(shape[1]) % 3, scheme.levels - 1, least)
+        graph, tensor = grouped(scheme, shape, np.broadcast_to(codes, shape))
+        x = np.where(np.random.default_rng(0).random((1, 4, shape[1])) < 0.5, -127, 127)
+        x[0, 0], x[0, 1] = 127, -127
+        (found,) = run(graph, {"x0": x.astype(np.float32)}, kernels=True)
+        assert np.array_equal(found, (x @ tensor.dequantize().T).astype(np.float32))
+
+    def test_a_token_alone(self, instructions, scheme, shape):
+        graph, _ = grouped(scheme, shape)
+        x = random(1, 13, shape[1])
+        (together,) = run(graph, {"x0": x}, kernels=True)
+        alone = [run(graph, {"x0": x[:, i : i + 1]}, kernels=True)[0] for i in range(13)]
+        assert np.array_equal(together, np.concatenate(alone, axis=1))
+
+    def test_nan_is_not_lost(self, instructions, scheme, shape):
+        graph, _ = grouped(scheme, shape)
+        x = random(1, 3, shape[1])
+        x[0, 1, -1] = np.nan
+        (found,) = run(graph, {"x0": x}, kernels=True)
+        assert np.isnan(found).all(axis=2).tolist() == [[False, True, False]]
+
+
+@needs_kernels
+def test_angles(instructions):
+    """Cosines and sines of every position that a model has, to float32's last place."""
+    frequencies = (1e6 ** -(np.arange(0, 128, 2) / 128)).astype(np.float32)
+    angles = (np.arange(0, 40960, 7, dtype=np.float32)[:, None] * frequencies)[None]
+    graph = model_of(lambda g, x: list(DIALECT.cos_sin(g, x, FLOAT)), angles.shape[2])
+    found = run(graph, {"x0": angles}, kernels=True)
+    for each, function in zip(found, (np.cos, np.sin), strict=True):
+        np.testing.assert_allclose(each, function(angles.astype(np.float64)), atol=6e-8, rtol=0)
 
 
 @needs_kernels
@@ -198,6 +319,20 @@ def test_each_token(exported):
     expected, found = both(exported("kv2", outputs="hidden").graph, feeds)
     real = feeds["attention_mask"].astype(bool)
     np.testing.assert_allclose(found[0][real], expected[0][real], atol=1e-4)
+
+
+@pytest.mark.skipif(len(SETS) < 2, reason="the CPU has one of the instruction sets")
+@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4", "fp32"])
+@pytest.mark.parametrize("lengths", LENGTHS[2::2], ids=str)
+def test_instruction_sets_give_the_same_bits(exported, monkeypatch, precision, lengths):
+    graph = exported("kv8", precision=precision).graph
+
+    def run_with(name):
+        monkeypatch.setenv(VARIABLE, name)
+        return run(graph, batch(*lengths), kernels=True)[0]
+
+    first, *others = [run_with(name) for name in SETS]
+    assert all(np.array_equal(first, other) for other in others)
 
 
 @needs_kernels
