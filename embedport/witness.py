@@ -48,23 +48,24 @@ class Machine:
     Attributes:
         cpu: The CPU's name.
         instructions: Its instruction sets that matter: see `read_cpu`.
-        kernels: Whether the package's kernels ran, or onnxruntime's operators alone.
+        kernels: Instruction set of the package's kernels that ran, "avx512", "avx2" or "neon"; None
+            where onnxruntime's operators ran alone.
         onnxruntime: Its version.
         embedport: The version of this package.
     """
 
     cpu: str
     instructions: tuple[str, ...]
-    kernels: bool
+    kernels: str | None
     onnxruntime: str
     embedport: str
 
     def __str__(self) -> str:
         sets = ", ".join(self.instructions) or "instruction sets unknown"
-        kernels = "with" if self.kernels else "without"
+        kernels = f"its kernels for {self.kernels}" if self.kernels else "without its kernels"
         return (
-            f"{self.cpu} ({sets}; onnxruntime {self.onnxruntime}, embedport {self.embedport}, "
-            f"{kernels} its kernels)"
+            f"{self.cpu} ({sets}); onnxruntime {self.onnxruntime}; embedport {self.embedport}, "
+            f"{kernels}"
         )
 
 
@@ -85,11 +86,11 @@ class Witness:
     machine: Machine
 
 
-def describe_machine(*, kernels: bool) -> Machine:
+def describe_machine(*, kernels: str | None) -> Machine:
     """This machine.
 
     Args:
-        kernels: Whether the package's kernels run in the graph in question.
+        kernels: The package's kernels that run in the graph in question.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ..errors import ArtifactError, InputError
+from ..errors import ArtifactError, InputError, require
 from ..manifest import Manifest
 from ..spec import Task
 from ..witness import WITNESS, Machine, describe_machine, read_witness
-from .compiled import has_kernels
+from .compiled import register_kernels
 from .embedder import Embedder
 from .reranker import Reranker
 
@@ -151,7 +151,7 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
             "compare with; export it again with `embedport export`"
         )
     witness = read_witness(path)
-    here = describe_machine(kernels=runs_kernels(manifest, loaded.device))
+    here = describe_machine(kernels=find_kernels(manifest, loaded.device))
     # An engine takes rows up to its largest profile.
     chosen = [i for i, row in enumerate(witness.rows) if len(row) <= facts.max_length]
     if not chosen:
@@ -215,8 +215,8 @@ def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-def runs_kernels(manifest: Manifest, device: str) -> bool:
-    """Whether the package's kernels run in an artifact's graph on this machine.
+def find_kernels(manifest: Manifest, device: str) -> str | None:
+    """The instruction set of the package's kernels that run in an artifact's graph here, or None.
 
     Args:
         manifest: The artifact's manifest.
@@ -224,8 +224,9 @@ def runs_kernels(manifest: Manifest, device: str) -> bool:
     """
     graph = manifest.graph
     assert graph is not None
-    described = graph.dialect == "ort" and graph.arithmetic == "fp32"
-    return described and device == "cpu" and has_kernels()
+    if device != "cpu" or graph.dialect != "ort" or graph.arithmetic != "fp32":
+        return None
+    return register_kernels(require("onnxruntime", "cpu").SessionOptions())
 
 
 def find_limits(manifest: Manifest, device: str, exported: Machine, here: Machine) -> Limits:
@@ -261,7 +262,7 @@ def _kinds(manifest: Manifest) -> set[str]:
 def _computes_alike(exported: Machine, here: Machine) -> bool:
     """Whether the same code computes what stands between two products."""
     if exported.kernels or here.kernels:
-        return exported.kernels and here.kernels
+        return bool(exported.kernels and here.kernels)
     return (exported.instructions, exported.onnxruntime) == (here.instructions, here.onnxruntime)
 
 
@@ -277,7 +278,7 @@ def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) 
             )
     if (exported.cpu, exported.instructions) != (here.cpu, here.instructions):
         reasons.append("another kind of CPU: sums are taken in another order")
-    if exported.kernels != here.kernels and device == "cpu":
+    if bool(exported.kernels) != bool(here.kernels) and device == "cpu":
         where = "here" if here.kernels else "where it was exported"
         reasons.append(
             f"embedport's kernels ran only {where}: onnxruntime's operators round differently"

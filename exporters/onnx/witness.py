@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ...manifest import Manifest
 from ...runtimes.batching import choose_batch_tokens, make_batches, pad
-from ...runtimes.check import runs_kernels
+from ...runtimes.comparison import find_kernels
 from ...runtimes.onnxruntime import pool_hidden
 from ...segments import emulate_16_bits
 from ...witness import WITNESS, Witness, choose_rows, describe_machine, write_witness
@@ -54,5 +54,5 @@ def make_witness(
     for batch, each, (output,) in zip(batches, feeds, outputs, strict=True):
         pooled = pool_hidden(output, each["attention_mask"]) if graph.output == "hidden" else output
         results[batch] = pooled
-    machine = describe_machine(kernels=runs_kernels(manifest, "cpu"))
+    machine = describe_machine(kernels=find_kernels(manifest, "cpu"))
     write_witness(folder / WITNESS, Witness(rows, queries, results, machine))
