@@ -7,7 +7,7 @@
       results     float32 [rows, dim], vectors, or float32 [rows], scores
       metadata    "machine": where that was, a JSON object (`Machine`)
 
-Ids and not texts: what is compared is arithmetic, and a comparison needs neither the tokenizer nor the
+Ids and not texts: what is compared is arithmetic, which needs neither the tokenizer nor the
 checkpoint.
 """
 

@@ -22,9 +22,9 @@ def check(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare an artifact's vectors here with those where it was exported; exit code 1 if they differ.
+    """Compare an artifact's vectors here with those of its export; exit code 1 if they differ.
 
-    Needs neither torch nor the checkpoint. Exit code 2: the artifact was exported without a witness.
+    Needs neither torch nor the checkpoint. Exit code 2: the export kept none to compare with.
 
     Example: embedport check qwen3-int8
     """
@@ -43,7 +43,9 @@ def _print(result: Check) -> None:
     from rich.text import Text
 
     console = stdout_console()
-    console.print(Text(f"{result.artifact}: {result.verdict}", style="" if result.passed else "red"))
+    console.print(
+        Text(f"{result.artifact}: {result.verdict}", style="" if result.passed else "red")
+    )
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -55,7 +57,9 @@ def _print(result: Check) -> None:
     if result.reasons:
         rows["Differs"] = "\n".join(result.reasons)
     elif not result.passed:
-        rows["Differs"] = "nothing that is known: the artifact's files were changed after its export"
+        rows["Differs"] = (
+            "nothing that is known: the artifact's files were changed after its export"
+        )
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)

@@ -259,9 +259,7 @@ class OrtDialect:
         )
 
 
-def _matmul_groups(
-    g: GraphBuilder, *inputs: ir.Value, **attributes: int | ir.RefAttr
-) -> ir.Value:
+def _matmul_groups(g: GraphBuilder, *inputs: ir.Value, **attributes: int | ir.RefAttr) -> ir.Value:
     """MatMulNBits, with activations in 8 bits."""
     return g.op(
         "MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=ACCURACY_LEVEL, **attributes

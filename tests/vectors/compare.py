@@ -1,10 +1,11 @@
-"""Artifacts of the demo pair, held to reference.npz on this machine: numpy and onnxruntime are enough.
+"""Artifacts of the demo pair, held to reference.npz: numpy and onnxruntime are enough.
 
     python tests/vectors/compare.py [--kernels LIBRARY] ARTIFACT…
 
-Each artifact is an export of the demo embedder or reranker in fp32, int8 or int4. Their graphs run in a
-plain onnxruntime, row by row, with embedport's kernels if their library is given. So the script runs
-where the package does not, as under an emulator of another CPU. Exit code 1: one is beyond its limit.
+Each artifact is an export of the demo embedder or reranker in fp32, int8 or int4. Their graphs run
+in a plain onnxruntime, row by row, with embedport's kernels if their library is given. So the
+script runs where the package does not, as under an emulator of another CPU. Exit code 1: one is
+beyond its limit.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def run_plain(graph: Path, rows: list[np.ndarray], kernels: Path | None) -> np.n
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     return np.concatenate(
         [
-            session.run(None, {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])})[0]
+            session.run(None, {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])})[
+                0
+            ]
             for ids in rows
         ]
     )

@@ -2,8 +2,8 @@
 
     python -m tests.vectors.record     (or: make vectors)
 
-Run it after a change that is meant to alter vectors, on a machine whose CPU the kernels support, and say in
-the commit why they changed. It prints how far the new vectors are from the recorded ones.
+Run it after a change that is meant to alter vectors, on a machine with the kernels, and say in the
+commit why they changed. It prints how far the new vectors are from the recorded ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ LONG = 26
 
 def export_demo(task: str, precision: str, folder: Path) -> Embedder | Reranker:
     """Export one of the pair, and load it on the CPU."""
-    artifact = embedport.export(CHECKPOINTS[task](), folder / f"{task}-{precision}", precision=precision)
+    artifact = embedport.export(
+        CHECKPOINTS[task](), folder / f"{task}-{precision}", precision=precision
+    )
     return embedport.load(artifact.folder, device="cpu")
 
 
