@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WITNESS = "witness.safetensors"
 # Of the built-in texts: five queries and eleven documents in English, Chinese, Arabic, Hindi and
-# mixed languages, prose, a table and code. With Qwen3's tokenizer three rows have over 128 tokens,
+# mixed languages, prose, a table and code. With Qwen3's tokenizer two rows have over 128 tokens,
 # and all of them 650: a 0.6B model computes them in half a second to two.
 SAMPLES = (0, 5, 7, 12, 17, 20, 21, 25, 35, 38, 40, 46, 50, 53, 56, 62)
 # Of the built-in pairs: four queries (English, code, German, Chinese) with four documents each.

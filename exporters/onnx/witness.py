@@ -1,7 +1,7 @@
 """The witness of a graph just written: what `embedport.load` gives for its rows on this machine.
 
-A session of the whole graph would hold a copy of all weights. So parts run one after the other, each
-in a session that is optimized and packed as the whole one would be, over the batches that the
+A session of the whole graph would hold a copy of all weights. So parts run one after the other,
+each in a session that is optimized and packed as the whole one would be, over the batches that the
 runtime would make. That gives the same bits as `load`: tests/runtimes/test_check.py asserts it.
 Sessions without packing, as verify.py opens them, do not: 8- and 4-bit products round differently.
 """

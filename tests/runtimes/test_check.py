@@ -87,7 +87,7 @@ def test_rows_are_short_and_long(made):
     lengths = [len(ids) for ids in read_witness(made() / WITNESS).rows]
     assert min(lengths) < 16
     assert max(lengths) == 144
-    assert sum(length > 128 for length in lengths) > 2
+    assert sum(length > 128 for length in lengths) >= 2
     pairs = read_witness(made("reranker") / WITNESS)
     assert sorted(pairs.queries) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
@@ -129,7 +129,9 @@ def test_tampered_scales_are_found(made, copied):
     assert not found.passed
     assert found.min_cosine < found.limit
     assert found.reasons == []
-    with pytest.raises(VerificationError, match="not the same vectors as on .* files were changed"):
+    with pytest.raises(
+        VerificationError, match=r"not the same vectors as on .* files were changed"
+    ):
         embedport.load(folder, device="cpu", check=True)
     embedport.load(folder, device="cpu")
 
@@ -155,7 +157,7 @@ def test_a_saturating_product_would_be_found():
 
 
 def test_an_older_artifact_on_a_cpu_without_vnni(made, copied):
-    """The witness is from a CPU with VNNI or the other way round: the result says it may saturate."""
+    """Where one of two CPUs has VNNI, the result says that int8 may saturate on the other."""
     folder = copied(made(precision="int8"))
     witness = read_witness(folder / WITNESS)
     vnni = {"avx_vnni", "avx512_vnni", "amx_int8"}
