@@ -7,7 +7,7 @@ RUN = $(UV) run --frozen
 # The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
 
-.PHONY: demo test lint format bench gpu
+.PHONY: demo test lint format bench vectors gpu
 
 demo: $(UV)
 	$(RUN) embedport demo
@@ -26,6 +26,10 @@ format: $(UV)
 
 bench: $(UV)
 	$(RUN) python -m benchmarks
+
+# The demo pair's vectors, which every machine must reproduce: see tests/vectors/record.py.
+vectors: $(UV)
+	$(RUN) python -m tests.vectors.record
 
 # A Python of one's own needs no uv.
 gpu: $(if $(findstring $(UV),$(GPU_PYTHON)),$(UV))

@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from .errors import EmbedportError
     from .exporters import export, quantize_checkpoint
     from .prompts import query_prompt
-    from .runtimes import Embedder, Ranked, Reranker, load
+    from .runtimes import Check, Embedder, Ranked, Reranker, check, load
     from .spec import ModelSpec
     from .validation import Report, validate
 
 _HOMES = {
     "Artifact": "artifact",
+    "Check": "runtimes",
     "EmbedportError": "errors",
     "Embedder": "runtimes",
     "ModelSpec": "spec",
     "Ranked": "runtimes",
     "Report": "validation",
     "Reranker": "runtimes",
+    "check": "runtimes",
     "export": "exporters",
     "load": "runtimes",
     "quantize_checkpoint": "exporters",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Artifact",
+    "Check",
     "Embedder",
     "EmbedportError",
     "ModelSpec",
@@ -49,6 +52,7 @@ __all__ = [
     "Report",
     "Reranker",
     "__version__",
+    "check",
     "export",
     "load",
     "quantize_checkpoint",

@@ -6,7 +6,8 @@
       ArtifactError     the artifact folder is damaged, incomplete or too new    exit code 2
       DeviceError       the device asked for cannot run the artifact here        exit code 2
       MissingPackageError    an optional package is needed; names the install line    exit code 2
-      VerificationError what was just written does not run or gives no numbers   exit code 1
+      VerificationError what was just written does not run or gives no numbers,
+                        or an artifact does not give what it gave elsewhere      exit code 1
 
 Each message says which file and tensor, what was expected, what was found, and what to do.
 """
@@ -44,7 +45,10 @@ class MissingPackageError(EmbedportError):
 
 
 class VerificationError(EmbedportError):
-    """What was just written does not load, does not run, or gives NaN or infinity."""
+    """What was just written does not load, does not run, or gives NaN or infinity.
+
+    Or an artifact gives other results here than where it was exported.
+    """
 
     exit_code = 1
 

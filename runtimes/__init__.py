@@ -9,7 +9,9 @@ from threading import Event
 from typing import TypeVar
 
 from ..artifact import Artifact
+from ..errors import VerificationError
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
+from .comparison import Check, compare_witness
 from .embedder import Embedder
 from .facts import Model, ModelFacts, choose_length, read_facts
 from .onnxruntime import OnnxModel, check_device
@@ -19,11 +21,24 @@ from .torch import TorchModel
 
 Tokenizer = TypeVar("Tokenizer")
 
-__all__ = ["Embedder", "ModelFacts", "Ranked", "Reranker", "load", "read_facts"]
+__all__ = [
+    "Check",
+    "Embedder",
+    "ModelFacts",
+    "Ranked",
+    "Reranker",
+    "check",
+    "load",
+    "read_facts",
+]
 
 
 def load(
-    model: str | Path, *, device: str = "auto", max_length: int | None = None
+    model: str | Path,
+    *,
+    device: str = "auto",
+    max_length: int | None = None,
+    check: bool = False,
 ) -> Embedder | Reranker:
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
@@ -38,6 +53,7 @@ def load(
             the CPU; the result's `device` says which it got. A TensorRT engine runs on the GPU it
             was built for, and its graph on the CPU if that is asked for.
         max_length: Tokens after which a text is cut; the model's own by default.
+        check: Whether an artifact must give here what it gave where it was exported: see `check`.
 
     Returns:
         An Embedder or a Reranker, as the model's task is.
@@ -48,7 +64,38 @@ def load(
         CheckpointError: It is not a Qwen3 checkpoint, not whole, or in a format that is not read.
         DeviceError: The device asked for is not there.
         MissingPackageError: What runs it is not installed.
+        VerificationError: With `check`, the results here are not those of the export.
     """
+    loaded = _load(model, device, max_length)
+    if check and not (result := compare_witness(loaded)).passed:
+        why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
+        raise VerificationError(f"{loaded.facts.folder}: {result} ({why})")
+    return loaded
+
+
+def check(artifact: str | Path, *, device: str = "auto") -> Check:
+    """Compare what an artifact gives here with what it gave where it was exported.
+
+    `export` keeps the token ids of 16 texts, or pairs, and their vectors, or scores. Neither torch
+    nor the checkpoint is needed.
+
+    Args:
+        artifact: The folder of an artifact, or a hub id.
+        device: As for `load`.
+
+    Returns:
+        The comparison; `passed` says whether all rows are within the precision's limit.
+
+    Raises:
+        InputError: It is a checkpoint, or `load` does not take it.
+        ArtifactError: A file is missing or changed, or the artifact was exported without a witness.
+        DeviceError: The device asked for is not there.
+        MissingPackageError: What runs it is not installed.
+    """
+    return compare_witness(_load(artifact, device, None))
+
+
+def _load(model: str | Path, device: str, max_length: int | None) -> Embedder | Reranker:
     facts = read_facts(model)
     file = facts.folder / "tokenizer.json"
     length = choose_length(facts, max_length)

@@ -97,7 +97,7 @@ class OnnxModel:
             output = self._session.run(self._graph.outputs, feeds)[0]
         else:
             output = self._run_on_gpu(feeds)
-        return _pool(output, attention_mask) if self._graph.output == "hidden" else output
+        return pool_hidden(output, attention_mask) if self._graph.output == "hidden" else output
 
     def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
         """What rows continue that begin with the same tokens.
@@ -198,8 +198,16 @@ def _read_left() -> int | None:
         return None
 
 
-def _pool(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-    """The last real token's vector of each row, at unit length."""
+def pool_hidden(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    """The last real token's vector of each row, at unit length.
+
+    Args:
+        hidden: float32 [batch, sequence, hidden_size].
+        attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+
+    Returns:
+        float32 [batch, hidden_size].
+    """
     last = attention_mask.shape[1] - 1 - np.argmax(attention_mask[:, ::-1], axis=1)
     vectors = hidden[np.arange(len(hidden)), last]
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

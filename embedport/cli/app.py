@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from ..errors import EmbedportError
 from ..version import __version__
-from . import bench, demo, encode, export, inspect, quantize, rerank, tensorrt, validate
+from . import bench, check, demo, encode, export, inspect, quantize, rerank, tensorrt, validate
 
 
 class _StoppedError(Exception):
@@ -57,6 +57,7 @@ app.add_typer(export_app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
+app.command("check")(check.check)
 app.command("validate")(validate.validate)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)

@@ -41,6 +41,7 @@ from .recipe import CALIBRATED, Recipe
 from .search import RankingTarget, Search, search_formats
 from .texts import reranker_head, tokenize_retrieval, tokenize_samples
 from .verify import verify_continuation, verify_graph
+from .witness import make_witness
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
@@ -207,7 +208,9 @@ def export_onnx(
         continuation = plan_continuation(design)
         # Inputs, table and output beside the layers; a continuation runs twice and has its states.
         parts = spec.num_layers + 3
-        advance = counted(progress, "verify", parts + 2 * (parts + 1) * bool(continuation))
+        # Verified, then the witness's rows.
+        total = 2 * parts + 2 * (parts + 1) * bool(continuation)
+        advance = counted(progress, "verify", total)
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are remembered: the manifest's are ready when the text has run.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
@@ -217,38 +220,36 @@ def export_onnx(
                 continued = folder / continuation.path
                 write_continuation(design, folder / GRAPH, continued)
                 verify_continuation(continued, ids, result, lambda scope: advance())
-        write_manifest(
-            folder,
-            Manifest(
-                task=spec.task,
-                format="onnx",
-                precision=named,
-                graph=GraphRecord(
-                    path=GRAPH,
-                    dialect=dialect,
-                    opset=chosen_dialect.opsets[""],
-                    inputs=INPUTS,
-                    outputs=tuple(str(value.name) for value in model.graph.outputs),
-                    output=outputs,
-                    arithmetic=chosen.arithmetic,
-                    kept_in_fp32=chosen.kept_in_fp32,
-                    continuation=continuation,
-                ),
-                embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
-                hidden_size=spec.hidden_size,
-                num_heads=spec.num_heads,
-                vocab_size=spec.vocab_size,
-                max_length=max_length,
-                max_position_embeddings=spec.max_position_embeddings,
-                prompts=dict(spec.prompts) if spec.task == "embedding" else {},
-                source=source_record(weights),
-                requires=chosen_dialect.requires,
-                versions=versions(PACKAGES),
-                files={},
-                recipe=_recipe_record(plan, search, rows, calibration),
+        manifest = Manifest(
+            task=spec.task,
+            format="onnx",
+            precision=named,
+            graph=GraphRecord(
+                path=GRAPH,
+                dialect=dialect,
+                opset=chosen_dialect.opsets[""],
+                inputs=INPUTS,
+                outputs=tuple(str(value.name) for value in model.graph.outputs),
+                output=outputs,
+                arithmetic=chosen.arithmetic,
+                kept_in_fp32=chosen.kept_in_fp32,
+                continuation=continuation,
             ),
-            output.name,
+            embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
+            hidden_size=spec.hidden_size,
+            num_heads=spec.num_heads,
+            vocab_size=spec.vocab_size,
+            max_length=max_length,
+            max_position_embeddings=spec.max_position_embeddings,
+            prompts=dict(spec.prompts) if spec.task == "embedding" else {},
+            source=source_record(weights),
+            requires=chosen_dialect.requires,
+            versions=versions(PACKAGES),
+            files={},
+            recipe=_recipe_record(plan, search, rows, calibration),
         )
+        make_witness(folder, manifest, lambda scope: advance())
+        write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import onnx_ir as ir
 
 from ...errors import require
+from ...runtimes.compiled import register_kernels
 
 
-def open_session(model: ir.Model, folder: Path, *, pack: bool) -> Any:
+def open_session(model: ir.Model, folder: Path, *, pack: bool, kernels: bool = False) -> Any:
     """A CPU session of a graph whose weights are in files.
 
     Args:
@@ -18,6 +19,7 @@ def open_session(model: ir.Model, folder: Path, *, pack: bool) -> Any:
         folder: Where its external data is.
         pack: Whether weights are copied into the layout that is fastest to multiply: worth it for
             many runs. Otherwise they stay mapped, and nodes run as they are written.
+        kernels: Whether the package's kernels run, where they can, as in `embedport.load`.
     """
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
@@ -30,5 +32,7 @@ def open_session(model: ir.Model, folder: Path, *, pack: bool) -> Any:
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if kernels:
+        register_kernels(options)
     graph = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def verify_graph(
             or it gives NaN or infinity.
     """
     model = _open_graph(path)
-    return _run_parts(model, path, _feeds(ids), advance)[-1]
+    return run_parts(model, path, [_feeds(ids)], advance)[0][-1]
 
 
 def verify_continuation(
@@ -74,7 +74,7 @@ def verify_continuation(
             "kept": np.array([kept]),
             "short": np.array(len(ids) <= SHORT_ROW),
         }
-        past, found = _run_parts(model, path, feeds, advance)
+        ((past, found),) = run_parts(model, path, [feeds], advance)
     if np.abs(found - expected).max() > MOST_APART:
         raise VerificationError(
             f"{path}: a text in two parts gives {found}, in one {expected}; they should be within "
@@ -97,11 +97,28 @@ def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
     return {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
 
 
-def _run_parts(
-    model: ir.Model, path: Path, feeds: dict[str, np.ndarray], advance: Callable[[str], None]
-) -> list[np.ndarray]:
-    """The graph's outputs, computed part by part."""
-    values = dict(feeds)
+def run_parts(
+    model: ir.Model,
+    path: Path,
+    batches: Sequence[dict[str, np.ndarray]],
+    advance: Callable[[str], None],
+    *,
+    as_loaded: bool = False,
+) -> list[list[np.ndarray]]:
+    """A graph's outputs for each batch, computed part by part: one layer's weights in memory.
+
+    Args:
+        model: The graph.
+        path: Its file, beside which its weights are.
+        batches: Inputs by name.
+        advance: Called with each part's name when it has run.
+        as_loaded: Whether parts are optimized, packed and run by the kernels as in the session of
+            `embedport.load`, which takes a copy of a layer's weights.
+
+    Raises:
+        VerificationError: onnxruntime does not take a part, or it gives NaN or infinity.
+    """
+    states = [dict(feeds) for feeds in batches]
     outputs = [str(value.name) for value in model.graph.outputs]
     parts = list(segments(model))
     # A value to the last part that reads it.
@@ -110,16 +127,17 @@ def _run_parts(
     }
     needed |= dict.fromkeys(outputs, len(parts))
     for i, (scope, part) in enumerate(parts):
-        values |= _run_part(part, path, scope, values)
-        values = {name: value for name, value in values.items() if needed.get(name, 0) > i}
+        session = _create_session(part, path, as_loaded=as_loaded)
+        for j, values in enumerate(states):
+            known = values | _run_part(session, path, scope, values)
+            states[j] = {name: each for name, each in known.items() if needed.get(name, 0) > i}
         advance(scope)
-    return [values[name] for name in outputs]
+    return [[values[name] for name in outputs] for values in states]
 
 
 def _run_part(
-    part: ir.Model, path: Path, scope: str, values: dict[str, np.ndarray]
+    session: Any, path: Path, scope: str, values: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    session = _create_session(part, path)
     names = [value.name for value in session.get_outputs()]
     outputs = session.run(None, {each.name: values[each.name] for each in session.get_inputs()})
     for name, found in zip(names, outputs, strict=True):
@@ -132,9 +150,9 @@ def _run_part(
     return dict(zip(names, outputs, strict=True))
 
 
-def _create_session(model: ir.Model, path: Path) -> Any:
+def _create_session(model: ir.Model, path: Path, *, as_loaded: bool = False) -> Any:
     try:
-        return open_session(model, path.parent, pack=False)
+        return open_session(model, path.parent, pack=as_loaded, kernels=as_loaded)
     except MissingPackageError:
         raise
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions

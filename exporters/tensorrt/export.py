@@ -27,10 +27,12 @@ from ...files import MANIFEST
 from ...manifest import GraphRecord, Manifest
 from ...prompts import DEFAULT_INSTRUCTION, EmbeddingTokenizer, RerankerTokenizer
 from ...spec import Task
+from ...witness import WITNESS
 from ..onnx.dialects import find_dialect
 from ..onnx.export import PACKAGES, export_onnx
 from ..onnx.formats import FP8, QUANTIZED
 from ..onnx.verify import verify_graph
+from ..onnx.witness import make_witness
 from ..provenance import Progress, counted, versions
 from .build import build_engine, obstacle
 from .operators import unsupported
@@ -97,6 +99,8 @@ def export_tensorrt(
     with staged(Path(output), force=force, needs=2 * size) as folder:
         if given:
             manifest = _copy(given, folder)
+            if WITNESS not in manifest.files:
+                make_witness(folder, manifest)
         else:
             manifest = _export_graph(
                 str(source), folder, precision or "bf16", revision, task, progress

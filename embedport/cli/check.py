@@ -1,0 +1,65 @@
+"""`embedport check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .outputs import stdout_console, to_json
+
+if TYPE_CHECKING:
+    from ..runtimes import Check
+
+
+def check(
+    artifact: Annotated[
+        Path, typer.Argument(help="An artifact's folder, or a hub id.", show_default=False)
+    ],
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare an artifact's vectors here with those of its export; exit code 1 if they differ.
+
+    Needs neither torch nor the checkpoint. Exit code 2: the export kept none to compare with.
+
+    Example: embedport check qwen3-int8
+    """
+    from ..runtimes import check as run
+
+    result = run(artifact, device=device)
+    if as_json:
+        typer.echo(to_json(result.to_record()))
+    else:
+        _print(result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _print(result: Check) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout_console()
+    console.print(
+        Text(f"{result.artifact}: {result.verdict}", style="" if result.passed else "red")
+    )
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = {
+        "Compared": result.figures,
+        "Exported on": str(result.exported),
+        "Here": f"{result.here}; {result.precision} on {result.device}",
+    }
+    if result.reasons:
+        rows["Differs"] = "\n".join(result.reasons)
+    elif not result.passed:
+        rows["Differs"] = (
+            "nothing that is known: the artifact's files were changed after its export"
+        )
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)

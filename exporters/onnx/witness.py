@@ -1,0 +1,59 @@
+"""The witness of a graph just written: what `embedport.load` gives for its rows on this machine.
+
+A session of the whole graph would hold a copy of all weights. So parts run one after the other,
+each in a session that is optimized and packed as the whole one would be, over the batches that the
+runtime would make. That gives the same bits as `load`: tests/runtimes/test_check.py asserts it.
+Sessions without packing, as verify.py opens them, do not: 8- and 4-bit products round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from ...manifest import Manifest
+from ...runtimes.batching import choose_batch_tokens, make_batches, pad
+from ...runtimes.comparison import find_kernels
+from ...runtimes.onnxruntime import pool_hidden
+from ...segments import emulate_16_bits
+from ...witness import WITNESS, Witness, choose_rows, describe_machine, write_witness
+from .verify import run_parts
+
+
+def make_witness(
+    folder: Path, manifest: Manifest, advance: Callable[[str], None] = lambda scope: None
+) -> None:
+    """Run the witness's rows through an artifact's graph on the CPU, and write what they give.
+
+    Args:
+        folder: Where the artifact is being made, complete but for its manifest.
+        manifest: Its manifest.
+        advance: Called with each part's name when it has run.
+
+    Raises:
+        VerificationError: onnxruntime does not take a part, or a row gives NaN or infinity.
+    """
+    graph = manifest.graph
+    assert graph is not None
+    rows, queries = choose_rows(
+        folder, manifest.task, manifest.prompts, manifest.max_length, manifest.vocab_size
+    )
+    batches = make_batches([len(row) for row in rows], choose_batch_tokens(None, "cpu"))
+    feeds = []
+    for batch in batches:
+        input_ids, attention_mask = pad([rows[i] for i in batch])
+        feeds.append({"input_ids": input_ids, "attention_mask": attention_mask})
+    path = folder / graph.path
+    model = ir.load(path)
+    emulate_16_bits(model)
+    outputs = run_parts(model, path, feeds, advance, as_loaded=True)
+    shape = (len(rows), manifest.embedding_dim) if manifest.embedding_dim else (len(rows),)
+    results = np.empty(shape, np.float32)
+    for batch, each, (output,) in zip(batches, feeds, outputs, strict=True):
+        pooled = pool_hidden(output, each["attention_mask"]) if graph.output == "hidden" else output
+        results[batch] = pooled
+    machine = describe_machine(kernels=find_kernels(manifest, "cpu"))
+    write_witness(folder / WITNESS, Witness(rows, queries, results, machine))
