@@ -21,9 +21,7 @@ ROWS = (1, 2, 3, 7, 33)
 NO_KLEIDIAI = "mlas.disable_kleidiai"
 
 
-def largest_difference(
-    graph: bytes, x: np.ndarray, expected: np.ndarray, **entries: str
-) -> float:
+def largest_difference(graph: bytes, x: np.ndarray, expected: np.ndarray, **entries: str) -> float:
     """From what is expected, in batches of several sizes, under session options."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -51,9 +51,7 @@ class Machine:
         """Run a script; both its streams are captured."""
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         command = [*self.command, str(script), *arguments]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 NATIVE = Machine("native", (sys.executable,))

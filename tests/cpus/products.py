@@ -115,9 +115,7 @@ def by_rows(name: str, tensor: QuantizedTensor) -> Iterator[Case]:
         chosen = find_dialect(dialect)
         compute = FLOAT if arithmetic == "fp32" else ir.DataType.BFLOAT16
 
-        def describe(
-            g: GraphBuilder, x: ir.Value, chosen=chosen, compute=compute
-        ) -> ir.Value:
+        def describe(g: GraphBuilder, x: ir.Value, chosen=chosen, compute=compute) -> ir.Value:
             rows = chosen.quantize_rows(g, x, WIDTH, INT8)
             value = chosen.matmul_rows(g, rows, matrix_of(tensor), compute)
             return settle(g, Product(value, rows.scales))

@@ -25,9 +25,7 @@ ROUNDINGS = {
         quantize_hqq, importance=np.linspace(0, 9, WIDTH, dtype=np.float32)
     ),
     "gptq": lambda weight, scheme: quantize_gptq(weight, HESSIAN, scheme),
-    "gptq in order": lambda weight, scheme: quantize_gptq(
-        weight, HESSIAN, scheme, act_order=False
-    ),
+    "gptq in order": lambda weight, scheme: quantize_gptq(weight, HESSIAN, scheme, act_order=False),
 }
 WEIGHTS = {
     "the largest everywhere": np.ones((3, WIDTH)),
@@ -107,7 +105,9 @@ def test_find_excess(codes, found):
     assert find_excess(np.array([codes], np.int8)) == found
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, None, True), (8, 32, True), (8, None, False)])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, None, True), (8, 32, True), (8, None, False)]
+)
 def test_schemes_without_such_pairs(bits, group, symmetric):
     with pytest.raises(InputError, match="limits_pairs goes with"):
         QuantScheme(bits, group, symmetric, limits_pairs=True)
