@@ -7,13 +7,17 @@ RUN = $(UV) run --frozen
 # The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
 
-.PHONY: demo test lint format bench vectors gpu
+.PHONY: demo test test-cpus lint format bench vectors gpu
 
 demo: $(UV)
 	$(RUN) embedport demo
 
 test: $(UV)
 	$(RUN) pytest
+
+# On CPUs that are not at hand, under qemu-user: see tests/cpus/run.py.
+test-cpus: $(UV)
+	$(RUN) python tests/cpus/run.py
 
 lint: $(UV)
 	$(RUN) ruff check .

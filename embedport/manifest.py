@@ -54,6 +54,8 @@ class GraphRecord:
         arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
         continuation: The same graph with a past, for rows that begin alike; None if there is none.
+        limits_pairs: Whether weights that go with 8-bit activations have codes that no CPU
+            saturates (see `quantize.pairs`); the first artifacts do not say.
     """
 
     path: str
@@ -65,6 +67,7 @@ class GraphRecord:
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
     continuation: ContinuationRecord | None = None
+    limits_pairs: bool = False
 
 
 @dataclass(frozen=True)

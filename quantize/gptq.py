@@ -2,7 +2,7 @@
 
 Frantar et al., arXiv:2210.17323. Groups keep their places ("static groups"): scales and zero points
 are chosen before, from the weights, so columns may be visited in any order and no index of groups
-is needed.
+is needed. Where pairs of codes are limited, the second of a pair takes what the first leaves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .hqq import quantize_hqq
+from .pairs import room
 from .schemes import QuantizedTensor, QuantScheme
 
 BLOCK = 128
@@ -43,7 +44,8 @@ def quantize_gptq(
     groups = order // (scheme.group_size or columns)
     scales, zeros = base.scales[:, groups], base.zero_points[:, groups].astype(np.float32)
     remaining = weight[:, order].astype(np.float32)
-    codes = np.empty(weight.shape, np.uint8)
+    # Zero until a column is visited: its partner's room is then whole.
+    codes = np.full(weight.shape, scheme.middle, np.uint8)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         # Column by column in memory: each step reads and writes whole columns.
@@ -51,8 +53,13 @@ def quantize_gptq(
         errors = np.empty_like(block)
         for i in range(end - start):
             scale, zero = scales[:, start + i], zeros[:, start + i]
-            found = np.clip(np.rint(block[:, i] / scale) + zero, 0, scheme.levels - 1)
-            codes[:, order[start + i]] = found
+            column = order[start + i]
+            found = np.rint(block[:, i] / scale) + zero
+            if scheme.limits_pairs and column ^ 1 < columns:
+                low, high = room(codes[:, column ^ 1] - zero)
+                found = np.clip(found, low + zero, high + zero)
+            found = np.clip(found, 0, scheme.levels - 1)
+            codes[:, column] = found
             row = upper[start + i, start + i : end]
             errors[:, i] = (block[:, i] - (found - zero) * scale) / row[0]
             block[:, i:] -= errors[:, i, None] * row

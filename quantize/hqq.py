@@ -3,13 +3,15 @@
 HQQ (half-quadratic quantization, Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog) finds a
 group's real-valued zero point that leaves the least error, without any data. Runtimes take whole
 zero points, which have no room for that; so here it is the range that is found: each group tries
-narrower ones, which clip a little and step finer, and keeps what has the least squared error.
+narrower ones, which clip a little and step finer, and keeps what has the least squared error. Where
+pairs of codes are limited it tries wider ones too.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .pairs import SHARES as WIDER_SHARES
 from .rtn import quantize_rtn
 from .schemes import QuantizedTensor, QuantScheme
 
@@ -48,7 +50,7 @@ def _quantize(
     best = quantize_rtn(weight, scheme)
     codes, scales, zeros = best.codes.copy(), best.scales.copy(), best.zero_points.copy()
     errors = _errors(best, weight, importance)
-    for share in SHARES:
+    for share in (*SHARES, *(WIDER_SHARES if scheme.limits_pairs else ())):
         trial = quantize_rtn(weight, scheme, share=float(share))
         found = _errors(trial, weight, importance)
         better = found < errors

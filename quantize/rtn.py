@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from .pairs import choose_shares, round_pairs
 from .schemes import QuantizedTensor, QuantScheme
 
 
-def quantize_rtn(weight: np.ndarray, scheme: QuantScheme, share: float = 1.0) -> QuantizedTensor:
+def quantize_rtn(
+    weight: np.ndarray, scheme: QuantScheme, share: float | None = None
+) -> QuantizedTensor:
     """Round each value to the nearest code of its group.
 
     Args:
         weight: float32 [out, in].
         scheme: How to quantize.
-        share: Of each group's range that the codes cover; what is beyond is clipped.
+        share: Of each group's range that the codes cover; what is beyond is clipped. Unless given
+            all of it, or for pairs that are limited as much more as leaves the least error.
     """
+    if scheme.limits_pairs:
+        return _limited(weight, scheme, choose_shares(weight) if share is None else share)
+    share = 1.0 if share is None else share
     out, columns = weight.shape
     size = scheme.group_size or columns
     groups = -(-columns // size)
@@ -36,3 +43,13 @@ def quantize_rtn(weight: np.ndarray, scheme: QuantScheme, share: float = 1.0) ->
     codes = np.rint(values / scales[:, :, None]) + zeros[:, :, None]
     codes = np.clip(codes, 0, top).astype(np.uint8).reshape(out, -1)[:, :columns]
     return QuantizedTensor(scheme, np.ascontiguousarray(codes), scales.astype(np.float32), zeros)
+
+
+def _limited(
+    weight: np.ndarray, scheme: QuantScheme, shares: np.ndarray | float
+) -> QuantizedTensor:
+    scales = shares * np.abs(weight).max(axis=1) / (scheme.middle - 1)
+    scales = scheme.representable(np.maximum(scales, np.finfo(np.float32).tiny))[:, None]
+    codes = (round_pairs(weight / scales) + scheme.middle).astype(np.uint8)
+    zeros = np.full((len(weight), 1), scheme.middle, np.uint8)
+    return QuantizedTensor(scheme, codes, scales, zeros)

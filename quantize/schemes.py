@@ -23,18 +23,24 @@ class QuantScheme:
         symmetric: Whether the zero point is the middle of the range everywhere.
         scale_dtype: The dtype whose values the scales have, though they are held as float32: what a
             checkpoint stores in 16 bits is then what the codes were found with.
+        limits_pairs: Whether codes of inputs 2i and 2i + 1, around zero, sum to -128 .. 128, so
+            that no CPU saturates a product with 8-bit activations: see `quantize.pairs`. It goes
+            with 8 bits and one symmetric scale an output row.
     """
 
     bits: int
     group_size: int | None
     symmetric: bool
     scale_dtype: ScaleDtype = "float32"
+    limits_pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise InputError(f"bits should be 4 or 8, found {self.bits}")
         if self.group_size is not None and self.group_size < 16:
             raise InputError(f"group_size should be at least 16, found {self.group_size}")
+        if self.limits_pairs and (self.bits, self.group_size, self.symmetric) != (8, None, True):
+            raise InputError(f"limits_pairs goes with 8 bits, no groups, symmetric; found {self}")
 
     @property
     def levels(self) -> int:

@@ -18,6 +18,7 @@ from ..errors import ArtifactError, DeviceError, InputError, require
 from ..requirements import meets
 from .batching import core_limit, count_cores
 from .compiled import register_kernels
+from .exact import make_exact
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)
@@ -291,6 +292,7 @@ def _create_session(
         )
     if device == "cpu":
         register_kernels(options)
+        make_exact(options, artifact)
     else:
         options.add_session_config_entry(RECORD_NODES, "1")
         _load_cuda(ort)

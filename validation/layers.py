@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import onnx_ir as ir
 from ..artifact import Artifact
 from ..errors import require
 from ..runtimes import ModelFacts
+from ..runtimes.exact import make_exact
 from ..runtimes.torch import load_layers
 from ..segments import emulate_16_bits, segments
 from ..weights import Weights
@@ -106,7 +106,7 @@ def _graph_errors(
     expected = _reference_states(reference, sample, device)
     pooled = graph.output == "pooled"
     errors = []
-    for layer, states in enumerate(_artifact_states(model, artifact.graph.parent, sample)):
+    for layer, states in enumerate(_artifact_states(model, artifact, sample)):
         wanted = expected[layer]
         if pooled and layer == len(expected) - 1:
             # A graph with even rows has the token twice.
@@ -143,7 +143,7 @@ def _basis(model: ir.Model, reference: Reference) -> np.ndarray | None:
 
 
 def _artifact_states(
-    model: ir.Model, folder: Path, rows: Sequence[np.ndarray]
+    model: ir.Model, artifact: Artifact, rows: Sequence[np.ndarray]
 ) -> Iterator[list[np.ndarray]]:
     """Hidden states, float32 [tokens, hidden] a row, after the embedding and after each layer."""
     emulate_16_bits(model)
@@ -153,7 +153,7 @@ def _artifact_states(
         in_stream = scope == EMBEDDING or scope.startswith(LAYER)
         if streams[0] and not in_stream:
             return  # the final norm and the head
-        session = _open_session(part, folder)
+        session = _open_session(part, artifact)
         names = [value.name for value in session.get_outputs()]
         taken = [value.name for value in session.get_inputs()]
         for values, stream in zip(fixed, streams, strict=True):
@@ -176,14 +176,15 @@ def _total(residual: np.ndarray, *product: np.ndarray) -> np.ndarray:
     return residual + math.prod(product) if product else residual
 
 
-def _open_session(model: ir.Model, folder: Path) -> Any:
+def _open_session(model: ir.Model, artifact: Artifact) -> Any:
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # it would keep what the largest run took
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder)
+        "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
     )
+    make_exact(options, artifact)
     graph = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 

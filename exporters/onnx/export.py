@@ -234,6 +234,7 @@ def export_onnx(
                 arithmetic=chosen.arithmetic,
                 kept_in_fp32=chosen.kept_in_fp32,
                 continuation=continuation,
+                limits_pairs=any(each.scheme.limits_pairs for each in chosen.formats.values()),
             ),
             embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
             hidden_size=spec.hidden_size,

@@ -60,7 +60,8 @@ class Format:
                 f"a format should be like int8, fp8, int8/128s or int4/64, found {text!r}"
             )
         if match["group"] is None:
-            return cls(QuantScheme(8, None, symmetric=True), activations=True)
+            scheme = QuantScheme(8, None, symmetric=True, limits_pairs=True)
+            return cls(scheme, activations=True)
         bits, group = int(match["bits"]), int(match["group"])
         if group not in GROUP_SIZES:
             raise InputError(f"a format's group should be one of {GROUP_SIZES}, found {text!r}")

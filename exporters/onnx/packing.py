@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from ...errors import VerificationError
+from ...quantize.pairs import LIMIT, find_excess
 from ...quantize.schemes import QuantizedTensor
 from .tensors import transposed
 
@@ -18,6 +20,29 @@ def signed_transposed(tensor: QuantizedTensor) -> np.ndarray:
     """For MatMul and MatMulIntegerToFloat: int8 or int4 [in, out]."""
     codes = transposed(signed(tensor))
     return codes if tensor.scheme.bits == 8 else codes.astype(ml_dtypes.int4)
+
+
+def check_pairs(name: str, tensor: QuantizedTensor) -> None:
+    """Refuse codes whose product with 8-bit activations some CPUs saturate.
+
+    Args:
+        name: The matrix, for the error.
+        tensor: 8 bits with a scale an output row.
+
+    Raises:
+        VerificationError: A pair of codes is beyond the limit of `quantize.pairs`.
+    """
+    codes = signed(tensor)
+    found = find_excess(codes)
+    if found is not None:
+        row, column = found
+        first, second = codes[row, column : column + 2]
+        raise VerificationError(
+            f"{name}: the codes of inputs {column} and {column + 1} should sum to -{LIMIT} .. "
+            f"{LIMIT}, found {first} and {second} in output row {row}, with which a product with "
+            "8-bit activations saturates on CPUs without VNNI; quantize with a scheme that has "
+            "limits_pairs"
+        )
 
 
 def blocks(tensor: QuantizedTensor) -> np.ndarray:

@@ -87,9 +87,19 @@ class QuantizedMatrix:
         return -(-self.shape[1] // (self.scheme.group_size or self.shape[1]))
 
     def codes_transposed(self) -> QuantizedPart:
-        """int8 or int4 [in, out], around zero."""
+        """int8 or int4 [in, out], around zero.
+
+        Without groups it goes with 8-bit activations, and is checked when it is written: see
+        `packing.check_pairs`.
+        """
+
+        def make(tensor: QuantizedTensor) -> np.ndarray:
+            if tensor.scheme.group_size is None:
+                packing.check_pairs(self.name, tensor)
+            return packing.signed_transposed(tensor)
+
         dtype = INT8 if self.scheme.bits == 8 else INT4
-        return self._part("codes", packing.signed_transposed, dtype, self.shape[::-1])
+        return self._part("codes", make, dtype, self.shape[::-1])
 
     def codes_in_blocks(self) -> QuantizedPart:
         """uint8 [out, groups, group_size * bits / 8]."""

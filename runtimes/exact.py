@@ -1,0 +1,77 @@
+"""Session options under which a CPU's 8-bit products are exact.
+
+An int8 artifact is exact anywhere since its codes are limited in pairs (`quantize.pairs`). One that
+an earlier embedport made is not, on an x86 CPU without VNNI: onnxruntime multiplies uint8 by int8
+there with an instruction that saturates. It has slower products that do not.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..artifact import Artifact
+from ..errors import require
+
+logger = logging.getLogger(__name__)
+
+# By dialect: weights as uint8 (of QuantizeLinear graphs that fails in onnxruntime 1.32), and
+# DequantizeLinear with a product in fp32.
+UNSATURATED = {"ort": "session.x64quantprecision", "standard": "session.disable_quant_qdq"}
+# KleidiAI rounds activations with one scale a token, where MatMulNBits has one a group.
+NO_KLEIDIAI = "mlas.disable_kleidiai"
+
+
+def make_exact(options: Any, artifact: Artifact) -> None:
+    """Set what an artifact's products need on this CPU; warn where that costs speed.
+
+    Args:
+        options: onnxruntime.SessionOptions.
+        artifact: An artifact with a graph.
+    """
+    graph, recipe = artifact.manifest.graph, artifact.manifest.recipe
+    assert graph is not None
+    formats = set() if recipe is None else set(recipe["formats"].values())
+    if any(each.startswith("int4/") and each.endswith("s") for each in formats):
+        options.add_session_config_entry(NO_KLEIDIAI, "1")
+    if "int8" in formats and not graph.limits_pairs and saturates():
+        options.add_session_config_entry(UNSATURATED[graph.dialect], "1")
+        logger.warning(
+            "%s: made by an earlier embedport, its 8-bit products would saturate on this CPU, "
+            "which has no VNNI; they are computed exactly instead, slower. Export it again: the "
+            "codes written now are exact and fast on every CPU",
+            artifact.folder,
+        )
+
+
+@cache
+def saturates() -> bool:
+    """Whether onnxruntime's uint8 x int8 products saturate on this CPU: found by running one."""
+    import onnx_ir as ir
+
+    width, outputs = 64, 16
+    x = ir.val("x", dtype=ir.DataType.UINT8, shape=(None, width))
+    codes = ir.tensor(np.full((width, outputs), 127, np.int8), name="codes")
+    weights = ir.val("codes", const_value=codes)
+    node = ir.node("MatMulInteger", [x, weights])
+    (out,) = node.outputs
+    out.name, out.type, out.shape = (
+        "product",
+        ir.TensorType(ir.DataType.INT32),
+        ir.Shape((None, outputs)),
+    )
+    graph = ir.Graph(
+        [x], [out], nodes=[node], initializers=[weights], opset_imports={"": 23}, name="product"
+    )
+    model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
+    ort = require("onnxruntime", "cpu")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # One row and several have kernels of their own.
+    found = [session.run(None, {"x": np.full((n, width), 255, np.uint8)})[0] for n in (1, 4)]
+    return any((each != 255 * 127 * width).any() for each in found)

@@ -1,0 +1,49 @@
+"""Run the products that `products.py` wrote: they should equal exact arithmetic to the last bit.
+
+    python check_products.py FOLDER
+
+It needs numpy and onnxruntime only. A line of JSON for each: its name, how far off it is, and how
+far it may be.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+# onnxruntime's kernels for a single row, for a few and for many are not the same ones.
+ROWS = (1, 2, 3, 7, 33)
+# As `runtimes.exact` has it: KleidiAI rounds activations by the token, not by the group.
+NO_KLEIDIAI = "mlas.disable_kleidiai"
+
+
+def largest_difference(graph: bytes, x: np.ndarray, expected: np.ndarray, **entries: str) -> float:
+    """From what is expected, in batches of several sizes, under session options."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    for key, value in (entries | {NO_KLEIDIAI: "1"}).items():
+        options.add_session_config_entry(key, value)
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    differences = [0.0]
+    for count in ROWS:
+        (found,) = session.run(None, {"x": x[:, :count]})
+        differences.append(np.abs(found - expected[:, :count]).max())
+    return float(max(differences))
+
+
+def main() -> None:
+    """All files of FOLDER/products."""
+    for path in sorted(Path(sys.argv[1], "products").glob("*.npz")):
+        case = np.load(path)
+        difference = largest_difference(case["graph"].tobytes(), case["x"], case["expected"])
+        record = {"name": path.stem, "difference": difference, "limit": 0}
+        sys.stdout.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""CPUs that are not at hand, emulated by qemu-user, and the Python that runs on each.
+
+x86 CPUs run this environment's own Python. aarch64 needs one of its own: Debian's, unpacked beside
+locked wheels into a cache folder, nothing of which is installed on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+MIRROR = "http://deb.debian.org/debian"
+RELEASE, PYTHON = "bookworm", "3.11"
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+# onnxruntime's cpuinfo library reads the host's files otherwise, and ends in a segmentation fault.
+CORE = """processor\t: 0
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x0
+CPU part\t: 0xd08
+CPU revision\t: 3
+"""
+KERNELS = "_kernels.abi3.so"
+COMPILER = "aarch64-linux-gnu-gcc"
+
+
+class MissingToolError(Exception):
+    """A program that emulation needs is not there; says which package brings it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A CPU.
+
+    Attributes:
+        name: What the table calls it.
+        command: What a script and its arguments are put behind.
+    """
+
+    name: str
+    command: tuple[str, ...]
+
+    def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a script; both its streams are captured."""
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [*self.command, str(script), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+NATIVE = Machine("native", (sys.executable,))
+
+
+def x86_machine(cpu: str) -> Machine:
+    """An x86 CPU by qemu's name."""
+    return Machine(cpu, (_find("qemu-x86_64", "qemu-user"), "-cpu", cpu, sys.executable))
+
+
+def arm_machine(cpu: str, cache: Path) -> Machine:
+    """An aarch64 CPU by qemu's name, with what `make_arm` has made."""
+    root, places = cache / "root", f"{cache / 'source'}:{cache / 'wheels'}"
+    return Machine(
+        f"aarch64 {cpu}",
+        (
+            _find("qemu-aarch64", "qemu-user"),
+            *("-cpu", cpu, "-L", str(root), "-E", f"PYTHONPATH={places}"),
+            str(root / "usr" / "bin" / f"python{PYTHON}"),
+        ),
+    )
+
+
+def make_arm(cache: Path) -> str:
+    """A root with Python, the locked wheels, and the package with its kernels, for aarch64.
+
+    What an earlier call has downloaded stays.
+
+    Args:
+        cache: The folder.
+
+    Returns:
+        What became of the kernels, in words.
+
+    Raises:
+        MissingToolError: apt-get, dpkg or uv is not there.
+        subprocess.CalledProcessError: A download failed.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "root").is_dir():
+        _make_root(cache)
+    _install_wheels(cache)
+    _copy_package(cache)
+    return _compile_kernels(cache)
+
+
+def _make_root(cache: Path) -> None:
+    """Debian's packages of Python, as apt resolves them for a machine that has none yet."""
+    apt, dpkg = _find("apt-get", "apt"), _find("dpkg", "dpkg")
+    if not Path(KEYRING).is_file():
+        raise MissingToolError(f"{KEYRING} is missing: apt-get install debian-archive-keyring")
+    state = cache / "apt"
+    for name in ("lists/partial", "cache/archives/partial"):
+        (state / name).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    source = state / "sources.list"
+    source.write_text(f"deb [signed-by={KEYRING}] {MIRROR} {RELEASE} main\n", encoding="utf-8")
+    options = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Install-Recommends": "false",
+        "APT::Sandbox::User": "",
+        "Acquire::Languages": "none",
+        "Debug::NoLocking": "true",
+        "Dir::State": state,
+        "Dir::State::lists": state / "lists",
+        "Dir::State::status": state / "status",
+        "Dir::Cache": state / "cache",
+        "Dir::Etc::sourcelist": source,
+        "Dir::Etc::sourceparts": "/dev/null",
+    }
+    command = [apt, "-qq", *(f"-o{key}={value}" for key, value in options.items())]
+    _run([*command, "update"])
+    _run([*command, "--yes", "--download-only", "install", f"python{PYTHON}", "libstdc++6"])
+    # Under its name only when it is whole: the next call would take a part for it.
+    partial = cache / "root-partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    for package in sorted((state / "cache" / "archives").glob("*.deb")):
+        _run([dpkg, "-x", str(package), str(partial)])
+    (partial / "proc").mkdir()
+    (partial / "proc" / "cpuinfo").write_text(CORE, encoding="utf-8")
+    cores = partial / "sys" / "devices" / "system" / "cpu"
+    cores.mkdir(parents=True)
+    for name in ("possible", "present", "online"):
+        (cores / name).write_text("0\n", encoding="utf-8")
+    partial.rename(cache / "root")
+
+
+def _install_wheels(cache: Path) -> None:
+    """The versions of uv.lock; uv leaves alone what is there already."""
+    uv = _uv()
+    locked = cache / "requirements.txt"
+    exported = [uv, "export", "--quiet", "--frozen", "--no-default-groups", "--extra", "cpu"]
+    options = ["--no-emit-project", "--no-hashes", "--output-file", str(locked)]
+    _run([*exported, *options])
+    target = ["--target", str(cache / "wheels"), "--python-version", PYTHON]
+    platform = ["--python-platform", "aarch64-manylinux_2_28", "--only-binary", ":all:"]
+    _run([uv, "pip", "install", "--quiet", "-r", str(locked), "--no-deps", *target, *platform])
+
+
+def _copy_package(cache: Path) -> None:
+    """A tree of its own, since the kernels lie inside; another machine's are not taken along."""
+    source = cache / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(REPOSITORY / "embedport", source / "embedport", ignore=ignored)
+
+
+def _compile_kernels(cache: Path) -> str:
+    """By setuptools, as an installation does, with a compiler for aarch64."""
+    compiler = shutil.which(COMPILER)
+    if compiler is None:
+        return f"no kernels: {COMPILER} is missing (apt-get install gcc-aarch64-linux-gnu)"
+    build = cache / "kernels"
+    shutil.rmtree(build, ignore_errors=True)
+    script = (
+        "from setuptools import setup; "
+        f"setup(script_args=['-q', 'build_ext', '--build-lib', {str(build / 'lib')!r}, "
+        f"'--build-temp', {str(build / 'temp')!r}])"
+    )
+    # Of Python's own compiler only its flags are this machine's.
+    environment = os.environ | {
+        "CC": compiler,
+        "LDSHARED": f"{compiler} -shared",
+        "CFLAGS": "",
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+    }
+    uv = [_uv(), "run", "--no-project", "--with", "setuptools>=77", "--python", sys.executable]
+    done = subprocess.run(
+        [*uv, "python", "-c", script],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (cache / "kernels.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    made = next((build / "lib").rglob("*.so"), None) if (build / "lib").is_dir() else None
+    if made is None:
+        return f"no kernels: they do not compile for aarch64 ({cache / 'kernels.log'})"
+    shutil.copy(made, cache / "source" / "embedport" / "runtimes" / KERNELS)
+    return "with the kernels"
+
+
+def _uv() -> str:
+    """As `uv run` says; or make's, or one on the PATH."""
+    own = REPOSITORY / ".tools" / "bin" / "uv"
+    found = os.environ.get("UV") or (str(own) if own.is_file() else shutil.which("uv"))
+    if found is None:
+        raise MissingToolError("uv is missing: run `make test-cpus`, which fetches it")
+    return found
+
+
+def _find(program: str, package: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        raise MissingToolError(f"{program} is missing: apt-get install {package}")
+    return found
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    if done.returncode:
+        raise MissingToolError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")

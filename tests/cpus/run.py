@@ -1,0 +1,154 @@
+"""The same results on every CPU: checks run natively and on emulated CPUs, and a table of them.
+
+    make test-cpus
+    python tests/cpus/run.py [--cpu Haswell ...] [--folder build/cpus]
+
+On Debian and Ubuntu, with `apt-get install qemu-user`, and gcc-aarch64-linux-gnu for the kernels;
+Python for aarch64 and its wheels are downloaded into the folder the first time (60 MB). The CPUs:
+
+    Haswell              AVX2 without VNNI, whose 8-bit products saturate
+    Nehalem              SSE4.2
+    aarch64 cortex-a72   NEON
+    aarch64 max          all that qemu knows: dot products, i8mm, SVE
+
+qemu emulates no AVX-512. A check is a script of this folder, `check_*.py`: it gets the folder, runs
+anywhere with numpy, onnxruntime, and for artifacts what embedport needs, and writes a line of JSON
+for each thing it compares: name, difference, limit. It runs natively first, and may leave there
+what later runs compare with. The exit code is 1 if anything is beyond its limit or does not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from artifacts import write_artifacts  # noqa: E402
+from machines import (  # noqa: E402
+    NATIVE,
+    REPOSITORY,
+    Machine,
+    MissingToolError,
+    arm_machine,
+    make_arm,
+    x86_machine,
+)
+from products import write_cases  # noqa: E402
+
+X86, ARM = ("Haswell", "Nehalem"), ("cortex-a72", "max")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A check on a machine.
+
+    Attributes:
+        machine: Where.
+        check: The script's name.
+        records: What it compared: name, difference, limit.
+        seconds: Of the whole run.
+        error: What it said if it failed; empty otherwise.
+    """
+
+    machine: str
+    check: str
+    records: list[dict]
+    seconds: float
+    error: str
+
+    @property
+    def beyond(self) -> list[dict]:
+        """What is not within its limit; NaN is not."""
+        return [each for each in self.records if not each["difference"] <= each["limit"]]
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.records) and not self.beyond and not self.error
+
+
+def run_check(machine: Machine, check: Path, folder: Path) -> Outcome:
+    """Run a script on a machine."""
+    begun = time.monotonic()
+    done = machine.run(check, str(folder))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    error = "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr[-2000:]}"
+    seconds = time.monotonic() - begun
+    return Outcome(machine.name, check.stem, list(map(json.loads, lines)), seconds, error)
+
+
+def find_machines(wanted: list[str], folder: Path) -> Iterator[Machine]:
+    """The emulated CPUs that are asked for."""
+    for cpu in X86:
+        if cpu in wanted:
+            yield x86_machine(cpu)
+    if any(cpu in wanted for cpu in ARM):
+        cache = folder / "aarch64"
+        say(f"aarch64: {make_arm(cache)}")
+        for cpu in ARM:
+            if cpu in wanted:
+                yield arm_machine(cpu, cache)
+
+
+def write_table(outcomes: list[Outcome]) -> None:
+    """CPU, check, how many things were compared, the largest difference, seconds."""
+    say(f"{'CPU':20} {'check':16} {'compared':>8}  {'largest difference':36} {'seconds':>7}")
+    for each in outcomes:
+        largest = max(each.records, key=lambda record: record["difference"], default=None)
+        text = "failed" if largest is None else f"{largest['difference']:.1e} {largest['name']}"
+        check, seconds = each.check.removeprefix("check_"), f"{each.seconds:7.1f}"
+        say(f"{each.machine:20} {check:16} {len(each.records):8}  {text[:36]:36} {seconds}")
+    for each in outcomes:
+        for record in each.beyond:
+            difference, limit = record["difference"], record["limit"]
+            say(f"{each.machine}: {record['name']}: {difference:.3g} is beyond {limit:g}")
+        if each.error:
+            say(f"{each.machine}: {each.check}: {each.error}")
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Prepare, run, and write the table; the exit code."""
+    parser = argparse.ArgumentParser(description="The same results on every CPU.")
+    parser.add_argument("--cpu", action="append", choices=(*X86, *ARM), help="all by default")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "cpus")
+    options = parser.parse_args()
+    folder = options.folder.absolute()
+    try:
+        machines = list(find_machines(options.cpu or [*X86, *ARM], folder))
+    except MissingToolError as error:
+        say(str(error))
+        return 2
+    prepared = folder / "prepared"
+    shutil.rmtree(prepared, ignore_errors=True)
+    say("Writing products and artifacts")
+    write_cases(prepared / "products")
+    write_artifacts(prepared / "artifacts")
+    checks = sorted(HERE.glob("check_*.py"))
+    outcomes = [run_check(NATIVE, check, prepared) for check in checks]
+    say(f"Running {len(checks)} checks on {', '.join(machine.name for machine in machines)}")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting = [
+            pool.submit(run_check, machine, check, prepared)
+            for machine in machines
+            for check in checks
+        ]
+        outcomes += [each.result() for each in waiting]
+    write_table(outcomes)
+    return 0 if all(each.holds for each in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
