@@ -55,17 +55,17 @@ def artifact(tmp_path_factory, checkpoints):
 
 def test_passages_are_of_all_lengths(tokenizer_file):
     low, high = work.PASSAGE_TOKENS
-    mixed = work.passages(tokenizer_file, 200, 4)
-    assert [len(part) for part in mixed.parts] == [50] * 4
+    mixed = work.passages(tokenizer_file, 100, 4)
+    assert [len(part) for part in mixed.parts] == [25] * 4
     lengths = np.array([len(row) for part in mixed.parts for row in part])
     # Cut by token, then tokenized alone with an end token: a boundary may move by a few.
     assert low - 2 <= lengths.min() < 1.5 * low
     assert high / 1.1 < lengths.max() <= high + 8
     assert np.median(lengths) == pytest.approx(np.sqrt(low * high), rel=0.2)
-    again = work.passages(tokenizer_file, 200, 4)
+    again = work.passages(tokenizer_file, 100, 4)
     assert all(map(np.array_equal, mixed.parts[3], again.parts[3]))
-    texts = work.read_passages(EmbeddingTokenizer(tokenizer_file, 4096), 200)
-    assert len(set(texts)) == 200
+    texts = work.read_passages(EmbeddingTokenizer(tokenizer_file, 4096), 100)
+    assert len(set(texts)) == 100
 
 
 def test_shapes_are_full(tokenizer_file):
@@ -386,6 +386,7 @@ def test_command_line(artifact, tmp_path, monkeypatch, capsys):
         "_works",
         lambda task, tokenizer, quick: [work.Work("tiny", ((np.arange(1, 9),),))],
     )
+    monkeypatch.setattr(machine, "PEAK_SIZES", (256,))
     out = tmp_path / "bench.json"
     monkeypatch.setattr(
         sys, "argv", ["embedport", "bench", str(artifact), "--quick", "-o", str(out), "--json"]
