@@ -250,14 +250,19 @@ def test_peers_are_prepared_once(monkeypatch, tmp_path, checkpoints):
     assert make(checkpoints("kv1")).folder != one.folder
 
 
+def tiny_work(task, tokenizer, quick):
+    return [work.Work("tiny", ((np.arange(1, 9),),))]
+
+
 @pytest.fixture
 def no_peers(monkeypatch):
-    """Fails where a peer is installed; there is a uv."""
+    """Fails where a peer is installed; there is a uv, and little work."""
 
     def install(script):
         pytest.fail(f"{script} was installed")
 
     monkeypatch.setattr(benches, "install_peer", install)
+    monkeypatch.setattr(benches, "_works", tiny_work)
     monkeypatch.setattr(checks.shutil, "which", lambda name: f"/bin/{name}")
 
 
@@ -381,11 +386,7 @@ def test_the_kind_of_a_cpu(tmp_path):
 
 
 def test_command_line(artifact, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        benches,
-        "_works",
-        lambda task, tokenizer, quick: [work.Work("tiny", ((np.arange(1, 9),),))],
-    )
+    monkeypatch.setattr(benches, "_works", tiny_work)
     monkeypatch.setattr(machine, "PEAK_SIZES", (256,))
     out = tmp_path / "bench.json"
     monkeypatch.setattr(
