@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import CACHE, checkpoint, require_space
-from .machine import RESULTS, describe, print_table
+from .machine import RESULTS, describe, print_table, read_kept
 from .process import ours, run
 
 NAME = "checkpoints"
@@ -36,6 +36,7 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
     from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 
+    _read(results)
     CACHE.mkdir(parents=True, exist_ok=True)
     # The reranker judges fifty pairs a query.
     sets = {
@@ -65,6 +66,7 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
 
 def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
     """Time, peak memory and size of quantizing random weights at the 0.6B geometry."""
+    _read(results)
     require_space(NEEDED_BYTES)
     source = source or checkpoint("0.6b")
     out = CACHE / "quantized"
@@ -85,13 +87,17 @@ def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) ->
 def _save(part: str, name: str, figures: dict[str, dict[str, Any]], results: Path) -> None:
     """Put figures into a row, after each row: a run that ends early loses the last one only."""
     path = results / f"{NAME}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"machines": {}, "ways": {}}
-    kept["machines"][part] = describe()
-    kept["ways"].setdefault(name, {}).update(figures)
+    kept = _read(results)
+    kept.setdefault("machines", {})[part] = describe()
+    kept.setdefault("ways", {}).setdefault(name, {}).update(figures)
     results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=2) + "\n")
     print_table(*_table(kept["ways"]))
     print(f"wrote {path}")
+
+
+def _read(results: Path) -> dict[str, Any]:
+    return read_kept(results / f"{NAME}.json", lambda kept: kept["machines"].values())
 
 
 def _table(rows: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:

@@ -26,12 +26,12 @@ VARIANTS = {
 def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
     """fp32, rounds interleaved: wall time and peak memory of the whole process."""
     source = source or checkpoint("0.6b")
-    peer, versions = install_peer("optimum_onnx.py")
+    peer = install_peer("optimum_onnx.py")
     commands = {
         "embedport": lambda out: ours(
             "export", "onnx", str(source), "-o", out, "--precision", "fp32"
         ),
-        "optimum-onnx": lambda out: [*peer, "prepare", "fp32", str(source), out],
+        "optimum-onnx": lambda out: [*peer.command, "prepare", "fp32", str(source), out],
     }
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for number in range(rounds + 1):
@@ -58,7 +58,7 @@ def against_peer(rounds: int, source: Path | None = None, results: Path = RESULT
     )
     save(
         "export-0.6b",
-        {"rounds": rounds, "peer": versions, **figures, "times_faster": round(ratio, 2)},
+        {"rounds": rounds, "peer": peer.versions, **figures, "times_faster": round(ratio, 2)},
         results,
     )
 

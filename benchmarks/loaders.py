@@ -18,7 +18,7 @@ from embedport.validation.measures import cosines
 
 from .checkpoint import CACHE, ROOT, checkpoint
 from .checkpoints import WAYS
-from .machine import RESULTS, print_table, save
+from .machine import RESULTS, print_table, read_kept, save
 from .process import ours, run, script
 
 NAME = "loaders"
@@ -68,7 +68,7 @@ def _against_their_owners(model: str, sources: dict[Task, Path], results: Path) 
     largest difference of a score.
     """
     path = results / f"{NAME}.json"
-    figures = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = read_kept(path, lambda kept: [kept["machine"]]).get("figures", {})
     for method, options in WAYS.items():
         with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
             found = _compare(sources, options, Path(temporary))

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from embedport.bench.machine import describe
+from embedport.bench.machine import cpu_kind, describe
+from embedport.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def read_kept(path: Path, machines: Callable[[dict[str, Any]], Iterable[Any]]) -> dict[str, Any]:
+    """What earlier runs left in a file that this run adds to; empty where there is none.
+
+    Called before anything is measured: a file holds figures of one kind of CPU.
+
+    Args:
+        path: The file.
+        machines: Gives the machines in it, each as `describe` found it.
+
+    Raises:
+        InputError: One of them is another kind of CPU than this.
+    """
+    if not path.exists():
+        return {}
+    kept = json.loads(path.read_text())
+    here = cpu_kind(describe())
+    if other := [kind for kind in map(cpu_kind, machines(kept)) if kind != here]:
+        raise InputError(
+            f"{path} holds figures of {other[0]}, and this is {here}: give another folder with "
+            "--out, or delete the file"
+        )
+    return kept
 
 
 def save(name: str, figures: dict[str, Any], results: Path = RESULTS) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from embedport.bench.race import Race, to_json
 from embedport.bench.sides import our_side
+from embedport.bench.threads import choose_threads
 from embedport.bench.work import QUERIES, reranking
+from embedport.runtimes import read_facts
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
@@ -31,11 +33,12 @@ def shared_against_plain(
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         artifact = export_ours(source, Path(temporary), precision)
+        threads = choose_threads()
         command = (sys.executable, "-m", "benchmarks.reranking", str(artifact))
-        shared = replace(our_side(artifact), name="embedport, shared")
+        shared = replace(our_side(read_facts(artifact), threads), name="embedport, shared")
         plain = replace(shared, name="embedport, plain", command=command)
         work = reranking(artifact / "tokenizer.json")
-        with Race([shared, plain], lambda stage: print(stage, file=sys.stderr)) as race:
+        with Race([shared, plain], threads, lambda stage: print(stage, file=sys.stderr)) as race:
             found = race.run(work, rounds * QUERIES)
     apart = found[plain.name].largest_difference
     if apart is None or apart > MOST_APART:
@@ -60,8 +63,7 @@ def serve_plain(folder: str) -> None:
     from embedport.artifact import Artifact
     from embedport.bench.peers import serving
     from embedport.prompts import RerankerTokenizer
-    from embedport.runtimes import Reranker, read_facts
-    from embedport.runtimes.batching import count_cores
+    from embedport.runtimes import Reranker
     from embedport.runtimes.onnxruntime import OnnxModel
 
     artifact = Artifact.open(folder)
@@ -71,7 +73,7 @@ def serve_plain(folder: str) -> None:
     facts = read_facts(folder)
     tokenizer = RerankerTokenizer(facts.folder / "tokenizer.json", facts.max_length)
     reranker = Reranker(facts, OnnxModel(artifact, "cpu"), tokenizer)
-    serving.serve(lambda rows, _: reranker.score_rows(rows, [0] * len(rows)), count_cores())
+    serving.serve(lambda rows, _: reranker.score_rows(rows, [0] * len(rows)), choose_threads())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 from .checkpoint import CACHE, ROOT, checkpoint
-from .machine import RESULTS, print_table
+from .machine import RESULTS, print_table, read_kept
 from .process import export_ours
 
 NAME = "speed-0.6b"
@@ -69,27 +69,28 @@ def against_peers(
     quick: bool = False,
     source: Path | None = None,
     results: Path = RESULTS,
-    chart: Path = CHART,
 ) -> None:
     """Embedding and reranking in int8, then our other precisions and the peers of other widths.
 
     Each contest is a run of its own: there is no memory for all of the sides at once. What it finds
-    is written when it ends, beside what other runs found. A peer's vectors of a pair are as much
-    work as its score: it serves the embedding checkpoint in both tasks.
+    is written when it ends, beside what other runs on this kind of CPU found. A peer's vectors of a
+    pair are as much work as its score: it serves the embedding checkpoint in both tasks.
 
     Args:
         rounds: Of each work of one length.
         names: Which of `CONTESTS`.
         quick: int8 alone, with few peers and little work.
         source: The embedding checkpoint; random weights at the 0.6B geometry unless given.
-        results: Folder of the results.
-        chart: File of the chart.
+        results: Folder of the results; the chart lies there too, but for the default's.
+
+    Raises:
+        InputError: The file of the results is of another kind of CPU.
     """
     from embedport.bench.bench import bench
 
     source = source or checkpoint("0.6b")
     path = results / f"{NAME}{'-quick' if quick else ''}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = read_kept(path, lambda kept: [contest["machine"] for contest in kept.values()])
     CACHE.mkdir(parents=True, exist_ok=True)
     for name in [each for each in names if not (quick and each is Name.PRECISIONS)]:
         contest = CONTESTS[name]
@@ -110,7 +111,7 @@ def against_peers(
         path.write_text(json.dumps(found, indent=2) + "\n")
         print(f"wrote {path}")
     if not quick and {Name.EMBEDDING, Name.RERANKING} <= found.keys():
-        draw(found, chart)
+        draw(found, CHART if results == RESULTS else results / CHART.name)
 
 
 def print_results(found: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import lzma
 import os
 import shutil
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,22 @@ from embedport.beir import read_beir, write_candidates
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
 
+ROOT = Path(__file__).parent.parent
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    # Dozens of tests start a Python, and each would compile torch and transformers again.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(ROOT / ".pytest_cache" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
-if find_spec("torch") is not None and not import_module("torch").cuda.is_available():
-    # Triton's kernels run in its interpreter, which it must know before it is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
+if find_spec("torch") is not None:
+    torch = import_module("torch")
+    # The models are tiny: a second thread waits for the first most of its time, and is busy at it.
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Triton's kernels run in its interpreter, which it must know before it is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 DATA = Path(__file__).parent / "data"
 

@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..hub import fetch
 from ..integrity import cache_folder
 from ..runtimes import read_facts
+from ..spec import ModelSpec
+from .checks import check_models, check_request, check_space, check_work, read_checkpoint
 from .machine import describe, measure_peak
 from .race import Race, Result, start_cold
-from .sides import PEERS, Side, our_side, peer_side
+from .sides import (
+    PEERS,
+    Installed,
+    Peer,
+    Side,
+    Worker,
+    install_peer,
+    our_side,
+    peer_side,
+    with_sources,
+)
+from .threads import choose_threads
 from .work import (
     CANDIDATES,
     PARTS,
@@ -54,7 +66,7 @@ class Bench:
 
     Attributes:
         machine: What it ran on, as `machine.describe` says.
-        threads: Of each side.
+        threads: What each side was told to work with.
         peak: Fastest matrix products in onnxruntime here, in 10^12 operations a second.
         sides: The sides by name; the first is what the others are measured by.
         works: The results by the work's name and the side's.
@@ -85,9 +97,10 @@ def bench(
 ) -> Bench:
     """Race artifacts against one another and against peers, on this machine's CPU.
 
-    Every side gets the same token ids and the same threads, and chooses its best batch; rounds are
-    interleaved. Embedding models run rows of one length and passages of mixed length, rerankers
-    pairs. Peers run a reranker's pairs through its model without the head, which is hardly less.
+    Every side gets the same token ids, is told the same number of threads, and chooses its best
+    batch; rounds are interleaved. Embedding models run rows of one length and passages of mixed
+    length, rerankers pairs. Peers run a reranker's pairs through its model without the head, which
+    is hardly less. What can be wrong is looked at before peers are installed and prepared.
 
     Args:
         artifacts: Artifacts, or checkpoints that torch runs; of one task. The first is what all
@@ -101,31 +114,31 @@ def bench(
         say: Told what is being done.
 
     Raises:
-        InputError: Artifacts of different tasks, one side twice, an unknown peer, or peers without
-            a checkpoint or the other way round.
+        InputError: The request is wrong in itself (see `checks`), or one side is given twice.
         EmbedportError: A side cannot be opened, or ends.
     """
-    _check(artifacts, peers, checkpoint)
+    check_request(artifacts, peers, checkpoint, rounds)
+    machine, threads = describe(), choose_threads()
     facts = [read_facts(artifact) for artifact in artifacts]
-    if len({each.task for each in facts}) > 1:
-        raise InputError(
-            f"{artifacts[0]} is of another task than the rest; race embedding models or rerankers"
-        )
-    sides = _distinct([our_side(artifact) for artifact in artifacts])
-    if peers:
-        assert checkpoint is not None
-        folder = fetch(checkpoint).folder
-        place = cache or cache_folder("bench")
-        sides += [peer_side(PEERS[name], folder, place, say) for name in peers]
+    check_models(facts)
+    sides = _distinct([our_side(each, threads) for each in facts])
     tokenizer = facts[0].folder / "tokenizer.json"
     works = _works(facts[0].task, tokenizer, quick)
+    check_work(works, facts)
+    if peers:
+        assert checkpoint is not None
+        spec = read_checkpoint(checkpoint, facts[0])
+        check_work(works, [spec])
+        _try(sides, say)
+        place = cache or cache_folder("bench")
+        sides += _peer_sides([PEERS[name] for name in peers], spec, place, threads, say)
     results: dict[str, dict[str, Result]] = {}
-    with Race(sides, say) as race:
+    with Race(sides, threads, say) as race:
         for work in works:
             # A part that every round repeats needs rounds; parts are rounds themselves.
             count = len(work.parts) if len(work.parts) > 1 else rounds
             results[work.name] = race.run(work, count)
-        threads, failures = race.threads, race.failures
+        failures = race.failures
     first = _first(facts[0].task, tokenizer)
     found = {}
     for side in sides:
@@ -136,23 +149,28 @@ def bench(
             default=0,
         )
         found[side.name] = SideFacts(side.size, seconds, peak, side.versions)
-    return Bench(describe(), threads, measure_peak(), found, results, failures)
+    return Bench(machine, threads, measure_peak(), found, results, failures)
 
 
-def _check(
-    artifacts: Sequence[str | Path], peers: Sequence[str], checkpoint: str | Path | None
-) -> None:
-    if unknown := [name for name in peers if name not in PEERS]:
-        raise InputError(f"no peer is named {unknown[0]!r}; there are {', '.join(PEERS)}")
-    if peers and checkpoint is None:
-        raise InputError(
-            "peers serve a checkpoint: say which with --checkpoint, best the one that the artifact "
-            "was made from"
-        )
-    if checkpoint is not None and not peers:
-        raise InputError("--checkpoint is what peers serve, and there are none: give --peer")
-    if twice := [name for name, count in Counter(peers).items() if count > 1]:
-        raise InputError(f"peer {twice[0]} is given twice")
+def _try(sides: Sequence[Side], say: Callable[[str], None]) -> None:
+    """Load our sides, so that one that cannot be ends the race before peers are prepared."""
+    for side in sides:
+        say(f"{side.name}: trying")
+        Worker(side.command).close()
+
+
+def _peer_sides(
+    peers: Sequence[Peer], spec: ModelSpec, cache: Path, threads: int, say: Callable[[str], None]
+) -> list[Side]:
+    """Peers as sides: all are installed before the first is prepared."""
+    check_space(peers, spec, cache)
+    installed: dict[str, Installed] = {}
+    for peer in with_sources(peers):
+        if peer.script not in installed:
+            say(f"{peer.name}: installing")
+            installed[peer.script] = install_peer(peer.script)
+    folder = spec.source.folder
+    return [peer_side(peer, installed, folder, cache, threads, say) for peer in peers]
 
 
 def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:

@@ -58,19 +58,22 @@ class Race:
 
     Attributes:
         sides: The sides.
-        threads: Of each.
+        threads: What each was told to work with.
         failures: Name of each work to the sides that did not survive it, and what they said.
 
     Args:
         sides: The first is what the others are measured by.
+        threads: What each was told to work with.
         say: Told what is being done.
 
     Raises:
-        VerificationError: They work with different numbers of threads, or one ends.
+        VerificationError: A library works with another number of threads than it was told, or a
+            side ends.
     """
 
-    def __init__(self, sides: Sequence[Side], say: Callable[[str], None]) -> None:
+    def __init__(self, sides: Sequence[Side], threads: int, say: Callable[[str], None]) -> None:
         self.sides = tuple(sides)
+        self.threads = threads
         self._say = say
         self._workers: dict[str, Worker] = {}
         self.failures: dict[str, dict[str, str]] = {}
@@ -82,12 +85,12 @@ class Race:
             for side in self.sides:
                 self._say(f"{side.name}: loading")
                 self._workers[side.name] = Worker(side.command)
-            threads = {name: each.ready["threads"] for name, each in self._workers.items()}
-            if len(set(threads.values())) > 1:
-                raise VerificationError(
-                    f"the sides work with different numbers of threads: {threads}"
-                )
-            self.threads = next(iter(threads.values()))
+                used = self._workers[side.name].ready["threads"]
+                if used != self.threads:
+                    raise VerificationError(
+                        f"{side.name} was told to work with {self.threads} threads, and its "
+                        f"library reports {used}: the sides would not be equal"
+                    )
             self._stack = stack.pop_all()
         return self
 

@@ -1,4 +1,4 @@
-"""Our side of a race: `python -m embedport.bench.serve FOLDER`."""
+"""Our side of a race: `python -m embedport.bench.serve FOLDER THREADS`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import EmbedportError
 from ..runtimes import Reranker, load
 from .peers import serving
+from .threads import choose_threads
 
 
-def main(folder: str) -> None:
-    """Answer requests about a model's rows, batches as the runtime chooses them."""
-    import onnxruntime  # noqa: F401 (before threads are counted: its import starts some)
+def main(folder: str, threads: str) -> None:
+    """Answer requests about a model's rows, batches as the runtime chooses them.
 
-    before = serving.count_threads()
+    A graph's threads are what `load` tells onnxruntime in this environment, a checkpoint's what
+    torch is told here.
+    """
     model = load(folder, device="cpu")
-    # torch starts its threads when it first works.
-    torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch else serving.count_threads() - before + 1
+    used = choose_threads()
+    if torch := sys.modules.get("torch"):  # imported by `load`, where it runs the model
+        torch.set_num_threads(int(threads))
+        used = torch.get_num_threads()
 
     def run(rows: Sequence[np.ndarray], batch_rows: int) -> np.ndarray:
         del batch_rows
@@ -27,8 +31,11 @@ def main(folder: str) -> None:
             return model.score_rows(rows, [0] * len(rows))
         return model.embed_rows(rows)
 
-    serving.serve(run, threads)
+    serving.serve(run, used)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(*sys.argv[1:])
+    except EmbedportError as error:
+        sys.exit(str(error))

@@ -6,16 +6,17 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, VerificationError
+from ..errors import VerificationError
+from ..runtimes.facts import ModelFacts
+from .threads import thread_variables
 
 SCRIPTS = Path(__file__).parent / "peers"
 # Of what a process that failed said last.
@@ -84,71 +85,85 @@ class Side:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
-def our_side(artifact: str | Path) -> Side:
-    """An artifact or a checkpoint, as `embedport.load` runs it on a CPU.
+@dataclass(frozen=True)
+class Installed:
+    """The environment of a script in peers/.
 
-    Raises:
-        EmbedportError: It cannot be opened.
+    Attributes:
+        command: Runs the script there.
+        versions: Of the packages that it runs on.
     """
-    from ..runtimes import read_facts
 
-    facts = read_facts(artifact)
-    command = (sys.executable, "-m", "embedport.bench.serve", str(artifact))
+    command: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def our_side(facts: ModelFacts, threads: int) -> Side:
+    """An artifact or a checkpoint, as `embedport.load` runs it on a CPU."""
+    command = (sys.executable, "-m", "embedport.bench.serve", str(facts.folder), str(threads))
     bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
     return Side(f"embedport {facts.precision}", command, facts.folder, bits, {}, has_batches=True)
 
 
-def peer_side(peer: Peer, checkpoint: Path, cache: Path, say: Callable[[str], None]) -> Side:
-    """Install a peer and make what it serves, unless both are there.
+def peer_side(
+    peer: Peer,
+    installed: Mapping[str, Installed],
+    checkpoint: Path,
+    cache: Path,
+    threads: int,
+    say: Callable[[str], None],
+) -> Side:
+    """Make what a peer serves, unless it is there.
 
     Args:
         peer: Which.
+        installed: Its script's environment, and that of the peer it is made from.
         checkpoint: What it is to serve.
         cache: Where what it needs is kept.
+        threads: What it is to work with.
         say: Told what takes long.
 
     Raises:
-        InputError: uv is not installed.
         VerificationError: The peer fails.
     """
-    say(f"{peer.name}: installing")
-    command, versions = install_peer(peer.script)
+    command, versions = installed[peer.script].command, installed[peer.script].versions
     folder = checkpoint
     if peer.source is not None:
-        folder = peer_side(PEERS[peer.source], checkpoint, cache, say).folder
+        source = PEERS[peer.source]
+        folder = peer_side(source, installed, checkpoint, cache, threads, say).folder
     if peer.prepared:
-        source = folder
-        folder = cache / f"{peer.name}-{_key(peer.script, source, versions)}"
+        origin = folder
+        folder = cache / f"{peer.name}-{_key(peer.script, origin, versions)}"
         if not folder.is_dir():
             say(f"{peer.name}: preparing")
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as temporary:
                 made = Path(temporary) / "made"
                 made.mkdir()
-                _run([*command, "prepare", peer.kind, str(source), str(made)])
+                _run([*command, "prepare", peer.kind, str(origin), str(made)])
                 made.replace(folder)
-    serve = (*command, "serve", peer.kind, str(folder))
+    serve = (*command, "serve", peer.kind, str(folder), str(threads))
     return Side(peer.name, serve, folder, peer.bits, versions)
 
 
-def install_peer(script: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Make the environment of a script in peers/.
+def with_sources(peers: Iterable[Peer]) -> list[Peer]:
+    """Peers, and before each the one that it is made from, none twice."""
+    found: dict[str, Peer] = {}
+    for peer in peers:
+        sources = [PEERS[peer.source]] if peer.source is not None else []
+        found |= {each.name: each for each in (*sources, peer)}
+    return list(found.values())
 
-    Returns:
-        (command, versions): what runs the script there, and the packages that it runs on.
+
+def install_peer(script: str) -> Installed:
+    """Make the environment of a script in peers/; uv is there.
 
     Raises:
-        InputError: uv is not installed.
         VerificationError: The environment cannot be made.
     """
-    if shutil.which("uv") is None:
-        raise InputError(
-            "peers run in environments of their own, which uv makes, and there is no uv: "
-            "pip install uv, or leave --peer out"
-        )
     path = str(SCRIPTS / script)
     warm = json.loads(_run(["uv", "run", "--quiet", "--script", path, "warm"]))
-    return (warm["python"], path), warm["versions"]
+    return Installed((warm["python"], path), warm["versions"])
 
 
 def _key(script: str, source: Path, versions: dict[str, str]) -> str:
@@ -172,14 +187,15 @@ def _run(command: list[str]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | fixed | thread_variables()
 
 
 class Worker:
     """A side's process: a line of JSON in, a line of JSON out, so that only one works at a time.
 
     Attributes:
-        ready: What it said when it had loaded: its threads.
+        ready: What it said when it had loaded: the threads that its library reports.
     """
 
     def __init__(self, command: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..demo.samples import builtin_samples
+from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
 
 SHAPES = ((1, 32), (1, 512), (8, 128), (1, 4096))
@@ -80,7 +81,7 @@ def read_passages(tokenizer: EmbeddingTokenizer, count: int) -> list[str]:
     """Passages of 20 to 700 tokens, each cut from one module's documentation.
 
     Raises:
-        RuntimeError: This Python has too little of it.
+        InputError: This Python has too little of it.
     """
     generator = np.random.default_rng(SEED)
     low, high = np.log(PASSAGE_TOKENS)
@@ -96,7 +97,10 @@ def read_passages(tokenizer: EmbeddingTokenizer, count: int) -> list[str]:
             start = end
         if not wanted:
             return found
-    raise RuntimeError(f"Python's documentation strings make {len(found)} of {count} passages")
+    raise InputError(
+        f"the documentation strings in {sysconfig.get_path('stdlib')} make {len(found)} of the "
+        f"{count} passages: run it in a Python whose standard library has its sources"
+    )
 
 
 def _documentation() -> Iterator[str]:

@@ -90,6 +90,8 @@ def bench(
 
 
 def _print(result: Bench) -> None:
+    from ..bench.machine import cpu_kind
+
     console = stdout_console()
     for name, sides in result.works.items():
         console.print(_work_table(name, sides))
@@ -98,7 +100,7 @@ def _print(result: Bench) -> None:
     console.print(_sides_table(result))
     machine, peak = result.machine, result.peak
     console.print(
-        f"{machine['cpu']}, {result.threads} threads; its fastest products: int8 "
+        f"{cpu_kind(machine)}, {result.threads} threads a side; its fastest products: int8 "
         f"{peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} x 10^12 operations a second"
     )
 

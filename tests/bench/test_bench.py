@@ -1,20 +1,24 @@
 """The race: the same work for all, each answer in its place, and errors that say what to do."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import embedport
 from embedport.bench import bench as benches
-from embedport.bench import sides, work
+from embedport.bench import checks, machine, sides, threads, work
 from embedport.bench.peers import serving
 from embedport.bench.race import Race, start_cold
 from embedport.cli import main
-from embedport.errors import InputError, VerificationError
+from embedport.errors import ArtifactError, CheckpointError, InputError, VerificationError
 from embedport.prompts import EmbeddingTokenizer
+from embedport.runtimes import read_facts
 
 # A peer that gives each row the vector of its own length, and takes a while.
 SCRIPT = """
@@ -51,17 +55,17 @@ def artifact(tmp_path_factory, checkpoints):
 
 def test_passages_are_of_all_lengths(tokenizer_file):
     low, high = work.PASSAGE_TOKENS
-    mixed = work.passages(tokenizer_file, 200, 4)
-    assert [len(part) for part in mixed.parts] == [50] * 4
+    mixed = work.passages(tokenizer_file, 100, 4)
+    assert [len(part) for part in mixed.parts] == [25] * 4
     lengths = np.array([len(row) for part in mixed.parts for row in part])
     # Cut by token, then tokenized alone with an end token: a boundary may move by a few.
     assert low - 2 <= lengths.min() < 1.5 * low
     assert high / 1.1 < lengths.max() <= high + 8
     assert np.median(lengths) == pytest.approx(np.sqrt(low * high), rel=0.2)
-    again = work.passages(tokenizer_file, 200, 4)
+    again = work.passages(tokenizer_file, 100, 4)
     assert all(map(np.array_equal, mixed.parts[3], again.parts[3]))
-    texts = work.read_passages(EmbeddingTokenizer(tokenizer_file, 4096), 200)
-    assert len(set(texts)) == 200
+    texts = work.read_passages(EmbeddingTokenizer(tokenizer_file, 4096), 100)
+    assert len(set(texts)) == 100
 
 
 def test_shapes_are_full(tokenizer_file):
@@ -102,7 +106,7 @@ def test_race():
     parts = tuple(tuple(np.full(n, 7) for n in range(start, start + 12)) for start in (1, 20, 40))
     race_work = work.Work("ragged", parts)
     first, second, wide = fake("first"), fake("second"), fake("wide", bits=32)
-    with Race([first, second, wide], lambda stage: None) as race:
+    with Race([first, second, wide], 1, lambda stage: None) as race:
         results = race.run(race_work, 3)
     assert [each.rounds for each in results.values()] == [3, 3, 1]
     # A call costs the same whatever it holds: the largest batch is the fastest.
@@ -113,12 +117,87 @@ def test_race():
     json.dumps([vars(each) for each in results.values()])
 
 
-def test_threads_must_be_equal():
+def test_a_library_that_takes_other_threads_than_it_was_told():
     with (
-        pytest.raises(VerificationError, match="different numbers of threads"),
-        Race([fake("one"), fake("two", threads=2)], lambda stage: None),
+        pytest.raises(
+            VerificationError, match=r"two was told to work with 1 threads, .* reports 2"
+        ),
+        Race([fake("one"), fake("two", threads=2)], 1, lambda stage: None),
     ):
         pass
+
+
+# A second session's threads are all that this process starts meanwhile: the first one's import and
+# numpy's pools are there already.
+SECOND_SESSION = """
+import os
+import onnxruntime
+from onnx import TensorProto, helper
+value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+node = helper.make_node("Identity", ["a"], ["b"])
+graph = helper.make_graph([node], "g", [value("a")], [value("b")])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+count = lambda: len(os.listdir("/proc/self/task"))
+run = lambda: onnxruntime.InferenceSession(
+    model.SerializeToString(), providers=["CPUExecutionProvider"]
+)
+first, before = run(), count()
+second = run()
+print(count() - before + 1)
+"""
+
+
+def test_the_default_of_onnxruntime_is_a_thread_a_physical_core():
+    if serving.count_physical_cores() is None:
+        pytest.skip("this machine does not tell its physical cores")
+    command = [sys.executable, "-c", SECOND_SESSION]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == serving.count_physical_cores()
+
+
+def test_physical_cores(tmp_path):
+    """Two sockets of two cores, each with two threads."""
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{number // 4}\n")
+        (folder / "core_id").write_text(f"{number // 2 % 2}\n")
+    assert serving.count_physical_cores(tmp_path) == 4
+    assert serving.count_physical_cores(tmp_path / "cpu0") is None
+
+
+def test_each_side_is_told_the_same_threads(monkeypatch):
+    monkeypatch.setattr(serving, "count_physical_cores", lambda: 4)
+    monkeypatch.setattr(threads, "core_limit", lambda: None)
+    # Eight logical cores: onnxruntime's default, so that its threads stay pinned.
+    monkeypatch.setattr(threads, "count_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (threads.choose_threads(), threads.thread_variables()) == (4, {})
+    assert (serving.session_threads(4), serving.session_threads(3)) == (0, 3)
+    # Three of them are free for this process, which onnxruntime would not see.
+    monkeypatch.setattr(threads, "count_cores", lambda: 3)
+    assert (threads.choose_threads(), threads.thread_variables()) == (3, {"OMP_NUM_THREADS": "3"})
+    monkeypatch.setattr(threads, "core_limit", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert serving.session_threads(4) == 4
+
+
+def test_sessions_report_what_they_were_told():
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 3
+    session = SimpleNamespace(get_session_options=lambda: options)
+    assert serving.threads_of(session) == 3
+    options.intra_op_num_threads = 0
+    assert serving.threads_of(session) == serving.count_physical_cores()
+
+
+def test_ours_obeys_a_limit(artifact, checkpoints, monkeypatch):
+    """A graph's threads, and torch's."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for model in (artifact, checkpoints("kv2")):
+        side = sides.our_side(read_facts(model), threads.choose_threads())
+        with Race([side], 1, lambda stage: None) as race:
+            assert race.threads == 1
 
 
 def test_a_side_that_ends_says_why():
@@ -131,22 +210,22 @@ def test_a_side_that_ends_is_left_out():
     """Of that work only: it starts again."""
     frail = SCRIPT.replace("time.sleep(0.01)", "assert len(rows[0]) < 20")
     parts = tuple((np.full(n, 7),) for n in (5, 30))
-    with Race([fake("first"), fake("frail", script=frail)], lambda stage: None) as race:
+    with Race([fake("first"), fake("frail", script=frail)], 1, lambda stage: None) as race:
         ended = race.run(work.Work("long", parts), 2)
         assert list(ended) == ["first"]
         assert "AssertionError" in race.failures["long"]["frail"]
         assert list(race.run(work.Work("short", parts[:1]), 1)) == ["first", "frail"]
     with (
         pytest.raises(VerificationError, match="AssertionError"),
-        Race([fake("frail", script=frail)], lambda stage: None) as race,
+        Race([fake("frail", script=frail)], 1, lambda stage: None) as race,
     ):
         race.run(work.Work("long", parts), 2)
 
 
 def test_ours(artifact, tokenizer_file):
     shape = work.uniform(artifact / "tokenizer.json", 2, 16)
-    side = sides.our_side(artifact)
-    with Race([side], lambda stage: None) as race:
+    side = sides.our_side(read_facts(artifact), threads.choose_threads())
+    with Race([side], threads.choose_threads(), lambda stage: None) as race:
         result = race.run(shape, 1)[side.name]
     assert (side.name, side.bits, result.batch_rows) == ("embedport int8", 8, None)
     assert side.size > 100_000
@@ -156,31 +235,112 @@ def test_ours(artifact, tokenizer_file):
 
 def test_peers_are_prepared_once(monkeypatch, tmp_path, checkpoints):
     ran = []
-    monkeypatch.setattr(sides, "install_peer", lambda script: (("python", script), {"tool": "1"}))
     monkeypatch.setattr(sides, "_run", lambda command: ran.append(command) or "")
+    installed = {"optimum_onnx.py": sides.Installed(("python", "optimum"), {"tool": "1"})}
     peer = sides.PEERS["optimum-int8"]
-    one = sides.peer_side(peer, checkpoints("kv2"), tmp_path, lambda stage: None)
+
+    def make(checkpoint):
+        return sides.peer_side(peer, installed, checkpoint, tmp_path, 2, lambda stage: None)
+
+    one = make(checkpoints("kv2"))
     assert [command[2:4] for command in ran] == [["prepare", "fp32"], ["prepare", "int8"]]
-    assert one.command[2:4] == ("serve", "int8")
+    assert one.command == ("python", "optimum", "serve", "int8", str(one.folder), "2")
     assert one.folder.is_dir()
-    two = sides.peer_side(peer, checkpoints("kv2"), tmp_path, lambda stage: None)
-    assert (two, len(ran)) == (one, 2)
-    three = sides.peer_side(peer, checkpoints("kv1"), tmp_path, lambda stage: None)
-    assert three.folder != one.folder
+    assert (make(checkpoints("kv2")), len(ran)) == (one, 2)
+    assert make(checkpoints("kv1")).folder != one.folder
 
 
+def tiny_work(task, tokenizer, quick):
+    return [work.Work("tiny", ((np.arange(1, 9),),))]
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    """Fails where a peer is installed; there is a uv, and little work."""
+
+    def install(script):
+        pytest.fail(f"{script} was installed")
+
+    monkeypatch.setattr(benches, "install_peer", install)
+    monkeypatch.setattr(benches, "_works", tiny_work)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: f"/bin/{name}")
+
+
+def request(artifacts, checkpoint=None, **options):
+    peers = options.pop("peers", [] if checkpoint is None else ["optimum-int8"])
+    return benches.bench(artifacts, peers=peers, checkpoint=checkpoint, quick=True, **options)
+
+
+@pytest.mark.usefixtures("no_peers")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"peers": ["optimum"]}, "no peer is named 'optimum'; there are optimum-int8, "),
         ({"peers": ["optimum-int8"]}, "say which with --checkpoint"),
-        ({"checkpoint": "somewhere"}, "--checkpoint is what peers serve"),
+        ({"checkpoint": "somewhere", "peers": []}, "--checkpoint is what peers serve"),
         ({"peers": ["optimum-int8"] * 2, "checkpoint": "x"}, "optimum-int8 is given twice"),
+        ({"checkpoint": "no/such/folder"}, "no such folder"),
+        ({"rounds": 0}, "rounds should be at least 1, found 0"),
+        ({"artifacts": []}, "at least one artifact"),
     ],
 )
 def test_bad_requests(artifact, options, message):
     with pytest.raises(InputError, match=message):
-        benches.bench([artifact], **options)
+        request(**{"artifacts": [artifact]} | options)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_a_checkpoint_that_peers_cannot_serve(artifact, checkpoints, quantized, copied):
+    with pytest.raises(InputError, match=r"has hidden_size 96, and .* 64: peers serve"):
+        request([artifact], checkpoints("kv1"))
+    with pytest.raises(InputError, match="is quantized"):
+        request([artifact], quantized("gptq"))
+    damaged = copied(checkpoints("kv2"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        request([artifact], damaged)
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_an_artifact_that_cannot_be_raced(artifact, checkpoints, tmp_path, copied):
+    narrow = tmp_path / "narrow"
+    embedport.export(checkpoints("kv2"), narrow, dim=32)
+    with pytest.raises(InputError, match=r"vectors of 32 values and .* of 64"):
+        request([artifact, narrow])
+    with pytest.raises(InputError, match="vectors of 32 values and peers of 64"):
+        request([narrow], checkpoints("kv2"))
+    damaged = copied(artifact)
+    graph = damaged / "onnx" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"onnx/model\.onnx"):
+        request([damaged], checkpoints("kv2"))
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_a_side_is_tried_before_peers_are_prepared(artifact, checkpoints, monkeypatch):
+    broken = fake("broken", script="raise SystemExit('no {folder} today {threads}')")
+    monkeypatch.setattr(benches, "our_side", lambda facts, threads: broken)
+    with pytest.raises(VerificationError, match=r"ended with 1:\nno .* today"):
+        request([artifact], checkpoints("kv2"))
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_a_disk_that_is_too_small(artifact, checkpoints, monkeypatch, tmp_path):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(InputError, match="optimum-fp32, optimum-int8 write at least"):
+        request([artifact], checkpoints("kv2"), cache=tmp_path / "cache")
+
+
+def test_work_that_a_model_does_not_take(artifact):
+    facts = read_facts(artifact)
+    long = work.Work("long", ((np.zeros(facts.max_position_embeddings + 1, np.int64),),))
+    with pytest.raises(InputError, match="tokens at most, and the work long has a row of"):
+        checks.check_work([long], [facts])
+    foreign = work.Work("foreign", ((np.array([1, facts.vocab_size]),),))
+    with pytest.raises(InputError, match="race models with one tokenizer"):
+        checks.check_work([foreign], [facts])
 
 
 def test_every_side_has_a_name_of_its_own(tmp_path):
@@ -205,17 +365,29 @@ def test_tasks_do_not_mix(artifact, checkpoints, tmp_path):
 
 
 def test_without_uv(artifact, checkpoints, monkeypatch):
-    monkeypatch.setattr(sides.shutil, "which", lambda name: None)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="pip install uv"):
-        benches.bench([artifact], peers=["optimum-fp32"], checkpoint=checkpoints("kv2"))
+        request([artifact], checkpoints("kv2"))
+
+
+def test_the_kind_of_a_cpu(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: AMD EPYC 7763\nflags\t\t: fpu fma avx2 sha\n")
+    name, flags = machine.read_processor(cpuinfo)
+    assert (name, flags) == ("AMD EPYC 7763", ["avx2"])
+    assert machine.cpu_kind({"cpu": name, "flags": flags}) == "AMD EPYC 7763 (avx2)"
+    cpuinfo.write_text(
+        "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n"
+        "CPU implementer\t: 0x41\nCPU part\t: 0xd08\n"
+    )
+    name, flags = machine.read_processor(cpuinfo)
+    assert name.endswith(" 0x41 0xd08")
+    assert flags == ["asimddp", "i8mm"]
 
 
 def test_command_line(artifact, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        benches,
-        "_works",
-        lambda task, tokenizer, quick: [work.Work("tiny", ((np.arange(1, 9),),))],
-    )
+    monkeypatch.setattr(benches, "_works", tiny_work)
+    monkeypatch.setattr(machine, "PEAK_SIZES", (256,))
     out = tmp_path / "bench.json"
     monkeypatch.setattr(
         sys, "argv", ["embedport", "bench", str(artifact), "--quick", "-o", str(out), "--json"]
@@ -228,3 +400,5 @@ def test_command_line(artifact, tmp_path, monkeypatch, capsys):
     assert printed["works"]["tiny"]["embedport int8"]["rounds"] == benches.ROUNDS
     assert printed["sides"]["embedport int8"]["cold_start"][0] > 0
     assert printed["peak"]["fp32"] > 0
+    assert printed["threads"] == threads.choose_threads()
+    assert {"cpu", "flags", "cores", "kernels"} <= printed["machine"].keys()

@@ -1,5 +1,6 @@
 """Artifacts made once a session, and the reference that they are compared with."""
 
+import functools
 import json
 
 import numpy as np
@@ -12,11 +13,13 @@ from embedport.spec import DEFAULT_PROMPTS
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
+# Models that stay loaded from test to test.
+LOADED = 2
 
 
 @pytest.fixture(scope="session")
-def artifacts(tmp_path_factory, checkpoints):
-    """A function (geometry, task, **options of export) -> loaded artifact on the CPU, cached."""
+def exported(tmp_path_factory, checkpoints):
+    """A function (geometry, task, **options of export) -> an artifact's folder, cached."""
     made = {}
 
     def make(geometry="kv2", task="embedding", **options):
@@ -24,10 +27,20 @@ def artifacts(tmp_path_factory, checkpoints):
         if key not in made:
             output = tmp_path_factory.mktemp("artifact") / "model"
             embedport.export(checkpoints(geometry, task), output, **options)
-            made[key] = embedport.load(output, device="cpu")
+            made[key] = output
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def artifacts(exported):
+    """A function (geometry, task, **options of export) -> loaded artifact on the CPU.
+
+    The last few are kept: a session keeps the memory of its largest batch.
+    """
+    load = functools.lru_cache(maxsize=LOADED)(lambda folder: embedport.load(folder, device="cpu"))
+    return lambda *model, **options: load(exported(*model, **options))
 
 
 def transformers_embeddings(folder, rows):

@@ -242,7 +242,7 @@ def test_a_format_is_its_text(text):
 
 
 def test_auto_keeps_retrieval_quality(small_set, tmp_path):
-    data = small_set(every=20, others=200)
+    data = small_set(every=40, others=50)
     checkpoint = builtin_embedder()
     found = {}
     for limit in (0.001, 0.02):

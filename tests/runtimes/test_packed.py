@@ -180,7 +180,7 @@ def test_a_size_that_comes_back_becomes_a_graph(packed, checkpoints, monkeypatch
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(StandIn, "replays", 0)
-    spec = read_spec(Source("", None, checkpoints("kv1")), "embedding")
+    spec = read_spec(Source("", None, checkpoints("kv2")), "embedding")
     layers = open_layers(packed, spec, "bfloat16")
     ids, one = np.arange(4), np.array([4])
     first = layers(ids, one)

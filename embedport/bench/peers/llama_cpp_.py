@@ -7,13 +7,12 @@
 Needs cmake and a C++ compiler.
 
 uv run --script llama_cpp_.py prepare q8_0|q4_k_m CHECKPOINT OUT
-uv run --script llama_cpp_.py serve KIND FOLDER
+uv run --script llama_cpp_.py serve KIND FOLDER THREADS
 uv run --script llama_cpp_.py warm
 """
 
 import ctypes
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -115,20 +114,19 @@ def read_tensors(checkpoint):
             yield name, values
 
 
-def serve(kind, folder):
+def serve(kind, folder, threads):
     """Run rows side by side as sequences of one call: nothing is padded."""
     del kind
     import llama_cpp
     import numpy as np
 
-    threads = len(os.sched_getaffinity(0))
     model = llama_cpp.llama_model_load_from_file(
         str(Path(folder) / FILE).encode(), llama_cpp.llama_model_default_params()
     )
     options = llama_cpp.llama_context_default_params()
     options.n_ctx = options.n_batch = options.n_ubatch = TOKENS
     options.n_seq_max = ROWS
-    options.n_threads = options.n_threads_batch = threads
+    options.n_threads = options.n_threads_batch = int(threads)
     options.embeddings = True
     options.kv_unified = True
     options.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_LAST
@@ -164,7 +162,8 @@ def serve(kind, folder):
             group.append(row)
         return [*vectors, *call(group)]
 
-    serving.serve(lambda rows, count: serving.in_batches(rows, min(count, ROWS), forward), threads)
+    used = llama_cpp.llama_n_threads_batch(context)
+    serving.serve(lambda rows, count: serving.in_batches(rows, min(count, ROWS), forward), used)
 
 
 def warm():

@@ -5,7 +5,7 @@
 """The peer: OpenVINO, in bf16 or with 8-bit weights and dynamic quantization of activations.
 
 uv run --script openvino_ir.py prepare bf16|int8 ONNX_FOLDER OUT
-uv run --script openvino_ir.py serve KIND FOLDER
+uv run --script openvino_ir.py serve KIND FOLDER THREADS
 uv run --script openvino_ir.py warm
 """
 
@@ -33,12 +33,13 @@ def prepare(kind, onnx_folder, out):
     openvino.save_model(model, Path(out) / "model.xml", compress_to_fp16=kind == "bf16")
 
 
-def serve(kind, folder):
-    """Run the graph; all else is as OpenVINO chooses it, its bf16 arithmetic included."""
+def serve(kind, folder, threads):
+    """Run the graph; all but the threads is OpenVINO's choice, its bf16 arithmetic included."""
     import numpy as np
     import openvino
 
-    options = {"PERFORMANCE_HINT": "LATENCY", **OPTIONS[kind]}
+    told = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    options = told | OPTIONS[kind]
     model = openvino.compile_model(Path(folder) / "model.xml", "CPU", options)
     request = model.create_infer_request()
     wanted = {port.get_any_name() for port in model.inputs}
@@ -51,8 +52,8 @@ def serve(kind, folder):
         request.infer(feeds, share_inputs=True, share_outputs=True)
         return serving.last_token(request.get_output_tensor(0).data, mask)
 
-    threads = model.get_property("INFERENCE_NUM_THREADS")
-    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), threads)
+    used = model.get_property("INFERENCE_NUM_THREADS")
+    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), used)
 
 
 def warm():

@@ -6,7 +6,7 @@
 
 uv run --script optimum_onnx.py prepare fp32 CHECKPOINT OUT
 uv run --script optimum_onnx.py prepare int8 FP32_FOLDER OUT
-uv run --script optimum_onnx.py serve KIND FOLDER
+uv run --script optimum_onnx.py serve KIND FOLDER THREADS
 uv run --script optimum_onnx.py warm
 """
 
@@ -40,19 +40,16 @@ def prepare(kind, source, out):
     quantizer.quantize(save_dir=out, quantization_config=config, use_external_data_format=True)
 
 
-def serve(kind, folder):
-    """Run the graph with onnxruntime's default session options.
-
-    A thread count of one's own, even the same, turns off its pinning of threads to cores.
-    """
+def serve(kind, folder, threads):
+    """Run the graph with onnxruntime's default session options, but for the threads."""
     import numpy as np
     import onnxruntime as ort
 
-    before = serving.count_threads()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = serving.session_threads(int(threads))
     session = ort.InferenceSession(
-        next(Path(folder).rglob("*.onnx")), providers=["CPUExecutionProvider"]
+        next(Path(folder).rglob("*.onnx")), options, providers=["CPUExecutionProvider"]
     )
-    threads = serving.count_threads() - before + 1
     wanted = {value.name for value in session.get_inputs()}
 
     def forward(rows):
@@ -62,7 +59,9 @@ def serve(kind, folder):
             feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         return serving.last_token(session.run(["last_hidden_state"], feeds)[0], mask)
 
-    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), threads)
+    serving.serve(
+        lambda rows, batch: serving.in_batches(rows, batch, forward), serving.threads_of(session)
+    )
 
 
 def warm():

@@ -10,7 +10,7 @@
 """The peer: sentence-transformers, in torch with bf16, or its ONNX backend on optimum's graph.
 
 uv run --script sentence_transformers_.py prepare onnx CHECKPOINT OUT
-uv run --script sentence_transformers_.py serve bf16|onnx FOLDER
+uv run --script sentence_transformers_.py serve bf16|onnx FOLDER THREADS
 uv run --script sentence_transformers_.py warm
 """
 
@@ -33,28 +33,32 @@ def prepare(kind, checkpoint, out):
     model.save_pretrained(out)
 
 
-def serve(kind, folder):
+def serve(kind, folder, threads):
     """Run the model on token ids, as `encode` would behind its tokenizer."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     torch.set_grad_enabled(False)
+    torch.set_num_threads(int(threads))
+    used = torch.get_num_threads()
     if kind == "onnx":
-        before = serving.count_threads()
-        options = {"provider": "CPUExecutionProvider"}
+        import onnxruntime as ort
+
+        session_options = ort.SessionOptions()
+        session_options.intra_op_num_threads = serving.session_threads(int(threads))
+        options = {"provider": "CPUExecutionProvider", "session_options": session_options}
         model = SentenceTransformer(folder, backend="onnx", model_kwargs=options, device="cpu")
-        threads = max(1, min(serving.count_threads() - before + 1, torch.get_num_threads()))
+        used = max(used, serving.threads_of(model[0].auto_model.session))
     else:
         options = {"torch_dtype": torch.bfloat16}
         model = SentenceTransformer(folder, model_kwargs=options, device="cpu")
-        threads = torch.get_num_threads()
 
     def forward(rows):
         ids, mask = map(torch.from_numpy, serving.pad(rows))
         found = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
         return found.float().numpy()
 
-    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), threads)
+    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), used)
 
 
 def warm():

@@ -5,6 +5,7 @@ answer is a line {"seconds": S, "peak_bytes": B} on standard output.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -13,9 +14,32 @@ from pathlib import Path
 import numpy as np
 
 
-def count_threads():
-    """Threads of this process."""
-    return len(list(Path("/proc/self/task").iterdir()))
+def count_physical_cores(topology="/sys/devices/system/cpu"):
+    """Physical cores of this machine, which onnxruntime takes a thread each of; None if unknown."""
+    names = ("physical_package_id", "core_id")
+    try:
+        cores = {
+            tuple((folder / name).read_text() for name in names)
+            for folder in Path(topology).glob("cpu[0-9]*/topology")
+        }
+    except OSError:
+        return None
+    return len(cores) or None
+
+
+def session_threads(threads):
+    """The session option intra_op_num_threads that gives a number of threads.
+
+    0, onnxruntime's default, where that is the same number and nothing limits it: a number of one's
+    own, even the same, turns off its pinning of threads to cores.
+    """
+    is_default = threads == count_physical_cores() and "OMP_NUM_THREADS" not in os.environ
+    return 0 if is_default else threads
+
+
+def threads_of(session):
+    """The number of threads that a session of onnxruntime was told to work with."""
+    return session.get_session_options().intra_op_num_threads or count_physical_cores()
 
 
 def read_rows(path):
@@ -54,7 +78,7 @@ def serve(run, threads):
     """Answer requests until the input ends.
 
     run: (rows, batch_rows) to float32 [rows, width], the vectors, or [rows], the scores.
-    threads: What it works with.
+    threads: What its library says that it works with.
     """
     print(json.dumps({"threads": threads}), flush=True)
     for line in sys.stdin:

@@ -1,0 +1,150 @@
+"""What can be wrong with a race, looked at before anything is installed or prepared."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InputError
+from ..hub import fetch
+from ..runtimes.facts import ModelFacts
+from ..spec import ModelSpec, read_spec
+from ..weights import Weights
+from .sides import PEERS, Peer, with_sources
+from .work import Work
+
+
+def check_request(
+    artifacts: Sequence[str | Path],
+    peers: Sequence[str],
+    checkpoint: str | Path | None,
+    rounds: int,
+) -> None:
+    """Refuse options that do not go together, and peers that cannot be installed.
+
+    Raises:
+        InputError: No artifact, no round, an unknown peer, one peer twice, peers without a
+            checkpoint or the other way round, or peers without uv.
+    """
+    if not artifacts:
+        raise InputError("a race needs at least one artifact")
+    if rounds < 1:
+        raise InputError(f"rounds should be at least 1, found {rounds}")
+    if unknown := [name for name in peers if name not in PEERS]:
+        raise InputError(f"no peer is named {unknown[0]!r}; there are {', '.join(PEERS)}")
+    if twice := [name for name, count in Counter(peers).items() if count > 1]:
+        raise InputError(f"peer {twice[0]} is given twice")
+    if checkpoint is not None and not peers:
+        raise InputError("--checkpoint is what peers serve, and there are none: give --peer")
+    if not peers:
+        return
+    if checkpoint is None:
+        raise InputError(
+            "peers serve a checkpoint: say which with --checkpoint, best the one that the artifact "
+            "was made from"
+        )
+    if shutil.which("uv") is None:
+        raise InputError(
+            "peers run in environments of their own, which uv makes, and there is no uv: "
+            "pip install uv, or leave --peer out"
+        )
+
+
+def check_models(models: Sequence[ModelFacts]) -> None:
+    """Refuse models whose answers cannot be compared.
+
+    Raises:
+        InputError: They are of different tasks, or their vectors of different widths.
+    """
+    first = models[0]
+    for each in models[1:]:
+        if each.task != first.task:
+            raise InputError(
+                f"{each.name} is of another task ({each.task}) than {first.name} ({first.task}); "
+                "race embedding models or rerankers"
+            )
+        if first.task == "embedding" and each.dim != first.dim:
+            raise InputError(
+                f"{each.name} gives vectors of {each.dim} values and {first.name} of {first.dim}: "
+                "they cannot be compared"
+            )
+
+
+def read_checkpoint(checkpoint: str | Path, first: ModelFacts) -> ModelSpec:
+    """Read what peers are to serve: its configuration, and its tensors' names and shapes.
+
+    Args:
+        checkpoint: A folder or hub id.
+        first: The model that peers are compared with.
+
+    Raises:
+        InputError: There is no such folder or hub id; it is quantized, or of another geometry.
+        CheckpointError: It is not a Qwen3 checkpoint, or a tensor is missing or damaged.
+    """
+    spec = read_spec(fetch(checkpoint))
+    if spec.quantization is not None:
+        raise InputError(f"{checkpoint} is quantized, and peers serve plain checkpoints")
+    width = spec.hidden_size
+    if width != first.hidden_size:
+        raise InputError(
+            f"{checkpoint} has hidden_size {width}, and {first.name} {first.hidden_size}: peers "
+            "serve a checkpoint of the same geometry"
+        )
+    if first.task == "embedding" and first.dim != width:
+        raise InputError(
+            f"{first.name} gives vectors of {first.dim} values and peers of {width}: race an "
+            "artifact that was exported without a dimension of its own"
+        )
+    Weights(spec)
+    return spec
+
+
+def check_work(works: Sequence[Work], models: Sequence[ModelFacts | ModelSpec]) -> None:
+    """Refuse work that a model does not take.
+
+    Raises:
+        InputError: A row is longer than a model's positions, or has a token that it does not know.
+    """
+    for work in works:
+        longest = max(len(row) for part in work.parts for row in part)
+        largest = max(int(row.max()) for part in work.parts for row in part)
+        for model in models:
+            name = model.name if isinstance(model, ModelFacts) else model.source.id
+            if longest > model.max_position_embeddings:
+                raise InputError(
+                    f"{name} takes {model.max_position_embeddings} tokens at most, and the work "
+                    f"{work.name} has a row of {longest}; --quick stays below 1,000"
+                )
+            if largest >= model.vocab_size:
+                raise InputError(
+                    f"{name} has {model.vocab_size} token ids, and the first artifact's tokenizer "
+                    f"gives {largest}: race models with one tokenizer"
+                )
+
+
+def check_space(peers: Sequence[Peer], spec: ModelSpec, cache: Path) -> None:
+    """Refuse a cache folder without room for what peers write at least.
+
+    Args:
+        peers: Which.
+        spec: Of the checkpoint that they serve.
+        cache: Where their models are kept.
+
+    Raises:
+        InputError: The disk is too small.
+    """
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    missing = [
+        each
+        for each in with_sources(peers)
+        if each.prepared and not any(cache.glob(f"{each.name}-*"))
+    ]
+    needed = sum(spec.parameters * each.bits // 8 for each in missing)
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"{cache} has {free / 1e9:.1f} GB free, and {', '.join(each.name for each in missing)} "
+            f"write at least {needed / 1e9:.1f} GB"
+        )
