@@ -8,21 +8,15 @@ import platform
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..cpu import read_cpu
 from ..errors import require
 from ..runtimes.batching import count_cores
 from ..runtimes.compiled import register_kernels
 
-# Instructions that a figure depends on, as /proc/cpuinfo names them on x86 and on ARM.
-FLAGS = (
-    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
-    *("asimddp", "i8mm", "bf16", "sve"),
-)
-CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = ("embedport", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx-ir")
 # onnxruntime's product of 8-bit integers.
 PRODUCTS = "MatMulIntegerToFloat"
@@ -38,36 +32,17 @@ PEAKS = {
 def describe() -> dict[str, Any]:
     """Processor, cores, memory in bytes, packages, whether there are kernels, and the day."""
     ort = require("onnxruntime", "cpu")
-    cpu, flags = read_processor(CPUINFO)
+    cpu = read_cpu()
     return {
-        "cpu": cpu,
+        "cpu": cpu.name,
         "cores": count_cores(),
-        "flags": flags,
+        "flags": list(cpu.instructions),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "kernels": register_kernels(ort.SessionOptions()),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def read_processor(cpuinfo: Path) -> tuple[str, list[str]]:
-    """A processor's name, and which of `FLAGS` it has.
-
-    Args:
-        cpuinfo: Linux's file about processors; where there is none, only a name is known.
-    """
-    name, flags = platform.processor() or platform.machine(), ""
-    if cpuinfo.exists():
-        fields = dict(
-            line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line
-        )
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        # An ARM core has a number of its maker's instead of a name.
-        part = " ".join(fields[key] for key in ("CPU implementer", "CPU part") if key in fields)
-        name = fields.get("model name") or f"{platform.machine()} {part}".strip()
-        flags = fields.get("flags") or fields.get("Features", "")
-    return name, [flag for flag in FLAGS if flag in flags.split()]
 
 
 def cpu_kind(machine: Mapping[str, Any]) -> str:

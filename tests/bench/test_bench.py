@@ -370,19 +370,8 @@ def test_without_uv(artifact, checkpoints, monkeypatch):
         request([artifact], checkpoints("kv2"))
 
 
-def test_the_kind_of_a_cpu(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nmodel name\t: AMD EPYC 7763\nflags\t\t: fpu fma avx2 sha\n")
-    name, flags = machine.read_processor(cpuinfo)
-    assert (name, flags) == ("AMD EPYC 7763", ["avx2"])
-    assert machine.cpu_kind({"cpu": name, "flags": flags}) == "AMD EPYC 7763 (avx2)"
-    cpuinfo.write_text(
-        "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n"
-        "CPU implementer\t: 0x41\nCPU part\t: 0xd08\n"
-    )
-    name, flags = machine.read_processor(cpuinfo)
-    assert name.endswith(" 0x41 0xd08")
-    assert flags == ["asimddp", "i8mm"]
+def test_the_kind_of_a_cpu():
+    assert machine.cpu_kind({"cpu": "AMD EPYC 7763", "flags": ["avx2"]}) == "AMD EPYC 7763 (avx2)"
 
 
 def test_command_line(artifact, tmp_path, monkeypatch, capsys):

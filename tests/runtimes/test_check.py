@@ -69,6 +69,7 @@ def test_the_witness_is_what_load_gives(made, task, options):
     assert WITNESS in Artifact.open(folder).manifest.files
     assert len(witness.rows) == 16
     if isinstance(loaded, Reranker):
+        assert witness.queries is not None
         found = loaded.score_rows(witness.rows, witness.queries)
     else:
         found = loaded.embed_rows(witness.rows)
@@ -89,6 +90,7 @@ def test_rows_are_short_and_long(made):
     assert max(lengths) == 144
     assert sum(length > 128 for length in lengths) >= 2
     pairs = read_witness(made("reranker") / WITNESS)
+    assert pairs.queries is not None
     assert sorted(pairs.queries) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
@@ -127,6 +129,7 @@ def test_tampered_scales_are_found(made, copied):
     rewrite(folder)
     found = embedport.check(folder, device="cpu")
     assert not found.passed
+    assert found.min_cosine is not None
     assert found.min_cosine < found.limit
     assert found.reasons == []
     with pytest.raises(
@@ -240,6 +243,7 @@ def test_nothing_imports_torch(made):
 def test_mixed_takes_the_loosest(made, tmp_path, checkpoints):
     manifest = Artifact.open(made(precision="int8")).manifest
     machine = read_witness(made(precision="int8") / WITNESS).machine
+    assert manifest.recipe is not None
     formats = dict(manifest.recipe["formats"])
     first = next(name for name in formats if name != "embed_tokens")
     recipe = tmp_path / "recipe.json"
