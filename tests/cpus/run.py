@@ -12,7 +12,7 @@ Python for aarch64 and its wheels are downloaded into the folder the first time 
     aarch64 max          all that qemu knows: dot products, i8mm, SVE
 
 qemu emulates no AVX-512. A check is a script of this folder, `check_*.py`: it gets the folder, runs
-anywhere with numpy, onnxruntime, and for artifacts what embedport needs, and writes a line of JSON
+anywhere with numpy, onnxruntime and what embedport needs, and writes a line of JSON
 for each thing it compares: name, difference, limit. It runs natively first, and may leave there
 what later runs compare with. The exit code is 1 if anything is beyond its limit or does not run.
 """

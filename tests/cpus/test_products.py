@@ -25,9 +25,10 @@ largest_difference = runpy.run_path(str(HERE / "check_products.py"))["largest_di
 TEXTS = ["one text", "and another, somewhat longer", ""]
 
 
-def test_worst_case_codes_are_multiplied_exactly():
+@pytest.mark.parametrize("kernels", [False, True])
+def test_worst_case_codes_are_multiplied_exactly(kernels):
     differences = {
-        case.name: largest_difference(case.graph, case.x, case.expected)
+        case.name: largest_difference(case.graph, case.x, case.expected, kernels=kernels)
         for case in PRODUCTS["cases"]()
     }
     assert len(differences) >= 18
