@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from .engine import EngineRecord
 from .errors import ArtifactError
+from .files import load_json
 from .integrity import FileRecord
 from .spec import Task
 
@@ -133,7 +134,7 @@ class Manifest:
                 format version.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path)
             version = values.pop("format_version")
         except FileNotFoundError:
             raise ArtifactError(
