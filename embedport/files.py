@@ -13,7 +13,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -237,7 +237,7 @@ def check_links(folder: Path) -> None:
     """Refuse symbolic links out of a folder; those of the hub's cache lead to its own blobs.
 
     Raises:
-        InputError: There is one, or a link that leads back to itself.
+        InputError: There is one, or a link that leads nowhere or back to itself.
     """
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
@@ -245,14 +245,38 @@ def check_links(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if not path.is_symlink():
             continue
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError):  # RuntimeError before Python 3.13
-            raise InputError(f"{path} is a link that leads back to itself; remove it") from None
+        _check_link(path)
+        target = path.resolve()
         if not any(target.is_relative_to(base) for base in allowed):
             raise InputError(
                 f"{path} is a link to {target}, outside the folder; put a copy in its place"
             )
+
+
+def check_broken_links(folder: Path, patterns: Iterable[str]) -> None:
+    """Refuse links that lead nowhere: what they stand for would be taken for absent.
+
+    Args:
+        folder: A checkpoint's folder.
+        patterns: Of the files that count.
+
+    Raises:
+        InputError: There is one.
+    """
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                _check_link(path)
+
+
+def _check_link(path: Path) -> None:
+    try:
+        path.stat()
+    except OSError as error:
+        raise InputError(
+            f"{path} is a link to {path.readlink()}, which leads to no file ({error.strerror}); put "
+            "a copy in its place"
+        ) from None
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError, InputError
-from .files import MANIFEST, read_json
+from .files import MANIFEST, check_broken_links, read_json
 from .leftovers import tidy_up
 
 # A checkpoint is its configuration, its tokenizer and its safetensors. Nothing else is fetched:
@@ -49,7 +49,8 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
         weights: Whether a checkpoint's safetensors are needed too, or its configuration only.
 
     Raises:
-        InputError: The folder does not exist, or a revision is given for a folder, or two.
+        InputError: The folder does not exist or has a link that leads nowhere, or a revision is
+            given for a folder, or two.
         CheckpointError: The hub does not have it, or cannot be reached and the cache lacks it.
     """
     folder = Path(checkpoint).expanduser()
@@ -66,6 +67,7 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
                 f"{checkpoint} is a local folder and has no revision {revision!r}; "
                 "leave the revision out"
             )
+        check_broken_links(folder, CONFIG_PATTERNS + WEIGHT_PATTERNS)
         return Source(str(checkpoint), None, folder)
     if is_there:
         raise InputError(f"{checkpoint} is no folder; give the checkpoint's folder")

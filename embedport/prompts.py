@@ -152,6 +152,9 @@ def _encode(
     inputs = [check_text(i, complete(check_text(i, text))) for i, text in enumerate(texts)]
     with tokenizing("the tokenizer"):
         encodings = tokenizer.encode_batch_fast(inputs, add_special_tokens=special)
+    for i, encoding in enumerate(encodings):
+        if special and not encoding.ids:
+            raise InputError(f"the tokenizer makes no token of text {i}: leave it out")
     return Encoded(
         [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings],
         [i for i, encoding in enumerate(encodings) if encoding.overflowing],
