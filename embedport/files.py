@@ -274,8 +274,8 @@ def _check_link(path: Path) -> None:
         path.stat()
     except OSError as error:
         raise InputError(
-            f"{path} is a link to {path.readlink()}, which leads to no file ({error.strerror}); put "
-            "a copy in its place"
+            f"{path} is a link to {path.readlink()}, which leads to no file ({error.strerror}); "
+            "put a copy in its place"
         ) from None
 
 

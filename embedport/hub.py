@@ -58,7 +58,8 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
     try:
         is_folder, is_there = folder.is_dir(), os.path.lexists(folder)
     except (OSError, ValueError) as error:  # a name too long, or with a null character
-        raise InputError(f"{str(checkpoint)[:200]!r} cannot be a folder: {error}") from error
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{str(checkpoint)[:200]!r} cannot be a folder: {reason}") from error
     if is_folder and not os.access(folder, os.R_OK | os.X_OK):
         raise InputError(f"{checkpoint} cannot be read: permission denied")
     if is_folder:
