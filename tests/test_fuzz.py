@@ -50,16 +50,26 @@ RAW = {
     "@integer@": "9" * 90,
     "@infinite@": "1e999",
 }
+ODD = [
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 16, 33, 1024, 2**31, 2**32 - 1, 2**63, 10**30, 0.5),
+    *(1e308, -1e-9, float("nan"), float("inf"), "", "a", "a" * 300, "b" * 5000, "\0", "\ud800"),
+    *("..", "../x", "/dev/zero", "model.safetensors", "qwen3", "embedding", "[red]", [], {}),
+    *([0], ["a"], [[]], [None], {"a": 1}, {"type": "x"}, {"": {}}, [1] * 3000),
+    *RAW,
+]
 VALUES = st.one_of(
-    st.sampled_from(
-        [None, True, False, 0, 1, -1, 2, 3, 7, 16, 33, 1024, 2**31, 2**32 - 1, 2**63, 10**30, 0.5]
-        + [1e308, -1e-9, float("nan"), float("inf"), "", "a", "a" * 300, "b" * 5000, "\0", "\ud800"]
-        + ["..", "../x", "/dev/zero", "model.safetensors", "qwen3", "embedding", "[red]", [], {}]
-        + [[0], ["a"], [[]], [None], {"a": 1}, {"type": "x"}, {"": {}}, [1] * 3000, *RAW]
-    ),
+    st.sampled_from(ODD),
     st.integers(),
     st.floats(),
     st.text(max_size=8),
+)
+KINDS = (
+    *("fifo", "folder", "socket", "loop", "two", "urandom", "zero", "null", "none", "dangling"),
+    *("self", "large"),
+)
+NEW = (
+    *("model.safetensors.index.json", "adapter_config.json", "modules.json", "chat_template.jinja"),
+    *("tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 # What ends the tokenizers library, or once did.
 PIECE = {"Sequence": {"id": "A", "type_id": 0}}
@@ -216,12 +226,7 @@ def change_bytes(draw, path):
 
 def change_kind(draw, path):
     """Put something else in a file's place."""
-    kind = draw(
-        st.sampled_from(
-            ["fifo", "folder", "socket", "loop", "two", "urandom", "zero", "none", "dangling"]
-            + ["self", "large", "null"]
-        )
-    )
+    kind = draw(st.sampled_from(KINDS))
     path.unlink()
     if kind == "fifo":
         os.mkfifo(path)
@@ -335,16 +340,8 @@ def mutate(draw, folder):
     files = small_files(folder)
     shards = [path for path in files if path.suffix == ".safetensors"]
     files = [path for path in files if path not in shards]
-    what = draw(
-        st.sampled_from(
-            ["json"] * 8
-            + ["bytes"] * 2
-            + ["kind"] * 3
-            + ["header"] * 3 * bool(shards)
-            + ["tokenizer"] * 4
-            + ["new"]
-        )
-    )
+    kinds = ["json"] * 8 + ["tokenizer"] * 4 + ["kind"] * 3 + ["bytes"] * 2 + ["new"]
+    what = draw(st.sampled_from(kinds + ["header"] * 3 * bool(shards)))
     if what == "json":
         path = draw(st.sampled_from([path for path in files if path.name != "tokenizer.json"]))
         change_json(draw, path)
@@ -357,13 +354,7 @@ def mutate(draw, folder):
     elif what == "tokenizer":
         change_tokenizer(draw, folder / "tokenizer.json")
     elif what == "new":
-        name = draw(
-            st.sampled_from(
-                ["model.safetensors.index.json", "adapter_config.json", "modules.json"]
-                + ["tokenizer_config.json", "sentence_bert_config.json", "chat_template.jinja"]
-                + ["config_sentence_transformers.json", "preprocessor_config.json"]
-            )
-        )
+        name = draw(st.sampled_from(NEW))
         write_raw(folder / name, draw(VALUES | st.just({"weight_map": {"a": "b" * 5000}})))
 
 
