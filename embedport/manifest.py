@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from .engine import EngineRecord
 from .errors import ArtifactError
-from .files import load_json
+from .files import is_file_name, load_json
 from .integrity import FileRecord
 from .spec import TASKS, Task
 
@@ -178,6 +178,8 @@ class Manifest:
         for name in (*parts, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
+            if not all(map(is_file_name, name.split("/"))):
+                raise ArtifactError(f"{path}: {name[:100]!r} cannot be a file's name")
         return cls(**values)
 
 
