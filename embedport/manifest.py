@@ -217,6 +217,8 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     for key, each in maps.items():
         if not isinstance(each, dict) or not all(isinstance(text, str) for text in each.values()):
             wrong.append((key, each, "texts by name"))
+    if graph is not None and len(graph.outputs) != 1:
+        wrong.append(("graph's outputs", graph.outputs, "one name"))
     for key in ("recipe", "ranges", "parity"):
         if values[key] is not None and not isinstance(values[key], dict):
             wrong.append((key, values[key], "an object or null"))
