@@ -26,11 +26,10 @@ from .card import model_card
 from .errors import ArtifactError, InputError
 from .files import MANIFEST, check_links
 from .integrity import check_files, record_files
+from .leftovers import OLD, lock, tidy_up
 from .manifest import Manifest
 
 CARD = "README.md"
-# Ends the name of an artifact that is being replaced.
-OLD = "-old"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,6 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
     partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _tidy_up(output)
         free = shutil.disk_usage(output.parent).free
         if free < needs:
             raise InputError(
@@ -123,9 +121,12 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
 def check_place(output: Path, force: bool) -> None:
     """Refuse a place where something is, unless it is an artifact that may be replaced.
 
+    What killed runs have left beside it is cleaned up first.
+
     Raises:
         InputError: It is.
     """
+    tidy_up(output)
     if not output.exists() and not output.is_symlink():
         return
     if not force:
@@ -135,63 +136,27 @@ def check_place(output: Path, force: bool) -> None:
     raise InputError(f"{output} is not an artifact, and is not replaced; choose another place")
 
 
-def _tidy_up(output: Path) -> None:
-    """Delete what exports of the same artifact that were killed have left.
-
-    One that was killed between the two renames of `_put_in_place` leaves the earlier artifact
-    under another name: it gets its own back.
-    """
-    for folder in output.parent.glob(f".{output.name}.partial-*"):
-        try:
-            held = lock(folder)
-        except BlockingIOError:
-            continue
-        if held is None:
-            continue
-        if folder.name.endswith(OLD) and not output.exists():
-            folder.rename(output)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
-
-
-def lock(folder: Path) -> int | None:
-    """Hold a folder until the descriptor is closed or the process ends.
-
-    Returns:
-        The descriptor; None where locks are unknown, as on Windows: there nobody is kept out, and
-        nothing is tidied up.
-
-    Raises:
-        BlockingIOError: Another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    return descriptor
-
-
 def _put_in_place(partial: Path, output: Path) -> None:
     if not output.exists():
         partial.rename(output)
         return
     old = partial.with_name(f"{partial.name}{OLD}")
-    output.rename(old)
+    # Held, so that no other run takes it for what a killed one has left.
     try:
-        partial.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)
+        held = lock(output)
+    except BlockingIOError:
+        raise InputError(f"{output} is being replaced by another run: try it again") from None
+    try:
+        output.rename(old)
+        try:
+            partial.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:

@@ -11,7 +11,7 @@ Texts and candidates may be compressed (corpus.jsonl.gz, queries.jsonl.gz, candi
 from __future__ import annotations
 
 import gzip
-import json
+import io
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ from typing import Any
 
 from .corpus import titled_text
 from .errors import InputError
-from .files import written
+from .files import MOST_TEXT, parse_json, read_small, written
 
 BUILTIN = "builtin"
 
@@ -130,7 +130,7 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     for place, line in _lines(path):
         try:
-            row: dict[str, Any] = json.loads(line)
+            row: dict[str, Any] = parse_json(line)
             key, text = row["_id"], titled_text(row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
@@ -195,10 +195,24 @@ def _read_candidates(
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not empty."""
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        data = read_small(path, MOST_TEXT)
+        if path.suffix == ".gz":
+            data = _decompress(data)
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line
+
+
+def _decompress(data: bytes) -> bytes:
+    """As `gzip.decompress`, up to MOST_TEXT: a few bytes may stand for any number."""
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        parts, size = [], 0
+        while part := file.read(1 << 20):
+            parts.append(part)
+            size += len(part)
+            if size > MOST_TEXT:
+                raise ValueError(f"it should hold {MOST_TEXT:,} bytes at most, found more")
+    return b"".join(parts)

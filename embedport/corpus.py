@@ -7,7 +7,6 @@ file a text a line. Blank lines are no texts.
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import check_regular, parse_json
 from .progress import progress_bar
 from .prompts import check_text
+
+# Bytes of a line; a text of the longest that a model reads has 200,000.
+LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
             return None
         if not is_jsonl(path):
             return text
-        row = json.loads(text)
+        row = parse_json(text)
         text, prompt = titled_text(row), row.get("prompt", "document")
         check_text(number, text)
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
@@ -170,9 +173,17 @@ def titled_text(row: Mapping[str, Any]) -> Any:
 
 def _lines(path: Path, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
     """Number, offset and bytes of each line from one on."""
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     with path.open("rb") as file:
         file.seek(offset)
-        for line in file:
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise InputError(
+                    f"{path}:{number} should have {LONGEST_LINE:,} bytes at most, found more"
+                )
             yield number, offset, line
             number += 1
             offset += len(line)

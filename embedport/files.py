@@ -1,4 +1,9 @@
-"""A checkpoint's files, read strictly: JSON, the index of shards, and the shards' headers."""
+"""A checkpoint's files, read strictly: JSON, the index of shards, and the shards' headers.
+
+Folders come from anywhere: only regular files are read, up to a size, and JSON up to a number of
+values, a depth and a number of digits. Every other small file goes through `read_small` and
+`parse_json` too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Generator
+import stat
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +26,24 @@ from .errors import CheckpointError, InputError
 MANIFEST = "embedport.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Bytes of a configuration, an index, a manifest or a shard's header: 40,000 tensors.
+SMALL = 4 << 20
+# Of one JSON file. Qwen3's tokenizer.json has 610,000 values.
+MOST_VALUES = 4_000_000
+MOST_DEPTH = 64
+# Of one number; transformers writes 10^30, with 31 digits, for "no limit".
+MOST_DIGITS = 100
+# Bytes of a file of texts that is read whole.
+MOST_TEXT = 8 << 30
+# Bytes of a file's name on most file systems.
+LONGEST_NAME = 255
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @dataclass(frozen=True)
@@ -62,21 +86,140 @@ def written(path: Path) -> Generator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def read_small(path: Path, limit: int = SMALL) -> bytes:
+    """Read a whole file that should be small.
+
+    Args:
+        path: The file; a link is followed.
+        limit: Bytes at most.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is not a regular file, or larger than `limit`.
+    """
+    check_regular(path)
+    # Without O_NONBLOCK a FIFO that took the file's place meanwhile would be waited for.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:  # noqa: PTH123 (a descriptor)
+        status = os.fstat(file.fileno())
+        _check_kind(status)
+        if status.st_size > limit:
+            raise ValueError(f"it should have {limit:,} bytes at most, found {status.st_size:,}")
+        # Not a byte more than there were, whatever it has become meanwhile.
+        return file.read(status.st_size)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a FIFO, a device, a socket or a folder, which would be waited for or never end.
+
+    Raises:
+        OSError: It is missing.
+        ValueError: It is not a regular file.
+    """
+    _check_kind(path.stat())
+
+
+def _check_kind(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ValueError(f"it should be a regular file, found {kind}")
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON within bounds: `MOST_VALUES`, `MOST_DEPTH` and `MOST_DIGITS`.
+
+    Raises:
+        ValueError: It is not JSON, is beyond a bound, or holds a lone surrogate.
+    """
+    # Each value but the first follows a comma, an opening bracket or its key.
+    values = sum(map(text.count, ",[{"))
+    if values > MOST_VALUES:
+        raise ValueError(f"it should hold {MOST_VALUES:,} values at most, found about {values:,}")
+    try:
+        parsed = json.loads(text, parse_int=_parse_int, parse_float=_parse_float)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"it holds a lone surrogate, U+{ord(error.object[error.start]):04X}"
+        ) from None
+    _check_depth(parsed)
+    return parsed
+
+
+def _parse_int(digits: str) -> int:
+    return int(_check_digits(digits))
+
+
+def _parse_float(digits: str) -> float:
+    return float(_check_digits(digits))
+
+
+def _check_digits(digits: str) -> str:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(
+            f"a number should have {MOST_DIGITS} digits at most, found {len(digits):,}: "
+            f"{digits[:20]}…"
+        )
+    return digits
+
+
+def _check_depth(parsed: object) -> None:
+    """Refuse what is nested deeply, level by level and without recursion."""
+    level = [[parsed]]
+    for _ in range(MOST_DEPTH + 1):
+        level = [
+            value.values() if isinstance(value, dict) else value
+            for each in level
+            for value in each
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+
+
+def load_json(path: Path, limit: int = SMALL) -> Any:
+    """Read a JSON file within bounds, in UTF-8.
+
+    Args:
+        path: The file.
+        limit: Bytes at most.
+
+    Raises:
+        OSError: It is missing or cannot be read.
+        ValueError: It is not a regular file, not JSON, or beyond a bound.
+    """
+    return parse_json(read_small(path, limit).decode("utf-8"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file is missing, not JSON, or not an object.
+        CheckpointError: The file is missing, beyond a bound, not JSON, or not an object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = load_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: is this a checkpoint's folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} should hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a value from JSON can name a file beside the one that holds it."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not {"/", "\\", "\0"} & set(name)
+        and len(name.encode()) <= LONGEST_NAME
+    )
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -94,16 +237,46 @@ def check_links(folder: Path) -> None:
     """Refuse symbolic links out of a folder; those of the hub's cache lead to its own blobs.
 
     Raises:
-        InputError: There is one.
+        InputError: There is one, or a link that leads nowhere or back to itself.
     """
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parents[1] / "blobs")
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(base) for base in allowed):
+        if not path.is_symlink():
+            continue
+        _check_link(path)
+        target = path.resolve()
+        if not any(target.is_relative_to(base) for base in allowed):
             raise InputError(
-                f"{path} is a link to {path.resolve()}, outside the folder; put a copy in its place"
+                f"{path} is a link to {target}, outside the folder; put a copy in its place"
             )
+
+
+def check_broken_links(folder: Path, patterns: Iterable[str]) -> None:
+    """Refuse links that lead nowhere: what they stand for would be taken for absent.
+
+    Args:
+        folder: A checkpoint's folder.
+        patterns: Of the files that count.
+
+    Raises:
+        InputError: There is one.
+    """
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                _check_link(path)
+
+
+def _check_link(path: Path) -> None:
+    try:
+        path.stat()
+    except OSError as error:
+        raise InputError(
+            f"{path} is a link to {path.readlink()}, which leads to no file ({error.strerror}); "
+            "put a copy in its place"
+        ) from None
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -139,7 +312,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path}: weight_map should map tensors to shards, found {index!r}")
     for name, file in index.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_file_name(file):
             raise CheckpointError(
                 f"{path}: {name} should be in a file beside the index, found {file!r}"
             )
@@ -159,11 +332,30 @@ def open_shard(path: Path) -> Any:
     """Map a shard: a context manager with `keys()` and `get_slice(name)`.
 
     Raises:
-        CheckpointError: The file is truncated or not safetensors.
+        CheckpointError: The file is truncated or not safetensors, or its header is too large.
     """
     try:
+        _check_header(path)
         return safe_open(path, framework="numpy")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); download it again"
         ) from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header so large that reading it takes seconds and gigabytes.
+
+    A safetensors file begins with its header's size, 8 bytes, little-endian:
+    https://huggingface.co/docs/safetensors/index#format
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if SMALL < size <= os.fstat(file.fileno()).st_size:
+            raise ValueError(
+                f"the header should have {SMALL:,} bytes at most, about 40,000 tensors, found "
+                f"{size:,}"
+            )

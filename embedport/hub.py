@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError, InputError
-from .files import MANIFEST, read_json
+from .files import MANIFEST, check_broken_links, read_json
+from .leftovers import tidy_up
 
 # A checkpoint is its configuration, its tokenizer and its safetensors. Nothing else is fetched:
 # no pickled weights, no code.
@@ -47,19 +49,29 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
         weights: Whether a checkpoint's safetensors are needed too, or its configuration only.
 
     Raises:
-        InputError: The folder does not exist, or a revision is given for a folder, or two.
+        InputError: The folder does not exist or has a link that leads nowhere, or a revision is
+            given for a folder, or two.
         CheckpointError: The hub does not have it, or cannot be reached and the cache lacks it.
     """
     folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    tidy_up(folder)
+    try:
+        is_folder, is_there = folder.is_dir(), os.path.lexists(folder)
+    except (OSError, ValueError) as error:  # a name too long, or with a null character
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{str(checkpoint)[:200]!r} cannot be a folder: {reason}") from error
+    if is_folder and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{checkpoint} cannot be read: permission denied")
+    if is_folder:
         if revision is not None:
             raise InputError(
                 f"{checkpoint} is a local folder and has no revision {revision!r}; "
                 "leave the revision out"
             )
+        check_broken_links(folder, CONFIG_PATTERNS + WEIGHT_PATTERNS)
         return Source(str(checkpoint), None, folder)
-    if folder.exists():
-        raise InputError(f"{checkpoint} is a file; give the checkpoint's folder")
+    if is_there:
+        raise InputError(f"{checkpoint} is no folder; give the checkpoint's folder")
     name, _, at = str(checkpoint).partition("@")
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{checkpoint}: no such folder, and not a hub id of the form owner/name")

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 from .engine import EngineRecord
 from .errors import ArtifactError
+from .files import is_file_name, load_json
 from .integrity import FileRecord
-from .spec import Task
+from .spec import TASKS, Task
 
 FORMAT_VERSION = 4
 
@@ -136,7 +137,7 @@ class Manifest:
                 format version.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path)
             version = values.pop("format_version")
         except FileNotFoundError:
             raise ArtifactError(
@@ -173,13 +174,64 @@ class Manifest:
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
+        _check_values(path, values)
         graph: GraphRecord | None = values["graph"]
         records = [graph, graph.continuation if graph else None, values["engine"]]
         parts = [record.path for record in records if record]
         for name in (*parts, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
+            if not all(map(is_file_name, name.split("/"))):
+                raise ArtifactError(f"{path}: {name[:100]!r} cannot be a file's name")
         return cls(**values)
+
+
+def _check_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Check what the runtimes read.
+
+    Raises:
+        ArtifactError: A value is not of its type.
+    """
+    graph, source = values["graph"], values["source"]
+    texts = {key: values[key] for key in ("precision", "requires")} | {"source": source.id}
+    maps = {key: values[key] for key in ("prompts", "versions")} | {"source's files": source.files}
+    sizes = {
+        key: values[key]
+        for key in ("hidden_size", "num_heads", "vocab_size", "max_length")
+        + ("max_position_embeddings",)
+        + ("embedding_dim",) * (values["embedding_dim"] is not None)
+    }
+    if graph is not None:
+        for key in ("path", "dialect", "output", "arithmetic"):
+            texts[f"graph's {key}"] = getattr(graph, key)
+        for key in ("inputs", "outputs", "kept_in_fp32"):
+            texts |= {f"graph's {key}": name for name in getattr(graph, key)}
+        if graph.continuation is not None:
+            texts["continuation's path"] = graph.continuation.path
+            texts["continuation's requires"] = graph.continuation.requires
+    for name, record in values["files"].items():
+        texts[f"sha256 of {name[:100]!r}"] = record.sha256
+        sizes[f"size of {name[:100]!r}"] = max(record.size, 1) if _is_size(record.size) else None
+    wrong = [("task", values["task"], " or ".join(TASKS))] * (values["task"] not in TASKS)
+    wrong += [(key, each, "a text") for key, each in texts.items() if not isinstance(each, str)]
+    wrong += [
+        (key, each, "a size") for key, each in sizes.items() if not _is_size(each) or not each
+    ]
+    for key, each in maps.items():
+        if not isinstance(each, dict) or not all(isinstance(text, str) for text in each.values()):
+            wrong.append((key, each, "texts by name"))
+    if graph is not None and len(graph.outputs) != 1:
+        wrong.append(("graph's outputs", graph.outputs, "one name"))
+    for key in ("recipe", "ranges", "parity"):
+        if values[key] is not None and not isinstance(values[key], dict):
+            wrong.append((key, values[key], "an object or null"))
+    if wrong:
+        key, found, expected = wrong[0]
+        raise ArtifactError(f"{path}: {key} should be {expected}, found {found!r:.80}")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 def _read_graph(values: Mapping[str, Any]) -> GraphRecord:

@@ -20,6 +20,7 @@ from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
 from .errors import CheckpointError, InputError
+from .tokenizer import load_tokenizer, tokenizing
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -149,7 +150,11 @@ def _encode(
 ) -> Encoded:
     check_list(texts, "texts should be a list of strings")
     inputs = [check_text(i, complete(check_text(i, text))) for i, text in enumerate(texts)]
-    encodings = tokenizer.encode_batch_fast(inputs, add_special_tokens=special)
+    with tokenizing("the tokenizer"):
+        encodings = tokenizer.encode_batch_fast(inputs, add_special_tokens=special)
+    for i, encoding in enumerate(encodings):
+        if special and not encoding.ids:
+            raise InputError(f"the tokenizer makes no token of text {i}: leave it out")
     return Encoded(
         [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings],
         [i for i, encoding in enumerate(encodings) if encoding.overflowing],
@@ -183,23 +188,6 @@ def check_text(index: int, text: str) -> str:
             f"character {error.start}; repair it with text.encode('utf-8', 'replace').decode()"
         ) from None
     return text
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json, with no padding and no truncation set.
-
-    Raises:
-        CheckpointError: The file is missing or damaged.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; the checkpoint needs its fast tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def append_end_of_text(tokenizer: Tokenizer, path: Path) -> int:

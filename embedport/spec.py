@@ -7,7 +7,6 @@ sentence_bert_config.json). Values that this project does not implement are refu
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import CheckpointError, InputError
-from .files import read_json, tensor_names
+from .files import load_json, read_json, tensor_names
 from .hub import Source, fetch
 from .stored import LibraryQuantization, StoredQuantization, read_quantization
 
@@ -261,7 +260,7 @@ def _read_modules(folder: Path) -> list[str]:
     if not path.exists():
         return []
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = load_json(path)
         names = [str(module["type"]).rpartition(".")[2] for module in modules]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a list of modules: {error}") from error

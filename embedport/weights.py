@@ -94,9 +94,18 @@ class Weights:
 
         Returns:
             float32 [hidden].
+
+        Raises:
+            CheckpointError: The head has no row for one of them.
         """
         spec = self.spec
         if spec.score_rows is not None:
             rows = self.read_fp32("score.weight")
             return rows[-1] - rows[0] if spec.score_rows == 2 else rows[0]
+        rows = self.tensors[spec.head].shape[0]
+        if max(yes, no) >= rows:
+            raise CheckpointError(
+                f"{self.tensors[spec.head].file}: tensor {spec.head} should have rows for the "
+                f"answer tokens {yes} and {no} of tokenizer.json, found {rows} rows"
+            )
         return np.subtract(*(self.read_fp32(spec.head, slice(i, i + 1))[0] for i in (yes, no)))

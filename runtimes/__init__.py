@@ -11,6 +11,7 @@ from typing import TypeVar
 from ..artifact import Artifact
 from ..errors import VerificationError
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
+from ..tokenizer import check_ids
 from .comparison import Check, compare_witness
 from .embedder import Embedder
 from .facts import Model, ModelFacts, choose_length, read_facts
@@ -20,6 +21,7 @@ from .tensorrt import TensorRTModel
 from .torch import TorchModel
 
 Tokenizer = TypeVar("Tokenizer")
+TOKENIZER = "tokenizer.json"
 
 __all__ = [
     "Check",
@@ -97,11 +99,25 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
 
 def _load(model: str | Path, device: str, max_length: int | None) -> Embedder | Reranker:
     facts = read_facts(model)
-    file = facts.folder / "tokenizer.json"
     length = choose_length(facts, max_length)
     if facts.task == "embedding":
-        return Embedder(facts, *_open(facts, device, lambda: EmbeddingTokenizer(file, length)))
-    return Reranker(facts, *_open(facts, device, lambda: RerankerTokenizer(file, length)))
+        return Embedder(facts, *_open(facts, device, lambda: _embedding_tokenizer(facts, length)))
+    return Reranker(facts, *_open(facts, device, lambda: _reranker_tokenizer(facts, length)))
+
+
+def _embedding_tokenizer(facts: ModelFacts, max_length: int) -> EmbeddingTokenizer:
+    path = facts.folder / TOKENIZER
+    tokenizer = EmbeddingTokenizer(path, max_length)
+    # What every text gets.
+    check_ids(tokenizer.encode([""]).ids[0], facts.vocab_size, path, "ids put around a text")
+    return tokenizer
+
+
+def _reranker_tokenizer(facts: ModelFacts, max_length: int) -> RerankerTokenizer:
+    path = facts.folder / TOKENIZER
+    tokenizer = RerankerTokenizer(path, max_length)
+    check_ids(tokenizer.encode([("", "")]).ids[0], facts.vocab_size, path, "ids put around a pair")
+    return tokenizer
 
 
 def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..corpus import Part, read_part, survey
 from ..errors import InputError
-from ..files import written
+from ..files import load_json, written
 from ..integrity import record_files
 from ..progress import progress_bar
 from .embedder import Embedder, check_options, resolve_prompt
@@ -36,6 +36,8 @@ INDEX = "index.json"
 FORMAT_VERSION = 2
 # What tells an index of any version from another program's index.json.
 OURS = frozenset({"format_version", "model_sha256", "shards"})
+# Bytes of an index: of a billion texts.
+MOST_INDEX = 64 << 20
 SHARD = re.compile(r"\d{6,}\.npy")
 # Texts that are sorted by length together; what a crash costs at most.
 SHARD_ROWS = 2048
@@ -131,7 +133,7 @@ class Index:
             InputError: It is damaged, or of another format version.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path, MOST_INDEX)
             version = values.pop("format_version")
             if version != FORMAT_VERSION or values.keys() != {each.name for each in fields(cls)}:
                 raise ValueError(f"format version {version}")
@@ -310,8 +312,8 @@ def _read_ours(path: Path) -> dict[str, Any]:
         InputError: It is another program's.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        values = load_json(path, MOST_INDEX)
+    except (OSError, ValueError):
         values = None
     if not isinstance(values, dict) or OURS - values.keys():
         raise InputError(f"{path} is another program's; choose another folder")

@@ -15,6 +15,7 @@ import numpy as np
 from ..artifact import Artifact
 from ..attention import SHORT_ROW
 from ..errors import ArtifactError, DeviceError, InputError, require
+from ..files import MANIFEST
 from ..requirements import meets
 from .batching import core_limit, count_cores
 from .compiled import register_kernels
@@ -62,6 +63,15 @@ class OnnxModel:
         self.device, self._session = _open_session(artifact, device, parsed)
         inputs = {each.name: each.shape for each in self._session.get_inputs()}
         self.continues = "past" in inputs
+        expected = {"input_ids", "attention_mask"}
+        expected |= {"past", "kept", "short"} if self.continues else set()
+        outputs = {each.name for each in self._session.get_outputs()}
+        if inputs.keys() != expected or not outputs.issuperset(graph.outputs):
+            raise ArtifactError(
+                f"{artifact.graph}: the graph should take {', '.join(sorted(expected))} and give "
+                f"{', '.join(graph.outputs)}, as {MANIFEST} says; found {', '.join(inputs)} and "
+                f"{', '.join(outputs)}"
+            )
         if self.continues:
             layers, heads, _, width = inputs["past"]
             self._no_past = np.zeros((layers, heads, 0, width), np.float32)

@@ -34,13 +34,17 @@ def inspect(
 
     Example: embedport inspect Qwen/Qwen3-Embedding-0.6B
     """
+    from ..errors import ArtifactError
     from ..files import MANIFEST
     from ..hub import fetch
 
     source = fetch(target, revision, weights=False)
     if (source.folder / MANIFEST).is_file():
         facts = _artifact_facts(source)
-        rows = _artifact_rows(facts)
+        try:
+            rows = _artifact_rows(facts)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{source.folder / MANIFEST} is damaged: {error!r}") from error
     else:
         facts = _checkpoint_facts(source)
         rows = _checkpoint_rows(facts)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..corpus import is_jsonl, titled_text
 from ..errors import InputError
+from ..files import MOST_TEXT, parse_json, read_small
 
 T = TypeVar("T")
 
@@ -77,7 +78,7 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     rows = []
     for number, line in _lines(path):
         try:
-            row = make(json.loads(line))
+            row = make(parse_json(line))
             if not all(isinstance(value, str) for value in vars(row).values()):
                 raise TypeError("a value is not a string")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -92,8 +93,10 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        # A pipe is what a shell's <(command) gives.
+        data = path.read_bytes() if path.is_fifo() else read_small(path, MOST_TEXT)
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     # Not splitlines(): U+2028 and its like may stand inside a text.
     lines = text.replace("\r\n", "\n").split("\n")

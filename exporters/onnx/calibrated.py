@@ -24,9 +24,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ...artifact import lock
 from ...errors import CheckpointError, InputError
 from ...files import written
+from ...leftovers import lock
 from ...quantize.awq import search_factors
 from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
 from ...quantize.gptq import quantize_gptq

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ...errors import InputError
+from ...files import read_small
 from ...layout import write_sentence_transformers
 from ...prompts import append_end_of_text, load_tokenizer
 from ...spec import ModelSpec
+from ...tokenizer import LARGEST
 
 COPIED = (
     "config.json",
@@ -31,10 +32,10 @@ def write_companions(spec: ModelSpec, folder: Path) -> None:
     source = spec.source.folder
     try:
         for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be copied: {error.strerror}") from error
+            if (source / name).exists():
+                (folder / name).write_bytes(read_small(source / name))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source / name} cannot be copied: {error}") from error
     _write_tokenizer(spec, folder / "tokenizer.json")
     if spec.task == "embedding":
         write_sentence_transformers(folder, spec.hidden_size, spec.prompts)
@@ -50,4 +51,4 @@ def _write_tokenizer(spec: ModelSpec, path: Path) -> None:
             # Whoever reads this tokenizer next ends texts as the model wants it, too.
             tokenizer.save(str(path))
             return
-    shutil.copyfile(original, path)
+    path.write_bytes(read_small(original, LARGEST))

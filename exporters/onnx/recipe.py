@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...files import load_json
 
 ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 CALIBRATED = ("gptq", "awq")
@@ -72,7 +72,7 @@ class Recipe:
             InputError: It is missing, damaged, or holds no recipe.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = load_json(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not a recipe: {error}") from error
         if isinstance(values, dict) and "format_version" in values:

@@ -19,6 +19,7 @@ from ...prompts import (
 from ...quantize.source import WeightSource
 from ...ranking import candidate_pairs
 from ...spec import ModelSpec
+from ...tokenizer import check_ids
 
 
 def reranker_head(weights: WeightSource) -> np.ndarray:
@@ -36,15 +37,23 @@ def reranker_head(weights: WeightSource) -> np.ndarray:
 def tokenize_samples(
     spec: ModelSpec, max_length: int, calibration: str | Path | None
 ) -> list[np.ndarray]:
-    """Token ids of the calibration texts under the task's own template, int64 [tokens] each."""
+    """Token ids of the calibration texts under the task's own template, int64 [tokens] each.
+
+    Raises:
+        CheckpointError: The tokenizer gives ids beyond the embedding table.
+    """
     path = spec.source.folder / "tokenizer.json"
     if spec.task == "reranker":
         pairs = read_pairs(calibration) if calibration else builtin_pairs()
         tokenizer = RerankerTokenizer(path, max_length)
-        return tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
+        rows = tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
+        check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
+        return rows
     texts = read_samples(calibration) if calibration else builtin_samples()
     tokenizer = EmbeddingTokenizer(path, max_length)
-    return [row for text in texts for row in _encode(tokenizer, spec, text)]
+    rows = [row for text in texts for row in _encode(tokenizer, spec, text)]
+    check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
+    return rows
 
 
 def tokenize_retrieval(

@@ -22,6 +22,8 @@ from embedport.errors import (
 )
 from embedport.exporters.onnx import export as export_module
 from embedport.exporters.onnx import verify
+from embedport.hub import fetch
+from embedport.leftovers import lock
 from embedport.manifest import Manifest
 
 
@@ -225,6 +227,43 @@ def test_killed_while_replacing(tmp_path):
         (folder / "embedport.json").write_text("new")
     assert (tmp_path / "out" / "embedport.json").read_text() == "new"
     assert left_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("verb", ["inspect", "load", "refused export"])
+def test_killed_while_deleting_the_old_one(checkpoints, copied, tmp_path, verb):
+    """Any run that looks at the artifact deletes what is left of its predecessor."""
+    out = tmp_path / "out"
+    embedport.export(checkpoints("kv2"), out)
+    for name in (".out.partial-12345678-old", ".out.partial-0123abcd", ".out.partial-mine", ".x"):
+        (tmp_path / name / "onnx").mkdir(parents=True)
+    with staged(tmp_path / "other", force=False, needs=0):
+        if verb == "inspect":
+            fetch(out)
+        elif verb == "load":
+            embedport.load(out, device="cpu")
+        else:
+            with pytest.raises(InputError, match="exists; choose another place"):
+                embedport.export(checkpoints("kv2"), out)
+    assert left_in(tmp_path) == [".out.partial-mine", ".x", "other", "out"]
+
+
+def test_killed_between_the_renames(checkpoints, tmp_path):
+    """Its own name comes back to the earlier artifact when somebody asks for it."""
+    embedport.export(checkpoints("kv2"), tmp_path / ".out.partial-12345678-old")
+    embedport.load(tmp_path / "out", device="cpu")
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_what_is_being_deleted_is_left_alone(tmp_path):
+    """The old artifact is held until it is gone."""
+    old = tmp_path / ".out.partial-12345678-old"
+    old.mkdir()
+    held = lock(old)
+    assert held is not None
+    with pytest.raises(InputError, match="no such folder"):
+        fetch(tmp_path / "out")
+    assert left_in(tmp_path) == [old.name]
+    os.close(held)
 
 
 def test_another_export_was_quicker(tmp_path):

@@ -278,6 +278,28 @@ class TestDamagedArtifact:
         with pytest.raises(ArtifactError, match="is outside the artifact's folder"):
             embedport.load(folder)
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"task": None}, "task should be embedding or reranker, found None"),
+            ({"vocab_size": "7"}, "vocab_size should be a size, found '7'"),
+            ({"prompts": {"query": 1}}, "prompts should be texts by name"),
+            ({"recipe": [1]}, "recipe should be an object or null"),
+            ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "cannot be a file's name"),
+        ],
+    )
+    def test_values_of_other_types(self, folder, changes, message):
+        self.change(folder, **changes)
+        with pytest.raises(ArtifactError, match=message):
+            embedport.load(folder)
+
+    def test_outputs_that_the_graph_does_not_have(self, folder):
+        graph = json.loads((folder / "embedport.json").read_text())["graph"]
+        for outputs, message in (([], "outputs should be one name"), (["x"], "and give x, as")):
+            self.change(folder, graph=graph | {"outputs": outputs})
+            with pytest.raises(ArtifactError, match=message):
+                embedport.load(folder, device="cpu")
+
     def test_graph_that_onnxruntime_does_not_take(self, folder):
         from embedport.artifact import write_manifest
         from embedport.manifest import Manifest
