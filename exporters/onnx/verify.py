@@ -128,11 +128,19 @@ def run_parts(
     needed |= dict.fromkeys(outputs, len(parts))
     for i, (scope, part) in enumerate(parts):
         session = _create_session(part, path, as_loaded=as_loaded)
-        for j, values in enumerate(states):
-            known = values | _run_part(session, path, scope, values)
-            states[j] = {name: each for name, each in known.items() if needed.get(name, 0) > i}
+        kept = {name for name, last in needed.items() if last > i}
+        for j in range(len(states)):
+            states[j] = _run_through(session, path, scope, states[j], kept)
         advance(scope)
     return [[values[name] for name in outputs] for values in states]
+
+
+def _run_through(
+    session: Any, path: Path, scope: str, values: dict[str, np.ndarray], kept: set[str]
+) -> dict[str, np.ndarray]:
+    """A batch's values behind a part, without those that no later part reads."""
+    known = values | _run_part(session, path, scope, values)
+    return {name: each for name, each in known.items() if name in kept}
 
 
 def _run_part(
