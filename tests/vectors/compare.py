@@ -94,7 +94,7 @@ def main() -> None:
         found = run_plain(folder / manifest["graph"]["path"], read_rows(task), options.kernels)
         part = apart(task, precision, found)
         beyond |= not part <= 1
-        print(f"{task} {precision}: {part:.4f} of the limit, {LIMITS[precision]}")  # noqa: T201
+        print(f"{task} {precision}: {part:.4f} of the limit, {LIMITS[precision]}", flush=True)  # noqa: T201
     sys.exit(int(beyond))
 
 
