@@ -1,0 +1,50 @@
+"""Hold the demo pair's artifacts to the reference vectors and scores in the repository.
+
+    python check_vectors.py FOLDER
+
+It needs numpy, onnxruntime and what embedport itself needs. A line of JSON for each artifact: its
+name, and how far it is off as a part of its limit in tests/vectors/compare.py. Where there are no
+kernels, onnxruntime's operators round otherwise, and limits are wider: docs/runtimes.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import onnxruntime
+
+from embedport.runtimes.compiled import find_library, register_kernels
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.vectors.compare import apart, read_rows, run_plain
+
+# By the limits between machines with kernels.
+WITHOUT_KERNELS = {
+    "embedding-int8": 10,
+    "embedding-int4": 2,
+    "reranker-int8": 20,
+    "reranker-int4": 20,
+}
+
+
+def main() -> None:
+    """All artifacts of FOLDER/artifacts that have reference vectors."""
+    here = register_kernels(onnxruntime.SessionOptions())
+    kernels = find_library() if here else None
+    for task in ("embedding", "reranker"):
+        for precision in ("fp32", "int8", "int4"):
+            name = f"{task}-{precision}"
+            graph = Path(sys.argv[1], "artifacts", name, "onnx", "model.onnx")
+            record = {
+                "name": name,
+                "difference": apart(task, precision, run_plain(graph, read_rows(task), kernels)),
+                "limit": 1 if kernels else WITHOUT_KERNELS.get(name, 1),
+            }
+            sys.stdout.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
