@@ -16,7 +16,6 @@ from . import (
     export,
     gpu,
     kernels,
-    kernels,
     levels,
     loaders,
     openvino,
