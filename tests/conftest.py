@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tokenizers import Tokenizer
@@ -44,6 +45,16 @@ GEOMETRIES = {
     # Every matrix has a multiple of 64 inputs, as blocks of 64 need.
     "blocks": Geometry(64, 2, 4, 2, 48, 192, tied=True),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def witnesses(request):
+    """Exports keep a witness in modules that say WITNESSES: it is half the time of a small one."""
+    if getattr(request.module, "WITNESSES", False):
+        yield
+    else:
+        with mock.patch("embedport.exporters.onnx.export.make_witness"):
+            yield
 
 
 @pytest.fixture(autouse=True)

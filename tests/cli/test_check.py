@@ -10,6 +10,8 @@ from embedport.artifact import write_manifest
 from embedport.manifest import Manifest
 from embedport.witness import WITNESS, read_witness, write_witness
 
+WITNESSES = True
+
 
 def test_the_same_vectors(run, folders):
     for task, noun in (("embedding", "vectors"), ("reranker", "scores")):

@@ -19,6 +19,8 @@ from embedport.runtimes import Reranker, comparison
 from embedport.runtimes.compiled import VARIABLE
 from embedport.witness import WITNESS, read_witness, write_witness
 
+WITNESSES = True
+
 CASES = [
     ("embedding", {}),
     ("embedding", {"precision": "int8"}),
