@@ -103,7 +103,7 @@ class TestSizes:
 
     def test_lone_surrogate(self):
         assert parse_json('"\\ud83d\\ude00"') == "😀"
-        with pytest.raises(ValueError, match=r"lone surrogate, U\+D83D"):
+        with pytest.raises(ValueError, match=r"lone surrogate U\+D83D"):
             parse_json('"\\ud83d"')
 
     def test_bytes(self, tmp_path):
