@@ -26,7 +26,9 @@ def validate(
     reference: Annotated[
         str,
         typer.Option(
-            help="The checkpoint it was made from: a folder or hub id.", show_default=False
+            help="The checkpoint it was made from (a folder or hub id), or a file that "
+            "`embedport reference` wrote.",
+            show_default=False,
         ),
     ],
     revision: Annotated[
@@ -36,7 +38,8 @@ def validate(
         Path | None,
         typer.Option(
             "--input",
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl); built-in ones otherwise.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl); otherwise a recorded reference's, "
+            "or built-in ones.",
             show_default=False,
         ),
     ] = None,
@@ -82,7 +85,7 @@ def validate(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare an artifact with its checkpoint run by transformers; exit code 1 if a gate fails.
+    """Compare an artifact with its checkpoint run by its own library; exit code 1 if a gate fails.
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
