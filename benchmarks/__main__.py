@@ -15,6 +15,7 @@ from . import (
     checkpoints,
     export,
     gpu,
+    kernels,
     levels,
     loaders,
     openvino,
@@ -154,6 +155,12 @@ def _loaders(
 def _levels(out: Out = RESULTS) -> None:
     """MatMulNBits' accuracy levels: speed, error, and whether a row depends on its batch."""
     levels.of_matmulnbits(out)
+
+
+@app.command("kernels")
+def _kernels(rounds: Rounds = 7, out: Out = RESULTS) -> None:
+    """The kernels of each instruction set that is here, and onnxruntime's operators."""
+    kernels.of_each_instruction_set(rounds, out)
 
 
 @app.command("profile")

@@ -1,0 +1,95 @@
+"""Kernels of each instruction set, and onnxruntime's operators: four layers of the 0.6B geometry.
+
+On a CPU with AVX-512 the kernels for AVX2 run too. What onnxruntime computes beside them, products
+of int8 and of fp32, takes the CPU's own instructions on every side.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from embedport.runtimes.compiled import NONE, VARIABLE, register_kernels
+
+from .checkpoint import CACHE, checkpoint
+from .machine import RESULTS, print_table, save
+from .process import export_ours
+
+PRECISIONS = ("fp32", "int8", "int8-weight", "int4")
+SETS = (NONE, "avx512", "avx2", "neon")
+SHAPES = ((1, 32), (8, 128), (1, 512))
+
+
+def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
+    """Tokens a second, rounds interleaved; ratios of rounds side by side, to the operators.
+
+    Args:
+        rounds: Of each shape.
+        results: Folder of the results.
+    """
+    source = checkpoint("0.6b-4")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            graph = export_ours(source, Path(folder), precision) / "onnx" / "model.onnx"
+            figures[precision] = _race(graph, rounds)
+    rows = []
+    for precision, shapes in figures.items():
+        for shape, sides in shapes.items():
+            cells = [
+                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**each) for each in sides.values()
+            ]
+            rows.append([precision, shape, *cells])
+    print_table(["", "rows x tokens", *next(iter(figures["fp32"].values()))], rows)
+    save("kernels-0.6b-4", {"rounds": rounds} | figures, results)
+
+
+def _race(graph: Path, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    sessions = {name: session for name in SETS if (session := _open(graph, name)) is not None}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for batch, size in SHAPES:
+        ids = np.random.default_rng(0).integers(0, 150_000, (batch, size))
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        spent: dict[str, list[float]] = {name: [] for name in sessions}
+        for i in range(rounds + 1):
+            for name, session in sessions.items():
+                begun = time.perf_counter()
+                session.run(None, feeds)
+                if i:  # the first one warms up
+                    spent[name].append(time.perf_counter() - begun)
+        figures[f"{batch} x {size}"] = {
+            name: {
+                "tokens_a_second": round(batch * size / median(times), 1),
+                "ratio": round(median(np.divide(spent[NONE], times)), 3),
+            }
+            for name, times in spent.items()
+        }
+    return figures
+
+
+def _open(graph: Path, name: str) -> Any:
+    """A session with one instruction set's kernels; None where the CPU does not have it."""
+    import onnxruntime
+
+    options: Any = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Threads of idle sessions would wait in a loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        if register_kernels(options) is None and name != NONE:
+            return None
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
