@@ -11,6 +11,7 @@ from typing import TypeVar
 from ..artifact import Artifact
 from ..errors import VerificationError
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
+from ..spec import Task
 from .comparison import Check, compare_witness
 from .embedder import Embedder
 from .facts import Model, ModelFacts, choose_length, read_facts
@@ -39,6 +40,7 @@ def load(
     device: str = "auto",
     max_length: int | None = None,
     check: bool = False,
+    task: Task | None = None,
 ) -> Embedder | Reranker:
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
@@ -54,6 +56,7 @@ def load(
             was built for, and its graph on the CPU if that is asked for.
         max_length: Tokens after which a text is cut; the model's own by default.
         check: Whether an artifact must give here what it gave where it was exported: see `check`.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
 
     Returns:
         An Embedder or a Reranker, as the model's task is.
@@ -66,7 +69,7 @@ def load(
         MissingPackageError: What runs it is not installed.
         VerificationError: With `check`, the results here are not those of the export.
     """
-    loaded = _load(model, device, max_length)
+    loaded = _load(model, device, max_length, task)
     if check and not (result := compare_witness(loaded)).passed:
         why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
         raise VerificationError(f"{loaded.facts.folder}: {result} ({why})")
@@ -92,16 +95,22 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
         DeviceError: The device asked for is not there.
         MissingPackageError: What runs it is not installed.
     """
-    return compare_witness(_load(artifact, device, None))
+    return compare_witness(_load(artifact, device, None, None))
 
 
-def _load(model: str | Path, device: str, max_length: int | None) -> Embedder | Reranker:
-    facts = read_facts(model)
+def _load(
+    model: str | Path, device: str, max_length: int | None, task: Task | None
+) -> Embedder | Reranker:
+    facts = read_facts(model, task)
     file = facts.folder / "tokenizer.json"
     length = choose_length(facts, max_length)
     if facts.task == "embedding":
-        return Embedder(facts, *_open(facts, device, lambda: EmbeddingTokenizer(file, length)))
-    return Reranker(facts, *_open(facts, device, lambda: RerankerTokenizer(file, length)))
+        return Embedder(
+            facts, *_open(facts, device, lambda: EmbeddingTokenizer(file, length, facts.inputs))
+        )
+    return Reranker(
+        facts, *_open(facts, device, lambda: RerankerTokenizer(file, length, facts.inputs))
+    )
 
 
 def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:

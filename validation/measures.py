@@ -12,6 +12,9 @@ import numpy as np
 from ..ranking import unit
 
 TOP_K = 10
+LENGTHS = "maximum relative error of length"
+# How far from 1 the length of a unit vector may be, in 16 bits.
+UNIT = 1e-2
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
@@ -37,6 +40,25 @@ def cosine_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         "1st percentile of cosine": float(np.percentile(values, 1)),
         "minimum cosine": float(values.min()),
     }
+
+
+def has_unit_length(vectors: np.ndarray) -> bool:
+    """Whether a model's vectors, [n, dim], have length 1; those that are finite count."""
+    lengths = np.linalg.norm(vectors[finite_rows(vectors)].astype(np.float64), axis=1)
+    return bool(np.abs(lengths - 1).max(initial=0) <= UNIT)
+
+
+def length_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """How far the lengths of finite vectors [n, dim] are from the reference's [n, dim or more].
+
+    A narrower vector of a model of unit length has length 1 too; of another model it is a prefix.
+    """
+    if not len(a):
+        return {}
+    found = np.linalg.norm(a.astype(np.float64), axis=1)
+    prefix = np.linalg.norm(b[:, : a.shape[1]].astype(np.float64), axis=1)
+    expected = np.ones_like(found) if has_unit_length(b) else prefix
+    return {LENGTHS: float(np.abs(found / np.maximum(expected, 1e-300) - 1).max())}
 
 
 def difference_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

@@ -74,6 +74,7 @@ def validate(
     command: Sequence[str] = (),
     record: bool = True,
     progress: bool = False,
+    task: Task | None = None,
 ) -> Report:
     """Measure how far an artifact, or a checkpoint, is from the one it was made from.
 
@@ -105,6 +106,7 @@ def validate(
             verdict. No text is put there. A checkpoint without a manifest stays as it is, and so
             does what is in the hub's cache.
         progress: Whether to show progress bars on a terminal.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
 
     Raises:
         InputError: The inputs are wrong, or a limit is of what is not measured, or the reference
@@ -120,7 +122,8 @@ def validate(
     if retrieval is not None:
         require("ir_measures", "retrieval")
     recorded = find_recorded(artifact) if record else None
-    runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
+    # An Embedder or a Reranker, as the task is.
+    runtime: Any = load(artifact, device=device, task=task)
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
     quantization = facts.checkpoint and facts.checkpoint.quantization
@@ -135,50 +138,50 @@ def validate(
         max_ndcg_loss=max_ndcg_loss,
     )
     data = _choose_set(retrieval, task=facts.task, save_run=save_run)
-    task = choose_inputs(facts.task, texts, pairs)
-    _check_limits(task, data, min_cosine, max_score_difference, max_ndcg_loss)
+    inputs = choose_inputs(facts.task, texts, pairs)
+    _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
     source = open_reference(
         reference, task=facts.task, max_length=runtime.tokenizer.max_length, revision=revision
     )
     _check_same_model(facts, source.spec)
     _compare_weights(facts, source.spec)
-    rows = task.artifact_ids(runtime)
-    expected_rows = task.reference_ids(source)
+    rows = inputs.artifact_ids(runtime)
+    expected_rows = inputs.reference_ids(source)
     device = find_device(device)
-    gates = [_token_gate(task, rows, expected_rows)]
+    gates = [_token_gate(inputs, rows, expected_rows)]
     comparisons: list[Comparison] = []
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
     quality = None
     found = expected = None
     if gates[0].passed:
-        found = task.run(runtime, progress=progress)
+        found = inputs.run(runtime, progress=progress)
         # Vectors of queries and documents, or scores of pairs, as the task is.
-        found_set: Any = None if data is None else task.run_set(runtime, data, progress=progress)
+        found_set: Any = None if data is None else inputs.run_set(runtime, data, progress=progress)
         for outcome in run_suite(
             runtime.model, rows, runtime.tokenizer.max_length, progress=progress
         ):
-            values = task.agreement(outcome.found, outcome.alone)
-            invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
+            values = inputs.agreement(outcome.found, outcome.alone)
+            invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
         runs = _run_references(source, expected_rows, device, facts.precision, progress)
         comparisons = [
-            task.compare(found, outputs, describe(source, arithmetic, device))
+            inputs.compare(found, outputs, describe(source, arithmetic, device))
             for arithmetic, outputs in runs.items()
         ]
         first = next(iter(runs))
         expected = runs[first]
-        worst = _find_worst(task, found, expected)
+        worst = _find_worst(inputs, found, expected)
         gates += [
-            _finite_gate(task, found),
+            _finite_gate(inputs, found),
             Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
-            *task.gates(comparisons[0], found, thresholds),
-            _invariance_gate(task, invariance, thresholds),
+            *inputs.gates(comparisons[0], found, thresholds),
+            _invariance_gate(inputs, invariance, thresholds),
         ]
         if data is not None:
-            expected_set, used = _run_reference_set(task, source, data, runs, device, progress)
+            expected_set, used = _run_reference_set(inputs, source, data, runs, device, progress)
             run = describe(source, used, device)
-            quality = task.compare_sets(found_set, expected_set, data, run)
+            quality = inputs.compare_sets(found_set, expected_set, data, run)
             gates += [
                 Gate("retrieval: NaN or infinity", _count_nonfinite(found_set), "≤", 0),
                 Gate("retrieval: reference's NaN", _count_nonfinite(expected_set), "≤", 0),
@@ -207,7 +210,7 @@ def validate(
     if page is not None:
         layers = layer_errors(facts, source, rows, device=device) if comparisons else None
         details = collect_details(
-            task,
+            inputs,
             found,
             expected,
             facts=facts,

@@ -17,10 +17,13 @@ from ..runtimes import Embedder, Reranker
 from ..runtimes.vectors import MRL_DIMS
 from ..spec import Task
 from .measures import (
+    LENGTHS,
     cosine_figures,
     cosines,
     difference_figures,
     finite_rows,
+    has_unit_length,
+    length_figures,
     rank_figures,
 )
 from .reference import Arithmetic, Reference, embedding_ids, reranker_ids
@@ -70,7 +73,12 @@ class EmbeddingTask:
         Raises:
             InputError: A text is not valid Unicode, or its prompt has no such name.
         """
-        return embedder.tokenizer.encode(self._prompted(embedder)).ids
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
+        for prompt, numbers, texts in self._by_prompt():
+            ids = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt)).ids
+            for i, row in zip(numbers, ids, strict=True):
+                rows[i] = row
+        return rows
 
     def reference_ids(self, reference: Reference) -> list[list[int]]:
         """Token ids as transformers makes them."""
@@ -78,7 +86,10 @@ class EmbeddingTask:
 
     def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
         """The artifact's vectors: float32 [texts, dim]."""
-        return embedder.encode(self._prompted(embedder), prompt="", progress=progress)
+        vectors = np.empty((len(self.samples), embedder.dim), np.float32)
+        for prompt, numbers, texts in self._by_prompt():
+            vectors[numbers] = embedder.encode(texts, prompt=prompt, progress=progress)
+        return vectors
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The cosine of each vector: [n, dim] and [n, dim or more] to float64 [n]."""
@@ -94,10 +105,13 @@ class EmbeddingTask:
         Returns:
             (the artifact's, the reference's), float64 [queries, documents].
         """
+        is_unit = has_unit_length(expected)
         expected = unit(expected[:, : found.shape[1]])
         good = finite_rows(found) & finite_rows(expected)
         queries, documents = good & self.is_query, good & ~self.is_query
-        # A plain product, as users compute it: a vector that is not of unit length shows.
+        # A plain product, as users compute it: a vector that is not of unit length shows. Where the
+        # model's are not, cosines; their lengths have a gate of their own.
+        found = found if is_unit else unit(found)
         scores = found[queries].astype(np.float64) @ found[documents].T
         return scores, expected[queries] @ expected[documents].T
 
@@ -112,13 +126,15 @@ class EmbeddingTask:
         """
         width = found.shape[1]
         scores, expected_scores = self.scores(found, expected)
+        good = finite_rows(found) & finite_rows(expected[:, :width])
+        lengths = length_figures(found[good], expected[good])
         expected = unit(expected[:, :width])
-        good = finite_rows(found) & finite_rows(expected)
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
             compared=int(good.sum()),
             figures=cosine_figures(found[good], expected[good])
+            | lengths
             | difference_figures(scores, expected_scores)
             | rank_figures(zip(scores, expected_scores, strict=True)),
             dimensions={
@@ -155,10 +171,9 @@ class EmbeddingTask:
     ) -> list[Gate]:
         """The gates on the artifact's vectors [texts, dim] and their comparison."""
         figures, limit = comparison.figures, thresholds.min_cosine
-        lengths = np.linalg.norm(found[finite_rows(found)].astype(np.float64), axis=1)
-        error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
+        error = figures.get(LENGTHS, np.nan)
         gates = [
-            Gate("vectors' length to 1", error, "≤", thresholds.max_length_error),
+            Gate("vectors' length", error, "≤", thresholds.max_length_error),
             Gate("minimum cosine", figures.get("minimum cosine", np.nan), "≥", limit),
         ]
         if MRL_GATE in comparison.dimensions:
@@ -173,11 +188,14 @@ class EmbeddingTask:
         """The limit for the invariance suite."""
         return thresholds.min_invariance
 
-    def _prompted(self, embedder: Embedder) -> list[str]:
-        """Each text behind its prompt: encoded together they keep the caller's numbers."""
+    def _by_prompt(self) -> list[tuple[str, list[int], list[str]]]:
+        """(prompt, numbers, texts) of each prompt's texts, which have the caller's numbers."""
+        numbers: dict[str, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            check_text(i, sample.text)
+            numbers.setdefault(sample.prompt, []).append(i)
         return [
-            embedder.prompt_text(sample.prompt) + check_text(i, sample.text)
-            for i, sample in enumerate(self.samples)
+            (prompt, each, [self.samples[i].text for i in each]) for prompt, each in numbers.items()
         ]
 
 
