@@ -12,9 +12,10 @@ from .engine import EngineRecord
 from .errors import ArtifactError
 from .files import is_file_name, load_json
 from .integrity import FileRecord
+from .pipeline import Inputs, Outputs
 from .spec import TASKS, Task
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]
 
@@ -54,6 +55,7 @@ class GraphRecord:
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+        causal: Whether a token sees only those before it.
         continuation: The same graph with a past, for rows that begin alike; None if there is none.
         limits_pairs: Whether weights that go with 8-bit activations have codes that no CPU
             saturates (see `quantize.pairs`); the first artifacts do not say.
@@ -67,6 +69,7 @@ class GraphRecord:
     output: str
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
+    causal: bool = True
     continuation: ContinuationRecord | None = None
     limits_pairs: bool = False
 
@@ -90,7 +93,8 @@ class Manifest:
         vocab_size: Token ids are below this.
         max_length: Tokens after which a text is cut, by default.
         max_position_embeddings: Tokens of a text at most.
-        prompts: Prompt name to the text put before an input; empty for a reranker.
+        inputs: How inputs become tokens.
+        outputs: What is made of the last layer's states.
         source: The checkpoint.
         requires: Runtime package and its lowest version.
         versions: Packages that made the artifact.
@@ -113,7 +117,8 @@ class Manifest:
     vocab_size: int
     max_length: int
     max_position_embeddings: int
-    prompts: Mapping[str, str]
+    inputs: Inputs
+    outputs: Outputs
     source: SourceRecord
     requires: str
     versions: Mapping[str, str]
@@ -122,6 +127,11 @@ class Manifest:
     recipe: Mapping[str, Any] | None = None
     ranges: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text put before an input."""
+        return self.inputs.prompts
 
     def to_json(self) -> str:
         """The text of embedport.json."""
@@ -170,6 +180,8 @@ class Manifest:
         try:
             values["graph"] = values["graph"] and _read_graph(values["graph"])
             values["engine"] = values["engine"] and EngineRecord.from_json(values["engine"])
+            values["inputs"] = Inputs(**values["inputs"])
+            values["outputs"] = Outputs.from_record(values["outputs"])
             values["source"] = SourceRecord(**values["source"])
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:

@@ -105,7 +105,9 @@ def _graph_errors(
     if basis is None and (rotated or (artifact.manifest.recipe or {}).get("rotate")):
         return ()
     expected = reference.hidden_states(sample)
-    pooled = graph.output == "pooled"
+    manifest = artifact.manifest
+    only_last = manifest.task == "reranker" or manifest.outputs.last_token
+    pooled = graph.output == "pooled" and only_last
     errors = []
     for layer, states in enumerate(_artifact_states(model, artifact, sample)):
         wanted = expected[layer]

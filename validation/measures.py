@@ -12,6 +12,8 @@ import numpy as np
 from ..ranking import unit
 
 TOP_K = 10
+# How far from 1 the length of a unit vector may be, in 16 bits.
+UNIT = 1e-2
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:

@@ -66,6 +66,7 @@ def validate(
     command: Sequence[str] = (),
     record: bool = True,
     progress: bool = False,
+    task: Task | None = None,
 ) -> Report:
     """Measure how far an artifact, or a checkpoint, is from the one it was made from.
 
@@ -100,6 +101,7 @@ def validate(
             verdict. No text is put there. A checkpoint without a manifest stays as it is, and so
             does what is in the hub's cache.
         progress: Whether to show progress bars on a terminal.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
 
     Raises:
         InputError: The inputs are wrong, or a limit is of what is not measured, or the reference
@@ -115,7 +117,8 @@ def validate(
     if retrieval is not None:
         require("ir_measures", "retrieval")
     recorded = find_recorded(artifact) if record else None
-    runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
+    # An Embedder or a Reranker, as the task is.
+    runtime: Any = load(artifact, device=device, task=task)
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
     quantization = facts.checkpoint and facts.checkpoint.quantization
@@ -138,50 +141,52 @@ def validate(
         texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
         if data is not None:
             recorded_reference.check_set(data)
-    task = choose_inputs(facts.task, texts, pairs)
-    _check_limits(task, data, min_cosine, max_score_difference, max_ndcg_loss)
-    source: Reference = recorded_reference or _open_live(
-        reference, facts.task, runtime.tokenizer.max_length, revision, device
+    inputs = choose_inputs(facts.task, texts, pairs)
+    _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
+    source: Reference = (
+        _open_live(reference, facts.task, runtime.tokenizer.max_length, revision, device)
+        if recorded_reference is None
+        else recorded_reference
     )
     origin = source.origin
-    if isinstance(task, RerankerTask):
-        task = replace(task, log_odds=origin.log_odds)
+    if isinstance(inputs, RerankerTask):
+        inputs = replace(inputs, log_odds=origin.log_odds)
     _check_same_model(facts, origin)
     _compare_weights(facts, origin)
-    rows = task.artifact_ids(runtime)
-    expected_rows = source.token_ids(task.inputs)
-    gates = [_token_gate(task, rows, expected_rows)]
+    rows = inputs.artifact_ids(runtime)
+    expected_rows = source.token_ids(inputs.inputs)
+    gates = [_token_gate(inputs, rows, expected_rows)]
     comparisons: list[Comparison] = []
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
     quality = None
     found = expected = None
     if gates[0].passed:
-        raw = task.run(runtime, progress=progress)
-        found = task.comparable(raw)
+        raw = inputs.run(runtime, progress=progress)
+        found = inputs.comparable(raw)
         # Vectors of queries and documents, or scores of pairs, as the task is.
-        found_set: Any = None if data is None else task.run_set(runtime, data, progress=progress)
+        found_set: Any = None if data is None else inputs.run_set(runtime, data, progress=progress)
         for outcome in run_suite(
             runtime.model, rows, runtime.tokenizer.max_length, progress=progress
         ):
-            values = task.agreement(*map(task.comparable, (outcome.found, outcome.alone)))
-            invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
+            values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
+            invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
-        runs = _run_reference(source, task.inputs, facts.precision, progress)
+        runs = _run_reference(source, inputs.inputs, facts.precision, progress)
         comparisons = [
-            task.compare(found, outputs, origin.describe(arithmetic))
+            inputs.compare(found, outputs, origin.describe(arithmetic))
             for arithmetic, outputs in runs.items()
         ]
         expected = runs[next(iter(runs))]
-        worst = _find_worst(task, found, expected)
+        worst = _find_worst(inputs, found, expected)
         gates += [
-            _finite_gate(task, raw),
+            _finite_gate(inputs, raw),
             Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
-            *task.gates(comparisons[0], found, expected, thresholds),
-            _invariance_gate(task, invariance, thresholds),
+            *inputs.gates(comparisons[0], found, expected, thresholds),
+            _invariance_gate(inputs, invariance, thresholds),
         ]
         if data is not None:
-            measured = task.measure(found_set, data)
+            measured = inputs.measure(found_set, data)
             wanted, used = _measure_reference(
                 source, data, tuple(measured.measures), runs, progress
             )
@@ -216,7 +221,7 @@ def validate(
         where = "cpu" if runtime_device == "cpu" else "cuda"
         layers = layer_errors(facts, source, rows, device=where) if comparisons else None
         details = collect_details(
-            task,
+            inputs,
             found,
             expected,
             facts=facts,

@@ -84,7 +84,7 @@ class RecordedReference:
     path: Path
     origin: Origin
     max_length: int
-    inputs: list[Sample] | list[Pair]
+    inputs: Sequence[Sample | Pair]
     rows: list[list[int]]
     results: Mapping[Arithmetic, np.ndarray]
     layers: Layers
@@ -107,7 +107,8 @@ class RecordedReference:
         if revision is not None:
             raise InputError(f"{self.path} is a file and has no revision {revision!r}")
         samples = [each for each in self.inputs if isinstance(each, Sample)]
-        return (samples, None) if samples else (None, [*filter(_is_pair, self.inputs)])
+        recorded = [each for each in self.inputs if isinstance(each, Pair)]
+        return (samples, None) if samples else (None, recorded)
 
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
         """The token ids that were recorded."""
@@ -447,10 +448,6 @@ def _whole(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"expected a whole number above 0, found {value!r}")
     return value
-
-
-def _is_pair(given: Sample | Pair) -> bool:
-    return isinstance(given, Pair)
 
 
 def _packed(prefix: str, rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, np.ndarray]:

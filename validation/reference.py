@@ -75,13 +75,12 @@ class Origin:
 
 
 class Reference(Protocol):
-    """A checkpoint's own results.
+    """A checkpoint's own results."""
 
-    Attributes:
-        origin: What is known of it.
-    """
-
-    origin: Origin
+    @property
+    def origin(self) -> Origin:
+        """What is known of it."""
+        ...
 
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
         """The token ids that the library gives its model, of each input."""

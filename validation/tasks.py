@@ -68,11 +68,19 @@ class EmbeddingTask:
         Raises:
             InputError: A text is not valid Unicode, or its prompt has no such name.
         """
-        return embedder.tokenizer.encode(self._prompted(embedder)).ids
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
+        for prompt, numbers, texts in self._by_prompt():
+            ids = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt)).ids
+            for i, row in zip(numbers, ids, strict=True):
+                rows[i] = row
+        return rows
 
     def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
         """The artifact's vectors: float32 [texts, dim]."""
-        return embedder.encode(self._prompted(embedder), prompt="", progress=progress)
+        vectors = np.empty((len(self.samples), embedder.dim), np.float32)
+        for prompt, numbers, texts in self._by_prompt():
+            vectors[numbers] = embedder.encode(texts, prompt=prompt, progress=progress)
+        return vectors
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The cosine of each vector: [n, dim] and [n, dim or more] to float64 [n]."""
@@ -114,8 +122,8 @@ class EmbeddingTask:
         """
         width = found.shape[1]
         scores, expected_scores = self.scores(found, expected)
+        good = finite_rows(found) & finite_rows(expected[:, :width])
         expected = unit(expected[:, :width])
-        good = finite_rows(found) & finite_rows(expected)
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
@@ -170,11 +178,14 @@ class EmbeddingTask:
         """The limit for the invariance suite."""
         return thresholds.min_invariance
 
-    def _prompted(self, embedder: Embedder) -> list[str]:
-        """Each text behind its prompt: encoded together they keep the caller's numbers."""
+    def _by_prompt(self) -> list[tuple[str, list[int], list[str]]]:
+        """(prompt, numbers, texts) of each prompt's texts, which have the caller's numbers."""
+        numbers: dict[str, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            check_text(i, sample.text)
+            numbers.setdefault(sample.prompt, []).append(i)
         return [
-            embedder.prompt_text(sample.prompt) + check_text(i, sample.text)
-            for i, sample in enumerate(self.samples)
+            (prompt, each, [self.samples[i].text for i in each]) for prompt, each in numbers.items()
         ]
 
 
