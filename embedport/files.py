@@ -143,7 +143,7 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"it holds a lone surrogate, U+{ord(error.object[error.start]):04X}"
+            f"it holds the lone surrogate U+{ord(error.object[error.start]):04X}"
         ) from None
     _check_depth(parsed)
     return parsed

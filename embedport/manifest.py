@@ -12,7 +12,7 @@ from .engine import EngineRecord
 from .errors import ArtifactError
 from .files import is_file_name, load_json
 from .integrity import FileRecord
-from .pipeline import Inputs, Outputs
+from .pipeline import POOLING_MODES, Activation, Form, Inputs, Outputs
 from .spec import TASKS, Task
 
 FORMAT_VERSION = 5
@@ -156,7 +156,10 @@ class Manifest:
             ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
-        if version != FORMAT_VERSION:
+        if version == 4:  # of embedport 0.1 before a folder's whole pipeline was read
+            values |= _read_version_4(path, values)
+            values.pop("prompts")
+        elif version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             raise ArtifactError(
                 f"{path} has format version {version!r}, and this embedport reads "
@@ -205,8 +208,12 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
         ArtifactError: A value is not of its type.
     """
     graph, source = values["graph"], values["source"]
-    texts = {key: values[key] for key in ("precision", "requires")} | {"source": source.id}
-    maps = {key: values[key] for key in ("prompts", "versions")} | {"source's files": source.files}
+    texts = {key: values[key] for key in ("precision", "requires")}
+    inputs: Inputs = values["inputs"]
+    outputs: Outputs = values["outputs"]
+    texts |= {"source": source.id}
+    maps = {"prompts": inputs.prompts, "versions": values["versions"]}
+    maps |= {"source's files": source.files}
     sizes = {
         key: values[key]
         for key in ("hidden_size", "num_heads", "vocab_size", "max_length")
@@ -224,7 +231,20 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     for name, record in values["files"].items():
         texts[f"sha256 of {name[:100]!r}"] = record.sha256
         sizes[f"size of {name[:100]!r}"] = max(record.size, 1) if _is_size(record.size) else None
-    wrong = [("task", values["task"], " or ".join(TASKS))] * (values["task"] not in TASKS)
+    wrong: list[tuple[str, Any, str]] = []
+    if values["task"] not in TASKS:
+        wrong.append(("task", values["task"], " or ".join(TASKS)))
+    choices: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("form of inputs", inputs.form, get_args(Form))
+    ]
+    choices += [("pooling", each, POOLING_MODES) for each in outputs.pooling]
+    choices += [("activation", outputs.activation, get_args(Activation))]
+    choices += [("default prompt", inputs.default_prompt, (None, *inputs.prompts))]
+    wrong += [
+        (key, each, " or ".join(map(str, known)))
+        for key, each, known in choices
+        if each not in known
+    ]
     wrong += [(key, each, "a text") for key, each in texts.items() if not isinstance(each, str)]
     wrong += [
         (key, each, "a size") for key, each in sizes.items() if not _is_size(each) or not each
@@ -240,6 +260,18 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     if wrong:
         key, found, expected = wrong[0]
         raise ArtifactError(f"{path}: {key} should be {expected}, found {found!r:.80}")
+
+
+def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The records that version 4 did not have: all its models were as the originals are."""
+    prompts = values.get("prompts")
+    if not isinstance(prompts, dict):
+        raise ArtifactError(f"{path}: prompts should be texts by name, found {prompts!r:.80}")
+    if values.get("task") == "embedding":
+        inputs, outputs = Inputs(prompts=prompts), Outputs()
+    else:
+        inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
+    return {"inputs": asdict(inputs), "outputs": asdict(outputs)}
 
 
 def _is_size(value: object) -> bool:
