@@ -161,14 +161,14 @@ static OrtStatus *compute_plain_norm(void *kernel, OrtKernelContext *context) {
     TRY(read(node, context, 0, &residual));
     TRY(read(node, context, 1, &gains));
     TRY(read(node, context, 2, &value));
-    if (residual.rank != 3 || gains.count != residual.shape[2] ||
+    if (residual.rank < 1 || gains.count < 1 || gains.count != residual.shape[residual.rank - 1] ||
         (value.data && value.count != residual.count))
         return refuse(node, "AddNorm: shapes do not go together");
-    rows.width = residual.shape[2];
-    rows.count = residual.shape[0] * residual.shape[1];
+    rows.width = gains.count;
+    rows.count = residual.count / rows.width;
     rows.residual = residual.data, rows.value = value.data, rows.gains = gains.data;
-    TRY(write(node, context, 0, residual.shape, 3, &rows.result));
-    TRY(write(node, context, 1, residual.shape, 3, &rows.total));
+    TRY(write(node, context, 0, residual.shape, residual.rank, &rows.result));
+    TRY(write(node, context, 1, residual.shape, residual.rank, &rows.total));
     if (rows.value && !rows.total) return refuse(node, "AddNorm: the sum has no output");
     return run_rows(node, context, &rows, node->kernels->add_norm);
 }
