@@ -98,14 +98,21 @@ def find_machines(wanted: list[str], folder: Path) -> Iterator[Machine]:
                 yield arm_machine(cpu, cache)
 
 
-def write_table(outcomes: list[Outcome]) -> None:
-    """CPU, check, how many things were compared, the largest difference, seconds."""
-    say(f"{'CPU':20} {'check':16} {'compared':>8}  {'largest difference':36} {'seconds':>7}")
-    for each in outcomes:
-        largest = max(each.records, key=lambda record: record["difference"], default=None)
-        text = "failed" if largest is None else f"{largest['difference']:.1e} {largest['name']}"
-        check, seconds = each.check.removeprefix("check_"), f"{each.seconds:7.1f}"
-        say(f"{each.machine:20} {check:16} {len(each.records):8}  {text[:36]:36} {seconds}")
+def write_head() -> None:
+    """The table's columns; see `write_row`."""
+    say(f"{'CPU':20} {'check':10} {'compared':>8} {'seconds':>7}  largest difference")
+
+
+def write_row(outcome: Outcome) -> None:
+    """CPU, check, how many things were compared, seconds, the largest difference."""
+    largest = max(outcome.records, key=lambda record: record["difference"], default=None)
+    text = "failed" if largest is None else f"{largest['difference']:.1e}  {largest['name']}"
+    check, count = outcome.check.removeprefix("check_"), len(outcome.records)
+    say(f"{outcome.machine:20} {check:10} {count:8} {outcome.seconds:7.1f}  {text}")
+
+
+def write_failures(outcomes: list[Outcome]) -> None:
+    """What is beyond its limit, and what a check said that did not run to its end."""
     for each in outcomes:
         for record in each.beyond:
             difference, limit = record["difference"], record["limit"]
@@ -137,16 +144,22 @@ def main() -> int:
     write_cases(prepared / "products")
     write_artifacts(prepared / "artifacts")
     checks = sorted(HERE.glob("check_*.py"))
-    outcomes = [run_check(NATIVE, check, prepared) for check in checks]
-    say(f"Running {len(checks)} checks on {', '.join(machine.name for machine in machines)}")
+    write_head()
+    outcomes = []
+    # A check's native run leaves what the others compare with.
+    for check in checks:
+        outcomes.append(run_check(NATIVE, check, prepared))
+        write_row(outcomes[-1])
     with ThreadPoolExecutor(max_workers=2) as pool:
         waiting = [
             pool.submit(run_check, machine, check, prepared)
             for machine in machines
             for check in checks
         ]
-        outcomes += [each.result() for each in waiting]
-    write_table(outcomes)
+        for each in waiting:
+            outcomes.append(each.result())
+            write_row(outcomes[-1])
+    write_failures(outcomes)
     return 0 if all(each.holds for each in outcomes) else 1
 
 

@@ -105,6 +105,9 @@ class Session:
     def get_inputs(self):
         return self.session.get_inputs()
 
+    def get_outputs(self):
+        return self.session.get_outputs()
+
     def get_provider_graph_assignment_info(self):
         nodes = [
             SimpleNamespace(name="layers.0/MatMulIntegerToFloat_7", op_type="MatMulIntegerToFloat"),

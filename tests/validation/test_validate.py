@@ -110,8 +110,17 @@ def test_an_export_passes(folders, tmp_path, task, precision):
     else:
         expected |= {"top-3 overlap"}
     assert set(comparison.figures) == expected
+    if task == "reranker":
+        # Six documents a query are too few to tell a wrong order from two scores that are close.
+        (comparison,) = validate(folders(task, **options), pairs=every_pair()).comparisons
     # Four bits of random weights reorder more texts.
     assert comparison.figures["Kendall tau"] > (0.8 if precision == "int4" else 0.9)
+
+
+def every_pair():
+    """Each query with each document."""
+    queries = dict.fromkeys(pair.query for pair in builtin_pairs())
+    return [(query, pair.document) for query in queries for pair in builtin_pairs()]
 
 
 def test_a_turned_vector_fails_with_its_cosine(folders, spoil):
