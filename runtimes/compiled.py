@@ -24,13 +24,11 @@ NONE = "none"
 _lock = threading.Lock()
 
 
-def register_kernels(options: Any, *, bf16_attention: bool = False) -> str | None:
+def register_kernels(options: Any) -> str | None:
     """Make a session use the kernels, if they are there and the CPU has what they need.
 
     Args:
         options: onnxruntime.SessionOptions.
-        bf16_attention: Whether attention between 8-bit products is computed in bf16 where the CPU
-            multiplies it. Vectors then differ from those of other machines.
 
     Returns:
         Their instruction set, "avx512", "avx2" or "neon"; None where onnxruntime's operators run
@@ -46,8 +44,8 @@ def register_kernels(options: Any, *, bf16_attention: bool = False) -> str | Non
     try:
         with _lock:
             choose = ctypes.CDLL(str(library)).choose_kernels
-            choose.argtypes, choose.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_char_p
-            chosen = choose(name.encode(), int(bf16_attention))
+            choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+            chosen = choose(name.encode())
             if chosen is None:
                 wanted = name or "AVX2 with FMA, or NEON"
                 logger.info("the CPU has no %s: onnxruntime's operators run instead", wanted)

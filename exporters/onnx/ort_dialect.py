@@ -309,8 +309,6 @@ class OrtDialect:
             scale=attention_scale(spec),
             num_heads=spec.num_heads,
             kv_num_heads=spec.num_kv_heads,
-            # What comes from 8-bit products a kernel may round to bf16, as GPUs' attention does.
-            bf16=int(scales is not None),
         )
 
 

@@ -3,33 +3,21 @@
    Keys lie in panels of 64, transposed: [head_dim, 64]; so a tile of six queries by as many keys as registers
    hold is made of outer products. Values lie as they come, [64, head_dim], and the same tile serves for the
    weighted sum. Scores of 48 queries with 256 keys at a time are in the cache; the softmax goes on from block
-   to block (arXiv:1805.02867). In bf16 a pair of numbers that are multiplied and added together is in the
-   place of one float, and all else is the same.
+   to block (arXiv:1805.02867).
 
    Blocks begin at fixed positions, and each query is summed for itself, input by input: its result is the
    same to the bit in any batch, behind any past, and with any instruction set. */
 
 #pragma once
-#include <string.h>
-
 #include "kernels.h"
 #include "vectors.h"
 
 enum { PANEL = 64, QUERIES = 48, KEYS = 256, AHEAD = 4 };
 
-#if !HAS_BF16
-/* Never called: register.c asks for bf16 only where the CPU has it. */
-INLINE vec fma_pairs(vec a, vec b, vec c) { return (void)a, (void)b, c; }
-INLINE void round_row(float *row, ptrdiff_t count) { (void)row, (void)count; }
-INLINE void round_columns(const float *first, const float *second, float *to) {
-    (void)first, (void)second, (void)to;
-}
-#endif
-
-/* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors], of floats or of pairs. */
-INLINE void multiply_tile(int rows, int vectors, int more, int pairs, ptrdiff_t depth,
-                          const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
-                          float *c, ptrdiff_t c_row) {
+/* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors]. */
+INLINE void multiply_tile(int rows, int vectors, int more, ptrdiff_t depth, const float *a,
+                          ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
+                          ptrdiff_t c_row) {
     vec sums[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
@@ -44,9 +32,7 @@ INLINE void multiply_tile(int rows, int vectors, int more, int pairs, ptrdiff_t 
         for (int i = 0; i < rows; i++) {
             vec left = set(a[i * a_row + k]);
 #pragma GCC unroll 4
-            for (int j = 0; j < vectors; j++)
-                sums[i][j] = pairs ? fma_pairs(left, right[j], sums[i][j])
-                                   : fma_add(left, right[j], sums[i][j]);
+            for (int j = 0; j < vectors; j++) sums[i][j] = fma_add(left, right[j], sums[i][j]);
         }
     }
 #pragma GCC unroll 6
@@ -56,13 +42,12 @@ INLINE void multiply_tile(int rows, int vectors, int more, int pairs, ptrdiff_t 
 }
 
 /* The tile in registers for each number of rows and vectors. */
-INLINE void multiply_kind(int rows, int vectors, int more, int pairs, ptrdiff_t depth,
-                          const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
-                          float *c, ptrdiff_t c_row) {
-#define WITH(r, v)                                                                     \
-    case 4 * (r) + (v):                                                                \
-        if (v <= TILE_VECTORS)                                                         \
-            multiply_tile(r, v, more, pairs, depth, a, a_row, b, b_row, c, c_row);     \
+INLINE void multiply_some(int rows, int vectors, int more, ptrdiff_t depth, const float *a,
+                          ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
+                          ptrdiff_t c_row) {
+#define WITH(r, v)                                                                        \
+    case 4 * (r) + (v):                                                                   \
+        if (v <= TILE_VECTORS) multiply_tile(r, v, more, depth, a, a_row, b, b_row, c, c_row); \
         break;
 #define ROWS(r) WITH(r, 1) WITH(r, 2) WITH(r, 3) WITH(r, 4)
     switch (4 * rows + vectors) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) }
@@ -71,23 +56,16 @@ INLINE void multiply_kind(int rows, int vectors, int more, int pairs, ptrdiff_t 
 }
 
 /* C [rows, 16 * vectors] as multiply_tile has it, for up to 4 vectors. */
-TARGET static void multiply(int rows, int vectors, int more, int pairs, ptrdiff_t depth,
-                            const float *a, ptrdiff_t a_row, const float *b, ptrdiff_t b_row,
-                            float *c, ptrdiff_t c_row) {
-#define KIND(more_, pairs_)                                                                    \
-    multiply_kind(rows, count, more_, pairs_, depth, a, a_row, b + LANES * j, b_row, c + LANES * j, \
-                  c_row)
+TARGET static void multiply(int rows, int vectors, int more, ptrdiff_t depth, const float *a,
+                            ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
+                            ptrdiff_t c_row) {
     for (int j = 0; j < vectors; j += TILE_VECTORS) {
         int count = vectors - j < TILE_VECTORS ? vectors - j : TILE_VECTORS;
-        if (HAS_BF16 && pairs) {
-            if (more) KIND(1, 1);
-            else KIND(0, 1);
-        } else {
-            if (more) KIND(1, 0);
-            else KIND(0, 0);
-        }
+        const float *right = b + LANES * j;
+        float *to = c + LANES * j;
+        if (more) multiply_some(rows, count, 1, depth, a, a_row, right, b_row, to, c_row);
+        else multiply_some(rows, count, 0, depth, a, a_row, right, b_row, to, c_row);
     }
-#undef KIND
 }
 
 /* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor.
@@ -131,8 +109,7 @@ INLINE void copy_scaled(const float *from, float factor, float *to, ptrdiff_t co
 }
 
 static void prepare(struct attention *a) {
-    a->padded_dim = 2 * LANES * ceiling(a->head_dim, 2 * LANES);
-    a->pair = a->bf16 ? 2 : 1;
+    a->padded_dim = LANES * ceiling(a->head_dim, LANES);
     a->shared_panels = a->past / PANEL;
     a->own_panels = ceiling(a->past + a->size, PANEL) - a->shared_panels;
 }
@@ -142,7 +119,7 @@ static size_t panel_tasks(const struct attention *a) {
 }
 
 static size_t scratch_floats(const struct attention *a) {
-    return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim / a->pair);
+    return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim);
 }
 
 /* Where the panel of keys is that begins at position PANEL * `panel`; behind it come those after. */
@@ -152,7 +129,7 @@ static inline float *find_keys(const struct attention *a, ptrdiff_t row, ptrdiff
     if (panel < shared) before = head * shared + panel;
     else
         before = a->kv_heads * shared + (row * a->kv_heads + head) * a->own_panels + panel - shared;
-    return a->scratch + before * PANEL * a->padded_dim / a->pair;
+    return a->scratch + before * PANEL * a->padded_dim;
 }
 
 /* The same of values, which lie behind all keys. */
@@ -199,27 +176,13 @@ TARGET static void fill_panel(const struct attention *a, size_t task) {
                 copy_scaled(a->v + place, a->v_scales[index * a->v_scales_step], value, dim,
                             padded);
             }
-            if (a->bf16) round_row(key, padded);
         }
-        for (ptrdiff_t j = 0; j < padded / a->pair; j += LANES)
+        for (ptrdiff_t j = 0; j < padded; j += LANES)
             transpose(rotated + j, padded, keys + j * PANEL + group, PANEL);
-        for (ptrdiff_t i = 0; i < LANES; i += a->pair)
-            for (ptrdiff_t j = 0; j < padded; j += LANES) {
-                const float *value = scaled + i * padded + j;
-                float *to = values + (group + i) / a->pair * padded + j;
-                if (a->bf16) round_columns(value, value + padded, to);
-                else store(to, load(value));
-            }
+        for (ptrdiff_t i = 0; i < LANES; i++)
+            for (ptrdiff_t j = 0; j < padded; j += LANES)
+                store(values + (group + i) * padded + j, load(scaled + i * padded + j));
     }
-}
-
-/* One of two numbers in bf16. */
-static inline float half_of(float pair, ptrdiff_t which) {
-    uint32_t bits;
-    memcpy(&bits, &pair, sizeof bits);
-    bits = which ? bits & 0xffff0000u : bits << 16;
-    memcpy(&pair, &bits, sizeof bits);
-    return pair;
 }
 
 static void keep_states(const struct attention *a, size_t head) {
@@ -230,9 +193,8 @@ static void keep_states(const struct attention *a, size_t head) {
         ptrdiff_t place = ((ptrdiff_t)head * a->kept + token) * dim;
         ptrdiff_t in = token % PANEL;
         for (ptrdiff_t i = 0; i < dim; i++) {
-            float key = keys[i / a->pair * PANEL + in], value = values[in / a->pair * padded + i];
-            a->kept_k[place + i] = a->bf16 ? half_of(key, i % 2) : key;
-            a->kept_v[place + i] = a->bf16 ? half_of(value, in % 2) : value;
+            a->kept_k[place + i] = keys[i * PANEL + in];
+            a->kept_v[place + i] = values[in * padded + i];
         }
     }
 }
@@ -301,7 +263,6 @@ TARGET static void attend(const struct attention *a, size_t task) {
         if (i + AHEAD < count) prefetch(q + AHEAD * a->heads * dim, dim);
         float *query = queries + i * padded;
         norm_rotate(a, q, a->q_gains, a->past + first + i, a->scale, query);
-        if (a->bf16) round_row(query, padded);
         clear(attended + i * padded, padded);
         softmax[i] = (struct softmax){-__builtin_inff(), 0};
     }
@@ -313,7 +274,7 @@ TARGET static void attend(const struct attention *a, size_t task) {
                 ptrdiff_t tile = minimum(TILE_ROWS, count - i);
                 ptrdiff_t width = minimum(PANEL, start + i + tile - panel);
                 if (width > 0)
-                    multiply((int)tile, (int)ceiling(width, LANES), 0, a->bf16, padded / a->pair,
+                    multiply((int)tile, (int)ceiling(width, LANES), 0, padded,
                              queries + i * padded, padded, keys, PANEL,
                              scores + i * KEYS + panel - key, KEYS);
             }
@@ -322,12 +283,11 @@ TARGET static void attend(const struct attention *a, size_t task) {
             ptrdiff_t tile = minimum(TILE_ROWS, count - i);
             ptrdiff_t width = minimum(KEYS, start + i + tile - key);
             if (width <= 0) continue;
-            ptrdiff_t whole = 2 * LANES * ceiling(width, 2 * LANES);
+            ptrdiff_t whole = LANES * ceiling(width, LANES);
             for (ptrdiff_t j = i; j < i + tile; j++) {
                 float *weights = scores + j * KEYS;
                 weigh(weights, whole, minimum(width, start + j + 1 - key), softmax + j,
                       attended + j * padded, padded);
-                if (a->bf16) round_row(weights, whole);
             }
             /* Shared values and the row's own lie apart. */
             ptrdiff_t shared = minimum(width, a->shared_panels * PANEL - key), end;
@@ -335,9 +295,8 @@ TARGET static void attend(const struct attention *a, size_t task) {
                 const float *values = find_values(a, row, kv_head, (key + from) / PANEL);
                 end = from < shared ? shared : width;
                 for (ptrdiff_t j = 0; j < padded; j += 4 * LANES)
-                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, a->bf16,
-                             ceiling(end - from, a->pair), scores + i * KEYS + from / a->pair,
-                             KEYS, values + j, padded, attended + i * padded + j, padded);
+                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, end - from,
+                             scores + i * KEYS + from, KEYS, values + j, padded, attended + i * padded + j, padded);
             }
         }
     }

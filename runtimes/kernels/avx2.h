@@ -7,6 +7,8 @@
 
 #define TARGET __attribute__((target("avx2,fma")))
 #define INLINE static inline TARGET __attribute__((always_inline))
+#define PRODUCT TARGET
+#define INLINE_PRODUCT INLINE
 
 typedef struct {
     __m256 low, high;
@@ -169,8 +171,6 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 
 /* Attention's tile: 6 queries by 16 keys, in 12 of 16 registers. */
 enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
-
-#define HAS_BF16 0
 
 /* The zero point of rounded activations. vpmaddubsw multiplies uint8 by int8 and adds two products in
    16 bits: 4-bit weights leave room for four such sums, 255 x 15 x 8 = 30,600. 8-bit ones leave none;

@@ -6,9 +6,11 @@
 #include <stdint.h>
 
 /* On each function that needs it, and on no other: what decides whether they run, runs anywhere. */
-#define TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define INLINE static inline TARGET __attribute__((always_inline))
+/* On what multiplies weights in groups, and runs only where there is VNNI too. */
+#define PRODUCT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define INLINE_PRODUCT static inline PRODUCT __attribute__((always_inline))
 
 typedef __m512 vec;
 typedef __mmask16 nans;
@@ -108,41 +110,18 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 /* Attention's tile: 6 queries by 64 keys. */
 enum { TILE_ROWS = 6, TILE_VECTORS = 4 };
 
-/* bf16, for AVX-512 BF16: a pair of numbers in the place of a float. */
-#define HAS_BF16 1
-
-INLINE vec fma_pairs(vec a, vec b, vec c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
-}
-
-/* A row's floats as pairs of bf16, rounded to nearest, in its first half. */
-INLINE void round_row(float *row, ptrdiff_t count) {
-    for (ptrdiff_t i = 0; i < count; i += 32) {
-        __m512 first = _mm512_loadu_ps(row + i), second = _mm512_loadu_ps(row + i + 16);
-        _mm512_storeu_si512(row + i / 2, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-    }
-}
-
-/* Two rows of 16 floats as pairs of what stands one above the other. */
-INLINE void round_columns(const float *first, const float *second, float *to) {
-    __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(second), _mm512_loadu_ps(first));
-    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256((__m512i)both));
-    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64((__m512i)both, 1));
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
 /* The zero point of rounded activations: AVX-512 VNNI multiplies uint8 by int8. */
 enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 128, GROUP_ROWS = 8 };
 
 /* sums += four products a lane. gcc 12 copies the sums of its intrinsic to another register and back. */
-INLINE void dot(__m512i *sums, __m512i x, __m512i w) {
+INLINE_PRODUCT void dot(__m512i *sums, __m512i x, __m512i w) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(x), "v"(w));
 }
 
 /* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
-INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
-                           const int32_t *start, const float *row_scales, const float *scales,
-                           float *c) {
+INLINE_PRODUCT void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
+                                   const int32_t *start, const float *row_scales,
+                                   const float *scales, float *c) {
     __m512i sums[GROUP_ROWS][2];
     (void)bits;
 #pragma GCC unroll 8

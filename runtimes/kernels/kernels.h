@@ -28,7 +28,6 @@ struct attention {
     const float *cosines, *sines;   /* [past + size, head_dim / 2] */
     const int32_t *last;            /* [batch]: the position of a row's last real token */
     float eps, scale;
-    int bf16;                       /* whether what is multiplied is rounded to bf16 */
     ptrdiff_t past;                 /* tokens before every row */
     const float *past_k, *past_v;   /* [kv_heads, past, head_dim] */
     float *attended;                /* [batch, size, heads, head_dim] */
@@ -36,8 +35,7 @@ struct attention {
     float *kept_k, *kept_v;         /* [kv_heads, kept, head_dim] */
     float *scratch;                 /* scratch_floats() */
     /* Derived by prepare(). */
-    ptrdiff_t padded_dim;    /* head_dim in whole vectors of pairs */
-    ptrdiff_t pair;          /* numbers in the place of one float: 2 in bf16, else 1 */
+    ptrdiff_t padded_dim;    /* head_dim in whole vectors */
     ptrdiff_t shared_panels; /* of the past, used by all rows */
     ptrdiff_t own_panels;    /* of each row */
 };

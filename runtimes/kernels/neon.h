@@ -7,6 +7,8 @@
 
 #define TARGET
 #define INLINE static inline __attribute__((always_inline))
+#define PRODUCT TARGET
+#define INLINE_PRODUCT INLINE
 
 typedef float32x4x4_t vec;
 typedef uint32x4_t nans;
@@ -162,8 +164,6 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 
 /* Attention's tile: 6 queries by 16 keys, in 24 of 32 registers. */
 enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
-
-#define HAS_BF16 0
 
 /* Rounded activations are int8: NEON multiplies int8 by int8. */
 enum { ZERO_BY_4_BITS = 0, ZERO_BY_8_BITS = 0, GROUP_ROWS = 4 };

@@ -68,7 +68,7 @@ INLINE float round_group(const struct product *p, const float *x, ptrdiff_t coun
 }
 
 /* Rounds the activations of a tile; tokens that are not there have a scale of zero. */
-TARGET static void round_tile(const struct product *p, size_t tile) {
+PRODUCT static void round_tile(const struct product *p, size_t tile) {
     for (ptrdiff_t group = 0; group < p->groups; group++) {
         uint8_t *to = codes_of(p, (ptrdiff_t)tile, group), codes[MAX_GROUP] = {0};
         float *scales = scales_of(p, (ptrdiff_t)tile, group);
@@ -112,7 +112,7 @@ INLINE void turn_words(const uint8_t *from, ptrdiff_t row, ptrdiff_t count, ptrd
     transpose(part, 16, (float *)to, 16);
 }
 
-TARGET static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t first_group,
+PRODUCT static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t first_group,
                           ptrdiff_t groups, struct panel *panel) {
     ptrdiff_t row = p->groups * p->group * p->bits / 8, words = p->group * p->bits / 32;
     ptrdiff_t steps = p->group / 4;
@@ -161,8 +161,9 @@ TARGET static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t f
 }
 
 /* A tile by a panel. */
-INLINE void multiply_tile_by(const struct product *p, int bits, const struct panel *panel,
-                             ptrdiff_t tile, ptrdiff_t first_group, ptrdiff_t groups, float *c) {
+INLINE_PRODUCT void multiply_tile_by(const struct product *p, int bits,
+                                     const struct panel *panel, ptrdiff_t tile,
+                                     ptrdiff_t first_group, ptrdiff_t groups, float *c) {
     for (ptrdiff_t group = 0; group < groups; group++)
         multiply_group(bits, p->group / 4, codes_of(p, tile, first_group + group),
                        panel->weights + group * p->group * OUTPUTS, panel->start + group * OUTPUTS,
@@ -170,7 +171,7 @@ INLINE void multiply_tile_by(const struct product *p, int bits, const struct pan
 }
 
 /* All tokens by the weights of OUTPUTS outputs. */
-TARGET static void multiply_panel(const struct product *p, size_t task) {
+PRODUCT static void multiply_panel(const struct product *p, size_t task) {
     struct panel panel;
     ptrdiff_t output = (ptrdiff_t)task * OUTPUTS, at_once = INPUTS / p->group;
     ptrdiff_t width = minimum(OUTPUTS, p->outputs - output);

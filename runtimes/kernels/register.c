@@ -15,7 +15,6 @@ enum { ROWS_A_TASK = 8, MAX_VALUES = 17 };
 struct operator {
     OrtCustomOp ort;
     const struct kernels *kernels;
-    int bf16;
     const char *name;
     ElementType inputs[MAX_VALUES], outputs[MAX_VALUES];
     size_t input_count, required_inputs, output_count, required_outputs;
@@ -27,7 +26,7 @@ struct node {
     OrtAllocator *allocator;
     const struct kernels *kernels;
     float epsilon, scale;
-    int64_t heads, kv_heads, bf16;
+    int64_t heads, kv_heads;
     int64_t depth, outputs, bits, group;
 };
 
@@ -251,7 +250,6 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
         .last = in[LAST].data,
         .eps = node->epsilon,
         .scale = node->scale,
-        .bf16 = node->bf16 != 0,
         .past = in[STATES].count ? in[STATES].shape[2] : 0,
         .kept = in[KEPT].data ? *(const int64_t *)in[KEPT].data : 0,
     };
@@ -409,13 +407,11 @@ static OrtStatus *create_kernel(const OrtCustomOp *op, OrtApi api, const OrtKern
     read_float_attribute(api, info, "scale", &node->scale);
     read_int_attribute(api, info, "num_heads", &node->heads);
     read_int_attribute(api, info, "kv_num_heads", &node->kv_heads);
-    read_int_attribute(api, info, "bf16", &node->bf16);
     read_int_attribute(api, info, "K", &node->depth);
     read_int_attribute(api, info, "N", &node->outputs);
     read_int_attribute(api, info, "bits", &node->bits);
     read_int_attribute(api, info, "block_size", &node->group);
     node->kernels = operator_of(op)->kernels;
-    node->bf16 = node->bf16 && operator_of(op)->bf16;
     *kernel = node;
     return NULL;
 }
@@ -470,7 +466,7 @@ enum { OPERATOR_COUNT = sizeof OPERATORS / sizeof *OPERATORS };
 /* An instruction set, and whether the CPU has it. */
 struct set {
     const char *name;
-    int here, bf16;
+    int here;
     struct kernels kernels;
 };
 
@@ -480,10 +476,9 @@ enum { SETS = 2 };
 static void list_sets(struct set sets[SETS]) {
     memset(sets, 0, SETS * sizeof *sets);
 #ifdef __x86_64__
-    sets[0] = (struct set){"avx512", 0, 0, avx512_kernels};
+    sets[0] = (struct set){"avx512", 0, avx512_kernels};
     sets[0].here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    sets[0].bf16 = __builtin_cpu_supports("avx512bf16");
     if (!__builtin_cpu_supports("avx512vnni")) {
         sets[0].kernels.tile_bytes = avx2_kernels.tile_bytes;
         sets[0].kernels.tile_count = avx2_kernels.tile_count;
@@ -491,28 +486,26 @@ static void list_sets(struct set sets[SETS]) {
         sets[0].kernels.panel_count = avx2_kernels.panel_count;
         sets[0].kernels.multiply_panel = avx2_kernels.multiply_panel;
     }
-    sets[1] = (struct set){"avx2", 0, 0, avx2_kernels};
+    sets[1] = (struct set){"avx2", 0, avx2_kernels};
     sets[1].here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #elif defined(__aarch64__)
-    sets[0] = (struct set){"neon", 1, 0, neon_kernels};
+    sets[0] = (struct set){"neon", 1, neon_kernels};
 #endif
 }
 
 #define EXPORTED __attribute__((visibility("default")))
 
-/* What the next call of RegisterCustomOps takes: an index of a set, and whether bf16 may be used. */
-static int chosen = -1, chosen_bf16 = 0;
+/* The index of the set that the next call of RegisterCustomOps takes. */
+static int chosen = -1;
 
-/* Choose an instruction set by its name ("": the best that is here) for sessions to come; `bf16`: whether
-   attention of 8-bit products may be rounded to bf16 where the CPU multiplies it. Returns the name of what
-   was chosen, or NULL where it is not here. Not safe against itself on another thread. */
-EXPORTED const char *choose_kernels(const char *name, int bf16) {
+/* Choose an instruction set by its name ("": the best that is here) for sessions to come. Returns the name of
+   what was chosen, or NULL where it is not here. Not safe against itself on another thread. */
+EXPORTED const char *choose_kernels(const char *name) {
     struct set sets[SETS];
     list_sets(sets);
     for (int i = 0; i < SETS; i++)
         if (sets[i].here && (!*name || !strcmp(sets[i].name, name))) {
             chosen = i;
-            chosen_bf16 = bf16 && sets[i].bf16;
             return sets[i].name;
         }
     return NULL;
@@ -521,18 +514,17 @@ EXPORTED const char *choose_kernels(const char *name, int bf16) {
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     /* Sessions keep pointers to these, so they are filled once. */
     static struct set sets[SETS];
-    static struct operator operators[SETS][2][OPERATOR_COUNT];
+    static struct operator operators[SETS][OPERATOR_COUNT];
     OrtApi api = base->get_api(API_VERSION);
     OrtCustomOpDomain *domain;
-    if (chosen < 0 && !choose_kernels("", 0))
+    if (chosen < 0 && !choose_kernels(""))
         return create_status(api)(NOT_IMPLEMENTED, "the CPU has neither AVX2 with FMA nor NEON");
     if (!sets[0].name) list_sets(sets);
-    struct operator *all = operators[chosen][chosen_bf16];
+    struct operator *all = operators[chosen];
     if (!all->kernels)
         for (size_t i = 0; i < OPERATOR_COUNT; i++) {
             all[i] = OPERATORS[i];
             all[i].kernels = &sets[chosen].kernels;
-            all[i].bf16 = chosen_bf16;
         }
     TRY(create_domain(api)("embedport", &domain));
     for (size_t i = 0; i < OPERATOR_COUNT; i++) TRY(add_op(api)(domain, &all[i].ort));

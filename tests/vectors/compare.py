@@ -69,8 +69,8 @@ def run_plain(graph: Path, rows: list[np.ndarray], kernels: Path | None) -> np.n
     options.intra_op_num_threads = 1
     if kernels is not None:
         choose = ctypes.CDLL(str(kernels)).choose_kernels
-        choose.argtypes, choose.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_char_p
-        if choose(b"", 0) is None:
+        choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+        if choose(b"") is None:
             sys.exit(f"{kernels}: this CPU has no instruction set that it needs")
         options.register_custom_ops_library(str(kernels))
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
