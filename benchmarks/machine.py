@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read_kept(path: Path, machines: Callable[[dict[str, Any]], Iterable[Any]]) -> dict[str, Any]:
-    """What earlier runs left in a file that this run adds to; empty where there is none.
+    """Figures of earlier runs in a file that this run adds to; empty where there is none.
 
     Called before anything is measured: a file holds figures of one kind of CPU.
 

@@ -45,7 +45,7 @@ class MissingPackageError(EmbedportError):
 
 
 class VerificationError(EmbedportError):
-    """What was just written does not load, does not run, or gives NaN or infinity.
+    """An artifact just written does not load, does not run, or gives NaN or infinity.
 
     Or an artifact gives other results here than where it was exported.
     """

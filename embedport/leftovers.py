@@ -1,4 +1,4 @@
-"""What runs that were killed have left beside an artifact, and how it is cleaned up.
+"""Folders that killed runs have left beside an artifact, and how they are cleaned up.
 
 An artifact is written in `.NAME.partial-XXXXXXXX`, and the one that it replaces is renamed to
 `.NAME.partial-XXXXXXXX-old` before it is deleted. Whoever works on such a folder holds a lock on

@@ -98,6 +98,6 @@ def find_excess(codes: np.ndarray) -> tuple[int, int] | None:
 
 
 def _sums(values: np.ndarray) -> np.ndarray:
-    """Of inputs 2i and 2i + 1, [out, in // 2]; an odd last input has no partner."""
+    """Sums of inputs 2i and 2i + 1, [out, in // 2]; an odd last input has no partner."""
     even = values.shape[1] // 2 * 2
     return values[:, 0:even:2] + values[:, 1:even:2]

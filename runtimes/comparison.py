@@ -100,7 +100,7 @@ class Check:
 
     @property
     def noun(self) -> str:
-        """What its results are called."""
+        """The word for its results."""
         return "scores" if self.task == "reranker" else "vectors"
 
     @property
@@ -124,7 +124,7 @@ class Check:
         )
 
     def to_record(self) -> dict[str, object]:
-        """What JSON can hold."""
+        """A value that JSON can hold."""
         return asdict(self)
 
 
@@ -253,7 +253,7 @@ def find_limits(manifest: Manifest, device: str, exported: Machine, here: Machin
 
 
 def _kinds(manifest: Manifest) -> set[str]:
-    """What a graph computes in: the precisions of its matrices, and its arithmetic."""
+    """The precisions of a graph's matrices, and its arithmetic."""
     graph = manifest.graph
     assert graph is not None
     # A table is looked up: nothing is multiplied.
@@ -272,7 +272,7 @@ def _computes_alike(exported: Machine, here: Machine) -> bool:
 
 
 def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) -> list[str]:
-    """What differs between two machines that may change results."""
+    """Differences between two machines that may change results."""
     kinds, reasons = _kinds(manifest), []
     if device != "cpu":
         reasons.append(f"the witness was computed on a CPU, and this ran on {device}")

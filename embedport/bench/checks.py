@@ -1,4 +1,4 @@
-"""What can be wrong with a race, looked at before anything is installed or prepared."""
+"""Checks of a race, made before anything is installed or prepared."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import embedport
 from embedport.demo.samples import builtin_pairs, builtin_samples
 
 TEXTS, PAIRS, LENGTH = 6, 2, 120
-# Kernels sum in different orders, of which rounding to 8 bits makes more; attention may be in bf16.
+# Where there are no kernels sums are in another order, of which rounding to 8 bits makes more.
 # Saturation shows as 0.004 of a cosine, and 0.5 of a score.
 LIMITS = {
     "embedding-fp32": 1e-6,

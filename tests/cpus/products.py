@@ -83,7 +83,7 @@ def matrix_of(tensor: QuantizedTensor) -> QuantizedMatrix:
 
 
 def whole(tensor: QuantizedTensor) -> np.ndarray:
-    """What the codes stand for at scales of 1: int64 [out, in]."""
+    """Weights at scales of 1: int64 [out, in]."""
     size = tensor.scheme.group_size or tensor.codes.shape[1]
     zeros = np.repeat(tensor.zero_points, size, axis=1)[:, : tensor.codes.shape[1]]
     return tensor.codes.astype(np.int64) - zeros

@@ -67,7 +67,7 @@ class Outcome:
 
     @property
     def beyond(self) -> list[dict]:
-        """What is not within its limit; NaN is not."""
+        """Records that are not within their limit; NaN is not."""
         return [each for each in self.records if not each["difference"] <= each["limit"]]
 
     @property
@@ -112,7 +112,7 @@ def write_row(outcome: Outcome) -> None:
 
 
 def write_failures(outcomes: list[Outcome]) -> None:
-    """What is beyond its limit, and what a check said that did not run to its end."""
+    """Records beyond their limit, and the words of a check that did not run to its end."""
     for each in outcomes:
         for record in each.beyond:
             difference, limit = record["difference"], record["limit"]

@@ -137,7 +137,7 @@ def test_the_real_one(tmp_path, real_tokenizer):
 
 
 def test_ids_beyond_the_table(checkpoints, copied, tmp_path):
-    """What the tokenizer puts around every text has to have a row."""
+    """Ids that the tokenizer puts around every text need a row."""
     folder = copied(checkpoints())
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     change(folder / "tokenizer.json", post_processor=template([rows]))
