@@ -35,7 +35,7 @@ def folder(checkpoints, copied):
 
 
 class TestKinds:
-    """A file that is not regular is refused at once; a FIFO without a writer would be waited for."""
+    """Only regular files are read; a FIFO without a writer would be waited for."""
 
     @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
     def test_fifo(self, folder, name):
