@@ -19,17 +19,10 @@ from embedport.runtimes.compiled import find_library, register_kernels
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.vectors.compare import apart, read_rows, run_plain
+from tests.vectors.compare import allowed, apart, read_rows, run_plain
 
 # Every fifth of 16 rows: emulation is slow.
 STEP = 5
-# By the limits between machines with kernels.
-WITHOUT_KERNELS = {
-    "embedding-int8": 10,
-    "embedding-int4": 2,
-    "reranker-int8": 20,
-    "reranker-int4": 20,
-}
 
 
 def main() -> None:
@@ -44,7 +37,7 @@ def main() -> None:
             record = {
                 "name": name,
                 "difference": apart(task, precision, found, STEP),
-                "limit": 1 if kernels else WITHOUT_KERNELS.get(name, 1),
+                "limit": allowed(task, precision, kernels=kernels is not None),
             }
             sys.stdout.write(json.dumps(record) + "\n")
 
