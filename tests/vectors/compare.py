@@ -23,8 +23,8 @@ REFERENCE = Path(__file__).parent / "reference.npz"
 # Precision to the smallest cosine and to the largest difference of a score.
 LIMITS = {"fp32": (0.9999999, 1e-6), "int8": (0.99999, 1e-3), "int4": (0.9999, 1e-3)}
 
-# Where there are no kernels onnxruntime's operators round otherwise (docs/runtimes.md): how many of these
-# limits are allowed there.
+# Multiples of these limits that are allowed where there are no kernels: onnxruntime's operators
+# round otherwise (docs/runtimes.md).
 WITHOUT_KERNELS = {
     ("embedding", "int8"): 10,
     ("embedding", "int4"): 2,
