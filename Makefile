@@ -3,6 +3,8 @@
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 PYTHON ?= python3
 RUN = $(UV) run --frozen
+# What the demo takes: no torch, its reference is recorded. What is there already stays.
+DEMO = $(UV) run --frozen --no-dev --extra cpu --extra report --extra retrieval
 
 # The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
@@ -10,7 +12,7 @@ GPU_PYTHON ?= $(RUN) python
 .PHONY: demo test test-cpus lint format bench vectors gpu
 
 demo: $(UV)
-	$(RUN) embedport demo
+	$(DEMO) embedport demo
 
 test: $(UV)
 	$(RUN) pytest

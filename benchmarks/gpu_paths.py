@@ -251,13 +251,16 @@ def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str
 
 def _run_pair(name: str, arrays: Any, folder: Path) -> None:
     """Vectors and scores of the trained pair; the reference's from the model cards' own code."""
-    from embedport.validation.reference import open_reference, run_reference
+    from embedport.spec import ModelSpec
+    from embedport.validation.card import CardReference
 
     for task, checkpoint in PAIR.items():
         rows = _rows(arrays, task)
         if name == REFERENCE:
-            reference = open_reference(checkpoint, task=task, max_length=max(map(len, rows)))
-            results = run_reference(reference, [row.tolist() for row in rows], "fp16", "cuda")
+            reference = CardReference(
+                ModelSpec.from_checkpoint(checkpoint, task=task), None, "cuda"
+            )
+            results = reference.run_rows([row.tolist() for row in rows], "fp16")
         else:
             place = folder / task
             place.mkdir()

@@ -10,7 +10,7 @@ import numpy as np
 
 import embedport
 from embedport.spec import Task
-from embedport.validation.reference import open_reference, run_reference
+from embedport.validation.live import open_live
 from embedport.validation.tasks import EmbeddingTask, RerankerTask, choose_inputs
 
 from .checkpoint import CACHE, make
@@ -34,8 +34,8 @@ def against_transformers() -> None:
         source = CACHE / f"parity-{name}"
         make("0.6b", str(source), name)
         task = _inputs(name)
-        reference = open_reference(source, task=name, max_length=MAX_LENGTH)
-        expected = run_reference(reference, task.reference_ids(reference), "fp32", "cpu")
+        reference = open_live(source, task=name, max_length=MAX_LENGTH, device="cpu")
+        expected = reference.run(task.inputs, "fp32")
         for dialect, precision in CASES:
             found = _run(task, source, dialect, precision)
             compared = task.compare(found, expected, "fp32 on fp16-rounded weights, cpu")

@@ -117,8 +117,8 @@ def _embedders(
     """Each variant's; with the reference, also of transformers and of narrower vectors."""
     import embedport
     from embedport.ranking import rank_documents
-    from embedport.validation.reference import open_reference
-    from embedport.validation.retrieval import encode_reference, encode_set
+    from embedport.validation.live import open_live
+    from embedport.validation.retrieval import encode_set
 
     found: dict[str, Quality] = {}
     vectors = {}
@@ -137,8 +137,8 @@ def _embedders(
     if not reference:
         return found
     width = vectors["fp32"][0].shape[1]
-    source = open_reference(checkpoint, task="embedding", max_length=512)
-    expected = encode_reference(source, data, "fp32", "cpu", progress=False)
+    source = open_live(checkpoint, task="embedding", max_length=512, device="cpu")
+    expected = source.encode_set(data, "fp32")
     found["transformers, fp32"] = quality(rank_documents(expected, width, data), data)
     generator = np.random.default_rng(0)
     for dim in (width // 2, width // 4):
@@ -155,8 +155,8 @@ def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
     import embedport
     from embedport.demo.pipeline import builtin_reranker
     from embedport.ranking import rank_candidates
-    from embedport.validation.reference import open_reference
-    from embedport.validation.retrieval import score_reference, score_set
+    from embedport.validation.live import open_live
+    from embedport.validation.retrieval import score_set
 
     before = {query: data.candidates[query] for query in data.queries}
     found = {"as they came": quality(before, data)}
@@ -168,8 +168,8 @@ def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
         found[name] = quality(rank_candidates(before, scores), data)
         found[name] |= {"bytes": _bytes(artifact)} | _loss(found[name], found["fp32"])
     found["as they came"] |= _loss(found["as they came"], found["fp32"])
-    source = open_reference(builtin_reranker(), task="reranker", max_length=512)
-    scores = score_reference(source, data, "fp32", "cpu", progress=False)
+    source = open_live(builtin_reranker(), task="reranker", max_length=512, device="cpu")
+    scores = source.score_set(data, "fp32")
     found["transformers, fp32"] = quality(rank_candidates(before, scores), data)
     return found
 

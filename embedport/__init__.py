@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .prompts import query_prompt
     from .runtimes import Check, Embedder, Ranked, Reranker, check, load
     from .spec import ModelSpec
-    from .validation import Report, validate
+    from .validation import Report, record_reference, validate
 
 _HOMES = {
     "Artifact": "artifact",
@@ -39,6 +39,7 @@ _HOMES = {
     "load": "runtimes",
     "quantize_checkpoint": "exporters",
     "query_prompt": "prompts",
+    "record_reference": "validation",
     "validate": "validation",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "quantize_checkpoint",
     "query_prompt",
+    "record_reference",
     "validate",
 ]
 

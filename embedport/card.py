@@ -50,7 +50,10 @@ def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
     return {
         "Graph": f"`{graph.path}`, {graph.dialect} dialect, ONNX opset {graph.opset}",
         **({"Kept in fp32": kept} if precision in ("fp16", "bf16") else {}),
-        "Inputs": ", ".join(f"`{each}` int64 [batch, sequence]" for each in graph.inputs),
+        "Inputs": ", ".join(
+            f"`{each}` int64 {'[1]' if each == 'prompt_length' else '[batch, sequence]'}"
+            for each in graph.inputs
+        ),
         "Output": ", ".join(f"`{each}`" for each in graph.outputs),
     }
 

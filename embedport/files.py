@@ -224,9 +224,9 @@ def is_file_name(name: object) -> bool:
 
 def tensor_names(folder: Path) -> set[str]:
     """The names of all tensors in a checkpoint's folder, from the headers only."""
-    if (folder / INDEX).exists():
-        return set(_read_index(folder / INDEX))
     if not (folder / SINGLE).exists():
+        if (folder / INDEX).exists():
+            return set(_read_index(folder / INDEX))
         # Only the configuration of a hub checkpoint was fetched.
         return set()
     with open_shard(folder / SINGLE) as shard:
@@ -282,19 +282,21 @@ def _check_link(path: Path) -> None:
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint by its stored name, sharded or in a single file.
 
+    Where both are there, transformers reads the single file, and so is it here.
+
     Raises:
         CheckpointError: A shard is missing or damaged, the index names a tensor that its shard
             lacks, or a file outside the folder.
     """
+    if (folder / SINGLE).exists():
+        return _read_shard(folder / SINGLE)
     index_path = folder / INDEX
     if not index_path.exists():
-        if not (folder / SINGLE).exists():
-            pickled = next(iter(sorted(folder.glob("*.bin"))), None)
-            raise CheckpointError(
-                f"{folder} has neither {SINGLE} nor {INDEX}"
-                + (f"; {pickled.name} is pickled and is not read, convert it" if pickled else "")
-            )
-        return _read_shard(folder / SINGLE)
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor {INDEX}"
+            + (f"; {pickled.name} is pickled and is not read, convert it" if pickled else "")
+        )
     index = _read_index(index_path)
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(index.values())):

@@ -11,9 +11,9 @@ from .errors import CheckpointError, InputError
 from .files import MANIFEST, check_broken_links, read_json
 from .leftovers import tidy_up
 
-# A checkpoint is its configuration, its tokenizer and its safetensors. Nothing else is fetched:
+# A checkpoint is its configuration, tokenizer, model card and safetensors. Nothing else is fetched:
 # no pickled weights, no code.
-CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json"]
+CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json", "README.md"]
 WEIGHT_PATTERNS = ["*.safetensors"]
 # A commit's folder in huggingface_hub's cache.
 SNAPSHOT = "models--*/snapshots/*"

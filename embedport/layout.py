@@ -1,31 +1,87 @@
-"""The files that make a folder a sentence-transformers model: last-token pooling, unit length."""
+"""sentence-transformers' files of a folder: the source's own, or those of a plain embedder."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-MODULES = {
+from .modules import MODULES, SETTINGS, TRANSFORMER
+from .pooling import DENSE_FILE
+
+PLAIN = {
     "": "sentence_transformers.models.Transformer",
     "1_Pooling": "sentence_transformers.models.Pooling",
     "2_Normalize": "sentence_transformers.models.Normalize",
 }
 
 
-def write_sentence_transformers(folder: Path, hidden_size: int, prompts: Mapping[str, str]) -> None:
-    """Write modules.json, 1_Pooling/config.json and config_sentence_transformers.json.
+def copy_modules(source: Path, folder: Path) -> bool:
+    """Copy what sentence-transformers reads beside a checkpoint.
+
+    Args:
+        source: The checkpoint's folder; its modules.json has been read by `modules`.
+        folder: Where to write.
+
+    Returns:
+        Whether there was any.
+    """
+    if not (source / MODULES).is_file():
+        return False
+    for name in (MODULES, SETTINGS, TRANSFORMER):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for entry in json.loads((source / MODULES).read_text(encoding="utf-8")):
+        place = PurePosixPath(entry["path"])
+        if not place.parts:
+            continue
+        for name in ("config.json", DENSE_FILE):
+            if (source / place / name).is_file():
+                (folder / place).mkdir(exist_ok=True)
+                shutil.copyfile(source / place / name, folder / place / name)
+    return True
+
+
+def turn_into_classifier(folder: Path) -> None:
+    """Make the modules of a reranker with a LogitScore, if it has any, those of a classifier.
+
+    Args:
+        folder: Where `copy_modules` has written them.
+    """
+    if not (folder / MODULES).is_file():
+        return
+    first, *rest = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+    for entry in rest:
+        shutil.rmtree(folder / PurePosixPath(entry["path"]), ignore_errors=True)
+    write_json(folder / MODULES, [first])
+    path = folder / TRANSFORMER
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changes = {"transformer_task": "sequence-classification", "module_output_name": "scores"}
+    write_json(path, settings | changes)
+
+
+def write_sentence_transformers(
+    folder: Path,
+    hidden_size: int,
+    prompts: Mapping[str, str],
+    default_prompt: str | None = None,
+) -> None:
+    """Write the files of an embedder with last-token pooling and vectors of unit length.
+
+    They are modules.json, 1_Pooling/config.json and config_sentence_transformers.json.
 
     Args:
         folder: The model's folder.
         hidden_size: Width of a vector.
         prompts: Prompt name to the text put before an input.
+        default_prompt: The name of the prompt that is used where none is given.
     """
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": kind}
-        for i, (path, kind) in enumerate(MODULES.items())
+        for i, (path, kind) in enumerate(PLAIN.items())
     ]
-    write_json(folder / "modules.json", modules)
+    write_json(folder / MODULES, modules)
     write_json(
         folder / "1_Pooling" / "config.json",
         {
@@ -40,10 +96,10 @@ def write_sentence_transformers(folder: Path, hidden_size: int, prompts: Mapping
         },
     )
     write_json(
-        folder / "config_sentence_transformers.json",
+        folder / SETTINGS,
         {
             "prompts": dict(prompts),
-            "default_prompt_name": None,
+            "default_prompt_name": default_prompt,
             "similarity_fn_name": "cosine",
         },
     )

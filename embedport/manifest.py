@@ -12,9 +12,10 @@ from .engine import EngineRecord
 from .errors import ArtifactError
 from .files import is_file_name, load_json
 from .integrity import FileRecord
+from .pipeline import POOLING_MODES, Activation, Form, Inputs, Outputs
 from .spec import TASKS, Task
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]
 
@@ -54,6 +55,7 @@ class GraphRecord:
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
+        causal: Whether a token sees only those before it.
         continuation: The same graph with a past, for rows that begin alike; None if there is none.
         limits_pairs: Whether weights that go with 8-bit activations have codes that no CPU
             saturates (see `quantize.pairs`); the first artifacts do not say.
@@ -67,6 +69,7 @@ class GraphRecord:
     output: str
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
+    causal: bool = True
     continuation: ContinuationRecord | None = None
     limits_pairs: bool = False
 
@@ -90,7 +93,8 @@ class Manifest:
         vocab_size: Token ids are below this.
         max_length: Tokens after which a text is cut, by default.
         max_position_embeddings: Tokens of a text at most.
-        prompts: Prompt name to the text put before an input; empty for a reranker.
+        inputs: How inputs become tokens.
+        outputs: What is made of the last layer's states.
         source: The checkpoint.
         requires: Runtime package and its lowest version.
         versions: Packages that made the artifact.
@@ -113,7 +117,8 @@ class Manifest:
     vocab_size: int
     max_length: int
     max_position_embeddings: int
-    prompts: Mapping[str, str]
+    inputs: Inputs
+    outputs: Outputs
     source: SourceRecord
     requires: str
     versions: Mapping[str, str]
@@ -122,6 +127,11 @@ class Manifest:
     recipe: Mapping[str, Any] | None = None
     ranges: Mapping[str, Any] | None = None
     parity: Mapping[str, Any] | None = None
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text put before an input."""
+        return self.inputs.prompts
 
     def to_json(self) -> str:
         """The text of embedport.json."""
@@ -146,7 +156,10 @@ class Manifest:
             ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
-        if version != FORMAT_VERSION:
+        if version == 4:  # of embedport 0.1 before a folder's whole pipeline was read
+            values |= _read_version_4(path, values)
+            values.pop("prompts")
+        elif version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             raise ArtifactError(
                 f"{path} has format version {version!r}, and this embedport reads "
@@ -170,6 +183,8 @@ class Manifest:
         try:
             values["graph"] = values["graph"] and _read_graph(values["graph"])
             values["engine"] = values["engine"] and EngineRecord.from_json(values["engine"])
+            values["inputs"] = Inputs(**values["inputs"])
+            values["outputs"] = Outputs.from_record(values["outputs"])
             values["source"] = SourceRecord(**values["source"])
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -193,8 +208,12 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
         ArtifactError: A value is not of its type.
     """
     graph, source = values["graph"], values["source"]
-    texts = {key: values[key] for key in ("precision", "requires")} | {"source": source.id}
-    maps = {key: values[key] for key in ("prompts", "versions")} | {"source's files": source.files}
+    texts = {key: values[key] for key in ("precision", "requires")}
+    inputs: Inputs = values["inputs"]
+    outputs: Outputs = values["outputs"]
+    texts |= {"source": source.id}
+    maps = {"prompts": inputs.prompts, "versions": values["versions"]}
+    maps |= {"source's files": source.files}
     sizes = {
         key: values[key]
         for key in ("hidden_size", "num_heads", "vocab_size", "max_length")
@@ -212,7 +231,20 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     for name, record in values["files"].items():
         texts[f"sha256 of {name[:100]!r}"] = record.sha256
         sizes[f"size of {name[:100]!r}"] = max(record.size, 1) if _is_size(record.size) else None
-    wrong = [("task", values["task"], " or ".join(TASKS))] * (values["task"] not in TASKS)
+    wrong: list[tuple[str, Any, str]] = []
+    if values["task"] not in TASKS:
+        wrong.append(("task", values["task"], " or ".join(TASKS)))
+    choices: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("form of inputs", inputs.form, get_args(Form))
+    ]
+    choices += [("pooling", each, POOLING_MODES) for each in outputs.pooling]
+    choices += [("activation", outputs.activation, get_args(Activation))]
+    choices += [("default prompt", inputs.default_prompt, (None, *inputs.prompts))]
+    wrong += [
+        (key, each, " or ".join(map(str, known)))
+        for key, each, known in choices
+        if each not in known
+    ]
     wrong += [(key, each, "a text") for key, each in texts.items() if not isinstance(each, str)]
     wrong += [
         (key, each, "a size") for key, each in sizes.items() if not _is_size(each) or not each
@@ -228,6 +260,18 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     if wrong:
         key, found, expected = wrong[0]
         raise ArtifactError(f"{path}: {key} should be {expected}, found {found!r:.80}")
+
+
+def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The records that version 4 did not have: all its models were as the originals are."""
+    prompts = values.get("prompts")
+    if not isinstance(prompts, dict):
+        raise ArtifactError(f"{path}: prompts should be texts by name, found {prompts!r:.80}")
+    if values.get("task") == "embedding":
+        inputs, outputs = Inputs(prompts=prompts), Outputs()
+    else:
+        inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
+    return {"inputs": asdict(inputs), "outputs": asdict(outputs)}
 
 
 def _is_size(value: object) -> bool:

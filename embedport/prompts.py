@@ -1,26 +1,34 @@
-r"""Text to token ids, exactly as Qwen's model cards define it.
+r"""Text to token ids, as a checkpoint's files define it; without any, as Qwen's model cards do.
 
-Embedding: the prompt, then the text, then `<|endoftext|>`, which the checkpoint's tokenizer.json
-appends by its template (older ones lack it, and it is added here). A query's prompt is
-"Instruct: {instruction}\nQuery:" with nothing after the colon; documents are bare.
-Reranker: prefix ids + body ids + suffix ids, each tokenized by itself; only the body is cut.
+Embedding: the prompt, then the text, then what the checkpoint's tokenizer adds, `<|endoftext|>` for
+Qwen's own. Their prompt for queries is "Instruct: {instruction}\nQuery:" with nothing after the
+colon; documents are bare.
+Reranker by the model card: prefix ids + body ids + suffix ids, each tokenized by itself; only the
+body is cut. By sentence-transformers: the folder's chat template, or the pair as the tokenizer
+joins it.
 
 Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and examples/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
+from .chat import ChatTemplate, Message
 from .errors import CheckpointError, InputError
+from .pipeline import ROLES, Inputs
+from .spec import ModelSpec
 from .tokenizer import load_tokenizer, tokenizing
+from .tokens import check_as_transformers
 
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -30,6 +38,8 @@ RERANKER_PREFIX = (
     "<|im_start|>user\n"
 )
 RERANKER_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+# Of models whose files declare nothing: texts as they are, and pairs under the card's template.
+TEXTS, INSTRUCT = Inputs(), Inputs(form="instruct")
 
 
 def query_prompt(instruction: str) -> str:
@@ -42,20 +52,29 @@ def reranker_body(query: str, document: str, instruction: str = DEFAULT_INSTRUCT
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
 
 
-def resolve_prompt(prompts: Mapping[str, str], prompt: str) -> str:
+def resolve_prompt(inputs: Inputs, prompt: str | None) -> str:
     """The text that a prompt's name stands for, or a literal prompt itself.
+
+    Args:
+        inputs: The model's.
+        prompt: One of its prompts' names; "query" or "document", which stand for no prompt where
+            the model names none; a literal prompt; None for the model's default prompt, if it has
+            one.
 
     Raises:
         InputError: It is no string, or one word and not a known name: a typing error would go
             unnoticed.
     """
-    if not isinstance(prompt, str):
+    if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"a prompt should be a string, found {prompt!r}")
-    if prompt in prompts:
-        return prompts[prompt]
+    found = inputs.prompt_text(prompt)
+    if found is not None:
+        return found
+    assert prompt is not None
     if prompt and prompt.replace("_", "").replace("-", "").isalnum():
+        names = ", ".join(sorted({*inputs.prompts, *ROLES}))
         raise InputError(
-            f"no prompt is named {prompt!r}; there are {', '.join(sorted(prompts))}. A literal "
+            f"no prompt is named {prompt!r}; there are {names}. A literal "
             "prompt is more than a word: embedport.query_prompt(instruction) makes one"
         )
     return prompt
@@ -74,87 +93,226 @@ class Encoded:
     truncated: list[int]
 
 
-class EmbeddingTokenizer:
-    """Texts to ids for an embedding model; every row ends with `<|endoftext|>`.
+class _TextTokenizer:
+    """A tokenizer as a checkpoint's files set it up.
 
     Args:
         path: The checkpoint's or artifact's tokenizer.json.
-        max_length: Tokens of a row at most, the end token included; the text's end is cut.
+        max_length: Tokens of a row at most.
+        inputs: How inputs become tokens.
+
+    Raises:
+        CheckpointError: A file beside it is damaged, or asks for what is not supported.
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, max_length: int, inputs: Inputs) -> None:
         self.tokenizer = load_tokenizer(path)
-        self.end_id = append_end_of_text(self.tokenizer, path)
-        self.max_length = max_length
-        self.tokenizer.enable_truncation(max_length)
+        check_as_transformers(self.tokenizer, path.parent)
+        self.inputs, self.max_length = inputs, max_length
+        if inputs.lower_case:
+            _lower(self.tokenizer)
+        self.tokenizer.encode_special_tokens = inputs.split_special_tokens
+        self.chat = None
+        if inputs.form == "messages":
+            self.chat = ChatTemplate(path.parent, inputs.message_format, inputs.template_values)
+        self._endings: dict[str, np.ndarray] = {}
+
+    def _cut_to(self, length: int) -> None:
+        self.tokenizer.enable_truncation(length, direction=self.inputs.truncation_side)
+
+    def _encode_chats(self, chats: Sequence[tuple[Sequence[Message], str]]) -> Encoded:
+        """Token ids of messages, each with what its ending is known by: see `_ending`.
+
+        A template's end is put back where it was cut off: a model that reads the last position
+        reads that.
+        """
+        assert self.chat is not None
+        texts = [check_text(i, self.chat.render(chat)) for i, (chat, _) in enumerate(chats)]
+        encoded = _encode(self.tokenizer, texts, special=False)
+        for ids, (_, key) in zip(encoded.ids, chats, strict=True):
+            if len(ids) >= self.max_length:
+                ending = self._ending(key)[-len(ids) :]
+                ids[len(ids) - len(ending) :] = ending
+        return encoded
+
+    def _ending(self, key: str) -> np.ndarray:
+        """The tokens that a template puts behind the texts: those that it ends with for any.
+
+        Args:
+            key: The prompt; nothing else decides it.
+        """
+        if key not in self._endings:
+            first, second = (self._skeleton(text, key) for text in ("0", "1 2 3 4"))
+            shorter = min(len(first), len(second))
+            same = first[len(first) - shorter :] == second[len(second) - shorter :]
+            count = shorter if same.all() else int(np.argmin(same[::-1]))
+            # All of one alike: the text went nowhere, and there is no telling where it ends.
+            self._endings[key] = first[len(first) - count :] if count < shorter else first[:0]
+        return self._endings[key]
+
+    def _skeleton(self, text: str, key: str) -> np.ndarray:
+        """Token ids of the template around a text, none cut off."""
+        assert self.chat is not None
+        rendered = self.chat.render(self._messages(text, key))
+        whole = self.tokenizer.encode(rendered, add_special_tokens=False)
+        parts = [whole, *whole.overflowing]
+        if self.inputs.truncation_side == "left":
+            parts.reverse()
+        return np.asarray([i for part in parts for i in part.ids], np.int64)
+
+    def _messages(self, text: str, key: str) -> Sequence[Message]:
+        raise NotImplementedError
+
+
+class EmbeddingTokenizer(_TextTokenizer):
+    """Texts to ids for an embedding model, with the tokens that its tokenizer adds.
+
+    Args:
+        path: The checkpoint's or artifact's tokenizer.json.
+        max_length: Tokens of a row at most, those that are added included; the text's end is cut.
+        inputs: How texts become tokens.
+    """
+
+    def __init__(self, path: Path, max_length: int, inputs: Inputs = TEXTS) -> None:
+        super().__init__(path, max_length, inputs)
+        self._cut_to(max_length)
 
     def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
-        """Tokenize texts, each with `prompt` in front.
+        """Tokenize texts, each with `prompt` in front, or behind it as a system message.
 
         Raises:
-            InputError: A text is not a string or not valid Unicode.
+            InputError: A text is not a string or not valid Unicode, or becomes no token.
         """
-        return _encode(self.tokenizer, texts, lambda text: prompt + text, special=True)
+        check_list(texts, "texts should be a list of strings")
+        if self.chat is not None:
+            checked = [check_text(i, text) for i, text in enumerate(texts)]
+            return self._encode_chats([(self._messages(text, prompt), prompt) for text in checked])
+        inputs = [check_text(i, prompt + check_text(i, text)) for i, text in enumerate(texts)]
+        return _encode(self.tokenizer, inputs, special=True)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt, as sentence-transformers counts those that are not to be pooled.
+
+        What the tokenizer adds at the end does not count; a system message has none.
+        """
+        if not prompt or self.chat is not None:
+            return 0
+        encoding = self.tokenizer.encode(prompt)
+        special = {
+            i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        return len(encoding.ids) - (encoding.ids[-1] in special)
+
+    def _messages(self, text: str, key: str) -> Sequence[Message]:
+        assert self.chat is not None
+        return self.chat.text(text, key)
 
 
-class RerankerTokenizer:
-    """Pairs of texts to ids for a reranker: prefix + body + suffix.
+class RerankerTokenizer(_TextTokenizer):
+    """Pairs of texts to ids for a reranker.
+
+    By the model card's template a row is prefix + body + suffix, each tokenized by itself.
 
     Args:
         path: The checkpoint's or artifact's tokenizer.json.
-        max_length: Tokens of a row at most; the body's end is cut, prefix and suffix never are.
+        max_length: Tokens of a row at most; of the model card's template the body's end is cut,
+            prefix and suffix never are.
+        inputs: How pairs become tokens.
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
-        self.tokenizer = load_tokenizer(path)
-        self.prefix = self._ids(RERANKER_PREFIX)
-        self.suffix = self._ids(RERANKER_SUFFIX)
-        self.max_length = max_length
-        room = max_length - len(self.prefix) - len(self.suffix)
-        if room < 1:
-            raise InputError(
-                f"max_length {max_length} leaves no room: the reranker's prefix and suffix alone "
-                f"take {len(self.prefix) + len(self.suffix)} tokens"
-            )
-        self.tokenizer.enable_truncation(room)
+    def __init__(self, path: Path, max_length: int, inputs: Inputs = INSTRUCT) -> None:
+        super().__init__(path, max_length, inputs)
+        room = max_length
+        if inputs.form == "instruct":
+            self.prefix, self.suffix = self._ids(RERANKER_PREFIX), self._ids(RERANKER_SUFFIX)
+            fixed = len(self.prefix) + len(self.suffix)
+            room -= fixed
+            if room < 1:
+                raise InputError(
+                    f"max_length {max_length} leaves no room: the reranker's prefix and suffix "
+                    f"alone take {fixed} tokens"
+                )
+        self._cut_to(room)
 
     def _ids(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
-    def encode(
-        self, pairs: Sequence[tuple[str, str]], instruction: str = DEFAULT_INSTRUCTION
-    ) -> Encoded:
+    def encode(self, pairs: Sequence[tuple[str, str]], instruction: str | None = None) -> Encoded:
         """Tokenize (query, document) pairs under an instruction.
 
+        Args:
+            pairs: The pairs.
+            instruction: What makes a document relevant; by default the model's own. Of a model with
+                prompts also the name of one.
+
         Raises:
-            InputError: A text is not a string or not valid Unicode.
+            InputError: A text is not a string or not valid Unicode, or a pair becomes no token.
         """
-        if not isinstance(instruction, str):
+        if instruction is not None and not isinstance(instruction, str):
             raise InputError(f"the instruction should be a string, found {instruction!r}")
         check_list(pairs, "pairs should be a list of (query, document)")
-        bodies = [_body(i, pair, instruction) for i, pair in enumerate(pairs)]
-        encoded = _encode(self.tokenizer, bodies, lambda body: body, special=False)
+        checked = [_check_pair(i, pair) for i, pair in enumerate(pairs)]
+        if self.inputs.form == "instruct":
+            return self._encode_bodies(checked, instruction)
+        prompt = self.inputs.prompts.get(instruction or "", instruction)
+        if instruction is None:
+            prompt = self.inputs.prompt_text(None)
+        prompt = check_text(0, prompt or "")
+        if self.chat is not None:
+            encoded = self._encode_chats([(self.chat.pair(*p, prompt), prompt) for p in checked])
+        else:
+            both = [(prompt + query, document) for query, document in checked]
+            encoded = _encode(self.tokenizer, both, special=True)
+        if (skipped := self.inputs.skipped_token) is None:
+            return encoded
+        return Encoded([_without_end(ids, skipped) for ids in encoded.ids], encoded.truncated)
+
+    def _encode_bodies(self, pairs: Sequence[tuple[str, str]], instruction: str | None) -> Encoded:
+        instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
+        bodies = [check_text(i, reranker_body(*p, instruction)) for i, p in enumerate(pairs)]
+        encoded = _encode(self.tokenizer, bodies, special=False)
         rows = [np.concatenate([self.prefix, ids, self.suffix]) for ids in encoded.ids]
         return Encoded(rows, encoded.truncated)
 
+    def _messages(self, text: str, key: str) -> Sequence[Message]:
+        assert self.chat is not None
+        return self.chat.pair(text, text, key)
 
-def _body(index: int, pair: tuple[str, str], instruction: str) -> str:
+
+def _lower(tokenizer: Tokenizer) -> None:
+    """Make texts lower case before all else, unless the tokenizer does."""
+    present = tokenizer.normalizer
+    if present is not None and '"Lowercase"' in present.__getstate__().decode():
+        return
+    lower = Lowercase()
+    tokenizer.normalizer = lower if present is None else Normalizers([lower, present])
+
+
+def _without_end(ids: np.ndarray, skipped: int) -> np.ndarray:
+    """A row up to the last token that is not `skipped`; at least its first token."""
+    kept = np.flatnonzero(ids != skipped)
+    return ids[: kept[-1] + 1 if len(kept) else 1]
+
+
+def _check_pair(index: int, pair: tuple[str, str]) -> tuple[str, str]:
     is_one = isinstance(pair, str) or not hasattr(pair, "__len__")
     if is_one or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
         raise InputError(f"pair {index} should be (query, document), two strings; found {pair!r}")
-    return reranker_body(*pair, instruction)
+    query, document = pair
+    return check_text(index, query), check_text(index, document)
 
 
 def _encode(
-    tokenizer: Tokenizer, texts: Sequence[str], complete: Callable[[str], str], *, special: bool
+    tokenizer: Tokenizer, inputs: Sequence[str] | Sequence[tuple[str, str]], *, special: bool
 ) -> Encoded:
-    check_list(texts, "texts should be a list of strings")
-    inputs = [check_text(i, complete(check_text(i, text))) for i, text in enumerate(texts)]
     with tokenizing("the tokenizer"):
         encodings = tokenizer.encode_batch_fast(inputs, add_special_tokens=special)
     for i, encoding in enumerate(encodings):
-        if special and not encoding.ids:
-            raise InputError(f"the tokenizer makes no token of text {i}: leave it out")
+        if not encoding.ids:
+            raise InputError(
+                f"input {i} becomes no token: the model's tokenizer adds none of its own, and the "
+                "text is empty"
+            )
     return Encoded(
         [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings],
         [i for i, encoding in enumerate(encodings) if encoding.overflowing],
@@ -206,6 +364,21 @@ def append_end_of_text(tokenizer: Tokenizer, path: Path) -> int:
             ProcessorSequence([present, template]) if present is not None else template
         )
     return end_id
+
+
+def find_answers(spec: ModelSpec) -> tuple[int, int | None]:
+    """The tokens whose logits make a reranker's score, (yes, no): see `Outputs.answers`.
+
+    Raises:
+        CheckpointError: "yes" or "no" is not a token.
+    """
+    if spec.score_rows is not None:  # a classifier's rows are its answers
+        return 0, 0
+    if spec.outputs.answers is not None:
+        return spec.outputs.answers
+    path = spec.source.folder / "tokenizer.json"
+    tokenizer = load_tokenizer(path)
+    return token_id(tokenizer, "yes", path), token_id(tokenizer, "no", path)
 
 
 def token_id(tokenizer: Tokenizer, token: str, path: Path) -> int:

@@ -1,27 +1,36 @@
 """ModelSpec: everything about a Qwen3 embedding or reranker checkpoint that the rest needs.
 
-Read from the checkpoint's own files (config.json, tokenizer.json, tokenizer_config.json and, where
-present, modules.json, 1_Pooling/config.json, config_sentence_transformers.json,
-sentence_bert_config.json). Values that this project does not implement are refused, not ignored.
+Read from the checkpoint's own files: config.json here, sentence-transformers' in `modules`, the
+tokenizer's in `tokens`. What they declare is computed, or the checkpoint is refused with the file,
+the key and what is supported: docs/checkpoint-files.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .chat import ChatTemplate, has_template, infer_format
 from .errors import CheckpointError, InputError
-from .files import load_json, read_json, tensor_names
+from .files import read_json, tensor_names
 from .hub import Source, fetch
+from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown
+from .modelcard import declared_task
+from .modules import Modules, read_activation, read_modules, read_prompts
+from .pipeline import Inputs, Outputs
+from .rope import Rope, read_rope
 from .stored import LibraryQuantization, StoredQuantization, read_quantization
+from .tokens import read_length, read_token_settings
 
 Task = Literal["embedding", "reranker"]
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
 # Of weights that are to be added to the checkpoint's.
 ADAPTER = "adapter_config.json"
+CLASSIFIER = "Qwen3ForSequenceClassification"
+ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
 
 # Model card: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B (config_sentence_transformers.json).
 DEFAULT_PROMPTS = {
@@ -48,11 +57,14 @@ class ModelSpec:
         intermediate_size: Width of the SwiGLU.
         vocab_size: Rows of the embedding table.
         max_position_embeddings: Positions that the rotary embedding was trained for.
-        rope_theta: Base of the rotary embedding.
+        rope: The rotary embedding.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         tied: Whether lm_head is the embedding table.
         max_length: Tokens after which a text is cut, by default.
-        prompts: Prompt name to the text put before an input; embeddings only.
+        causal: Whether a token sees only those before it.
+        attention_bias: Whether the attention's four projections have biases.
+        inputs: How inputs become tokens.
+        outputs: What is made of the last layer's states.
         quantization: How the projections are stored, if the checkpoint is quantized already.
         score_rows: Of a reranker in the sequence-classification form: rows of its head, 1 (yes) or
             2 (no, yes); None where the head is a vocabulary's.
@@ -68,11 +80,14 @@ class ModelSpec:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    rope_theta: float
+    rope: Rope
     rms_norm_eps: float
     tied: bool
     max_length: int
-    prompts: Mapping[str, str]
+    causal: bool = True
+    attention_bias: bool = False
+    inputs: Inputs = field(default_factory=Inputs)
+    outputs: Outputs = field(default_factory=Outputs)
     quantization: StoredQuantization | LibraryQuantization | None = None
     score_rows: int | None = None
 
@@ -103,6 +118,16 @@ class ModelSpec:
         return sum(map(math.prod, self.tensor_shapes().values()))
 
     @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text put before an input."""
+        return self.inputs.prompts
+
+    @property
+    def embedding_dim(self) -> int:
+        """Values of a vector."""
+        return self.outputs.width(self.hidden_size)
+
+    @property
     def head(self) -> str:
         """The tensor that holds a reranker's head."""
         if self.score_rows is not None:
@@ -131,6 +156,11 @@ class ModelSpec:
                     "mlp.down_proj": (hidden, wide),
                 }.items()
             }
+            if self.attention_bias:
+                sizes = {"q_proj": q, "k_proj": kv, "v_proj": kv, "o_proj": hidden}
+                shapes |= {
+                    f"layers.{layer}.self_attn.{name}.bias": (size,) for name, size in sizes.items()
+                }
         shapes["norm.weight"] = (hidden,)
         if self.task == "reranker":
             shapes[self.head] = (self.score_rows or self.vocab_size, hidden)
@@ -171,66 +201,123 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     if task is not None and task not in TASKS:
         raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
     folder = source.folder
-    if (adapter := folder / ADAPTER).exists():
-        raise CheckpointError(
-            f"{adapter}: an adapter is not applied; merge it into the weights first"
-        )
+    _refuse_adapters(folder)
     config = _Config(folder / "config.json")
     model_type = config.values.get("model_type")
     if model_type != "qwen3":
         raise CheckpointError(f"{config.path}: model_type should be 'qwen3', found {model_type!r}")
-    config.refuse("hidden_act", "silu")
-    config.refuse("attention_bias", False)
-    config.refuse("use_sliding_window", False)
     if config.values.get("auto_map"):
         raise CheckpointError(
             f"{config.path}: auto_map names code of the checkpoint's own, "
             f"{config.values['auto_map']!r}, which is never run: what is computed without it would "
             "be another model"
         )
+    refuse_unknown(config.values, config.path, CONFIG_READ, CONFIG_NOTES)
+    config.refuse("hidden_act", "silu", "swish")
+    layers = config.get("num_hidden_layers", int)
+    _refuse_sliding_windows(config, layers)
     heads = config.get("num_attention_heads", int)
-    kv_heads = config.get("num_key_value_heads", int, heads)
+    # Absent it is transformers' default, null the number of heads.
+    kv_heads = config.values.get("num_key_value_heads", 32)
+    kv_heads = heads if kv_heads is None else config.get("num_key_value_heads", int, 32)
     if heads % kv_heads:
         raise CheckpointError(
             f"{config.path}: num_attention_heads ({heads}) should be a multiple of "
             f"num_key_value_heads ({kv_heads})"
         )
     hidden = config.get("hidden_size", int)
-    head_dim = config.get("head_dim", int, hidden // heads)
+    head_dim = config.get("head_dim", int, 128)
     if head_dim % 16:
         raise CheckpointError(
             f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
         )
     positions = config.get("max_position_embeddings", int)
-    modules = _read_modules(folder)
-    task = task or _find_task(folder, config, modules)
-    return ModelSpec(
+    modules = read_modules(folder, hidden)
+    task = _find_task(folder, config, modules, task)
+    spec = ModelSpec(
         source=source,
         task=task,
         hidden_size=hidden,
-        num_layers=config.get("num_hidden_layers", int),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=config.get("intermediate_size", int),
         vocab_size=config.get("vocab_size", int),
         max_position_embeddings=positions,
-        rope_theta=_read_rope_theta(config),
+        rope=read_rope(config.values, config.path, positions),
         rms_norm_eps=config.get("rms_norm_eps", float),
         tied=config.get("tie_word_embeddings", bool, False),
-        max_length=_read_max_length(folder, positions),
-        prompts=_read_prompts(folder),
+        max_length=read_length(folder, positions, None if modules is None else modules.max_length),
+        causal=_read_causal(config),
+        attention_bias=config.get("attention_bias", bool, False),
         quantization=read_quantization(config.values.get("quantization_config"), config.path),
-        score_rows=_read_score_rows(config) if task == "reranker" else None,
+        score_rows=_read_score_rows(config, modules) if task == "reranker" else None,
     )
+    spec = _with_pipeline(spec, config, modules)
+    return with_own_head(spec)
 
 
-def _read_score_rows(config: _Config) -> int | None:
-    if config.values.get("architectures") != ["Qwen3ForSequenceClassification"]:
+def with_own_head(spec: ModelSpec) -> ModelSpec:
+    """The spec with the head that its weights have, where they are on this disk.
+
+    transformers ties a head to the embedding table only where the checkpoint has none of its own.
+    """
+    if not spec.tied or spec.task != "reranker" or spec.score_rows is not None:
+        return spec
+    own = "lm_head.weight" in tensor_names(spec.source.folder)
+    return replace(spec, tied=False) if own else spec
+
+
+def _refuse_adapters(folder: Path) -> None:
+    if (adapter := folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{adapter}: an adapter is not applied; merge it into the weights first"
+        )
+    if (adapter := next(iter(sorted(folder.glob(f"*/{ADAPTER}"))), None)) is not None:
+        raise CheckpointError(
+            f"{adapter}: the folder holds an adapter, which is not applied; merge it into the "
+            "weights, or take it out of the folder if the weights are complete without it"
+        )
+
+
+def _refuse_sliding_windows(config: _Config, layers: int) -> None:
+    """A sliding window is refused, unless no layer has it."""
+    if config.values.get("layer_types") is not None:
+        config.refuse("layer_types", ["full_attention"] * layers)
+        return
+    # Absent it is transformers' default.
+    if (
+        not config.values.get("use_sliding_window")
+        or config.values.get("sliding_window", 1) is None
+    ):
+        return
+    if config.get("max_window_layers", int, 28) < layers:
+        config.refuse("use_sliding_window", False)
+
+
+def _read_causal(config: _Config) -> bool:
+    causal = config.get("is_causal", bool, True)
+    if config.values.get("use_bidirectional_attention") and causal:
+        raise CheckpointError(
+            f"{config.path}: use_bidirectional_attention is "
+            f"{config.values['use_bidirectional_attention']!r}, which transformers' Qwen3 does not "
+            "read; it reads is_causal: give false for attention to both sides, or take the key out "
+            "for causal attention"
+        )
+    return causal
+
+
+def _read_score_rows(config: _Config, modules: Modules | None) -> int | None:
+    """Rows of a classifier's head; None where the model is none."""
+    if modules is not None and not modules.classifier:
         return None
+    if config.values.get("architectures") != [CLASSIFIER]:
+        # sentence-transformers gives other classes one label.
+        return None if modules is None else 1
     # transformers' default is two labels.
-    labels = config.values.get("id2label") or {}
-    rows = config.get("num_labels", int, len(labels) or 2)
+    labels = config.values.get("id2label")
+    rows = config.get("num_labels", int, 2) if labels is None else len(labels)
     if rows not in (1, 2):
         raise CheckpointError(
             f"{config.path}: a reranker should have one label, yes, or two, no and yes; found "
@@ -239,84 +326,90 @@ def _read_score_rows(config: _Config) -> int | None:
     return rows
 
 
-def _read_rope_theta(config: _Config) -> float:
-    # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
-    parameters = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
+def _find_task(folder: Path, config: _Config, modules: Modules | None, task: Task | None) -> Task:
+    """What the files say the model does; what the caller says where they do not tell."""
+    architectures = config.values.get("architectures") or []
+    if modules is not None:
+        found: Task = "embedding" if modules.kind == "SentenceTransformer" else "reranker"
+        if task not in (None, found):
+            raise InputError(
+                f"{folder}: task is {task!r}, and modules.json makes it a {modules.kind}: {found!r}"
+            )
+        return found
+    if len(architectures) > 1 or any(name not in ARCHITECTURES for name in architectures):
         raise CheckpointError(
-            f"{config.path}: rope_parameters should be an object, found {parameters!r}"
+            f"{config.path}: architectures should be one of {', '.join(ARCHITECTURES)}, found "
+            f"{architectures!r}"
         )
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(
-            f"{config.path}: rotary embedding of type {kind!r} is not supported, only 'default'"
-        )
-    return config.get("rope_theta", float, parameters.get("rope_theta"))
-
-
-def _read_modules(folder: Path) -> list[str]:
-    """The class names in sentence-transformers' modules.json; none when there is no such file."""
-    path = folder / "modules.json"
-    if not path.exists():
-        return []
-    try:
-        modules = load_json(path)
-        names = [str(module["type"]).rpartition(".")[2] for module in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a list of modules: {error}") from error
-    unknown = set(names) - {"Transformer", "Pooling", "Normalize", "LogitScore"}
-    if unknown:
-        raise CheckpointError(f"{path}: module {sorted(unknown)[0]} is not supported")
-    if "Pooling" in names:
-        _check_pooling(folder / "1_Pooling" / "config.json")
-    return names
-
-
-def _check_pooling(path: Path) -> None:
-    values = read_json(path)
-    if "pooling_mode" in values:
-        modes = [values["pooling_mode"]]
-    else:
-        modes = [
-            key.removeprefix("pooling_mode_")
-            for key, value in values.items()
-            if key.startswith("pooling_mode_") and value
-        ]
-    if modes != ["lasttoken"]:
-        raise CheckpointError(f"{path}: pooling should be lasttoken, found {', '.join(modes)}")
-
-
-def _find_task(folder: Path, config: _Config, modules: list[str]) -> Task:
-    if "Pooling" in modules:
-        return "embedding"
-    if "LogitScore" in modules:
+    if task is not None:
+        return task
+    if architectures == [CLASSIFIER] or config.values.get("classifier_from_token"):
         return "reranker"
-    # Without modules.json the class tells: embedding checkpoints hold a bare Qwen3Model.
-    bare = "embed_tokens.weight" in tensor_names(folder)
-    return (
-        "embedding" if bare or config.values.get("architectures") == ["Qwen3Model"] else "reranker"
-    )
+    # Embedding checkpoints hold a bare Qwen3Model.
+    if architectures == ["Qwen3Model"] or "embed_tokens.weight" in tensor_names(folder):
+        return "embedding"
+    declared = declared_task(folder)
+    if declared is None:
+        raise InputError(
+            f"{folder}: nothing in it says what the model is for: it is a language model "
+            f"({', '.join(architectures) or 'no architectures'}) without modules.json, and its "
+            "model card (README.md) names neither a reranker nor an embedder by pipeline_tag, tags "
+            "or base_model; give --task embedding or --task reranker"
+        )
+    return declared
 
 
-def _read_max_length(folder: Path, positions: int) -> int:
-    lengths = [positions]
-    for name, key in (
-        ("tokenizer_config.json", "model_max_length"),
-        ("sentence_bert_config.json", "max_seq_length"),
-    ):
-        path = folder / name
-        # transformers writes 1e30 for "no limit": any number may stand here.
-        value = read_json(path).get(key) if path.exists() else None
-        if isinstance(value, int | float) and value >= 1:
-            lengths.append(int(min(value, positions)))
-    return min(lengths)
+def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) -> ModelSpec:
+    folder = spec.source.folder
+    if modules is not None:
+        inputs, outputs = modules.inputs, modules.outputs
+    elif spec.task == "embedding":
+        prompts, default = read_prompts(folder)
+        inputs, outputs = Inputs(prompts=prompts, default_prompt=default), Outputs()
+    elif spec.score_rows is None:
+        inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
+    else:
+        inputs, outputs = Inputs(), Outputs(steps=())
+        if has_template(folder):
+            inputs = Inputs(form="messages", message_format=infer_format(folder))
+    split, side = read_token_settings(folder)
+    inputs = replace(inputs, split_special_tokens=split, truncation_side=side)
+    if spec.task == "reranker" and inputs.form == "messages":
+        template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
+        if not template.carries_pairs():
+            raise CheckpointError(
+                f"{template.path}: the chat template does not carry the roles 'query' and "
+                "'document', so CrossEncoder would score a text without them; put a "
+                "chat_template.jinja with both beside it (docs/checkpoint-files.md has Qwen3's)"
+            )
+    if spec.score_rows is not None:
+        skipped = config.values.get("pad_token_id")
+        inputs = replace(inputs, skipped_token=skipped if isinstance(skipped, int) else None)
+        outputs = replace(outputs, activation=_read_classifier_activation(spec, config, modules))
+    for answer in outputs.answers or ():
+        if answer is not None and answer >= spec.vocab_size:
+            raise CheckpointError(
+                f"{folder}: LogitScore's token {answer} is beyond the vocabulary of "
+                f"{spec.vocab_size}"
+            )
+    return replace(spec, inputs=inputs, outputs=outputs)
 
 
-def _read_prompts(folder: Path) -> dict[str, str]:
-    path = folder / "config_sentence_transformers.json"
-    prompts = read_json(path).get("prompts") if path.exists() else None
-    if not prompts:
-        return dict(DEFAULT_PROMPTS)
-    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
-        raise CheckpointError(f"{path}: prompts should map names to texts, found {prompts!r}")
-    return {"document": "", **prompts}
+def _read_classifier_activation(spec: ModelSpec, config: _Config, modules: Modules | None) -> Any:
+    """As CrossEncoder finds it: its own settings, then those in config.json, then the default.
+
+    Of two labels the score is the probability of the second, whatever a single score would go
+    through.
+    """
+    if spec.score_rows == 2:
+        return "sigmoid"
+    if modules is not None and modules.activation is not None:
+        return modules.activation
+    nested = config.values.get("sentence_transformers")
+    if isinstance(nested, dict) and "activation_fn" in nested:
+        where = f"{config.path}: activation_fn of sentence_transformers"
+        return read_activation(nested["activation_fn"], where)
+    early = config.values.get("sbert_ce_default_activation_function")
+    if early is None:
+        return "sigmoid"
+    return read_activation(early, f"{config.path}: sbert_ce_default_activation_function")

@@ -83,14 +83,14 @@ class Weights:
         """As `read`, converted to float32, which holds all three stored dtypes exactly."""
         return self.read(name, rows).astype(np.float32)
 
-    def answer_row(self, yes: int, no: int) -> np.ndarray:
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no of a reranker's head, the embedding table where it is tied.
 
         The softmax over two logits is the sigmoid of their difference, so one row does it.
 
         Args:
             yes: The token's id.
-            no: The token's id.
+            no: The token's id; None where the score is the logit of one token.
 
         Returns:
             float32 [hidden].
@@ -103,9 +103,10 @@ class Weights:
             rows = self.read_fp32("score.weight")
             return rows[-1] - rows[0] if spec.score_rows == 2 else rows[0]
         rows = self.tensors[spec.head].shape[0]
-        if max(yes, no) >= rows:
+        if max(yes, -1 if no is None else no) >= rows:
             raise CheckpointError(
                 f"{self.tensors[spec.head].file}: tensor {spec.head} should have rows for the "
-                f"answer tokens {yes} and {no} of tokenizer.json, found {rows} rows"
+                f"answer tokens {yes} and {no}, found {rows} rows"
             )
-        return np.subtract(*(self.read_fp32(spec.head, slice(i, i + 1))[0] for i in (yes, no)))
+        row = self.read_fp32(spec.head, slice(yes, yes + 1))[0]
+        return row if no is None else row - self.read_fp32(spec.head, slice(no, no + 1))[0]

@@ -14,7 +14,6 @@ checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from .cpu import read_cpu
 from .demo.samples import builtin_pairs, builtin_samples
 from .errors import ArtifactError, require
+from .pipeline import Inputs
 from .prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 from .spec import Task
 from .version import __version__
@@ -101,14 +101,14 @@ def describe_machine(*, kernels: str | None) -> Machine:
 
 
 def choose_rows(
-    folder: Path, task: Task, prompts: Mapping[str, str], max_length: int, vocab_size: int
+    folder: Path, task: Task, inputs: Inputs, max_length: int, vocab_size: int
 ) -> tuple[list[np.ndarray], list[int] | None]:
     """The token ids of a witness.
 
     Args:
         folder: Where tokenizer.json is.
         task: The model's task.
-        prompts: Prompt name to text.
+        inputs: How texts become tokens.
         max_length: Tokens of a row at most.
         vocab_size: Rows with an id that the model's table lacks are left out.
 
@@ -118,10 +118,12 @@ def choose_rows(
     path = folder / "tokenizer.json"
     if task == "reranker":
         pairs = [builtin_pairs()[i] for i in PAIRS]
-        tokenizer = RerankerTokenizer(path, max_length)
+        tokenizer = RerankerTokenizer(path, max_length, inputs)
         ids = tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
-        tail = len(tokenizer.suffix)
-        most = len(tokenizer.prefix) + MAX_BODY + tail
+        most, tail = MAX_TOKENS, 1
+        if inputs.form == "instruct":
+            tail = len(tokenizer.suffix)
+            most = len(tokenizer.prefix) + MAX_BODY + tail
         numbers = {query: i for i, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
         found = [
             (_cut(row, most, tail), numbers[pair.query])
@@ -130,9 +132,9 @@ def choose_rows(
         ]
         return [row for row, _ in found], [query for _, query in found]
     samples = [builtin_samples()[i] for i in SAMPLES]
-    embedding = EmbeddingTokenizer(path, min(max_length, MAX_TOKENS))
+    embedding = EmbeddingTokenizer(path, min(max_length, MAX_TOKENS), inputs)
     rows = [
-        embedding.encode([each.text], resolve_prompt(prompts, each.prompt)).ids[0]
+        embedding.encode([each.text], resolve_prompt(inputs, each.prompt)).ids[0]
         for each in samples
     ]
     return [row for row in rows if row.max() < vocab_size], None

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..files import INDEX
 from ..hub import fetch
-from ..spec import ModelSpec, Task, read_spec
+from ..modelcard import declared_task
+from ..spec import ModelSpec, Task, read_spec, with_own_head
 
 
 def read_configuration(
@@ -19,16 +20,21 @@ def read_configuration(
     """
     source = fetch(checkpoint, revision, weights=False)
     tells = any((source.folder / name).is_file() for name in ("modules.json", INDEX))
+    tells = tells or declared_task(source.folder) is not None
     if task is None and not tells:
         # The names of its tensors tell, and they are in the one file of its weights.
         source = fetch(source.id, source.revision)
     return read_spec(source, task)
 
 
-def fetch_weights(spec: ModelSpec) -> None:
+def fetch_weights(spec: ModelSpec) -> ModelSpec:
     """Download the weights of a checkpoint, of the very commit that its spec was read from.
+
+    Returns:
+        The spec, with the head that the weights turn out to have.
 
     Raises:
         CheckpointError: The hub does not give them.
     """
     fetch(spec.source.id, spec.source.revision)
+    return with_own_head(spec)

@@ -16,6 +16,8 @@ from ..spec import ModelSpec
 from .source import WeightSource
 
 LAYER = re.compile(r"(layers\.\d+)\.(.+)\.weight")
+# The one bias that a factor goes through.
+VALUE_BIAS = ".self_attn.v_proj.bias"
 # Who makes a tensor, and which matrices read it.
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -46,6 +48,9 @@ class FoldedWeights:
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A tensor, or a range of its rows: float32."""
         values = self._source.read_fp32(name, rows)
+        if name.endswith(VALUE_BIAS):
+            layer = name.removesuffix(VALUE_BIAS)
+            return values / self._factors(layer, "self_attn.v_proj")[rows]
         match = LAYER.fullmatch(name)
         if match is None:
             return values
@@ -76,7 +81,7 @@ class FoldedWeights:
 
         return FoldedWeights(self._source, factors)
 
-    def answer_row(self, yes: int, no: int) -> np.ndarray:
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no: float32 [hidden]."""
         return self._source.answer_row(yes, no)
 

@@ -47,6 +47,11 @@ class RotatedWeights:
             return self._source.read_fp32(name, rows) @ self._stream
         if name == "norm.weight":
             return np.ones_like(self._source.read_fp32(name, rows))
+        if name.endswith(".self_attn.v_proj.bias"):
+            whole = self._source.read_fp32(name).reshape(-1, self.spec.head_dim)
+            return (whole @ self._head).reshape(-1)[rows]
+        if name.endswith(".self_attn.o_proj.bias"):
+            return (self._source.read_fp32(name) @ self._stream)[rows]
         match = LAYER.fullmatch(name)
         layer, part = match.groups() if match else ("", "")
         if part in NORMS.values():
@@ -66,7 +71,7 @@ class RotatedWeights:
             return self._stream[:, rows].T @ values
         return values
 
-    def answer_row(self, yes: int, no: int) -> np.ndarray:
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no, which goes with the final norm's output without gains: [hidden]."""
         assert self.output_rotation is not None
         return self.output_rotation @ self._source.answer_row(yes, no)

@@ -25,6 +25,6 @@ class WeightSource(Protocol):
         """A tensor, or a range of its rows: float32."""
         ...
 
-    def answer_row(self, yes: int, no: int) -> np.ndarray:
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no, which goes with the final norm's output: float32 [hidden]."""
         ...

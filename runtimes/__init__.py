@@ -11,6 +11,7 @@ from typing import TypeVar
 from ..artifact import Artifact
 from ..errors import VerificationError
 from ..prompts import EmbeddingTokenizer, RerankerTokenizer
+from ..spec import Task
 from ..tokenizer import check_ids
 from .comparison import Check, compare_witness
 from .embedder import Embedder
@@ -41,6 +42,7 @@ def load(
     device: str = "auto",
     max_length: int | None = None,
     check: bool = False,
+    task: Task | None = None,
 ) -> Embedder | Reranker:
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
@@ -56,6 +58,7 @@ def load(
             was built for, and its graph on the CPU if that is asked for.
         max_length: Tokens after which a text is cut; the model's own by default.
         check: Whether an artifact must give here what it gave where it was exported: see `check`.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
 
     Returns:
         An Embedder or a Reranker, as the model's task is.
@@ -68,7 +71,7 @@ def load(
         MissingPackageError: What runs it is not installed.
         VerificationError: With `check`, the results here are not those of the export.
     """
-    loaded = _load(model, device, max_length)
+    loaded = _load(model, device, max_length, task)
     if check and not (result := compare_witness(loaded)).passed:
         why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
         raise VerificationError(f"{loaded.facts.folder}: {result} ({why})")
@@ -94,11 +97,13 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
         DeviceError: The device asked for is not there.
         MissingPackageError: What runs it is not installed.
     """
-    return compare_witness(_load(artifact, device, None))
+    return compare_witness(_load(artifact, device, None, None))
 
 
-def _load(model: str | Path, device: str, max_length: int | None) -> Embedder | Reranker:
-    facts = read_facts(model)
+def _load(
+    model: str | Path, device: str, max_length: int | None, task: Task | None
+) -> Embedder | Reranker:
+    facts = read_facts(model, task)
     length = choose_length(facts, max_length)
     if facts.task == "embedding":
         return Embedder(facts, *_open(facts, device, lambda: _embedding_tokenizer(facts, length)))
@@ -107,16 +112,17 @@ def _load(model: str | Path, device: str, max_length: int | None) -> Embedder | 
 
 def _embedding_tokenizer(facts: ModelFacts, max_length: int) -> EmbeddingTokenizer:
     path = facts.folder / TOKENIZER
-    tokenizer = EmbeddingTokenizer(path, max_length)
+    tokenizer = EmbeddingTokenizer(path, max_length, facts.inputs)
     # What every text gets.
-    check_ids(tokenizer.encode([""]).ids[0], facts.vocab_size, path, "ids put around a text")
+    check_ids(tokenizer.encode(["."]).ids[0], facts.vocab_size, path, "ids put around a text")
     return tokenizer
 
 
 def _reranker_tokenizer(facts: ModelFacts, max_length: int) -> RerankerTokenizer:
     path = facts.folder / TOKENIZER
-    tokenizer = RerankerTokenizer(path, max_length)
-    check_ids(tokenizer.encode([("", "")]).ids[0], facts.vocab_size, path, "ids put around a pair")
+    tokenizer = RerankerTokenizer(path, max_length, facts.inputs)
+    ids = tokenizer.encode([(".", ".")]).ids[0]
+    check_ids(ids, facts.vocab_size, path, "ids put around a pair")
     return tokenizer
 
 

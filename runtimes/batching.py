@@ -106,7 +106,7 @@ def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_batches(
-    model: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    model: Callable[..., np.ndarray],
     rows: Sequence[np.ndarray],
     width: tuple[int, ...],
     *,

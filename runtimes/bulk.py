@@ -28,6 +28,7 @@ from ..errors import InputError
 from ..files import load_json, written
 from ..integrity import record_files
 from ..progress import progress_bar
+from ..spec import Task
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
 from .vectors import IN_8_BITS, check_ranges, quantize_vectors
@@ -67,19 +68,21 @@ class Job:
         dim: Leading values to keep.
         precision: Of the vectors.
         batch_tokens: Tokens of a batch at most; by default what keeps the device busy.
-        device: As of `load`, like the next.
+        device: As of `load`, like the next two.
         max_length: Tokens after which a text is cut.
+        task: For a checkpoint whose files do not tell.
     """
 
     model: str
     input: Path
     output: Path
-    prompt: str = "document"
+    prompt: str | None = None
     dim: int | None = None
     precision: str = "float32"
     batch_tokens: int | None = None
     device: str = "auto"
     max_length: int | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def open_embedder(job: Job) -> Embedder:
     """
     from . import load
 
-    embedder = load(job.model, device=job.device, max_length=job.max_length)
+    embedder = load(job.model, device=job.device, max_length=job.max_length, task=job.task)
     if not isinstance(embedder, Embedder):
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
     return embedder
@@ -245,14 +248,14 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     Raises:
         InputError: The model, an option or a text is wrong.
     """
-    facts = read_facts(job.model)
+    facts = read_facts(job.model, job.task)
     if facts.task != "embedding":
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
     check_options(facts.dim, job.dim, job.precision)
     dim = job.dim or facts.dim
     check_ranges(job.precision, dim, facts.ranges)
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, facts.ranges)
-    prompt = resolve_prompt(facts.prompts, job.prompt)
+    prompt = resolve_prompt(facts.inputs, job.prompt)
     max_length = choose_length(facts, job.max_length)
     corpus = survey(job.input, SHARD_ROWS, SHARD_BYTES, progress=progress)
     return Index(

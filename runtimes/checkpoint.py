@@ -24,13 +24,17 @@ import numpy as np
 from safetensors import safe_open
 
 from ..bitsandbytes_ import importing_bitsandbytes
-from ..errors import CheckpointError, require
+from ..errors import CheckpointError, MissingPackageError, require
 from ..files import TensorInfo, read_headers
 from ..quantize.stored import open_weights
+from ..requirements import meets
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
 from ..weights import DTYPES, Weights
 
+# The first that reads is_causal.
+BIDIRECTIONAL = "transformers>=5.2"
+CONFIG = "config.json"
 # A tensor by its name: torch's, on the CPU, as stored.
 Read = Callable[[str], Any]
 # torch chooses attention's kernel for the whole process: whoever changes that, or runs on CUDA with
@@ -132,7 +136,14 @@ def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
 
 
 def _make_config(spec: ModelSpec) -> Any:
-    return require("transformers", "torch").Qwen3Config(
+    transformers = require("transformers", "torch")
+    further: dict[str, Any] = {} if spec.causal else {"is_causal": False}
+    if further and not meets(BIDIRECTIONAL, transformers.__version__):
+        raise MissingPackageError(
+            f"{spec.source.folder / CONFIG}: is_causal is false, which needs {BIDIRECTIONAL}, "
+            f"found {transformers.__version__}"
+        )
+    return transformers.Qwen3Config(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
@@ -142,9 +153,11 @@ def _make_config(spec: ModelSpec) -> Any:
         head_dim=spec.head_dim,
         max_position_embeddings=spec.max_position_embeddings,
         rms_norm_eps=spec.rms_norm_eps,
-        rope_theta=spec.rope_theta,
+        rope_parameters=spec.rope.to_parameters(),
+        attention_bias=spec.attention_bias,
         tie_word_embeddings=spec.tied,
         attn_implementation="sdpa",
+        **further,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
+from .torch import TorchModel
 from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class Embedder:
     def __init__(self, facts: ModelFacts, model: Model, tokenizer: EmbeddingTokenizer) -> None:
         self.facts = facts
         self.artifact = facts.artifact
-        self.model: Callable[[np.ndarray, np.ndarray], np.ndarray] = model
+        self.model: Callable[..., np.ndarray] = model
         self.tokenizer = tokenizer
         self.device = model.device
         self.precision = model.precision
@@ -53,7 +55,7 @@ class Embedder:
         self,
         texts: Sequence[str],
         *,
-        prompt: str = "document",
+        prompt: str | None = None,
         dim: int | None = None,
         precision: str = "float32",
         batch_tokens: int | None = None,
@@ -63,10 +65,12 @@ class Embedder:
         """Embed texts.
 
         Args:
-            texts: The texts; an empty one is defined (the end token alone), an empty list too.
-            prompt: A name ("query", "document"), or the literal text to put before each input,
-                such as `embedport.query_prompt("Find the law that applies")`.
-            dim: Leading values to keep (MRL); the vectors are normalized again.
+            texts: The texts; an empty one is defined where the tokenizer adds a token, and so is an
+                empty list.
+            prompt: A name ("query", "document", or another of `prompts`), or the literal text to
+                put before each input, such as `embedport.query_prompt("Find the law that
+                applies")`; by default the model's default prompt, if it has one.
+            dim: Leading values to keep (MRL); vectors of unit length are normalized again.
             precision: Of the vectors: "float32"; "int8" or "uint8", after `calibrate`; "binary" or
                 "ubinary", a bit a value in bytes of eight.
             batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
@@ -76,31 +80,41 @@ class Embedder:
             first: What messages call the first text: its number among more texts than these.
 
         Returns:
-            float32 [len(texts), dim], unit length, in the order of `texts`; or integers, see
-            `quantize_vectors`.
+            float32 [len(texts), dim], of unit length unless the model's files have no Normalize, in
+            the order of `texts`; or integers, see `quantize_vectors`.
 
         Raises:
             InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's,
                 or the precision needs ranges that were not measured, or a text gives NaN, which
                 only "float32" can say.
         """
+        if isinstance(self.model, TorchModel):  # before the tokenizer, whose threads are gone too
+            self.model.check_process()
         check_options(self.dim, dim, precision)
         check_ranges(precision, dim or self.dim, self.ranges)
-        encoded = self.tokenizer.encode(texts, self.prompt_text(prompt))
+        text = self.prompt_text(prompt)
+        encoded = self.tokenizer.encode(texts, text)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text", first)
-        vectors = self.embed_rows(encoded.ids, batch_tokens=batch_tokens, progress=progress)
+        vectors = self.embed_rows(
+            encoded.ids,
+            prompt_length=self.prompt_length(text),
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
         wrong = describe_nonfinite(vectors, self.precision, "text", first)
         if wrong and precision != "float32":
             raise InputError(f"{wrong}; {precision} has no way to say so")
         if wrong:
             logger.error(wrong)
-        vectors = vectors if dim is None else shorten(vectors, dim)
+        if dim is not None:
+            vectors = shorten(vectors, dim, unit_length=self.facts.outputs.unit_length)
         return quantize_vectors(vectors, precision, self.ranges)
 
     def embed_rows(
         self,
         rows: Sequence[np.ndarray],
         *,
+        prompt_length: int = 0,
         batch_tokens: int | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> np.ndarray:
@@ -108,14 +122,18 @@ class Embedder:
 
         Args:
             rows: Token ids, int64 [tokens] each.
+            prompt_length: Of `self.prompt_length`, for the prompt that all rows begin with.
             batch_tokens: As for `encode`, like `progress`.
             progress: Whether to show it.
 
         Returns:
-            float32 [rows, dim], unit length, in the order of `rows`.
+            float32 [rows, dim], in the order of `rows`.
         """
+        model = self.model
+        if not self.facts.outputs.include_prompt:
+            model = partial(self.model, prompt_length=prompt_length)
         return run_batches(
-            self.model,
+            model,
             rows,
             (self.dim,),
             batch_tokens=choose_batch_tokens(batch_tokens, self.device),
@@ -124,7 +142,7 @@ class Embedder:
         )
 
     def calibrate(
-        self, texts: Sequence[str], *, prompt: str = "document", batch_tokens: int | None = None
+        self, texts: Sequence[str], *, prompt: str | None = None, batch_tokens: int | None = None
     ) -> None:
         """Measure the ranges that vectors in 8 bits need, and put them into the manifest.
 
@@ -145,7 +163,7 @@ class Embedder:
         vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
         if wrong := describe_nonfinite(vectors, self.precision, "text"):
             raise InputError(f"{wrong}; no ranges were kept")
-        self.ranges = measure_ranges(vectors)
+        self.ranges = measure_ranges(vectors, unit_length=self.facts.outputs.unit_length)
         if self.keeps_ranges:
             record_ranges(self.facts.folder, self.ranges)
 
@@ -154,9 +172,13 @@ class Embedder:
         """Whether `calibrate` finds a manifest that it may write to."""
         return self.artifact is not None and not self.facts.is_cached
 
-    def prompt_text(self, prompt: str) -> str:
+    def prompt_text(self, prompt: str | None) -> str:
         """The text that a prompt's name stands for, or a literal prompt: `resolve_prompt`."""
-        return resolve_prompt(self.prompts, prompt)
+        return resolve_prompt(self.facts.inputs, prompt)
+
+    def prompt_length(self, text: str) -> int:
+        """Tokens of a prompt's text that are not pooled: none, unless the model leaves them out."""
+        return 0 if self.facts.outputs.include_prompt else self.tokenizer.prompt_length(text)
 
 
 def check_options(width: int, dim: int | None, precision: str) -> None:

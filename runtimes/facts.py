@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files import MANIFEST, check_links
 from ..hub import Source, fetch
 from ..manifest import Manifest
+from ..pipeline import Inputs, Outputs
 from ..spec import ModelSpec, Task, read_spec
 from ..stored import LibraryQuantization
 from ..weights import Weights
@@ -34,15 +35,19 @@ class Model(Protocol):
     device: str
     precision: str
 
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, prompt_length: int = 0
+    ) -> np.ndarray:
         """Run a batch.
 
         Args:
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+            prompt_length: Tokens at each text's beginning that are not pooled, where the model
+                leaves its prompts out.
 
         Returns:
-            float32: embeddings [batch, dim] of unit length, or scores [batch].
+            float32: embeddings [batch, dim], or scores [batch].
         """
         ...
 
@@ -60,7 +65,8 @@ class ModelFacts:
         vocab_size: Token ids are below this.
         max_length: Tokens after which a text is cut, by default.
         max_position_embeddings: Tokens of a text at most.
-        prompts: Prompt name to the text put before an input.
+        inputs: How inputs become tokens.
+        outputs: What is made of the last layer's states.
         ranges: Each value's range by width, for vectors in 8 bits, if they were measured.
         source: The id of the checkpoint that it was made from; its own if it is one.
         is_cached: Whether its folder is the hub's cache, which is not written to.
@@ -77,7 +83,8 @@ class ModelFacts:
     vocab_size: int
     max_length: int
     max_position_embeddings: int
-    prompts: Mapping[str, str]
+    inputs: Inputs
+    outputs: Outputs
     ranges: Mapping[str, Any] | None
     source: str
     is_cached: bool
@@ -85,31 +92,42 @@ class ModelFacts:
     artifact: Artifact | None
     checkpoint: ModelSpec | None
 
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text put before an input."""
+        return self.inputs.prompts
 
-def read_facts(model: str | Path) -> ModelFacts:
+
+def read_facts(model: str | Path, task: Task | None = None) -> ModelFacts:
     """Find out what a model is: an artifact, or a checkpoint in the hub's layout.
 
     Args:
         model: A folder, or a hub id.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
 
     Raises:
-        InputError: No such folder or hub id, or it is neither.
+        InputError: No such folder or hub id, or it is neither, or its files say another task, or
+            none and none is given.
         ArtifactError: A file of the artifact is missing or changed.
         CheckpointError: It is not a Qwen3 checkpoint, or needs what is not read.
     """
     source = fetch(model)
     if (source.folder / MANIFEST).is_file():
-        return _artifact_facts(source, Artifact.open(source.folder))
+        return _artifact_facts(source, Artifact.open(source.folder), task)
     if not (source.folder / CONFIG).is_file():
         raise InputError(
             f"{source.folder} is neither an artifact nor a checkpoint: it has no {MANIFEST} and no "
             f"{CONFIG}"
         )
-    return _checkpoint_facts(source)
+    return _checkpoint_facts(source, task)
 
 
-def _artifact_facts(source: Source, artifact: Artifact) -> ModelFacts:
+def _artifact_facts(source: Source, artifact: Artifact, task: Task | None) -> ModelFacts:
     manifest = artifact.manifest
+    if task not in (None, manifest.task):
+        raise InputError(
+            f"{artifact.folder}: task is {task!r}, and its manifest says {manifest.task!r}"
+        )
     checkpoint = None
     if manifest.format == "checkpoint":
         checkpoint = read_spec(source, manifest.task)
@@ -122,7 +140,8 @@ def _artifact_facts(source: Source, artifact: Artifact) -> ModelFacts:
         vocab_size=manifest.vocab_size,
         max_length=_longest(manifest),
         max_position_embeddings=manifest.max_position_embeddings,
-        prompts=manifest.prompts,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
         ranges=manifest.ranges,
         source=manifest.source.id,
         is_cached=source.is_cached,
@@ -139,19 +158,20 @@ def _longest(manifest: Manifest) -> int:
     return min(manifest.max_length, max(each.max[1] for each in manifest.engine.profiles))
 
 
-def _checkpoint_facts(source: Source) -> ModelFacts:
+def _checkpoint_facts(source: Source, task: Task | None) -> ModelFacts:
     check_links(source.folder)
-    spec = read_spec(source)
+    spec = read_spec(source, task)
     return ModelFacts(
         name=source.id,
         task=spec.task,
         precision=_name_precision(spec),
-        dim=spec.hidden_size,
+        dim=spec.embedding_dim if spec.task == "embedding" else spec.hidden_size,
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
         max_length=spec.max_length,
         max_position_embeddings=spec.max_position_embeddings,
-        prompts=spec.prompts if spec.task == "embedding" else {},
+        inputs=spec.inputs,
+        outputs=spec.outputs,
         ranges=None,
         source=source.id,
         is_cached=source.is_cached,

@@ -16,6 +16,7 @@ from ..artifact import Artifact
 from ..attention import SHORT_ROW
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..files import MANIFEST
+from ..pooling import Head, pool
 from ..requirements import meets
 from .batching import core_limit, count_cores
 from .compiled import register_kernels
@@ -75,13 +76,22 @@ class OnnxModel:
         if self.continues:
             layers, heads, _, width = inputs["past"]
             self._no_past = np.zeros((layers, heads, 0, width), np.float32)
+        self._outputs, self._both_ways = artifact.manifest.outputs, not graph.causal
+        self._head = None
+        if graph.output == "hidden":
+            self._head = Head(self._outputs, artifact.folder)
         self.precision = artifact.manifest.precision
         if _is_emulated(artifact, self.device):
             self.precision += " (on a CPU: fp32 arithmetic, each result rounded)"
         logger.info("%s runs on %s in %s", artifact.folder, self.device, self.precision)
 
     def __call__(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, past: np.ndarray | None = None
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        past: np.ndarray | None = None,
+        *,
+        prompt_length: int = 0,
     ) -> np.ndarray:
         """Run a batch.
 
@@ -89,17 +99,21 @@ class OnnxModel:
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
             past: What every row continues, from `read`.
+            prompt_length: Tokens at each text's beginning that are not pooled, where the model
+                leaves its prompts out.
 
         Returns:
-            float32: embeddings [batch, dim] of unit length, or scores [batch].
+            float32: embeddings [batch, dim], or scores [batch].
 
         Raises:
             InputError: Attention would take more memory than there is, or the batch does not fit
                 into the GPU's.
         """
-        if self.device == "cpu" and self._graph.dialect == "standard":
+        if self.device == "cpu" and (self._graph.dialect == "standard" or self._both_ways):
             _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "prompt_length" in self._graph.inputs:
+            feeds["prompt_length"] = np.array([prompt_length])
         if self.continues:
             past = self._no_past if past is None else past
             size = past.shape[2] + input_ids.shape[1]
@@ -108,7 +122,9 @@ class OnnxModel:
             output = self._session.run(self._graph.outputs, feeds)[0]
         else:
             output = self._run_on_gpu(feeds)
-        return pool_hidden(output, attention_mask) if self._graph.output == "hidden" else output
+        if self._head is None:
+            return output
+        return self._head(pool(output, attention_mask, self._outputs, prompt_length))
 
     def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
         """What rows continue that begin with the same tokens.
@@ -169,8 +185,9 @@ def _check_memory(batch: int, size: int, num_heads: int) -> None:
     if available is not None and needed > available:
         raise InputError(
             f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB in the standard dialect "
-            f"on a CPU, and {available / 1e9:.0f} GB are free; load with a smaller max_length, or "
-            "export with --dialect ort, which takes little"
+            "on a CPU, and in each of a model whose attention goes both ways, and "
+            f"{available / 1e9:.0f} GB are free; load with a smaller max_length, or export a "
+            "causal model with --dialect ort, which takes little"
         )
 
 
@@ -207,21 +224,6 @@ def _read_left() -> int | None:
         return max(0, int(limit) - int(used) + cached)
     except (OSError, ValueError, KeyError):  # no limit is "max"
         return None
-
-
-def pool_hidden(hidden: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-    """The last real token's vector of each row, at unit length.
-
-    Args:
-        hidden: float32 [batch, sequence, hidden_size].
-        attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
-
-    Returns:
-        float32 [batch, hidden_size].
-    """
-    last = attention_mask.shape[1] - 1 - np.argmax(attention_mask[:, ::-1], axis=1)
-    vectors = hidden[np.arange(len(hidden)), last]
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def check_device(device: str) -> None:

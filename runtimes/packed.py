@@ -340,12 +340,12 @@ def unpack(memory: torch.Tensor, size: Size, alone: Sequence[slice]) -> Batch:
 def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of every position's angles: float32 [positions, head_dim / 2].
 
-    Position p and pair i make p / rope_theta ** (2 i / head_dim) (arXiv:2104.09864).
+    Position p and pair i make p times the pair's frequency (arXiv:2104.09864).
     """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    frequencies = torch.from_numpy(spec.rope.frequencies(spec.head_dim)).double()
     positions = torch.arange(spec.max_position_embeddings, dtype=torch.float64)
-    angles = positions[:, None] / spec.rope_theta**exponents
-    return angles.cos().float(), angles.sin().float()
+    angles, factor = positions[:, None] * frequencies, spec.rope.attention_factor
+    return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
 def _load_layer(

@@ -1,4 +1,4 @@
-"""Pairs of texts in, probabilities of relevance out."""
+"""Pairs of texts in, scores of relevance out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from ..prompts import DEFAULT_INSTRUCTION, RerankerTokenizer, check_list
+from ..prompts import RerankerTokenizer, check_list
 from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, describe_nonfinite
 from .facts import Model, ModelFacts
 from .onnxruntime import OnnxModel
 from .sharing import group_rows, run_groups
+from .torch import TorchModel
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Reranker:
     def __init__(self, facts: ModelFacts, model: Model, tokenizer: RerankerTokenizer) -> None:
         self.facts = facts
         self.artifact = facts.artifact
-        self.model: Callable[[np.ndarray, np.ndarray], np.ndarray] = model
+        self.model: Callable[..., np.ndarray] = model
         self.tokenizer = tokenizer
         self.device = model.device
         self.precision = model.precision
@@ -57,7 +58,7 @@ class Reranker:
         self,
         pairs: Sequence[tuple[str, str]],
         *,
-        instruction: str = DEFAULT_INSTRUCTION,
+        instruction: str | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
@@ -68,17 +69,21 @@ class Reranker:
 
         Args:
             pairs: (query, document) each; an empty list is defined.
-            instruction: What makes a document relevant.
+            instruction: What makes a document relevant; by default the model's own, its default
+                prompt. Of a model with prompts also the name of one.
             batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
                 device busy.
             progress: Whether to show a progress bar on a terminal.
 
         Returns:
-            float32 [len(pairs)], the probability of "yes", in the order of `pairs`.
+            float32 [len(pairs)], the probability of "yes", in the order of `pairs`; what the model
+            gives instead where its files name no Sigmoid.
 
         Raises:
             InputError: A pair is not two strings of valid Unicode.
         """
+        if isinstance(self.model, TorchModel):  # before the tokenizer, whose threads are gone too
+            self.model.check_process()
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]
@@ -122,7 +127,7 @@ class Reranker:
         documents: Sequence[str],
         *,
         top_k: int | None = None,
-        instruction: str = DEFAULT_INSTRUCTION,
+        instruction: str | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> list[Ranked]:
@@ -132,7 +137,8 @@ class Reranker:
             query: The query.
             documents: The documents.
             top_k: How many to return; all by default.
-            instruction: What makes a document relevant.
+            instruction: What makes a document relevant; by default the model's own, its default
+                prompt. Of a model with prompts also the name of one.
             batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
                 device busy.
             progress: Whether to show a progress bar on a terminal.

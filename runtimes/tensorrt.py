@@ -85,15 +85,18 @@ class TensorRTModel:
         self._seen: Counter[tuple[int, tuple[int, int]]] = Counter()
         self._graphs: dict[tuple[int, tuple[int, int]], _Captured] = {}
 
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, prompt_length: int = 0
+    ) -> np.ndarray:
         """Run a batch, in parts if it has more rows than the engine takes at once.
 
         Args:
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+            prompt_length: Not used: no engine is built of a model that leaves its prompts out.
 
         Returns:
-            float32: embeddings [batch, dim] of unit length, or scores [batch].
+            float32: embeddings [batch, dim], or scores [batch].
 
         Raises:
             InputError: The texts are longer than the engine takes.

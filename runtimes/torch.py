@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +20,9 @@ import numpy as np
 
 from ..engine import AMPERE
 from ..errors import DeviceError, InputError, require
-from ..prompts import load_tokenizer, token_id
+from ..pipeline import Outputs
+from ..pooling import Head, pool
+from ..prompts import find_answers
 from ..requirements import meets
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
@@ -61,6 +63,7 @@ class TorchModel:
 
     def __init__(self, spec: ModelSpec, precision: str, device: str = "auto") -> None:
         torch = require("torch", "torch")
+        self._pid = os.getpid()
         self.device = _find_device(torch, device)
         arithmetic = _choose_arithmetic(spec, self.device)
         self.precision = precision
@@ -69,13 +72,16 @@ class TorchModel:
         head = None
         if spec.task == "reranker":
             head = torch.from_numpy(_read_head(spec)).to(self.device)
-        finish = partial(_finish, torch, head)
+        finish = partial(_finish, torch, head, spec.outputs)
+        self._head = None if head is not None else Head(spec.outputs, spec.source.folder)
+        self._pools = not spec.outputs.last_token
         padded = "it is a CPU" if self.device == "cpu" else why_padded(spec, arithmetic)
         try:
             if padded is None:
-                self._layers = open_packed(spec, arithmetic, finish)
+                self._layers: Any = open_packed(spec, arithmetic, finish)
             else:
-                self._layers = PaddedLayers(load_layers(spec, self.device), self.device, finish)
+                base = load_layers(spec, self.device)
+                self._layers = PaddedLayers(base, self.device, finish, spec)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{spec.source.folder} does not fit into the GPU's free memory; use device='cpu'"
@@ -85,28 +91,52 @@ class TorchModel:
             "%s runs on %s in %s, in %s", spec.source.folder, self.device, self.precision, layers
         )
 
-    def __call__(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, prompt_length: int = 0
+    ) -> np.ndarray:
         """Run a batch.
 
         Args:
             input_ids: int64 [batch, sequence].
             attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
+            prompt_length: Tokens at each text's beginning that are not pooled, where the model
+                leaves its prompts out.
 
         Returns:
-            float32: embeddings [batch, dim] of unit length, or scores [batch].
+            float32: embeddings [batch, dim], or scores [batch].
 
         Raises:
             InputError: The batch does not fit into the GPU's memory.
+            DeviceError: The process is a fork of the one that opened the model.
         """
         torch = require("torch", "torch")
+        self.check_process()
         lengths = attention_mask.sum(axis=1)
+        ids = input_ids[attention_mask != 0]
         try:
-            return self._layers(input_ids[attention_mask != 0], lengths)
+            if self._pools:
+                found = self._layers.pooled(ids, lengths, prompt_length)
+            else:
+                found = self._layers(ids, lengths)
+            return found if self._head is None else self._head(found)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"a batch of {len(lengths)} x {lengths.max()} tokens does not fit into the GPU's "
                 "memory: use a smaller batch_tokens, or max_length"
             ) from error
+
+    def check_process(self) -> None:
+        """Refuse to run in a fork of the process that opened the model, where torch would hang.
+
+        Raises:
+            DeviceError: This is one.
+        """
+        if self._pid != os.getpid():
+            raise DeviceError(
+                "the model was opened before this process was forked, and torch's threads and CUDA "
+                "do not survive a fork: open it in each worker (gunicorn without --preload, or in "
+                "its post_fork hook), or start workers by 'spawn'"
+            )
 
 
 class PaddedLayers:
@@ -116,23 +146,44 @@ class PaddedLayers:
         base: A Qwen3Model.
         device: Where it is.
         finish: float32 [texts, hidden] after the last norm, to what is wanted of it.
+        spec: The checkpoint.
     """
 
-    def __init__(self, base: Any, device: str, finish: Callable[[Any], Any]) -> None:
-        self._base, self._device, self._finish = base, device, finish
+    def __init__(
+        self, base: Any, device: str, finish: Callable[[Any], Any], spec: ModelSpec
+    ) -> None:
+        self._base, self._device, self._finish, self._spec = base, device, finish, spec
 
     def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """As `PackedLayers`: texts end to end, int64 [tokens], and their lengths, int64 [texts]."""
         torch = require("torch", "torch")
-        padded, _ = pad(np.split(ids, np.cumsum(lengths)[:-1]))
-        choice = ATTENTION_CHOICE if self._device == "cuda" else nullcontext()
-        with choice, torch.inference_mode():
-            states = self._base(
-                input_ids=torch.from_numpy(padded).to(self._device), use_cache=False
-            ).last_hidden_state
-            rows = torch.arange(len(padded), device=self._device)
+        with self._running(ids, lengths) as (states, _):
+            rows = torch.arange(len(lengths), device=self._device)
             last = states[rows, torch.from_numpy(lengths - 1).to(self._device)].float()
             return self._finish(last).cpu().numpy()
+
+    def pooled(self, ids: np.ndarray, lengths: np.ndarray, prompt_length: int) -> np.ndarray:
+        """As `__call__`, with the states of all tokens pooled: float32 [texts, width]."""
+        with self._running(ids, lengths) as (states, mask):
+            found = states.float().cpu().numpy()
+            return pool(found, mask, self._spec.outputs, prompt_length)
+
+    @contextmanager
+    def _running(self, ids: np.ndarray, lengths: np.ndarray) -> Generator[tuple[Any, np.ndarray]]:
+        """(states after the last norm [texts, longest, hidden], the mask [texts, longest])."""
+        torch = require("torch", "torch")
+        padded, mask = pad(np.split(ids, np.cumsum(lengths)[:-1]))
+        choice = ATTENTION_CHOICE if self._device == "cuda" else nullcontext()
+        further = {}
+        if not self._spec.causal:  # then tokens see the padding behind them
+            further["attention_mask"] = torch.from_numpy(mask).to(self._device)
+        with choice, torch.inference_mode():
+            yield (
+                self._base(
+                    input_ids=torch.from_numpy(padded).to(self._device), use_cache=False, **further
+                ).last_hidden_state,
+                mask,
+            )
 
 
 def load_layers(spec: ModelSpec, device: str) -> Any:
@@ -168,6 +219,9 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
         "its matrices are another library's": quantized and not has_fp8_matrices(spec),
         "fp8 is multiplied beside bf16, on Hopper and later": quantized
         and (arithmetic != "bf16" or capability < HOPPER),
+        "attention goes both ways": not spec.causal,
+        "attention has biases": spec.attention_bias,
+        "it pools other tokens than the last": not spec.outputs.last_token,
         "heads are wider than 256": spec.head_dim > WIDEST_HEAD,
         "the GPU is older than Ampere": capability < AMPERE,
         f"torch is older than {OLDEST}": not meets(f"torch>={OLDEST}", torch.__version__),
@@ -189,11 +243,12 @@ def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) 
     return PackedLayers(spec, dtype, "cuda", read, read_scales, finish)
 
 
-def _finish(torch: Any, head: Any, last: Any) -> Any:
-    """Vectors of unit length; with a head, probabilities."""
+def _finish(torch: Any, head: Any, outputs: Outputs, last: Any) -> Any:
+    """The states as they are; with a head, scores."""
     if head is None:
-        return torch.nn.functional.normalize(last, dim=1)
-    return torch.sigmoid(last @ head)
+        return last
+    scores = last @ head
+    return torch.sigmoid(scores) if outputs.activation == "sigmoid" else scores
 
 
 def _find_device(torch: Any, device: str) -> str:
@@ -217,7 +272,4 @@ def _choose_arithmetic(spec: ModelSpec, device: str) -> str:
 
 def _read_head(spec: ModelSpec) -> np.ndarray:
     """W_yes - W_no, the head's own tensor alone being read: float32 [hidden]."""
-    path = spec.source.folder / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
-    yes, no = (token_id(tokenizer, word, path) for word in ("yes", "no"))
-    return Weights(spec, [spec.head]).answer_row(yes, no)
+    return Weights(spec, [spec.head]).answer_row(*find_answers(spec))

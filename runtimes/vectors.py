@@ -16,29 +16,35 @@ MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)
 DIGITS = 5
 
 
-def shorten(vectors: np.ndarray, dim: int) -> np.ndarray:
+def shorten(vectors: np.ndarray, dim: int, *, unit_length: bool = True) -> np.ndarray:
     """The first `dim` values of each vector, normalized again (MRL, arXiv:2205.13147).
 
     Args:
         vectors: float32 [n, m].
         dim: At most m.
+        unit_length: Whether the model's vectors have length 1; others are not normalized.
     """
     cut = vectors[:, :dim]
+    if not unit_length:
+        return cut
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
-def measure_ranges(vectors: np.ndarray) -> dict[str, list[list[float]]]:
+def measure_ranges(
+    vectors: np.ndarray, *, unit_length: bool = True
+) -> dict[str, list[list[float]]]:
     """The smallest and the largest of each value, at the full width and at each MRL dimension.
 
     Args:
-        vectors: float32 [n, m] of unit length.
+        vectors: float32 [n, m].
+        unit_length: As for `shorten`.
 
     Returns:
         Width, as text, to [smallest, largest], each of that width.
     """
     ranges = {}
     for dim in ranged_dims(vectors.shape[1]):
-        cut = shorten(vectors, dim)
+        cut = shorten(vectors, dim, unit_length=unit_length)
         bounds = (cut.min(axis=0), cut.max(axis=0))
         ranges[str(dim)] = [[float(f"{x:.{DIGITS}g}") for x in bound] for bound in bounds]
     return ranges

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .parity import validate
+from .recorder import record_reference
 from .report import Report
 
-__all__ = ["Report", "validate"]
+__all__ = ["Report", "record_reference", "validate"]

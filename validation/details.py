@@ -15,9 +15,8 @@ import numpy as np
 from ..files import read_headers
 from ..integrity import record_files
 from ..runtimes import ModelFacts
-from ..weights import Weights
 from .layers import LayerError
-from .reference import Reference
+from .reference import Origin
 from .report import excerpt
 from .tasks import EmbeddingTask, RerankerTask
 
@@ -81,7 +80,7 @@ def collect_details(
     expected: np.ndarray | None,
     *,
     facts: ModelFacts,
-    reference: Reference,
+    reference: Origin,
     layers: tuple[LayerError, ...] | None = None,
     command: Sequence[str] = (),
 ) -> Details:
@@ -110,7 +109,7 @@ def collect_details(
         layers=layers,
         machine=describe_machine(),
         artifact_files=_hash(facts.folder, _weight_files(facts)),
-        reference_files=_hash(reference.spec.source.folder, Weights(reference.spec).files),
+        reference_files=dict(reference.files),
         command=shlex.join(command),
     )
 

@@ -21,14 +21,13 @@ from ..artifact import Artifact
 from ..errors import require
 from ..runtimes import ModelFacts
 from ..runtimes.exact import make_exact
-from ..runtimes.torch import load_layers
 from ..segments import emulate_16_bits, segments
-from ..weights import Weights
 from .measures import cosines
-from .reference import Reference, choose_arithmetics, load_model, release_memory
+from .reference import Reference
 
 TEXTS = 8
-TOKENS = 128
+# A recorded reference holds the states of all of them, after every layer.
+TOKENS = 32
 # Names the exporter gives: the parts of a graph, and the way back from a rotated stream.
 EMBEDDING, LAYER = "embed_tokens", "layers."
 ROTATION = "output.rotation"
@@ -71,8 +70,7 @@ def layer_errors(
         facts: The artifact, or the checkpoint.
         reference: The checkpoint it was made from.
         rows: Token ids, int64 [tokens] a text; see `sample_rows`.
-        device: Where the reference runs, "cpu" or "cuda", in its most exact arithmetic; and a
-            checkpoint.
+        device: Where a checkpoint runs, "cpu" or "cuda".
 
     Returns:
         The embedding table first, then every layer; empty where the graph rotates its stream and
@@ -83,18 +81,21 @@ def layer_errors(
     """
     sample = sample_rows(rows)
     if facts.checkpoint is not None:
-        found = _watch(load_layers(facts.checkpoint, device), sample, device)
-        expected = _reference_states(reference, sample, device)
+        from ..runtimes.torch import load_layers
+        from .live import watch_layers
+
+        found = watch_layers(load_layers(facts.checkpoint, device), sample, device)
+        expected = reference.hidden_states(sample)
         return tuple(
             _compare(layer, np.concatenate(states), np.concatenate(wanted))
             for layer, (states, wanted) in enumerate(zip(found, expected, strict=True))
         )
     assert facts.artifact is not None
-    return _graph_errors(facts.artifact, reference, sample, device)
+    return _graph_errors(facts.artifact, reference, sample)
 
 
 def _graph_errors(
-    artifact: Artifact, reference: Reference, sample: Sequence[np.ndarray], device: str
+    artifact: Artifact, reference: Reference, sample: Sequence[np.ndarray]
 ) -> tuple[LayerError, ...]:
     graph = artifact.manifest.graph
     assert graph is not None
@@ -103,8 +104,10 @@ def _graph_errors(
     basis = _basis(model, reference) if rotated else None
     if basis is None and (rotated or (artifact.manifest.recipe or {}).get("rotate")):
         return ()
-    expected = _reference_states(reference, sample, device)
-    pooled = graph.output == "pooled"
+    expected = reference.hidden_states(sample)
+    manifest = artifact.manifest
+    only_last = manifest.task == "reranker" or manifest.outputs.last_token
+    pooled = graph.output == "pooled" and only_last
     errors = []
     for layer, states in enumerate(_artifact_states(model, artifact, sample)):
         wanted = expected[layer]
@@ -119,7 +122,7 @@ def _graph_errors(
 
 
 def sample_rows(rows: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
-    """At most 8 rows, spread over their lengths, each its last 128 tokens at most: int64."""
+    """At most 8 rows, spread over their lengths, each its last 32 tokens at most: int64."""
     by_length = sorted(rows, key=len)
     picked = np.unique(np.linspace(0, len(rows) - 1, TEXTS).round().astype(int))
     return [np.asarray(by_length[i][-TOKENS:], np.int64) for i in picked]
@@ -135,7 +138,7 @@ def _basis(model: ir.Model, reference: Reference) -> np.ndarray | None:
     assert tensor is not None
     matrix = tensor.numpy()
     width = matrix.shape[1]
-    gains = Weights(reference.spec).read_fp32("norm.weight")[:width]
+    gains = reference.final_norm()[:width]
     with np.errstate(divide="ignore", invalid="ignore"):
         basis = matrix / gains
         square = basis.T @ basis
@@ -187,39 +190,6 @@ def _open_session(model: ir.Model, artifact: Artifact) -> Any:
     make_exact(options, artifact)
     graph = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def _reference_states(
-    reference: Reference, rows: Sequence[np.ndarray], device: str
-) -> list[list[np.ndarray]]:
-    model = load_model(reference, choose_arithmetics(reference, device)[-1], device)
-    states = _watch(model.base_model, rows, device)
-    del model
-    release_memory(device)
-    return states
-
-
-def _watch(base: Any, rows: Sequence[np.ndarray], device: str) -> list[list[np.ndarray]]:
-    """As `_artifact_states`, all layers at once; the last one's are not normed.
-
-    Modules are watched, since transformers' `output_hidden_states` has the last layer's states
-    behind the final norm.
-    """
-    torch = require("torch", "torch")
-    modules = [base.embed_tokens, *base.layers]
-    states: list[list[np.ndarray]] = [[] for _ in modules]
-
-    def keep(layer: int, output: Any) -> None:
-        # Earlier versions of transformers give a tuple.
-        hidden = output[0] if isinstance(output, tuple) else output
-        states[layer].append(hidden[0].float().cpu().numpy())
-
-    for layer, module in enumerate(modules):
-        module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
-    with torch.inference_mode():
-        for ids in rows:
-            base(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False)
-    return states
 
 
 def _compare(layer: int, found: np.ndarray, expected: np.ndarray) -> LayerError:

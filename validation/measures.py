@@ -12,6 +12,8 @@ import numpy as np
 from ..ranking import unit
 
 TOP_K = 10
+# How far from 1 the length of a unit vector may be, in 16 bits.
+UNIT = 1e-2
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
@@ -50,7 +52,9 @@ def difference_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     }
 
 
-def rank_figures(queries: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+def rank_figures(
+    queries: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> dict[str, float | None]:
     """Agreement of the rankings of each query's documents, averaged over queries.
 
     Args:
@@ -58,10 +62,13 @@ def rank_figures(queries: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
             with fewer than two documents, or with equal scores only, has no ranking.
 
     Returns:
-        Kendall's tau-b and the overlap of the top documents; empty when no query has a ranking.
+        Kendall's tau-b and the overlap of the top documents; None where no query has a ranking;
+        empty without queries.
     """
     taus, overlaps, tops = [], [], []
+    asked = False
     for found, expected in queries:
+        asked = True
         tau = kendall_tau(found, expected)
         if np.isfinite(tau):
             # The top ten of six documents would always agree.
@@ -70,7 +77,7 @@ def rank_figures(queries: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, 
             tops.append(k)
             overlaps.append(top_k_overlap(found, expected, k))
     if not taus:
-        return {}
+        return {"Kendall tau": None, "top documents' overlap": None} if asked else {}
     return {
         "Kendall tau": float(np.mean(taus)),
         f"top-{max(tops)} overlap": float(np.mean(overlaps)),

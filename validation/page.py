@@ -83,8 +83,9 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         "title": PurePath(report.artifact).name,
         "passed": report.passed,
         "sentence": _sentence(report),
-        "reasons": [_reason(gate) for gate in report.gates if not gate.passed],
-        "subject": f"{report.precision} on {report.device}, against {report.reference}",
+        "reasons": [_reason(gate) for gate in report.gates if gate.failed],
+        "subject": f"{report.precision} on {report.device}, against {report.reference} "
+        f"in {report.library}",
         "gates": _gates(report),
         "parity": _parity(report.comparisons) if compared else None,
         "dimensions": _dimensions(report.comparisons[0]) if compared else None,
@@ -104,7 +105,7 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
 
 def _sentence(report: Report) -> str:
     count = len(report.gates)
-    failed = sum(not gate.passed for gate in report.gates)
+    failed = sum(gate.failed for gate in report.gates)
     noun = "texts" if report.task == "embedding" else "pairs"
     inputs = f"{report.inputs:,} {noun}"
     if not report.comparisons:
@@ -114,6 +115,12 @@ def _sentence(report: Report) -> str:
         )
     if failed:
         return f"{failed} of {count} gates fail on {inputs}."
+    left = sum(gate.passed is None for gate in report.gates)
+    if left:
+        return (
+            f"On {inputs} the artifact stays within every limit: {count - left} gates hold, "
+            f"{left} could not be measured."
+        )
     return f"On {inputs} the artifact stays within every limit: all {count} gates hold."
 
 
@@ -127,14 +134,14 @@ def _gates(report: Report) -> Table:
         ("Gate", "Found", "Limit", "Verdict"),
         tuple(
             (
-                gate.name,
+                gate.title,
                 number(gate.value),
                 f"{gate.sense} {number(gate.limit)}",
-                "holds" if gate.passed else "fails",
+                gate.verdict,
             )
             for gate in report.gates
         ),
-        failed=frozenset(i for i, gate in enumerate(report.gates) if not gate.passed),
+        failed=frozenset(i for i, gate in enumerate(report.gates) if gate.failed),
     )
 
 
@@ -263,6 +270,8 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
         if clear
         else "all include zero, so no difference shows."
     )
+    if not retrieval.measured:
+        caption = "Not measured: the reference gives all candidates of a query the same score."
     table = Table(
         ("Measure", "Dim.", "Artifact", "Reference", f"Difference, {CONFIDENCE} % interval"),
         tuple(
@@ -304,7 +313,7 @@ def _invariance(report: Report) -> Table:
     failed = {
         i
         for i, (_, value) in enumerate(cases)
-        if gate and not Gate(gate.name, value, gate.sense, gate.limit).passed
+        if gate and Gate(gate.name, value, gate.sense, gate.limit).failed
     }
     return Table(
         ("A text alone and …", *header),
@@ -320,7 +329,7 @@ def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
     machine = details.machine
     noun = "texts" if report.task == "embedding" else "pairs"
     yield "Artifact", f"{report.artifact}, {report.precision} on {report.device}"
-    yield "Reference", report.reference
+    yield "Reference", f"{report.reference} in {report.library}"
     if report.comparisons:
         yield "Reference ran in", "; ".join(each.reference for each in report.comparisons)
     yield "Inputs", f"{report.inputs:,} {noun}, {report.tokens:,} tokens"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,20 @@ from ..beir import RetrievalSet, read_beir, write_candidates
 from ..demo.samples import Pair, Sample
 from ..errors import InputError, require
 from ..files import written
-from ..integrity import record_files
 from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import ModelFacts, load
-from ..runtimes.checkpoint import require_library
-from ..spec import ModelSpec, Task
+from ..spec import Task
 from ..stored import LibraryQuantization
 from .details import collect_details
 from .invariance import run_suite
 from .layers import layer_errors
 from .measures import finite_rows
 from .page import render
+from .recorded import is_recorded, open_recorded
 from .recording import find_recorded
-from .reference import (
-    Arithmetic,
-    Reference,
-    choose_arithmetics,
-    describe,
-    find_device,
-    open_reference,
-    run_reference,
-)
+from .reference import Arithmetic, Inputs, Origin, Reference
 from .report import Comparison, Gate, Report, Worst, excerpt
-from .retrieval import CANDIDATES
+from .retrieval import CANDIDATES, SetQuality, compare_quality
 from .tasks import EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
@@ -74,18 +66,22 @@ def validate(
     command: Sequence[str] = (),
     record: bool = True,
     progress: bool = False,
+    task: Task | None = None,
 ) -> Report:
     """Measure how far an artifact, or a checkpoint, is from the one it was made from.
 
-    The checkpoint is run by transformers: on a GPU in fp16, with fp32 or bf16 beside it; on a CPU
-    in fp32 on the weights rounded to fp16, unless the checkpoint stores fp32. The gates are about
-    the fp16 run, or, for an fp32 artifact, which fp16 is too coarse for, the fp32 one; a run with
-    NaN or infinity gives way to one without. Token ids are compared first, and nothing else is
-    done when they differ.
+    The checkpoint is run by its own library: sentence-transformers where its folder declares a
+    pipeline for it, else transformers by the model cards' code. On a GPU it runs in fp16, with fp32
+    or bf16 beside it; on a CPU in fp32 on the weights rounded to fp16, unless the checkpoint stores
+    fp32. The gates are about the fp16 run, or, for an fp32 artifact, which fp16 is too coarse for,
+    the fp32 one; a run with NaN or infinity gives way to one without. Token ids are compared first,
+    and nothing else is done when they differ.
 
     Args:
         artifact: The artifact's folder, or a checkpoint as for `embedport.load`.
-        reference: The checkpoint it was made from: a folder or a hub id.
+        reference: The checkpoint it was made from: a folder or a hub id. Or a file that
+            `record_reference` wrote, which brings its texts or pairs with it; then neither torch
+            nor the checkpoint is needed.
         texts: For an embedding artifact; a plain string is a document. Built-in ones by default.
         pairs: For a reranker, (query, document) each. Built-in ones by default.
         revision: A branch, tag or commit of the reference on the hub.
@@ -105,14 +101,15 @@ def validate(
             verdict. No text is put there. A checkpoint without a manifest stays as it is, and so
             does what is in the hub's cache.
         progress: Whether to show progress bars on a terminal.
+        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
 
     Raises:
         InputError: The inputs are wrong, or a limit is of what is not measured, or the reference
-            is another kind of model.
+            is another kind of model, or a file that is damaged or of another checkpoint.
         ArtifactError: It is not an artifact, or cannot be written to.
         CheckpointError: The reference is not a whole Qwen3 checkpoint.
         DeviceError: The device asked for is not there.
-        MissingPackageError: torch or transformers is not installed.
+        MissingPackageError: torch, transformers or sentence-transformers is not installed.
     """
     if page is not None:  # before hours of work, not after
         require("jinja2", "report")
@@ -120,11 +117,14 @@ def validate(
     if retrieval is not None:
         require("ir_measures", "retrieval")
     recorded = find_recorded(artifact) if record else None
-    runtime: Any = load(artifact, device=device)  # an Embedder or a Reranker, as the task is
+    # An Embedder or a Reranker, as the task is.
+    runtime: Any = load(artifact, device=device, task=task)
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
     quantization = facts.checkpoint and facts.checkpoint.quantization
     if page is not None and isinstance(quantization, LibraryQuantization):
+        from ..runtimes.checkpoint import require_library
+
         require_library(quantization)  # its table by layer is of transformers' layers
     graph = facts.artifact.manifest.graph if facts.artifact else None
     thresholds = find_thresholds(
@@ -135,53 +135,65 @@ def validate(
         max_ndcg_loss=max_ndcg_loss,
     )
     data = _choose_set(retrieval, task=facts.task, save_run=save_run)
-    task = choose_inputs(facts.task, texts, pairs)
-    _check_limits(task, data, min_cosine, max_score_difference, max_ndcg_loss)
-    source = open_reference(
-        reference, task=facts.task, max_length=runtime.tokenizer.max_length, revision=revision
+    recorded_reference = None
+    if is_recorded(reference):
+        recorded_reference = open_recorded(reference, facts.task, runtime.tokenizer.max_length)
+        texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
+        if data is not None:
+            recorded_reference.check_set(data)
+    inputs = choose_inputs(facts.task, texts, pairs)
+    _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
+    source: Reference = (
+        _open_live(reference, facts.task, runtime.tokenizer.max_length, revision, device)
+        if recorded_reference is None
+        else recorded_reference
     )
-    _check_same_model(facts, source.spec)
-    _compare_weights(facts, source.spec)
-    rows = task.artifact_ids(runtime)
-    expected_rows = task.reference_ids(source)
-    device = find_device(device)
-    gates = [_token_gate(task, rows, expected_rows)]
+    origin = source.origin
+    if isinstance(inputs, RerankerTask):
+        inputs = replace(inputs, log_odds=origin.log_odds)
+    _check_same_model(facts, origin)
+    _compare_weights(facts, origin)
+    rows = inputs.artifact_ids(runtime)
+    expected_rows = source.token_ids(inputs.inputs)
+    gates = [_token_gate(inputs, rows, expected_rows)]
     comparisons: list[Comparison] = []
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
     quality = None
     found = expected = None
     if gates[0].passed:
-        found = task.run(runtime, progress=progress)
+        raw = inputs.run(runtime, progress=progress)
+        found = inputs.comparable(raw)
         # Vectors of queries and documents, or scores of pairs, as the task is.
-        found_set: Any = None if data is None else task.run_set(runtime, data, progress=progress)
+        found_set: Any = None if data is None else inputs.run_set(runtime, data, progress=progress)
         for outcome in run_suite(
             runtime.model, rows, runtime.tokenizer.max_length, progress=progress
         ):
-            values = task.agreement(outcome.found, outcome.alone)
-            invariance[outcome.case] = float(values.min() if task.sense == "≥" else values.max())
+            values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
+            invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
         del runtime  # two copies of a large model may not fit
-        runs = _run_references(source, expected_rows, device, facts.precision, progress)
+        runs = _run_reference(source, inputs.inputs, facts.precision, progress)
         comparisons = [
-            task.compare(found, outputs, describe(source, arithmetic, device))
+            inputs.compare(found, outputs, origin.describe(arithmetic))
             for arithmetic, outputs in runs.items()
         ]
-        first = next(iter(runs))
-        expected = runs[first]
-        worst = _find_worst(task, found, expected)
+        expected = runs[next(iter(runs))]
+        worst = _find_worst(inputs, found, expected)
         gates += [
-            _finite_gate(task, found),
+            _finite_gate(inputs, raw),
             Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
-            *task.gates(comparisons[0], found, thresholds),
-            _invariance_gate(task, invariance, thresholds),
+            *inputs.gates(comparisons[0], found, expected, thresholds),
+            _invariance_gate(inputs, invariance, thresholds),
         ]
         if data is not None:
-            expected_set, used = _run_reference_set(task, source, data, runs, device, progress)
-            run = describe(source, used, device)
-            quality = task.compare_sets(found_set, expected_set, data, run)
+            measured = inputs.measure(found_set, data)
+            wanted, used = _measure_reference(
+                source, data, tuple(measured.measures), runs, progress
+            )
+            quality = compare_quality(measured, wanted, data, origin.describe(used))
             gates += [
-                Gate("retrieval: NaN or infinity", _count_nonfinite(found_set), "≤", 0),
-                Gate("retrieval: reference's NaN", _count_nonfinite(expected_set), "≤", 0),
+                Gate("retrieval: NaN or infinity", measured.nonfinite, "≤", 0),
+                Gate("retrieval: reference's NaN", wanted.nonfinite, "≤", 0),
                 Gate("nDCG@10 loss", quality.ndcg_loss, "≤", thresholds.max_ndcg_loss),
             ]
             if save_run is not None:
@@ -192,7 +204,8 @@ def validate(
         artifact=str(artifact),
         precision=facts.precision,
         device=runtime_device,
-        reference=_describe_source(source.spec),
+        reference=origin.pinned,
+        library=origin.runner,
         task=facts.task,
         inputs=len(rows),
         tokens=sum(map(len, rows)),
@@ -201,17 +214,18 @@ def validate(
         invariance=invariance,
         worst=tuple(worst),
         retrieval=quality,
-        versions=_versions(),
+        versions=_versions(origin),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     if page is not None:
-        layers = layer_errors(facts, source, rows, device=device) if comparisons else None
+        where = "cpu" if runtime_device == "cpu" else "cuda"
+        layers = layer_errors(facts, source, rows, device=where) if comparisons else None
         details = collect_details(
-            task,
+            inputs,
             found,
             expected,
             facts=facts,
-            reference=source,
+            reference=origin,
             layers=layers,
             command=command,
         )
@@ -259,36 +273,48 @@ def _check_limits(
         raise InputError("--max-ndcg-loss limits what is lost on a set: give --retrieval too")
 
 
-def _check_same_model(facts: ModelFacts, spec: ModelSpec) -> None:
+def _open_live(
+    reference: str | Path, task: Task, max_length: int, revision: str | None, device: str
+) -> Reference:
+    from .live import open_live  # only a checkpoint needs torch
+
+    return open_live(reference, task=task, max_length=max_length, revision=revision, device=device)
+
+
+def _check_same_model(facts: ModelFacts, origin: Origin) -> None:
     made = (facts.hidden_size, facts.vocab_size)
-    if made != (spec.hidden_size, spec.vocab_size):
+    if made != (origin.hidden_size, origin.vocab_size):
         raise InputError(
             f"the artifact was made from {facts.source}, with hidden_size and vocab_size "
-            f"{made}; the reference {spec.source.id} has {(spec.hidden_size, spec.vocab_size)}"
+            f"{made}; the reference {origin.id} has {(origin.hidden_size, origin.vocab_size)}"
         )
 
 
-def _compare_weights(facts: ModelFacts, spec: ModelSpec) -> None:
-    """Say so where the reference's files are not those that the artifact was made of."""
+def _compare_weights(facts: ModelFacts, origin: Origin) -> None:
+    """Say so where the reference's files are not those that the artifact was made of.
+
+    Raises:
+        InputError: They are recorded: that is no reference for this artifact.
+    """
     if facts.artifact is None:
         return
-    made = facts.artifact.manifest.source.files
-    paths = {name: spec.source.folder / name for name in made}
-    records = record_files(path for path in paths.values() if path.is_file())
-    for name, path in paths.items():
-        if path not in records or records[path].sha256 != made[name]:
-            logger.warning(
-                "the artifact was made from %s, whose %s is not the one of %s: what follows may "
-                "be the difference of two models",
-                facts.artifact.manifest.source.pinned,
-                name,
-                spec.source.folder,
-            )
-            return
-
-
-def _describe_source(spec: ModelSpec) -> str:
-    return spec.source.id + (f" at {spec.source.revision}" if spec.source.revision else "")
+    made = facts.artifact.manifest.source
+    name = next((name for name in made.files if origin.files.get(name) != made.files[name]), None)
+    if name is None:
+        return
+    if origin.recorded is not None:
+        raise InputError(
+            f"the artifact was made from {made.pinned}, whose {name} has the sha256 "
+            f"{made.files[name]}; the recorded reference is of {origin.pinned}, whose {name} has "
+            f"{origin.files.get(name, 'none')}: record the reference of the artifact's checkpoint"
+        )
+    logger.warning(
+        "the artifact was made from %s, whose %s is not the one of %s: what follows may be the "
+        "difference of two models",
+        made.pinned,
+        name,
+        origin.id,
+    )
 
 
 def _token_gate(
@@ -326,43 +352,32 @@ def _finite_gate(task: EmbeddingTask | RerankerTask, found: np.ndarray) -> Gate:
     return Gate("results with NaN or infinity", len(bad), "≤", 0, detail)
 
 
-def _run_reference_set(
-    task: EmbeddingTask | RerankerTask,
+def _measure_reference(
     source: Reference,
     data: RetrievalSet,
-    arithmetics: Iterable[Arithmetic],
-    device: str,
+    dims: Sequence[int],
+    runs: Mapping[Arithmetic, np.ndarray],
     progress: bool,
-) -> tuple[Any, Arithmetic]:
+) -> tuple[SetQuality, Arithmetic]:
     """The reference on a retrieval set, and the first arithmetic that gives no NaN there.
 
     Where all give some, the last one.
     """
-    left = list(arithmetics)
+    left = list(runs)
     while True:
         used = left.pop(0)
-        results = task.run_reference_set(source, data, used, device, progress=progress)
-        if not left or not _count_nonfinite(results):
-            return results, used
+        quality = source.measure(data, dims, used, progress=progress)
+        if not left or not quality.nonfinite:
+            return quality, used
 
 
-def _count_nonfinite(results: np.ndarray | tuple[np.ndarray, ...]) -> int:
-    """Rows of a retrieval set's scores, or of its queries' and documents' vectors."""
-    parts = results if isinstance(results, tuple) else (results,)
-    return sum(int((~finite_rows(part)).sum()) for part in parts)
-
-
-def _run_references(
-    source: Reference,
-    rows: Sequence[Sequence[int]],
-    device: str,
-    precision: str,
-    progress: bool,
+def _run_reference(
+    source: Reference, inputs: Inputs, precision: str, progress: bool
 ) -> dict[Arithmetic, np.ndarray]:
     """Arithmetic of each run to its outputs, the one that the gates are about first."""
     outputs: dict[Arithmetic, np.ndarray] = {
-        arithmetic: run_reference(source, rows, arithmetic, device, progress=progress)
-        for arithmetic in choose_arithmetics(source, device)
+        arithmetic: source.run(inputs, arithmetic, progress=progress)
+        for arithmetic in source.arithmetics()
     }
     preferred = "fp32" if precision == "fp32" else "fp16"
     order = sorted(
@@ -396,9 +411,10 @@ def _invariance_gate(
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(origin: Origin) -> dict[str, str]:
+    """Of what ran here; a recorded reference's own are where it was recorded."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    return versions
+    return versions | dict(origin.versions)

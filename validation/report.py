@@ -24,22 +24,41 @@ class Gate:
 
     Attributes:
         name: What is measured.
-        value: What was found.
+        value: What was found; None where the inputs allow no measurement.
         sense: Whether the value must be at least or at most the limit.
         limit: The threshold.
         detail: Where the worst value is.
+        basis: What was measured on, or why nothing was; no text is in it.
     """
 
     name: str
-    value: float
+    value: float | None
     sense: Sense
     limit: float
     detail: str = ""
+    basis: str = ""
 
     @property
-    def passed(self) -> bool:
-        """Whether the value is on the right side of the limit."""
+    def passed(self) -> bool | None:
+        """Whether the value is on the right side of the limit; None: it was not measured."""
+        if self.value is None:
+            return None
         return self.value >= self.limit if self.sense == "≥" else self.value <= self.limit
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was measured, and is on the wrong side of the limit."""
+        return self.passed is False
+
+    @property
+    def title(self) -> str:
+        """The name, and what was measured on."""
+        return f"{self.name} ({self.basis})" if self.basis else self.name
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        return "not measured" if self.passed is None else "holds" if self.passed else "fails"
 
 
 @dataclass(frozen=True)
@@ -51,13 +70,14 @@ class Comparison:
         reference_nonfinite: Inputs for which the reference gave NaN or infinity.
         compared: Inputs for which both are finite; the figures are of these.
         figures: Name to value: cosines, score differences, rank agreement; those that there are.
+            None where the inputs allow no measurement.
         dimensions: Width (MRL) to figures of the cosines at that width; empty for a reranker.
     """
 
     reference: str
     reference_nonfinite: int
     compared: int
-    figures: Mapping[str, float]
+    figures: Mapping[str, float | None]
     dimensions: Mapping[int, Mapping[str, float]]
 
 
@@ -79,6 +99,7 @@ class Report:
         precision: The artifact's precision.
         device: What the artifact ran on.
         reference: The reference's id, and its revision if it has one.
+        library: What ran the reference, with its version; and when, if that was recorded.
         task: "embedding" or "reranker".
         inputs: Number of texts or pairs.
         tokens: Tokens of all of them.
@@ -97,6 +118,7 @@ class Report:
     precision: str
     device: str
     reference: str
+    library: str
     task: Task
     inputs: int
     tokens: int
@@ -110,8 +132,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate holds."""
-        return all(gate.passed for gate in self.gates)
+        """Whether no gate fails."""
+        return not any(gate.failed for gate in self.gates)
 
     def to_record(self) -> dict[str, Any]:
         """What a manifest keeps, as JSON can hold it (NaN becomes None): none of the texts.
@@ -140,10 +162,13 @@ class Report:
 
     def verdict(self) -> str:
         """One sentence: what holds or what does not."""
-        failed = [gate.name for gate in self.gates if not gate.passed]
+        failed = [gate.name for gate in self.gates if gate.failed]
         if failed:
             return f"Does not hold: {', '.join(failed)}"
-        return f"Holds: {len(self.gates)} of {len(self.gates)} gates"
+        held = sum(gate.passed is True for gate in self.gates)
+        left = [gate.name for gate in self.gates if gate.passed is None]
+        unmeasured = f"; not measured: {', '.join(left)}" if left else ""
+        return f"Holds: {held} of {held} gates{unmeasured}"
 
     def method(self) -> str:
         """One sentence: what was compared with what, where and with which versions."""
@@ -152,7 +177,7 @@ class Report:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"{self.inputs:,} {noun}, {self.tokens:,} tokens; {self.precision} on {self.device} "
-            f"against {run}{self.reference}; {versions}; {self.date}."
+            f"against {run}{self.reference} in {self.library}; {versions}; {self.date}."
         )
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
@@ -164,7 +189,7 @@ class Report:
         # Text, not str: what a text or a path holds may look like rich's markup.
         yield Text(self.verdict(), style="bold green" if self.passed else "bold red")
         for gate in self.gates:
-            if gate.detail and not gate.passed:
+            if gate.detail and gate.failed:
                 yield Text(f"  {gate.name}: {gate.detail}", style="red")
         yield Text(self.method(), style="dim")
         for title, header, rows in (*self._tables(), *self._worst_table()):
@@ -184,10 +209,10 @@ class Report:
             ["Gate", "Found", "Limit", ""],
             [
                 [
-                    gate.name,
+                    gate.title,
                     number(gate.value),
                     f"{gate.sense} {number(gate.limit)}",
-                    "holds" if gate.passed else "FAILS",
+                    "FAILS" if gate.failed else gate.verdict,
                 ]
                 for gate in self.gates
             ],
@@ -227,6 +252,8 @@ class Report:
             f"Retrieval on {found.name}: {found.queries:,} queries, {found.documents:,} documents, "
             f"against {found.reference}"
         )
+        if not found.measured:
+            title += "; not measured: no query's reference scores differ"
         if found.before is not None:
             title += f"; nDCG@10 of the candidates as they came {found.before:.4f}"
         header = ["Measure", "Dimension", "Artifact", "Reference", "Difference", "95 % interval"]
@@ -253,8 +280,13 @@ class Report:
         return "cosine" if self.task == "embedding" else "difference"
 
 
-def number(value: float) -> str:
-    """A figure for people: enough digits to tell 0.999999 from 1, small ones as 1.2e-06."""
+def number(value: float | None) -> str:
+    """A figure for people: enough digits to tell 0.999999 from 1, small ones as 1.2e-06.
+
+    None is what was not measured.
+    """
+    if value is None:
+        return "not measured"
     if math.isnan(value):
         return "NaN"
     if value == 0 or isinstance(value, int):

@@ -6,22 +6,46 @@ interval over the queries.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..beir import RetrievalSet
-from ..demo.samples import Pair, Sample
 from ..ranking import NDCG, Vectors, candidate_pairs, measure, rank_candidates, rank_documents
 from ..runtimes import Embedder, Reranker
 from ..runtimes.vectors import MRL_DIMS
-from .reference import Arithmetic, Reference, embedding_ids, reranker_ids, run_reference
+from .measures import finite_rows
 
 EMBEDDER_MEASURES = (NDCG, "R@100", "RR")
 RERANKER_MEASURES = (NDCG,)
 CANDIDATES = 50
 RESAMPLES = 2000
 CONFIDENCE = 95
+
+
+@dataclass(frozen=True)
+class SetQuality:
+    """How good a ranking of a retrieval set is, query by query.
+
+    Attributes:
+        measures: Leading values of the vectors (0 for a reranker) to measure to float64 [queries],
+            in the order of the set's queries.
+        lost: Of each query: vectors or scores with NaN or infinity, int64 [queries].
+        lost_documents: Documents' vectors with NaN or infinity.
+        varies: Of each query: whether its scores differ, bool [queries]; a ranking by equal scores
+            says nothing.
+    """
+
+    measures: Mapping[int, Mapping[str, np.ndarray]]
+    lost: np.ndarray
+    lost_documents: int
+    varies: np.ndarray
+
+    @property
+    def nonfinite(self) -> int:
+        """Vectors or scores with NaN or infinity."""
+        return int(self.lost.sum()) + self.lost_documents
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,7 @@ class RetrievalReport:
         reference: What the reference ran in, and on.
         rows: The full width first.
         before: nDCG@10 of a reranker's candidates as they came; None for an embedder.
+        measured: False where the reference's scores do not rank any query's candidates.
     """
 
     name: str
@@ -66,10 +91,13 @@ class RetrievalReport:
     reference: str
     rows: tuple[RetrievalRow, ...]
     before: float | None = None
+    measured: bool = True
 
     @property
-    def ndcg_loss(self) -> float:
-        """The reference's nDCG@10 less the artifact's, at the full width."""
+    def ndcg_loss(self) -> float | None:
+        """The reference's nDCG@10 less the artifact's, at the full width; None: not measured."""
+        if not self.measured:
+            return None
         return -next(row.difference for row in self.rows if row.measure == NDCG)
 
 
@@ -83,51 +111,73 @@ def bootstrap(differences: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare_embedders(
-    found: Vectors,
-    expected: Vectors,
-    data: RetrievalSet,
-    run: str,
-) -> RetrievalReport:
-    """Rank all documents by the artifact's and by the reference's vectors, at each dimension.
+def choose_dims(width: int) -> tuple[int, ...]:
+    """The widths at which vectors are ranked: the whole, and each MRL dimension below it."""
+    return (width, *(dim for dim in MRL_DIMS if dim < width))
+
+
+def vector_quality(vectors: Vectors, dims: Sequence[int], data: RetrievalSet) -> SetQuality:
+    """Rank all documents by vectors.
 
     Args:
-        found: The artifact's (queries [n, dim], documents [m, dim]).
-        expected: The reference's, as wide or wider.
+        vectors: (queries [n, dim], documents [m, dim]).
+        dims: Leading values to rank by.
         data: The set.
-        run: The reference's run, by its name.
     """
-    width = found[0].shape[1]
-    rows: list[RetrievalRow] = []
-    for dim in (width, *(dim for dim in MRL_DIMS if dim < width)):
-        values = [
-            measure(rank_documents(vectors, dim, data), data.relevance, EMBEDDER_MEASURES)
-            for vectors in (found, expected)
-        ]
-        rows += [_row(name, dim, *(each[name] for each in values)) for name in EMBEDDER_MEASURES]
-    return RetrievalReport(data.name, len(data.queries), len(data.documents), run, tuple(rows))
+    queries, documents = vectors
+    return SetQuality(
+        {
+            dim: measure(rank_documents(vectors, dim, data), data.relevance, EMBEDDER_MEASURES)
+            for dim in dims
+        },
+        (~finite_rows(queries)).astype(np.int64),
+        int((~finite_rows(documents)).sum()),
+        np.ones(len(queries), bool),
+    )
 
 
-def compare_rerankers(
-    found: np.ndarray, expected: np.ndarray, data: RetrievalSet, run: str
-) -> RetrievalReport:
-    """Rank each query's candidates by the artifact's and by the reference's scores.
-
-    Args:
-        found: The artifact's scores of `candidate_pairs(data)`, [pairs].
-        expected: The reference's.
-        data: The set.
-        run: The reference's run, by its name.
-    """
+def score_quality(scores: np.ndarray, data: RetrievalSet) -> SetQuality:
+    """Rank each query's candidates by the scores of `candidate_pairs(data)`, [pairs]."""
     before = {query: data.candidates[query] for query in data.queries}
-    after = [
-        measure(rank_candidates(before, np.nan_to_num(scores)), data.relevance, RERANKER_MEASURES)
-        for scores in (found, expected)
+    ranking = rank_candidates(before, np.nan_to_num(scores))
+    parts = np.split(scores, np.cumsum([len(each) for each in before.values()])[:-1])
+    return SetQuality(
+        {0: measure(ranking, data.relevance, RERANKER_MEASURES)},
+        np.array([(~finite_rows(own)).sum() for own in parts], np.int64),
+        0,
+        np.array([len(np.unique(own)) > 1 for own in parts], bool),
+    )
+
+
+def compare_quality(
+    found: SetQuality, expected: SetQuality, data: RetrievalSet, run: str
+) -> RetrievalReport:
+    """The artifact's ranking against the reference's.
+
+    Args:
+        found: The artifact's.
+        expected: The reference's, at the same widths.
+        data: The set.
+        run: The reference's run, by its name.
+    """
+    rows = [
+        _row(name, dim or None, values, expected.measures[dim][name])
+        for dim, measures in found.measures.items()
+        for name, values in measures.items()
     ]
-    rows = [_row(name, None, *(each[name] for each in after)) for name in RERANKER_MEASURES]
-    first = float(measure(before, data.relevance, RERANKER_MEASURES)[NDCG].mean())
-    sizes = (len(data.queries), len(data.documents))
-    return RetrievalReport(data.name, *sizes, run, tuple(rows), first)
+    before = None
+    if 0 in found.measures:
+        candidates = {query: data.candidates[query] for query in data.queries}
+        before = float(measure(candidates, data.relevance, RERANKER_MEASURES)[NDCG].mean())
+    return RetrievalReport(
+        data.name,
+        len(data.queries),
+        len(data.documents),
+        run,
+        tuple(rows),
+        before,
+        bool(expected.varies.any()),
+    )
 
 
 def encode_set(embedder: Embedder, data: RetrievalSet, *, progress: bool) -> Vectors:
@@ -138,28 +188,9 @@ def encode_set(embedder: Embedder, data: RetrievalSet, *, progress: bool) -> Vec
     )
 
 
-def encode_reference(
-    reference: Reference, data: RetrievalSet, arithmetic: Arithmetic, device: str, *, progress: bool
-) -> Vectors:
-    """The reference's vectors: (queries [n, hidden_size], documents [m, hidden_size])."""
-    samples = [Sample(text, "query") for text in data.queries.values()]
-    samples += [Sample(text, "document") for text in data.documents.values()]
-    rows = embedding_ids(reference, samples)
-    vectors = run_reference(reference, rows, arithmetic, device, progress=progress)
-    return vectors[: len(data.queries)], vectors[len(data.queries) :]
-
-
 def score_set(reranker: Reranker, data: RetrievalSet, *, progress: bool) -> np.ndarray:
     """The artifact's scores of all candidates, [pairs]."""
     return reranker.score(candidate_pairs(data), progress=progress)
-
-
-def score_reference(
-    reference: Reference, data: RetrievalSet, arithmetic: Arithmetic, device: str, *, progress: bool
-) -> np.ndarray:
-    """The reference's scores of all candidates, [pairs]."""
-    rows = reranker_ids(reference, [Pair(*pair) for pair in candidate_pairs(data)])
-    return run_reference(reference, rows, arithmetic, device, progress=progress)
 
 
 def _row(

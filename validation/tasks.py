@@ -23,23 +23,16 @@ from .measures import (
     finite_rows,
     rank_figures,
 )
-from .reference import Arithmetic, Reference, embedding_ids, reranker_ids
 from .report import Comparison, Gate, Sense
-from .retrieval import (
-    RetrievalReport,
-    compare_embedders,
-    compare_rerankers,
-    encode_reference,
-    encode_set,
-    score_reference,
-    score_set,
-)
+from .retrieval import SetQuality, choose_dims, encode_set, score_quality, score_set, vector_quality
 from .thresholds import Thresholds
 
 # What is no query: the name of documents' prompt, and no prompt at all.
 DOCUMENTS = ("document", "")
 # The narrowest width with a gate of its own: people store vectors of this width.
 MRL_GATE = 256
+# Vectors this near to length 1 are of unit length, rounding aside.
+UNIT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,11 @@ class EmbeddingTask:
 
     samples: list[Sample]
     sense: ClassVar[Sense] = "≥"  # of a cosine: more is better
+
+    @property
+    def inputs(self) -> list[Sample]:
+        """What both sides are given."""
+        return self.samples
 
     @property
     def names(self) -> list[str]:
@@ -70,22 +68,33 @@ class EmbeddingTask:
         Raises:
             InputError: A text is not valid Unicode, or its prompt has no such name.
         """
-        return embedder.tokenizer.encode(self._prompted(embedder)).ids
-
-    def reference_ids(self, reference: Reference) -> list[list[int]]:
-        """Token ids as transformers makes them."""
-        return embedding_ids(reference, self.samples)
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
+        for prompt, numbers, texts in self._by_prompt():
+            ids = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt)).ids
+            for i, row in zip(numbers, ids, strict=True):
+                rows[i] = row
+        return rows
 
     def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
         """The artifact's vectors: float32 [texts, dim]."""
-        return embedder.encode(self._prompted(embedder), prompt="", progress=progress)
+        vectors = np.empty((len(self.samples), embedder.dim), np.float32)
+        for prompt, numbers, texts in self._by_prompt():
+            vectors[numbers] = embedder.encode(texts, prompt=prompt, progress=progress)
+        return vectors
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The cosine of each vector: [n, dim] and [n, dim or more] to float64 [n]."""
         return cosines(found, expected[:, : found.shape[1]])
 
+    def comparable(self, found: np.ndarray) -> np.ndarray:
+        """The artifact's vectors as they are."""
+        return found
+
     def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of every query and every document, where both sides are finite.
+
+        Cosines; of vectors of unit length plain products, as users compute them, so that a vector
+        that is not shows.
 
         Args:
             found: float32 [texts, dim].
@@ -94,10 +103,11 @@ class EmbeddingTask:
         Returns:
             (the artifact's, the reference's), float64 [queries, documents].
         """
+        if not _is_unit(expected):
+            found = unit(found)
         expected = unit(expected[:, : found.shape[1]])
         good = finite_rows(found) & finite_rows(expected)
         queries, documents = good & self.is_query, good & ~self.is_query
-        # A plain product, as users compute it: a vector that is not of unit length shows.
         scores = found[queries].astype(np.float64) @ found[documents].T
         return scores, expected[queries] @ expected[documents].T
 
@@ -112,8 +122,8 @@ class EmbeddingTask:
         """
         width = found.shape[1]
         scores, expected_scores = self.scores(found, expected)
+        good = finite_rows(found) & finite_rows(expected[:, :width])
         expected = unit(expected[:, :width])
-        good = finite_rows(found) & finite_rows(expected)
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
@@ -132,33 +142,28 @@ class EmbeddingTask:
         """The artifact's vectors of a retrieval set."""
         return encode_set(embedder, data, progress=progress)
 
-    def run_reference_set(
-        self,
-        reference: Reference,
-        data: RetrievalSet,
-        arithmetic: Arithmetic,
-        device: str,
-        *,
-        progress: bool,
-    ) -> Vectors:
-        """The reference's vectors of a retrieval set."""
-        return encode_reference(reference, data, arithmetic, device, progress=progress)
-
-    def compare_sets(
-        self, found: Vectors, expected: Vectors, data: RetrievalSet, run: str
-    ) -> RetrievalReport:
-        """Retrieval by the artifact's and by the reference's vectors, those of a run."""
-        return compare_embedders(found, expected, data, run)
+    def measure(self, found: Vectors, data: RetrievalSet) -> SetQuality:
+        """How good the artifact's ranking of a retrieval set is, by what `run_set` gave."""
+        return vector_quality(found, choose_dims(found[0].shape[1]), data)
 
     def gates(
-        self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds
+        self,
+        comparison: Comparison,
+        found: np.ndarray,
+        expected: np.ndarray,
+        thresholds: Thresholds,
     ) -> list[Gate]:
-        """The gates on the artifact's vectors [texts, dim] and their comparison."""
+        """The gates on the artifact's vectors, and on their comparison with the reference's.
+
+        Args:
+            comparison: From `compare`.
+            found: float32 [texts, dim].
+            expected: float32 [texts, dim or more].
+            thresholds: The limits.
+        """
         figures, limit = comparison.figures, thresholds.min_cosine
-        lengths = np.linalg.norm(found[finite_rows(found)].astype(np.float64), axis=1)
-        error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
         gates = [
-            Gate("vectors' length to 1", error, "≤", thresholds.max_length_error),
+            _length_gate(found, expected, thresholds),
             Gate("minimum cosine", figures.get("minimum cosine", np.nan), "≥", limit),
         ]
         if MRL_GATE in comparison.dimensions:
@@ -173,20 +178,35 @@ class EmbeddingTask:
         """The limit for the invariance suite."""
         return thresholds.min_invariance
 
-    def _prompted(self, embedder: Embedder) -> list[str]:
-        """Each text behind its prompt: encoded together they keep the caller's numbers."""
+    def _by_prompt(self) -> list[tuple[str, list[int], list[str]]]:
+        """(prompt, numbers, texts) of each prompt's texts, which have the caller's numbers."""
+        numbers: dict[str, list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            check_text(i, sample.text)
+            numbers.setdefault(sample.prompt, []).append(i)
         return [
-            embedder.prompt_text(sample.prompt) + check_text(i, sample.text)
-            for i, sample in enumerate(self.samples)
+            (prompt, each, [self.samples[i].text for i in each]) for prompt, each in numbers.items()
         ]
 
 
 @dataclass(frozen=True)
 class RerankerTask:
-    """Pairs of texts to probabilities."""
+    """Pairs of texts to probabilities.
+
+    Attributes:
+        pairs: The pairs.
+        log_odds: Whether the model's library, and so the artifact, gives log-odds. They are
+            compared as probabilities, which the limits are about.
+    """
 
     pairs: list[Pair]
+    log_odds: bool = False
     sense: ClassVar[Sense] = "≤"  # of a difference: less is better
+
+    @property
+    def inputs(self) -> list[Pair]:
+        """What both sides are given."""
+        return self.pairs
 
     @property
     def names(self) -> list[str]:
@@ -202,10 +222,6 @@ class RerankerTask:
         """Token ids as the artifact makes them."""
         return reranker.tokenizer.encode(self._tuples()).ids
 
-    def reference_ids(self, reference: Reference) -> list[list[int]]:
-        """Token ids as transformers makes them."""
-        return reranker_ids(reference, self.pairs)
-
     def run(self, reranker: Reranker, *, progress: bool) -> np.ndarray:
         """The artifact's scores: float32 [pairs]."""
         return reranker.score(self._tuples(), progress=progress)
@@ -215,6 +231,14 @@ class RerankerTask:
         with np.errstate(invalid="ignore"):  # infinity - infinity
             return np.abs(found.astype(np.float64) - expected)
 
+    def comparable(self, found: np.ndarray) -> np.ndarray:
+        """The artifact's scores as probabilities: [pairs]; what is not finite stays."""
+        if not self.log_odds:
+            return found
+        with np.errstate(over="ignore"):
+            probabilities = (1 / (1 + np.exp(-found.astype(np.float64)))).astype(np.float32)
+        return np.where(np.isfinite(found), probabilities, found)
+
     def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(the artifact's, the reference's) where both are finite: float64 [pairs]."""
         good = finite_rows(found) & finite_rows(expected)
@@ -223,15 +247,12 @@ class RerankerTask:
     def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
         """The artifact's scores [pairs] against one run of the reference [pairs]."""
         good = finite_rows(found) & finite_rows(expected)
-        rows_of: dict[str, list[int]] = {}
-        for i in np.flatnonzero(good):
-            rows_of.setdefault(self.pairs[i].query, []).append(int(i))
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
             compared=int(good.sum()),
             figures=difference_figures(found[good], expected[good])
-            | rank_figures((found[rows], expected[rows]) for rows in rows_of.values()),
+            | rank_figures((found[rows], expected[rows]) for rows in self._by_query(good)),
             dimensions={},
         )
 
@@ -239,29 +260,59 @@ class RerankerTask:
         """The artifact's scores of a retrieval set's candidates, [pairs]."""
         return score_set(reranker, data, progress=progress)
 
-    def run_reference_set(
-        self,
-        reference: Reference,
-        data: RetrievalSet,
-        arithmetic: Arithmetic,
-        device: str,
-        *,
-        progress: bool,
-    ) -> np.ndarray:
-        """The reference's scores of the same, [pairs]."""
-        return score_reference(reference, data, arithmetic, device, progress=progress)
-
-    def compare_sets(
-        self, found: np.ndarray, expected: np.ndarray, data: RetrievalSet, run: str
-    ) -> RetrievalReport:
-        """Reranking by the artifact's and by the reference's scores, those of a run."""
-        return compare_rerankers(found, expected, data, run)
+    def measure(self, found: np.ndarray, data: RetrievalSet) -> SetQuality:
+        """How good the artifact's reranking of a retrieval set is, by what `run_set` gave."""
+        return score_quality(found, data)
 
     def gates(
-        self, comparison: Comparison, found: np.ndarray, thresholds: Thresholds
+        self,
+        comparison: Comparison,
+        found: np.ndarray,
+        expected: np.ndarray,
+        thresholds: Thresholds,
     ) -> list[Gate]:
-        """The gate on the comparison of the artifact's scores [pairs]."""
-        return [_score_gate(comparison, thresholds)]
+        """The gates on the comparison of the artifact's scores with the reference's.
+
+        Args:
+            comparison: From `compare`.
+            found: float32 [pairs].
+            expected: float32 [pairs].
+            thresholds: The limits.
+        """
+        return [
+            _score_gate(comparison, thresholds),
+            self._order_gate(found, expected, thresholds.tie_margin),
+        ]
+
+    def _order_gate(self, found: np.ndarray, expected: np.ndarray, margin: float) -> Gate:
+        """How many pairs of one query's documents the artifact puts into another order.
+
+        Documents whose reference scores differ by the margin or less are ties.
+        """
+        apart, swapped, detail = 0, 0, ""
+        for rows in self._by_query(finite_rows(found) & finite_rows(expected)):
+            order = rows[np.argsort(-expected[rows], kind="stable")]
+            for place, higher in enumerate(order[:-1]):
+                lower = order[place + 1 :]
+                lower = lower[expected[higher] - expected[lower] > margin]
+                wrong = lower[found[lower] >= found[higher]]
+                if len(wrong) and not detail:
+                    detail = f"pair {wrong[0]} is not below pair {higher}"
+                apart += len(lower)
+                swapped += len(wrong)
+        name = "documents out of order"
+        if not apart:
+            basis = f"no query has two documents with scores more than {margin:g} apart"
+            return Gate(name, None, "≤", 0, basis=basis)
+        basis = f"of {apart:,} pairs with scores more than {margin:g} apart"
+        return Gate(name, swapped, "≤", 0, detail, basis)
+
+    def _by_query(self, good: np.ndarray) -> list[np.ndarray]:
+        """Numbers of the pairs of each query, those that are `good`: bool [pairs]."""
+        rows: dict[str, list[int]] = {}
+        for i in np.flatnonzero(good):
+            rows.setdefault(self.pairs[i].query, []).append(int(i))
+        return [np.array(each) for each in rows.values()]
 
     def invariance_limit(self, thresholds: Thresholds) -> float:
         """The limit for the invariance suite."""
@@ -269,6 +320,26 @@ class RerankerTask:
 
     def _tuples(self) -> list[tuple[str, str]]:
         return [(pair.query, pair.document) for pair in self.pairs]
+
+
+def _is_unit(vectors: np.ndarray) -> bool:
+    """Whether the finite ones of vectors [n, dim] are of unit length."""
+    lengths = np.linalg.norm(vectors[finite_rows(vectors)].astype(np.float64), axis=1)
+    return bool((np.abs(lengths - 1) < UNIT).all())
+
+
+def _length_gate(found: np.ndarray, expected: np.ndarray, thresholds: Thresholds) -> Gate:
+    """The vectors' length: 1, or the reference's where it does not normalize."""
+    lengths = np.linalg.norm(found.astype(np.float64), axis=1)
+    name, limit = "vectors' length to 1", thresholds.max_length_error
+    if not _is_unit(expected):
+        name = "vectors' length to the reference's"
+        lengths /= np.linalg.norm(expected[:, : found.shape[1]].astype(np.float64), axis=1)
+        # What an error that leaves the cosine can do to the length.
+        limit = max(limit, (2 * (1 - thresholds.min_cosine)) ** 0.5)
+    lengths = lengths[np.isfinite(lengths)]
+    error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
+    return Gate(name, error, "≤", limit)
 
 
 def _score_gate(comparison: Comparison, thresholds: Thresholds) -> Gate:

@@ -28,6 +28,15 @@ class Thresholds:
     max_length_error: float
     max_ndcg_loss: float
 
+    @property
+    def tie_margin(self) -> float:
+        """Documents whose reference scores differ by no more than this have no order.
+
+        What a score may be off by; so the gate on order is about pairs that the gate on scores
+        would let change places: two scores may be off towards each other.
+        """
+        return self.max_score_difference
+
 
 # Quantized precisions are held to what serves, not to what fp32 can do: docs/quantization.md has
 # what was measured.

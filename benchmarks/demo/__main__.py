@@ -21,6 +21,7 @@ from embedport.prompts import (
     RERANKER_SUFFIX,
     EmbeddingTokenizer,
     RerankerTokenizer,
+    append_end_of_text,
     reranker_body,
 )
 
@@ -142,8 +143,11 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
 
 
 def _save(tokenizer: Tokenizer, work: Path) -> Path:
+    """The tokenizer as an embedder's folder has it: it ends every text."""
     path = work / "tokenizer.json"
-    tokenizer.save(str(path))
+    ended = Tokenizer.from_str(tokenizer.to_str())
+    append_end_of_text(ended, path)
+    ended.save(str(path))
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InputError
 from ..integrity import cache_folder
 from ..runtimes import read_facts
-from ..spec import ModelSpec
+from ..spec import ModelSpec, Task
 from .checks import check_models, check_request, check_space, check_work, read_checkpoint
 from .machine import describe, measure_peak
 from .race import Race, Result, start_cold
@@ -94,6 +94,7 @@ def bench(
     quick: bool = False,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda stage: None,
+    task: Task | None = None,
 ) -> Bench:
     """Race artifacts against one another and against peers, on this machine's CPU.
 
@@ -112,6 +113,7 @@ def bench(
         quick: A few minutes' worth.
         cache: Where peers' models are kept; in the user's cache folder by default.
         say: Told what is being done.
+        task: "embedding" or "reranker", for checkpoints whose files do not tell.
 
     Raises:
         InputError: The request is wrong in itself (see `checks`), or one side is given twice.
@@ -119,7 +121,7 @@ def bench(
     """
     check_request(artifacts, peers, checkpoint, rounds)
     machine, threads = describe(), choose_threads()
-    facts = [read_facts(artifact) for artifact in artifacts]
+    facts = [read_facts(artifact, task) for artifact in artifacts]
     check_models(facts)
     sides = _distinct([our_side(each, threads) for each in facts])
     tokenizer = facts[0].folder / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""Our side of a race: `python -m embedport.bench.serve FOLDER THREADS`."""
+"""Our side of a race: `python -m embedport.bench.serve FOLDER THREADS TASK`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import numpy as np
 
 from ..errors import EmbedportError
 from ..runtimes import Reranker, load
+from ..spec import Task
 from .peers import serving
 from .threads import choose_threads
 
 
-def main(folder: str, threads: str) -> None:
+def main(folder: str, threads: str, task: Task) -> None:
     """Answer requests about a model's rows, batches as the runtime chooses them.
 
     A graph's threads are what `load` tells onnxruntime in this environment, a checkpoint's what
     torch is told here.
     """
-    model = load(folder, device="cpu")
+    model = load(folder, device="cpu", task=task)
     used = choose_threads()
     if torch := sys.modules.get("torch"):  # imported by `load`, where it runs the model
         torch.set_num_threads(int(threads))
@@ -36,6 +37,6 @@ def main(folder: str, threads: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
+        main(*sys.argv[1:])  # ty: ignore[invalid-argument-type] (our side's own)
     except EmbedportError as error:
         sys.exit(str(error))

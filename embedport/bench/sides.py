@@ -100,7 +100,8 @@ class Installed:
 
 def our_side(facts: ModelFacts, threads: int) -> Side:
     """An artifact or a checkpoint, as `embedport.load` runs it on a CPU."""
-    command = (sys.executable, "-m", "embedport.bench.serve", str(facts.folder), str(threads))
+    command = (sys.executable, "-m", "embedport.bench.serve", str(facts.folder))
+    command += (str(threads), facts.task)
     bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
     return Side(f"embedport {facts.precision}", command, facts.folder, bits, {}, has_batches=True)
 

@@ -12,7 +12,19 @@ from typer.core import TyperGroup
 
 from ..errors import EmbedportError
 from ..version import __version__
-from . import bench, check, demo, encode, export, inspect, quantize, rerank, tensorrt, validate
+from . import (
+    bench,
+    check,
+    demo,
+    encode,
+    export,
+    inspect,
+    quantize,
+    reference,
+    rerank,
+    tensorrt,
+    validate,
+)
 
 
 class _StoppedError(Exception):
@@ -59,6 +71,7 @@ app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
 app.command("check")(check.check)
 app.command("validate")(validate.validate)
+app.command("reference")(reference.reference)
 app.command("inspect")(inspect.inspect)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .inputs import TaskOption, check_task
 from .outputs import (
     check_output,
     size_words,
@@ -58,6 +59,7 @@ def bench(
         Path | None, typer.Option("-o", "--out", help=".json.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    task: TaskOption = None,
 ) -> None:
     """Measure speed, start-up and memory on this CPU, side by side.
 
@@ -79,6 +81,7 @@ def bench(
             rounds=rounds,
             quick=quick,
             say=say,
+            task=check_task(task),
         )
     text = to_json(result.to_dict(), indent=2)
     if out is not None:

@@ -26,12 +26,18 @@ With a real checkpoint:
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where to work.")] = Path("demo-output"),
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live", help="Run the reference here, in torch, instead of what was recorded."
+        ),
+    ] = False,
 ) -> None:
     """Run the main job on two small trained models: export, search, rerank, validate, report."""
     from ..demo.pipeline import run_demo
 
     steps, console = stderr_console(), stdout_console()
-    result = run_demo(out, lambda step: steps.print(f"{step} …", style="dim"))
+    result = run_demo(out, lambda step: steps.print(f"{step} …", style="dim"), live=live)
     _print_answers(console, result)
     _print_parity(console, result)
     console.rule("Where it is", align="left")
@@ -60,15 +66,17 @@ def _print_answers(console: Console, result: Demo) -> None:
 
 
 def _print_parity(console: Console, result: Demo) -> None:
-    console.rule("Parity with transformers", align="left")
+    console.rule("Parity with the checkpoints' own libraries", align="left")
     if not result.reports:
         console.print(
             "Not measured, a package is missing. Install it, then again:\n"
-            "pip install 'embedport[cpu,torch,retrieval,report]'",
+            "pip install 'embedport[cpu,retrieval,report]'",
             markup=False,  # the extras are no style
         )
         return
     for task in dict.fromkeys(report.task for report in result.reports):
+        first = next(report for report in result.reports if report.task == task)
+        console.print(f"{first.inputs} inputs of the {task} model in {first.library}:")
         console.print(_parity([report for report in result.reports if report.task == task]))
     console.print("All figures: README.md in each artifact's folder.")
 
@@ -80,14 +88,17 @@ def _parity(reports: Sequence[Report]) -> Table:
 
     from ..validation.report import number
 
-    first = reports[0]
-    table = Table(f"{first.task}, {first.inputs} inputs", box=SIMPLE_HEAD)
+    table = Table("", box=SIMPLE_HEAD)
     for report in reports:
         table.add_column(report.precision, justify="right")
     gates = [{gate.name: gate for gate in report.gates} for report in reports]
     for name in gates[0]:
         found = [each[name] for each in gates]
-        table.add_row(name, *(f"{number(g.value)} {g.sense} {number(g.limit)}" for g in found))
+        shown = (
+            number(g.value) if g.value is None else f"{number(g.value)} {g.sense} {number(g.limit)}"
+            for g in found
+        )
+        table.add_row(name, *shown)
     figures = [each.comparisons[0].figures if each.comparisons else {} for each in reports]
     for name in figures[0]:
         if name not in gates[0]:

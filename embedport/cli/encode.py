@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .inputs import read_texts
+from .inputs import TaskOption, check_task, read_texts
 from .outputs import check_output, stdout_console, to_json, write_jsonl, write_npy
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def encode(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="query, document (the default), or a literal prompt.", show_default=False
+            help="query, document, another of the model's, or a literal prompt; its default one "
+            "otherwise.",
+            show_default=False,
         ),
     ] = None,
     instruction: Annotated[
@@ -92,6 +94,7 @@ def encode(
         typer.Option(min=1, help="Ray's; by default one a GPU or machine.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin a folder anew.")] = False,
+    task: TaskOption = None,
 ) -> None:
     """Embed texts.
 
@@ -118,6 +121,7 @@ def encode(
             batch_tokens=batch_tokens,
             device=device,
             max_length=max_length,
+            task=check_task(task),
         )
         _encode_corpus(job, engine, workers, force)
         return
@@ -130,7 +134,7 @@ def encode(
         raise InputError("--json prints, and -o writes a file: give one of them")
     only_ranges = calibrate is not None and not texts and file is None
     inputs = [] if only_ranges else read_texts(texts or [], file)
-    embedder = load(artifact, device=device, max_length=max_length)
+    embedder = load(artifact, device=device, max_length=max_length, task=check_task(task))
     if not isinstance(embedder, Embedder):
         raise InputError(f"{artifact} is a reranker: use `embedport rerank`")
     if only_ranges and not embedder.keeps_ranges:
@@ -187,9 +191,9 @@ def _absolute(model: Path) -> str:
     return str(model.absolute() if model.is_dir() else model)
 
 
-def _choose_prompt(prompt: str | None, instruction: str | None) -> str:
+def _choose_prompt(prompt: str | None, instruction: str | None) -> str | None:
     if instruction is None:
-        return prompt or "document"
+        return prompt
     if prompt not in (None, "query"):
         raise InputError("--instruction makes a prompt for queries: leave --prompt out")
     from ..prompts import query_prompt

@@ -4,8 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ..errors import InputError
+from ..spec import TASKS, Task
+
+# The option of commands that take a model.
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="embedding or reranker, for a checkpoint whose files do not tell.",
+        show_default=False,
+    ),
+]
+
+
+def check_task(task: str | None) -> Task | None:
+    """The task of the command line.
+
+    Raises:
+        InputError: It is none.
+    """
+    for known in (None, *TASKS):
+        if task == known:
+            return known
+    raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
 
 
 def read_texts(arguments: list[str], file: Path | None) -> list[str]:

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .inputs import TaskOption, check_task
 from .outputs import size_words, stdout_console
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from ..hub import Source
-    from ..spec import ModelSpec
+    from ..manifest import Manifest
+    from ..spec import ModelSpec, Task
 
 
 def inspect(
@@ -29,6 +32,7 @@ def inspect(
         str | None, typer.Option(help="A hub revision.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    task: TaskOption = None,
 ) -> None:
     """Show what an artifact or a checkpoint is; an artifact's files are checked.
 
@@ -46,7 +50,7 @@ def inspect(
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{source.folder / MANIFEST} is damaged: {error!r}") from error
     else:
-        facts = _checkpoint_facts(source)
+        facts = _checkpoint_facts(source, check_task(task))
         rows = _checkpoint_rows(facts)
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
@@ -66,6 +70,7 @@ def _artifact_facts(source: Source) -> dict[str, Any]:
         "bytes": artifact.size,
         "weights": graph_sizes(artifact.graph) if is_graph else checkpoint_sizes(artifact.folder),
         **asdict(artifact.manifest),
+        **_words(artifact.folder, None, artifact.manifest),
     }
 
 
@@ -78,7 +83,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         "Precision": facts["precision"],
         "Format": facts["format"],
         "Longest text": _lengths(facts),
-        "Prompts": _prompts(facts["prompts"]),
+        **_pipeline_rows(facts),
         "Weights": "\n".join(_part(part, sizes) for part, sizes in facts["weights"].items()),
         "Source": _at(facts["source"]["id"], facts["source"]["revision"]),
         "Runtime": facts["requires"],
@@ -141,12 +146,12 @@ def _verdict(parity: Mapping[str, Any] | None) -> str:
     return "\n".join([f"{holds} ({parity['date']})", *words])
 
 
-def _checkpoint_facts(source: Source) -> dict[str, Any]:
+def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
     from ..spec import read_spec
     from ..stored import LibraryQuantization
 
-    spec = read_spec(source)
-    facts = asdict(spec)
+    spec = read_spec(source, task)
+    facts = asdict(spec) | _words(spec.source.folder, spec)
     del facts["source"]
     # What a library alone reads gives no weights to export.
     exports = not isinstance(spec.quantization, LibraryQuantization)
@@ -205,7 +210,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
         f"{facts['head_dim']}",
         "Vocabulary": f"{facts['vocab_size']:,}, head {'tied' if facts['tied'] else 'not tied'}",
         "Longest text": _lengths(facts),
-        "Prompts": _prompts(facts["prompts"] if facts["task"] == "embedding" else {}),
+        **_pipeline_rows(facts),
         "Parameters": f"{facts['parameters']:,}",
         "Weights": _shards(facts["weights"]) + _method(facts["quantization"]),
     }
@@ -238,8 +243,103 @@ def _lengths(facts: dict[str, Any]) -> str:
     return f"{facts['max_length']:,} tokens; {positions}"
 
 
-def _prompts(prompts: Mapping[str, str]) -> str:
-    return "\n".join(f"{name}: {prompt!r}" for name, prompt in prompts.items()) or "none"
+FORMS = {
+    "text": "as the tokenizer takes them",
+    "messages": "messages of the folder's chat template",
+    "instruct": "pairs under Qwen3-Reranker's own template",
+}
+
+
+def _words(
+    folder: Path, spec: ModelSpec | None, manifest: Manifest | None = None
+) -> dict[str, Any]:
+    """The tokens that a tokenizer adds to a text, and those that a reranker answers with."""
+    from ..prompts import load_tokenizer
+
+    path = folder / "tokenizer.json"
+    known = spec or manifest
+    assert known is not None
+    answers = known.outputs.answers
+    if spec is not None and spec.task == "reranker" and spec.score_rows is None:
+        answers = answers or ("yes", "no")
+    if not path.is_file():
+        return {"tokens_added": None, "answers": answers}
+    tokenizer = load_tokenizer(path)
+    added: list[str] = []
+    if known.inputs.form == "text":
+        added = tokenizer.encode("").tokens
+    names = None
+    if answers is not None:
+        names = [tokenizer.id_to_token(x) if isinstance(x, int) else x for x in answers]
+    return {"tokens_added": added, "answers": names}
+
+
+def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What happens before and behind the layers, as it was understood."""
+    inputs, outputs = facts["inputs"], facts["outputs"]
+    texts = [FORMS[inputs["form"]]]
+    if inputs["form"] == "messages":
+        texts[0] += f" ({inputs['message_format']} contents)"
+    texts += ["made lower case"] * inputs["lower_case"]
+    texts += ["special tokens in them are plain text"] * inputs["split_special_tokens"]
+    texts += ["too long ones cut at the beginning"] * (inputs["truncation_side"] == "left")
+    rows = {"Texts": "; ".join(texts)}
+    if facts["tokens_added"] is not None and inputs["form"] == "text":
+        rows["Tokens added"] = " ".join(facts["tokens_added"]) or "none"
+    rows["Prompts"] = _prompts(inputs)
+    if "rope" in facts:
+        rows["Attention"] = _attention(facts)
+    if facts["task"] == "embedding":
+        pooled = " and ".join(outputs["pooling"])
+        rows["Pooling"] = pooled + ("" if outputs["include_prompt"] else ", without the prompt")
+        rows["Dense"] = "\n".join(map(_dense, outputs["steps"])).strip() or "none"
+        steps = outputs["steps"]
+        rows["Normalization"] = "length 1" if steps and steps[-1] == "normalize" else "none"
+        if outputs["truncate"] is not None:
+            rows["Normalization"] += f", then cut to {outputs['truncate']:,} values"
+        rows["Similarity"] = outputs["similarity"]
+    else:
+        rows["Head"] = _head(facts)
+    rows["Adapter"] = "none"
+    return rows
+
+
+def _attention(facts: Mapping[str, Any]) -> str:
+    rope = facts["rope"]
+    words = "causal" if facts["causal"] else "to both sides"
+    words += ", with biases" if facts["attention_bias"] else ""
+    words += f"; rotary embedding with theta {rope['theta']:,.0f}"
+    return words if rope["kind"] == "default" else f"{words}, {rope['kind']} x {rope['factor']:g}"
+
+
+def _dense(step: str | Mapping[str, Any]) -> str:
+    if isinstance(step, str):
+        return ""
+    words = f"{step['path']}: {step['in_features']:,} to {step['out_features']:,}"
+    words += " with bias" if step["bias"] else ""
+    return f"{words}, {step['activation']}" + (", residual" if step["residual"] else "")
+
+
+def _head(facts: Mapping[str, Any]) -> str:
+    activation = facts["outputs"]["activation"]
+    if facts.get("score_rows"):
+        return f"a classifier of {facts['score_rows']} labels, {activation}"
+    if facts["answers"] is None:
+        return f"one row, {activation}"
+    yes, no = facts["answers"]
+    logits = f"logit of {yes!r}" + ("" if no is None else f" less that of {no!r}")
+    return f"{logits}, {activation}"
+
+
+def _prompts(inputs: Mapping[str, Any]) -> str:
+    default = inputs["default_prompt"]
+    return (
+        "\n".join(
+            f"{name}{' (default)' if name == default else ''}: {prompt!r}"
+            for name, prompt in inputs["prompts"].items()
+        )
+        or "none"
+    )
 
 
 def _at(source: str, revision: str | None) -> str:

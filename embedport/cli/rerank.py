@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .inputs import read_texts
+from .inputs import TaskOption, check_task, read_texts
 from .outputs import check_output, stdout_console, to_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -58,26 +58,26 @@ def rerank(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object a document.")
     ] = False,
+    task: TaskOption = None,
 ) -> None:
     """Order documents by relevance to a query.
 
     Example: embedport rerank reranker-fp32 "What is the capital of China?" "Beijing is." "Paris."
     """
-    from ..prompts import DEFAULT_INSTRUCTION
     from ..runtimes import Reranker, load
 
     check_output(out, ".jsonl")
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
     inputs = read_texts(documents or [], file)
-    reranker = load(artifact, device=device, max_length=max_length)
+    reranker = load(artifact, device=device, max_length=max_length, task=check_task(task))
     if not isinstance(reranker, Reranker):
         raise InputError(f"{artifact} is an embedding model: use `embedport encode`")
     ranking = reranker.rank(
         query,
         inputs,
         top_k=top_k,
-        instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
+        instruction=instruction,
         batch_tokens=batch_tokens,
         progress=True,
     )

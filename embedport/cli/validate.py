@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from .inputs import TaskOption, check_task
 from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
     from ..beir import RetrievalSet
     from ..demo.samples import Pair, Sample
+    from ..spec import Task
 
 
 def validate(
@@ -26,7 +28,9 @@ def validate(
     reference: Annotated[
         str,
         typer.Option(
-            help="The checkpoint it was made from: a folder or hub id.", show_default=False
+            help="The checkpoint it was made from (a folder or hub id), or a file that "
+            "`embedport reference` wrote.",
+            show_default=False,
         ),
     ],
     revision: Annotated[
@@ -36,7 +40,8 @@ def validate(
         Path | None,
         typer.Option(
             "--input",
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl); built-in ones otherwise.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl); otherwise a recorded reference's, "
+            "or built-in ones.",
             show_default=False,
         ),
     ] = None,
@@ -81,8 +86,9 @@ def validate(
         bool, typer.Option(help="Put the figures into the manifest and the model card.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    task: TaskOption = None,
 ) -> None:
-    """Compare an artifact with its checkpoint run by transformers; exit code 1 if a gate fails.
+    """Compare an artifact with its checkpoint run by its own library; exit code 1 if a gate fails.
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
@@ -92,8 +98,9 @@ def validate(
     check_output(report, ".html", ".json", ".md")
     check_output(save_run)
     recorded = find_recorded(artifact) if record else None
-    texts, pairs = _read(artifact, file)
-    data = _read_set(artifact, retrieval, candidates, max_queries, max_ndcg_loss)
+    kind = check_task(task)
+    texts, pairs = _read(artifact, file, kind)
+    data = _read_set(artifact, kind, retrieval, candidates, max_queries, max_ndcg_loss)
     result = run(
         artifact,
         reference,
@@ -110,6 +117,7 @@ def validate(
         command=["embedport", *sys.argv[1:]],
         record=recorded is not None,
         progress=True,
+        task=kind,
     )
     if report is not None and report.suffix != ".html":
         write_text(report, result.to_json() if report.suffix == ".json" else result.to_markdown())
@@ -124,19 +132,22 @@ def validate(
     raise typer.Exit(0 if result.passed else 1)
 
 
-def _read(artifact: Path, file: Path | None) -> tuple[list[Sample] | None, list[Pair] | None]:
+def _read(
+    artifact: Path, file: Path | None, task: Task | None
+) -> tuple[list[Sample] | None, list[Pair] | None]:
     if file is None:
         return None, None
     from ..demo.samples import read_pairs, read_samples
     from ..runtimes import read_facts
 
-    if read_facts(artifact).task == "reranker":
+    if read_facts(artifact, task).task == "reranker":
         return None, read_pairs(file)
     return read_samples(file), None
 
 
 def _read_set(
     artifact: Path,
+    task: Task | None,
     retrieval: str | None,
     candidates: Path | None,
     max_queries: int | None,
@@ -151,6 +162,6 @@ def _read_set(
     from ..beir import read_beir
     from ..runtimes import read_facts
 
-    if candidates is not None and read_facts(artifact).task == "embedding":
+    if candidates is not None and read_facts(artifact, task).task == "embedding":
         raise InputError("an embedding model searches all documents: --candidates are a reranker's")
     return read_beir(retrieval, candidates=candidates, max_queries=max_queries)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..beir import BUILTIN, read_beir
-from ..errors import InputError
+from ..errors import InputError, require
 from ..exporters import export
 from ..runtimes import Embedder, Ranked, Reranker, load
 from ..spec import TASKS
@@ -30,7 +30,7 @@ CANDIDATES = 50
 # In fp32 the order is the reference's; in int8 the noise of fewer would be near the limit.
 RERANKED_QUERIES = {"reranker-fp32": 50, "reranker-int8": 200}
 MARKER = "demo.txt"
-NEEDED = ("torch", "transformers", "ir_measures", "jinja2", "matplotlib")
+NEEDED = ("ir_measures", "jinja2", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Demo:
         artifacts: What was exported, each task in each precision.
         documents: How many documents were searched.
         answers: One for each of `QUERIES`.
-        reports: The validations; empty where a package that they need is not installed.
+        reports: The validations, against what the checkpoints' own libraries gave; empty where a
+            package that they need is not installed.
         pages: Their HTML pages.
     """
 
@@ -92,16 +93,31 @@ def _builtin(name: str) -> Path:
     return folder
 
 
-def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
+def builtin_reference(checkpoint: Path) -> Path:
+    """The recorded reference of one of the two: what its own library gave for the built-in texts.
+
+    Made by `embedport reference CHECKPOINT -o FILE --device cpu --retrieval builtin`; of the
+    reranker with `--max-queries 200`.
+    """
+    return checkpoint.with_name(f"{checkpoint.name}.reference")
+
+
+def run_demo(folder: Path, say: Callable[[str], None], *, live: bool = False) -> Demo:
     """Export both models, search, rerank, validate.
 
     Args:
         folder: Made, or replaced if an earlier demo made it.
         say: Called with a line before each step.
+        live: Whether the checkpoints' own libraries run now, in torch, instead of what they gave
+            when it was recorded.
 
     Raises:
         InputError: The folder exists and is not an earlier demo's.
+        MissingPackageError: What runs a reference is not installed.
     """
+    if live:
+        for package in ("torch", "transformers", "sentence_transformers"):
+            require(package, "torch")
     _prepare(folder)
     artifacts: dict[Path, Path] = {}
     for task, checkpoint in zip(TASKS, (builtin_embedder(), builtin_reranker()), strict=True):
@@ -110,7 +126,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> Demo:
             artifact = export(checkpoint, folder / f"{task}-{precision}", precision=precision)
             artifacts[artifact.folder] = checkpoint
     documents, answers = _answer(folder, say)
-    reports, pages = _validate(artifacts, folder, say)
+    reports, pages = _validate(artifacts, folder, say, live)
     return Demo(list(artifacts), documents, answers, reports, pages)
 
 
@@ -132,7 +148,7 @@ def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]
 
 
 def _validate(
-    artifacts: dict[Path, Path], folder: Path, say: Callable[[str], None]
+    artifacts: dict[Path, Path], folder: Path, say: Callable[[str], None], live: bool
 ) -> tuple[list[Report], list[Path]]:
     """Each artifact against its checkpoint, retrieval included, with a page each."""
     if not all(find_spec(name) for name in NEEDED):
@@ -141,12 +157,13 @@ def _validate(
 
     reports, pages = [], []
     for artifact, checkpoint in artifacts.items():
-        say(f"Validating {artifact.name} against transformers")
+        reference = checkpoint if live else builtin_reference(checkpoint)
+        say(f"Validating {artifact.name} against {'its checkpoint' if live else reference.name}")
         data = read_beir(BUILTIN, max_queries=RERANKED_QUERIES.get(artifact.name))
         pages.append(folder / f"{artifact.name}.html")
-        command = ["embedport", "demo", "-o", str(folder)]
+        command = ["embedport", "demo", "-o", str(folder), *(["--live"] if live else [])]
         reports.append(
-            validate(artifact, checkpoint, retrieval=data, page=pages[-1], command=command)
+            validate(artifact, reference, retrieval=data, page=pages[-1], command=command)
         )
     return reports, pages
 

@@ -28,13 +28,9 @@ from ..files import INDEX, SINGLE
 from ..layout import write_json, write_sentence_transformers
 from ..prompts import append_end_of_text
 from ..spec import DEFAULT_PROMPTS, ModelSpec, Task
+from ..tokens import SPLIT
 
-# The words Qwen's tokenizer splits at, and its special tokens in the order of their ids
-# (tokenizer.json of Qwen3).
-PRE_TOKENS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Qwen's special tokens in the order of their ids (tokenizer.json of Qwen3).
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED_TOKENS = ["<think>", "</think>"]
 STORED: dict[str, Any] = {
@@ -80,7 +76,8 @@ def write_checkpoint(
     Args:
         folder: Made, or emptied of an earlier checkpoint by being overwritten file by file.
         geometry: The model's sizes.
-        task: Decides the tensors' names (`Qwen3Model` or `Qwen3ForCausalLM`) and the files beside.
+        task: Decides the tensors' names (`Qwen3Model` or `Qwen3ForCausalLM`) and the files beside,
+            the model card's header among them.
         tokenizer: Saved as tokenizer.json; ends texts with `<|endoftext|>` for embeddings.
         dtype: The stored dtype.
         shard_bytes: A new shard begins once one holds this many bytes.
@@ -116,7 +113,10 @@ def write_checkpoint(
             "split_special_tokens": False,
         },
     )
-    spec = ModelSpec.from_checkpoint(folder, task=task)
+    tag = "text-ranking" if task == "reranker" else "feature-extraction"
+    card = f"---\nlibrary_name: transformers\npipeline_tag: {tag}\n---\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    spec = ModelSpec.from_checkpoint(folder)
     _write_shards(spec, STORED[dtype], shard_bytes, seed)
     return folder
 
@@ -171,7 +171,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:
     tokenizer.normalizer = NFC()
     tokenizer.pre_tokenizer = PreTokenizers(
         [
-            Split(Regex(PRE_TOKENS), behavior="isolated"),
+            Split(Regex(SPLIT), behavior="isolated"),
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

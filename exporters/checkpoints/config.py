@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ...files import read_json
-from ...prompts import END_OF_TEXT, load_tokenizer, token_id
+from ...prompts import END_OF_TEXT, find_answers, load_tokenizer, token_id
 from ...quantize.gptq import DAMPING
 from ...spec import ModelSpec
 from ...version import __version__
@@ -34,10 +34,28 @@ def checkpoint_config(spec: ModelSpec, plan: Plan, form: Form | None) -> dict[st
         plan: How it is quantized.
         form: Of a reranker; None for an embedder.
     """
-    config = read_json(spec.source.folder / "config.json")
+    config = read_json(spec.source.folder / "config.json") | _rope_values(spec)
+    config.pop("rope_parameters" if spec.rope.kind != "default" else "rope_scaling", None)
+    if form == "causal-lm":
+        config["tie_word_embeddings"] = spec.tied
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = plan.dtype
     return config | _task_values(spec, form) | {"quantization_config": quantization_config(plan)}
+
+
+def _rope_values(spec: ModelSpec) -> dict[str, Any]:
+    """The rotary embedding as both transformers 4 and 5 read it.
+
+    4 knows no rope_parameters, and would take a theta of 10,000; 5 takes rope_scaling before them.
+    """
+    values = spec.rope.to_parameters()
+    theta = values.pop("rope_theta")
+    if spec.rope.kind == "default":
+        return {"rope_theta": theta}
+    if spec.rope.original == spec.max_position_embeddings:
+        # Both take it from there; given, 4 would divide the two instead of taking the factor.
+        del values["original_max_position_embeddings"]
+    return {"rope_theta": theta, "rope_scaling": values}
 
 
 def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
@@ -47,16 +65,20 @@ def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
     values: dict[str, Any] = {"use_pad_token": False, "use_sep_token": False}
     if form == "causal-lm":
         own = vllm_overrides(spec, form)
-        del own["architectures"]  # the folder's own is what transformers loads
+        own.pop("architectures", None)  # the folder's own is what transformers loads
         return values | own
     path = spec.source.folder / "tokenizer.json"
+    padding = spec.inputs.skipped_token
+    if padding is None and spec.score_rows is None:
+        padding = token_id(load_tokenizer(path), END_OF_TEXT, path)
+    activation = "activation.Sigmoid" if spec.outputs.activation == "sigmoid" else "linear.Identity"
     return values | {
         "architectures": [CLASSIFIER],
         "num_labels": 1,
         "id2label": {"0": "yes"},
         "label2id": {"yes": 0},
-        "pad_token_id": token_id(load_tokenizer(path), END_OF_TEXT, path),
-        "sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"},
+        "pad_token_id": padding,
+        "sentence_transformers": {"activation_fn": f"torch.nn.modules.{activation}"},
     }
 
 
@@ -67,15 +89,20 @@ def vllm_overrides(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
     """
     if form is None:
         # Powers of two from 32 up, and the whole width.
-        widths = {1 << i for i in range(5, spec.hidden_size.bit_length())} | {spec.hidden_size}
+        full = spec.embedding_dim
+        widths = {1 << i for i in range(5, full.bit_length())} | {full}
         return {"is_matryoshka": True, "matryoshka_dimensions": sorted(widths)}
-    if form == "causal-lm":
-        return {
-            "architectures": [CLASSIFIER],
-            "classifier_from_token": ["no", "yes"],
-            "is_original_qwen3_reranker": True,
-        }
-    return {}
+    if form != "causal-lm":
+        return {}
+    yes, no = find_answers(spec)
+    if no is None:
+        return {}  # vLLM subtracts two tokens' logits
+    tokenizer = load_tokenizer(spec.source.folder / "tokenizer.json")
+    return {
+        "architectures": [CLASSIFIER],
+        "classifier_from_token": [tokenizer.id_to_token(token) for token in (no, yes)],
+        "is_original_qwen3_reranker": True,
+    }
 
 
 def quantization_config(plan: Plan) -> Mapping[str, Any]:

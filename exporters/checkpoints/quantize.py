@@ -14,7 +14,7 @@ from ...artifact import Artifact, check_place, staged, write_manifest
 from ...bitsandbytes_ import importing_bitsandbytes
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
-from ...layout import write_json
+from ...layout import turn_into_classifier, write_json
 from ...manifest import Manifest
 from ...quantize.schemes import ScaleDtype
 from ...quantize.source import WeightSource
@@ -113,7 +113,7 @@ def quantize_checkpoint(
         require("onnxruntime", "cpu")
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
     check_place(output, force)
-    fetch_weights(spec)
+    spec = fetch_weights(spec)
     weights = Weights(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
     needs = _needed_bytes(spec, plan)
@@ -129,6 +129,8 @@ def quantize_checkpoint(
         write_json(folder / "config.json", checkpoint_config(spec, plan, form))
         if plan.method.library == "gptq":
             write_json(folder / "quantize_config.json", gptq_config(plan))
+        if form == "sequence-classification":
+            turn_into_classifier(folder)
         write_serving_files(spec, form, folder, output.name)
         _write_tensors(folder, plan, form, source, quantize, progress)
         write_manifest(
@@ -152,6 +154,11 @@ def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
                 f"{spec.source.id} is a classifier and has no head for words: leave --form out"
             )
         return "sequence-classification"
+    if form == "sequence-classification" and spec.inputs.form == "text":
+        raise InputError(
+            f"{spec.source.id} takes pairs as its tokenizer joins them, whose end a classifier "
+            "would read elsewhere: leave --form out"
+        )
     return form or "causal-lm"
 
 
@@ -223,13 +230,14 @@ def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) 
         format="checkpoint",
         precision=plan.precision,
         graph=None,
-        embedding_dim=spec.hidden_size if spec.task == "embedding" else None,
+        embedding_dim=spec.embedding_dim if spec.task == "embedding" else None,
         hidden_size=spec.hidden_size,
         num_heads=spec.num_heads,
         vocab_size=spec.vocab_size,
         max_length=spec.max_length,
         max_position_embeddings=spec.max_position_embeddings,
-        prompts=dict(spec.prompts) if spec.task == "embedding" else {},
+        inputs=spec.inputs,
+        outputs=spec.outputs,
         source=source_record(weights),
         requires=plan.method.requires,
         versions=versions(PACKAGES),

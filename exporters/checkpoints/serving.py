@@ -23,9 +23,12 @@ def write_serving_files(spec: ModelSpec, form: Form | None, folder: Path, name: 
         folder: Where to write.
         name: What the folder will be called.
     """
-    if form is not None:
+    if spec.task == "reranker" and spec.inputs.form == "instruct":
         (folder / TEMPLATE).write_text(pair_template(), encoding="utf-8")
-    (folder / GUIDE).write_text(_guide(spec, form, name), encoding="utf-8")
+    # One in tokenizer_config.json needs no option.
+    given = form is not None and (folder / TEMPLATE).is_file()
+    guide = _guide(spec, form, name, has_template=given)
+    (folder / GUIDE).write_text(guide, encoding="utf-8")
 
 
 def pair_template() -> str:
@@ -53,18 +56,20 @@ def pair_template() -> str:
     )
 
 
-def _guide(spec: ModelSpec, form: Form | None, name: str) -> str:
+def _guide(spec: ModelSpec, form: Form | None, name: str, *, has_template: bool) -> str:
     command = ["vllm", "serve", name, "--runner", "pooling"]
     if overrides := vllm_overrides(spec, form):
         command += ["--hf-overrides", json.dumps(overrides)]
-    if form is not None:
+    if has_template:
         command += ["--chat-template", f"{name}/{TEMPLATE}"]
     if form is None:
         request = "/v1/embeddings"
-        body = {"model": name, "input": ["Instruct: …\nQuery:What is the capital of China?"]}
+        prompt = spec.prompts.get("query", "")
+        body = {"model": name, "input": [f"{prompt}What is the capital of China?"]}
+        prompts = [f"`{key}`: `{text!r}`" for key, text in spec.prompts.items() if text]
         advice = (
-            "A query stands behind its instruction, `Instruct: {task}\\nQuery:{query}`; documents "
-            "are bare. `dimensions` in a request takes one of `matryoshka_dimensions`."
+            f"Prompts stand before a text: {'; '.join(prompts) or 'there are none'}. `dimensions` "
+            "in a request takes one of `matryoshka_dimensions`."
         )
     else:
         request = "/rerank"
@@ -74,8 +79,10 @@ def _guide(spec: ModelSpec, form: Form | None, name: str) -> str:
             "documents": ["The capital of China is Beijing."],
         }
         advice = (
-            f"`{TEMPLATE}` puts query and document into the text that the model was trained on. "
-            "Without it the scores are noise."
+            "The chat template puts query and document into the text that the model was trained "
+            "on. Without it the scores are noise."
+            if spec.inputs.form != "text"
+            else "Query and document are joined as the tokenizer joins a pair."
         )
     return (
         f"# {name} in vLLM\n\n```bash\n{shlex.join(command)}\n\n"

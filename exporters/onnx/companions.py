@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...chat import FURTHER
 from ...errors import InputError
 from ...files import read_small
-from ...layout import write_sentence_transformers
-from ...prompts import append_end_of_text, load_tokenizer
+from ...layout import copy_modules, write_sentence_transformers
 from ...spec import ModelSpec
 from ...tokenizer import LARGEST
 
@@ -17,12 +17,13 @@ COPIED = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
-    "sentence_bert_config.json",
 )
 
 
 def write_companions(spec: ModelSpec, folder: Path) -> None:
-    """Write tokenizer, configuration and, for an embedding, sentence-transformers' files.
+    """Write tokenizer, configuration and sentence-transformers' files, as the checkpoint has them.
+
+    An embedder without modules.json gets those that say what is computed.
 
     The hub's cache holds symbolic links; what is written here are plain files.
 
@@ -34,21 +35,15 @@ def write_companions(spec: ModelSpec, folder: Path) -> None:
         for name in COPIED:
             if (source / name).exists():
                 (folder / name).write_bytes(read_small(source / name))
+        for template in sorted((source / FURTHER).glob("*.jinja")):
+            (folder / FURTHER).mkdir(exist_ok=True)
+            (folder / FURTHER / template.name).write_bytes(read_small(template))
+        name = "tokenizer.json"
+        (folder / name).write_bytes(read_small(source / name, LARGEST))
+        name = "modules.json"
+        copied = copy_modules(source, folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{source / name} cannot be copied: {error}") from error
-    _write_tokenizer(spec, folder / "tokenizer.json")
-    if spec.task == "embedding":
-        write_sentence_transformers(folder, spec.hidden_size, spec.prompts)
-
-
-def _write_tokenizer(spec: ModelSpec, path: Path) -> None:
-    original = spec.source.folder / "tokenizer.json"
-    tokenizer = load_tokenizer(original)
-    if spec.task == "embedding":
-        before = tokenizer.to_str()
-        append_end_of_text(tokenizer, original)
-        if tokenizer.to_str() != before:
-            # Whoever reads this tokenizer next ends texts as the model wants it, too.
-            tokenizer.save(str(path))
-            return
-    path.write_bytes(read_small(original, LARGEST))
+    if spec.task == "embedding" and not copied:
+        inputs = spec.inputs
+        write_sentence_transformers(folder, spec.hidden_size, inputs.prompts, inputs.default_prompt)

@@ -28,7 +28,7 @@ from .companions import write_companions
 from .continuation import plan_continuation, write_continuation
 from .dialects import find_dialect
 from .formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
-from .graph import INPUTS, Design, build_model
+from .graph import Design, build_model
 from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
 from .quantization import (
     carry_out,
@@ -164,7 +164,7 @@ def export_onnx(
     retrieved = None if retrieval is None else tokenize_retrieval(spec, max_length, retrieval)
     require("onnxruntime", "cpu")
     check_place(output, force)
-    fetch_weights(spec)
+    spec = fetch_weights(spec)
     weights = open_weights(spec)
     if isinstance(weights, StoredWeights) and plan is not None and _gives_codes(spec, precision):
         plan = stored_recipe(weights, plan)
@@ -228,21 +228,23 @@ def export_onnx(
                 path=GRAPH,
                 dialect=dialect,
                 opset=chosen_dialect.opsets[""],
-                inputs=INPUTS,
+                inputs=design.inputs,
                 outputs=tuple(str(value.name) for value in model.graph.outputs),
                 output=outputs,
                 arithmetic=chosen.arithmetic,
                 kept_in_fp32=chosen.kept_in_fp32,
+                causal=spec.causal,
                 continuation=continuation,
                 limits_pairs=any(each.scheme.limits_pairs for each in chosen.formats.values()),
             ),
-            embedding_dim=(dim or spec.hidden_size) if spec.task == "embedding" else None,
+            embedding_dim=(dim or spec.embedding_dim) if spec.task == "embedding" else None,
             hidden_size=spec.hidden_size,
             num_heads=spec.num_heads,
             vocab_size=spec.vocab_size,
             max_length=max_length,
             max_position_embeddings=spec.max_position_embeddings,
-            prompts=dict(spec.prompts) if spec.task == "embedding" else {},
+            inputs=spec.inputs,
+            outputs=spec.outputs,
             source=source_record(weights),
             requires=chosen_dialect.requires,
             versions=versions(PACKAGES),
@@ -277,8 +279,8 @@ def _check_options(spec: ModelSpec, outputs: str, dim: int | None, max_length: i
         raise InputError("a reranker gives scores: it takes neither --output hidden nor --dim")
     if outputs == "hidden" and dim is not None:
         raise InputError("--dim shortens the pooled embedding; --output hidden has none")
-    if dim is not None and not 1 <= dim <= spec.hidden_size:
-        raise InputError(f"dim should be from 1 to {spec.hidden_size}, found {dim}")
+    if dim is not None and not 1 <= dim <= spec.embedding_dim:
+        raise InputError(f"dim should be from 1 to {spec.embedding_dim}, found {dim}")
     if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
         raise InputError(
             f"max_length should be from 1 to {spec.max_position_embeddings}, found {max_length}"

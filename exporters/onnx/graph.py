@@ -5,11 +5,14 @@
       -> embedding -> layers -> last token of each row -> final RMSNorm
       -> embedding: prefix of `dim` values, L2 norm       reranker: sigmoid((W_yes - W_no) . h)
 
+or what the checkpoint's own modules do with the states: see `pooling`.
+
 A layer adds the attention's and then the SwiGLU's output to the residual stream. Each addition is
 fused with the norm that follows it, so a layer hands on two values: the stream, and what is to be
 added to it.
 
-After the last layer's attention only the last token of each row matters: the rest is dropped there.
+After the last layer's attention only the last token of each row matters, unless others are pooled:
+the rest is dropped there.
 
 A graph that continues takes keys and values of tokens before its rows, and gives those of its own:
 
@@ -25,11 +28,14 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from ...pooling import read_dense
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec
+from .bidirectional import Sight, attend_both_ways, see_both_ways
 from .builder import GraphBuilder
 from .dialect import FLOAT8, INT8, Dialect, Heads, LayerPast, Positions, Product, settle
 from .formats import TABLE
+from .pooling import describe_steps, normalize, pool, shorten
 from .precision import Precision
 from .quantized import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .tensors import CheckpointTensor
@@ -38,6 +44,8 @@ BOOL = ir.DataType.BOOL
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
 INPUTS = ("input_ids", "attention_mask")
+# A further one where the prompt is not pooled: its tokens.
+PROMPT_LENGTH = "prompt_length"
 PRESENT = "present"
 
 
@@ -67,6 +75,17 @@ class Design:
     def spec(self) -> ModelSpec:
         """The checkpoint's spec."""
         return self.weights.spec
+
+    @property
+    def last_only(self) -> bool:
+        """Whether nothing but each row's last token is wanted behind the layers."""
+        return not self.hidden and (self.head is not None or self.spec.outputs.last_token)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graph's inputs."""
+        leaves_out = self.head is None and not self.spec.outputs.include_prompt
+        return (*INPUTS, PROMPT_LENGTH) if leaves_out and not self.hidden else INPUTS
 
 
 class Stream(NamedTuple):
@@ -104,6 +123,7 @@ class Batch(NamedTuple):
     rotary: list[ir.Value]
     cache: tuple[ir.Value, ir.Value]
     past: Past | None
+    sight: Sight | None
 
 
 def build_model(design: Design, *, continues: bool = False) -> ir.Model:
@@ -118,6 +138,9 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     g = GraphBuilder()
     spec = design.spec
     inputs = [ir.val(name, dtype=INT64, shape=("batch", "sequence")) for name in INPUTS]
+    prompt_length = None
+    if PROMPT_LENGTH in design.inputs:
+        prompt_length = ir.val(PROMPT_LENGTH, dtype=INT64, shape=(1,))
     past = None
     if continues:
         shape = (2 * spec.num_layers, spec.num_kv_heads, "past", spec.head_dim)
@@ -127,16 +150,16 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     batch = describe_inputs(g, design, *inputs, even=design.precision.has_groups, past=past)
     stream = embed(g, design, batch)
     for layer in range(spec.num_layers):
-        last_only = layer == spec.num_layers - 1 and not design.hidden
+        last_only = layer == spec.num_layers - 1 and design.last_only
         stream = describe_layer(g, design, layer, stream, batch, last_only=last_only)
     outputs = []
     if past is not None:
         g.scope = PRESENT
         shape = (2 * spec.num_layers, spec.num_kv_heads, "kept", spec.head_dim)
         outputs.append(named(g.op("Concat", *g.kept, axis=0), PRESENT, shape))
-    outputs.append(describe_output(g, design, stream, batch))
+    outputs.append(describe_output(g, design, stream, batch, prompt_length))
     return g.model(
-        [*inputs, *(past or ())],
+        [*inputs, *([] if prompt_length is None else [prompt_length]), *(past or ())],
         outputs,
         opsets=design.dialect.opsets,
         ir_version=design.dialect.ir_version,
@@ -196,22 +219,24 @@ def describe_inputs(
         rotary=design.dialect.rotary(g, positions, design.precision.compute),
         cache=rotary_cache(g, design, everywhere),
         past=past,
+        sight=None if design.spec.causal else see_both_ways(g, positions),
     )
 
 
 def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines of positions, [positions, head_dim / 2] each.
 
-    In float32 as the reference computes them: RoFormer, arXiv:2104.09864, eq. 15, with the
-    frequencies theta^(-2i / head_dim).
+    In float32 as the reference computes them: RoFormer, arXiv:2104.09864, eq. 15.
     """
-    spec = design.spec
-    exponents = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
-    frequencies = np.float32(1) / np.float32(spec.rope_theta) ** exponents
+    rope = design.spec.rope
+    frequencies = rope.frequencies(design.spec.head_dim)
     rows = g.op("Unsqueeze", g.cast(arange, FLOAT), g.constant([1]))
     angles = g.op("Mul", rows, g.constant(frequencies[None], FLOAT))
     dtype = design.precision.rotary
     cosines, sines = design.dialect.cos_sin(g, angles, design.precision.compute)
+    if rope.attention_factor != 1:
+        factor = g.constant(rope.attention_factor, FLOAT)
+        cosines, sines = g.op("Mul", cosines, factor), g.op("Mul", sines, factor)
     return g.cast(cosines, dtype), g.cast(sines, dtype)
 
 
@@ -253,7 +278,7 @@ def describe_layer(
     attended = describe_attention(g, design, layer, normed, batch)
     if last_only:
         attended, residual = (last_token(g, x, batch) for x in (attended, residual))
-    projected = linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended))
+    projected = attention_linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended))
     stream = Stream(residual, projected)
     normed, residual = add_norm(g, design, f"{prefix}.post_attention_layernorm.weight", stream)
     g.probes[f"{prefix}.mlp.residual"] = residual
@@ -267,13 +292,18 @@ def describe_attention(
     prefix = f"layers.{layer}.self_attn"
 
     def projected(name: str) -> Product:
-        return linear(g, design, f"{prefix}.{name}_proj", Product(x))
+        return attention_linear(g, design, f"{prefix}.{name}_proj", Product(x))
 
     def gains(name: str, dtype: ir.DataType | None) -> ir.Value:
         return norm_weight(g, design, f"{prefix}.{name}_norm.weight", dtype)
 
     q, k, v = (projected(name) for name in "qkv")
     heads = Heads(q.value, k.value, v, gains("q", q.value.dtype), gains("k", k.value.dtype))
+    if batch.sight is not None:
+        compute = design.precision.compute
+        return attend_both_ways(
+            g, design.dialect, design.spec, heads, batch.sight, batch.cache, compute
+        )
     past = batch.past
     if past is not None:
         indices = g.constant([2 * layer, 2 * layer + 1])
@@ -283,6 +313,16 @@ def describe_attention(
     )
     g.kept += states
     return attended
+
+
+def attention_linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
+    """As `linear`, with the projection's bias where attention has biases."""
+    product = linear(g, design, name, x)
+    if not design.spec.attention_bias:
+        return product
+    value = settle(g, product)
+    bias = CheckpointTensor(f"{name}.bias", design.weights, value.dtype or FLOAT)
+    return Product(g.op("Add", value, g.initializer(bias)))
 
 
 def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> Product:
@@ -362,37 +402,54 @@ def last_token(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
     return g.op("GatherND", x, g.op("Unsqueeze", index, g.constant([2])), batch_dims=1)
 
 
-def describe_output(g: GraphBuilder, design: Design, stream: Stream, batch: Batch) -> ir.Value:
+def describe_output(
+    g: GraphBuilder,
+    design: Design,
+    stream: Stream,
+    batch: Batch,
+    prompt_length: ir.Value | None = None,
+) -> ir.Value:
     """The final norm and the task's head, in fp32."""
     g.scope = "output"
-    spec = design.spec
+    spec, outputs = design.spec, design.spec.outputs
     assert stream.pending is not None  # a model has at least one layer
-    # One row a text: there is nothing to fuse.
+    # One row a text, usually: there is nothing to fuse.
     pending = Product(g.cast(settle(g, stream.pending), FLOAT))
     stream = Stream(g.cast(stream.residual, FLOAT), pending)
     normed, _ = add_norm(g, design, "norm.weight", stream)
     rotation = design.weights.output_rotation
     # A reranker's head is rotated instead.
+    plain = outputs.steps == ("normalize",) and outputs.last_token and outputs.truncate is None
     if rotation is not None and design.head is None:
-        if not design.hidden:
+        if not design.hidden and plain:
             rotation = rotation[:, : design.dim]
         matrix = ir.tensor(np.ascontiguousarray(rotation), name="output.rotation")
         normed = g.op("MatMul", normed, g.initializer(matrix))
     if design.hidden:
         hidden = roll_back(g, normed, batch)
         return named(hidden, "last_hidden_state", ("batch", "sequence", spec.hidden_size))
-    pooled = g.op("Gather", normed, g.constant(0), axis=1)
+    if design.last_only:
+        pooled = g.op("Gather", normed, g.constant(0), axis=1)
+    else:
+        pooled = pool(g, normed, batch.positions, outputs, prompt_length)
     if design.head is not None:
         head = g.initializer(ir.tensor(design.head, name="score.weight"))
-        probability = g.op("Sigmoid", g.op("MatMul", pooled, head))
-        return named(g.op("Squeeze", probability, g.constant([1])), "score", ("batch",))
-    dim = design.dim or spec.hidden_size
-    if dim < spec.hidden_size and rotation is None:
-        pooled = g.op("Slice", pooled, g.constant([0]), g.constant([dim]), g.constant([1]))
-    length = g.op("ReduceL2", pooled, g.constant([1]), keepdims=1)
-    # The floor of torch.nn.functional.normalize.
-    unit = g.op("Div", pooled, g.op("Max", length, g.constant(1e-12, FLOAT)))
-    return named(unit, "sentence_embedding", ("batch", dim))
+        score = g.op("MatMul", pooled, head)
+        if outputs.activation == "sigmoid":
+            score = g.op("Sigmoid", score)
+        return named(g.op("Squeeze", score, g.constant([1])), "score", ("batch",))
+    dim = design.dim or spec.embedding_dim
+    if plain:
+        # The prefix of a vector, at unit length, is that of the whole one at unit length.
+        if dim < spec.hidden_size and rotation is None:
+            pooled = shorten(g, pooled, dim)
+        return named(normalize(g, pooled), "sentence_embedding", ("batch", dim))
+    folder = spec.source.folder
+    vectors = describe_steps(g, pooled, outputs, lambda dense: read_dense(folder, dense))
+    if dim < spec.embedding_dim:
+        vectors = shorten(g, vectors, dim)
+        vectors = normalize(g, vectors) if outputs.unit_length else vectors
+    return named(vectors, "sentence_embedding", ("batch", dim))
 
 
 def roll_back(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:

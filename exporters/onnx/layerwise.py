@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ...pooling import Head, pool
 from ...quantize.source import WeightSource
 from .builder import GraphBuilder
 from .dialect import settle
@@ -128,12 +129,26 @@ def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) ->
 
 
 def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
-    """The final norm's output at each text's last token: float32 [texts, hidden_size]."""
-    last = np.concatenate([state[:, -1] for state in states])
-    scale = np.sqrt(np.mean(last**2, axis=1, keepdims=True) + design.spec.rms_norm_eps)
-    normed = last / scale * design.weights.read_fp32("norm.weight")
-    rotation = design.weights.output_rotation
-    return normed if rotation is None else normed @ rotation
+    """The texts' vectors, float32 [texts, dim]; a reranker's last states, [texts, hidden_size].
+
+    They are those after the final norm and, of an embedder, pooling and the modules behind it; all
+    tokens are pooled.
+    """
+    spec, outputs = design.spec, design.spec.outputs
+    gains, rotation = design.weights.read_fp32("norm.weight"), design.weights.output_rotation
+    only_last = spec.task == "reranker" or outputs.last_token
+    vectors = []
+    for state in states:
+        kept = state[:, -1:] if only_last else state
+        scale = np.sqrt(np.mean(kept**2, axis=2, keepdims=True) + spec.rms_norm_eps)
+        normed = kept / scale * gains
+        normed = normed if rotation is None else normed @ rotation
+        if only_last:
+            vectors.append(normed[:, 0])
+        else:
+            vectors.append(pool(normed, np.ones(normed.shape[:2], np.int64), outputs))
+    found = np.concatenate(vectors)
+    return found if spec.task == "reranker" else Head(outputs, spec.source.folder)(found)
 
 
 def _inputs() -> list[ir.Value]:

@@ -12,9 +12,8 @@ from ...errors import require
 from ...prompts import (
     EmbeddingTokenizer,
     RerankerTokenizer,
-    load_tokenizer,
+    find_answers,
     resolve_prompt,
-    token_id,
 )
 from ...quantize.source import WeightSource
 from ...ranking import candidate_pairs
@@ -28,10 +27,7 @@ def reranker_head(weights: WeightSource) -> np.ndarray:
     Raises:
         CheckpointError: "yes" or "no" is not a token.
     """
-    path = weights.spec.source.folder / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
-    yes, no = (token_id(tokenizer, word, path) for word in ("yes", "no"))
-    return weights.answer_row(yes, no)[:, None]
+    return weights.answer_row(*find_answers(weights.spec))[:, None]
 
 
 def tokenize_samples(
@@ -45,12 +41,12 @@ def tokenize_samples(
     path = spec.source.folder / "tokenizer.json"
     if spec.task == "reranker":
         pairs = read_pairs(calibration) if calibration else builtin_pairs()
-        tokenizer = RerankerTokenizer(path, max_length)
+        tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
         rows = tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
         check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
         return rows
     texts = read_samples(calibration) if calibration else builtin_samples()
-    tokenizer = EmbeddingTokenizer(path, max_length)
+    tokenizer = EmbeddingTokenizer(path, max_length, spec.inputs)
     rows = [row for text in texts for row in _encode(tokenizer, spec, text)]
     check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
     return rows
@@ -77,12 +73,19 @@ def tokenize_retrieval(
     require("ir_measures", "retrieval")  # before long work
     path = spec.source.folder / "tokenizer.json"
     if spec.task == "reranker":
-        return data, RerankerTokenizer(path, max_length).encode(candidate_pairs(data)).ids
-    tokenizer = EmbeddingTokenizer(path, max_length)
+        return data, RerankerTokenizer(path, max_length, spec.inputs).encode(
+            candidate_pairs(data)
+        ).ids
+    tokenizer = EmbeddingTokenizer(path, max_length, spec.inputs)
     samples = [Sample(text, "query") for text in data.queries.values()]
     samples += [Sample(text, "document") for text in data.documents.values()]
     return data, [row for sample in samples for row in _encode(tokenizer, spec, sample)]
 
 
 def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
-    return tokenizer.encode([sample.text], resolve_prompt(spec.prompts, sample.prompt)).ids
+    prompt = sample.prompt
+    if prompt == "query" and prompt not in spec.prompts and spec.prompts:
+        # The model has prompts of other names: queries take each in turn.
+        names = sorted(spec.prompts)
+        prompt = names[sum(sample.text.encode()) % len(names)]
+    return tokenizer.encode([sample.text], resolve_prompt(spec.inputs, prompt)).ids

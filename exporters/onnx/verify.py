@@ -14,6 +14,7 @@ from ...attention import SHORT_ROW
 from ...errors import MissingPackageError, VerificationError
 from ...segments import emulate_16_bits, segments
 from .dialect import MICROSOFT
+from .graph import PROMPT_LENGTH
 from .session import open_session
 
 # Scores, at the same weights and the same rounding of activations.
@@ -94,7 +95,11 @@ def _open_graph(path: Path) -> ir.Model:
 
 
 def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
-    return {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
+    return {
+        "input_ids": ids[None],
+        "attention_mask": np.ones_like(ids[None]),
+        PROMPT_LENGTH: np.zeros(1, np.int64),  # where the graph takes it
+    }
 
 
 def run_parts(

@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ...manifest import Manifest
+from ...pooling import Head, pool
 from ...runtimes.batching import choose_batch_tokens, make_batches, pad
 from ...runtimes.comparison import find_kernels
-from ...runtimes.onnxruntime import pool_hidden
 from ...segments import emulate_16_bits
 from ...witness import WITNESS, Witness, choose_rows, describe_machine, write_witness
+from .graph import PROMPT_LENGTH
 from .verify import run_parts
 
 
@@ -39,13 +40,15 @@ def make_witness(
     graph = manifest.graph
     assert graph is not None
     rows, queries = choose_rows(
-        folder, manifest.task, manifest.prompts, manifest.max_length, manifest.vocab_size
+        folder, manifest.task, manifest.inputs, manifest.max_length, manifest.vocab_size
     )
     batches = make_batches([len(row) for row in rows], choose_batch_tokens(None, "cpu"))
     feeds = []
     for batch in batches:
         input_ids, attention_mask = pad([rows[i] for i in batch])
         feeds.append({"input_ids": input_ids, "attention_mask": attention_mask})
+        if PROMPT_LENGTH in graph.inputs:
+            feeds[-1][PROMPT_LENGTH] = np.zeros(1, np.int64)
     path = folder / graph.path
     model = ir.load(path)
     emulate_16_bits(model)
@@ -53,7 +56,9 @@ def make_witness(
     shape = (len(rows), manifest.embedding_dim) if manifest.embedding_dim else (len(rows),)
     results = np.empty(shape, np.float32)
     for batch, each, (output,) in zip(batches, feeds, outputs, strict=True):
-        pooled = pool_hidden(output, each["attention_mask"]) if graph.output == "hidden" else output
-        results[batch] = pooled
+        if graph.output == "hidden":
+            pooled = pool(output, each["attention_mask"], manifest.outputs)
+            output = Head(manifest.outputs, folder)(pooled)
+        results[batch] = output
     machine = describe_machine(kernels=find_kernels(manifest, "cpu"))
     write_witness(folder / WITNESS, Witness(rows, queries, results, machine))

@@ -25,12 +25,13 @@ from ...engine import Compatibility, Profile
 from ...errors import InputError, VerificationError
 from ...files import MANIFEST
 from ...manifest import GraphRecord, Manifest
-from ...prompts import DEFAULT_INSTRUCTION, EmbeddingTokenizer, RerankerTokenizer
+from ...prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...spec import Task
 from ...witness import WITNESS
 from ..onnx.dialects import find_dialect
 from ..onnx.export import PACKAGES, export_onnx
 from ..onnx.formats import FP8, QUANTIZED
+from ..onnx.graph import INPUTS
 from ..onnx.verify import verify_graph
 from ..onnx.witness import make_witness
 from ..provenance import Progress, counted, versions
@@ -107,6 +108,11 @@ def export_tensorrt(
             )
         graph = manifest.graph
         assert graph is not None
+        if graph.inputs != INPUTS:
+            raise InputError(
+                f"{source}: the model leaves its prompts out of pooling (include_prompt of its "
+                "Pooling is false), and engines take texts only; export onnx runs it"
+            )
         if builds:
             _check_room(folder, graph)
         _check_graph(folder / graph.path)
@@ -255,8 +261,8 @@ def _sample(folder: Path, manifest: Manifest) -> np.ndarray:
     """A built-in text's token ids."""
     path = folder / "tokenizer.json"
     if manifest.task == "embedding":
-        tokenizer = EmbeddingTokenizer(path, manifest.max_length)
+        tokenizer = EmbeddingTokenizer(path, manifest.max_length, manifest.inputs)
         return tokenizer.encode([builtin_samples()[0].text]).ids[0]
     pair = builtin_pairs()[0]
-    pairs = RerankerTokenizer(path, manifest.max_length)
-    return pairs.encode([(pair.query, pair.document)], DEFAULT_INSTRUCTION).ids[0]
+    pairs = RerankerTokenizer(path, manifest.max_length, manifest.inputs)
+    return pairs.encode([(pair.query, pair.document)]).ids[0]

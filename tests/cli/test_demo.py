@@ -1,17 +1,36 @@
 """The verb that shows everything at once."""
 
+import sys
+
+import pytest
+
 import embedport
+from embedport.demo.pipeline import builtin_embedder, builtin_reranker, run_demo
 from embedport.demo.samples import builtin_pairs, builtin_samples
 
 
-def test_demo(run, tmp_path, monkeypatch, small_set):
-    # Long texts take the most time and add nothing to what is tested here.
+@pytest.fixture
+def small(monkeypatch, small_set):
+    """Short texts and a small retrieval set: long ones take the most time and add nothing."""
     short = [sample for sample in builtin_samples() if len(sample.text) < 200]
     pairs = [pair for pair in builtin_pairs() if len(pair.document) < 200]
     monkeypatch.setattr("embedport.validation.tasks.builtin_samples", lambda: short)
     monkeypatch.setattr("embedport.validation.tasks.builtin_pairs", lambda: pairs)
     data = small_set(every=200, others=60)
     monkeypatch.setattr("embedport.beir._builtin", lambda: data)
+
+
+def test_demo(run, tmp_path, monkeypatch, small):
+    """Against references recorded before, without torch; they are of the small set here."""
+    places = {}
+    for checkpoint in (builtin_embedder(), builtin_reranker()):
+        places[checkpoint] = tmp_path / checkpoint.name
+        embedport.record_reference(
+            checkpoint, places[checkpoint], device="cpu", retrieval="builtin"
+        )
+    monkeypatch.setattr("embedport.demo.pipeline.builtin_reference", places.__getitem__)
+    for package in ("torch", "transformers", "sentence_transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
     code, out, _ = run("demo", "-o", tmp_path / "demo")
     assert code == 0, out
     assert "Three queries on" in out
@@ -19,6 +38,8 @@ def test_demo(run, tmp_path, monkeypatch, small_set):
     assert out.count("reranked") == 3
     assert out.count("nDCG@10 (of the reference)") == 2
     assert out.count("nDCG@10 before reranking") == 1
+    assert "of the embedding model in sentence-transformers" in out
+    assert "of the reranker model in transformers" in out
     page = tmp_path / "demo" / "embedding-fp32.html"
     assert out.strip().endswith(f"The report: {page}")
     for name in ("embedding-fp32", "embedding-int8", "reranker-fp32", "reranker-int8"):
@@ -26,13 +47,28 @@ def test_demo(run, tmp_path, monkeypatch, small_set):
         parity = embedport.Artifact.open(tmp_path / "demo" / name).manifest.parity
         assert parity is not None
         assert parity["passed"]
-    # An earlier demo's folder is replaced. Without torch there is no reference.
+        assert ", recorded 20" in parity["library"]
+    # An earlier demo's folder is replaced. Nothing is measured where a package is missing.
     monkeypatch.setattr("embedport.demo.pipeline.find_spec", lambda name: None)
     code, out, _ = run("demo", "-o", tmp_path / "demo")
     assert code == 0
-    assert "pip install 'embedport[cpu,torch,retrieval,report]'" in out
+    assert "pip install 'embedport[cpu,retrieval,report]'" in out
     parity = embedport.Artifact.open(tmp_path / "demo" / "embedding-fp32").manifest.parity
     assert parity is None
+
+
+def test_a_live_demo(run, tmp_path, monkeypatch, small):
+    """The checkpoints themselves are the references."""
+    with monkeypatch.context() as changes:
+        changes.setitem(sys.modules, "torch", None)
+        code, _, err = run("demo", "-o", tmp_path / "demo", "--live")
+        assert code == 2
+        assert "torch is not installed: pip install 'embedport[torch]'" in err
+        assert not (tmp_path / "demo").exists()
+    given = []
+    monkeypatch.setattr("embedport.validation.validate", lambda *args, **_: given.append(args[1]))
+    run_demo(tmp_path / "demo", lambda step: None, live=True)
+    assert given == [builtin_embedder()] * 2 + [builtin_reranker()] * 2
 
 
 def test_demo_replaces_only_its_own(run, tmp_path):

@@ -261,6 +261,7 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path):
         found[limit] = min(trial["bytes"] for trial in kept)
         report = validate(artifact.folder, checkpoint, retrieval=data, max_ndcg_loss=limit)
         assert report.retrieval is not None
+        assert report.retrieval.ndcg_loss is not None
         assert report.retrieval.ndcg_loss <= limit + 1e-3
     assert found[0.02] < found[0.001]
 

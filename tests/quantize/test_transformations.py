@@ -26,7 +26,7 @@ def forward(source, ids):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * gains
 
     half = spec.head_dim // 2
-    angles = np.arange(len(ids))[:, None] / spec.rope_theta ** (np.arange(half) / half)
+    angles = np.arange(len(ids))[:, None] / spec.rope.theta ** (np.arange(half) / half)
 
     def turn(x):
         a, b = x[..., :half], x[..., half:]

@@ -84,7 +84,7 @@ def run(packed, folder, task, dtype):
     rows = rows_of(spec)
     finish = torch.nn.functional.normalize
     found = open_layers(packed, spec, dtype)(np.concatenate(rows), np.array(LENGTHS))
-    padded = adapter.PaddedLayers(adapter.load_layers(spec, "cpu"), "cpu", finish)
+    padded = adapter.PaddedLayers(adapter.load_layers(spec, "cpu"), "cpu", finish, spec)
     return found, padded(np.concatenate(rows), np.array(LENGTHS))
 
 
@@ -115,7 +115,7 @@ def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths)
     ids = np.random.default_rng(7).integers(0, spec.vocab_size, sum(lengths))
     found = open_layers(packed, spec, "float16")(ids, np.array(lengths))
     finish = torch.nn.functional.normalize
-    padded = adapter.PaddedLayers(adapter.load_layers(spec, "cpu"), "cpu", finish)
+    padded = adapter.PaddedLayers(adapter.load_layers(spec, "cpu"), "cpu", finish, spec)
     expected = padded(ids, np.array(lengths))
     assert (found * expected).sum(axis=1).min() > 0.99999
 

@@ -9,14 +9,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
-from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.demo.samples import Pair, builtin_pairs, builtin_samples
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
+from embedport.exporters.checkpoints.serving import pair_template
 from embedport.hub import Source
 from embedport.prompts import load_tokenizer
 from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import torch as adapter
-from embedport.spec import read_spec
-from embedport.validation.reference import open_reference, run_reference
+from embedport.spec import ModelSpec, read_spec
+from embedport.validation.card import CardReference
+from embedport.validation.live import open_live
 
 TEXTS = [sample.text for sample in builtin_samples() if len(sample.text) < 500] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < 500]
@@ -58,8 +60,8 @@ def test_plain(checkpoints, geometry, task, dtype, precision, limit):
     assert (model.device, model.precision) == ("cpu", precision)
     assert model.artifact is None
     assert repr(precision) in repr(model)
-    reference = open_reference(folder, task=task, max_length=512)
-    expected = run_reference(reference, [row.tolist() for row in rows_of(model)], "fp32", "cpu")
+    reference = CardReference(ModelSpec.from_checkpoint(folder, task=task), 512, "cpu")
+    expected = reference.run_rows([row.tolist() for row in rows_of(model)], "fp32")
     found = results(model)
     assert found.dtype == np.float32
     assert agreement(found, expected) > limit
@@ -160,10 +162,21 @@ def make_classifier(folder, rows):
     return folder
 
 
-def test_a_classifier_is_no_reference(checkpoints, copied):
-    folder = make_classifier(copied(checkpoints("kv1", "reranker", dtype="float32")), 1)
-    with pytest.raises(CheckpointError, match="found a sequence-classification one"):
-        open_reference(folder, task="reranker", max_length=64)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_classifier_is_its_own_reference(checkpoints, copied, rows):
+    """In a CrossEncoder, under the folder's template; the same scores as of the whole head."""
+    whole = checkpoints("kv1", "reranker", dtype="float32")
+    folder = make_classifier(copied(whole), rows)
+    (folder / "chat_template.jinja").write_text(pair_template())
+    pairs = [Pair("tea", "A leaf."), Pair("tea", "Snow is cold.")]
+    reference = open_live(folder, task="reranker", max_length=512, device="cpu")
+    expected = open_live(whole, task="reranker", max_length=512, device="cpu")
+    assert (reference.origin.library, expected.origin.library) == (
+        "sentence-transformers",
+        "transformers",
+    )
+    assert reference.token_ids(pairs) == expected.token_ids(pairs)
+    np.testing.assert_allclose(reference.run(pairs, "fp32"), expected.run(pairs, "fp32"), atol=1e-6)
 
 
 def test_three_labels_are_no_reranker(checkpoints, copied):

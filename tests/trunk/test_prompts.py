@@ -1,11 +1,11 @@
 """Prompts, token id by token id against transformers with Qwen3's own tokenizer."""
 
-import numpy as np
 import pytest
 
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.demo.synthetic import TINY, write_checkpoint
 from embedport.errors import CheckpointError, InputError
+from embedport.pipeline import Inputs
 from embedport.prompts import (
     DEFAULT_INSTRUCTION,
     END_OF_TEXT,
@@ -147,25 +147,25 @@ def test_bad_texts(folders):
         pairs.encode(["query only"])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="pair 0 should be"):
         pairs.encode([None])  # ty: ignore[invalid-argument-type]
-    with pytest.raises(InputError, match="the instruction should be a string, found None"):
-        pairs.encode([("q", "d")], None)  # ty: ignore[invalid-argument-type]
-    with pytest.raises(InputError, match="a prompt should be a string, found None"):
-        resolve_prompt({}, None)  # ty: ignore[invalid-argument-type]
+    with pytest.raises(InputError, match="the instruction should be a string, found 7"):
+        pairs.encode([("q", "d")], 7)  # ty: ignore[invalid-argument-type]
+    with pytest.raises(InputError, match="a prompt should be a string, found 7"):
+        resolve_prompt(Inputs(), 7)  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="lone surrogate"):
         pairs.encode([("q", "\udfff")])
     assert tokenizer.encode([]).ids == []
 
 
-def test_old_tokenizer_without_the_end_token(folders):
-    """The checkpoints' first tokenizer.json did not append it; ours does, once."""
+def test_a_tokenizer_without_an_end_token(folders):
+    """Nothing is added that it does not add; Qwen's first tokenizer.json was one."""
     path = folders["reranker"] / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.encode("a").ids == [64]
-    assert append_end_of_text(tokenizer, path) == 151643
-    assert tokenizer.encode("a").ids == [64, 151643]
-    append_end_of_text(tokenizer, path)
-    assert tokenizer.encode("a").ids == [64, 151643]
-    np.testing.assert_array_equal(EmbeddingTokenizer(path, 10).encode([""]).ids[0], [151643])
+    tokenizer = EmbeddingTokenizer(path, 10)
+    assert tokenizer.encode(["a"]).ids[0].tolist() == [64]
+    with pytest.raises(InputError, match="input 1 becomes no token"):
+        tokenizer.encode(["a", ""])
+    raw = load_tokenizer(path)
+    assert append_end_of_text(raw, path) == 151643
+    assert raw.encode("a").ids == [64, 151643]
 
 
 def test_damaged_tokenizer(tmp_path):

@@ -38,6 +38,8 @@ def test_the_six_models(tmp_path, real_tokenizer, geometry, parameters, task):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if task == "embedding":
         write_sentence_transformers(tmp_path, geometry.hidden_size, DEFAULT_PROMPTS)
+    else:
+        (tmp_path / "README.md").write_text("---\npipeline_tag: text-ranking\n---\n")
     spec = ModelSpec.from_checkpoint(tmp_path)
     assert spec.task == task
     assert (spec.hidden_size, spec.num_layers) == (geometry.hidden_size, geometry.num_layers)
@@ -50,6 +52,9 @@ def test_the_six_models(tmp_path, real_tokenizer, geometry, parameters, task):
     assert spec.max_length == 32768
     head = 0 if geometry.tied or task == "embedding" else 151_665 * 4096
     assert spec.parameters == parameters + head
+    if task == "reranker":
+        assert spec.inputs.form == "instruct"
+        return
     assert spec.prompts["document"] == ""
     assert spec.prompts["query"] == (
         "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
@@ -64,7 +69,10 @@ def test_rope_as_transformers_5_writes_it(checkpoints, copied):
         rope_theta=None,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
     )
-    assert ModelSpec.from_checkpoint(folder).rope_theta == 5000.0
+    assert ModelSpec.from_checkpoint(folder).rope.theta == 5000.0
+    # Where both stand, transformers 5 takes the one inside.
+    edit(folder / "config.json", rope_theta=7000.0)
+    assert ModelSpec.from_checkpoint(folder).rope.theta == 5000.0
 
 
 def test_task_of_a_checkpoint_without_modules_json(checkpoints, copied):
@@ -79,11 +87,13 @@ def test_pooling_and_prompts_of_sentence_transformers(checkpoints, copied):
     folder = copied(checkpoints())
     edit(folder / "config_sentence_transformers.json", prompts={"query": "Q: ", "title": "T: "})
     prompts = ModelSpec.from_checkpoint(folder).prompts
-    assert prompts == {"query": "Q: ", "title": "T: ", "document": ""}
+    assert prompts == {"query": "Q: ", "title": "T: "}
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
     assert ModelSpec.from_checkpoint(folder).task == "embedding"
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    with pytest.raises(CheckpointError, match=r"1_Pooling.*lasttoken, found mean_tokens"):
+    assert ModelSpec.from_checkpoint(folder).outputs.pooling == ("mean",)
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "first"}')
+    with pytest.raises(CheckpointError, match=r"1_Pooling.*pooling_mode should be one or more"):
         ModelSpec.from_checkpoint(folder)
 
 
@@ -102,12 +112,19 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size should be int, found '64'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers should be positive, found 0"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' is supported"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' or 'swish' is supported"),
+        ({"attention_bias": 1}, "attention_bias should be bool, found 1"),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is "),
+        ({"is_causal": "no"}, "is_causal should be bool, found 'no'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True, which"),
+        ({"logit_scale": 2}, "the key 'logit_scale' is not known here"),
+        ({"per_layer_config": {"0": {}}}, "the key 'per_layer_config' is not known here"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) should be a multiple of"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "type 'yarn' is not supported"),
-        ({"rope_scaling": [1]}, r"rope_parameters should be an object, found \[1\]"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "base": 2}}, "base is not known"),
+        ({"rope_scaling": [1]}, r"rope_scaling should be an object, found \[1\]"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"quantization_config": {"bits": 4}}, "quantized by None"),
     ],

@@ -10,7 +10,7 @@ from embedport.artifact import Artifact
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.runtimes import read_facts
 from embedport.validation.layers import layer_errors
-from embedport.validation.reference import open_reference
+from embedport.validation.live import open_live
 
 METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 300]
@@ -77,7 +77,7 @@ def test_figures_and_page(quantized, checkpoints, copied, tmp_path):
 
 
 def test_layers_of_a_checkpoint(checkpoints, quantized):
-    reference = open_reference(checkpoints("kv8"), task="embedding", max_length=512)
+    reference = open_live(checkpoints("kv8"), task="embedding", max_length=512)
     facts = read_facts(quantized("gptq"))
     rows = [[5, 6, 7, 8], list(range(40))]
     table, first, second = layer_errors(facts, reference, rows)

@@ -10,17 +10,17 @@ from safetensors.numpy import load_file, save_file
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.runtimes import read_facts
 from embedport.validation.layers import TEXTS, TOKENS, layer_errors, sample_rows
-from embedport.validation.reference import embedding_ids, open_reference, reranker_ids
+from embedport.validation.live import open_live
 
 
 def errors_of(folders, task):
     """The errors of an artifact against its checkpoint."""
-    reference = open_reference(folders.checkpoint, task=task, max_length=512)
+    reference = open_live(folders.checkpoint, task=task, max_length=512)
     if task == "embedding":
-        rows = embedding_ids(reference, builtin_samples()[:40])
+        rows = reference.token_ids(builtin_samples()[:40])
         assert {len(row) % 2 for row in sample_rows(rows)} == {0, 1}
     else:
-        rows = reranker_ids(reference, builtin_pairs()[:12])
+        rows = reference.token_ids(builtin_pairs()[:12])
     return layer_errors(read_facts(folders.artifact), reference, rows)
 
 
@@ -71,8 +71,8 @@ def test_a_changed_layer_is_where_the_error_begins(folders, tmp_path):
     tensors = load_file(shard)
     tensors["layers.1.mlp.down_proj.weight"] = -tensors["layers.1.mlp.down_proj.weight"]
     save_file(tensors, shard, metadata={"format": "pt"})
-    reference = open_reference(checkpoint, task="embedding", max_length=512)
-    rows = embedding_ids(reference, builtin_samples()[:8])
+    reference = open_live(checkpoint, task="embedding", max_length=512)
+    rows = reference.token_ids(builtin_samples()[:8])
     embedding, first, second = layer_errors(read_facts(made.artifact), reference, rows)
     assert max(embedding.relative_error_max, first.relative_error_max) < 2e-6
     assert second.relative_error_mean > 1e-3
@@ -85,8 +85,8 @@ def test_nan_stays_nan(folders, tmp_path):
     tensors = load_file(shard)
     tensors["layers.0.mlp.down_proj.weight"][:] = np.inf
     save_file(tensors, shard, metadata={"format": "pt"})
-    reference = open_reference(checkpoint, task="embedding", max_length=512)
-    rows = embedding_ids(reference, builtin_samples()[:2])
+    reference = open_live(checkpoint, task="embedding", max_length=512)
+    rows = reference.token_ids(builtin_samples()[:2])
     errors = layer_errors(read_facts(made.artifact), reference, rows)
     assert errors[0].relative_error_max < 1e-6
     assert np.isnan([errors[1].relative_error_mean, errors[1].cosine_min]).all()
@@ -98,6 +98,6 @@ def test_the_sample_is_bounded():
     assert len(sample) == TEXTS
     assert max(map(len, sample)) == TOKENS
     assert sample[0].tolist() == [0]
-    assert sample[-1].tolist() == list(range(471 + TOKENS))[-TOKENS:]
+    assert sample[-1].tolist() == list(range(599))[-TOKENS:]
     assert [row.tolist() for row in sample_rows([[5, 6]])] == [[5, 6]]
     assert sample_rows([[5, 6]])[0].dtype == np.int64

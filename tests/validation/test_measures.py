@@ -93,5 +93,8 @@ def test_rank_figures_of_few_documents_can_be_bad():
 
 def test_rank_figures_leave_out_what_has_no_ranking():
     one, equal, scores = np.ones(1), np.ones(6), np.arange(40.0)
-    assert rank_figures([(one, one), (equal, equal)]) == {}
+    nothing = rank_figures([(one, one), (equal, equal)])
+    assert set(nothing.values()) == {None}
+    assert "Kendall tau" in nothing
+    assert rank_figures([]) == {}
     assert rank_figures([(one, one), (scores, scores)]) == {"Kendall tau": 1, "top-10 overlap": 1}

@@ -76,6 +76,7 @@ def a_report(task="embedding", retrieval=True, **changes):
         "precision": "fp16",
         "device": "cpu",
         "reference": "Qwen/Qwen3-Embedding-0.6B at abc",
+        "library": "sentence-transformers 6.2.0",
         "task": task,
         "inputs": 40,
         "tokens": 1234,

@@ -1,28 +1,23 @@
-"""The reference against our own tokenization, and against transformers run by hand."""
+"""A reference that transformers runs: against our own tokenization, and transformers by hand."""
 
 import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
 from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer, query_prompt
-from embedport.validation import reference as module
-from embedport.validation.reference import (
-    choose_arithmetics,
-    describe,
-    embedding_ids,
-    find_device,
-    load_model,
-    open_reference,
-    reranker_ids,
-    run_reference,
-)
+from embedport.validation import live as module
+from embedport.validation.card import CardReference
+from embedport.validation.live import find_device, open_live
 
 ODD = ["", " \n", "e\u0301", "<|im_end|> inside", "👩‍👩‍👧‍👦", "a" * 3000]
 SAMPLES = [*builtin_samples(), *map(Sample, ODD), Sample("x", query_prompt("Find the statute"))]
@@ -31,54 +26,68 @@ PAIRS = [*builtin_pairs(), *(Pair("q", text) for text in ODD)]
 
 @pytest.fixture(scope="module")
 def opened(checkpoints):
-    """A function (task, max_length) -> Reference."""
-    return lambda task, max_length=512: open_reference(
-        checkpoints("kv2", task), task=task, max_length=max_length
-    )
+    """A function (task, max_length) -> CardReference, of an embedder too."""
+
+    def make(task, max_length=512):
+        source = open_live(checkpoints("kv2", task), task=task, max_length=max_length).spec
+        return CardReference(source, max_length, "cpu")
+
+    return make
 
 
 @pytest.mark.parametrize("max_length", [512, 33])
 def test_embedding_ids(opened, max_length):
     reference = opened("embedding", max_length)
-    folder = reference.spec.source.folder
+    folder = reference.folder
     tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", max_length)
     prompts = reference.spec.prompts
     found = [
         tokenizer.encode([s.text], prompts.get(s.prompt, s.prompt)).ids[0].tolist() for s in SAMPLES
     ]
-    assert embedding_ids(reference, SAMPLES) == found
+    assert reference.token_ids(SAMPLES) == found
 
 
-def test_embedding_ids_under_the_checkpoints_own_prompts(checkpoints, copied):
+@pytest.fixture
+def bare(checkpoints, copied):
+    """A folder that transformers runs: without modules.json."""
     folder = copied(checkpoints("kv2"))
-    path = folder / "config_sentence_transformers.json"
+    (folder / "modules.json").unlink()
+    return folder
+
+
+def test_prompts_are_those_that_the_folder_names(bare):
+    path = bare / "config_sentence_transformers.json"
     path.write_text(json.dumps({"prompts": {"query": "find: ", "document": "is: "}}))
-    reference = open_reference(folder, task="embedding", max_length=64)
-    own = embedding_ids(reference, [Sample("a", "query"), Sample("a")])
+    reference = open_live(bare, task="embedding", max_length=64)
+    assert reference.origin.library == "transformers"
+    own = reference.token_ids([Sample("a", "query"), Sample("a")])
     path.unlink()
-    assert own == embedding_ids(reference, [Sample("find: a"), Sample("is: a")])
+    assert own == reference.token_ids([Sample("find: a"), Sample("is: a")])
+    assert reference.token_ids([Sample("a", "query")]) == reference.token_ids([Sample("a")])
 
 
-def test_embedding_ids_of_the_first_tokenizers(checkpoints, copied):
-    """They did not end a text with <|endoftext|>; the model card's code did."""
-    folder = copied(checkpoints("kv2"))
-    values = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**values, "post_processor": None}))
-    reference = open_reference(folder, task="embedding", max_length=33)
-    tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", 33)
-    samples = [Sample(text) for text in ["", "short", "long " * 99]]
-    found = embedding_ids(reference, samples)
-    assert found == [ids.tolist() for ids in tokenizer.encode([s.text for s in samples]).ids]
-    assert len(found[0]) == 1
-    assert len(found[2]) == 33
+@pytest.mark.parametrize("added", [None, "<|im_end|>"])
+def test_nothing_is_appended_that_the_tokenizer_does_not_append(bare, added):
+    path = bare / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    if added is not None:
+        end = tokenizer.token_to_id(added)
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {added}", special_tokens=[(added, end)]
+        )
+    tokenizer.save(str(path))
+    (ids,) = open_live(bare, task="embedding", max_length=64).token_ids([Sample("tea")])
+    plain = tokenizer.encode("tea", add_special_tokens=False).ids
+    assert ids == (plain if added is None else [*plain, tokenizer.token_to_id(added)])
 
 
 @pytest.mark.parametrize("max_length", [2048, 400])
 def test_reranker_ids(opened, max_length):
     reference = opened("reranker", max_length)
-    tokenizer = RerankerTokenizer(reference.spec.source.folder / "tokenizer.json", max_length)
+    tokenizer = RerankerTokenizer(reference.folder / "tokenizer.json", max_length)
     found = tokenizer.encode([(pair.query, pair.document) for pair in PAIRS])
-    assert reranker_ids(reference, PAIRS) == [ids.tolist() for ids in found.ids]
+    assert reference.token_ids(PAIRS) == [ids.tolist() for ids in found.ids]
     assert found.truncated
 
 
@@ -87,9 +96,9 @@ def test_vectors_are_the_last_tokens(opened):
     import torch
 
     reference = opened("embedding")
-    rows = embedding_ids(reference, SAMPLES[::6])
-    vectors = run_reference(reference, rows, "fp32", "cpu")
-    model = load_model(reference, "fp32", "cpu")
+    rows = reference.token_ids(SAMPLES[::6])
+    vectors = reference.run(SAMPLES[::6], "fp32")
+    model = reference.load("fp32")
     for row, vector in zip(rows, vectors, strict=True):
         with torch.inference_mode():
             states = model(torch.tensor([row]), output_hidden_states=True)
@@ -103,9 +112,9 @@ def test_scores_are_the_softmax_of_yes_and_no(opened):
     import torch
 
     reference = opened("reranker")
-    rows = reranker_ids(reference, PAIRS[:5])
-    scores = run_reference(reference, rows, "fp32", "cpu")
-    model = load_model(reference, "fp32", "cpu")
+    rows = reference.token_ids(PAIRS[:5])
+    scores = reference.run(PAIRS[:5], "fp32")
+    model = reference.load("fp32")
     vocabulary = reference.tokenizer.get_vocab()
     for row, score in zip(rows, scores, strict=True):
         with torch.inference_mode():
@@ -115,8 +124,11 @@ def test_scores_are_the_softmax_of_yes_and_no(opened):
     assert scores.shape == (5,)
 
 
+@pytest.mark.parametrize("library", ["transformers", "sentence-transformers"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_fp32_is_on_weights_rounded_to_fp16_unless_they_are_fp32(tmp_path, small_tokenizer, dtype):
+def test_fp32_is_on_weights_rounded_to_fp16_unless_they_are_fp32(
+    tmp_path, small_tokenizer, dtype, library
+):
     """And nothing but the weights is rounded: not the rotary frequencies."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -130,15 +142,18 @@ def test_fp32_is_on_weights_rounded_to_fp16_unless_they_are_fp32(tmp_path, small
     small = {name: weight * 2.0**-14 for name, weight in load_file(path).items()}
     save_file(small, path, metadata={"format": "pt"})
     whole = AutoModel.from_pretrained(folder, dtype=torch.float32)
-    reference = open_reference(folder, task="embedding", max_length=64)
-    model = load_model(reference, "fp32", "cpu")
-    found = dict(model.named_parameters())
+    reference = open_live(folder, task="embedding", max_length=64)
+    if library == "transformers":
+        reference = CardReference(reference.spec, 64, "cpu")
+    model = reference.load("fp32")
+    found = dict(reference.layers_of(model).named_parameters())
     for name, weight in whole.named_parameters():
         assert found[name].dtype == torch.float32
         assert torch.equal(found[name], weight if dtype == "float32" else weight.half().float())
     assert not torch.equal(whole.embed_tokens.weight.half().float(), whole.embed_tokens.weight)
-    assert torch.equal(model.rotary_emb.inv_freq, whole.rotary_emb.inv_freq)
-    halves = load_model(reference, "bf16", "cpu").parameters()
+    inv_freq = reference.layers_of(model).rotary_emb.inv_freq
+    assert torch.equal(inv_freq, whole.rotary_emb.inv_freq)
+    halves = reference.load("bf16").parameters()
     assert {each.dtype for each in halves} == {torch.bfloat16}
 
 
@@ -149,20 +164,30 @@ def test_a_missing_tensor_is_not_filled_in(checkpoints, copied):
     del tensors["layers.1.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight .* is missing"):
-        open_reference(folder, task="embedding", max_length=64)
+        open_live(folder, task="embedding", max_length=64)
 
 
 def test_no_such_reference(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        open_reference(tmp_path / "nothing", task="embedding", max_length=64)
+        open_live(tmp_path / "nothing", task="embedding", max_length=64)
 
 
-def test_without_torch(monkeypatch, checkpoints):
+@pytest.mark.parametrize("package", ["torch", "transformers", "sentence_transformers"])
+def test_without_a_package(monkeypatch, checkpoints, package):
     import sys
 
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'embedport\[torch\]'"):
-        open_reference(checkpoints("kv2"), task="embedding", max_length=64)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingPackageError, match=rf"^{package} .*pip install 'embedport\[torch\]'"
+    ):
+        open_live(checkpoints("kv2"), task="embedding", max_length=64)
+
+
+def on_cuda(reference):
+    """The reference as if it were to run on a GPU."""
+    reference.device = "cuda"
+    reference.origin = replace(reference.origin, device="cuda")
+    return reference
 
 
 def test_where_and_in_what(monkeypatch, opened):
@@ -171,17 +196,18 @@ def test_where_and_in_what(monkeypatch, opened):
     reference = opened("embedding")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("auto") == find_device("cuda") == "cpu"
-    assert choose_arithmetics(reference, "cpu") == ("fp32",)
+    assert reference.arithmetics() == ("fp32",)
+    assert reference.origin.describe("fp32") == "fp32 on fp16-rounded weights, cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert find_device("auto") == find_device("tensorrt") == "cuda"
     assert find_device("cpu") == "cpu"
+    reference = on_cuda(reference)
     need = reference.spec.parameters * 4 * module.HEADROOM
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(need) + 1, 0))
-    assert choose_arithmetics(reference, "cuda") == ("fp16", "fp32")
+    assert reference.arithmetics() == ("fp16", "fp32")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(need) - 1, 0))
-    assert choose_arithmetics(reference, "cuda") == ("fp16", "bf16")
-    assert describe(reference, "fp32", "cpu") == "fp32 on fp16-rounded weights, cpu"
-    assert describe(reference, "fp16", "cuda") == "fp16, cuda"
+    assert reference.arithmetics() == ("fp16", "bf16")
+    assert reference.origin.describe("fp16") == "fp16, cuda"
 
 
 def test_memory_that_torch_keeps_counts_as_free(monkeypatch, opened):
@@ -192,7 +218,7 @@ def test_memory_that_torch_keeps_counts_as_free(monkeypatch, opened):
         def __init__(self):
             self.itself = self
 
-    reference = opened("embedding")
+    reference = on_cuda(opened("embedding"))
     need = int(reference.spec.parameters * 4 * module.HEADROOM) + 1
     model = Model()
     there, cached = weakref.ref(model), [need]
@@ -206,7 +232,7 @@ def test_memory_that_torch_keeps_counts_as_free(monkeypatch, opened):
     gc.disable()
     del model
     try:
-        assert choose_arithmetics(reference, "cuda") == ("fp16", "fp32")
+        assert reference.arithmetics() == ("fp16", "fp32")
     finally:
         gc.enable()
 
@@ -218,22 +244,23 @@ def test_a_full_gpu_is_said(monkeypatch, opened, task):
     def full(*args, **options):
         raise torch.OutOfMemoryError
 
-    model = load_model(opened(task), "fp32", "cpu")
+    reference = opened(task)
+    model = reference.load("fp32")
     with monkeypatch.context() as changes:
-        changes.setattr(module, "load_model", lambda *args: model)
+        changes.setattr(reference, "load", lambda *args: model)
         changes.setattr(type(model), "forward", full)
         with pytest.raises(InputError, match=r"a batch of 2 x 3 tokens of the reference in fp32"):
-            run_reference(opened(task), [[5, 6, 7], [8, 9]], "fp32", "cpu")
+            reference.run_rows([[5, 6, 7], [8, 9]], "fp32")
     monkeypatch.setattr(type(model), "to", full)
     with pytest.raises(DeviceError, match=r"reference in bf16 does not fit .*device='cpu'"):
-        load_model(opened(task), "bf16", "cpu")
+        reference.load("bf16")
 
 
 def test_the_users_progress_bars_come_back(opened):
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
-    load_model(opened("embedding"), "fp32", "cpu")
+    opened("embedding").load("fp32")
     assert logging.is_progress_bar_enabled() == before
 
 
@@ -245,7 +272,7 @@ def test_shards_and_reranker_names(tmp_path, small_tokenizer):
         tmp_path / "sharded", TINY, "reranker", small_tokenizer, shard_bytes=100_000
     )
     assert len(list(folder.glob("*.safetensors"))) > 1
-    reference = open_reference(folder, task="reranker", max_length=2048)
+    reference = open_live(folder, task="reranker", max_length=2048)
     single = shutil.copytree(folder, tmp_path / "single")
     tensors = {}
     for shard in sorted(single.glob("*.safetensors")):
@@ -253,8 +280,5 @@ def test_shards_and_reranker_names(tmp_path, small_tokenizer):
         shard.unlink()
     (single / "model.safetensors.index.json").unlink()
     save_file(tensors, single / "model.safetensors", metadata={"format": "pt"})
-    rows = reranker_ids(reference, PAIRS[:3])
-    other = open_reference(single, task="reranker", max_length=2048)
-    np.testing.assert_array_equal(
-        run_reference(reference, rows, "fp32", "cpu"), run_reference(other, rows, "fp32", "cpu")
-    )
+    other = open_live(single, task="reranker", max_length=2048)
+    np.testing.assert_array_equal(reference.run(PAIRS[:3], "fp32"), other.run(PAIRS[:3], "fp32"))

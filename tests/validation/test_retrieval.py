@@ -13,8 +13,14 @@ from embedport import ranking
 from embedport.beir import RetrievalSet, read_beir, write_candidates
 from embedport.errors import InputError
 from embedport.ranking import candidate_pairs, measure, search
-from embedport.validation import parity
-from embedport.validation.retrieval import bootstrap, compare_embedders, compare_rerankers
+from embedport.validation.library import LibraryReference
+from embedport.validation.retrieval import (
+    bootstrap,
+    choose_dims,
+    compare_quality,
+    score_quality,
+    vector_quality,
+)
 from embedport.validation.tasks import EmbeddingTask
 
 DOCUMENTS = {
@@ -153,15 +159,16 @@ def test_equal_vectors_lose_nothing_and_swapped_ones_show(folder):
     generator = np.random.default_rng(0)
     documents = generator.standard_normal((5, 64)).astype(np.float32)
     queries = documents[:3] + 0.1 * generator.standard_normal((3, 64)).astype(np.float32)
-    same = compare_embedders((queries, documents), (queries, documents), data, "fp16, cuda")
+    right = vector_quality((queries, documents), choose_dims(64), data)
+    same = compare_quality(right, right, data, "fp16, cuda")
     assert same.ndcg_loss == 0
     assert {(row.low, row.high) for row in same.rows} == {(0, 0)}
     assert [row.dimension for row in same.rows] == [64] * 3 + [32] * 3
     assert same.rows[0].artifact == 1
     assert same.reference == "fp16, cuda"
-    swapped = compare_embedders(
-        (queries[::-1], documents), (queries, documents), data, "fp16, cuda"
-    )
+    wrong = vector_quality((queries[::-1], documents), choose_dims(64), data)
+    swapped = compare_quality(wrong, right, data, "fp16, cuda")
+    assert swapped.ndcg_loss is not None
     assert swapped.ndcg_loss > 0.2
 
 
@@ -169,10 +176,22 @@ def test_reranking(folder):
     data = read_beir(folder)
     assert len(candidate_pairs(data)) == 15
     right = np.array([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0]], np.float32).ravel()
-    report = compare_rerankers(1 - right, right, data, "fp16, cuda")
+    qualities = (score_quality(scores, data) for scores in (1 - right, right))
+    report = compare_quality(*qualities, data, "fp16, cuda")
     assert report.before == pytest.approx((1 + 1 / log2(3) + 1 / log2(4)) / 3)
     assert report.rows[0].reference == 1
     assert report.ndcg_loss == pytest.approx(1 - 1 / log2(6))
+
+
+def test_equal_scores_measure_nothing(folder):
+    """All candidates stay where they were, on both sides: that is no agreement."""
+    data = read_beir(folder)
+    found, expected = (score_quality(np.full(15, value, "f4"), data) for value in (0.4, 0.5))
+    report = compare_quality(found, expected, data, "fp32, cpu")
+    assert (report.measured, report.ndcg_loss) == (False, None)
+    # One query's are enough.
+    expected = score_quality(np.array([0.1, *[0.5] * 14], np.float32), data)
+    assert compare_quality(found, expected, data, "fp32, cpu").ndcg_loss is not None
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -200,33 +219,28 @@ def test_a_loss_fails_the_gate(checkpoints, tmp_path, folder):
     checkpoint = checkpoints("kv2")
     artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
     report = embedport.validate(artifact, checkpoint, retrieval=folder, max_ndcg_loss=-0.1)
-    assert [gate.name for gate in report.gates if not gate.passed] == ["nDCG@10 loss"]
+    assert [gate.name for gate in report.gates if gate.failed] == ["nDCG@10 loss"]
 
 
 def test_nan_in_the_set_fails_on_either_side(checkpoints, tmp_path, folder, monkeypatch):
     """A vector of NaN ranks as one of zeros: the loss alone would not show it."""
     checkpoint = checkpoints("kv2")
     artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
-    run = EmbeddingTask.run_set, EmbeddingTask.run_reference_set
+    for kind, method, gate in (
+        (EmbeddingTask, "run_set", "retrieval: NaN or infinity"),
+        (LibraryReference, "encode_set", "retrieval: reference's NaN"),
+    ):
+        run = getattr(kind, method)
 
-    def spoilt(number):
-        def changed(self, *args, **options):
-            queries, documents = run[number](self, *args, **options)
+        def spoilt(self, *args, run=run, **options):
+            queries, documents = run(self, *args, **options)
             documents[3] = np.nan
             return queries, documents
 
-        return changed
-
-    for number, (method, gate) in enumerate(
-        (
-            ("run_set", "retrieval: NaN or infinity"),
-            ("run_reference_set", "retrieval: reference's NaN"),
-        )
-    ):
         with monkeypatch.context() as changes:
-            changes.setattr(EmbeddingTask, method, spoilt(number))
+            changes.setattr(kind, method, spoilt)
             report = embedport.validate(artifact, checkpoint, retrieval=folder)
-        assert {each.name for each in report.gates if not each.passed} >= {gate}
+        assert {each.name for each in report.gates if each.failed} >= {gate}
         assert next(each.value for each in report.gates if each.name == gate) == 1
 
 
@@ -235,23 +249,22 @@ def test_the_reference_on_a_set_is_named(checkpoints, tmp_path, folder, monkeypa
     """On a set it may be another run than on the texts: the first one without NaN there."""
     checkpoint = checkpoints("kv2")
     artifact = embedport.export(checkpoint, tmp_path / "artifact").folder
-    run, run_set = parity.run_reference, EmbeddingTask.run_reference_set
+    run, encode = LibraryReference.run, LibraryReference.encode_set
 
-    def run_on_cpu(source, rows, arithmetic, device, *, progress):
-        return run(source, rows, "fp32", "cpu")
+    def run_in_fp32(self, inputs, arithmetic, *, progress=False):
+        return run(self, inputs, "fp32")
 
-    def run_set_on_cpu(self, source, data, arithmetic, device, *, progress):
-        queries, documents = run_set(self, source, data, "fp32", "cpu", progress=progress)
+    def encode_in_fp32(self, data, arithmetic, *, progress):
+        queries, documents = encode(self, data, "fp32")
         return queries, documents * (np.nan if arithmetic in spoilt else 1)
 
-    monkeypatch.setattr(parity, "find_device", lambda device: "cuda")
-    monkeypatch.setattr(parity, "choose_arithmetics", lambda source, device: ("fp16", "bf16"))
-    monkeypatch.setattr(parity, "run_reference", run_on_cpu)
-    monkeypatch.setattr(EmbeddingTask, "run_reference_set", run_set_on_cpu)
+    monkeypatch.setattr(LibraryReference, "arithmetics", lambda self: ("fp16", "bf16"))
+    monkeypatch.setattr(LibraryReference, "run", run_in_fp32)
+    monkeypatch.setattr(LibraryReference, "encode_set", encode_in_fp32)
     report = embedport.validate(artifact, checkpoint, retrieval=folder)
     assert report.retrieval is not None
-    assert report.retrieval.reference == f"{used}, cuda"
-    assert report.comparisons[0].reference == "fp16, cuda"
+    assert report.retrieval.reference == f"{used}, cpu"
+    assert report.comparisons[0].reference == "fp16, cpu"
 
 
 def test_a_reranker_needs_candidates(checkpoints, tmp_path):

@@ -14,10 +14,13 @@ from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.errors import InputError
 from embedport.prompts import Encoded, query_prompt
 from embedport.validation import parity
+from embedport.validation.card import CardReference
+from embedport.validation.library import LibraryReference
 from embedport.validation.measures import unit
-from embedport.validation.tasks import EmbeddingTask
+from embedport.validation.tasks import EmbeddingTask, RerankerTask
 from embedport.validation.thresholds import THRESHOLDS, find_thresholds
 
+ORDER = "documents out of order"
 SECRET = "our plan [bold]to merge[/bold] | do not publish"
 QUERIES = [Sample(text, "query") for text in ("What is the capital of China?", "Explain gravity")]
 DOCUMENTS = [s for s in builtin_samples() if s.prompt == "document" and len(s.text) < 500]
@@ -45,7 +48,7 @@ def gate(report, name):
 
 
 def failed(report):
-    return {each.name for each in report.gates if not each.passed}
+    return {each.name for each in report.gates if each.failed}
 
 
 def rotate(vectors, cosine):
@@ -148,9 +151,89 @@ def test_a_shifted_score_fails_with_its_difference(folders, spoil):
 
 def test_a_reversed_ranking_shows(folders, spoil):
     spoil(change_results(lambda scores: 1 - scores))
-    figures = validate(folders("reranker"), pairs=PAIRS).comparisons[0].figures
-    assert figures["Kendall tau"] == -1
-    assert figures["top-3 overlap"] == 0
+    report = validate(folders("reranker"), pairs=PAIRS, max_score_difference=1e-5)
+    assert report.comparisons[0].figures["Kendall tau"] == -1
+    assert report.comparisons[0].figures["top-3 overlap"] == 0
+    found = gate(report, ORDER)
+    assert found.failed
+    assert f"of {found.value} pairs with scores more than 1e-05 apart" in found.title
+    assert found.detail.startswith("pair ")
+
+
+def order_gate(found, expected, queries):
+    pairs = [Pair(query, "a document") for query in queries]
+    gates = RerankerTask(pairs)._order_gate(
+        np.array(found, np.float32), np.array(expected, np.float32), 0.05
+    )
+    return gates.value, gates.passed, gates.basis
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "queries", "swapped"),
+    [
+        ([0.9, 0.5, 0.1], [0.8, 0.6, 0.2], "aaa", 0),
+        ([0.5, 0.9, 0.1], [0.8, 0.6, 0.2], "aaa", 1),
+        ([0.1, 0.5, 0.9], [0.8, 0.6, 0.2], "aaa", 3),
+        # Within the margin there is no order; on the artifact's side there is none to be.
+        ([0.1, 0.2, 0.0], [0.62, 0.6, 0.2], "aaa", 0),
+        ([0.5, 0.5, 0.1], [0.8, 0.6, 0.2], "aaa", 1),
+        # Documents of different queries are not compared, nor are those without a number.
+        ([0.1, 0.9, 0.2, 0.95], [0.9, 0.1, 0.8, 0.2], "abcb", 0),
+        ([0.5, 0.9, np.nan], [0.8, 0.6, 0.2], "aaa", 1),
+        ([0.9, 0.5, 0.1], [np.nan, 0.6, 0.2], "aaa", 0),
+    ],
+)
+def test_documents_out_of_order(found, expected, queries, swapped):
+    value, passed, basis = order_gate(found, expected, queries)
+    assert (value, passed) == (swapped, swapped == 0)
+    assert "with scores more than 0.05 apart" in basis
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "queries"),
+    [
+        ([0.9, 0.1], [0.9, 0.1], "ab"),
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "aaa"),
+        ([0.9, 0.5], [0.50, 0.54], "aa"),
+        ([0.9], [0.9], "a"),
+    ],
+)
+def test_an_order_that_cannot_be_measured_is_no_success(found, expected, queries):
+    value, passed, basis = order_gate(found, expected, queries)
+    assert (value, passed) == (None, None)
+    assert basis == "no query has two documents with scores more than 0.05 apart"
+
+
+def test_what_is_not_measured_is_said(folders, tmp_path):
+    page = tmp_path / "report.html"
+    report = validate(folders("reranker"), pairs=[("a query", "a document")], page=page)
+    assert report.passed
+    held = len(report.gates) - 1
+    assert report.verdict() == f"Holds: {held} of {held} gates; not measured: {ORDER}"
+    assert f"| {gate(report, ORDER).title} | not measured | ≤ 0 | not measured |" in (
+        report.to_markdown()
+    )
+    assert "| Kendall tau | not measured |" in report.to_markdown()
+    assert f"{held} gates hold, 1 could not be measured" in page.read_text()
+    values = strict_json(report.to_json())
+    (found,) = [each for each in values["gates"] if each["name"] == ORDER]
+    assert (found["value"], found["passed"]) == (None, None)
+
+
+def test_lengths_are_the_references():
+    """Of a model without Normalize; one that normalizes is another."""
+    generator = np.random.default_rng(0)
+    expected = (8 * generator.standard_normal((5, 64))).astype(np.float32)
+    task = EmbeddingTask(SAMPLES[:5])
+    limits = find_thresholds("fp32")
+    for found, error in ((expected, 0), (unit(expected).astype(np.float32), 1)):
+        comparison = task.compare(found, expected, "reference")
+        length, cosine, *_ = task.gates(comparison, found, expected, limits)
+        assert length.name == "vectors' length to the reference's"
+        assert length.value == pytest.approx(error, abs=0.1)
+        assert (length.passed, cosine.passed) == (error == 0, True)
+        # Cosines: long vectors are no better.
+        assert comparison.figures["maximum score difference"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -169,7 +252,8 @@ def test_one_nan_fails(folders, spoil, task, value, copied):
     assert gate(report, "results with NaN or infinity").detail == name
     assert report.worst[0].name == name
     assert report.comparisons[0].compared == report.inputs - 1
-    assert all(map(math.isfinite, report.comparisons[0].figures.values()))
+    figures = report.comparisons[0].figures.values()
+    assert all(value is not None and math.isfinite(value) for value in figures)
     assert strict_json(report.to_json())["worst"][0]["value"] is None
     assert strict_json((folder / "embedport.json").read_text())["parity"]["passed"] is False
 
@@ -180,7 +264,7 @@ def test_nothing_but_nan_fails_every_gate_on_numbers(folders, spoil, task):
     report = validate(folders(task))
     expected = {"results with NaN or infinity", "batch invariance"}
     expected |= (
-        {"minimum cosine", "vectors' length to 1"}
+        {"minimum cosine", "vectors' length"}
         if task == "embedding"
         else {"maximum score difference"}
     )
@@ -210,7 +294,8 @@ def test_token_ids_are_compared_before_any_number(folders, spoil, task, monkeypa
         runtime.tokenizer.encode, runtime.model = wrong, never
 
     spoil(spoil_tokenizer)
-    monkeypatch.setattr(parity, "run_reference", None)
+    for kind in (CardReference, LibraryReference):
+        monkeypatch.setattr(kind, "load", None)
     options = {"texts": SAMPLES} if task == "embedding" else {"pairs": PAIRS}
     report = validate(folders(task), **options)
     assert failed(report) == {"inputs with other token ids"}
@@ -231,8 +316,8 @@ def test_a_row_that_is_too_short_differs():
 def test_vectors_that_are_not_of_unit_length_fail(folders, spoil):
     spoil(change_results(lambda vectors: vectors * 3))
     report = validate(folders("embedding"), [s for s in SAMPLES if s.prompt == "document"])
-    assert failed(report) == {"vectors' length to 1"}
-    assert gate(report, "vectors' length to 1").value == pytest.approx(2, abs=1e-5)
+    assert failed(report) == {"vectors' length"}
+    assert gate(report, "vectors' length").value == pytest.approx(2, abs=1e-5)
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -275,7 +360,8 @@ def test_the_mrl_gate():
     found, expected = unit(found).astype(np.float32), unit(expected).astype(np.float32)
     task = EmbeddingTask(SAMPLES)
     comparison = task.compare(found, expected, "reference")
-    gates = {each.name: each for each in task.gates(comparison, found, find_thresholds("fp16"))}
+    limits = find_thresholds("fp16")
+    gates = {each.name: each for each in task.gates(comparison, found, expected, limits)}
     assert gates["minimum cosine"].passed
     assert not gates["minimum cosine at 256 dimensions"].passed
     assert gates["minimum cosine at 256 dimensions"].value == pytest.approx(-1, abs=1e-6)
@@ -289,18 +375,17 @@ def test_the_mrl_gate():
 )
 def test_which_reference_decides(folders, monkeypatch, precision, spoilt, first):
     """On a GPU: fp16, unless it gives NaN (as Qwen3-8B does) or the artifact is fp32."""
-    run = parity.run_reference
+    run = LibraryReference.run
     beside = "fp32" if precision == "fp32" else "bf16"
 
-    def run_on_cpu(source, rows, arithmetic, device, *, progress):
-        results = run(source, rows, "fp32", "cpu").copy()
+    def run_in_fp32(self, inputs, arithmetic, *, progress):
+        results = run(self, inputs, "fp32").copy()
         if arithmetic in spoilt:
             results[2] = np.nan
         return results
 
-    monkeypatch.setattr(parity, "find_device", lambda device: "cuda")
-    monkeypatch.setattr(parity, "choose_arithmetics", lambda source, device: ("fp16", beside))
-    monkeypatch.setattr(parity, "run_reference", run_on_cpu)
+    monkeypatch.setattr(LibraryReference, "arithmetics", lambda self: ("fp16", beside))
+    monkeypatch.setattr(LibraryReference, "run", run_in_fp32)
     report = validate(folders("embedding", precision=precision), SAMPLES)
     assert report.passed
     deciding, other = report.comparisons
@@ -312,14 +397,14 @@ def test_which_reference_decides(folders, monkeypatch, precision, spoilt, first)
 
 
 def test_a_reference_that_gives_nan_cannot_pass_anything(folders, monkeypatch):
-    run = parity.run_reference
+    run = LibraryReference.run
 
     def spoilt(*args, **options):
         results = run(*args, **options)
         results[2] = np.inf
         return results
 
-    monkeypatch.setattr(parity, "run_reference", spoilt)
+    monkeypatch.setattr(LibraryReference, "run", spoilt)
     assert failed(validate(folders("embedding"), SAMPLES)) == {"reference results with NaN"}
 
 
@@ -431,7 +516,8 @@ def test_each_text_is_run_under_its_prompt(folders):
 def test_pairs_may_be_tuples(folders):
     report = validate(folders("reranker"), pairs=[("a query", "a document"), ("b", "a document")])
     assert report.passed
-    assert set(report.comparisons[0].figures) == {
+    figures = report.comparisons[0].figures
+    assert {name for name, value in figures.items() if value is not None} == {
         "mean score difference",
         "maximum score difference",
     }

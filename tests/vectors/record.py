@@ -45,7 +45,7 @@ def run_rows(loaded: Embedder | Reranker, rows: list[np.ndarray]) -> np.ndarray:
 def _rows(loaded: Embedder | Reranker) -> list[np.ndarray]:
     facts = loaded.facts
     rows, _ = choose_rows(
-        facts.folder, facts.task, facts.prompts, facts.max_length, facts.vocab_size
+        facts.folder, facts.task, facts.inputs, facts.max_length, facts.vocab_size
     )
     text = builtin_samples()[LONG].text
     if isinstance(loaded, Reranker):

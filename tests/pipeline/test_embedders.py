@@ -1,0 +1,377 @@
+"""Embedders as their files declare them, against SentenceTransformer."""
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+import embedport
+from embedport.errors import CheckpointError, InputError
+from embedport.spec import ModelSpec
+
+from .conftest import TEXTS, TYPES, change_tensors, edit, open_embedder, template, write_json
+
+LAST = ("Pooling", {"embedding_dimension": 64, "pooling_mode": "lasttoken"})
+UNIT = ("Normalize", {})
+MESSAGES = {
+    "transformer_task": "feature-extraction",
+    "modality_config": {
+        "text": {"method": "forward", "method_output_name": "last_hidden_state"},
+        "message": {
+            "method": "forward",
+            "method_output_name": "last_hidden_state",
+            "format": "flat",
+        },
+    },
+    "module_output_name": "token_embeddings",
+}
+TANH = "torch.nn.modules.activation.Tanh"
+
+
+def sentence_transformer(folder, **options):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", **options)
+
+
+def check(folder, tmp_path, expected=None, atol=1e-5, **options):
+    """Checkpoint and graph against encode."""
+    if expected is None:
+        expected = sentence_transformer(folder).encode(TEXTS)
+    found = open_embedder(folder).encode(TEXTS, **options)
+    np.testing.assert_allclose(found, expected, atol=atol)
+    embedport.export(folder, tmp_path / "artifact")
+    found = open_embedder(tmp_path / "artifact").encode(TEXTS, **options)
+    np.testing.assert_allclose(found, expected, atol=atol)
+    return expected
+
+
+@pytest.mark.parametrize("end", [None, "<|im_end|>", "<|endoftext|>"])
+def test_tokens_as_the_tokenizer_gives_them(tmp_path, real_tokenizer, end):
+    """Qwen3's own vocabulary, with each ending and with none."""
+    from embedport.demo.synthetic import Geometry, write_checkpoint
+
+    folder = tmp_path / "model"
+    write_checkpoint(
+        folder, Geometry(32, 2, 2, 1, 16, 64), "embedding", real_tokenizer, dtype="float32"
+    )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template(tokenizer, end)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = sentence_transformer(folder)
+    embedder = open_embedder(folder)
+    for ids, text in zip(embedder.tokenizer.encode(TEXTS).ids, TEXTS, strict=True):
+        assert ids.tolist() == model.preprocess([text])["input_ids"][0].tolist()
+    np.testing.assert_allclose(embedder.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+
+
+def test_no_prompt_is_invented(with_modules):
+    folder = with_modules(LAST, UNIT)
+    model, embedder = sentence_transformer(folder), open_embedder(folder)
+    found = embedder.encode(TEXTS, prompt="query")
+    np.testing.assert_allclose(found, model.encode_query(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(found, embedder.encode(TEXTS, prompt="document"), atol=1e-6)
+    (folder / "config_sentence_transformers.json").unlink()
+    assert ModelSpec.from_checkpoint(folder).prompts == {}
+
+
+def test_prompts_of_other_names(with_modules, tmp_path):
+    """Calibration takes the prompts there are."""
+    prompts = {"retrieve": "Find this: ", "classify": "Name it: "}
+    folder = with_modules(LAST, UNIT, prompts=prompts)
+    artifact = embedport.export(
+        folder, tmp_path / "int4", precision="int4", algorithm="awq", group_size=32
+    )
+    assert artifact.manifest.prompts == prompts
+    embedder = open_embedder(folder)
+    for name in prompts:
+        expected = sentence_transformer(folder).encode(TEXTS, prompt_name=name)
+        np.testing.assert_allclose(embedder.encode(TEXTS, prompt=name), expected, atol=1e-5)
+    with pytest.raises(InputError, match="no prompt is named 'summarize'; there are classify"):
+        embedder.encode(TEXTS, prompt="summarize")
+
+
+def test_the_default_prompt(with_modules, tmp_path):
+    prompts = {"own": "Think of this: ", "query": None}
+    folder = with_modules(LAST, UNIT, prompts=prompts, default="own")
+    expected = check(folder, tmp_path)
+    plain = sentence_transformer(folder).encode(TEXTS, prompt="")
+    assert np.abs(expected - plain).max() > 0.01
+    # The artifact keeps it, for sentence-transformers too.
+    settings = json.loads((tmp_path / "artifact/config_sentence_transformers.json").read_text())
+    assert settings["default_prompt_name"] == "own"
+    edit(folder / "config_sentence_transformers.json", default_prompt_name="other")
+    with pytest.raises(CheckpointError, match="default_prompt_name is 'other'"):
+        ModelSpec.from_checkpoint(folder)
+
+
+CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content"
+    " + '<|im_end|>' + '\\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("style", ["flat", "structured", "auto"])
+def test_texts_through_the_chat_template(with_modules, tmp_path, style):
+    first = json.loads(json.dumps(MESSAGES))
+    first["modality_config"]["message"]["format"] = style
+    folder = with_modules(LAST, UNIT, prompts={"q": "Be brief."}, default="q", first=first)
+    chat = CHAT.replace("message.content", "message.content[0].text") if style != "flat" else CHAT
+    (folder / "chat_template.jinja").write_text(chat)
+    check(folder, tmp_path)
+
+
+def test_a_generation_prompt_and_a_long_text(with_modules):
+    first = {
+        **MESSAGES,
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+        "max_seq_length": 24,
+    }
+    folder = with_modules(LAST, UNIT, first=first)
+    chat = CHAT + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    edit(folder / "tokenizer_config.json", chat_template=chat)
+    texts = [*TEXTS, "x " * 100]
+    found = open_embedder(folder).encode(texts)
+    np.testing.assert_allclose(found, sentence_transformer(folder).encode(texts), atol=1e-5)
+
+
+def test_vectors_that_are_not_normalized(with_modules, tmp_path):
+    folder = with_modules(LAST)
+    expected = check(folder, tmp_path)
+    assert np.linalg.norm(expected, axis=1).min() > 2
+    embedder = open_embedder(tmp_path / "artifact")
+    short = sentence_transformer(folder, truncate_dim=16).encode(TEXTS)
+    np.testing.assert_allclose(embedder.encode(TEXTS, dim=16), short, atol=1e-5)
+    embedport.export(folder, tmp_path / "narrow", dim=16)
+    narrow = open_embedder(tmp_path / "narrow")
+    np.testing.assert_allclose(narrow.encode(TEXTS), short, atol=1e-5)
+    names = [each["type"] for each in json.loads((tmp_path / "artifact/modules.json").read_text())]
+    assert names == [TYPES["Transformer"], TYPES["Pooling"]]
+
+
+def test_a_declared_width(with_modules, tmp_path):
+    """truncate_dim keeps a prefix and does not normalize it again."""
+    folder = with_modules(LAST, UNIT, settings={"truncate_dim": 24})
+    expected = check(folder, tmp_path)
+    assert expected.shape[1] == 24
+    assert np.linalg.norm(expected, axis=1).max() < 0.95
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_matter_to_attention_both_ways(with_modules, tmp_path, side):
+    folder = with_modules(("Pooling", {"embedding_dimension": 64, "pooling_mode": "mean"}), UNIT)
+    edit(folder / "config.json", is_causal=False)
+    expected = check(folder, tmp_path)
+    edit(folder / "config.json", is_causal=None)
+    assert np.abs(sentence_transformer(folder).encode(TEXTS) - expected).max() > 0.01
+    embedder = open_embedder(tmp_path / "artifact")
+    for text, vector in zip(TEXTS, expected, strict=True):
+        (ids,) = embedder.tokenizer.encode([text]).ids
+        pad = np.zeros(7, np.int64)
+        row = np.concatenate([pad, ids] if side == "left" else [ids, pad])[None]
+        mask = np.concatenate([pad, ids * 0 + 1] if side == "left" else [ids * 0 + 1, pad])[None]
+        np.testing.assert_allclose(embedder.model(row, mask)[0], vector, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        {"type": "yarn", "factor": 2.0, "beta_fast": 16, "truncate": False},
+        {"rope_type": "yarn", "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 0.3},
+        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.3},
+    ],
+)
+def test_rope_scaling(with_modules, tmp_path, rope):
+    folder = with_modules(LAST, UNIT)
+    edit(folder / "config.json", rope_scaling=rope, rope_theta=10000.0, max_position_embeddings=512)
+    check(folder, tmp_path)
+
+
+def test_attention_biases(with_modules, tmp_path):
+    folder = with_modules(LAST, UNIT)
+    generator = np.random.default_rng(9)
+
+    def add_biases(tensors):
+        for name in [name for name in tensors if "self_attn" in name and "proj" in name]:
+            size = tensors[name].shape[0]
+            bias = generator.standard_normal(size).astype(np.float32)
+            tensors[name.replace("weight", "bias")] = bias
+
+    change_tensors(folder, add_biases)
+    edit(folder / "config.json", attention_bias=True)
+    expected = check(folder, tmp_path)
+    # Rotated, balanced, and without scales that are left for later.
+    for precision, least in (("int8", 0.995), ("int4", 0.9)):
+        options: dict[str, Any] = {"group_size": 32, "algorithm": "awq"}
+        options = options if precision == "int4" else {}
+        embedport.export(folder, tmp_path / precision, precision=precision, **options)
+        found = open_embedder(tmp_path / precision).encode(TEXTS)
+        assert (found * expected).sum(axis=1).min() > least
+
+
+def test_lower_case(with_modules, tmp_path):
+    folder = with_modules(LAST, UNIT, first={"do_lower_case": True})
+    check(folder, tmp_path)
+    upper = open_embedder(folder).encode([text.upper() for text in TEXTS[:2]])
+    lower = open_embedder(folder).encode([text.lower() for text in TEXTS[:2]])
+    np.testing.assert_allclose(upper, lower, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"truncation_side": "left"}, {"split_special_tokens": True}])
+def test_the_tokenizer_s_settings(with_modules, tmp_path, changes):
+    folder = with_modules(LAST, UNIT, first={"max_seq_length": 12})
+    edit(folder / "tokenizer_config.json", **changes)
+    texts = [*TEXTS, "a <|im_end|> in the middle"]
+    expected = sentence_transformer(folder).encode(texts)
+    np.testing.assert_allclose(open_embedder(folder).encode(texts), expected, atol=1e-5)
+
+
+def test_max_seq_length_comes_before_the_tokenizer_s(with_modules):
+    folder = with_modules(LAST, UNIT, first={"max_seq_length": 300})
+    edit(folder / "tokenizer_config.json", model_max_length=20)
+    assert ModelSpec.from_checkpoint(folder).max_length == 300
+    assert sentence_transformer(folder).max_seq_length == 300
+    edit(folder / "sentence_bert_config.json", max_seq_length=10**6)
+    with pytest.raises(CheckpointError, match="max_seq_length is 1000000, and the model has 32768"):
+        ModelSpec.from_checkpoint(folder)
+
+
+def test_a_single_file_beside_an_index(with_modules, tmp_path):
+    """transformers reads the single file."""
+    folder = with_modules(LAST, UNIT)
+    tensors = load_file(folder / "model.safetensors")
+    other = {name: tensor[..., ::-1].copy() for name, tensor in tensors.items()}
+    save_file(other, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {}, "weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")},
+    )
+    check(folder, tmp_path)
+
+
+def test_head_dim_and_key_heads_are_transformers_defaults(with_modules):
+    folder = with_modules(LAST, UNIT)
+    edit(folder / "config.json", head_dim=None)
+    assert ModelSpec.from_checkpoint(folder).head_dim == 128
+
+
+def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
+    dense = {"in_features": 64, "out_features": 32, "bias": True, "activation_function": TANH}
+    pooling = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
+    folder = with_modules(
+        ("Pooling", pooling), ("Dense", dense), UNIT, prompts={"q": "Say: "}, default="q"
+    )
+    expected = sentence_transformer(folder).encode(TEXTS)
+    embedport.export(folder, tmp_path / "hidden", outputs="hidden")
+    found = open_embedder(tmp_path / "hidden").encode(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    shutil.rmtree(folder)  # the artifact has all that it needs
+    found = open_embedder(tmp_path / "hidden").encode(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "attention"}, "pooling_mode should be one"),
+        ("1_Pooling/config.json", {"embedding_dimension": 32}, "embedding_dimension is 32"),
+        ("1_Pooling/config.json", {"layers": 2}, "the key 'layers' is not known here"),
+        ("2_Dense/config.json", {"activation_function": "my.Swish"}, "activation_function should"),
+        ("2_Dense/config.json", {"in_features": 32}, "in_features is 32, and only 64"),
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name"),
+        ("3_Normalize/config.json", {"module_input_name": "token_embeddings"}, "module_input"),
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type is"),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "maxsim"}, "similarity_fn"),
+        ("config_sentence_transformers.json", {"query_prefix": "q"}, "'query_prefix' is not known"),
+        ("sentence_bert_config.json", {"query_length": 32}, "'query_length' is not known here"),
+        ("sentence_bert_config.json", {"query_expansion": {"length": 32}}, "'query_expansion' is"),
+        ("sentence_bert_config.json", {"model_args": {"subfolder": "x"}}, "model_args sets subf"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"image": {"method": "forward"}}},
+            "image is not supported",
+        ),
+        ("sentence_bert_config.json", MESSAGES, "has message, and the folder has no chat templ"),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class should"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "a.B"}}, "auto_map names code"),
+        ("checkpoint-9/adapter_config.json", {"r": 8}, "the folder holds an adapter"),
+    ],
+)
+def test_refused(with_modules, file, changes, message):
+    dense = {"in_features": 64, "out_features": 64, "bias": True, "activation_function": TANH}
+    folder = with_modules(LAST, ("Dense", dense), UNIT)
+    (folder / file).parent.mkdir(exist_ok=True)
+    edit(folder / file, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ModelSpec.from_checkpoint(folder)
+    assert str(folder / file.split("/")[0]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["Transformer", "Normalize", "Pooling"], "behind the Transformer of a SentenceTransf"),
+        (["Transformer"], "behind the Transformer of a SentenceTransformer should be Pooling"),
+        (["Router", "Pooling"], "module Router is not supported"),
+        (["my_code.Transformer", "Pooling"], "my_code.Transformer is code of the checkpoint's"),
+        ([], "names no module"),
+    ],
+)
+def test_modules_refused(with_modules, modules, message):
+    folder = with_modules(LAST, UNIT)
+    write_json(
+        folder / "modules.json",
+        [
+            {
+                "idx": i,
+                "name": str(i),
+                "path": "" if i == 0 else f"{i}_{name}",
+                "type": name if "." in name else f"sentence_transformers.models.{name}",
+            }
+            for i, name in enumerate(modules)
+        ],
+    )
+    with pytest.raises(CheckpointError, match=message):
+        ModelSpec.from_checkpoint(folder)
+
+
+def test_a_tokenizer_that_transformers_would_change_is_refused(with_modules):
+    folder = with_modules(LAST, UNIT)
+    edit(folder / "tokenizer_config.json", pad_token="<|pad|>")
+    with pytest.raises(CheckpointError, match=r"pad_token names '<\|pad\|>', which is no added"):
+        open_embedder(folder)
+    edit(folder / "tokenizer_config.json", pad_token="<|endoftext|>")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "NFKC"}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"normalizer is .*NFKC.*Qwen2Tokenizer has another"):
+        open_embedder(folder)
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    expected = sentence_transformer(folder).encode(TEXTS)
+    found = open_embedder(folder).encode(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_model_opened_before_a_fork_says_so(with_modules):
+    import os
+
+    folder = with_modules(LAST, UNIT)
+    embedder = open_embedder(folder)
+    embedder.encode(TEXTS)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # no assertion here: pytest's own state was forked too
+        try:
+            embedder.encode(TEXTS)
+            os.write(write, b"it ran")
+        except Exception as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"opened before this process was forked" in os.read(read, 1000)

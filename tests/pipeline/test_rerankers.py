@@ -1,0 +1,252 @@
+"""Rerankers as their files declare them, against CrossEncoder."""
+
+import json
+
+import numpy as np
+import pytest
+
+import embedport
+from embedport.errors import CheckpointError, InputError
+from embedport.spec import ModelSpec
+
+from .conftest import (
+    PAIRS,
+    change_tensors,
+    edit,
+    open_reranker,
+    template,
+    write_json,
+    write_modules,
+)
+
+ROLES = (
+    "<|im_start|>system\n{{ messages | selectattr('role', 'eq', 'system')"
+    " | map(attribute='content') | first | default('Judge.', true) }}"
+    "<|im_end|>\n<|im_start|>user\nQ: "
+    "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\nD: "
+    "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+MESSAGES = {
+    "transformer_task": "text-generation",
+    "modality_config": {
+        "text": {"method": "forward", "method_output_name": "logits"},
+        "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
+    },
+    "module_output_name": "causal_logits",
+}
+TEXT = {"transformer_task": "text-generation"}
+
+
+def cross_encoder(folder):
+    from sentence_transformers import CrossEncoder
+
+    return CrossEncoder(str(folder), device="cpu")
+
+
+@pytest.fixture
+def with_score(descend, small_tokenizer):
+    """A function that makes a CrossEncoder of a LogitScore."""
+
+    def make(yes="yes", no="no", first=MESSAGES, chat=ROLES, **settings):
+        folder = descend("reranker")
+        answers = {"true_token_id": small_tokenizer.token_to_id(yes)}
+        if no is not None:
+            answers["false_token_id"] = small_tokenizer.token_to_id(no)
+        write_modules(folder, [("LogitScore", answers)])
+        write_json(folder / "sentence_bert_config.json", first)
+        write_json(
+            folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder", **settings}
+        )
+        if chat is not None:
+            (folder / "chat_template.jinja").write_text(chat)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def classifier(descend):
+    """A function that makes a sequence classifier of so many labels."""
+
+    def make(labels=1, chat=None, **config):
+        folder = descend("reranker")
+        generator = np.random.default_rng(11)
+
+        def add_head(tensors):
+            tensors["score.weight"] = generator.standard_normal((labels, 64)).astype(np.float32)
+
+        change_tensors(folder, add_head)
+        edit(
+            folder / "config.json",
+            architectures=["Qwen3ForSequenceClassification"],
+            id2label={str(i): str(i) for i in range(labels)},
+            pad_token_id=config.pop("pad_token_id", 1021),
+            **config,
+        )
+        if chat is not None:
+            (folder / "chat_template.jinja").write_text(chat)
+        return folder
+
+    return make
+
+
+def check(folder, tmp_path, **options):
+    """Checkpoint and graph against CrossEncoder.predict."""
+    expected = np.asarray(cross_encoder(folder).predict(PAIRS, **options))
+    assert np.ptp(expected) > 1e-3
+    found = open_reranker(folder).score(PAIRS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    artifact = embedport.export(folder, tmp_path / "artifact")
+    found = open_reranker(artifact.folder).score(PAIRS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("yes", "no", "settings"),
+    [
+        ("yes", "no", {}),
+        ("Ġthe", "Ġof", {"prompts": {"own": "Find a drink."}, "default_prompt_name": "own"}),
+        ("Ġthe", None, {"activation_fn": "torch.nn.modules.linear.Identity"}),
+        ("Ġa", None, {"activation_fn": "torch.nn.modules.activation.Sigmoid"}),
+    ],
+)
+def test_logit_score(with_score, tmp_path, yes, no, settings):
+    check(with_score(yes, no, **settings), tmp_path)
+
+
+def test_a_pair_of_texts(with_score, tmp_path):
+    folder = with_score(first=TEXT, chat=None, prompts={"p": "Judge: "}, default_prompt_name="p")
+    check(folder, tmp_path)
+
+
+def test_a_structured_template(with_score, tmp_path):
+    chat = ROLES.replace(
+        "map(attribute='content') | first", "map(attribute='content.0.text') | first"
+    )
+    first = json.loads(json.dumps(MESSAGES))
+    first["modality_config"]["message"]["format"] = "structured"
+    check(with_score(first=first, chat=chat), tmp_path)
+
+
+def test_a_long_pair_keeps_the_template_s_end(with_score):
+    folder = with_score(first={**MESSAGES, "max_seq_length": 60})
+    pairs = [*PAIRS, ("tea", "water " * 200), ("x " * 100, "y")]
+    expected = cross_encoder(folder).predict(pairs)
+    found = open_reranker(folder).score(pairs)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("chat", [None, ROLES])
+def test_classifier(classifier, tmp_path, chat):
+    check(classifier(1, chat), tmp_path)
+
+
+def test_classifier_with_an_end_token_that_is_its_padding(
+    classifier, descend, small_tokenizer, tmp_path
+):
+    from tokenizers import Tokenizer
+
+    folder = classifier(1)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template(tokenizer, "<|endoftext|>")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    edit(folder / "config.json", pad_token_id=end)
+    check(folder, tmp_path)
+
+
+def test_classifier_with_two_labels(classifier):
+    folder = classifier(2)
+    expected = cross_encoder(folder).predict(PAIRS, apply_softmax=True)[:, 1]
+    found = open_reranker(folder).score(PAIRS)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_classifier_with_another_activation(classifier, tmp_path):
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    check(classifier(1, sentence_transformers=identity), tmp_path)
+    folder = tmp_path / "model"
+    edit(folder / "config.json", sentence_transformers={"activation_fn": "torch.nn.ReLU"})
+    with pytest.raises(CheckpointError, match=r"only torch\.nn's Sigmoid and Identity"):
+        ModelSpec.from_checkpoint(folder)
+
+
+def test_a_template_without_the_two_roles_is_refused(classifier):
+    folder = classifier(
+        1, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="cannot carry a 'query'/'document' pair"):
+        cross_encoder(folder).predict(PAIRS)
+    with pytest.raises(CheckpointError, match="does not carry the roles 'query' and 'document'"):
+        ModelSpec.from_checkpoint(folder)
+
+
+def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
+    """transformers takes the head that is there; the reference is its own softmax."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = descend("reranker")
+    generator = np.random.default_rng(5)
+
+    def add_head(tensors):
+        shape = tensors["model.embed_tokens.weight"].shape
+        tensors["lm_head.weight"] = generator.standard_normal(shape).astype(np.float32)
+
+    change_tensors(folder, add_head)
+    reranker = open_reranker(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = [reranker.tokenizer.tokenizer.token_to_id(word) for word in ("no", "yes")]
+    expected = []
+    for ids in reranker.tokenizer.encode(PAIRS).ids:
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(ids)[None]).logits[0, -1, answers]
+        expected.append(float(logits.softmax(0)[1]))
+    np.testing.assert_allclose(reranker.score(PAIRS), expected, atol=1e-5)
+    embedport.export(folder, tmp_path / "artifact")
+    found = open_reranker(tmp_path / "artifact").score(PAIRS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_plain_language_model_asks_for_the_task(descend):
+    folder = descend("reranker")
+    (folder / "README.md").write_text("---\npipeline_tag: text-generation\n---\nA model.\n")
+    with pytest.raises(InputError, match=r"nothing in it says what the model is for.*--task"):
+        ModelSpec.from_checkpoint(folder)
+    with pytest.raises(InputError, match="--task embedding or --task reranker"):
+        embedport.load(folder, device="cpu")
+    assert isinstance(embedport.load(folder, device="cpu", task="embedding"), embedport.Embedder)
+    assert isinstance(embedport.load(folder, device="cpu", task="reranker"), embedport.Reranker)
+    for header in ("tags:\n- transformers\n- reranker", "base_model: Qwen/Qwen3-Reranker-0.6B"):
+        (folder / "README.md").write_text(f"---\n{header}\n---\nA model.\n")
+        assert ModelSpec.from_checkpoint(folder).task == "reranker"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("1_LogitScore/config.json", {"true_token_id": 5000}, "5000 is beyond the vocabulary"),
+        ("1_LogitScore/config.json", {"true_token_id": "yes"}, "should be a token's id"),
+        ("1_LogitScore/config.json", {"module_input_name": "scores"}, "module_input_name"),
+        ("1_LogitScore/config.json", {"temperature": 2}, "'temperature' is not known here"),
+        (
+            "config_sentence_transformers.json",
+            {"model_type": "SentenceTransformer"},
+            "LogitScore does not go with a SentenceTransformer|should be Pooling",
+        ),
+        ("config_sentence_transformers.json", {"activation_fn": "my.Own"}, "only torch.nn's Sigm"),
+        (
+            "sentence_bert_config.json",
+            {"transformer_task": "fill-mask"},
+            "should be one of feature",
+        ),
+    ],
+)
+def test_refused(with_score, file, changes, message):
+    folder = with_score()
+    edit(folder / file, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ModelSpec.from_checkpoint(folder)
+    assert str(folder) in str(caught.value)

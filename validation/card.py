@@ -1,0 +1,144 @@
+r"""A checkpoint run by transformers, by the model cards' own code.
+
+Strings, tokenization, padding and pooling are written down here again from the model cards and
+shared with no other module, so that a mistake there cannot hide here.
+
+Embedding: "Instruct: {task}\nQuery:{query}" or the bare document, left padding, the state of the
+last token after the final norm, L2 norm. The tokens are those that the folder's tokenizer gives.
+Reranker: prefix, body and suffix tokenized by themselves, the body cut, left padding, softmax over
+the last position's logits of "no" and "yes".
+https://huggingface.co/Qwen/Qwen3-Embedding-0.6B, https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..demo.samples import Pair, Sample
+from ..errors import CheckpointError, require
+from ..files import read_json
+from ..spec import ModelSpec
+from .live import LiveReference, choose_dtype, no_loading_bar, place
+from .reference import Arithmetic, Inputs
+
+TASK = "Given a web search query, retrieve relevant passages that answer the query"
+PREFIX = (
+    "<|im_start|>system\n"
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".'
+    "<|im_end|>\n<|im_start|>user\n"
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+class CardReference(LiveReference):
+    """A checkpoint in transformers.
+
+    Attributes:
+        tokenizer: transformers' tokenizer of it.
+    """
+
+    library = "transformers"
+    packages = ("torch", "transformers")
+
+    def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
+        super().__init__(spec, max_length, device)
+        transformers = require("transformers", "torch")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            self.folder, padding_side="left"
+        )
+        self.answers: list[int] = []
+        if spec.task == "reranker":
+            self.answers = [self._single_token("no"), self._single_token("yes")]
+
+    @property
+    def limit(self) -> int:
+        """Tokens after which an input is cut: as asked, or the tokenizer's and the model's."""
+        if self.max_length is not None:
+            return self.max_length
+        return min(self.tokenizer.model_max_length, self.spec.max_position_embeddings)
+
+    def gives_log_odds(self) -> bool:
+        """The model card's code gives probabilities."""
+        return False
+
+    def token_ids(self, inputs: Inputs) -> list[list[int]]:
+        """Token ids by the model card's code."""
+        if self.spec.task == "reranker":
+            return self._pair_ids([each for each in inputs if isinstance(each, Pair)])
+        return self._text_ids([each for each in inputs if isinstance(each, Sample)])
+
+    def _text_ids(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Of texts, each after its prompt (a name, or the literal text)."""
+        path = self.folder / "config_sentence_transformers.json"
+        prompts = {"query": "", "document": ""}
+        if path.exists():
+            prompts |= read_json(path).get("prompts") or {}
+        texts = [prompts.get(sample.prompt, sample.prompt) + sample.text for sample in samples]
+        return self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
+
+    def _pair_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        """Of pairs under the model card's instruction."""
+        prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
+        suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
+        bodies = [
+            f"<Instruct>: {TASK}\n<Query>: {pair.query}\n<Document>: {pair.document}"
+            for pair in pairs
+        ]
+        cut = self.tokenizer(
+            bodies,
+            padding=False,
+            truncation="longest_first",
+            return_attention_mask=False,
+            max_length=self.limit - len(prefix) - len(suffix),
+        )["input_ids"]
+        return [[*prefix, *ids, *suffix] for ids in cut]
+
+    def load(self, arithmetic: Arithmetic) -> Any:
+        """The model as transformers loads it: see `LiveReference`."""
+        transformers = require("transformers", "torch")
+        kind = (
+            transformers.AutoModel
+            if self.spec.task == "embedding"
+            else transformers.AutoModelForCausalLM
+        )
+        with no_loading_bar():
+            model = kind.from_pretrained(
+                self.folder,
+                dtype=choose_dtype(self.spec, arithmetic),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        return place(model, self.spec, arithmetic, self.device)
+
+    def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """A batch's vectors or probabilities: see `LiveReference`."""
+        torch = require("torch", "torch")
+        batch = self.tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
+        batch = batch.to(self.device)
+        if self.answers:
+            # Of all positions' logits only the last are used: the others are not computed.
+            logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1, self.answers]
+            return torch.log_softmax(logits.float(), dim=1)[:, 1].exp().cpu().numpy()
+        states = model(**batch, use_cache=False).last_hidden_state
+        return torch.nn.functional.normalize(states[:, -1].float(), p=2, dim=1).cpu().numpy()
+
+    def run_rows(
+        self, rows: Sequence[Sequence[int]], arithmetic: Arithmetic, *, progress: bool = False
+    ) -> np.ndarray:
+        """As `run`, of inputs that are tokenized already."""
+        inputs: Any = rows
+        return self._run(inputs, rows, arithmetic, progress)
+
+    def layers_of(self, model: Any) -> Any:
+        """The module with `embed_tokens` and `layers`."""
+        return model.base_model
+
+    def _single_token(self, token: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: {token!r} should be a single token, found none")
+        return found

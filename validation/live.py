@@ -1,0 +1,359 @@
+"""A reference that runs here, in torch: what its two kinds have in common.
+
+On a GPU it is fp16, with fp32 beside it or, where that does not fit, bf16: an fp16 Qwen3-8B gives
+NaN by itself. On a CPU it is fp32 on weights rounded to fp16; of a checkpoint that stores fp32, on
+these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..beir import RetrievalSet
+from ..demo.samples import Pair, Sample
+from ..errors import CheckpointError, DeviceError, InputError, require
+from ..hub import fetch
+from ..integrity import record_files
+from ..progress import progress_bar
+from ..ranking import Vectors, candidate_pairs
+from ..runtimes.batching import choose_batch_tokens, make_batches
+from ..runtimes.facts import stored_float
+from ..spec import ModelSpec, Task, read_spec
+from ..weights import Weights
+from .reference import Arithmetic, Inputs, Origin
+from .retrieval import SetQuality, score_quality, vector_quality
+
+# An fp32 reference must leave room on the GPU for activations.
+HEADROOM = 1.25
+
+
+class LiveReference(ABC):
+    """A checkpoint and the library that runs it.
+
+    Args:
+        spec: What it is and where; only sizes are taken from it.
+        max_length: Tokens after which an input is cut; None for the library's own limit.
+        device: "cpu" or "cuda".
+
+    Attributes:
+        library: The library's name on PyPI.
+        packages: That, and those under it.
+    """
+
+    library: str
+    packages: tuple[str, ...]
+
+    def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
+        self.spec, self.max_length, self.device = spec, max_length, device
+        weights = Weights(spec)  # libraries fill in a missing tensor with random numbers
+        self.origin = Origin(
+            id=spec.source.id,
+            revision=spec.source.revision,
+            task=spec.task,
+            library=self.library,
+            versions=_versions(self.packages),
+            device=device,
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            stored=stored_float(spec),
+            files={
+                path.name: record.sha256 for path, record in record_files(weights.files).items()
+            },
+            log_odds=self.gives_log_odds(),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.spec.source.folder
+
+    @property
+    @abstractmethod
+    def limit(self) -> int:
+        """Tokens after which an input is cut."""
+
+    @abstractmethod
+    def gives_log_odds(self) -> bool:
+        """Whether the library gives a reranker's scores as log-odds."""
+
+    @abstractmethod
+    def token_ids(self, inputs: Inputs) -> list[list[int]]:
+        """The token ids that the library gives its model, of each input."""
+
+    @abstractmethod
+    def load(self, arithmetic: Arithmetic) -> Any:
+        """The model as the library loads it, on the device.
+
+        Raises:
+            DeviceError: It does not fit into the GPU's memory.
+        """
+
+    @abstractmethod
+    def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """A batch's vectors or probabilities: float32 [inputs, dim] or [inputs].
+
+        Args:
+            model: From `load`.
+            inputs: The inputs, all of one group.
+            rows: Their token ids.
+        """
+
+    @abstractmethod
+    def layers_of(self, model: Any) -> Any:
+        """The module with `embed_tokens` and `layers` in what `load` gives."""
+
+    def groups(self, inputs: Inputs) -> Iterable[list[int]]:
+        """Numbers of the inputs that may share a batch."""
+        yield list(range(len(inputs)))
+
+    def arithmetics(self) -> tuple[Arithmetic, ...]:
+        """What it is run in, the usual one first."""
+        if self.device == "cpu":
+            return ("fp32",)
+        torch = require("torch", "torch")
+        release_memory(self.device)  # the artifact's would count as taken
+        fits = self.spec.parameters * 4 * HEADROOM <= torch.cuda.mem_get_info()[0]
+        return ("fp16", "fp32" if fits else "bf16")
+
+    def run(self, inputs: Inputs, arithmetic: Arithmetic, *, progress: bool = False) -> np.ndarray:
+        """Run the checkpoint.
+
+        Args:
+            inputs: Texts or pairs.
+            arithmetic: "fp16", "bf16", or "fp32", which rounds 16-bit weights to fp16 first; of a
+                checkpoint that stores fp32 it takes these.
+            progress: Whether to show a progress bar on a terminal.
+
+        Returns:
+            float32: vectors [inputs, dim], or probabilities [inputs].
+
+        Raises:
+            DeviceError: The reference does not fit into the GPU's memory.
+            InputError: A batch does not.
+        """
+        return self._run(inputs, self.token_ids(inputs), arithmetic, progress)
+
+    def _run(
+        self,
+        inputs: Inputs,
+        rows: Sequence[Sequence[int]],
+        arithmetic: Arithmetic,
+        progress: bool,
+    ) -> np.ndarray:
+        torch = require("torch", "torch")
+        model = self.load(arithmetic)
+        budget = choose_batch_tokens(None, self.device)
+        results: np.ndarray | None = None
+        description = f"Reference in {arithmetic}"
+        with (
+            torch.inference_mode(),
+            progress_bar(description, len(rows), enabled=progress) as advance,
+        ):
+            for group in self.groups(inputs):
+                for numbers in make_batches([len(rows[i]) for i in group], budget):
+                    batch = [group[number] for number in numbers]
+                    taken: Any = [inputs[i] for i in batch]
+                    try:
+                        found = self.answer(model, taken, [rows[i] for i in batch])
+                    except torch.OutOfMemoryError as error:
+                        raise InputError(
+                            f"{self.folder}: a batch of {len(batch)} x "
+                            f"{max(len(rows[i]) for i in batch)} tokens of the reference in "
+                            f"{arithmetic} does not fit into the GPU's memory: give shorter "
+                            "texts, or use device='cpu'"
+                        ) from error
+                    if results is None:
+                        results = np.empty((len(rows), *found.shape[1:]), np.float32)
+                    results[batch] = found
+                    advance(len(batch))
+        del model
+        release_memory(self.device)
+        assert results is not None
+        return results
+
+    def encode_set(
+        self, data: RetrievalSet, arithmetic: Arithmetic, *, progress: bool = False
+    ) -> Vectors:
+        """Vectors of a retrieval set: (queries [n, dim], documents [m, dim])."""
+        samples = [Sample(text, "query") for text in data.queries.values()]
+        samples += [Sample(text, "document") for text in data.documents.values()]
+        vectors = self.run(samples, arithmetic, progress=progress)
+        return vectors[: len(data.queries)], vectors[len(data.queries) :]
+
+    def score_set(
+        self, data: RetrievalSet, arithmetic: Arithmetic, *, progress: bool = False
+    ) -> np.ndarray:
+        """Probabilities of a retrieval set's candidates, [pairs]."""
+        pairs = [Pair(*pair) for pair in candidate_pairs(data)]
+        return self.run(pairs, arithmetic, progress=progress)
+
+    def measure(
+        self,
+        data: RetrievalSet,
+        dims: Sequence[int],
+        arithmetic: Arithmetic,
+        *,
+        progress: bool = False,
+    ) -> SetQuality:
+        """How good its ranking of a retrieval set is: see `Reference`."""
+        if self.spec.task == "reranker":
+            return score_quality(self.score_set(data, arithmetic, progress=progress), data)
+        return vector_quality(self.encode_set(data, arithmetic, progress=progress), dims, data)
+
+    def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """States after the embedding table and after each layer: see `Reference`."""
+        model = self.load(self.arithmetics()[-1])
+        states = watch_layers(self.layers_of(model), rows, self.device)
+        del model
+        release_memory(self.device)
+        return states
+
+    def final_norm(self) -> np.ndarray:
+        """The gains of the final norm, float32 [hidden_size]."""
+        return Weights(self.spec).read_fp32("norm.weight")
+
+
+def open_live(
+    checkpoint: str | Path,
+    *,
+    task: Task | None = None,
+    max_length: int | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+) -> LiveReference:
+    """Find a checkpoint, check its weights' names and shapes, and choose the library that runs it.
+
+    Args:
+        checkpoint: A folder, or a hub id.
+        task: What it does; None where its files tell.
+        max_length: Tokens after which an input is cut; None for the library's own limit.
+        revision: A branch, tag or commit, for a hub id.
+        device: As asked for the artifact: "cpu", or a GPU if torch has one.
+
+    Raises:
+        InputError: No such folder or hub id.
+        CheckpointError: It is not a Qwen3 checkpoint, or not whole, or quantized.
+        MissingPackageError: torch, transformers or sentence-transformers is not installed.
+    """
+    from .card import CardReference
+    from .library import LibraryReference, is_library_model
+
+    for package in ("torch", "transformers", "sentence_transformers"):
+        require(package, "torch")
+    spec = read_spec(fetch(checkpoint, revision), task)
+    if spec.quantization is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: a reference should be the original in bf16, "
+            f"fp16 or fp32, found one quantized by {spec.quantization.method!r}"
+        )
+    kind = LibraryReference if is_library_model(spec.source.folder) else CardReference
+    return kind(spec, max_length, find_device(device))
+
+
+def find_device(device: str) -> str:
+    """Where the reference runs: "cuda" if torch has a GPU, unless the artifact is to run on a CPU.
+
+    Args:
+        device: As asked for the artifact.
+    """
+    torch = require("torch", "torch")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def release_memory(device: str) -> None:
+    """Give back what torch keeps on a GPU of models that are gone.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    if device == "cuda":
+        gc.collect()
+        require("torch", "torch").cuda.empty_cache()
+
+
+def choose_dtype(spec: ModelSpec, arithmetic: Arithmetic) -> Any:
+    """The torch dtype in which weights are loaded; fp32 arithmetic converts them afterwards."""
+    torch = require("torch", "torch")
+    if arithmetic == "bf16":
+        return torch.bfloat16
+    if arithmetic == "fp32" and stored_float(spec) == "fp32":
+        return torch.float32
+    return torch.float16
+
+
+def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> Any:
+    """A loaded model, in its arithmetic and on a device.
+
+    Raises:
+        DeviceError: It does not fit into the GPU's memory.
+    """
+    torch = require("torch", "torch")
+    if arithmetic == "fp32":
+        model = model.float()
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{spec.source.folder}: the reference in {arithmetic} does not fit into the "
+            "GPU's free memory; use device='cpu'"
+        ) from error
+
+
+@contextlib.contextmanager
+def no_loading_bar() -> Generator[None]:
+    """Keep transformers from showing a progress bar while it loads."""
+    logging = require("transformers", "torch").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[list[np.ndarray]]:
+    """States after the embedding table and after each layer of a transformers model.
+
+    Modules are watched, since transformers' `output_hidden_states` has the last layer's states
+    behind the final norm.
+
+    Args:
+        base: The module with `embed_tokens` and `layers`.
+        rows: Token ids, int64 [tokens] each.
+        device: Where it is.
+
+    Returns:
+        Of each layer, of each row, float32 [tokens, hidden_size].
+    """
+    torch = require("torch", "torch")
+    modules = [base.embed_tokens, *base.layers]
+    states: list[list[np.ndarray]] = [[] for _ in modules]
+
+    def keep(layer: int, output: Any) -> None:
+        # Earlier versions of transformers give a tuple.
+        hidden = output[0] if isinstance(output, tuple) else output
+        states[layer].append(hidden[0].float().cpu().numpy())
+
+    for layer, module in enumerate(modules):
+        module.register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
+    with torch.inference_mode():
+        for ids in rows:
+            base(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False)
+    return states
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,458 @@
+"""A reference that ran earlier, read from a file: neither torch nor the checkpoint is needed.
+
+The file is safetensors, so reading it runs nothing and it is known at once whether it is whole.
+Tensors are token ids ("ids", "lengths"), results ("results.fp32"), the quality of a retrieval set's
+rankings query by query ("retrieval.fp32.256.nDCG@10"), and the hidden states of a few texts
+("layers.states"). All else is one JSON text in the metadata: the inputs, and what is known of the
+checkpoint, its files' hashes among it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..beir import RetrievalSet
+from ..demo.samples import Pair, Sample
+from ..errors import InputError
+from ..files import written
+from ..spec import TASKS, Task
+from .reference import Arithmetic, Inputs, Origin
+from .retrieval import SetQuality
+
+FORMAT_VERSION = 1
+KEY = "embedport_reference"
+# Characters of the metadata; safetensors reads a header of 100 MB at most.
+LARGEST = 20_000_000
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """Which retrieval set was measured.
+
+    Attributes:
+        name: Its name.
+        documents: sha256 of its documents.
+        queries: Query id to sha256 of its text, its answers and its candidates.
+    """
+
+    name: str
+    documents: str
+    queries: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Hidden states of a few rows.
+
+    Attributes:
+        rows: Token ids, int64 [tokens] each.
+        states: float32 [layers + 1, tokens of all rows, hidden_size].
+        norm: The final norm's gains, float32 [hidden_size].
+    """
+
+    rows: list[np.ndarray]
+    states: np.ndarray
+    norm: np.ndarray
+
+
+@dataclass(frozen=True)
+class RecordedReference:
+    """A reference's results: see `Reference`.
+
+    Attributes:
+        path: The file.
+        origin: What is known of the checkpoint and of the run.
+        max_length: Tokens after which an input was cut.
+        inputs: The texts or pairs.
+        rows: Their token ids.
+        results: Arithmetic to vectors or probabilities, the usual one first.
+        layers: Hidden states of a few rows.
+        data: The retrieval set that was measured; None without one.
+        qualities: Arithmetic to how good its ranking of that set is.
+    """
+
+    path: Path
+    origin: Origin
+    max_length: int
+    inputs: Sequence[Sample | Pair]
+    rows: list[list[int]]
+    results: Mapping[Arithmetic, np.ndarray]
+    layers: Layers
+    data: SetRecord | None
+    qualities: Mapping[Arithmetic, SetQuality]
+
+    def choose_inputs(
+        self, texts: Any, pairs: Any, revision: str | None
+    ) -> tuple[list[Sample] | None, list[Pair] | None]:
+        """The texts or pairs of the file, one of the two.
+
+        Raises:
+            InputError: Others are given, or a revision.
+        """
+        if texts is not None or pairs is not None:
+            raise InputError(
+                f"{self.path} has the texts that it was recorded on: leave yours out, or record "
+                "the reference on them (embedport reference … --input …)"
+            )
+        if revision is not None:
+            raise InputError(f"{self.path} is a file and has no revision {revision!r}")
+        samples = [each for each in self.inputs if isinstance(each, Sample)]
+        recorded = [each for each in self.inputs if isinstance(each, Pair)]
+        return (samples, None) if samples else (None, recorded)
+
+    def token_ids(self, inputs: Inputs) -> list[list[int]]:
+        """The token ids that were recorded."""
+        self._check_inputs(inputs)
+        return self.rows
+
+    def arithmetics(self) -> tuple[Arithmetic, ...]:
+        """What it was run in, the usual one first."""
+        return tuple(self.results)
+
+    def run(self, inputs: Inputs, arithmetic: Arithmetic, *, progress: bool = False) -> np.ndarray:
+        """The vectors or probabilities that were recorded."""
+        self._check_inputs(inputs)
+        return self.results[arithmetic]
+
+    def measure(
+        self,
+        data: RetrievalSet,
+        dims: Sequence[int],
+        arithmetic: Arithmetic,
+        *,
+        progress: bool = False,
+    ) -> SetQuality:
+        """What was recorded of a set, or of some of its queries.
+
+        Raises:
+            InputError: That set, query or width was not recorded.
+        """
+        self.check_set(data)
+        assert self.data is not None
+        whole = self.qualities[arithmetic]
+        if missing := [dim for dim in dims if dim not in whole.measures]:
+            raise InputError(
+                f"{self.path} has the quality of vectors of {', '.join(map(str, whole.measures))} "
+                f"values, not of {missing[0]}"
+            )
+        number = {query: i for i, query in enumerate(self.data.queries)}
+        rows = [number[query] for query in data.queries]
+        return SetQuality(
+            {
+                dim: {name: values[rows] for name, values in whole.measures[dim].items()}
+                for dim in dims
+            },
+            whole.lost[rows],
+            whole.lost_documents,
+            whole.varies[rows],
+        )
+
+    def check_set(self, data: RetrievalSet) -> None:
+        """Refuse a set that was not recorded.
+
+        Raises:
+            InputError: It was not.
+        """
+        if self.data is None:
+            raise InputError(
+                f"{self.path} was recorded without a retrieval set: record it with --retrieval, or "
+                "leave the set out"
+            )
+        given = describe_set(data, self.origin.task)
+        other = [
+            query
+            for query, digest in given.queries.items()
+            if self.data.queries.get(query) != digest
+        ]
+        if given.documents != self.data.documents or other:
+            what = f"query {other[0]!r}" if other else "its documents"
+            raise InputError(
+                f"{self.path} was recorded on the set {self.data.name} with "
+                f"{len(self.data.queries):,} queries; {what} of the set {data.name} given here "
+                "differs: give the same set, or record this one"
+            )
+
+    def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """The states that were recorded.
+
+        Raises:
+            InputError: They are of other rows.
+        """
+        if [row.tolist() for row in rows] != [row.tolist() for row in self.layers.rows]:
+            raise InputError(
+                f"{self.path} has hidden states of other texts than this embedport compares; "
+                "record the reference again"
+            )
+        ends = np.cumsum([len(row) for row in self.layers.rows])[:-1]
+        return [np.split(states, ends) for states in self.layers.states]
+
+    def final_norm(self) -> np.ndarray:
+        """The gains of the final norm, float32 [hidden_size]."""
+        return self.layers.norm
+
+    def _check_inputs(self, inputs: Inputs) -> None:
+        if list(inputs) != self.inputs:
+            raise InputError(f"{self.path} holds nothing of these inputs")
+
+
+def is_recorded(reference: str | Path) -> bool:
+    """Whether a reference is a file, not a checkpoint's folder or hub id."""
+    return Path(reference).expanduser().is_file()
+
+
+def describe_set(data: RetrievalSet, task: Task) -> SetRecord:
+    """What a retrieval set is known by; candidates count for a reranker only."""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+    return SetRecord(
+        data.name,
+        digest(list(data.documents.items())),
+        {
+            query: digest(
+                [
+                    text,
+                    sorted(data.relevance[query].items()),
+                    list(data.candidates[query]) if task == "reranker" else [],
+                ]
+            )
+            for query, text in data.queries.items()
+        },
+    )
+
+
+def write_recorded(reference: RecordedReference) -> None:
+    """Write the file, which takes its name when it is complete.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    tensors = {**_packed("", reference.rows), **_packed("layers.", reference.layers.rows)}
+    tensors["layers.states"] = reference.layers.states
+    tensors["layers.norm"] = reference.layers.norm
+    for arithmetic, results in reference.results.items():
+        tensors[f"results.{arithmetic}"] = results
+    for arithmetic, quality in reference.qualities.items():
+        prefix = f"retrieval.{arithmetic}"
+        for dim, measures in quality.measures.items():
+            for name, values in measures.items():
+                tensors[f"{prefix}.{dim}.{name}"] = values
+        tensors[f"{prefix}.lost"] = quality.lost
+        tensors[f"{prefix}.lost_documents"] = np.array([quality.lost_documents])
+        tensors[f"{prefix}.varies"] = quality.varies
+    values = {
+        "format_version": FORMAT_VERSION,
+        "origin": asdict(reference.origin),
+        "max_length": reference.max_length,
+        "arithmetics": list(reference.results),
+        "inputs": [list(asdict(each).values()) for each in reference.inputs],
+        "retrieval": reference.data and asdict(reference.data),
+    }
+    text = json.dumps(values, ensure_ascii=False)
+    if len(text) > LARGEST:
+        raise InputError(
+            f"the texts of {reference.path} have {len(text):,} characters, and a recorded "
+            f"reference holds {LARGEST:,}: record fewer texts"
+        )
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with written(reference.path) as file:
+        file.write(save(contiguous, metadata={KEY: text}))
+
+
+def open_recorded(path: str | Path, task: Task, max_length: int) -> RecordedReference:
+    """Read a recorded reference for an artifact.
+
+    Args:
+        path: The file.
+        task: The artifact's.
+        max_length: Tokens after which the artifact cuts an input.
+
+    Raises:
+        InputError: The file is damaged, of a later version or not such a file; or it is of another
+            task; or it cuts inputs where the artifact does not.
+    """
+    found = read_recorded(path)
+    if found.origin.task != task:
+        raise InputError(
+            f"{path} is of {found.origin.id}, a model for {found.origin.task}, and the artifact's "
+            f"task is {task}"
+        )
+    longest = max(map(len, found.rows))
+    if max_length != found.max_length and longest >= min(max_length, found.max_length):
+        raise InputError(
+            f"{path} was recorded with inputs cut to {found.max_length:,} tokens, and the artifact "
+            f"cuts them to {max_length:,}: record it with --max-length {max_length}"
+        )
+    return found
+
+
+def read_recorded(path: str | Path) -> RecordedReference:
+    """Read a recorded reference.
+
+    Raises:
+        InputError: The file is damaged, of another version, or not such a file.
+    """
+    path = Path(path).expanduser()
+    with _opened(path) as file:
+        try:
+            values = json.loads((file.metadata() or {})[KEY])
+            found = values["format_version"]
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"{path} is safetensors, and not a recorded reference: its metadata should hold "
+                f"{KEY} ({error!r}); `embedport reference` writes one"
+            ) from error
+        if found != FORMAT_VERSION:
+            raise InputError(
+                f"{path} has format version {found!r}, and this embedport reads {FORMAT_VERSION}: "
+                "record the reference again"
+            )
+        try:
+            return _Reader(path, file).read(values)
+        except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            raise InputError(
+                f"{path} is damaged ({type(error).__name__}: {error}); record the reference again"
+            ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not a whole recorded reference ({error}); record it again or copy it again"
+        ) from error
+    with file:
+        yield file
+
+
+class _Reader:
+    """Reads the parts of a file, each checked: a ValueError says what is wrong with which."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path, self.file = path, file
+
+    def read(self, values: Mapping[str, Any]) -> RecordedReference:
+        origin = _read_origin(values["origin"])
+        arithmetics = values["arithmetics"]
+        if not arithmetics or not set(arithmetics) <= set(get_args(Arithmetic)):
+            raise ValueError(
+                f"arithmetics should be some of fp16, bf16, fp32, found {arithmetics!r}"
+            )
+        make: Callable[..., Any] = Pair if origin.task == "reranker" else Sample
+        inputs = [make(*map(_text, each)) for each in values["inputs"]]
+        count = len(inputs)
+        rows = [row.tolist() for row in self._rows("", count)]
+        layer_rows = self._rows("layers.", None)
+        tokens, hidden = sum(map(len, layer_rows)), origin.hidden_size
+        # A reranker's results are one number an input.
+        shape = (count,) if origin.task == "reranker" else (count, None)
+        data, qualities = None, {}
+        if values["retrieval"] is not None:
+            data = _read_set(values["retrieval"])
+            qualities = {name: self._quality(name, len(data.queries)) for name in arithmetics}
+        return RecordedReference(
+            path=self.path,
+            origin=origin,
+            max_length=_whole(values["max_length"]),
+            inputs=inputs,
+            rows=rows,
+            results={
+                name: self._tensor(f"results.{name}", np.float32, shape) for name in arithmetics
+            },
+            layers=Layers(
+                layer_rows,
+                self._tensor("layers.states", np.float32, (None, tokens, hidden)),
+                self._tensor("layers.norm", np.float32, (hidden,)),
+            ),
+            data=data,
+            qualities=qualities,
+        )
+
+    def _rows(self, prefix: str, count: int | None) -> list[np.ndarray]:
+        lengths = self._tensor(f"{prefix}lengths", np.int32, (count,))
+        if not len(lengths) or lengths.min() < 1:
+            raise ValueError(f"{prefix}lengths should be of rows with tokens, found {lengths}")
+        ids = self._tensor(f"{prefix}ids", np.int32, (int(lengths.sum(dtype=np.int64)),))
+        return np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
+
+    def _quality(self, arithmetic: str, queries: int) -> SetQuality:
+        prefix = f"retrieval.{arithmetic}."
+        measures: dict[int, dict[str, np.ndarray]] = {}
+        for name in self.file.keys():  # noqa: SIM118 (not a dict)
+            dim, _, measure = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and measure:
+                values = self._tensor(name, np.float64, (queries,))
+                measures.setdefault(int(dim), {})[measure] = values
+        return SetQuality(
+            dict(sorted(measures.items(), reverse=True)),
+            self._tensor(f"{prefix}lost", np.int64, (queries,)),
+            int(self._tensor(f"{prefix}lost_documents", np.int64, (1,))[0]),
+            self._tensor(f"{prefix}varies", np.bool_, (queries,)),
+        )
+
+    def _tensor(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+        tensor = self.file.get_tensor(name)
+        fits = len(tensor.shape) == len(shape) and all(
+            wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+        )
+        if tensor.dtype != dtype or not fits:
+            raise ValueError(
+                f"tensor {name} should be {np.dtype(dtype)} {list(shape)}, found {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        return tensor
+
+
+def _read_origin(values: Mapping[str, Any]) -> Origin:
+    if values.keys() != {field.name for field in fields(Origin)}:
+        raise ValueError(f"origin has the keys {sorted(values)}")
+    for key in ("id", "library", "device", "stored", "recorded"):
+        _text(values[key])
+    for key in ("versions", "files"):
+        for name, value in values[key].items():
+            _text(name), _text(value)
+    if values["task"] not in TASKS:
+        raise ValueError(f"task should be one of {', '.join(TASKS)}, found {values['task']!r}")
+    _whole(values["hidden_size"]), _whole(values["vocab_size"])
+    return Origin(**values)
+
+
+def _read_set(values: Mapping[str, Any]) -> SetRecord:
+    data = SetRecord(**values)
+    _text(data.name), _text(data.documents)
+    for query, digest in data.queries.items():
+        _text(query), _text(digest)
+    return data
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found {value!r}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"expected a whole number above 0, found {value!r}")
+    return value
+
+
+def _packed(prefix: str, rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of token ids as one array, and their lengths."""
+    return {
+        f"{prefix}ids": np.concatenate([np.asarray(row, np.int32) for row in rows]),
+        f"{prefix}lengths": np.array([len(row) for row in rows], np.int32),
+    }

@@ -1,0 +1,122 @@
+"""record_reference(): run a checkpoint once, and keep what a validation needs of it."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..beir import RetrievalSet, read_beir
+from ..demo.samples import Pair, Sample
+from ..errors import InputError, require
+from ..prompts import check_text
+from ..ranking import candidate_pairs
+from ..spec import Task
+from .layers import sample_rows
+from .live import LiveReference, open_live
+from .recorded import Layers, RecordedReference, describe_set, write_recorded
+from .retrieval import choose_dims
+from .tasks import choose_inputs
+
+
+def record_reference(
+    checkpoint: str | Path,
+    output: str | Path,
+    texts: Sequence[str | Sample] | None = None,
+    pairs: Sequence[tuple[str, str] | Pair] | None = None,
+    *,
+    task: Task | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    max_length: int | None = None,
+    retrieval: str | Path | RetrievalSet | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> RecordedReference:
+    """Run a checkpoint by its own library, and write its results to a file.
+
+    `validate(artifact, reference=FILE)` then needs neither torch nor the checkpoint. The file holds
+    the texts or pairs themselves; of a retrieval set only hashes, and how good its rankings are.
+
+    Args:
+        checkpoint: A folder or a hub id.
+        output: The file, safetensors whatever its name.
+        texts: For an embedding model; a plain string is a document. Built-in ones by default.
+        pairs: For a reranker, (query, document) each. Built-in ones by default.
+        task: "embedding" or "reranker", where the checkpoint's files do not tell.
+        revision: A branch, tag or commit of the checkpoint on the hub.
+        device: "cpu", or "auto" or "cuda" for the GPU that torch has.
+        max_length: Tokens after which an input is cut; the library's own limit by default.
+        retrieval: A set on which retrieval is measured too: a folder in the BEIR layout, "builtin",
+            or one that was read.
+        force: Whether a file that is there is replaced.
+        progress: Whether to show progress bars on a terminal.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: The inputs are wrong, or the output exists or cannot be written.
+        CheckpointError: It is not a whole Qwen3 checkpoint, or its library cannot open it.
+        DeviceError: It does not fit into the GPU's memory.
+        MissingPackageError: torch, transformers or sentence-transformers is not installed.
+    """
+    path = Path(output).expanduser()
+    _check_place(path, force)
+    data = None
+    if retrieval is not None:
+        require("ir_measures", "retrieval")
+        data = retrieval if isinstance(retrieval, RetrievalSet) else read_beir(retrieval)
+    source = open_live(
+        checkpoint, task=task, max_length=max_length, revision=revision, device=device
+    )
+    chosen = choose_inputs(source.spec.task, texts, pairs)
+    if data is not None and source.spec.task == "reranker":
+        candidate_pairs(data)  # before hours of work, not after
+    inputs = chosen.inputs
+    for i, each in enumerate(inputs):
+        for text in asdict(each).values():
+            check_text(i, text)
+    rows = source.token_ids(inputs)
+    arithmetics = source.arithmetics()
+    results = {name: source.run(inputs, name, progress=progress) for name in arithmetics}
+    qualities = {}
+    if data is not None:
+        width = next(iter(results.values())).shape[-1]
+        dims = (0,) if source.spec.task == "reranker" else choose_dims(width)
+        qualities = {
+            name: source.measure(data, dims, name, progress=progress) for name in arithmetics
+        }
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    recorded = RecordedReference(
+        path=path,
+        origin=replace(source.origin, recorded=today),
+        max_length=source.limit,
+        inputs=inputs,
+        rows=rows,
+        results=results,
+        layers=_record_layers(source, rows),
+        data=None if data is None else describe_set(data, source.spec.task),
+        qualities=qualities,
+    )
+    write_recorded(recorded)
+    return recorded
+
+
+def _check_place(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; choose another place or replace it with --force")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder")
+
+
+def _record_layers(source: LiveReference, rows: Sequence[Sequence[int]]) -> Layers:
+    sample = sample_rows(rows)
+    states: Any = source.hidden_states(sample)
+    return Layers(sample, np.stack([np.concatenate(each) for each in states]), source.final_norm())
