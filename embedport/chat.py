@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, InputError
-from .files import read_json
+from .files import read_json, read_small
 from .pipeline import MessageFormat
 
 TEMPLATE = "chat_template.jinja"
@@ -104,10 +104,10 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
         CheckpointError: There is none.
     """
     path = folder / TEMPLATE
-    if path.is_file():
+    if path.exists():
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_small(path).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return path, text, any((folder / FURTHER).glob("*.jinja"))
     path = folder / TOKENIZER_CONFIG
@@ -126,7 +126,7 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
 def has_template(folder: Path) -> bool:
     """Whether a folder has a chat template."""
     path = folder / TOKENIZER_CONFIG
-    if (folder / TEMPLATE).is_file():
+    if (folder / TEMPLATE).exists():
         return True
     return path.exists() and bool(read_json(path).get("chat_template"))
 

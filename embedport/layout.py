@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from .files import load_json
 from .modules import MODULES, SETTINGS, TRANSFORMER
 from .pooling import DENSE_FILE
 
@@ -32,7 +33,7 @@ def copy_modules(source: Path, folder: Path) -> bool:
     for name in (MODULES, SETTINGS, TRANSFORMER):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    for entry in json.loads((source / MODULES).read_text(encoding="utf-8")):
+    for entry in load_json(source / MODULES):
         place = PurePosixPath(entry["path"])
         if not place.parts:
             continue
@@ -51,12 +52,12 @@ def turn_into_classifier(folder: Path) -> None:
     """
     if not (folder / MODULES).is_file():
         return
-    first, *rest = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+    first, *rest = load_json(folder / MODULES)
     for entry in rest:
         shutil.rmtree(folder / PurePosixPath(entry["path"]), ignore_errors=True)
     write_json(folder / MODULES, [first])
     path = folder / TRANSFORMER
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = load_json(path) if path.is_file() else {}
     changes = {"transformer_task": "sequence-classification", "module_output_name": "scores"}
     write_json(path, settings | changes)
 

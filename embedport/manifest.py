@@ -12,7 +12,7 @@ from .engine import EngineRecord
 from .errors import ArtifactError
 from .files import is_file_name, load_json
 from .integrity import FileRecord
-from .pipeline import POOLING_MODES, Activation, Form, Inputs, Outputs
+from .pipeline import POOLING_MODES, ROLES, Activation, Form, Inputs, Outputs
 from .spec import TASKS, Task
 
 FORMAT_VERSION = 5
@@ -239,7 +239,7 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     ]
     choices += [("pooling", each, POOLING_MODES) for each in outputs.pooling]
     choices += [("activation", outputs.activation, get_args(Activation))]
-    choices += [("default prompt", inputs.default_prompt, (None, *inputs.prompts))]
+    choices += [("default prompt", inputs.default_prompt, (None, *ROLES, *inputs.prompts))]
     wrong += [
         (key, each, " or ".join(map(str, known)))
         for key, each, known in choices

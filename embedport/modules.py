@@ -7,7 +7,6 @@ and is not here is refused; keys that change nothing are in `keys`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from .chat import has_template, infer_format
 from .errors import CheckpointError
-from .files import read_json
+from .files import load_json, read_json
 from .keys import (
     LOADING_NOTES,
     SENTENCE_TRANSFORMERS_NOTES,
@@ -191,9 +190,8 @@ def read_modules(folder: Path, hidden_size: int) -> Modules | None:
 def _read_entries(path: Path) -> list[tuple[str, Path]]:
     """(class, folder) of each module."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        found = [(str(entry["type"]), str(entry["path"])) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found = [(str(entry["type"]), str(entry["path"])) for entry in load_json(path)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a list of modules: {error}") from error
     if not found:
         raise CheckpointError(f"{path} names no module")

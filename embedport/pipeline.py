@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
+# A text to a vector, or a pair of texts to a probability.
+Task = Literal["embedding", "reranker"]
+TASKS: tuple[Task, ...] = get_args(Task)
 # How an input is put together: "text", as the tokenizer takes a text or a pair of texts;
 # "messages", by the folder's chat template; "instruct", by the template of Qwen3-Reranker's card.
 Form = Literal["text", "messages", "instruct"]

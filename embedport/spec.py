@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .chat import ChatTemplate, has_template, infer_format
 from .errors import CheckpointError, InputError
@@ -20,13 +20,11 @@ from .hub import Source, fetch
 from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown
 from .modelcard import declared_task
 from .modules import Modules, read_activation, read_modules, read_prompts
-from .pipeline import Inputs, Outputs
+from .pipeline import TASKS, Inputs, Outputs, Task
 from .rope import Rope, read_rope
 from .stored import LibraryQuantization, StoredQuantization, read_quantization
 from .tokens import read_length, read_token_settings
 
-Task = Literal["embedding", "reranker"]
-TASKS: tuple[Task, ...] = ("embedding", "reranker")
 # Of weights that are to be added to the checkpoint's.
 ADAPTER = "adapter_config.json"
 CLASSIFIER = "Qwen3ForSequenceClassification"

@@ -64,7 +64,7 @@ class OnnxModel:
         self.device, self._session = _open_session(artifact, device, parsed)
         inputs = {each.name: each.shape for each in self._session.get_inputs()}
         self.continues = "past" in inputs
-        expected = {"input_ids", "attention_mask"}
+        expected = {"input_ids", "attention_mask"} | ({"prompt_length"} & {*graph.inputs})
         expected |= {"past", "kept", "short"} if self.continues else set()
         outputs = {each.name for each in self._session.get_outputs()}
         if inputs.keys() != expected or not outputs.issuperset(graph.outputs):

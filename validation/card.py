@@ -74,10 +74,13 @@ class CardReference(LiveReference):
     def _text_ids(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Of texts, each after its prompt (a name, or the literal text)."""
         path = self.folder / "config_sentence_transformers.json"
-        prompts = {"query": "", "document": ""}
-        if path.exists():
-            prompts |= read_json(path).get("prompts") or {}
-        texts = [prompts.get(sample.prompt, sample.prompt) + sample.text for sample in samples]
+        settings = read_json(path) if path.exists() else {}
+        prompts = {"query": "", "document": "", **(settings.get("prompts") or {})}
+        default = settings.get("default_prompt_name")
+        texts = []
+        for sample in samples:
+            name = default if sample.prompt is None else sample.prompt
+            texts.append(("" if name is None else prompts.get(name, name)) + sample.text)
         return self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
 
     def _pair_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:

@@ -141,7 +141,7 @@ def validate(
         texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
         if data is not None:
             recorded_reference.check_set(data)
-    inputs = choose_inputs(facts.task, texts, pairs)
+    inputs = choose_inputs(facts.task, texts, pairs, facts.prompts)
     _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
     source: Reference = (
         _open_live(reference, facts.task, runtime.tokenizer.max_length, revision, device)

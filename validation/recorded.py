@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from ..beir import RetrievalSet
 from ..demo.samples import Pair, Sample
 from ..errors import InputError
-from ..files import written
+from ..files import parse_json, written
 from ..spec import TASKS, Task
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality
@@ -306,9 +306,9 @@ def read_recorded(path: str | Path) -> RecordedReference:
     path = Path(path).expanduser()
     with _opened(path) as file:
         try:
-            values = json.loads((file.metadata() or {})[KEY])
+            values = parse_json((file.metadata() or {})[KEY])
             found = values["format_version"]
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{path} is safetensors, and not a recorded reference: its metadata should hold "
                 f"{KEY} ({error!r}); `embedport reference` writes one"
@@ -351,8 +351,8 @@ class _Reader:
             raise ValueError(
                 f"arithmetics should be some of fp16, bf16, fp32, found {arithmetics!r}"
             )
-        make: Callable[..., Any] = Pair if origin.task == "reranker" else Sample
-        inputs = [make(*map(_text, each)) for each in values["inputs"]]
+        read = _read_pair if origin.task == "reranker" else _read_sample
+        inputs = [read(*each) for each in values["inputs"]]
         count = len(inputs)
         rows = [row.tolist() for row in self._rows("", count)]
         layer_rows = self._rows("layers.", None)
@@ -414,6 +414,14 @@ class _Reader:
                 f"{list(tensor.shape)}"
             )
         return tensor
+
+
+def _read_sample(text: Any, prompt: Any) -> Sample:
+    return Sample(_text(text), None if prompt is None else _text(prompt))
+
+
+def _read_pair(query: Any, document: Any) -> Pair:
+    return Pair(_text(query), _text(document))
 
 
 def _read_origin(values: Mapping[str, Any]) -> Origin:

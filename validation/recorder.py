@@ -74,13 +74,14 @@ def record_reference(
     source = open_live(
         checkpoint, task=task, max_length=max_length, revision=revision, device=device
     )
-    chosen = choose_inputs(source.spec.task, texts, pairs)
+    chosen = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts)
     if data is not None and source.spec.task == "reranker":
         candidate_pairs(data)  # before hours of work, not after
     inputs = chosen.inputs
     for i, each in enumerate(inputs):
         for text in asdict(each).values():
-            check_text(i, text)
+            if text is not None:
+                check_text(i, text)
     rows = source.token_ids(inputs)
     arithmetics = source.arithmetics()
     results = {name: source.run(inputs, name, progress=progress) for name in arithmetics}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from ..beir import RetrievalSet
-from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples
+from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples, prompted_samples
 from ..errors import InputError
-from ..prompts import check_text
+from ..prompts import Encoded, check_text
 from ..ranking import Vectors, unit
 from ..runtimes import Embedder, Reranker
+from ..runtimes.embedder import check_encoded, describe_nonfinite
 from ..runtimes.vectors import MRL_DIMS
 from ..spec import Task
 from .measures import (
@@ -27,8 +29,10 @@ from .report import Comparison, Gate, Sense
 from .retrieval import SetQuality, choose_dims, encode_set, score_quality, score_set, vector_quality
 from .thresholds import Thresholds
 
+logger = logging.getLogger(__name__)
+
 # What is no query: the name of documents' prompt, and no prompt at all.
-DOCUMENTS = ("document", "")
+DOCUMENTS = ("document", "", None)
 # The narrowest width with a gate of its own: people store vectors of this width.
 MRL_GATE = 256
 # Vectors this near to length 1 are of unit length, rounding aside.
@@ -50,7 +54,10 @@ class EmbeddingTask:
     @property
     def names(self) -> list[str]:
         """What the report calls each text."""
-        return [f"text {i} ({sample.prompt})" for i, sample in enumerate(self.samples)]
+        return [
+            f"text {i} ({'default prompt' if sample.prompt is None else sample.prompt})"
+            for i, sample in enumerate(self.samples)
+        ]
 
     @property
     def texts(self) -> list[str]:
@@ -68,18 +75,21 @@ class EmbeddingTask:
         Raises:
             InputError: A text is not valid Unicode, or its prompt has no such name.
         """
-        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
-        for prompt, numbers, texts in self._by_prompt():
-            ids = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt)).ids
-            for i, row in zip(numbers, ids, strict=True):
-                rows[i] = row
-        return rows
+        return self._encode(embedder).ids
 
     def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
         """The artifact's vectors: float32 [texts, dim]."""
+        encoded = self._encode(embedder)
+        check_encoded(encoded, embedder.facts.vocab_size, embedder.tokenizer.max_length, "text")
         vectors = np.empty((len(self.samples), embedder.dim), np.float32)
-        for prompt, numbers, texts in self._by_prompt():
-            vectors[numbers] = embedder.encode(texts, prompt=prompt, progress=progress)
+        for prompt, numbers in self._by_prompt():
+            vectors[numbers] = embedder.embed_rows(
+                [encoded.ids[i] for i in numbers],
+                prompt_length=embedder.prompt_length(embedder.prompt_text(prompt)),
+                progress=progress,
+            )
+        if wrong := describe_nonfinite(vectors, embedder.precision, "text"):
+            logger.error(wrong)
         return vectors
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -178,15 +188,25 @@ class EmbeddingTask:
         """The limit for the invariance suite."""
         return thresholds.min_invariance
 
-    def _by_prompt(self) -> list[tuple[str, list[int], list[str]]]:
-        """(prompt, numbers, texts) of each prompt's texts, which have the caller's numbers."""
-        numbers: dict[str, list[int]] = {}
+    def _encode(self, embedder: Embedder) -> Encoded:
+        """Token ids of each text under its prompt, in the order of the texts."""
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
+        truncated: list[int] = []
+        for prompt, numbers in self._by_prompt():
+            texts = [self.samples[i].text for i in numbers]
+            encoded = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt))
+            for i, row in zip(numbers, encoded.ids, strict=True):
+                rows[i] = row
+            truncated += [numbers[i] for i in encoded.truncated]
+        return Encoded(rows, sorted(truncated))
+
+    def _by_prompt(self) -> Iterable[tuple[str | None, list[int]]]:
+        """The numbers of each prompt's texts."""
+        numbers: dict[str | None, list[int]] = {}
         for i, sample in enumerate(self.samples):
-            check_text(i, sample.text)
+            check_text(i, (sample.prompt or "") + sample.text)
             numbers.setdefault(sample.prompt, []).append(i)
-        return [
-            (prompt, each, [self.samples[i].text for i in each]) for prompt, each in numbers.items()
-        ]
+        return numbers.items()
 
 
 @dataclass(frozen=True)
@@ -349,9 +369,18 @@ def _score_gate(comparison: Comparison, thresholds: Thresholds) -> Gate:
 
 
 def choose_inputs(
-    task: Task, texts: Sequence[str | Sample] | None, pairs: Sequence[tuple[str, str] | Pair] | None
+    task: Task,
+    texts: Sequence[str | Sample] | None,
+    pairs: Sequence[tuple[str, str] | Pair] | None,
+    prompts: Iterable[str] = (),
 ) -> EmbeddingTask | RerankerTask:
     """The inputs of an artifact's task: the caller's, or the built-in ones.
+
+    Args:
+        task: "embedding" or "reranker".
+        texts: The caller's, for an embedding model.
+        pairs: The caller's, for a reranker.
+        prompts: The names of the model's prompts: each has built-in texts.
 
     Raises:
         InputError: They are of the other task, or there are none.
@@ -359,7 +388,10 @@ def choose_inputs(
     if task == "embedding":
         if pairs is not None:
             raise InputError("the artifact is an embedding model: give texts, not pairs")
-        chosen = EmbeddingTask(builtin_samples() if texts is None else list(map(_sample, texts)))
+        if texts is None:
+            chosen = EmbeddingTask(builtin_samples() + prompted_samples(prompts))
+        else:
+            chosen = EmbeddingTask(list(map(_sample, texts)))
     else:
         if texts is not None:
             raise InputError("the artifact is a reranker: give pairs, not texts")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from ..spec import TASKS, Task
+from ..pipeline import TASKS, Task
 
 # The option of commands that take a model.
 TaskOption = Annotated[

@@ -14,14 +14,21 @@ from ..errors import InputError
 from ..files import MOST_TEXT, parse_json, read_small
 
 T = TypeVar("T")
+# Characters of a short text, at least and at most.
+SHORT = (20, 200)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and the name of its prompt, "query" or "document"."""
+    """A text and its prompt: a name, "query" or "document", the text itself, or the default one.
+
+    Attributes:
+        text: The text.
+        prompt: None is what `encode` takes where it is given no prompt.
+    """
 
     text: str
-    prompt: str = "document"
+    prompt: str | None = "document"
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,17 @@ def builtin_samples() -> list[Sample]:
     return [Sample(row["text"], "query" if row["kind"] == "query" else "document") for row in rows]
 
 
+def prompted_samples(prompts: Iterable[str]) -> list[Sample]:
+    """A few short built-in texts under each prompt but the two that have built-in texts anyway.
+
+    Args:
+        prompts: The names of a model's prompts; texts without any are there whatever they are.
+    """
+    short = [each.text for each in builtin_samples() if SHORT[0] <= len(each.text) <= SHORT[1]]
+    names = [None, *sorted(set(prompts) - {"query", "document"})]
+    return [Sample(text, name) for i, name in enumerate(names) for text in short[i % 4 :: 4][:3]]
+
+
 def builtin_pairs() -> list[Pair]:
     """The built-in pairs: six queries with six documents each, of mixed relevance."""
     return [Pair(row["query"], row["document"]) for row in _builtin("pairs.jsonl")]
@@ -51,7 +69,8 @@ def _builtin(name: str) -> list[dict[str, Any]]:
 def read_samples(path: str | Path) -> list[Sample]:
     """Read texts: one a line of a .txt file, or {"text": …, "prompt": …} a line of a .jsonl file.
 
-    A "title" goes before the text.
+    A "title" goes before the text. Without a prompt a text is a document; with null it takes the
+    model's default prompt.
 
     Raises:
         InputError: The file is missing, empty or malformed; names the line. Or its name does not
@@ -79,7 +98,10 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     for number, line in _lines(path):
         try:
             row = make(parse_json(line))
-            if not all(isinstance(value, str) for value in vars(row).values()):
+            values = dict(vars(row))
+            if values.get("prompt", "") is None:  # the model's default one
+                del values["prompt"]
+            if not all(isinstance(value, str) for value in values.values()):
                 raise TypeError("a value is not a string")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(

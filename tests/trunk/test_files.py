@@ -118,6 +118,7 @@ class TestSizes:
         index = {"weight_map": {"norm.weight": file}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         (folder / "modules.json").unlink()
+        (folder / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"norm\.weight should be in a file beside"):
             ModelSpec.from_checkpoint(folder)
 

@@ -103,16 +103,20 @@ def test_long_inputs_are_cut_where_asked(checkpoints):
     assert open_live(folder, task="embedding").limit == 32768
 
 
-def test_what_the_library_does_not_open_is_said(checkpoints, copied):
-    folder = copied(checkpoints("kv2"))
-    path = folder / "config_sentence_transformers.json"
-    path.write_text(json.dumps({"prompts": {}, "default_prompt_name": "missing"}))
+def refuse(*_, **__):
+    raise ValueError("no")
+
+
+def test_what_the_library_does_not_open_is_said(checkpoints, monkeypatch):
+    """A folder that embedport takes, and the library does not."""
+    folder = checkpoints("kv2")
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", refuse)
     with pytest.raises(CheckpointError, match=r"sentence-transformers cannot open it: ValueError"):
         open_live(folder, task="embedding").token_ids([Sample("tea")])
 
 
-def test_what_it_cannot_tokenize_is_said(cross_encoder):
+def test_what_it_cannot_tokenize_is_said(cross_encoder, monkeypatch):
     folder = cross_encoder()
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    monkeypatch.setattr(sentence_transformers.CrossEncoder, "predict", refuse)
     with pytest.raises(CheckpointError, match=r"cannot tokenize these inputs: ValueError"):
         open_live(folder, task="reranker").token_ids([Pair("tea", "a leaf")])

@@ -27,6 +27,7 @@ from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.live import open_live
 from embedport.validation.recorded import KEY, describe_set, read_recorded, write_recorded
+from embedport.validation.tasks import choose_inputs
 
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 200]
 PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 200]
@@ -279,7 +280,7 @@ def test_the_demos_recording_is_what_its_library_gives(checkpoint):
     recorded = read_recorded(builtin_reference(checkpoint))
     live = open_live(checkpoint, device="cpu")
     assert type(live) is (LibraryReference if live.spec.task == "embedding" else CardReference)
-    builtin = builtin_samples() if live.spec.task == "embedding" else builtin_pairs()
+    builtin = choose_inputs(live.spec.task, None, None, live.spec.prompts).inputs
     assert recorded.inputs == builtin
     assert (recorded.origin.task, recorded.max_length) == (live.spec.task, live.limit)
     assert recorded.origin.files == live.origin.files

@@ -41,7 +41,7 @@ def test_the_hubs_cache_stays_as_it_is(folders, snapshot, monkeypatch, caplog, b
         source = Source("owner/name", COMMIT, snapshot)
         monkeypatch.setattr(recording, "fetch", lambda checkpoint: source)
         load = parity.load
-        monkeypatch.setattr(parity, "load", lambda model, device: load(snapshot, device=device))
+        monkeypatch.setattr(parity, "load", lambda _, **options: load(snapshot, **options))
     before = texts_of(snapshot)
     with caplog.at_level(logging.WARNING):
         report = embedport.validate(
