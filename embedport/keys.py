@@ -21,6 +21,7 @@ CONFIG_NOTES = frozenset(
         "_name_or_path",
         "attention_dropout",
         "attn_implementation",
+        "base_model_name_or_path",
         "begin_suppress_tokens",
         "bos_token_id",
         "classifier_from_token",

@@ -97,7 +97,9 @@ class LibraryReference(LiveReference):
         return rows
 
     def groups(self, inputs: Inputs) -> Iterable[list[int]]:
-        """Inputs of one prompt: a call has one."""
+        """Inputs of one prompt: a call has one; one alone where transformers takes no batch."""
+        if self.spec.score_rows is not None and self.spec.inputs.skipped_token is None:
+            return [[i] for i in range(len(inputs))]  # a classifier without pad_token_id
         groups: dict[Any, list[int]] = {}
         for i, each in enumerate(inputs):
             groups.setdefault(each.prompt if isinstance(each, Sample) else None, []).append(i)

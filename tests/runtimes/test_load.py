@@ -283,7 +283,7 @@ class TestDamagedArtifact:
         [
             ({"task": None}, "task should be embedding or reranker, found None"),
             ({"vocab_size": "7"}, "vocab_size should be a size, found '7'"),
-            ({"prompts": {"query": 1}}, "prompts should be texts by name"),
+            ({"inputs": {"prompts": {"query": 1}}}, "prompts should be texts by name"),
             ({"recipe": [1]}, "recipe should be an object or null"),
             ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "cannot be a file's name"),
         ],

@@ -139,6 +139,7 @@ def test_a_plain_classifier(checkpoints, copied, tmp_path, geometry, rows):
     folder = checkpoints(geometry, "reranker", dtype="float32")
     expected = results(embedport.load(folder, device="cpu"))
     folder = make_classifier(copied(folder), rows)
+    (folder / "chat_template.jinja").write_text(pair_template())
     found = embedport.load(folder, device="cpu")
     np.testing.assert_allclose(results(found), expected, atol=1e-6)
     # The exporter takes the same head.
