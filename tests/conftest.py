@@ -27,9 +27,10 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# The models are tiny: a second thread waits for the first most of its time, and is busy at it.
+os.environ["OMP_NUM_THREADS"] = "1"
 if find_spec("torch") is not None:
     torch = import_module("torch")
-    # The models are tiny: a second thread waits for the first most of its time, and is busy at it.
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         # Triton's kernels run in its interpreter, which it must know before it is imported.
