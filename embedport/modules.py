@@ -190,11 +190,15 @@ def read_modules(folder: Path, hidden_size: int) -> Modules | None:
 def _read_entries(path: Path) -> list[tuple[str, Path]]:
     """(class, folder) of each module."""
     try:
-        found = [(str(entry["type"]), str(entry["path"])) for entry in load_json(path)]
+        entries = load_json(path)
+        found = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+        names = [str(entry["name"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a list of modules: {error}") from error
     if not found:
         raise CheckpointError(f"{path} names no module")
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{path}: each module should have a name of its own, found {names}")
     modules = []
     for kind, place in found:
         name = kind.rpartition(".")[2]
@@ -417,6 +421,8 @@ def _read_pooling(module: _Module, hidden_size: int) -> tuple[tuple[PoolingMode,
     refuse_unknown(module.values, module.path, read)
     for key in sizes:
         module.refuse(key, hidden_size)
+    if all(module.values.get(key) is None for key in sizes):
+        raise CheckpointError(f"{module.path}: {sizes[1]} should be {hidden_size}, found none")
     modes = module.values.get("pooling_mode")
     if modes is None:
         # Without any key it is the mean.

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from .chat import NAMED_TOKENS, TOKENIZER_CONFIG
+from .chat import TOKENIZER_CONFIG
 from .errors import CheckpointError
 from .files import read_json
 from .keys import shown
@@ -18,12 +18,34 @@ from .keys import shown
 # their own, which are Qwen's.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# Named in tokenizer_config.json, or <|endoftext|>.
+QWEN_DEFAULTS = ("unk_token", "eos_token", "pad_token")
+QWEN_END = "<|endoftext|>"
+# Files of earlier versions, and keys that hold several tokens.
+TOKEN_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+FURTHER = ("additional_special_tokens", "extra_special_tokens")
 # What decides where an added token is found in a text.
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_MODEL: dict[str, tuple[Any, ...]] = {
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": (False,),
+    "byte_fallback": (False,),
+    "ignore_merges": (False,),
+}
+NORMALIZER = {"type": "NFC"}
+PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 
 
 def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
@@ -87,22 +109,30 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     """Refuse a tokenizer of which transformers would make another than its file says.
 
     The class Qwen2Tokenizer takes the vocabulary, the merges and the post-processor from
-    tokenizer.json, and has normalizer and pre-tokenizer of its own; and every class adds the tokens
-    that tokenizer_config.json names.
+    tokenizer.json; normalizer, pre-tokenizer and the flags of named tokens are its own. Every class
+    adds the tokens that the other files name.
 
     Raises:
         CheckpointError: It would.
     """
     path = folder / TOKENIZER_CONFIG
     values = read_json(path) if path.exists() else {}
-    if values.get("tokenizer_class") not in PLAIN_CLASSES:
+    is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
+    if values.get("add_prefix_space"):
+        raise CheckpointError(f"{path}: add_prefix_space is true, and only false is supported")
+    if getattr(tokenizer.model, "dropout", None):
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: the model has a dropout of {tokenizer.model.dropout}, "
+            "which would give a text other tokens each time; take it out"
+        )
+    if is_qwen:
         _check_qwen(tokenizer, folder / "tokenizer.json")
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    known = added.keys()
-    for key, name in _named(values):
-        if name not in known:
+    named = list(_named(values, folder))
+    for file, key, name in named:
+        if name not in added:
             raise CheckpointError(
-                f"{path}: {key} names {shown(name)}, which is no added token of tokenizer.json: "
+                f"{file}: {key} names {shown(name)}, which is no added token of tokenizer.json: "
                 "transformers would add it"
             )
     declared = values.get("added_tokens_decoder")
@@ -114,49 +144,78 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
                     f"{path}: added_tokens_decoder says that {flag} of {shown(token['content'])} "
                     f"is {shown(token[flag])}, and tokenizer.json {found}"
                 )
+    if not is_qwen:
+        return
+    # Absent they are the class's defaults.
+    names = {name for _, key, name in named if key.endswith("_token") or key in FURTHER}
+    names |= {QWEN_END for key in QWEN_DEFAULTS if key not in values}
+    for name in sorted(names):
+        _check_flags(added.get(name), name, folder / "tokenizer.json")
+
+
+def _check_flags(token: AddedToken | None, name: str, path: Path) -> None:
+    """Refuse a named token that transformers' Qwen2Tokenizer would add, or give other flags."""
+    if token is None:
+        raise CheckpointError(
+            f"{path}: {shown(name)} is no added token, and transformers' Qwen2Tokenizer would add "
+            f"it; name the tokens that take its place in {TOKENIZER_CONFIG}: "
+            f"{', '.join(QWEN_DEFAULTS)}"
+        )
+    for flag, wanted in {**dict.fromkeys(FLAGS, False), "special": True}.items():
+        if getattr(token, flag) != wanted:
+            raise CheckpointError(
+                f"{path}: {flag} of the added token {shown(name)} is {getattr(token, flag)}, and "
+                f"transformers' Qwen2Tokenizer makes it {wanted}; give tokenizer_class "
+                f"PreTrainedTokenizerFast in {TOKENIZER_CONFIG} if the file is right"
+            )
 
 
 def _check_qwen(tokenizer: Tokenizer, path: Path) -> None:
-    expected: dict[str, Any] = {
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": SPLIT},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        },
+    model = tokenizer.model
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "model's type": (type(model).__name__, ("BPE",)),
+        **{f"model's {key}": (getattr(model, key, None), each) for key, each in QWEN_MODEL.items()},
     }
-    for key, wanted in expected.items():
+    for key, wanted in (("normalizer", NORMALIZER), ("pre_tokenizer", PRE_TOKENIZER)):
         part = getattr(tokenizer, key)
-        found = None if part is None else json.loads(part.__getstate__())
-        for each in found.get("pretokenizers", ()) if found else ():
+        values = None if part is None else json.loads(part.__getstate__())
+        for each in values.get("pretokenizers", ()) if values else ():
             each.pop("trim_offsets", None)  # which moves no token
-        if found != wanted:
+        found[key] = (values, (wanted,))
+    for key, (value, accepted) in found.items():
+        if value not in accepted:
             raise CheckpointError(
-                f"{path}: {key} is {shown(found)}, and transformers' Qwen2Tokenizer has another, "
-                f"{shown(wanted)}; give tokenizer_class PreTrainedTokenizerFast in "
+                f"{path}: {key} is {shown(value)}, and transformers' Qwen2Tokenizer has another, "
+                f"{shown(accepted[0])}; give tokenizer_class PreTrainedTokenizerFast in "
                 f"{TOKENIZER_CONFIG} if the file is right"
             )
 
 
-def _named(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """(key, token) of every token that tokenizer_config.json names."""
-    further = [
-        (key, each)
-        for key in ("additional_special_tokens", "extra_special_tokens")
-        for each in (values.get(key) or ())
-        if isinstance(values.get(key), list)
-    ]
+def _named(values: dict[str, Any], folder: Path) -> Iterable[tuple[Path, str, str]]:
+    """(file, key, token) of every token that a file beside tokenizer.json names."""
+    path = folder / TOKENIZER_CONFIG
+    further = list(_pairs(values, path))
     declared = values.get("added_tokens_decoder")
     if isinstance(declared, dict):
-        further += [("added_tokens_decoder", each) for each in declared.values()]
-    for key, token in [(f"{n}_token", values.get(f"{n}_token")) for n in NAMED_TOKENS] + further:
+        further += [(path, "added_tokens_decoder", each) for each in declared.values()]
+    else:  # only then transformers reads these
+        further += _pairs(_read(folder / TOKEN_MAP), folder / TOKEN_MAP)
+        further += [(folder / ADDED, ADDED, each) for each in _read(folder / ADDED)]
+    for file, key, token in further:
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
-            yield key, content
+            yield file, key, content
+
+
+def _pairs(values: dict[str, Any], path: Path) -> Iterable[tuple[Path, str, Any]]:
+    """(file, key, token) of keys that name tokens: bos_token, image_token, …; and their lists."""
+    for key, value in values.items():
+        if key in FURTHER and isinstance(value, list | dict):
+            each = value.values() if isinstance(value, dict) else value
+            yield from ((path, key, token) for token in each)
+        elif key.endswith("_token") and not key.startswith("add_"):
+            yield path, key, value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

@@ -1,0 +1,107 @@
+"""What the tokenizer's files say besides the vocabulary: transformers' tokens, or a refusal."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from embedport.errors import CheckpointError
+from embedport.prompts import EmbeddingTokenizer
+from embedport.spec import ModelSpec
+
+from .conftest import edit
+
+TEXTS = [
+    "What is tea?",
+    "a <|endoftext|> b",
+    "  <|im_end|> x <|im_start|>\n",
+    "<unk> <pad> [CLS] <s> <extra>foo<extra>",
+    "Ångström\u0301 naïve ﬁ 日本語 12345 \r\n x",
+]
+EXTRA = "<extra>"
+# Of transformers' Qwen2Tokenizer, which takes neither from the file.
+OWN = r"transformers' Qwen2Tokenizer"
+ADDS = "'<extra>', which is no added token of tokenizer.json: transformers would add it"
+
+
+def model(**values):
+    return lambda folder: change(folder, lambda found: found["model"].update(values))
+
+
+def tokens(name, **flags):
+    def apply(found):
+        for token in found["added_tokens"]:
+            if token["content"] == name:
+                token.update(flags)
+
+    return lambda folder: change(folder, apply)
+
+
+def settings(**values):
+    return lambda folder: edit(folder / "tokenizer_config.json", **values)
+
+
+def another(name, **values):
+    return lambda folder: (folder / name).write_text(json.dumps(values))
+
+
+def change(folder, apply):
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text())
+    apply(found)
+    path.write_text(json.dumps(found))
+
+
+COMPUTED = {
+    "add_eos_token": settings(add_eos_token=True, add_bos_token=True, bos_token="<|im_start|>"),
+    "no post-processor": lambda folder: change(folder, lambda v: v.update(post_processor=None)),
+    "split": settings(split_special_tokens=True),
+    "left": settings(truncation_side="left", model_max_length=4),
+    "max_length": settings(max_length=3, truncation=True, padding_side="left"),
+    "no class": settings(tokenizer_class=None),
+    "the file's own": settings(tokenizer_class="PreTrainedTokenizerFast"),
+    "another end": settings(eos_token="<|im_end|>"),
+    "tokens that are there": another("special_tokens_map.json", eos_token="<|im_end|>"),
+    "names of files": settings(tokenizer_file="/other.json", vocab={"a": 0}),
+}
+REFUSED = {
+    "image_token": (settings(image_token=EXTRA), f"image_token names {ADDS}"),
+    "a list": (settings(extra_special_tokens=[EXTRA]), f"extra_special_tokens names {ADDS}"),
+    "an object": (settings(extra_special_tokens={"a": EXTRA}), ADDS),
+    "special_tokens_map": (another("special_tokens_map.json", unk_token=EXTRA), ADDS),
+    "added_tokens": (another("added_tokens.json", **{EXTRA: 5000}), ADDS),
+    "add_prefix_space": (settings(add_prefix_space=True), "add_prefix_space is true"),
+    "lstrip": (tokens("<|im_end|>", lstrip=True), f"lstrip of the added token .* {OWN} makes it"),
+    "rstrip": (tokens("<|endoftext|>", rstrip=True), "rstrip of the added token"),
+    "dropout": (model(dropout=0.5), "the model has a dropout of 0.5"),
+    "end_of_word_suffix": (model(end_of_word_suffix="e"), f"end_of_word_suffix is 'e'.*{OWN}"),
+    "ignore_merges": (model(ignore_merges=True), f"ignore_merges is True.*{OWN}"),
+    "another kind": (
+        model(type="WordLevel", vocab={"a": 0, "b": 1}, unk_token="a"),
+        f"type is 'WordLevel'.*{OWN}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_as_transformers(descend, case):
+    folder = descend()
+    COMPUTED[case](folder)
+    spec = ModelSpec.from_checkpoint(folder)
+    tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    longest = min(theirs.model_max_length, spec.max_position_embeddings)
+    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS).ids, strict=True):
+        expected = theirs(text, truncation=True, max_length=longest)["input_ids"]
+        np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(descend, case):
+    folder = descend()
+    apply, message = REFUSED[case]
+    apply(folder)
+    spec = ModelSpec.from_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=message):
+        EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
