@@ -88,11 +88,17 @@ def test_pooling_and_prompts_of_sentence_transformers(checkpoints, copied):
     edit(folder / "config_sentence_transformers.json", prompts={"query": "Q: ", "title": "T: "})
     prompts = ModelSpec.from_checkpoint(folder).prompts
     assert prompts == {"query": "Q: ", "title": "T: "}
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    pooling = folder / "1_Pooling" / "config.json"
+    for values in ({"pooling_mode": "lasttoken"}, {"embedding_dimension": 32}):
+        pooling.write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=r"embedding_dimension (should be|is)"):
+            ModelSpec.from_checkpoint(folder)
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    pooling.write_text(json.dumps({"embedding_dimension": width, "pooling_mode": "lasttoken"}))
     assert ModelSpec.from_checkpoint(folder).task == "embedding"
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    edit(pooling, pooling_mode=None, pooling_mode_mean_tokens=True)
     assert ModelSpec.from_checkpoint(folder).outputs.pooling == ("mean",)
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "first"}')
+    edit(pooling, pooling_mode="first")
     with pytest.raises(CheckpointError, match=r"1_Pooling.*pooling_mode should be one or more"):
         ModelSpec.from_checkpoint(folder)
 
