@@ -55,7 +55,7 @@ class GraphRecord:
         output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
         arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
         kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
-        causal: Whether a token sees only those before it.
+        masked: Whether attention takes a mask, and so all pairs of tokens of a text.
         continuation: The same graph with a past, for rows that begin alike; None if there is none.
         limits_pairs: Whether weights that go with 8-bit activations have codes that no CPU
             saturates (see `quantize.pairs`); the first artifacts do not say.
@@ -69,7 +69,7 @@ class GraphRecord:
     output: str
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
-    causal: bool = True
+    masked: bool = False
     continuation: ContinuationRecord | None = None
     limits_pairs: bool = False
 

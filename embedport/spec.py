@@ -8,7 +8,7 @@ the key and what is supported: docs/checkpoint-files.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .chat import ChatTemplate, has_template, infer_format
 from .errors import CheckpointError, InputError
 from .files import read_json, tensor_names
 from .hub import Source, fetch
-from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown
+from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown, shown
 from .modelcard import declared_task
 from .modules import Modules, read_activation, read_modules, read_prompts
 from .pipeline import TASKS, Inputs, Outputs, Task
@@ -60,6 +60,8 @@ class ModelSpec:
         tied: Whether lm_head is the embedding table.
         max_length: Tokens after which a text is cut, by default.
         causal: Whether a token sees only those before it.
+        window: Of a layer with a sliding window, the tokens that a token sees, itself among them.
+        window_layers: The layers that have one.
         attention_bias: Whether the attention's four projections have biases.
         inputs: How inputs become tokens.
         outputs: What is made of the last layer's states.
@@ -83,6 +85,8 @@ class ModelSpec:
     tied: bool
     max_length: int
     causal: bool = True
+    window: int | None = None
+    window_layers: tuple[int, ...] = ()
     attention_bias: bool = False
     inputs: Inputs = field(default_factory=Inputs)
     outputs: Outputs = field(default_factory=Outputs)
@@ -114,6 +118,11 @@ class ModelSpec:
     def parameters(self) -> int:
         """The number of weights, a tied lm_head counted once."""
         return sum(map(math.prod, self.tensor_shapes().values()))
+
+    @property
+    def masked_layers(self) -> Sequence[int]:
+        """The layers whose attention is another than plain causal attention."""
+        return self.window_layers if self.causal else range(self.num_layers)
 
     @property
     def prompts(self) -> Mapping[str, str]:
@@ -213,7 +222,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     refuse_unknown(config.values, config.path, CONFIG_READ, CONFIG_NOTES)
     config.refuse("hidden_act", "silu", "swish")
     layers = config.get("num_hidden_layers", int)
-    _refuse_sliding_windows(config, layers)
+    causal = _read_causal(config)
+    window, window_layers = _read_windows(config, layers, causal)
     heads = config.get("num_attention_heads", int)
     # Absent it is transformers' default, null the number of heads.
     kv_heads = config.values.get("num_key_value_heads", 32)
@@ -247,7 +257,9 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         rms_norm_eps=config.get("rms_norm_eps", float),
         tied=config.get("tie_word_embeddings", bool, False),
         max_length=read_length(folder, positions, None if modules is None else modules.max_length),
-        causal=_read_causal(config),
+        causal=causal,
+        window=window,
+        window_layers=window_layers,
         attention_bias=config.get("attention_bias", bool, False),
         quantization=read_quantization(config.values.get("quantization_config"), config.path),
         score_rows=_read_score_rows(config, modules) if task == "reranker" else None,
@@ -279,19 +291,40 @@ def _refuse_adapters(folder: Path) -> None:
         )
 
 
-def _refuse_sliding_windows(config: _Config, layers: int) -> None:
-    """A sliding window is refused, unless no layer has it."""
-    if config.values.get("layer_types") is not None:
-        config.refuse("layer_types", ["full_attention"] * layers)
-        return
-    # Absent it is transformers' default.
-    if (
-        not config.values.get("use_sliding_window")
-        or config.values.get("sliding_window", 1) is None
+def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | None, tuple[int, ...]]:
+    """(the sliding window's tokens, the layers that have it), as transformers' Qwen3Config."""
+    size = None
+    # Absent a value is transformers' default.
+    if config.get("use_sliding_window", bool, False) and (
+        config.values.get("sliding_window", 4096) is not None
     ):
-        return
-    if config.get("max_window_layers", int, 28) < layers:
-        config.refuse("use_sliding_window", False)
+        size = config.get("sliding_window", int, 4096)
+    kinds = config.values.get("layer_types")
+    if kinds is None:
+        first = layers if size is None else config.values.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise CheckpointError(
+                f"{config.path}: max_window_layers should be a number of layers, found {first!r}"
+            )
+        found = tuple(range(first, layers))
+    else:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(known):
+            raise CheckpointError(
+                f"{config.path}: layer_types should be {layers} of {' or '.join(known)}, found "
+                f"{shown(kinds)}"
+            )
+        found = tuple(i for i, kind in enumerate(kinds) if kind == known[1])
+    if found and size is None:
+        raise CheckpointError(
+            f"{config.path}: layer_types has sliding_attention, and use_sliding_window and "
+            "sliding_window give no window; give both, or make all layers full_attention"
+        )
+    if found and not causal:
+        raise CheckpointError(
+            f"{config.path}: a sliding window beside is_causal false is not supported"
+        )
+    return (size, found) if found else (None, ())
 
 
 def _read_causal(config: _Config) -> bool:

@@ -137,8 +137,19 @@ def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
 
 def _make_config(spec: ModelSpec) -> Any:
     transformers = require("transformers", "torch")
-    further: dict[str, Any] = {} if spec.causal else {"is_causal": False}
-    if further and not meets(BIDIRECTIONAL, transformers.__version__):
+    further: dict[str, Any] = {}
+    if spec.window_layers:
+        kinds = ["full_attention"] * spec.num_layers
+        for layer in spec.window_layers:
+            kinds[layer] = "sliding_attention"
+        further = {
+            "use_sliding_window": True,
+            "sliding_window": spec.window,
+            "layer_types": kinds,
+        }
+    if not spec.causal:
+        further["is_causal"] = False
+    if not spec.causal and not meets(BIDIRECTIONAL, transformers.__version__):
         raise MissingPackageError(
             f"{spec.source.folder / CONFIG}: is_causal is false, which needs {BIDIRECTIONAL}, "
             f"found {transformers.__version__}"

@@ -76,7 +76,7 @@ class OnnxModel:
         if self.continues:
             layers, heads, _, width = inputs["past"]
             self._no_past = np.zeros((layers, heads, 0, width), np.float32)
-        self._outputs, self._both_ways = artifact.manifest.outputs, not graph.causal
+        self._outputs, self._masked = artifact.manifest.outputs, graph.masked
         self._head = None
         if graph.output == "hidden":
             self._head = Head(self._outputs, artifact.folder)
@@ -109,7 +109,7 @@ class OnnxModel:
             InputError: Attention would take more memory than there is, or the batch does not fit
                 into the GPU's.
         """
-        if self.device == "cpu" and (self._graph.dialect == "standard" or self._both_ways):
+        if self.device == "cpu" and (self._graph.dialect == "standard" or self._masked):
             _check_memory(*input_ids.shape, self._num_heads)
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
         if "prompt_length" in self._graph.inputs:
@@ -185,7 +185,7 @@ def _check_memory(batch: int, size: int, num_heads: int) -> None:
     if available is not None and needed > available:
         raise InputError(
             f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB in the standard dialect "
-            "on a CPU, and in each of a model whose attention goes both ways, and "
+            "on a CPU, and in each where attention goes both ways or has a window, and "
             f"{available / 1e9:.0f} GB are free; load with a smaller max_length, or export a "
             "causal model with --dialect ort, which takes little"
         )

@@ -220,6 +220,7 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
         "fp8 is multiplied beside bf16, on Hopper and later": quantized
         and (arithmetic != "bf16" or capability < HOPPER),
         "attention goes both ways": not spec.causal,
+        "layers have a sliding window": bool(spec.window_layers),
         "attention has biases": spec.attention_bias,
         "it pools other tokens than the last": not spec.outputs.last_token,
         "heads are wider than 256": spec.head_dim > WIDEST_HEAD,

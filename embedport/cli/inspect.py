@@ -307,6 +307,8 @@ def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
 def _attention(facts: Mapping[str, Any]) -> str:
     rope = facts["rope"]
     words = "causal" if facts["causal"] else "to both sides"
+    if layers := facts["window_layers"]:
+        words += f" within {facts['window']:,} tokens in {len(layers)} of the layers"
     words += ", with biases" if facts["attention_bias"] else ""
     words += f"; rotary embedding with theta {rope['theta']:,.0f}"
     return words if rope["kind"] == "default" else f"{words}, {rope['kind']} x {rope['factor']:g}"

@@ -26,11 +26,11 @@ def plan_continuation(design: Design) -> ContinuationRecord | None:
     """What a design's continuation is; None if it gets none.
 
     A reranker in fp32 arithmetic, as CPUs run it, gets one, if the onnxruntime that has to check it
-    takes it, unless tokens see those behind them. An embedding's texts begin alike only by their
+    takes it, unless attention has a mask. An embedding's texts begin alike only by their
     short prompts. 16-bit graphs are for GPUs, where the continuation has not been measured.
     """
     needs = design.dialect.continues
-    if design.head is None or needs is None or not design.spec.causal:
+    if design.head is None or needs is None or design.spec.masked_layers:
         return None
     if design.precision.compute != ir.DataType.FLOAT:
         return None

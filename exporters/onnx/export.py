@@ -233,7 +233,7 @@ def export_onnx(
                 output=outputs,
                 arithmetic=chosen.arithmetic,
                 kept_in_fp32=chosen.kept_in_fp32,
-                causal=spec.causal,
+                masked=bool(spec.masked_layers),
                 continuation=continuation,
                 limits_pairs=any(each.scheme.limits_pairs for each in chosen.formats.values()),
             ),

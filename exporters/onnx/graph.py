@@ -31,10 +31,10 @@ import onnx_ir as ir
 from ...pooling import read_dense
 from ...quantize.source import WeightSource
 from ...spec import ModelSpec
-from .bidirectional import Sight, attend_both_ways, see_both_ways
 from .builder import GraphBuilder
 from .dialect import FLOAT8, INT8, Dialect, Heads, LayerPast, Positions, Product, settle
 from .formats import TABLE
+from .masked import Sight, attend_masked, describe_sight
 from .pooling import describe_steps, normalize, pool, shorten
 from .precision import Precision
 from .quantized import Float8Matrix, QuantizedMatrices, QuantizedMatrix
@@ -219,7 +219,7 @@ def describe_inputs(
         rotary=design.dialect.rotary(g, positions, design.precision.compute),
         cache=rotary_cache(g, design, everywhere),
         past=past,
-        sight=None if design.spec.causal else see_both_ways(g, positions),
+        sight=describe_sight(g, design.spec, positions),
     )
 
 
@@ -299,9 +299,10 @@ def describe_attention(
 
     q, k, v = (projected(name) for name in "qkv")
     heads = Heads(q.value, k.value, v, gains("q", q.value.dtype), gains("k", k.value.dtype))
-    if batch.sight is not None:
+    if layer in design.spec.masked_layers:
+        assert batch.sight is not None
         compute = design.precision.compute
-        return attend_both_ways(
+        return attend_masked(
             g, design.dialect, design.spec, heads, batch.sight, batch.cache, compute
         )
     past = batch.past

@@ -242,7 +242,7 @@ def test_a_format_is_its_text(text):
 
 
 def test_auto_keeps_retrieval_quality(small_set, tmp_path):
-    data = small_set(every=40, others=50)
+    data = small_set(every=80, others=30)
     checkpoint = builtin_embedder()
     found = {}
     for limit in (0.001, 0.02):
@@ -259,7 +259,9 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path):
         assert (search["min_cosine"], search["max_ndcg_loss"]) == (None, limit)
         kept = [trial for trial in search["trials"] if trial["ndcg_loss"] <= limit]
         found[limit] = min(trial["bytes"] for trial in kept)
-        report = validate(artifact.folder, checkpoint, retrieval=data, max_ndcg_loss=limit)
+        report = validate(
+            artifact.folder, checkpoint, ["a text"], retrieval=data, max_ndcg_loss=limit
+        )
         assert report.retrieval is not None
         assert report.retrieval.ndcg_loss is not None
         assert report.retrieval.ndcg_loss <= limit + 1e-3

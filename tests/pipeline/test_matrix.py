@@ -30,6 +30,28 @@ EMBEDDERS = {
     "sqrt": ("mean_sqrt_len_tokens", True, "sigmoid", True, "query", False, {}),
     "two-poolings": (["cls", "lasttoken"], True, "relu", True, "query", True, {}),
     "last-both-ways": ("lasttoken", False, None, True, "own", False, {}),
+    "window": (
+        ["lasttoken", "mean"],
+        True,
+        None,
+        True,
+        "query",
+        True,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "layer-types": (
+        "mean",
+        True,
+        None,
+        True,
+        "query",
+        True,
+        {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "linear-rope": (
         "mean",
         True,
@@ -121,9 +143,16 @@ def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [
+        (True, {}),
+        (False, {}),
+        (True, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    ],
+)
 @pytest.mark.parametrize("no", ["no", None])
-def test_rerankers(descend, small_tokenizer, tmp_path, no, causal, precision):
+def test_rerankers(descend, small_tokenizer, tmp_path, no, causal, window, precision):
     from sentence_transformers import CrossEncoder
 
     folder = descend("reranker")
@@ -134,12 +163,12 @@ def test_rerankers(descend, small_tokenizer, tmp_path, no, causal, precision):
     write_json(folder / "sentence_bert_config.json", MESSAGES)
     write_json(folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder"})
     (folder / "chat_template.jinja").write_text(ROLES)
-    edit(folder / "config.json", is_causal=causal)
+    edit(folder / "config.json", is_causal=causal, **window)
     expected = CrossEncoder(str(folder), device="cpu").predict(PAIRS)
     options: Any = {"group_size": 32} if precision == "int4" else {}
     artifact = embedport.export(folder, tmp_path / "artifact", precision=precision, **options)
     assert artifact.manifest.graph is not None
-    assert (artifact.manifest.graph.continuation is None) == (not causal)
+    assert (artifact.manifest.graph.continuation is None) == bool(window or not causal)
     limit = THRESHOLDS[precision].max_score_difference
     found = open_reranker(artifact.folder).score(PAIRS)
     np.testing.assert_allclose(found, expected, atol=limit)

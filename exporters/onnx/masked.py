@@ -1,7 +1,7 @@
-"""Attention to both sides, in operators of the ONNX standard, for both dialects.
+"""Attention under a mask, in operators of the ONNX standard, for both dialects.
 
-Tokens see those behind them, so padding has to be masked; scores of all pairs of tokens stand in
-memory at once.
+To both sides, where padding has to be masked, or within a sliding window. Scores of all pairs of
+tokens stand in memory at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .dialect import (
 
 
 class Sight(NamedTuple):
-    """What attention to both sides needs to know of a batch, computed once.
+    """What attention under a mask needs to know of a batch, computed once.
 
     Attributes:
         position_ids: int64 [batch, size].
@@ -37,17 +37,28 @@ class Sight(NamedTuple):
     mask: ir.Value
 
 
-def see_both_ways(g: GraphBuilder, positions: Positions) -> Sight:
-    """Positions, and the mask of padding."""
+def describe_sight(g: GraphBuilder, spec: ModelSpec, positions: Positions) -> Sight | None:
+    """Positions, and the mask of a model whose attention has one; None where it has none."""
+    if not spec.masked_layers:
+        return None
     places = g.op("Unsqueeze", positions.arange, g.constant([0]))
-    real = g.op("Less", places, positions.lengths, dtype=BOOL)
+    if spec.window is None:
+        real = g.op("Less", places, positions.lengths, dtype=BOOL)
+        seen = g.op("Unsqueeze", real, g.constant([1, 2]))
+    else:
+        # Rows begin with their first real token: no padding comes before one.
+        queries = g.op("Unsqueeze", positions.arange, g.constant([1]))
+        before = g.op("LessOrEqual", places, queries, dtype=BOOL)
+        distance = g.op("Sub", queries, places)
+        near = g.op("Less", distance, g.constant(spec.window), dtype=BOOL)
+        seen = g.op("Unsqueeze", g.op("And", before, near, dtype=BOOL), g.constant([0, 1]))
     size = g.op("Reshape", positions.size, g.constant([1]))
     shape = g.op("Concat", positions.batch, g.constant([1]), size, size, axis=0)
-    mask = g.op("Expand", g.op("Unsqueeze", real, g.constant([1, 2])), shape)
+    mask = g.op("Expand", seen, shape)
     return Sight(number_positions(g, positions, positions.arange), mask)
 
 
-def attend_both_ways(
+def attend_masked(
     g: GraphBuilder,
     dialect: Dialect,
     spec: ModelSpec,
@@ -56,14 +67,14 @@ def attend_both_ways(
     cache: tuple[ir.Value, ir.Value],
     compute: ir.DataType,
 ) -> ir.Value:
-    """Norms of queries and keys, their rotary embedding, attention of each token to all real ones.
+    """Norms of queries and keys, their rotary embedding, attention of each token to those it sees.
 
     Args:
         g: The graph.
         dialect: Its norm.
         spec: The model.
         heads: Queries, keys and values.
-        sight: Of `see_both_ways`.
+        sight: Of `describe_sight`.
         cache: Cosines and sines, each [size, head_dim / 2], in the dtype to rotate in.
         compute: The dtype of attention.
 
