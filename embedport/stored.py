@@ -1,25 +1,42 @@
 """What a checkpoint's `quantization_config` says of its matrices.
 
-Packed codes that are read here: AutoGPTQ and its successor GPTQModel (quant_method "gptq";
-checkpoint_format "gptq" stores each zero point less one, "gptq_v2" as it is), AutoAWQ (quant_method
-"awq", version "gemm"), compressed-tensors' "pack-quantized", weights only.
+Codes that are read here, matrix by matrix:
 
-Formats that their own library runs: bitsandbytes, compressed-tensors with quantized activations. Of
-their configuration only what is known here is handed on: compressed-tensors takes some names for
-paths of Python files, and runs them.
+- AutoGPTQ and its successor GPTQModel: quant_method "gptq"; checkpoint_format "gptq" stores each
+  zero point less one, "gptq_v2" as it is (gptqmodel.utils.model.convert_gptq_v1_to_v2_format).
+- AutoAWQ: quant_method "awq", version "gemm".
+- AutoRound: quant_method "auto-round"; its packing_format "auto_round:auto_gptq" is GPTQ's "gptq",
+  "auto_round" is "gptq_v2", "auto_round:auto_awq" is AWQ's (auto_round.inference.backend).
+- compressed-tensors: formats "pack-quantized", "int-quantized", "float-quantized",
+  "naive-quantized" and "nvfp4-pack-quantized".
+- transformers' fine-grained fp8: quant_method "fp8".
+
+Where such a checkpoint's activations are quantized too, its weights are read alone.
+
+Formats that their own library runs: bitsandbytes, and compressed-tensors with weights and
+activations of 8 bits. Of their configuration only what is known here is handed on:
+compressed-tensors takes some names for paths of Python files, and runs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import CheckpointError
 
-Method = Literal["gptq", "awq", "compressed-tensors"]
+Layout = Literal["gptq", "awq", "packed", "plain", "fp8", "nvfp4"]
+Kind = Literal["int", "float"]
 ZERO_POINT_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+# AutoRound's packing_format, which may be followed by a backend's name.
+AUTO_ROUND: dict[str, tuple[Layout, int]] = {
+    "auto_round": ("gptq", 0),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:auto_awq": ("awq", 0),
+}
 BITSANDBYTES = (
     "quant_method",
     "load_in_8bit",
@@ -33,8 +50,44 @@ BITSANDBYTES = (
 )
 # compressed-tensors' 8-bit weights and activations: their type and bits to the precision's name.
 SCHEMES = {("int", 8): "w8a8", ("float", 8): "fp8"}
+# compressed-tensors' formats: how weights are laid out, and the types and bits they may have.
+FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
+    "pack-quantized": ("packed", (("int", 4), ("int", 8))),
+    "int-quantized": ("plain", (("int", 8),)),
+    "float-quantized": ("plain", (("float", 8),)),
+    "naive-quantized": ("plain", (("int", 8), ("float", 8))),
+    "nvfp4-pack-quantized": ("nvfp4", (("float", 4),)),
+}
 LIBRARY_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
-UNREAD = ("sparsity_config", "transform_config", "kv_cache_scheme")
+UNREAD = ("sparsity_config", "transform_config", "kv_cache_scheme", "moe_sparsity_config")
+# Inputs that share a scale in a graph's own formats.
+GRAPH_GROUPS = (32, 64, 128)
+LARGEST_BLOCK = 1 << 20
+INSTEAD = "give the original in bf16, fp16 or fp32"
+
+
+@dataclass(frozen=True)
+class MatrixFormat:
+    """How the codes of a matrix [out, in] are stored, and which of them share a scale.
+
+    Attributes:
+        layout: How they are packed, and what the tensors are called: see `quantize.stored`.
+        kind: Whether a code is an integer or a float.
+        bits: Of a code, 4 or 8.
+        block: Outputs and inputs that share a scale; None for all of them.
+        zero_point_offset: What is added to a stored zero point.
+    """
+
+    layout: Layout
+    kind: Kind
+    bits: int
+    block: tuple[int | None, int | None]
+    zero_point_offset: int = 0
+
+    def __str__(self) -> str:
+        sizes = ["all" if size is None else str(size) for size in self.block]
+        kind = f"{self.kind}{self.bits}"
+        return f"{kind}, a scale for {sizes[0]} outputs by {sizes[1]} inputs"
 
 
 @dataclass(frozen=True)
@@ -42,31 +95,58 @@ class StoredQuantization:
     """How a checkpoint's projections are quantized; all else is stored as numbers.
 
     Attributes:
-        method: "gptq", "awq" or "compressed-tensors": how the codes are packed.
-        bits: Of a code, 4 or 8.
-        group_size: Inputs that share a scale and a zero point.
-        zero_point_offset: What is added to a stored zero point.
+        method: "gptq", "awq", "auto-round", "compressed-tensors" or "fp8".
+        formats: Each projection that is quantized has one of them.
+        reorders: Whether inputs may be in groups in any order (act-order).
+        rounds_activations: Whether the format's own library rounds activations too, which is not
+            done where the weights are read alone.
     """
 
-    method: Method
-    bits: int
-    group_size: int
-    zero_point_offset: int
+    method: str
+    formats: tuple[MatrixFormat, ...]
+    reorders: bool = False
+    rounds_activations: bool = False
+
+    @property
+    def precision(self) -> str:
+        """What it is called: the precision of the coarsest format."""
+        coarsest = min(self.formats, key=lambda each: each.bits)
+        if self.method in ("gptq", "awq"):
+            return "gptq-8" if coarsest.bits == 8 else self.method
+        if coarsest.kind == "float":
+            return "fp8" if coarsest.bits == 8 else "nvfp4"
+        return f"w{coarsest.bits}a16"  # which algorithm found the codes is lost
+
+    @property
+    def graph_bits(self) -> int | None:
+        """The bits of codes that a graph takes as they are; None where it may not.
+
+        A graph takes integers in groups of 32, 64 or 128 inputs, in their order.
+        """
+        kinds = {
+            each.bits
+            if each.kind == "int" and each.block[0] == 1 and each.block[1] in GRAPH_GROUPS
+            else None
+            for each in self.formats
+        }
+        return None if self.reorders or len(kinds) > 1 else kinds.pop()
 
 
 @dataclass(frozen=True)
 class LibraryQuantization:
-    """A checkpoint in a format that only its own library reads.
+    """A checkpoint that its own library runs.
 
     Attributes:
         method: "bitsandbytes" or "compressed-tensors".
         precision: "bnb-int8", "bnb-nf4", "w8a8" or "fp8".
         values: What the library is told: a `quantization_config` without what is not known here.
+        weights: How its weights are read without their library; None where they are not.
     """
 
     method: Literal["bitsandbytes", "compressed-tensors"]
     precision: str
     values: Mapping[str, Any]
+    weights: StoredQuantization | None = None
 
 
 def read_quantization(
@@ -86,49 +166,127 @@ def read_quantization(
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: quantization_config should be an object, found {values!r}")
     method = values.get("quant_method")
-    if method == "bitsandbytes":
-        return _read_bitsandbytes(values, path)
-    if method == "compressed-tensors":
-        return _read_compressed_tensors(values, path)
-    if method not in ("gptq", "awq"):
+    readers = {
+        "gptq": _read_gptq,
+        "awq": _read_awq,
+        "auto-round": _read_auto_round,
+        "intel/auto-round": _read_auto_round,
+        "compressed-tensors": _read_compressed_tensors,
+        "fp8": _read_fine_grained,
+        "bitsandbytes": _read_bitsandbytes,
+    }
+    if not isinstance(method, str) or method not in readers:
         raise CheckpointError(
             f"{path}: a checkpoint quantized by {method!r} (quantization_config) is not read, only "
-            "by 'gptq', 'awq', 'bitsandbytes' and 'compressed-tensors'; give the original in bf16, "
-            "fp16 or fp32"
+            f"by {', '.join(map(repr, readers))}; {INSTEAD}"
         )
-    bits, group_size = values.get("bits"), values.get("group_size")
-    if bits not in ((4, 8) if method == "gptq" else (4,)):
-        raise CheckpointError(
-            f"{path}: quantization_config: bits should be 4 (or 8 by 'gptq'), found {bits!r}"
-        )
-    if group_size not in (32, 64, 128):
-        raise CheckpointError(
-            f"{path}: quantization_config: group_size should be 32, 64 or 128, found {group_size!r}"
-        )
-    if method == "awq":
-        version = str(values.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise CheckpointError(
-                f"{path}: quantization_config: AWQ's version should be 'gemm', found {version!r}"
-            )
-        return StoredQuantization("awq", bits, group_size, 0)
+    return readers[method](values, f"{path}: quantization_config")
+
+
+def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     form = values.get("checkpoint_format", "gptq")
-    if form not in ZERO_POINT_OFFSETS:
+    if not isinstance(form, str) or form not in ZERO_POINT_OFFSETS:
         raise CheckpointError(
-            f"{path}: quantization_config: checkpoint_format should be 'gptq' or 'gptq_v2', "
-            f"found {form!r}"
+            f"{where}: checkpoint_format should be 'gptq' or 'gptq_v2', found {form!r}"
         )
-    return StoredQuantization("gptq", bits, group_size, ZERO_POINT_OFFSETS[form])
+    _refuse(values, where, pack_dtype=("int32",), rotation=())
+    base = _grouped("gptq", values, where, (4, 8), ZERO_POINT_OFFSETS[form])
+    # GPTQModel: a pattern of names to what is other there; "-:" before it for what is left out.
+    dynamic = _object(values.get("dynamic"), f"{where}: dynamic")
+    others = [other for name, other in dynamic.items() if not name.startswith("-")]
+    formats, reorders = _with_others(base, values, others, f"{where}: dynamic", "desc_act")
+    return StoredQuantization("gptq", formats, reorders)
 
 
-def _read_bitsandbytes(values: Mapping[str, Any], path: Path) -> LibraryQuantization:
+def _read_awq(values: Mapping[str, Any], where: str) -> StoredQuantization:
+    version = str(values.get("version", "gemm")).lower()
+    if version != "gemm":
+        raise CheckpointError(f"{where}: AWQ's version should be 'gemm', found {version!r}")
+    return StoredQuantization("awq", (_grouped("awq", values, where, (4,)),))
+
+
+def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantization:
+    packing = values.get("packing_format", "auto_round:auto_gptq")
+    parts = packing.split(":") if isinstance(packing, str) else []
+    # A backend that packed it may follow: "auto_round:auto_gptq:exllamav2", "auto_round:tritonv2".
+    known = parts[:1] if parts[1:] in (["exllamav2"], ["tritonv2"], ["triton"]) else parts[:2]
+    found = AUTO_ROUND.get(":".join(known))
+    if found is None:
+        raise CheckpointError(
+            f"{where}: packing_format should be one of {', '.join(AUTO_ROUND)}, found {packing!r}; "
+            f"{INSTEAD}"
+        )
+    _refuse(values, where, data_type=("int",), rotation_config=(), super_bits=(), act_bits=(16, 32))
+    layout, offset = found
+    bits = (4, 8) if layout == "gptq" else (4,)
+    base = _grouped(layout, values, where, bits, offset)
+    extra = _object(values.get("extra_config"), f"{where}: extra_config")
+    others = []
+    for name, other in extra.items():
+        place = f"{where}: extra_config of {name}"
+        other = _object(other, place)
+        if other.get("bits") not in (16, 32):  # else it is left as it was
+            _refuse(other, place, data_type=("int",), super_bits=(), act_bits=(16, 32))
+            others.append(other)
+    formats, _ = _with_others(base, values, others, f"{where}: extra_config", None)
+    return StoredQuantization("auto-round", formats)
+
+
+def _grouped(
+    layout: Layout, values: Mapping[str, Any], where: str, known: tuple[int, ...], offset: int = 0
+) -> MatrixFormat:
+    """Integers with a scale for a group of inputs, or, where group_size is -1, for all of them."""
+    bits, size = values.get("bits"), values.get("group_size")
+    if not _is_integer(bits) or bits not in known:
+        words = " or ".join(map(str, known))
+        raise CheckpointError(f"{where}: bits should be {words}, found {bits!r}; {INSTEAD}")
+    if size != -1 and not _is_size(size):
+        raise CheckpointError(
+            f"{where}: group_size should be -1 or a number of inputs, found {size!r}"
+        )
+    return MatrixFormat(layout, "int", bits, (1, None if size == -1 else size), offset)
+
+
+def _with_others(
+    base: MatrixFormat,
+    values: Mapping[str, Any],
+    others: Iterable[Any],
+    where: str,
+    order: str | None,
+) -> tuple[tuple[MatrixFormat, ...], bool]:
+    """A format and those of single matrices, and whether any of them may be in another order."""
+    formats = {base: None}
+    reorders = order is not None and bool(values.get(order))
+    for other in others:
+        merged = {**values, **_object(other, where)}
+        bits = (4,) if base.layout == "awq" else (4, 8)
+        formats[_grouped(base.layout, merged, where, bits, base.zero_point_offset)] = None
+        reorders |= order is not None and bool(merged.get(order))
+    return tuple(formats), reorders
+
+
+def _read_fine_grained(values: Mapping[str, Any], where: str) -> StoredQuantization:
+    """A FineGrainedFP8Config of transformers: weights in blocks."""
+    _refuse(values, where, modules_to_convert=(), scale_fmt=("float",), fmt=("e4m3",))
+    block = values.get("weight_block_size", [128, 128])
+    if block is None:
+        block = [None, None]
+    elif not (isinstance(block, list) and len(block) == 2 and all(map(_is_size, block))):
+        raise CheckpointError(
+            f"{where}: weight_block_size should be two numbers, found {block!r}; {INSTEAD}"
+        )
+    form = MatrixFormat("fp8", "float", 8, (block[0], block[1]))
+    return StoredQuantization("fp8", (form,), rounds_activations=True)
+
+
+def _read_bitsandbytes(values: Mapping[str, Any], where: str) -> LibraryQuantization:
     if values.get("load_in_8bit") is True:
         precision = "bnb-int8"
     elif values.get("load_in_4bit") is True and values.get("bnb_4bit_quant_type") == "nf4":
         precision = "bnb-nf4"
     else:
         raise CheckpointError(
-            f"{path}: quantization_config: bitsandbytes should be load_in_8bit, or load_in_4bit "
+            f"{where}: bitsandbytes should be load_in_8bit, or load_in_4bit "
             f"with bnb_4bit_quant_type 'nf4', found {values!r}"
         )
     known = {key: values[key] for key in BITSANDBYTES if key in values}
@@ -136,64 +294,101 @@ def _read_bitsandbytes(values: Mapping[str, Any], path: Path) -> LibraryQuantiza
 
 
 def _read_compressed_tensors(
-    values: Mapping[str, Any], path: Path
+    values: Mapping[str, Any], where: str
 ) -> StoredQuantization | LibraryQuantization:
-    """One group of matrices, all of one scheme."""
-    where = f"{path}: quantization_config"
+    """Groups of matrices, each of one scheme.
+
+    Which matrix is in which group is seen by its tensors: what targets and ignore say in patterns
+    is not evaluated.
+    """
     for key in UNREAD:
         if values.get(key):
-            raise CheckpointError(f"{where}: {key} is not read, found {values[key]!r}")
+            raise CheckpointError(f"{where}: {key} is not read, found {values[key]!r}; {INSTEAD}")
     groups = values.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        raise CheckpointError(f"{where}: config_groups should hold one group, found {groups!r}")
-    (group,) = groups.values()
-    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
-        raise CheckpointError(f"{where}: the group should have weights, found {group!r}")
-    form = values.get("format")
-    if group.get("format") not in (None, form):
-        raise CheckpointError(f"{where}: format is {form!r}, in the group {group['format']!r}")
-    if form == "pack-quantized":
-        return _read_packed(group, where)
-    if form not in LIBRARY_FORMATS:
+    if not isinstance(groups, dict) or not groups:
+        raise CheckpointError(f"{where}: config_groups should hold a group, found {groups!r}")
+    formats: dict[MatrixFormat, None] = {}
+    reorders = rounds = False
+    for name, group in groups.items():
+        place = f"{where}: config_groups: {name}"
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            raise CheckpointError(f"{place}: the group should have weights, found {group!r}")
+        if group.get("output_activations"):
+            raise CheckpointError(
+                f"{place}: output_activations should be absent, found "
+                f"{group['output_activations']!r}"
+            )
+        form = group.get("format") or values.get("format")
+        formats[_read_weights(group["weights"], form, place)] = None
+        reorders |= group["weights"].get("actorder") in ("group", "dynamic", True)
+        rounds |= bool(group.get("input_activations"))
+    stored = StoredQuantization("compressed-tensors", tuple(formats), reorders, rounds)
+    if rounds and len(groups) == 1:
+        (group,) = groups.values()
+        return _run_by_library(values, group, stored, where) or stored
+    return stored
+
+
+def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFormat:
+    """A format from compressed_tensors.quantization.QuantizationArgs."""
+    if not isinstance(form, str) or form not in FORMATS:
         raise CheckpointError(
-            f"{where}: format should be one of pack-quantized, {', '.join(LIBRARY_FORMATS)}, found "
-            f"{form!r}; give the original in bf16, fp16 or fp32"
+            f"{where}: format should be one of {', '.join(FORMATS)}, found {form!r}; {INSTEAD}"
         )
-    return _read_activations(values, group, where)
-
-
-def _read_packed(group: Mapping[str, Any], where: str) -> StoredQuantization:
-    """4 or 8 bits in groups of the same size; activations as they are."""
-    weights = group["weights"]
-    if group.get("input_activations") is not None:
-        raise CheckpointError(f"{where}: only weights should be quantized, found {group!r}")
-    bits, group_size = weights.get("num_bits"), weights.get("group_size")
-    if bits not in (4, 8) or weights.get("type") != "int":
+    layout, known = FORMATS[form]
+    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
+    if not _is_integer(bits) or (kind, bits) not in known:
+        words = " or ".join(f"{kind} of {bits} bits" for kind, bits in known)
         raise CheckpointError(
-            f"{where}: weights should be int of 4 or 8 bits, found {weights.get('type')!r} of "
-            f"{bits!r}"
+            f"{where}: weights in {form} should be {words}, found {kind!r} of {bits!r}; {INSTEAD}"
         )
-    if group_size not in (32, 64, 128) or weights.get("actorder"):
+    if weights.get("dynamic"):
         raise CheckpointError(
-            f"{where}: group_size should be 32, 64 or 128 without actorder, found {group_size!r} "
-            f"and {weights.get('actorder')!r}"
+            f"{where}: weights should not be dynamic, found {weights['dynamic']!r}"
         )
-    return StoredQuantization("compressed-tensors", bits, group_size, 0)
+    actorder = weights.get("actorder")
+    if actorder not in (None, False, True, "weight", "static", "group", "dynamic"):
+        raise CheckpointError(f"{where}: actorder should be weight or group, found {actorder!r}")
+    return MatrixFormat(layout, kind, bits, _read_block(weights, where))
 
 
-def _read_activations(
-    values: Mapping[str, Any], group: Mapping[str, Any], where: str
-) -> LibraryQuantization:
-    """8 bits, weights and activations."""
+def _read_block(weights: Mapping[str, Any], where: str) -> tuple[int | None, int | None]:
+    """Outputs and inputs that share a scale, by strategy, or where it is absent by group_size."""
+    size, structure = weights.get("group_size"), weights.get("block_structure")
+    strategy = weights.get("strategy")
+    if strategy is None:
+        strategy = {None: "tensor", -1: "channel"}.get(size if _is_integer(size) else None, "group")
+    if strategy == "tensor":
+        return None, None
+    if strategy == "channel":
+        return 1, None
+    if strategy in ("group", "tensor_group") and _is_size(size):
+        return 1, size
+    if strategy == "block" and isinstance(structure, str):  # "128x128", as it once was written
+        digits = structure.split("x")
+        structure = [int(each) if each.isdecimal() and len(each) < 9 else 0 for each in digits]
+    if strategy == "block" and isinstance(structure, list) and len(structure) == 2:
+        height, width = structure
+        if _is_size(height) and _is_size(width):
+            return height, width
+    raise CheckpointError(
+        f"{where}: weights should have strategy tensor, channel, group with a group_size, or block "
+        f"with a block_structure, found {strategy!r}, {size!r} and {structure!r}"
+    )
+
+
+def _run_by_library(
+    values: Mapping[str, Any], group: Mapping[str, Any], stored: StoredQuantization, where: str
+) -> LibraryQuantization | None:
+    """Weights and activations of 8 bits alike, which compressed-tensors runs; None if not."""
+    if values.get("format") not in LIBRARY_FORMATS:
+        return None
     kinds = [
         (each.get("type"), each.get("num_bits")) if isinstance(each, dict) else None
         for each in (group["weights"], group.get("input_activations"))
     ]
-    if kinds[0] != kinds[1] or kinds[0] not in SCHEMES or group.get("output_activations"):
-        raise CheckpointError(
-            f"{where}: weights and input_activations should be int or float of 8 bits, and "
-            f"output_activations absent, found {group!r}"
-        )
+    if kinds[0] != kinds[1] or kinds[0] not in SCHEMES:
+        return None
     names, targets = values.get("ignore") or [], group.get("targets")
     for each in (names, targets):
         if not isinstance(each, list) or not all(isinstance(name, str) for name in each):
@@ -211,4 +406,29 @@ def _read_activations(
             "ignore": names,
             "config_groups": {"group_0": told},
         },
+        stored,
     )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_integer(value) and 1 <= value <= LARGEST_BLOCK
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} should be an object, found {value!r}")
+    return value
+
+
+def _refuse(values: Mapping[str, Any], where: str, **known: tuple[Any, ...]) -> None:
+    """Refuse keys with values other than those known; null and what is empty says nothing."""
+    for key, allowed in known.items():
+        if (value := values.get(key)) and value not in allowed:
+            words = " or ".join(map(repr, allowed)) or "absent"
+            raise CheckpointError(f"{where}: {key} should be {words}, found {value!r}; {INSTEAD}")

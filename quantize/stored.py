@@ -2,148 +2,318 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import TensorInfo, open_shard, read_headers
+from ..files import TensorInfo, open_shard, read_headers, read_octets
 from ..spec import ModelSpec
-from ..stored import LibraryQuantization, StoredQuantization
+from ..stored import (
+    GRAPH_GROUPS,
+    INSTEAD,
+    Layout,
+    LibraryQuantization,
+    MatrixFormat,
+    StoredQuantization,
+)
 from ..weights import DTYPES, Weights
 from .schemes import QuantizedTensor, QuantScheme
+from .unpacking import float_values, integer_values, shift, unpack, unpack_awq, unpack_pairs
 
-# The order in which AutoAWQ's "gemm" puts eight output channels into one int32.
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+logger = logging.getLogger(__name__)
+
+FLOAT_DTYPES = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What a method calls the parts of a matrix; `order` tells of columns in another order."""
+class _Names:
+    """What the parts of a matrix are called.
+
+    Attributes:
+        codes: The codes.
+        scales: A scale for each block.
+        zero_points: A zero point for each block.
+        order: The group of each input.
+        divisor: One number by which all scales are divided.
+    """
 
     codes: str
-    zero_points: str
     scales: str
-    order: str
+    zero_points: str | None = None
+    order: str | None = None
+    divisor: str | None = None
 
 
-_LAYOUTS = {
-    "gptq": _Layout("qweight", "qzeros", "scales", "g_idx"),
-    "awq": _Layout("qweight", "qzeros", "scales", "g_idx"),
-    "compressed-tensors": _Layout(
-        "weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"
-    ),
+_NAMES: dict[Layout, _Names] = {
+    # int32 words along the inputs, [in / 8, out]; scales [groups, out], and zero points packed.
+    "gptq": _Names("qweight", "scales", "qzeros", "g_idx"),
+    # int32 words along the outputs, [in, out / 8]; scales and zero points as GPTQ's.
+    "awq": _Names("qweight", "scales", "qzeros"),
+    # int32 words along the inputs, [out, in / 8]; scales [out, groups], and zero points packed.
+    "packed": _Names("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    # A code a byte, [out, in]; scales and zero points as the blocks lie.
+    "plain": _Names("weight", "weight_scale", "weight_zero_point"),
+    "fp8": _Names("weight", "weight_scale_inv"),
+    # Two codes a byte, [out, in / 2]; scales in float8, [out, groups].
+    "nvfp4": _Names("weight_packed", "weight_scale", divisor="weight_global_scale"),
 }
+_WEIGHT = "weight"
 
 
 class StoredWeights(Weights):
-    """The tensors of a GPTQ, AWQ or pack-quantized checkpoint.
+    """The tensors of a checkpoint that was quantized elsewhere: formats as in `embedport.stored`.
 
-    A quantized matrix is read as what it stands for.
-    A projection that the checkpoint left in floating point is read as it is.
+    A quantized matrix is read as what it stands for, one matrix in memory at a time. A projection
+    that the checkpoint left in floating point is read as it is.
 
     Args:
         spec: The checkpoint's spec, with its `quantization`.
 
     Attributes:
-        bits: Of the codes.
-        schemes: The quantized projections, without ".weight".
+        quantization: What its configuration says.
+        formats: How each quantized projection is stored, by its name without ".weight".
+        schemes: Those of them whose codes a graph takes as they are.
 
     Raises:
-        CheckpointError: As `Weights`; or a part of a quantized projection is missing, has another
-            shape or dtype, or its columns are in another order (act-order).
+        CheckpointError: As `Weights`; or a part of a quantized projection is missing, or has
+            another shape or dtype, or what is quantized is not a projection.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        assert isinstance(spec.quantization, StoredQuantization)
-        self.quantization: StoredQuantization = spec.quantization
-        self.bits = self.quantization.bits
-        self._layout = _LAYOUTS[self.quantization.method]
+        quantization = find_stored(spec)
+        assert quantization is not None
+        self.quantization: StoredQuantization = quantization
         self._parts = {
             name.removeprefix("model."): info
             for name, info in read_headers(spec.source.folder).items()
-            if name.rpartition(".")[2] in vars(self._layout).values()
         }
+        self._shapes = spec.tensor_shapes()
+        self._orders: dict[str, np.ndarray] = {}
+        self.formats: dict[str, MatrixFormat] = {}
+        for name in self._shapes:
+            matrix = name.removesuffix(".weight")
+            form = self._find_format(matrix)
+            if form is not None:
+                self.formats[matrix] = form
+                self._read_order(matrix, form)
         super().__init__(spec)
         self.schemes: dict[str, QuantScheme] = {}
-        for name, shape in spec.tensor_shapes().items():
-            matrix = name.removesuffix(".weight")
-            if f"{matrix}.{self._layout.codes}" in self._parts:
-                self._check_parts(matrix, shape[0], shape[1])
-                stored, middle = self.quantization, 1 << (self.bits - 1)
+        for matrix, form in self.formats.items():
+            size = form.block[1]
+            ordered = matrix not in self._orders
+            if ordered and form.kind == "int" and form.block[0] == 1 and size in GRAPH_GROUPS:
+                middle = 1 << (form.bits - 1)
                 symmetric = bool((self._zero_points(matrix) == middle).all())
-                self.schemes[matrix] = QuantScheme(self.bits, stored.group_size, symmetric)
+                self.schemes[matrix] = QuantScheme(form.bits, size, symmetric)
+
+    def gives_codes(self, bits: int) -> bool:
+        """Whether a graph takes the codes of all quantized projections, of so many bits."""
+        found = {scheme.bits for scheme in self.schemes.values()}
+        return found == {bits} and self.schemes.keys() == self.formats.keys()
+
+    def describe(self) -> list[str]:
+        """The formats of the projections in words, one for each."""
+        reordered = {self.formats[matrix] for matrix in self._orders}
+        return [
+            f"{form}, inputs in another order (act-order)" if form in reordered else str(form)
+            for form in dict.fromkeys(self.formats.values())
+        ]
 
     def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
-        return super()._find(name, headers) or self._parts.get(_part(name, self._layout.codes))
+        matrix = name.removesuffix(".weight")
+        if matrix in self.formats:
+            return self._part(matrix, _NAMES[self.formats[matrix].layout].codes)
+        return super()._find(name, headers)
 
     def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        if not info.name.endswith(f".{self._layout.codes}"):
+        name = info.name.removeprefix("model.")
+        if name.rpartition(".")[0] not in self.formats or name.endswith(".bias"):
             super()._check_tensor(info, shape)
 
-    def _check_parts(self, matrix: str, rows: int, columns: int) -> None:
-        stored, layout = self.quantization, self._layout
-        codes = 32 // stored.bits
-        file = self._parts[f"{matrix}.{layout.codes}"].file
-        if columns % stored.group_size or rows % codes:
+    def _part(self, matrix: str, part: str | None) -> TensorInfo | None:
+        return None if part is None else self._parts.get(f"{matrix}.{part}")
+
+    def _find_format(self, matrix: str) -> MatrixFormat | None:
+        """The format that its parts have; None where they are not quantized."""
+        formats = [each for each in self.quantization.formats if self._has_codes(matrix, each)]
+        if not formats:
+            return None
+        shape = self._shapes[f"{matrix}.weight"]
+        codes = self._part(matrix, _NAMES[formats[0].layout].codes)
+        assert codes is not None
+        if not matrix.startswith("layers.") or len(shape) != 2:
             raise CheckpointError(
-                f"{file}: {matrix} of {rows} x {columns} cannot be in groups of "
-                f"{stored.group_size} and words of {codes} codes"
+                f"{codes.file}: {matrix} is quantized, and only projections of layers are read so; "
+                f"{INSTEAD}"
             )
-        groups = columns // stored.group_size
-        words = {
-            "gptq": (columns // codes, rows),
-            "awq": (columns, rows // codes),
-            "compressed-tensors": (rows, columns // codes),
-        }[stored.method]
-        # compressed-tensors has an output channel a row, the others a column.
-        by_row = stored.method == "compressed-tensors"
-        expected = {layout.codes: (words, ("I32",))}
-        if not by_row or self._has(matrix, layout.zero_points):
-            shape = (rows // codes, groups) if by_row else (groups, rows // codes)
-            expected[layout.zero_points] = (shape, ("I32",))
-        shape = (rows, groups) if by_row else (groups, rows)
-        expected[layout.scales] = (shape, tuple(DTYPES))
-        for part, (shape, dtypes) in expected.items():
-            info = self._parts.get(f"{matrix}.{part}")
+        plain = self._part(matrix, _WEIGHT)
+        if plain not in (None, codes):
+            raise CheckpointError(
+                f"{codes.file}: {matrix} is there twice, as {codes.name} and as {_WEIGHT}"
+            )
+        problems = []
+        for each in formats:
+            problem = self._problem(matrix, each)
+            if problem is None:
+                return each
+            problems.append(problem)
+        raise CheckpointError(problems[0])
+
+    def _has_codes(self, matrix: str, form: MatrixFormat) -> bool:
+        names = _NAMES[form.layout]
+        codes = self._part(matrix, names.codes)
+        if codes is None or names.codes != _WEIGHT:
+            return codes is not None
+        return codes.dtype not in DTYPES or self._part(matrix, names.scales) is not None
+
+    def _problem(self, matrix: str, form: MatrixFormat) -> str | None:
+        """What is wrong with the parts of a matrix."""
+        codes = self._part(matrix, _NAMES[form.layout].codes)
+        assert codes is not None
+        for part, (shapes, dtypes) in self._expected(matrix, form).items():
+            info = self._part(matrix, part)
             if info is None:
-                raise CheckpointError(
-                    f"{file}: {matrix}.{part} is missing beside {matrix}.{layout.codes}"
-                )
-            if info.shape != shape or info.dtype not in dtypes:
-                raise CheckpointError(
+                return f"{codes.file}: {matrix}.{part} is missing beside {codes.name}"
+            if info.shape not in shapes or info.dtype not in dtypes:
+                return (
                     f"{info.file}: tensor {info.name} should be {' or '.join(dtypes)} of shape "
-                    f"{list(shape)} by config.json, found {info.dtype} of {list(info.shape)}"
+                    f"{' or '.join(str(list(shape)) for shape in shapes)} by config.json, found "
+                    f"{info.dtype} of {list(info.shape)}"
                 )
-        if self._has(matrix, layout.order) and not np.array_equal(
-            self._read_part(matrix, layout.order), np.arange(columns) // stored.group_size
-        ):
+        return None
+
+    def _expected(
+        self, matrix: str, form: MatrixFormat
+    ) -> dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]]:
+        """Part to the shapes and dtypes that it may have."""
+        names, (rows, columns) = _NAMES[form.layout], self._shapes[f"{matrix}.weight"]
+        grid = self._grid(matrix, form)
+        each = 32 // form.bits  # codes of a word
+        words: dict[Layout, tuple[int, int]] = {
+            "gptq": (-(-columns // each), rows),
+            "awq": (columns, -(-rows // each)),
+            "packed": (rows, -(-columns // each)),
+            "nvfp4": (rows, columns // 2),
+        }
+        dtypes = {"packed": "I32", "gptq": "I32", "awq": "I32", "nvfp4": "U8"}
+        dtype = dtypes.get(form.layout, "I8" if form.kind == "int" else "F8_E4M3")
+        expected: dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]] = {
+            names.codes: ([words.get(form.layout, (rows, columns))], (dtype,))
+        }
+        if form.layout in ("gptq", "awq"):
+            expected["qzeros"] = ([(grid[1], -(-rows // each))], ("I32",))
+            expected[names.scales] = ([grid[::-1]], FLOAT_DTYPES)
+        else:
+            shapes: list[tuple[int, ...]] = [grid]
+            shapes += [(1,), ()] if form.block == (None, None) else []
+            scale = ("F8_E4M3",) if form.layout == "nvfp4" else FLOAT_DTYPES
+            expected[names.scales] = (shapes, scale)
+            zeros = self._part(matrix, names.zero_points)
+            if zeros is not None and zeros.dtype == "I32":
+                expected["weight_zero_point"] = ([(-(-grid[0] // each), grid[1])], ("I32",))
+            elif zeros is not None:
+                expected["weight_zero_point"] = (shapes, ("I8",))
+        if names.divisor is not None:
+            expected[names.divisor] = ([(1,), ()], ("F32",))
+        if names.order is not None and self._part(matrix, names.order) is not None:
+            expected[names.order] = ([(columns,)], ("I32",))
+        return expected
+
+    def _grid(self, matrix: str, form: MatrixFormat) -> tuple[int, int]:
+        """How many blocks a matrix has along its outputs and along its inputs."""
+        shape = self._shapes[f"{matrix}.weight"]
+        rows, columns = (
+            1 if size is None else -(-total // size)
+            for total, size in zip(shape, form.block, strict=True)
+        )
+        return rows, columns
+
+    def _read_order(self, matrix: str, form: MatrixFormat) -> None:
+        """Keep the group of each input where they are in another order than the inputs."""
+        info = self._part(matrix, _NAMES[form.layout].order)
+        if info is None:
+            return
+        order, groups = self._read_part(info), self._grid(matrix, form)[1]
+        # compressed-tensors fills it with -1 where inputs are in order.
+        if form.layout == "packed" and (order == -1).any():
+            return
+        if order.size and (order.min() < 0 or order.max() >= groups):
             raise CheckpointError(
-                f"{file}: {matrix}.{layout.order} puts the columns in another order (act-order: "
-                "desc_act), which is not read; quantize with desc_act false, or give the original"
+                f"{info.file}: tensor {info.name} should hold groups below {groups}, found "
+                f"{order.min()} to {order.max()}"
             )
+        if not np.array_equal(order, _blocks(len(order), form.block[1])):
+            self._orders[matrix] = order
 
-    def _has(self, matrix: str, part: str) -> bool:
-        return f"{matrix}.{part}" in self._parts
-
-    def _read_part(self, matrix: str, part: str) -> np.ndarray:
-        info = self._parts[f"{matrix}.{part}"]
+    def _read_part(self, info: TensorInfo) -> np.ndarray:
+        if info.dtype == "F8_E4M3":  # as codes
+            return np.frombuffer(read_octets(info), np.uint8).reshape(info.shape)
         with open_shard(info.file) as shard:
             return shard.get_tensor(info.name)
 
+    def _read_named(self, matrix: str, part: str | None) -> np.ndarray:
+        info = self._part(matrix, part)
+        assert info is not None
+        return self._read_part(info)
+
+    def _codes(self, matrix: str) -> np.ndarray:
+        """uint8 [out, in]."""
+        form = self.formats[matrix]
+        rows, columns = self._shapes[f"{matrix}.weight"]
+        stored = self._read_named(matrix, _NAMES[form.layout].codes)
+        match form.layout:
+            case "gptq":
+                codes = unpack(stored.T, form.bits)
+            case "awq":
+                codes = unpack_awq(stored).T
+            case "packed":
+                codes = unpack(stored, form.bits)
+            case "nvfp4":
+                codes = unpack_pairs(stored)
+            case _:
+                codes = shift(stored) if form.kind == "int" else stored
+        return codes[:rows, :columns]
+
+    def _scales(self, matrix: str) -> np.ndarray:
+        """float32 [blocks along the outputs, blocks along the inputs]."""
+        form = self.formats[matrix]
+        names = _NAMES[form.layout]
+        stored = self._read_named(matrix, names.scales)
+        if form.layout in ("gptq", "awq"):
+            return stored.T.astype(np.float32)
+        if names.divisor is None:
+            return stored.astype(np.float32).reshape(self._grid(matrix, form))
+        divisor = self._read_named(matrix, names.divisor).reshape(())
+        if not (np.isfinite(divisor) and divisor > 0):
+            info = self._part(matrix, names.divisor)
+            assert info is not None
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should be above 0, found {divisor}"
+            )
+        return float_values(8)[stored] / divisor
+
     def _zero_points(self, matrix: str) -> np.ndarray:
-        """uint8 [out, groups]."""
-        stored, part = self.quantization, self._layout.zero_points
-        if not self._has(matrix, part):
-            shape = self._parts[f"{matrix}.{self._layout.scales}"].shape
-            return np.full(shape, 1 << (stored.bits - 1), np.uint8)
-        words = self._read_part(matrix, part)
-        if stored.method == "awq":
-            return unpack_awq(words).T
-        if stored.method == "compressed-tensors":
-            return unpack(words.T, stored.bits).T
-        highest = np.uint8((1 << stored.bits) - 1)
-        return ((unpack(words, stored.bits) + np.uint8(stored.zero_point_offset)) & highest).T
+        """uint8 [blocks along the outputs, blocks along the inputs], of integers."""
+        form = self.formats[matrix]
+        grid = self._grid(matrix, form)
+        info = self._part(matrix, _NAMES[form.layout].zero_points)
+        if info is None:
+            return np.full(grid, 1 << (form.bits - 1), np.uint8)
+        stored = self._read_part(info)
+        match form.layout:
+            case "awq":
+                return unpack_awq(stored).T[: grid[0]]
+            case "gptq":
+                highest = np.uint8((1 << form.bits) - 1)
+                found = unpack(stored, form.bits) + np.uint8(form.zero_point_offset)
+                return (found & highest).T[: grid[0]]
+        if info.dtype == "I32":
+            return unpack(stored.T, form.bits).T[: grid[0]]
+        # Around zero, as the codes are without the middle that packing adds.
+        middle = np.uint8(1 << (form.bits - 1))
+        return stored.reshape(grid).view(np.uint8) + middle
 
     def read_quantized(self, matrix: str) -> QuantizedTensor:
         """The codes, scales and zero points of a projection, as stored.
@@ -154,29 +324,44 @@ class StoredWeights(Weights):
         Returns:
             A tensor whose float32 scales are the stored ones exactly.
         """
-        words, scales = (
-            self._read_part(matrix, part) for part in (self._layout.codes, self._layout.scales)
-        )
-        match self.quantization.method:
-            case "awq":
-                codes, scales = unpack_awq(words).T, scales.T
-            case "gptq":
-                codes, scales = unpack(words.T, self.bits), scales.T
-            case "compressed-tensors":
-                codes = unpack(words, self.bits)
         return QuantizedTensor(
             self.schemes[matrix],
-            np.ascontiguousarray(codes),
-            np.ascontiguousarray(scales.astype(np.float32)),
+            np.ascontiguousarray(self._codes(matrix)),
+            np.ascontiguousarray(self._scales(matrix)),
             np.ascontiguousarray(self._zero_points(matrix)),
         )
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """As `Weights.read`; a quantized projection as `QuantizedTensor.dequantize` gives it."""
+        """As `Weights.read`; of a quantized projection (code - zero point) * scale, in float32."""
         matrix = name.removesuffix(".weight")
-        if matrix in self.schemes:
-            return self.read_quantized(matrix).dequantize()[rows]
-        return super().read(name, rows)
+        form = self.formats.get(matrix)
+        if form is None:
+            return super().read(name, rows)
+        height, width = form.block
+        codes = self._codes(matrix)
+        blocks = np.ix_(
+            _blocks(len(codes), height)[rows],
+            self._orders.get(matrix, _blocks(codes.shape[1], width)),
+        )
+        codes = codes[rows]
+        if form.kind == "float":
+            values = float_values(form.bits)[codes]
+        else:
+            values = integer_values(form.bits)[codes]
+            values -= self._zero_points(matrix)[blocks]
+        values *= self._scales(matrix)[blocks]
+        return values
+
+
+def _blocks(count: int, size: int | None) -> np.ndarray:
+    """The block of each of so many rows or columns: int [count]."""
+    return np.arange(count) // (size or max(count, 1))
+
+
+def find_stored(spec: ModelSpec) -> StoredQuantization | None:
+    """How a checkpoint's weights are read without the library that quantized it."""
+    quantization = spec.quantization
+    return quantization.weights if isinstance(quantization, LibraryQuantization) else quantization
 
 
 def open_weights(spec: ModelSpec) -> Weights:
@@ -195,28 +380,20 @@ def check_readable(spec: ModelSpec) -> None:
     Raises:
         CheckpointError: It is one.
     """
-    if isinstance(spec.quantization, LibraryQuantization):
+    if spec.quantization is not None and find_stored(spec) is None:
         raise CheckpointError(
-            f"{spec.source.folder}: a checkpoint in {spec.quantization.precision} gives no weights "
-            "to export, only one by GPTQ or AWQ does; give the original in bf16, fp16 or fp32"
+            f"{spec.source.folder}: a checkpoint by {spec.quantization.method} gives no weights "
+            f"to export; {INSTEAD}"
         )
 
 
-def _part(name: str, part: str) -> str:
-    return f"{name.removesuffix('.weight')}.{part}"
-
-
-def unpack(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [n, m] to uint8 [n, m * 32 / bits], the lowest bits of a word first."""
-    octets = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return octets
-    return np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(words), -1)
-
-
-def unpack_awq(words: np.ndarray) -> np.ndarray:
-    """int32 [n, m] to uint8 [n, 8 m], in AutoAWQ's order of the eight codes of a word."""
-    codes = unpack(words, 4).reshape(len(words), -1, 8)
-    ordered = np.empty_like(codes)
-    ordered[:, :, AWQ_ORDER] = codes
-    return ordered.reshape(len(words), -1)
+def warn_of_activations(spec: ModelSpec) -> None:
+    """Say that weights are read alone where the checkpoint's own library rounds activations too."""
+    stored = find_stored(spec)
+    if stored is not None and stored.rounds_activations:
+        logger.warning(
+            "%s: weights unpacked: the checkpoint's own library (%s) rounds activations too, which "
+            "is not done here; results differ from its own by that rounding",
+            spec.source.folder,
+            stored.method,
+        )

@@ -1,11 +1,12 @@
 """A checkpoint as transformers' Qwen3Model, filled without running anything that came with it.
 
-Plain checkpoints, and GPTQ's and AWQ's codes, are read here tensor by tensor into a model that has
-no memory of its own before (device "meta"): the process holds the model and one tensor more. A GPTQ
-or AWQ matrix is unpacked, so in memory the model is as large as one that was never quantized.
-bitsandbytes and 8-bit compressed-tensors checkpoints are loaded by transformers with those
-libraries, whose own arithmetic runs: bitsandbytes keeps 8 and 4 bits in memory; compressed-tensors
-unpacks the weights, and rounds each token's activations as servers' kernels do.
+Plain checkpoints, and codes that are read here (`embedport.stored`), are read tensor by tensor into
+a model that has no memory of its own before (device "meta"): the process holds the model and one
+tensor more. A matrix of codes is unpacked, so in memory the model is as large as one that was never
+quantized. bitsandbytes, and compressed-tensors with weights and activations of 8 bits, are loaded
+by transformers with those libraries, whose own arithmetic runs: bitsandbytes keeps 8 and 4 bits in
+memory; compressed-tensors unpacks the weights, and rounds each token's activations as servers'
+kernels do.
 
 The configuration is made anew from the ModelSpec: nothing else in config.json is seen, so no code,
 name or path in it is followed. Weights are safetensors only, in files beside their index.
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from ..bitsandbytes_ import importing_bitsandbytes
 from ..errors import CheckpointError, MissingPackageError, require
 from ..files import TensorInfo, read_headers
-from ..quantize.stored import open_weights
+from ..quantize.stored import open_weights, warn_of_activations
 from ..requirements import meets
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
@@ -75,8 +76,8 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     """Where a checkpoint's tensors are read, one at a time, as torch tensors on the CPU.
 
     Args:
-        spec: A plain checkpoint, one of GPTQ or AWQ, whose matrices are read as what they stand
-            for, or one that `has_fp8_matrices`, whose matrices are read as they are.
+        spec: A plain checkpoint, one whose codes are read as what they stand for, or one that
+            `has_fp8_matrices`, whose matrices are read as they are.
 
     Returns:
         (read, read_scales): of a tensor by its name in `spec.tensor_shapes()`; of the scales of a
@@ -87,6 +88,7 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     """
     torch = require("torch", "torch")
     if not isinstance(spec.quantization, LibraryQuantization):
+        warn_of_activations(spec)
         return partial(_read, torch, open_weights(spec)), None
     headers = read_headers(spec.source.folder)
     _check_tensors(spec, headers)

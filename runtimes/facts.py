@@ -16,7 +16,6 @@ from ..hub import Source, fetch
 from ..manifest import Manifest
 from ..pipeline import Inputs, Outputs
 from ..spec import ModelSpec, Task, read_spec
-from ..stored import LibraryQuantization
 from ..weights import Weights
 
 CONFIG = "config.json"
@@ -182,13 +181,7 @@ def _checkpoint_facts(source: Source, task: Task | None) -> ModelFacts:
 
 
 def _name_precision(spec: ModelSpec) -> str:
-    if isinstance(spec.quantization, LibraryQuantization):
-        return spec.quantization.precision
-    if spec.quantization is None:
-        return stored_float(spec)
-    if spec.quantization.method == "compressed-tensors":  # which algorithm found the codes is lost
-        return f"w{spec.quantization.bits}a16"
-    return "gptq-8" if spec.quantization.bits == 8 else spec.quantization.method
+    return stored_float(spec) if spec.quantization is None else spec.quantization.precision
 
 
 def stored_float(spec: ModelSpec) -> str:

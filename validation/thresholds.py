@@ -59,6 +59,7 @@ THRESHOLDS = {
     "gptq-8": Thresholds(0.99, 0.05, 0.9995, 1e-2, 1e-3, 0.005),
     "awq": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
     "w4a16": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
+    "nvfp4": Thresholds(0.9, 0.2, 0.9995, 1e-2, 1e-3, 0.02),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,14 @@ from ...integrity import record_files
 from ...manifest import GraphRecord, Manifest
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
-from ...quantize.stored import StoredWeights, check_readable, open_weights
+from ...quantize.stored import (
+    StoredWeights,
+    check_readable,
+    find_stored,
+    open_weights,
+    warn_of_activations,
+)
 from ...spec import ModelSpec, Task
-from ...stored import StoredQuantization
 from ...weights import Weights
 from ..configuration import fetch_weights, read_configuration
 from ..provenance import Progress, counted, source_record, versions
@@ -42,6 +48,8 @@ from .search import RankingTarget, Search, search_formats
 from .texts import reranker_head, tokenize_retrieval, tokenize_samples
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
+
+logger = logging.getLogger(__name__)
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
@@ -86,8 +94,9 @@ def export_onnx(
     time; memory stays at one layer.
 
     Args:
-        checkpoint: A folder in the hub's layout, or a hub id; a GPTQ or AWQ checkpoint of 4 or 8
-            bits gives its own codes, bit for bit, to "int4" or "int8-weight".
+        checkpoint: A folder in the hub's layout, or a hub id; one that is quantized to 4 or 8 bits
+            in groups of 32, 64 or 128 gives its own codes, bit for bit, to "int4" or
+            "int8-weight", and any other that is read is unpacked.
         output: The artifact's folder; it appears only when it is complete and checked.
         revision: A branch, tag or commit, for a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
@@ -166,9 +175,23 @@ def export_onnx(
     check_place(output, force)
     spec = fetch_weights(spec)
     weights = open_weights(spec)
-    if isinstance(weights, StoredWeights) and plan is not None and _gives_codes(spec, precision):
-        plan = stored_recipe(weights, plan)
-        chosen = _choose(spec, named, plan, dialect)
+    warn_of_activations(spec)
+    if isinstance(weights, StoredWeights) and plan is not None and recipe is None:
+        asked = algorithm != "rtn" or rotate is not None or group_size is not None
+        bits = STORED_BITS.get(precision)
+        if bits is not None and not asked and weights.gives_codes(bits):
+            plan = stored_recipe(weights, plan)
+            chosen = _choose(spec, named, plan, dialect)
+        else:
+            logger.warning(
+                "%s: its matrices (%s) are unpacked and quantized again, to %s by %s, which adds "
+                "an error to the one that they have; the original checkpoint, or --precision fp32, "
+                "fp16 or bf16, adds none",
+                spec.source.id,
+                " and ".join(weights.describe()),
+                precision,
+                plan.algorithm,
+            )
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
     if plan is not None and plan.algorithm == "gptq":
         needs += kept_bytes(spec, rows)
@@ -368,9 +391,9 @@ def _plan(
 
 
 def _gives_codes(spec: ModelSpec, precision: str) -> bool:
-    """Whether a checkpoint is quantized to a precision's bits already."""
-    stored = spec.quantization
-    return isinstance(stored, StoredQuantization) and STORED_BITS.get(precision) == stored.bits
+    """Whether a checkpoint's configuration promises codes that a precision takes as they are."""
+    stored, bits = find_stored(spec), STORED_BITS.get(precision)
+    return stored is not None and bits is not None and stored.graph_bits == bits
 
 
 def _choose(spec: ModelSpec, precision: str, plan: Recipe | None, dialect: str) -> Precision:

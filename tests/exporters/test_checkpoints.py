@@ -20,7 +20,8 @@ from embedport.files import read_headers
 from embedport.prompts import RerankerTokenizer
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
-from embedport.quantize.stored import StoredWeights, unpack
+from embedport.quantize.stored import StoredWeights
+from embedport.quantize.unpacking import unpack
 from embedport.spec import ModelSpec
 from embedport.weights import Weights
 

@@ -195,7 +195,8 @@ def test_it_is_no_reference(stored, artifacts):
         ({"quant_method": "exl2"}, "quantized by 'exl2'"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "gives no weights to export"),
         ({"bits": 3}, "bits should be 4"),
-        ({"group_size": -1}, "group_size should be 32, 64 or 128, found -1"),
+        ({"bits": 4.0}, "bits should be 4 or 8, found 4.0"),
+        ({"group_size": 0}, "group_size should be -1 or a number of inputs, found 0"),
         ({"group_size": 64}, r"qzeros should be I32 of shape \[2, 32\].* found I32 of \[4, 32\]"),
         ({"checkpoint_format": "marlin"}, "'gptq' or 'gptq_v2', found 'marlin'"),
         ({"quant_method": "awq", "version": "gemv"}, "'gemm', found 'gemv'"),
@@ -213,9 +214,16 @@ def test_damaged(stored, tmp_path):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     name = "layers.0.mlp.down_proj"
-    save_file(tensors | {f"{name}.g_idx": tensors[f"{name}.g_idx"][::-1].copy()}, path)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*down_proj\.g_idx puts"):
-        embedport.export(folder, tmp_path / "out")
+    order = tensors[f"{name}.g_idx"]
+    for wrong, message in (
+        (order + 1, r"down_proj\.g_idx should hold groups below 8, found 1 to 8"),
+        (order - 1, r"down_proj\.g_idx should hold groups below 8, found -1 to 6"),
+        (order[:-1].copy(), r"down_proj\.g_idx should be I32 of shape \[256\]"),
+        (order.astype(np.int64), r"down_proj\.g_idx should be I32 .* found I64"),
+    ):
+        save_file(tensors | {f"{name}.g_idx": wrong}, path)
+        with pytest.raises(CheckpointError, match=message):
+            embedport.export(folder, tmp_path / "out")
     del tensors[f"{name}.qzeros"]
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=r"down_proj\.qzeros is missing"):
