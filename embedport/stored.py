@@ -53,9 +53,9 @@ SCHEMES = {("int", 8): "w8a8", ("float", 8): "fp8"}
 # compressed-tensors' formats: how weights are laid out, and the types and bits they may have.
 FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
     "pack-quantized": ("packed", (("int", 4), ("int", 8))),
-    "int-quantized": ("plain", (("int", 8),)),
+    "int-quantized": ("plain", (("int", 4), ("int", 8))),
     "float-quantized": ("plain", (("float", 8),)),
-    "naive-quantized": ("plain", (("int", 8), ("float", 8))),
+    "naive-quantized": ("plain", (("int", 4), ("int", 8), ("float", 8))),
     "nvfp4-pack-quantized": ("nvfp4", (("float", 4),)),
 }
 LIBRARY_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
@@ -85,9 +85,16 @@ class MatrixFormat:
     zero_point_offset: int = 0
 
     def __str__(self) -> str:
-        sizes = ["all" if size is None else str(size) for size in self.block]
         kind = f"{self.kind}{self.bits}"
-        return f"{kind}, a scale for {sizes[0]} outputs by {sizes[1]} inputs"
+        match self.block:
+            case (None, None):
+                return f"{kind}, one scale"
+            case (1, None):
+                return f"{kind}, a scale an output"
+            case (1, columns):
+                return f"{kind}, a scale for {columns} inputs of an output"
+            case (rows, columns):
+                return f"{kind}, a scale for {rows} outputs by {columns} inputs"
 
 
 @dataclass(frozen=True)

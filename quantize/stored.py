@@ -159,7 +159,8 @@ class StoredWeights(Weights):
             if problem is None:
                 return each
             problems.append(problem)
-        raise CheckpointError(problems[0])
+        # Of several formats, the one that fits furthest.
+        raise CheckpointError(max(problems, key=lambda each: each[0])[1])
 
     def _has_codes(self, matrix: str, form: MatrixFormat) -> bool:
         names = _NAMES[form.layout]
@@ -168,16 +169,16 @@ class StoredWeights(Weights):
             return codes is not None
         return codes.dtype not in DTYPES or self._part(matrix, names.scales) is not None
 
-    def _problem(self, matrix: str, form: MatrixFormat) -> str | None:
-        """What is wrong with the parts of a matrix."""
+    def _problem(self, matrix: str, form: MatrixFormat) -> tuple[int, str] | None:
+        """What is wrong with the parts of a matrix, and how many of them are right before that."""
         codes = self._part(matrix, _NAMES[form.layout].codes)
         assert codes is not None
-        for part, (shapes, dtypes) in self._expected(matrix, form).items():
+        for right, (part, (shapes, dtypes)) in enumerate(self._expected(matrix, form).items()):
             info = self._part(matrix, part)
             if info is None:
-                return f"{codes.file}: {matrix}.{part} is missing beside {codes.name}"
+                return right, f"{codes.file}: {matrix}.{part} is missing beside {codes.name}"
             if info.shape not in shapes or info.dtype not in dtypes:
-                return (
+                return right, (
                     f"{info.file}: tensor {info.name} should be {' or '.join(dtypes)} of shape "
                     f"{' or '.join(str(list(shape)) for shape in shapes)} by config.json, found "
                     f"{info.dtype} of {list(info.shape)}"
@@ -272,8 +273,17 @@ class StoredWeights(Weights):
                 codes = unpack(stored, form.bits)
             case "nvfp4":
                 codes = unpack_pairs(stored)
+            case _ if form.kind == "int":
+                codes = shift(stored, form.bits)
+                if form.bits < 8 and codes.size and codes.max() >> form.bits:
+                    info = self._part(matrix, _WEIGHT)
+                    assert info is not None
+                    raise CheckpointError(
+                        f"{info.file}: tensor {info.name} should hold integers of {form.bits} bits "
+                        f"by config.json, found {stored.min()} to {stored.max()}"
+                    )
             case _:
-                codes = shift(stored) if form.kind == "int" else stored
+                codes = stored
         return codes[:rows, :columns]
 
     def _scales(self, matrix: str) -> np.ndarray:
@@ -311,9 +321,7 @@ class StoredWeights(Weights):
                 return (found & highest).T[: grid[0]]
         if info.dtype == "I32":
             return unpack(stored.T, form.bits).T[: grid[0]]
-        # Around zero, as the codes are without the middle that packing adds.
-        middle = np.uint8(1 << (form.bits - 1))
-        return stored.reshape(grid).view(np.uint8) + middle
+        return shift(stored.reshape(grid), form.bits)
 
     def read_quantized(self, matrix: str) -> QuantizedTensor:
         """The codes, scales and zero points of a projection, as stored.

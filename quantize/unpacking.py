@@ -30,9 +30,9 @@ def unpack_awq(words: np.ndarray) -> np.ndarray:
     return ordered.reshape(len(words), -1)
 
 
-def shift(values: np.ndarray) -> np.ndarray:
-    """int8 to uint8, 128 more: the code of an 8-bit integer, or its zero point."""
-    return values.view(np.uint8) ^ np.uint8(128)
+def shift(values: np.ndarray, bits: int) -> np.ndarray:
+    """Integers around zero, int8, to codes, uint8: 2^(bits - 1) more."""
+    return values.view(np.uint8) + np.uint8(1 << (bits - 1))
 
 
 def float_values(bits: int) -> np.ndarray:

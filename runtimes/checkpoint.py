@@ -223,8 +223,17 @@ def _load_by_library(
     if quantization.method == "compressed-tensors":
         # It unpacks every matrix when the whole is first called.
         torch = require("torch", "torch")
-        with _silent(transformers), torch.no_grad():
-            model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
+        first = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        try:
+            with _silent(transformers), torch.no_grad():
+                model(input_ids=first, use_cache=False)
+        except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CheckpointError(
+                f"{folder}: {quantization.method} does not run it: {error}; quantize it again, or "
+                "export it, which unpacks its weights"
+            ) from error
     return model.model if prefixed else model
 
 

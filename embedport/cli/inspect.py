@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..hub import Source
     from ..manifest import Manifest
     from ..spec import ModelSpec, Task
+    from ..stored import LibraryQuantization, StoredQuantization
 
 
 def inspect(
@@ -147,14 +148,15 @@ def _verdict(parity: Mapping[str, Any] | None) -> str:
 
 
 def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
+    from ..quantize.stored import find_stored
     from ..spec import read_spec
-    from ..stored import LibraryQuantization
 
     spec = read_spec(source, task)
     facts = asdict(spec) | _words(spec.source.folder, spec)
     del facts["source"]
+    stored = find_stored(spec)
     # What a library alone reads gives no weights to export.
-    exports = not isinstance(spec.quantization, LibraryQuantization)
+    exports = spec.quantization is None or stored is not None
     return {
         "checkpoint": source.id,
         "revision": source.revision,
@@ -162,6 +164,7 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
         "parameters": spec.parameters,
         "weights": _weights(spec),
         "artifact_bytes": _artifact_bytes(spec) if exports else None,
+        "quantized": None if spec.quantization is None else _quantized(spec.quantization),
     }
 
 
@@ -212,7 +215,8 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
         "Longest text": _lengths(facts),
         **_pipeline_rows(facts),
         "Parameters": f"{facts['parameters']:,}",
-        "Weights": _shards(facts["weights"]) + _method(facts["quantization"]),
+        "Weights": _shards(facts["weights"])
+        + (f", quantized {facts['quantized']}" if facts["quantized"] else ""),
     }
     if facts["artifact_bytes"] is not None:
         sizes = [f"{size_words(size)} in {name}" for name, size in facts["artifact_bytes"].items()]
@@ -220,11 +224,25 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _method(quantization: Mapping[str, Any] | None) -> str:
-    if quantization is None:
-        return ""
-    words = quantization.get("precision") or f"{quantization['bits']} bits"
-    return f", quantized by {quantization['method']}: {words}"
+def _quantized(quantization: StoredQuantization | LibraryQuantization) -> str:
+    """By what and how a checkpoint is quantized, and what is done with that here."""
+    from ..stored import LibraryQuantization
+
+    lines = [f"by {quantization.method}: {quantization.precision}"]
+    place = "here"
+    if isinstance(quantization, LibraryQuantization):
+        lines[0] += f", which runs it; {'not ' * (quantization.weights is None)}exported"
+        place = "in an export"
+        if quantization.weights is None:
+            return lines[0]
+        quantization = quantization.weights
+    lines += map(str, quantization.formats)
+    lines += ["inputs in any order (act-order)"] * quantization.reorders
+    if quantization.rounds_activations:
+        lines.append(
+            f"weights unpacked: its library rounds activations too, which is not done {place}"
+        )
+    return "\n".join(lines)
 
 
 def _shards(weights: Mapping[str, Any] | None) -> str:

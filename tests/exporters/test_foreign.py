@@ -1,0 +1,488 @@
+"""Checkpoints that other libraries quantized, against what these make of their own codes."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
+
+import embedport
+from embedport.cli import main
+from embedport.demo.samples import builtin_samples
+from embedport.demo.synthetic import Geometry, write_checkpoint
+from embedport.errors import CheckpointError
+from embedport.quantize.stored import StoredWeights
+from embedport.spec import ModelSpec
+from embedport.stored import LibraryQuantization, StoredQuantization
+from tests.conftest import DATA
+
+TEXTS = [sample.text for sample in builtin_samples()][:8]
+GEOMETRY = Geometry(32, 1, 2, 2, 16, 128)
+MATRIX = "layers.0.mlp.down_proj"
+IGNORED = "layers.0.self_attn.v_proj"
+# Cases of tests/data/quantized, and whether their codes go into a graph as they are.
+RECORDED = {
+    ("gptqmodel", "act-order"): False,
+    ("gptqmodel", "act-order-v2"): False,
+    ("gptqmodel", "act-order-8"): False,
+    ("gptqmodel", "row"): False,
+    ("gptqmodel", "row-8-act-order"): False,
+    ("gptqmodel", "ordered"): True,
+    ("auto-round", "symmetric"): True,
+    ("auto-round", "asymmetric"): True,
+    ("auto-round", "gptqmodel"): True,
+    ("auto-round", "row-8"): False,
+    ("auto-round", "mixed"): True,
+    ("compressed-tensors-0.12", "group"): False,
+    ("compressed-tensors-0.12", "group-asymmetric"): False,
+}
+
+
+def recorded(library, case):
+    """(quantization_config, the parts of one matrix, its values as the library unpacks them)."""
+    with np.load(DATA / "quantized" / f"{library}.npz") as file:
+        parts = {
+            name.removeprefix(f"{case}/"): file[name]
+            for name in file.files
+            if name.startswith(f"{case}/")
+        }
+    config = json.loads(bytes(parts.pop("config")))
+    return config, parts, parts.pop("expected")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, small_tokenizer):
+    """A checkpoint of one layer, in bf16."""
+    folder = tmp_path_factory.mktemp("plain") / "plain"
+    return write_checkpoint(folder, GEOMETRY, "embedding", small_tokenizer)
+
+
+@pytest.fixture
+def with_matrix(plain, tmp_path):
+    """A function (parts of down_proj, quantization_config) -> the checkpoint with them."""
+
+    def make(parts, config=None):
+        folder = shutil.copytree(plain, tmp_path / f"made-{len(list(tmp_path.iterdir()))}")
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[f"{MATRIX}.weight"]
+        tensors |= {f"{MATRIX}.{part}": value for part, value in parts.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if config is not None:
+            set_config(folder, config)
+        return folder
+
+    return make
+
+
+def set_config(folder, config):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | {"quantization_config": config}
+    path.write_text(json.dumps(values))
+
+
+def vectors(folder):
+    model = embedport.load(folder, device="cpu")
+    assert isinstance(model, embedport.Embedder)
+    return model.encode(TEXTS)
+
+
+def assert_alike(found, expected, limit=0.99999):
+    assert (found * expected).sum(axis=1).min() > limit
+
+
+@pytest.mark.parametrize(("library", "case"), RECORDED)
+def test_recorded(with_matrix, library, case):
+    """What GPTQModel, AutoRound and an older compressed-tensors unpacked, bit for bit."""
+    config, parts, expected = recorded(library, case)
+    folder = with_matrix(parts, config)
+    weights = StoredWeights(ModelSpec.from_checkpoint(folder))
+    assert weights.formats.keys() == {MATRIX}
+    assert (weights.schemes.keys() == {MATRIX}) == RECORDED[library, case]
+    # Each library multiplies in its own 16 bits; products of codes and scales are exact in fp32.
+    dtype = ml_dtypes.bfloat16 if library.startswith("compressed") else np.float16
+    found = weights.read_fp32(f"{MATRIX}.weight")
+    np.testing.assert_array_equal(found.astype(dtype), expected.astype(dtype))
+    rows = weights.read_fp32(f"{MATRIX}.weight", slice(3, 7))
+    np.testing.assert_array_equal(rows, found[3:7])
+
+
+@pytest.mark.parametrize(
+    ("library", "case"), [("gptqmodel", "act-order"), ("auto-round", "asymmetric")]
+)
+def test_recorded_runs(with_matrix, tmp_path, library, case):
+    """The whole model gives what it gives with the numbers that the library unpacked."""
+    config, parts, expected = recorded(library, case)
+    folder = with_matrix(parts, config)
+    reference = with_matrix({"weight": expected.astype(np.float32)})
+    assert_alike(vectors(folder), vectors(reference), 0.9999)  # in bf16
+    exported = vectors(embedport.export(folder, tmp_path / "fp32").folder)
+    assert_alike(exported, vectors(embedport.export(reference, tmp_path / "plain").folder))
+
+
+def test_act_order_is_quantized_again(with_matrix, tmp_path, caplog):
+    """--precision int4 of codes that a graph cannot take: rounded anew, which is said."""
+    config, parts, expected = recorded("gptqmodel", "act-order")
+    folder = with_matrix(parts, config)
+    with caplog.at_level(logging.WARNING):
+        artifact = embedport.export(folder, tmp_path / "int4", precision="int4")
+    assert "inputs in another order (act-order)) are unpacked and quantized again" in caplog.text
+    assert artifact.manifest.recipe is not None
+    assert artifact.manifest.recipe["algorithm"] == "rtn"
+    reference = with_matrix({"weight": expected.astype(np.float32)})
+    same = embedport.export(reference, tmp_path / "plain", precision="int4")
+    assert_alike(vectors(artifact.folder), vectors(same.folder))
+    # Its configuration promises no codes, so another algorithm may be asked for.
+    embedport.export(folder, tmp_path / "hqq", precision="int4", algorithm="hqq")
+
+
+def test_static_groups_are_taken(with_matrix, tmp_path):
+    """Of act-order whose groups are in order after all (static_groups) the codes are taken."""
+    config, parts, _ = recorded("gptqmodel", "ordered")
+    folder = with_matrix(parts, config | {"desc_act": True, "static_groups": True})
+    artifact = embedport.export(folder, tmp_path / "int4", precision="int4")
+    assert artifact.manifest.recipe is not None
+    assert artifact.manifest.recipe["algorithm"] == "stored"
+    assert artifact.manifest.recipe["formats"][MATRIX] == "int4/32"
+
+
+def schemes():
+    """compressed-tensors' presets at the size of the small model."""
+    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+
+    def preset(name, *, inputs=None, **weights):
+        scheme = preset_name_to_scheme(name, ["Linear"])
+        assert scheme.weights is not None
+        args = QuantizationArgs(**(scheme.weights.model_dump() | weights))
+        activations = scheme.input_activations
+        if activations is not None and inputs is not None:
+            activations = QuantizationArgs(**(activations.model_dump() | inputs))
+        return scheme.model_copy(update={"weights": args, "input_activations": activations})
+
+    block = {"block_structure": [16, 32], "inputs": {"group_size": 32}}
+    both = (preset("FP8_DYNAMIC"), preset("W4A16", group_size=32))
+    return {
+        "W4A16": (preset("W4A16", group_size=32),),
+        "W4A16_ASYM": (preset("W4A16_ASYM", group_size=32),),
+        "W4A16 by channel": (preset("W4A16", group_size=None, strategy="channel"),),
+        "actorder weight": (preset("W4A16", group_size=32, actorder="weight"),),
+        "actorder static": (preset("W4A16_ASYM", group_size=32, actorder="static"),),
+        "W8A16": (preset("W8A16", group_size=None, strategy="channel"),),
+        "W8A16 asymmetric": (
+            preset("W8A16", group_size=None, strategy="channel", symmetric=False),
+        ),
+        "W4AFP8": (preset("W4AFP8", group_size=32),),
+        "W8A8": (preset("W8A8"),),
+        "W8A8 asymmetric": (preset("W8A8", symmetric=False),),
+        "FP8": (preset("FP8"),),
+        "FP8_DYNAMIC": (preset("FP8_DYNAMIC"),),
+        "FP8_BLOCK": (preset("FP8_BLOCK", **block),),
+        "NVFP4": (preset("NVFP4"),),
+        "NVFP4A16": (preset("NVFP4A16"),),
+        "mixed": (
+            both[0].model_copy(update={"targets": ["re:.*down_proj"]}),
+            both[1].model_copy(update={"targets": ["re:.*(q|k|o|up|gate)_proj"]}),
+        ),
+    }
+
+
+# Which compressed-tensors runs, which rounds activations, and whose codes go into a graph.
+SCHEMES = {
+    "W4A16": (False, False, 4),
+    "W4A16_ASYM": (False, False, 4),
+    "W4A16 by channel": (False, False, None),
+    "actorder weight": (False, False, 4),
+    "actorder static": (False, False, 4),
+    "W8A16": (False, False, None),
+    "W8A16 asymmetric": (False, False, None),
+    "W4AFP8": (False, True, 4),
+    "W8A8": (True, True, None),
+    "W8A8 asymmetric": (True, True, None),
+    "FP8": (True, True, None),
+    "FP8_DYNAMIC": (True, True, None),
+    "FP8_BLOCK": (True, True, None),
+    "NVFP4": (False, True, None),
+    "NVFP4A16": (False, False, None),
+    "mixed": (False, True, None),
+}
+
+
+def observe(module):
+    """Give a module the scales and zero points of its weight's ranges."""
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    args, weight = module.quantization_scheme.weights, module.weight.data.float()
+    rows, columns = weight.shape
+    height, width = {
+        "tensor": (rows, columns),
+        "channel": (1, columns),
+        "group": (1, args.group_size),
+        "tensor_group": (1, args.group_size),
+        "block": args.block_structure,
+    }[args.strategy]
+    blocks = weight.reshape(rows // height, height, columns // width, width)
+    low, high, divisor = blocks.amin((1, 3)), blocks.amax((1, 3)), None
+    if args.strategy == "tensor_group":
+        divisor = generate_gparam(low.amin().reshape(1), high.amax().reshape(1))
+        module.weight_global_scale.data.copy_(divisor)
+    scales, zeros = calculate_qparams(low, high, args, divisor)
+    module.weight_scale.data.copy_(scales.reshape(module.weight_scale.shape))
+    module.weight_zero_point.data.copy_(zeros.reshape(module.weight_zero_point.shape))
+    for name in ("input_scale", "input_global_scale"):
+        if hasattr(module, name):
+            getattr(module, name).data.fill_(0.05)
+
+
+@pytest.fixture(scope="module")
+def compressed(plain, tmp_path_factory):
+    """A function (a key of SCHEMES) -> (a checkpoint by compressed-tensors, its own unpacking)."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
+    from transformers import Qwen3Model
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model = Qwen3Model.from_pretrained(plain, dtype="bfloat16")
+            groups = {f"group_{i}": each for i, each in enumerate(schemes()[name])}
+            config = QuantizationConfig(config_groups=groups, ignore=["re:.*v_proj"])
+            apply_quantization_config(model, config)
+            modules = {
+                path: module
+                for path, module in model.named_modules()
+                if hasattr(module, "quantization_scheme")
+            }
+            for module in modules.values():
+                observe(module)
+            compressor = ModelCompressor.from_pretrained_model(model)
+            compressor.compress_model(model)
+            for module in modules.values():
+                module.quantization_status = QuantizationStatus.COMPRESSED
+            folder = shutil.copytree(plain, tmp_path_factory.mktemp("compressed") / "checkpoint")
+            model.save_pretrained(folder)
+            compressor.update_config(folder)
+            compressor.decompress_model(model)
+            values = {path: module.weight.detach() for path, module in modules.items()}
+            made[name] = folder, values
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_compressed_tensors(compressed, name):
+    """Each matrix is what compressed-tensors unpacks, bit for bit in its 16 bits."""
+    import torch
+
+    folder, expected = compressed(name)
+    assert len(expected) == 6
+    by_library, rounds, bits = SCHEMES[name]
+    spec = ModelSpec.from_checkpoint(folder)
+    assert isinstance(spec.quantization, LibraryQuantization) == by_library
+    weights = StoredWeights(spec)
+    assert weights.quantization.rounds_activations == rounds
+    assert weights.formats.keys() == expected.keys()
+    assert IGNORED not in weights.formats
+    assert weights.gives_codes(4) == (bits == 4)
+    assert weights.quantization.graph_bits == bits
+    for matrix, values in expected.items():
+        assert values.dtype == torch.bfloat16
+        found = torch.from_numpy(weights.read_fp32(f"{matrix}.weight")).bfloat16()
+        assert torch.equal(found, values), matrix
+
+
+@pytest.mark.parametrize("name", ["W4A16_ASYM", "W8A16", "FP8_BLOCK", "NVFP4", "mixed"])
+def test_compressed_tensors_runs(compressed, plain, tmp_path, caplog, name):
+    """The export and the torch runtime give what the library's numbers give."""
+    folder, values = compressed(name)
+    by_library, rounds, _ = SCHEMES[name]
+    reference = shutil.copytree(plain, tmp_path / "reference")
+    tensors = load_torch(plain / "model.safetensors")
+    tensors |= {f"{matrix}.weight": value for matrix, value in values.items()}
+    save_torch(tensors, reference / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        exported = vectors(embedport.export(folder, tmp_path / "fp32").folder)
+    assert ("weights unpacked" in caplog.text) == rounds
+    expected = vectors(embedport.export(reference, tmp_path / "plain").folder)
+    assert_alike(exported, expected, 0.9999)  # its numbers are rounded to 16 bits
+    caplog.clear()
+    loaded = vectors(folder)
+    assert ("weights unpacked" in caplog.text) == (rounds and not by_library)
+    assert_alike(loaded, vectors(reference), 0.99 if by_library else 0.9999)
+
+
+def test_asymmetric_codes_go_into_a_graph(compressed, tmp_path):
+    """W4A16_ASYM in int4 and in fp32: the same numbers."""
+    folder, _ = compressed("W4A16_ASYM")
+    artifact = embedport.export(folder, tmp_path / "int4", precision="int4", embedding_bits=8)
+    assert artifact.manifest.recipe is not None
+    assert artifact.manifest.recipe["algorithm"] == "stored"
+    expected = vectors(embedport.export(folder, tmp_path / "fp32").folder)
+    assert_alike(vectors(artifact.folder), expected, 0.999)
+
+
+def test_fp8_is_quantized_again(compressed, tmp_path, caplog):
+    folder, _ = compressed("FP8_BLOCK")
+    with caplog.at_level(logging.WARNING):
+        embedport.export(folder, tmp_path / "int8", precision="int8")
+    assert "(float8, a scale for 16 outputs by 32 inputs) are unpacked and" in caplog.text
+
+
+@pytest.mark.parametrize("block", [[16, 32], None])
+@pytest.mark.parametrize("scales", ["float32", "bfloat16"])
+def test_fine_grained_fp8(plain, tmp_path, block, scales):
+    """The official -FP8 form, by transformers' own two operations."""
+    import torch
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+    class Quantizer:
+        quantization_config = FineGrainedFP8Config(weight_block_size=block)
+
+    folder = shutil.copytree(plain, tmp_path / "fp8")
+    tensors, expected = load_torch(plain / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj" in name and not name.startswith(IGNORED)]:
+        parts = Fp8Quantize(Quantizer())._quantize_one(name, tensors[name])
+        codes, inverse = parts[name], parts[f"{name}_scale_inv"].to(getattr(torch, scales))
+        inverse = inverse if block else inverse.reshape(())
+        tensors |= {name: codes, f"{name}_scale_inv": inverse}
+        expected[name] = Fp8Dequantize(Quantizer())._dequantize_one(codes, inverse, torch.float32)
+    save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    set_config(folder, config | {"weight_block_size": block})
+    weights = StoredWeights(ModelSpec.from_checkpoint(folder))
+    assert len(expected) == len(weights.formats) == 6
+    for name, values in expected.items():
+        np.testing.assert_array_equal(weights.read_fp32(name), values.numpy())
+    if block and scales == "bfloat16":  # as Qwen3's are
+        model = embedport.load(folder, device="cpu")
+        assert model.precision.startswith("fp8")
+        tensors |= expected
+        save_torch(
+            {name: value.contiguous() for name, value in tensors.items() if "_inv" not in name},
+            folder / "model.safetensors",
+        )
+        exported = vectors(embedport.export(folder, tmp_path / "int8", precision="fp32").folder)
+        assert_alike(vectors(folder), exported, 0.999)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+FP8 = {"quant_method": "fp8"}
+
+
+def tensors_of(**weights):
+    group = {"targets": ["Linear"], "weights": WEIGHTS | weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPTQ | {"bits": 3}, "bits should be 4 or 8, found 3; give the original"),
+        (GPTQ | {"pack_dtype": "int64"}, "pack_dtype should be 'int32', found 'int64'"),
+        (GPTQ | {"dynamic": {"q_proj": {"bits": 2}}}, "dynamic: bits should be 4 or 8, found 2"),
+        (GPTQ | {"dynamic": ["q_proj"]}, "dynamic should be an object"),
+        (AUTO_ROUND | {"bits": 2}, "bits should be 4 or 8, found 2"),
+        (AUTO_ROUND | {"packing_format": "auto_round:mlx"}, "packing_format should be one of"),
+        (AUTO_ROUND | {"packing_format": 7}, "packing_format should be one of"),
+        (AUTO_ROUND | {"act_bits": 8}, "act_bits should be 16 or 32, found 8"),
+        (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type should be 'int', found 'mx_fp'"),
+        (AUTO_ROUND | {"extra_config": {"x": {"bits": 3}}}, "bits should be 4 or 8, found 3"),
+        (AUTO_ROUND | {"extra_config": {"x": {"data_type": "fp"}}}, "extra_config of x: data_type"),
+        (tensors_of(num_bits=3), r"should be int of 4 bits or int of 8 bits, found 'int' of 3"),
+        (tensors_of(strategy="token"), "weights should have strategy tensor, channel"),
+        (tensors_of(group_size=None), "weights should have strategy tensor, channel"),
+        (tensors_of(dynamic=True), "weights should not be dynamic"),
+        (tensors_of(actorder="other"), "actorder should be weight or group, found 'other'"),
+        (tensors_of() | {"format": "mxfp4-pack-quantized"}, "found 'mxfp4-pack-quantized'; give"),
+        (tensors_of() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not read"),
+        (FP8 | {"weight_block_size": [128]}, "weight_block_size should be two numbers"),
+        (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt should be 'float', found 'ue8m0'"),
+        (FP8 | {"modules_to_convert": ["embed_tokens"]}, "modules_to_convert should be absent"),
+        ({"quant_method": "quark"}, ".* is not read, only by 'gptq', .*; give the original"),
+    ],
+)
+def test_refused(plain, tmp_path, config, message):
+    folder = shutil.copytree(plain, tmp_path / "plain")
+    set_config(folder, config)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*quantization_config.*{message}"):
+        ModelSpec.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("library", "case", "part", "message"),
+    [
+        ("auto-round", "mixed", "scales", r"scales should be .* of shape \[2, 32\] by config"),
+        ("gptqmodel", "act-order", "g_idx", r"g_idx should hold groups below 4, found 0 to 300"),
+        ("compressed-tensors-0.12", "group", "weight_g_idx", "should hold groups below 4"),
+        ("compressed-tensors-0.12", "group", "weight_packed", r"should be I32 of shape \[32, 16\]"),
+    ],
+)
+def test_damaged(with_matrix, library, case, part, message):
+    config, parts, _ = recorded(library, case)
+    parts[part] = np.where(parts[part] == parts[part].max(), 300, parts[part]).astype(
+        parts[part].dtype
+    )
+    if "idx" not in part:
+        parts[part] = np.ascontiguousarray(parts[part][:, 1:])
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{message}"):
+        StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+
+
+def test_damaged_floats(compressed, tmp_path):
+    """A global scale of zero, codes without their scale, and a table in 8 bits."""
+    import torch
+
+    folder = shutil.copytree(compressed("NVFP4")[0], tmp_path / "nvfp4")
+    tensors = load_torch(folder / "model.safetensors")
+    divisor = f"{MATRIX}.weight_global_scale"
+    save_torch(tensors | {divisor: torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"weight_global_scale should be above 0, found 0"):
+        StoredWeights(ModelSpec.from_checkpoint(folder)).read(f"{MATRIX}.weight")
+    folder = shutil.copytree(compressed("FP8_BLOCK")[0], tmp_path / "fp8")
+    tensors = load_torch(folder / "model.safetensors")
+    table = tensors["embed_tokens.weight"].to(torch.float8_e4m3fn)
+    for changed, message in (
+        ({f"{MATRIX}.weight_scale": None}, r"down_proj\.weight_scale is missing beside"),
+        ({"embed_tokens.weight": table}, "embed_tokens is quantized, and only projections"),
+        ({f"{MATRIX}.weight": tensors[f"{MATRIX}.weight"].float()}, "should be F8_E4M3 of shape"),
+    ):
+        kept = {name: value for name, value in (tensors | changed).items() if value is not None}
+        save_torch(kept, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            StoredWeights(ModelSpec.from_checkpoint(folder))
+
+
+def test_inspect(compressed, monkeypatch, capsys):
+    """It says how a checkpoint is quantized, and what is done with it."""
+    monkeypatch.setattr("sys.argv", ["embedport", "inspect", str(compressed("NVFP4")[0])])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "quantized by compressed-tensors: nvfp4 float4, a scale for 16 inputs of an" in said
+    assert "weights unpacked: its library rounds activations too, which is not done here" in said
+
+
+def test_what_it_is_called(compressed):
+    quantization = ModelSpec.from_checkpoint(compressed("W4A16")[0]).quantization
+    assert isinstance(quantization, StoredQuantization)
+    assert quantization.precision == "w4a16"
+    assert quantization.graph_bits == 4
+    assert replace(quantization, reorders=True).graph_bits is None
