@@ -20,7 +20,7 @@ from ..stored import (
 )
 from ..weights import DTYPES, Weights
 from .schemes import QuantizedTensor, QuantScheme
-from .unpacking import float_values, integer_values, shift, unpack, unpack_awq, unpack_pairs
+from .unpacking import float_values, shift, unpack, unpack_awq, unpack_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -347,17 +347,15 @@ class StoredWeights(Weights):
             return super().read(name, rows)
         height, width = form.block
         codes = self._codes(matrix)
-        blocks = np.ix_(
-            _blocks(len(codes), height)[rows],
-            self._orders.get(matrix, _blocks(codes.shape[1], width)),
-        )
+        row_blocks = _blocks(len(codes), height)[rows]
+        blocks = self._orders.get(matrix, _blocks(codes.shape[1], width))
         codes = codes[rows]
         if form.kind == "float":
             values = float_values(form.bits)[codes]
         else:
-            values = integer_values(form.bits)[codes]
-            values -= self._zero_points(matrix)[blocks]
-        values *= self._scales(matrix)[blocks]
+            values = codes.astype(np.float32)
+            values -= self._zero_points(matrix)[row_blocks].take(blocks, axis=1)
+        values *= self._scales(matrix)[row_blocks].take(blocks, axis=1)
         return values
 
 

@@ -38,8 +38,3 @@ def shift(values: np.ndarray, bits: int) -> np.ndarray:
 def float_values(bits: int) -> np.ndarray:
     """The value of each code of a float: float32 [2^bits]."""
     return np.arange(1 << bits, dtype=np.uint8).view(FLOATS[bits]).astype(np.float32)
-
-
-def integer_values(bits: int) -> np.ndarray:
-    """The value of each code of an integer, its zero point not taken off: float32 [2^bits]."""
-    return np.arange(1 << bits, dtype=np.float32)

@@ -1,6 +1,7 @@
 """The verbs that look at a model: validate and inspect."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -97,10 +98,13 @@ class TestInspect:
         assert facts["quantization"]["precision"] == "w8a8"
         assert facts["weights"]["dtypes"] == ["BF16", "I8"]
         words = " ".join(run("inspect", folder)[1].split())
-        assert "quantized by compressed-tensors: w8a8" in words
-        # It is not one that `export` takes.
-        assert facts["artifact_bytes"] is None
-        assert "As an artifact" not in words
+        assert "quantized by compressed-tensors: w8a8, which runs it; exported" in words
+        assert facts["artifact_bytes"]["fp32"] > 0
+        # One that `export` does not take.
+        shutil.rmtree(folder)
+        (folder := copied(quantized("bnb-int8"))).joinpath("embedport.json").unlink()
+        assert json.loads(run("inspect", folder, "--json")[1])["artifact_bytes"] is None
+        assert "As an artifact" not in run("inspect", folder)[1]
 
     def test_damage(self, run, folders, copied):
         folder = copied(folders / "embedding")
