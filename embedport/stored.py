@@ -191,24 +191,18 @@ def read_quantization(
 
 
 def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
-    form = values.get("checkpoint_format", "gptq")
-    if not isinstance(form, str) or form not in ZERO_POINT_OFFSETS:
-        raise CheckpointError(
-            f"{where}: checkpoint_format should be 'gptq' or 'gptq_v2', found {form!r}"
-        )
-    _refuse(values, where, pack_dtype=("int32",), rotation=())
+    _refuse(values, where, pack_dtype=("int32",), rotation=(), is_marlin_format=())
+    form = _one_of(values, where, ("checkpoint_format", "format"), tuple(ZERO_POINT_OFFSETS))
     base = _grouped("gptq", values, where, (4, 8), ZERO_POINT_OFFSETS[form])
     # GPTQModel: a pattern of names to what is other there; "-:" before it for what is left out.
     dynamic = _object(values.get("dynamic"), f"{where}: dynamic")
     others = [other for name, other in dynamic.items() if not name.startswith("-")]
     formats, reorders = _with_others(base, values, others, f"{where}: dynamic", "desc_act")
-    return StoredQuantization("gptq", formats, reorders)
+    return StoredQuantization("gptq", formats, reorders, bool(values.get("activation")))
 
 
 def _read_awq(values: Mapping[str, Any], where: str) -> StoredQuantization:
-    version = str(values.get("version", "gemm")).lower()
-    if version != "gemm":
-        raise CheckpointError(f"{where}: AWQ's version should be 'gemm', found {version!r}")
+    _one_of(values, where, ("version", "format", "checkpoint_format"), ("gemm",))
     return StoredQuantization("awq", (_grouped("awq", values, where, (4,)),))
 
 
@@ -415,6 +409,20 @@ def _run_by_library(
         },
         stored,
     )
+
+
+def _one_of(
+    values: Mapping[str, Any], where: str, keys: tuple[str, ...], known: tuple[str, ...]
+) -> str:
+    """The name of a layout, which may stand under several keys; without any the first known."""
+    said = {key: values[key] for key in keys if values.get(key) is not None}
+    names = {name.lower() if isinstance(name, str) else repr(name) for name in said.values()}
+    if len(names) > 1 or not names <= {*known}:
+        raise CheckpointError(
+            f"{where}: {' and '.join(said)} should be {' or '.join(map(repr, known))}, found "
+            f"{' and '.join(map(repr, said.values()))}; {INSTEAD}"
+        )
+    return names.pop() if names else known[0]
 
 
 def _is_integer(value: Any) -> bool:

@@ -21,14 +21,17 @@ import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.cli import main
 from embedport.demo.synthetic import Geometry, write_checkpoint
 from embedport.errors import EmbedportError
+from embedport.files import SINGLE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FIFOs, signals and /proc")
 
@@ -145,7 +148,35 @@ def originals(tmp_path_factory, small_tokenizer):
     embedport.quantize_checkpoint(
         found["embedding"], found["quantized"], method="awq", group_size=32
     )
+    found["act-order"] = write_act_order(found["embedding"], base / "act-order")
     return found
+
+
+def write_act_order(original, folder):
+    """A copy with every projection as GPTQ's codes, inputs in any order; all of them random."""
+    rng = np.random.default_rng(0)
+    shutil.copytree(original, folder)
+    tensors = {}
+    for name, value in load_file(folder / SINGLE).items():
+        if "_proj" not in name:
+            tensors[name] = value
+            continue
+        (rows, columns), matrix = value.shape, name.removesuffix(".weight")
+        sizes = {"qweight": (columns // 8, rows), "qzeros": (columns // 16, rows // 8)}
+        for part, size in sizes.items():
+            words = rng.integers(0, 2**32, size, dtype=np.uint32)
+            tensors[f"{matrix}.{part}"] = words.view(np.int32)
+        tensors[f"{matrix}.scales"] = np.full((columns // 16, rows), 0.01, np.float16)
+        order = rng.permutation(np.arange(columns, dtype=np.int32) // 16)
+        tensors[f"{matrix}.g_idx"] = order
+    save_file(tensors, folder / SINGLE)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        **{"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True},
+        "dynamic": {"k_proj": {"bits": 8}},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def small_files(folder):

@@ -396,6 +396,12 @@ def tensors_of(**weights):
     [
         (GPTQ | {"bits": 3}, "bits should be 4 or 8, found 3; give the original"),
         (GPTQ | {"pack_dtype": "int64"}, "pack_dtype should be 'int32', found 'int64'"),
+        (GPTQ | {"format": "gptq_p"}, "format should be 'gptq' or 'gptq_v2', found 'gptq_p'; give"),
+        (
+            GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"},
+            "checkpoint_format and format should be 'gptq' or 'gptq_v2', found 'gptq' and",
+        ),
+        (GPTQ | {"rotation": "hadamard"}, "rotation should be absent, found 'hadamard'"),
         (GPTQ | {"dynamic": {"q_proj": {"bits": 2}}}, "dynamic: bits should be 4 or 8, found 2"),
         (GPTQ | {"dynamic": ["q_proj"]}, "dynamic should be an object"),
         (AUTO_ROUND | {"bits": 2}, "bits should be 4 or 8, found 2"),
