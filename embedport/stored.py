@@ -197,6 +197,9 @@ def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     # GPTQModel: a pattern of names to what is other there; "-:" before it for what is left out.
     dynamic = _object(values.get("dynamic"), f"{where}: dynamic")
     others = [other for name, other in dynamic.items() if not name.startswith("-")]
+    for other in others:
+        place = f"{where}: dynamic"
+        _refuse(_object(other, place), place, format=(form,), method=("gptq",), activation=())
     formats, reorders = _with_others(base, values, others, f"{where}: dynamic", "desc_act")
     return StoredQuantization("gptq", formats, reorders, bool(values.get("activation")))
 
