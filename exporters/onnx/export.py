@@ -43,7 +43,7 @@ from .quantization import (
     rotated,
     stored_recipe,
 )
-from .recipe import CALIBRATED, Recipe
+from .recipe import CALIBRATED, STORED, Recipe
 from .search import RankingTarget, Search, search_formats
 from .texts import reranker_head, tokenize_retrieval, tokenize_samples
 from .verify import verify_continuation, verify_graph
@@ -176,22 +176,14 @@ def export_onnx(
     spec = fetch_weights(spec)
     weights = open_weights(spec)
     warn_of_activations(spec)
-    if isinstance(weights, StoredWeights) and plan is not None and recipe is None:
+    if isinstance(weights, StoredWeights):
         asked = algorithm != "rtn" or rotate is not None or group_size is not None
         bits = STORED_BITS.get(precision)
-        if bits is not None and not asked and weights.gives_codes(bits):
+        if plan is not None and bits is not None and not asked and weights.gives_codes(bits):
             plan = stored_recipe(weights, plan)
             chosen = _choose(spec, named, plan, dialect)
-        else:
-            logger.warning(
-                "%s: its matrices (%s) are unpacked and quantized again, to %s by %s, which adds "
-                "an error to the one that they have; the original checkpoint, or --precision fp32, "
-                "fp16 or bf16, adds none",
-                spec.source.id,
-                " and ".join(weights.describe()),
-                precision,
-                plan.algorithm,
-            )
+        if precision == AUTO or (plan is not None and plan.algorithm != STORED):
+            _warn_of_second_rounding(weights, named)
     needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
     if plan is not None and plan.algorithm == "gptq":
         needs += kept_bytes(spec, rows)
@@ -277,6 +269,18 @@ def export_onnx(
         make_witness(folder, manifest, lambda scope: advance())
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
+
+
+def _warn_of_second_rounding(weights: StoredWeights, precision: str) -> None:
+    if weights.formats:
+        logger.warning(
+            "%s: its matrices (%s) are unpacked and quantized again, to %s, which adds an error to "
+            "the one that they have; give the original checkpoint, or --precision fp32, fp16 or "
+            "bf16, which add none",
+            weights.spec.source.id,
+            " and ".join(weights.describe()),
+            precision,
+        )
 
 
 def _recipe_record(

@@ -182,6 +182,7 @@ def schemes():
         "FP8": (preset("FP8"),),
         "FP8_DYNAMIC": (preset("FP8_DYNAMIC"),),
         "FP8_BLOCK": (preset("FP8_BLOCK", **block),),
+        "FP8_BLOCK, uneven": (preset("FP8_BLOCK", **block | {"block_structure": [24, 32]}),),
         "NVFP4": (preset("NVFP4"),),
         "NVFP4A16": (preset("NVFP4A16"),),
         "mixed": (
@@ -206,6 +207,7 @@ SCHEMES = {
     "FP8": (True, True, None),
     "FP8_DYNAMIC": (True, True, None),
     "FP8_BLOCK": (True, True, None),
+    "FP8_BLOCK, uneven": (True, True, None),
     "NVFP4": (False, True, None),
     "NVFP4A16": (False, False, None),
     "mixed": (False, True, None),
@@ -214,6 +216,7 @@ SCHEMES = {
 
 def observe(module):
     """Give a module the scales and zero points of its weight's ranges."""
+    import torch
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     args, weight = module.quantization_scheme.weights, module.weight.data.float()
@@ -225,7 +228,9 @@ def observe(module):
         "tensor_group": (1, args.group_size),
         "block": args.block_structure,
     }[args.strategy]
-    blocks = weight.reshape(rows // height, height, columns // width, width)
+    count = -(-rows // height)
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, count * height - rows))
+    blocks = weight.reshape(count, height, columns // width, width)
     low, high, divisor = blocks.amin((1, 3)), blocks.amax((1, 3)), None
     if args.strategy == "tensor_group":
         divisor = generate_gparam(low.amin().reshape(1), high.amax().reshape(1))
