@@ -30,12 +30,14 @@ from .errors import CheckpointError
 Layout = Literal["gptq", "awq", "packed", "plain", "fp8", "nvfp4"]
 Kind = Literal["int", "float"]
 ZERO_POINT_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-# AutoRound's packing_format, which may be followed by a backend's name.
+# AutoRound's packing_format: auto_round.inference.backend and convert_model.
 AUTO_ROUND: dict[str, tuple[Layout, int]] = {
     "auto_round": ("gptq", 0),
     "auto_round:gptqmodel": ("gptq", 0),
     "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptq": ("gptq", 1),
     "auto_round:auto_awq": ("awq", 0),
+    "auto_round:awq": ("awq", 0),
 }
 BITSANDBYTES = (
     "quant_method",
@@ -210,18 +212,15 @@ def _read_awq(values: Mapping[str, Any], where: str) -> StoredQuantization:
 
 
 def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantization:
-    packing = values.get("packing_format", "auto_round:auto_gptq")
-    parts = packing.split(":") if isinstance(packing, str) else []
-    # A backend that packed it may follow: "auto_round:auto_gptq:exllamav2", "auto_round:tritonv2".
-    known = parts[:1] if parts[1:] in (["exllamav2"], ["tritonv2"], ["triton"]) else parts[:2]
-    found = AUTO_ROUND.get(":".join(known))
-    if found is None:
+    packing = values.get("packing_format", "auto_round:gptq")
+    if not isinstance(packing, str) or packing not in AUTO_ROUND:
         raise CheckpointError(
             f"{where}: packing_format should be one of {', '.join(AUTO_ROUND)}, found {packing!r}; "
             f"{INSTEAD}"
         )
-    _refuse(values, where, data_type=("int",), rotation_config=(), super_bits=(), act_bits=(16, 32))
-    layout, offset = found
+    _refuse(values, where, data_type=("int",), act_bits=(16, 32))
+    _refuse(values, where, rotation_config=(), spinquant_config=(), super_bits=())
+    layout, offset = AUTO_ROUND[packing]
     bits = (4, 8) if layout == "gptq" else (4,)
     base = _grouped(layout, values, where, bits, offset)
     extra = _object(values.get("extra_config"), f"{where}: extra_config")

@@ -411,6 +411,7 @@ def tensors_of(**weights):
         (GPTQ | {"dynamic": ["q_proj"]}, "dynamic should be an object"),
         (AUTO_ROUND | {"bits": 2}, "bits should be 4 or 8, found 2"),
         (AUTO_ROUND | {"packing_format": "auto_round:mlx"}, "packing_format should be one of"),
+        (AUTO_ROUND | {"packing_format": "auto_round:exllamav2"}, "found 'auto_round:exllamav2'"),
         (AUTO_ROUND | {"packing_format": 7}, "packing_format should be one of"),
         (AUTO_ROUND | {"act_bits": 8}, "act_bits should be 16 or 32, found 8"),
         (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type should be 'int', found 'mx_fp'"),
