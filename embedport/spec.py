@@ -437,6 +437,10 @@ def _find_task(
     """What the files say the model does; what the caller says where they do not tell."""
     folder = source.folder
     architectures = config.values.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(
+            f"{config.path}: architectures should be a list of names, found {architectures!r:.80}"
+        )
     if modules is not None:
         found: Task = "embedding" if modules.kind == "SentenceTransformer" else "reranker"
         if task not in (None, found):
