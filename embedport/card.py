@@ -5,7 +5,7 @@ from __future__ import annotations
 from .engine import EngineRecord
 from .manifest import GraphRecord, Manifest
 
-NOT_VALIDATED = "Not validated yet: `embedport validate {name} --reference {source}`"
+NOT_VALIDATED = "Not validated yet: `embedport validate {name} {options}`"
 
 
 def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -> str:
@@ -19,6 +19,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     source = manifest.source
     rows = {
         "Source": f"`{source.pinned}`",
+        **({"Adapter": f"`{source.adapter.pinned}`, merged"} if source.adapter else {}),
         "Task": manifest.task,
         "Precision": manifest.precision,
         **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
@@ -30,7 +31,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     if manifest.embedding_dim:
         rows["Dimensions"] = str(manifest.embedding_dim)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    parity = parity_table or NOT_VALIDATED.format(name=name, source=source.pinned)
+    parity = parity_table or NOT_VALIDATED.format(name=name, options=" ".join(source.options))
     kinds = {
         "onnx": "An ONNX export",
         "tensorrt": "A TensorRT engine",

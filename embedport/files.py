@@ -289,7 +289,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             lacks, or a file outside the folder.
     """
     if (folder / SINGLE).exists():
-        return _read_shard(folder / SINGLE)
+        return read_shard(folder / SINGLE)
     index_path = folder / INDEX
     if not index_path.exists():
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
@@ -302,7 +302,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     for file in sorted(set(index.values())):
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder / file} is missing; {INDEX} names it")
-        tensors |= _read_shard(folder / file)
+        tensors |= read_shard(folder / file)
     for name, file in index.items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(f"{folder / file} lacks tensor {name}; {INDEX} says it is there")
@@ -321,7 +321,12 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _read_shard(path: Path) -> dict[str, TensorInfo]:
+def read_shard(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file by its stored name.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or not safetensors.
+    """
     tensors = {}
     with open_shard(path) as shard:
         for name in shard.keys():  # noqa: SIM118 (not a dict)

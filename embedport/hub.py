@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .adapter import CONFIG as ADAPTER_CONFIG
+from .adapter import is_adapter, read_base
 from .errors import CheckpointError, InputError
 from .files import MANIFEST, check_broken_links, read_json
 from .leftovers import tidy_up
@@ -14,6 +17,9 @@ from .leftovers import tidy_up
 # A checkpoint is its configuration, tokenizer, model card and safetensors. Nothing else is fetched:
 # no pickled weights, no code.
 CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json", "README.md"]
+CONFIG_PATTERNS += [f"*/{ADAPTER_CONFIG}"]
+# Files of which one makes the adapter's folder the one whose pipeline runs.
+PIPELINE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 WEIGHT_PATTERNS = ["*.safetensors"]
 # A commit's folder in huggingface_hub's cache.
 SNAPSHOT = "models--*/snapshots/*"
@@ -22,11 +28,41 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's origin: `id` as the user gave it, `revision` a commit hash if from the hub."""
+    """A checkpoint's origin.
+
+    Attributes:
+        id: As the user gave it.
+        revision: A commit hash if it is from the hub.
+        folder: Where config.json and the weights are.
+        adapter: The adapter that is merged into the weights.
+    """
 
     id: str
     revision: str | None
     folder: Path
+    adapter: Source | None = None
+
+    @property
+    def pipeline(self) -> Path:
+        """The folder of the tokenizer and of sentence-transformers' files.
+
+        It is the adapter's where that has files of sentence-transformers, which then opens that
+        folder; otherwise the base's.
+        """
+        if self.adapter is None:
+            return self.folder
+        own = any((self.adapter.folder / name).exists() for name in PIPELINE)
+        return self.adapter.folder if own else self.folder
+
+    @property
+    def name(self) -> str:
+        """The id, and the adapter's."""
+        return self.id if self.adapter is None else f"{self.id} with {self.adapter.id}"
+
+    @property
+    def pinned(self) -> str:
+        """What `fetch` takes for the same again, without the adapter."""
+        return pin(self.id, self.revision)
 
     @property
     def is_cached(self) -> bool:
@@ -34,8 +70,16 @@ class Source:
         return self.revision is not None or self.folder.resolve().match(SNAPSHOT)
 
 
-def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool = True) -> Source:
+def fetch(
+    checkpoint: str | Path,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    adapter: str | Path | None = None,
+) -> Source:
     """Find a model's folder, downloading it through huggingface_hub when it is a hub id.
+
+    Of a folder that is an adapter the base is found too, by the name in its adapter_config.json.
 
     A checkpoint's weights and configuration are downloaded; of an artifact all that its manifest
     lists.
@@ -46,14 +90,62 @@ def fetch(checkpoint: str | Path, revision: str | None = None, *, weights: bool 
         checkpoint: A folder of a checkpoint or an artifact, or a hub id such as
             "Qwen/Qwen3-Embedding-0.6B", perhaps with a revision: "Qwen/Qwen3-Embedding-0.6B@main".
         revision: A branch, tag or commit of the hub repository.
-        weights: Whether a checkpoint's safetensors are needed too, or its configuration only.
+        weights: Whether a checkpoint's safetensors are needed too, or its configuration only; an
+            adapter's always are.
+        adapter: The folder or hub id of an adapter to merge into the checkpoint, perhaps with a
+            revision.
 
     Raises:
         InputError: The folder does not exist or has a link that leads nowhere, or a revision is
-            given for a folder, or two.
+            given for a folder, or two; or what is to have an adapter is one, or an artifact.
         CheckpointError: The hub does not have it, or cannot be reached and the cache lacks it.
     """
-    folder = Path(checkpoint).expanduser()
+    source = _find(checkpoint, revision, weights)
+    if adapter is not None:
+        if is_adapter(source.folder) or (source.folder / MANIFEST).is_file():
+            kind = "an adapter itself" if is_adapter(source.folder) else "an artifact"
+            raise InputError(
+                f"{checkpoint} is {kind}: --adapter goes with the checkpoint that the adapter was "
+                "trained on"
+            )
+        found = _find(adapter, None, weights=True)
+        if not (found.folder / ADAPTER_CONFIG).is_file():
+            raise InputError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}")
+        return replace(source, adapter=found)
+    return _with_base(source, weights) if is_adapter(source.folder) else source
+
+
+def pin(name: str, revision: str | None) -> str:
+    """A folder or hub id and its revision, as `fetch` takes them in one."""
+    return f"{name}@{revision}" if revision else name
+
+
+def _with_base(adapter: Source, weights: bool) -> Source:
+    """The base of an adapter, with it."""
+    base, revision = read_base(adapter.folder)
+    try:
+        with contextlib.suppress(OSError, ValueError):  # which are errors of _find
+            # PEFT writes one down for a folder too, which has none.
+            revision = None if Path(base).is_dir() else revision
+        source = _find(base, revision, weights)
+        if is_adapter(source.folder):
+            raise InputError(f"{base} is an adapter too")
+    except (InputError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{adapter.folder / ADAPTER_CONFIG}: the base, {base!r}, cannot be taken: {error}; "
+            f"give BASE --adapter {adapter.id}"
+        ) from error
+    if not weights:
+        adapter = _find(adapter.id, adapter.revision, weights=True)
+    return replace(source, adapter=adapter)
+
+
+def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source:
+    """A folder, or a hub id's snapshot."""
+    try:
+        folder = Path(checkpoint).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{str(checkpoint)[:200]!r} cannot be a folder: {error}") from error
     tidy_up(folder)
     try:
         is_folder, is_there = folder.is_dir(), os.path.lexists(folder)

@@ -134,6 +134,62 @@ CONFIG_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "transformers_weights": (None,),
     "use_bfloat16": (True, False),
 }
+# adapter_config.json. What `adapter` reads.
+ADAPTER_READ = frozenset(
+    [
+        "base_model_name_or_path",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "alpha_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    ]
+)
+# Of training, and of layers that Qwen3 does not have. Trained biases would be tensors of the file,
+# which are read or refused as such.
+ADAPTER_NOTES = frozenset(
+    [
+        "auto_mapping",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+    ]
+)
+# What it needs of PEFT's variants of LoRA, none of which is computed, is that they are off.
+ADAPTER_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None, []),
+    "lora_bias": (False,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (None, False),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "velora_config": (None,),
+}
 # config_sentence_transformers.json.
 SENTENCE_TRANSFORMERS_NOTES = frozenset(("__version__", "keep_in_fp32_modules", "requirements"))
 # sentence_bert_config.json.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .engine import EngineRecord
 from .errors import ArtifactError
 from .files import is_file_name, load_json
+from .hub import pin
 from .integrity import FileRecord
 from .pipeline import POOLING_MODES, ROLES, Activation, Form, Inputs, Outputs
 from .spec import TASKS, Task
@@ -21,17 +22,58 @@ Format = Literal["onnx", "tensorrt", "checkpoint"]
 
 
 @dataclass(frozen=True)
-class SourceRecord:
-    """The checkpoint an artifact was made from; `files` maps each shard to its sha256."""
+class AdapterRecord:
+    """The adapter that was merged into a checkpoint's weights.
+
+    Attributes:
+        id: Its folder or hub id.
+        revision: Its commit on the hub.
+        rank: Its r.
+        alpha: Its lora_alpha.
+        targets: The modules that it changes, without their layers.
+    """
 
     id: str
     revision: str | None
-    files: Mapping[str, str]
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
 
     @property
     def pinned(self) -> str:
         """What `fetch` takes for the same again."""
-        return f"{self.id}@{self.revision}" if self.revision else self.id
+        return pin(self.id, self.revision)
+
+    def __str__(self) -> str:
+        return f"{self.pinned}: rank {self.rank}, alpha {self.alpha:g}, {', '.join(self.targets)}"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The checkpoint an artifact was made from.
+
+    Attributes:
+        id: Its folder or hub id.
+        revision: Its commit on the hub.
+        files: The names of its shards, and of the adapter's files, to their sha256.
+        adapter: What was merged into its weights, if anything was.
+    """
+
+    id: str
+    revision: str | None
+    files: Mapping[str, str]
+    adapter: AdapterRecord | None = None
+
+    @property
+    def pinned(self) -> str:
+        """What `fetch` takes for the same again, without the adapter."""
+        return pin(self.id, self.revision)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What `embedport validate` is given to compare with it."""
+        adapter = () if self.adapter is None else ("--adapter", self.adapter.pinned)
+        return ("--reference", self.pinned, *adapter)
 
 
 @dataclass(frozen=True)
@@ -185,7 +227,7 @@ class Manifest:
             values["engine"] = values["engine"] and EngineRecord.from_json(values["engine"])
             values["inputs"] = Inputs(**values["inputs"])
             values["outputs"] = Outputs.from_record(values["outputs"])
-            values["source"] = SourceRecord(**values["source"])
+            values["source"] = _read_source(values["source"])
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ArtifactError(f"{path} is damaged: {error}") from error
@@ -212,6 +254,9 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     inputs: Inputs = values["inputs"]
     outputs: Outputs = values["outputs"]
     texts |= {"source": source.id}
+    if source.adapter is not None:
+        adapter = source.adapter
+        texts |= {f"adapter's {i}": each for i, each in enumerate((adapter.id, *adapter.targets))}
     maps = {"prompts": inputs.prompts, "versions": values["versions"]}
     maps |= {"source's files": source.files}
     sizes = {
@@ -276,6 +321,14 @@ def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 53
+
+
+def _read_source(values: Mapping[str, Any]) -> SourceRecord:
+    source = SourceRecord(**values)
+    if not values.get("adapter"):
+        return source
+    adapter = AdapterRecord(**values["adapter"])
+    return replace(source, adapter=replace(adapter, targets=tuple(adapter.targets)))
 
 
 def _read_graph(values: Mapping[str, Any]) -> GraphRecord:

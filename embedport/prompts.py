@@ -376,7 +376,7 @@ def find_answers(spec: ModelSpec) -> tuple[int, int | None]:
         return 0, 0
     if spec.outputs.answers is not None:
         return spec.outputs.answers
-    path = spec.source.folder / "tokenizer.json"
+    path = spec.source.pipeline / "tokenizer.json"
     tokenizer = load_tokenizer(path)
     return token_id(tokenizer, "yes", path), token_id(tokenizer, "no", path)
 

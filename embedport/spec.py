@@ -7,13 +7,16 @@ the key and what is supported: docs/checkpoint-files.md.
 
 from __future__ import annotations
 
+import filecmp
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .chat import ChatTemplate, has_template, infer_format
+from .adapter import CONFIG as ADAPTER
+from .adapter import Adapter, Merge, read_adapter
+from .chat import ChatTemplate, has_template, infer_format, read_template
 from .errors import CheckpointError, InputError
 from .files import read_json, tensor_names
 from .hub import Source, fetch
@@ -23,10 +26,9 @@ from .modules import Modules, read_activation, read_modules, read_prompts
 from .pipeline import TASKS, Inputs, Outputs, Task
 from .rope import Rope, read_rope
 from .stored import LibraryQuantization, StoredQuantization, read_quantization
+from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 
-# Of weights that are to be added to the checkpoint's.
-ADAPTER = "adapter_config.json"
 CLASSIFIER = "Qwen3ForSequenceClassification"
 ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
 
@@ -68,6 +70,7 @@ class ModelSpec:
         quantization: How the projections are stored, if the checkpoint is quantized already.
         score_rows: Of a reranker in the sequence-classification form: rows of its head, 1 (yes) or
             2 (no, yes); None where the head is a vocabulary's.
+        adapter: The adapter that is merged into the weights.
     """
 
     source: Source
@@ -92,6 +95,7 @@ class ModelSpec:
     outputs: Outputs = field(default_factory=Outputs)
     quantization: StoredQuantization | LibraryQuantization | None = None
     score_rows: int | None = None
+    adapter: Adapter | None = None
 
     @classmethod
     def from_checkpoint(
@@ -100,6 +104,7 @@ class ModelSpec:
         *,
         revision: str | None = None,
         task: Task | None = None,
+        adapter: str | Path | None = None,
     ) -> ModelSpec:
         """Read the spec of a checkpoint; of a hub id only the configuration is downloaded.
 
@@ -107,12 +112,13 @@ class ModelSpec:
             checkpoint: A folder in the hub's layout, or a hub id.
             revision: A branch, tag or commit, for a hub id.
             task: Needed only for a checkpoint whose files do not tell.
+            adapter: The folder or hub id of a LoRA adapter to merge into its weights.
 
         Raises:
             InputError: No such folder or hub id.
             CheckpointError: It is not a Qwen3 checkpoint, or uses what is not supported.
         """
-        return read_spec(fetch(checkpoint, revision, weights=False), task)
+        return read_spec(fetch(checkpoint, revision, weights=False, adapter=adapter), task)
 
     @property
     def parameters(self) -> int:
@@ -140,6 +146,19 @@ class ModelSpec:
         if self.score_rows is not None:
             return "score.weight"
         return "embed_tokens.weight" if self.tied else "lm_head.weight"
+
+    def plan_merge(self) -> Merge:
+        """What the adapter makes of the weights, which are on this disk.
+
+        Raises:
+            CheckpointError: It does not go with them.
+        """
+        assert self.adapter is not None
+        return self.adapter.plan(
+            self.tensor_shapes(),
+            embeds=self.task == "embedding",
+            is_tied=self.tied and self.score_rows is None,
+        )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name (in the `Qwen3Model` form, without "model.") to shape of every tensor needed."""
@@ -208,7 +227,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     if task is not None and task not in TASKS:
         raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
     folder = source.folder
-    _refuse_adapters(folder)
+    adapter = None if source.adapter is None else read_adapter(source.adapter.folder)
+    _refuse_other_adapters(source)
     config = _Config(folder / "config.json")
     model_type = config.values.get("model_type")
     if model_type != "qwen3":
@@ -240,8 +260,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
             f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
         )
     positions = config.get("max_position_embeddings", int)
-    modules = read_modules(folder, hidden)
-    task = _find_task(folder, config, modules, task)
+    modules = read_modules(source.pipeline, hidden)
+    task = _find_task(source, config, modules, task, adapter)
     spec = ModelSpec(
         source=source,
         task=task,
@@ -256,16 +276,21 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         rope=read_rope(config.values, config.path, positions),
         rms_norm_eps=config.get("rms_norm_eps", float),
         tied=config.get("tie_word_embeddings", bool, False),
-        max_length=read_length(folder, positions, None if modules is None else modules.max_length),
+        max_length=read_length(
+            source.pipeline, positions, None if modules is None else modules.max_length
+        ),
         causal=causal,
         window=window,
         window_layers=window_layers,
         attention_bias=config.get("attention_bias", bool, False),
         quantization=read_quantization(config.values.get("quantization_config"), config.path),
-        score_rows=_read_score_rows(config, modules) if task == "reranker" else None,
+        score_rows=_read_score_rows(config, modules, adapter) if task == "reranker" else None,
+        adapter=adapter,
     )
-    spec = _with_pipeline(spec, config, modules)
-    return with_own_head(spec)
+    spec = with_own_head(_with_pipeline(spec, config, modules))
+    if adapter is not None:
+        _check_adapted(spec, adapter)
+    return spec
 
 
 def with_own_head(spec: ModelSpec) -> ModelSpec:
@@ -276,18 +301,54 @@ def with_own_head(spec: ModelSpec) -> ModelSpec:
     if not spec.tied or spec.task != "reranker" or spec.score_rows is not None:
         return spec
     own = "lm_head.weight" in tensor_names(spec.source.folder)
+    own = own or (spec.adapter is not None and spec.adapter.has_lm_head)
     return replace(spec, tied=False) if own else spec
 
 
-def _refuse_adapters(folder: Path) -> None:
-    if (adapter := folder / ADAPTER).exists():
+def _refuse_other_adapters(source: Source) -> None:
+    """Refuse an adapter in the checkpoint's folder that is not the one to be merged."""
+    if source.adapter is not None:
+        return
+    places = ("", "*/")
+    found = [path for place in places for path in sorted(source.folder.glob(f"{place}{ADAPTER}"))]
+    if found:
         raise CheckpointError(
-            f"{adapter}: an adapter is not applied; merge it into the weights first"
+            f"{found[0]}: the checkpoint's folder holds an adapter: give --adapter "
+            f"{found[0].parent} to merge it into the weights, or take it out of the folder if they "
+            "are complete without it"
         )
-    if (adapter := next(iter(sorted(folder.glob(f"*/{ADAPTER}"))), None)) is not None:
+
+
+def _check_adapted(spec: ModelSpec, adapter: Adapter) -> None:
+    """Refuse an adapter that does not go with its base."""
+    if spec.quantization is not None:
         raise CheckpointError(
-            f"{adapter}: the folder holds an adapter, which is not applied; merge it into the "
-            "weights, or take it out of the folder if the weights are complete without it"
+            f"{spec.source.folder / 'config.json'}: the base is quantized by "
+            f"{spec.quantization.method!r}: give the original in bf16, fp16 or fp32; an adapter "
+            "that was trained beside a quantized base (QLoRA) belongs to the original"
+        )
+    adapter.plan(spec.tensor_shapes(), embeds=spec.task == "embedding", is_tied=False)
+    if spec.source.pipeline == spec.source.folder:
+        _check_same_tokenizer(spec, adapter.folder)
+
+
+def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
+    """Refuse a tokenizer beside an adapter that is another than the base's.
+
+    PEFT does not read it, and sentence-transformers would, with a modules.json beside it.
+    """
+    base = spec.source.folder
+    ours, theirs = base / "tokenizer.json", adapter / "tokenizer.json"
+    if not theirs.exists():
+        return
+    same = ours.exists() and filecmp.cmp(ours, theirs, shallow=False)
+    same = same or load_tokenizer(ours).to_str() == load_tokenizer(theirs).to_str()
+    if same and spec.inputs.form == "messages" and has_template(adapter):
+        same = read_template(base)[1] == read_template(adapter)[1]
+    if not same:
+        raise CheckpointError(
+            f"{theirs}, or its chat template, is another than the base's in {base}, and nothing "
+            "says which the model takes: put the adapter's into a copy of the base, or take it out"
         )
 
 
@@ -339,10 +400,19 @@ def _read_causal(config: _Config) -> bool:
     return causal
 
 
-def _read_score_rows(config: _Config, modules: Modules | None) -> int | None:
+def _read_score_rows(
+    config: _Config, modules: Modules | None, adapter: Adapter | None
+) -> int | None:
     """Rows of a classifier's head; None where the model is none."""
     if modules is not None and not modules.classifier:
         return None
+    if adapter is not None and adapter.labels is not None:
+        if adapter.labels not in (1, 2):
+            raise CheckpointError(
+                f"{adapter.folder}: score.weight should have one row, yes, or two, no and yes; "
+                f"found {adapter.labels}"
+            )
+        return adapter.labels
     if config.values.get("architectures") != [CLASSIFIER]:
         # sentence-transformers gives other classes one label.
         return None if modules is None else 1
@@ -357,9 +427,20 @@ def _read_score_rows(config: _Config, modules: Modules | None) -> int | None:
     return rows
 
 
-def _find_task(folder: Path, config: _Config, modules: Modules | None, task: Task | None) -> Task:
+def _find_task(
+    source: Source,
+    config: _Config,
+    modules: Modules | None,
+    task: Task | None,
+    adapter: Adapter | None,
+) -> Task:
     """What the files say the model does; what the caller says where they do not tell."""
+    folder = source.folder
     architectures = config.values.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(
+            f"{config.path}: architectures should be a list of names, found {architectures!r:.80}"
+        )
     if modules is not None:
         found: Task = "embedding" if modules.kind == "SentenceTransformer" else "reranker"
         if task not in (None, found):
@@ -376,10 +457,15 @@ def _find_task(folder: Path, config: _Config, modules: Modules | None, task: Tas
         return task
     if architectures == [CLASSIFIER] or config.values.get("classifier_from_token"):
         return "reranker"
+    if adapter is not None and adapter.labels is not None:
+        return "reranker"
+    if adapter is not None and adapter.values.get("task_type") == "FEATURE_EXTRACTION":
+        return "embedding"
     # Embedding checkpoints hold a bare Qwen3Model.
     if architectures == ["Qwen3Model"] or "embed_tokens.weight" in tensor_names(folder):
         return "embedding"
-    declared = declared_task(folder)
+    declared = declared_task(source.adapter.folder) if source.adapter is not None else None
+    declared = declared or declared_task(folder)
     if declared is None:
         raise InputError(
             f"{folder}: nothing in it says what the model is for: it is a language model "
@@ -391,7 +477,7 @@ def _find_task(folder: Path, config: _Config, modules: Modules | None, task: Tas
 
 
 def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) -> ModelSpec:
-    folder = spec.source.folder
+    folder = spec.source.pipeline
     if modules is not None:
         inputs, outputs = modules.inputs, modules.outputs
     elif spec.task == "embedding":

@@ -11,19 +11,22 @@ from ..spec import ModelSpec, Task, read_spec, with_own_head
 
 
 def read_configuration(
-    checkpoint: str | Path, revision: str | None, task: Task | None
+    checkpoint: str | Path,
+    revision: str | None,
+    task: Task | None,
+    adapter: str | Path | None = None,
 ) -> ModelSpec:
     """The spec of a checkpoint; arguments and errors as for `ModelSpec.from_checkpoint`.
 
     Of a hub id the configuration alone is downloaded where that tells the task, else the weights
     too.
     """
-    source = fetch(checkpoint, revision, weights=False)
-    tells = any((source.folder / name).is_file() for name in ("modules.json", INDEX))
+    source = fetch(checkpoint, revision, weights=False, adapter=adapter)
+    tells = (source.pipeline / "modules.json").is_file() or (source.folder / INDEX).is_file()
     tells = tells or declared_task(source.folder) is not None
     if task is None and not tells:
         # The names of its tensors tell, and they are in the one file of its weights.
-        source = fetch(source.id, source.revision)
+        fetch(source.id, source.revision)
     return read_spec(source, task)
 
 

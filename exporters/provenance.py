@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 from ..integrity import record_files
-from ..manifest import SourceRecord
+from ..manifest import AdapterRecord, SourceRecord
+from ..spec import ModelSpec
 from ..weights import Weights
 
 # Called with (stage, done, total).
@@ -21,12 +22,19 @@ def counted(progress: Progress, stage: str, total: int) -> Callable[[], None]:
 
 
 def source_record(weights: Weights) -> SourceRecord:
-    """The checkpoint, with its shards' hashes."""
+    """The checkpoint and its adapter, with the hashes of their files."""
     records = record_files(weights.files)
     source = weights.spec.source
-    return SourceRecord(
-        source.id, source.revision, {path.name: each.sha256 for path, each in records.items()}
-    )
+    files = {path.name: each.sha256 for path, each in records.items()}
+    return SourceRecord(source.id, source.revision, files, adapter_record(weights.spec))
+
+
+def adapter_record(spec: ModelSpec) -> AdapterRecord | None:
+    """The adapter that is merged into a checkpoint's weights."""
+    adapter, source = spec.adapter, spec.source.adapter
+    if adapter is None or source is None:
+        return None
+    return AdapterRecord(source.id, source.revision, adapter.rank, adapter.alpha, adapter.targets)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..files import TensorInfo, open_shard, read_headers, read_octets
+from ..lora import open_floats
 from ..spec import ModelSpec
 from ..stored import (
     GRAPH_GROUPS,
@@ -377,7 +378,7 @@ def open_weights(spec: ModelSpec) -> Weights:
         CheckpointError: As their classes; or only the library that quantized it reads it.
     """
     check_readable(spec)
-    return Weights(spec) if spec.quantization is None else StoredWeights(spec)
+    return open_floats(spec) if spec.quantization is None else StoredWeights(spec)
 
 
 def check_readable(spec: ModelSpec) -> None:

@@ -43,6 +43,7 @@ def load(
     max_length: int | None = None,
     check: bool = False,
     task: Task | None = None,
+    adapter: str | Path | None = None,
 ) -> Embedder | Reranker:
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
@@ -59,6 +60,7 @@ def load(
         max_length: Tokens after which a text is cut; the model's own by default.
         check: Whether an artifact must give here what it gave where it was exported: see `check`.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Returns:
         An Embedder or a Reranker, as the model's task is.
@@ -71,7 +73,7 @@ def load(
         MissingPackageError: What runs it is not installed.
         VerificationError: With `check`, the results here are not those of the export.
     """
-    loaded = _load(model, device, max_length, task)
+    loaded = _load(model, device, max_length, task, adapter)
     if check and not (result := compare_witness(loaded)).passed:
         why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
         raise VerificationError(f"{loaded.facts.folder}: {result} ({why})")
@@ -97,13 +99,17 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
         DeviceError: The device asked for is not there.
         MissingPackageError: What runs it is not installed.
     """
-    return compare_witness(_load(artifact, device, None, None))
+    return compare_witness(_load(artifact, device, None, None, None))
 
 
 def _load(
-    model: str | Path, device: str, max_length: int | None, task: Task | None
+    model: str | Path,
+    device: str,
+    max_length: int | None,
+    task: Task | None,
+    adapter: str | Path | None,
 ) -> Embedder | Reranker:
-    facts = read_facts(model, task)
+    facts = read_facts(model, task, adapter)
     length = choose_length(facts, max_length)
     if facts.task == "embedding":
         return Embedder(facts, *_open(facts, device, lambda: _embedding_tokenizer(facts, length)))

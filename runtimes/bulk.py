@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from ..adapter import CONFIG as ADAPTER_CONFIG
+from ..adapter import WEIGHTS as ADAPTER_WEIGHTS
 from ..corpus import Part, read_part, survey
 from ..errors import InputError
 from ..files import load_json, written
@@ -71,6 +73,7 @@ class Job:
         device: As of `load`, like the next two.
         max_length: Tokens after which a text is cut.
         task: For a checkpoint whose files do not tell.
+        adapter: To merge into the checkpoint's weights.
     """
 
     model: str
@@ -83,6 +86,7 @@ class Job:
     device: str = "auto"
     max_length: int | None = None
     task: Task | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,13 @@ def open_embedder(job: Job) -> Embedder:
     """
     from . import load
 
-    embedder = load(job.model, device=job.device, max_length=job.max_length, task=job.task)
+    embedder = load(
+        job.model,
+        device=job.device,
+        max_length=job.max_length,
+        task=job.task,
+        adapter=job.adapter,
+    )
     if not isinstance(embedder, Embedder):
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
     return embedder
@@ -248,7 +258,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     Raises:
         InputError: The model, an option or a text is wrong.
     """
-    facts = read_facts(job.model, job.task)
+    facts = read_facts(job.model, job.task, job.adapter)
     if facts.task != "embedding":
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
     check_options(facts.dim, job.dim, job.precision)
@@ -281,8 +291,12 @@ def hash_model(facts: ModelFacts) -> str:
     if facts.artifact is not None:
         records = dict(facts.artifact.manifest.files)
     else:
-        names = ("config.json", "tokenizer.json", "*.safetensors")
-        paths = [path for name in names for path in sorted(facts.folder.glob(name))]
+        assert facts.checkpoint is not None
+        source = facts.checkpoint.source
+        paths = [source.folder / "config.json", source.pipeline / "tokenizer.json"]
+        paths += sorted(source.folder.glob("*.safetensors"))
+        if source.adapter is not None:
+            paths += [source.adapter.folder / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
         records = {path.name: record for path, record in record_files(paths).items()}
     return _sha256(json.dumps({name: record.sha256 for name, record in sorted(records.items())}))
 

@@ -69,7 +69,7 @@ class ModelFacts:
         ranges: Each value's range by width, for vectors in 8 bits, if they were measured.
         source: The id of the checkpoint that it was made from; its own if it is one.
         is_cached: Whether its folder is the hub's cache, which is not written to.
-        folder: Where its files are.
+        folder: Where its files are; of a checkpoint, those beside its weights.
         artifact: The artifact; None for a checkpoint without a manifest.
         checkpoint: What torch runs; None where it is a graph.
     """
@@ -97,12 +97,15 @@ class ModelFacts:
         return self.inputs.prompts
 
 
-def read_facts(model: str | Path, task: Task | None = None) -> ModelFacts:
+def read_facts(
+    model: str | Path, task: Task | None = None, adapter: str | Path | None = None
+) -> ModelFacts:
     """Find out what a model is: an artifact, or a checkpoint in the hub's layout.
 
     Args:
         model: A folder, or a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Raises:
         InputError: No such folder or hub id, or it is neither, or its files say another task, or
@@ -110,7 +113,7 @@ def read_facts(model: str | Path, task: Task | None = None) -> ModelFacts:
         ArtifactError: A file of the artifact is missing or changed.
         CheckpointError: It is not a Qwen3 checkpoint, or needs what is not read.
     """
-    source = fetch(model)
+    source = fetch(model, adapter=adapter)
     if (source.folder / MANIFEST).is_file():
         return _artifact_facts(source, Artifact.open(source.folder), task)
     if not (source.folder / CONFIG).is_file():
@@ -159,9 +162,11 @@ def _longest(manifest: Manifest) -> int:
 
 def _checkpoint_facts(source: Source, task: Task | None) -> ModelFacts:
     check_links(source.folder)
+    if source.adapter is not None:
+        check_links(source.adapter.folder)
     spec = read_spec(source, task)
     return ModelFacts(
-        name=source.id,
+        name=source.name,
         task=spec.task,
         precision=_name_precision(spec),
         dim=spec.embedding_dim if spec.task == "embedding" else spec.hidden_size,
@@ -172,9 +177,9 @@ def _checkpoint_facts(source: Source, task: Task | None) -> ModelFacts:
         inputs=spec.inputs,
         outputs=spec.outputs,
         ranges=None,
-        source=source.id,
+        source=source.name,
         is_cached=source.is_cached,
-        folder=source.folder,
+        folder=source.pipeline,
         artifact=None,
         checkpoint=spec,
     )

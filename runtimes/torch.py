@@ -20,13 +20,13 @@ import numpy as np
 
 from ..engine import AMPERE
 from ..errors import DeviceError, InputError, require
+from ..lora import open_floats
 from ..pipeline import Outputs
 from ..pooling import Head, pool
 from ..prompts import find_answers
 from ..requirements import meets
 from ..spec import ModelSpec
 from ..stored import LibraryQuantization
-from ..weights import Weights
 from .batching import pad
 from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, open_readers
 from .facts import stored_float
@@ -73,7 +73,7 @@ class TorchModel:
         if spec.task == "reranker":
             head = torch.from_numpy(_read_head(spec)).to(self.device)
         finish = partial(_finish, torch, head, spec.outputs)
-        self._head = None if head is not None else Head(spec.outputs, spec.source.folder)
+        self._head = None if head is not None else Head(spec.outputs, spec.source.pipeline)
         self._pools = not spec.outputs.last_token
         padded = "it is a CPU" if self.device == "cpu" else why_padded(spec, arithmetic)
         try:
@@ -273,4 +273,4 @@ def _choose_arithmetic(spec: ModelSpec, device: str) -> str:
 
 def _read_head(spec: ModelSpec) -> np.ndarray:
     """W_yes - W_no, the head's own tensor alone being read: float32 [hidden]."""
-    return Weights(spec, [spec.head]).answer_row(*find_answers(spec))
+    return open_floats(spec, [spec.head]).answer_row(*find_answers(spec))

@@ -148,6 +148,7 @@ def originals(tmp_path_factory, small_tokenizer):
     embedport.quantize_checkpoint(
         found["embedding"], found["quantized"], method="awq", group_size=32
     )
+    found["adapter"] = write_adapter(base / "adapter", found["embedding"])
     found["act-order"] = write_act_order(found["embedding"], base / "act-order")
     return found
 
@@ -176,6 +177,40 @@ def write_act_order(original, folder):
         "dynamic": {"k_proj": {"bits": 8}},
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_adapter(folder, base):
+    """An adapter of three layers, as PEFT saves it."""
+    folder.mkdir()
+    values = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "revision": None,
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {"layers.0.*q_proj": 3},
+        "alpha_pattern": {},
+        "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+        "layers_pattern": "layers",
+        "layers_to_transform": None,
+        "modules_to_save": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    shapes = {
+        "layers.0.self_attn.q_proj.lora_A.weight": (3, 32),
+        "layers.0.self_attn.q_proj.lora_B.weight": (32, 3),
+        "layers.0.mlp.down_proj.lora_A.weight": (2, 64),
+        "layers.0.mlp.down_proj.lora_B.weight": (32, 2),
+        "embed_tokens.lora_embedding_A": (2, rows),
+        "embed_tokens.lora_embedding_B": (32, 2),
+    }
+    tensors = {
+        f"base_model.model.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    embedport.load(folder, device="cpu")
     return folder
 
 

@@ -115,7 +115,7 @@ class CardReference(LiveReference):
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        return place(model, self.spec, arithmetic, self.device)
+        return place(self.adapted(model, arithmetic), self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """A batch's vectors or probabilities: see `LiveReference`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..adapter import WEIGHTS
 from ..files import read_headers
 from ..integrity import record_files
 from ..runtimes import ModelFacts
@@ -116,16 +117,21 @@ def collect_details(
 
 def _weight_files(facts: ModelFacts) -> list[Path]:
     """The shards; or the graph, and its weights beside it."""
-    if facts.artifact is None or facts.artifact.manifest.graph is None:
-        return sorted({info.file for info in read_headers(facts.folder).values()})
+    if facts.checkpoint is not None:
+        source = facts.checkpoint.source
+        files = sorted({info.file for info in read_headers(source.folder).values()})
+        return files + ([] if source.adapter is None else [source.adapter.folder / WEIGHTS])
+    assert facts.artifact is not None
     graph = facts.artifact.graph
     return sorted(graph.parent.glob(f"{graph.name}*"))
 
 
 def _hash(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Relative path to sha256."""
+    """Path, relative in the model's folder, to sha256."""
     return {
-        path.relative_to(folder).as_posix(): record.sha256
+        (
+            path.relative_to(folder) if path.is_relative_to(folder) else path
+        ).as_posix(): record.sha256
         for path, record in record_files(files).items()
     }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from ..demo.samples import Pair, Sample
 from ..errors import CheckpointError, require
 from ..files import read_json
+from ..spec import ModelSpec
 from .live import LiveReference, choose_dtype, no_loading_bar, place
 from .reference import Arithmetic, Inputs
 
@@ -26,11 +26,14 @@ CHUNK = 256
 CLASSIFIER = "Qwen3ForSequenceClassification"
 
 
-def is_library_model(folder: Path) -> bool:
-    """Whether a checkpoint's folder is made for sentence-transformers."""
-    if (folder / "modules.json").is_file():
+def is_library_model(spec: ModelSpec) -> bool:
+    """Whether a checkpoint is made for sentence-transformers."""
+    if (spec.source.pipeline / "modules.json").is_file():
         return True
-    return CLASSIFIER in (read_json(folder / "config.json").get("architectures") or [])
+    if spec.adapter is not None and spec.adapter.labels is not None:
+        return True
+    config = read_json(spec.source.folder / "config.json")
+    return CLASSIFIER in (config.get("architectures") or [])
 
 
 class _TokenizedError(Exception):
@@ -108,6 +111,7 @@ class LibraryReference(LiveReference):
     def load(self, arithmetic: Arithmetic) -> Any:
         """The model as sentence-transformers loads it: see `LiveReference`."""
         model = self._open({"dtype": choose_dtype(self.spec, arithmetic)}, device="cpu")
+        model[0].model = self.adapted(model[0].model, arithmetic)
         return place(model, self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -22,12 +22,13 @@ from ..demo.samples import Pair, Sample
 from ..errors import CheckpointError, DeviceError, InputError, require
 from ..hub import fetch
 from ..integrity import record_files
+from ..lora import open_floats
 from ..progress import progress_bar
 from ..ranking import Vectors, candidate_pairs
 from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..runtimes.facts import stored_float
 from ..spec import ModelSpec, Task, read_spec
-from ..weights import Weights
+from .adapted import ReferenceFolder, merge_adapter
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
 
@@ -53,7 +54,8 @@ class LiveReference(ABC):
 
     def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
         self.spec, self.max_length, self.device = spec, max_length, device
-        weights = Weights(spec)  # libraries fill in a missing tensor with random numbers
+        self.place = ReferenceFolder(spec)
+        weights = open_floats(spec)  # libraries fill in a missing tensor with random numbers
         self.origin = Origin(
             id=spec.source.id,
             revision=spec.source.revision,
@@ -68,12 +70,13 @@ class LiveReference(ABC):
                 path.name: record.sha256 for path, record in record_files(weights.files).items()
             },
             log_odds=self.gives_log_odds(),
+            adapter=None if spec.source.adapter is None else spec.source.adapter.pinned,
         )
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoint is."""
-        return self.spec.source.folder
+        """What the library opens: the base's weights, and the files beside them."""
+        return self.place.folder
 
     @property
     @abstractmethod
@@ -95,6 +98,16 @@ class LiveReference(ABC):
         Raises:
             DeviceError: It does not fit into the GPU's memory.
         """
+
+    def adapted(self, model: Any, arithmetic: Arithmetic) -> Any:
+        """The base's model in transformers, with the adapter, if there is one, merged by PEFT.
+
+        Raises:
+            CheckpointError: PEFT does not take it.
+        """
+        if self.spec.adapter is None:
+            return model
+        return merge_adapter(model.float() if arithmetic == "fp32" else model, self.spec.adapter)
 
     @abstractmethod
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -218,7 +231,7 @@ class LiveReference(ABC):
 
     def final_norm(self) -> np.ndarray:
         """The gains of the final norm, float32 [hidden_size]."""
-        return Weights(self.spec).read_fp32("norm.weight")
+        return open_floats(self.spec, ["norm.weight"]).read_fp32("norm.weight")
 
 
 def open_live(
@@ -228,6 +241,7 @@ def open_live(
     max_length: int | None = None,
     revision: str | None = None,
     device: str = "auto",
+    adapter: str | Path | None = None,
 ) -> LiveReference:
     """Find a checkpoint, check its weights' names and shapes, and choose the library that runs it.
 
@@ -237,24 +251,28 @@ def open_live(
         max_length: Tokens after which an input is cut; None for the library's own limit.
         revision: A branch, tag or commit, for a hub id.
         device: As asked for the artifact: "cpu", or a GPU if torch has one.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Raises:
         InputError: No such folder or hub id.
         CheckpointError: It is not a Qwen3 checkpoint, or not whole, or quantized.
-        MissingPackageError: torch, transformers or sentence-transformers is not installed.
+        MissingPackageError: torch, transformers or sentence-transformers is not installed, or
+            PEFT for an adapter.
     """
     from .card import CardReference
     from .library import LibraryReference, is_library_model
 
     for package in ("torch", "transformers", "sentence_transformers"):
         require(package, "torch")
-    spec = read_spec(fetch(checkpoint, revision), task)
+    spec = read_spec(fetch(checkpoint, revision, adapter=adapter), task)
+    if spec.adapter is not None:
+        require("peft", "torch")
     if spec.quantization is not None:
         raise CheckpointError(
             f"{spec.source.folder / 'config.json'}: a reference should be the original in bf16, "
             f"fp16 or fp32, found one quantized by {spec.quantization.method!r}"
         )
-    kind = LibraryReference if is_library_model(spec.source.folder) else CardReference
+    kind = LibraryReference if is_library_model(spec) else CardReference
     return kind(spec, max_length, find_device(device))
 
 

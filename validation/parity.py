@@ -56,6 +56,7 @@ def validate(
     pairs: Sequence[tuple[str, str] | Pair] | None = None,
     *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     device: str = "auto",
     min_cosine: float | None = None,
     max_score_difference: float | None = None,
@@ -85,6 +86,7 @@ def validate(
         texts: For an embedding artifact; a plain string is a document. Built-in ones by default.
         pairs: For a reranker, (query, document) each. Built-in ones by default.
         revision: A branch, tag or commit of the reference on the hub.
+        adapter: The folder or hub id of a LoRA adapter to merge into the reference's weights.
         device: Where the artifact runs, as for `embedport.load`; the reference runs on the GPU that
             torch has, unless this is "cpu".
         min_cosine: Instead of the precision's limit.
@@ -137,6 +139,8 @@ def validate(
     data = _choose_set(retrieval, task=facts.task, save_run=save_run)
     recorded_reference = None
     if is_recorded(reference):
+        if adapter is not None:
+            raise InputError(f"{reference} is a recorded reference: record it with --adapter")
         recorded_reference = open_recorded(reference, facts.task, runtime.tokenizer.max_length)
         texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
         if data is not None:
@@ -144,7 +148,7 @@ def validate(
     inputs = choose_inputs(facts.task, texts, pairs, facts.prompts)
     _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
     source: Reference = (
-        _open_live(reference, facts.task, runtime.tokenizer.max_length, revision, device)
+        _open_live(reference, facts.task, adapter, runtime.tokenizer.max_length, revision, device)
         if recorded_reference is None
         else recorded_reference
     )
@@ -274,11 +278,23 @@ def _check_limits(
 
 
 def _open_live(
-    reference: str | Path, task: Task, max_length: int, revision: str | None, device: str
+    reference: str | Path,
+    task: Task,
+    adapter: str | Path | None,
+    max_length: int,
+    revision: str | None,
+    device: str,
 ) -> Reference:
     from .live import open_live  # only a checkpoint needs torch
 
-    return open_live(reference, task=task, max_length=max_length, revision=revision, device=device)
+    return open_live(
+        reference,
+        task=task,
+        adapter=adapter,
+        max_length=max_length,
+        revision=revision,
+        device=device,
+    )
 
 
 def _check_same_model(facts: ModelFacts, origin: Origin) -> None:

@@ -425,6 +425,8 @@ def _read_pair(query: Any, document: Any) -> Pair:
 
 
 def _read_origin(values: Mapping[str, Any]) -> Origin:
+    values = dict(values)
+    values.setdefault("adapter", None)  # files of before there were any
     if values.keys() != {field.name for field in fields(Origin)}:
         raise ValueError(f"origin has the keys {sorted(values)}")
     for key in ("id", "library", "device", "stored", "recorded"):

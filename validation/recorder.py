@@ -30,6 +30,7 @@ def record_reference(
     pairs: Sequence[tuple[str, str] | Pair] | None = None,
     *,
     task: Task | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     device: str = "auto",
     max_length: int | None = None,
@@ -48,6 +49,7 @@ def record_reference(
         texts: For an embedding model; a plain string is a document. Built-in ones by default.
         pairs: For a reranker, (query, document) each. Built-in ones by default.
         task: "embedding" or "reranker", where the checkpoint's files do not tell.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
         revision: A branch, tag or commit of the checkpoint on the hub.
         device: "cpu", or "auto" or "cuda" for the GPU that torch has.
         max_length: Tokens after which an input is cut; the library's own limit by default.
@@ -72,7 +74,12 @@ def record_reference(
         require("ir_measures", "retrieval")
         data = retrieval if isinstance(retrieval, RetrievalSet) else read_beir(retrieval)
     source = open_live(
-        checkpoint, task=task, max_length=max_length, revision=revision, device=device
+        checkpoint,
+        task=task,
+        adapter=adapter,
+        max_length=max_length,
+        revision=revision,
+        device=device,
     )
     chosen = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts)
     if data is not None and source.spec.task == "reranker":

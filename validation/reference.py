@@ -39,6 +39,7 @@ class Origin:
         files: Name to sha256 of the files that hold its weights.
         log_odds: Whether its library gives a reranker's scores as log-odds, not as probabilities.
         recorded: The day on which it was recorded, ISO 8601; None if it runs here.
+        adapter: The adapter that is merged into it: its folder or hub id, and revision.
     """
 
     id: str
@@ -53,11 +54,13 @@ class Origin:
     files: Mapping[str, str]
     log_odds: bool = False
     recorded: str | None = None
+    adapter: str | None = None
 
     @property
     def pinned(self) -> str:
         """The checkpoint in words."""
-        return self.id + (f" at {self.revision}" if self.revision else "")
+        at = f" at {self.revision}" if self.revision else ""
+        return f"{self.id}{at}" + (f" with {self.adapter}" if self.adapter else "")
 
     @property
     def runner(self) -> str:

@@ -86,6 +86,8 @@ def read_checkpoint(checkpoint: str | Path, first: ModelFacts) -> ModelSpec:
     spec = read_spec(fetch(checkpoint))
     if spec.quantization is not None:
         raise InputError(f"{checkpoint} is quantized, and peers serve plain checkpoints")
+    if spec.adapter is not None:
+        raise InputError(f"{checkpoint} is an adapter, and peers serve plain checkpoints")
     width = spec.hidden_size
     if width != first.hidden_size:
         raise InputError(

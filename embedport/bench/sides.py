@@ -100,7 +100,10 @@ class Installed:
 
 def our_side(facts: ModelFacts, threads: int) -> Side:
     """An artifact or a checkpoint, as `embedport.load` runs it on a CPU."""
-    command = (sys.executable, "-m", "embedport.bench.serve", str(facts.folder))
+    folder = facts.folder
+    if facts.checkpoint is not None and facts.checkpoint.source.adapter is not None:
+        folder = facts.checkpoint.source.adapter.folder  # which names its base
+    command = (sys.executable, "-m", "embedport.bench.serve", str(folder))
     command += (str(threads), facts.task)
     bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
     return Side(f"embedport {facts.precision}", command, facts.folder, bits, {}, has_batches=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .inputs import TaskOption, check_task, read_texts
+from .inputs import AdapterOption, TaskOption, check_task, read_texts
 from .outputs import check_output, stdout_console, to_json, write_jsonl, write_npy
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def encode(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Begin a folder anew.")] = False,
     task: TaskOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Embed texts.
 
@@ -122,6 +123,7 @@ def encode(
             device=device,
             max_length=max_length,
             task=check_task(task),
+            adapter=None if adapter is None else _absolute(Path(adapter)),
         )
         _encode_corpus(job, engine, workers, force)
         return
@@ -134,7 +136,9 @@ def encode(
         raise InputError("--json prints, and -o writes a file: give one of them")
     only_ranges = calibrate is not None and not texts and file is None
     inputs = [] if only_ranges else read_texts(texts or [], file)
-    embedder = load(artifact, device=device, max_length=max_length, task=check_task(task))
+    embedder = load(
+        artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
+    )
     if not isinstance(embedder, Embedder):
         raise InputError(f"{artifact} is a reranker: use `embedport rerank`")
     if only_ranges and not embedder.keeps_ranges:

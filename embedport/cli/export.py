@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .inputs import AdapterOption
 from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def export_onnx(
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)
     ] = None,
+    adapter: AdapterOption = None,
     max_length: Annotated[
         int | None, typer.Option(help="Cut texts to so many tokens.", show_default=False)
     ] = None,
@@ -125,6 +127,7 @@ def export_onnx(
             out,
             revision=revision,
             task=task,  # ty: ignore[invalid-argument-type] (checked there)
+            adapter=adapter,
             precision=precision,
             arithmetic=arithmetic,
             dialect=dialect,
@@ -182,9 +185,9 @@ def _print(artifact: Artifact, seconds: float) -> None:
     console.print("Next:")
     texts = '"What is the capital of China?"'
     texts += ' "The capital of China is Beijing."' if verb == "rerank" else " --prompt query"
-    folder, source = (shlex.quote(str(x)) for x in (artifact.folder, manifest.source.pinned))
+    folder, options = shlex.quote(str(artifact.folder)), shlex.join(manifest.source.options)
     for command in (
         f"embedport {verb} {folder} {texts}",
-        f"embedport validate {folder} --reference {source}",
+        f"embedport validate {folder} {options}",
     ):
         console.print(f"  {command}", soft_wrap=True)

@@ -22,6 +22,16 @@ TaskOption = Annotated[
 ]
 
 
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="A LoRA adapter's folder, or hub id, to merge into the checkpoint's weights.",
+        show_default=False,
+    ),
+]
+
+
 def check_task(task: str | None) -> Task | None:
     """The task of the command line.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import TaskOption, check_task
+from .inputs import AdapterOption, TaskOption, check_task
 from .outputs import size_words, stdout_console
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     task: TaskOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Show what an artifact or a checkpoint is; an artifact's files are checked.
 
@@ -43,7 +44,7 @@ def inspect(
     from ..files import MANIFEST
     from ..hub import fetch
 
-    source = fetch(target, revision, weights=False)
+    source = fetch(target, revision, weights=False, adapter=adapter)
     if (source.folder / MANIFEST).is_file():
         facts = _artifact_facts(source)
         try:
@@ -148,12 +149,15 @@ def _verdict(parity: Mapping[str, Any] | None) -> str:
 
 
 def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
+    from ..exporters.provenance import adapter_record
     from ..quantize.stored import find_stored
     from ..spec import read_spec
 
     spec = read_spec(source, task)
-    facts = asdict(spec) | _words(spec.source.folder, spec)
+    facts = asdict(replace(spec, adapter=None)) | _words(spec.source.pipeline, spec)
     del facts["source"]
+    record = adapter_record(spec)
+    facts["adapter"] = None if record is None else asdict(record)
     stored = find_stored(spec)
     # What a library alone reads gives no weights to export.
     exports = spec.quantization is None or stored is not None
@@ -318,7 +322,10 @@ def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         rows["Similarity"] = outputs["similarity"]
     else:
         rows["Head"] = _head(facts)
-    rows["Adapter"] = "none"
+    from ..manifest import AdapterRecord
+
+    adapter = facts["adapter"] if "rope" in facts else facts["source"].get("adapter")
+    rows["Adapter"] = "none" if adapter is None else str(AdapterRecord(**adapter))
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .inputs import AdapterOption
 from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def quantize(
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)
     ] = None,
+    adapter: AdapterOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -80,6 +82,7 @@ def quantize(
             method=method,
             revision=revision,
             task=task,  # ty: ignore[invalid-argument-type] (checked there)
+            adapter=adapter,
             bits=bits,
             group_size=group_size,
             double_quant=double_quant,
@@ -115,6 +118,6 @@ def _print(artifact: Artifact, seconds: float) -> None:
         soft_wrap=True,
     )
     console.print("Next:")
-    folder, source = (shlex.quote(str(x)) for x in (artifact.folder, manifest.source.pinned))
-    console.print(f"  embedport validate {folder} --reference {source}", soft_wrap=True)
+    folder, options = shlex.quote(str(artifact.folder)), shlex.join(manifest.source.options)
+    console.print(f"  embedport validate {folder} {options}", soft_wrap=True)
     console.print(f"With vLLM: see {artifact.folder / 'vllm.md'}", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .inputs import AdapterOption
 from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def reference(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
+    adapter: AdapterOption = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -71,13 +73,14 @@ def reference(
     from ..validation import record_reference
 
     check_output(out)
-    texts, pairs, kind = _read(checkpoint, revision, task, file)
+    texts, pairs, kind = _read(checkpoint, revision, task, adapter, file)
     recorded = record_reference(
         checkpoint,
         out,
         texts,
         pairs,
         task=kind,
+        adapter=adapter,
         revision=revision,
         device=device,
         max_length=max_length,
@@ -108,7 +111,11 @@ def reference(
 
 
 def _read(
-    checkpoint: str, revision: str | None, task: str | None, file: Path | None
+    checkpoint: str,
+    revision: str | None,
+    task: str | None,
+    adapter: str | None,
+    file: Path | None,
 ) -> tuple[list[Sample] | None, list[Pair] | None, Task | None]:
     from ..demo.samples import read_pairs, read_samples
     from ..spec import ModelSpec
@@ -116,7 +123,7 @@ def _read(
     kind: Any = task  # checked where it is read
     if file is None:
         return None, None, kind
-    spec = ModelSpec.from_checkpoint(checkpoint, revision=revision, task=kind)
+    spec = ModelSpec.from_checkpoint(checkpoint, revision=revision, task=kind, adapter=adapter)
     if spec.task == "reranker":
         return None, read_pairs(file), kind
     return read_samples(file), None, kind

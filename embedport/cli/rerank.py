@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .inputs import TaskOption, check_task, read_texts
+from .inputs import AdapterOption, TaskOption, check_task, read_texts
 from .outputs import check_output, stdout_console, to_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def rerank(
         bool, typer.Option("--json", help="Print a JSON object a document.")
     ] = False,
     task: TaskOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Order documents by relevance to a query.
 
@@ -70,7 +71,9 @@ def rerank(
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
     inputs = read_texts(documents or [], file)
-    reranker = load(artifact, device=device, max_length=max_length, task=check_task(task))
+    reranker = load(
+        artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
+    )
     if not isinstance(reranker, Reranker):
         raise InputError(f"{artifact} is an embedding model: use `embedport encode`")
     ranking = reranker.rank(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .inputs import AdapterOption
 from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def export_tensorrt(
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)
     ] = None,
+    adapter: AdapterOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -81,6 +83,7 @@ def export_tensorrt(
             hardware_compatible=hardware_compatible,  # ty: ignore[invalid-argument-type] (checked there)
             revision=revision,
             task=task,  # ty: ignore[invalid-argument-type] (checked there)
+            adapter=adapter,
             force=force,
             progress=progress,
         )

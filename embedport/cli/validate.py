@@ -36,6 +36,13 @@ def validate(
     revision: Annotated[
         str | None, typer.Option(help="The reference's hub revision.", show_default=False)
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="A LoRA adapter's folder, or hub id, to merge into the reference.",
+            show_default=False,
+        ),
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -107,6 +114,7 @@ def validate(
         texts,
         pairs,
         revision=revision,
+        adapter=adapter,
         device=device,
         min_cosine=min_cosine,
         max_score_difference=max_score_difference,

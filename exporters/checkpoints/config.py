@@ -67,7 +67,7 @@ def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
         own = vllm_overrides(spec, form)
         own.pop("architectures", None)  # the folder's own is what transformers loads
         return values | own
-    path = spec.source.folder / "tokenizer.json"
+    path = spec.source.pipeline / "tokenizer.json"
     padding = spec.inputs.skipped_token
     if padding is None and spec.score_rows is None:
         padding = token_id(load_tokenizer(path), END_OF_TEXT, path)
@@ -97,7 +97,7 @@ def vllm_overrides(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
     yes, no = find_answers(spec)
     if no is None:
         return {}  # vLLM subtracts two tokens' logits
-    tokenizer = load_tokenizer(spec.source.folder / "tokenizer.json")
+    tokenizer = load_tokenizer(spec.source.pipeline / "tokenizer.json")
     return {
         "architectures": [CLASSIFIER],
         "classifier_from_token": [tokenizer.id_to_token(token) for token in (no, yes)],

@@ -15,6 +15,7 @@ from ...bitsandbytes_ import importing_bitsandbytes
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
 from ...layout import turn_into_classifier, write_json
+from ...lora import open_floats
 from ...manifest import Manifest
 from ...quantize.schemes import ScaleDtype
 from ...quantize.source import WeightSource
@@ -55,6 +56,7 @@ def quantize_checkpoint(
     method: str,
     revision: str | None = None,
     task: Task | None = None,
+    adapter: str | Path | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     double_quant: bool = False,
@@ -76,6 +78,7 @@ def quantize_checkpoint(
             activations), which are compressed-tensors.
         revision: A branch, tag or commit, for a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
         bits: Of a weight, 4 or 8, for "gptq"; 4 by default.
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
@@ -96,7 +99,7 @@ def quantize_checkpoint(
     """
     output = Path(output).expanduser().absolute()
     # Weights may be gigabytes to download: what can be wrong without them comes first.
-    spec = read_configuration(checkpoint, revision, task)
+    spec = read_configuration(checkpoint, revision, task, adapter)
     if spec.quantization is not None:
         raise CheckpointError(
             f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
@@ -114,7 +117,7 @@ def quantize_checkpoint(
     rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
     check_place(output, force)
     spec = fetch_weights(spec)
-    weights = Weights(spec)
+    weights = open_floats(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
     needs = _needed_bytes(spec, plan)
     if plan.method.algorithm == "gptq":

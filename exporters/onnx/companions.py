@@ -18,6 +18,8 @@ COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# What an adapter's folder does not have.
+OF_THE_BASE = ("config.json", "generation_config.json")
 
 
 def write_companions(spec: ModelSpec, folder: Path) -> None:
@@ -30,11 +32,12 @@ def write_companions(spec: ModelSpec, folder: Path) -> None:
     Raises:
         InputError: A file of the checkpoint cannot be read.
     """
-    source = spec.source.folder
+    source = spec.source.pipeline
     try:
         for name in COPIED:
-            if (source / name).exists():
-                (folder / name).write_bytes(read_small(source / name))
+            place = spec.source.folder if name in OF_THE_BASE else source
+            if (place / name).exists():
+                (folder / name).write_bytes(read_small(place / name))
         for template in sorted((source / FURTHER).glob("*.jinja")):
             (folder / FURTHER).mkdir(exist_ok=True)
             (folder / FURTHER / template.name).write_bytes(read_small(template))

@@ -68,6 +68,7 @@ def export_onnx(
     *,
     revision: str | None = None,
     task: Task | None = None,
+    adapter: str | Path | None = None,
     precision: str = "fp32",
     arithmetic: str | None = None,
     dialect: str = "ort",
@@ -100,6 +101,7 @@ def export_onnx(
         output: The artifact's folder; it appears only when it is complete and checked.
         revision: A branch, tag or commit, for a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
         precision: "fp32"; "fp16" (what would overflow stays in fp32, found by calibration); "bf16"
             (the residual stream stays in fp32); "int8" (weights and each token's activations);
             "fp8" (the same in float8, standard dialect only); "int8-weight" or "int4" (weights in
@@ -141,7 +143,7 @@ def export_onnx(
             f"--algorithm {algorithm}; leave it out, or give it with --precision int4"
         )
     # Weights may be gigabytes to download: what can be wrong without them comes first.
-    spec = read_configuration(checkpoint, revision, task)
+    spec = read_configuration(checkpoint, revision, task, adapter)
     check_readable(spec)
     chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)

@@ -445,7 +445,7 @@ def describe_output(
         if dim < spec.hidden_size and rotation is None:
             pooled = shorten(g, pooled, dim)
         return named(normalize(g, pooled), "sentence_embedding", ("batch", dim))
-    folder = spec.source.folder
+    folder = spec.source.pipeline
     vectors = describe_steps(g, pooled, outputs, lambda dense: read_dense(folder, dense))
     if dim < spec.embedding_dim:
         vectors = shorten(g, vectors, dim)

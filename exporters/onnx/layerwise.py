@@ -148,7 +148,7 @@ def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
         else:
             vectors.append(pool(normed, np.ones(normed.shape[:2], np.int64), outputs))
     found = np.concatenate(vectors)
-    return found if spec.task == "reranker" else Head(outputs, spec.source.folder)(found)
+    return found if spec.task == "reranker" else Head(outputs, spec.source.pipeline)(found)
 
 
 def _inputs() -> list[ir.Value]:

@@ -38,7 +38,7 @@ def tokenize_samples(
     Raises:
         CheckpointError: The tokenizer gives ids beyond the embedding table.
     """
-    path = spec.source.folder / "tokenizer.json"
+    path = spec.source.pipeline / "tokenizer.json"
     if spec.task == "reranker":
         pairs = read_pairs(calibration) if calibration else builtin_pairs()
         tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
@@ -71,7 +71,7 @@ def tokenize_retrieval(
     """
     data = read_beir(folder)
     require("ir_measures", "retrieval")  # before long work
-    path = spec.source.folder / "tokenizer.json"
+    path = spec.source.pipeline / "tokenizer.json"
     if spec.task == "reranker":
         return data, RerankerTokenizer(path, max_length, spec.inputs).encode(
             candidate_pairs(data)

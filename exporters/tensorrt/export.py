@@ -58,6 +58,7 @@ def export_tensorrt(
     hardware_compatible: Compatibility = "none",
     revision: str | None = None,
     task: Task | None = None,
+    adapter: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -76,6 +77,7 @@ def export_tensorrt(
             "ampere+" or "same-capability".
         revision: A branch, tag or commit, for a hub id.
         task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
         force: Whether to replace an artifact that is already there.
         progress: Called with (stage, done, total) as the work goes on.
 
@@ -94,7 +96,7 @@ def export_tensorrt(
     )
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {precision!r}")
-    given = _open(source, precision, revision, task)
+    given = _open(source, precision, revision, task, adapter)
     size = given.size if given else 0
     builds = obstacle() is None
     with staged(Path(output), force=force, needs=2 * size) as folder:
@@ -104,7 +106,7 @@ def export_tensorrt(
                 make_witness(folder, manifest)
         else:
             manifest = _export_graph(
-                str(source), folder, precision or "bf16", revision, task, progress
+                str(source), folder, precision or "bf16", revision, task, adapter, progress
             )
         graph = manifest.graph
         assert graph is not None
@@ -138,7 +140,11 @@ def export_tensorrt(
 
 
 def _open(
-    source: str | Path, precision: str | None, revision: str | None, task: Task | None
+    source: str | Path,
+    precision: str | None,
+    revision: str | None,
+    task: Task | None,
+    adapter: str | Path | None,
 ) -> Artifact | None:
     """The source, if it is an artifact with a graph of the standard dialect; None if it is none."""
     if not (Path(source).expanduser() / MANIFEST).is_file():
@@ -147,10 +153,10 @@ def _open(
     graph = artifact.manifest.graph
     if graph is None:
         return None  # a quantized checkpoint, which export_onnx reads
-    if precision or revision or task:
+    if precision or revision or task or adapter:
         raise InputError(
             f"{source} is an artifact in {artifact.manifest.precision}: it takes none of "
-            "--precision, --revision and --task"
+            "--precision, --revision, --task and --adapter"
         )
     if graph.dialect != "standard" or graph.output != "pooled":
         raise InputError(
@@ -178,6 +184,7 @@ def _export_graph(
     precision: str,
     revision: str | None,
     task: Task | None,
+    adapter: str | Path | None,
     progress: Progress,
 ) -> Manifest:
     """Export into the folder, in 16-bit arithmetic."""
@@ -187,6 +194,7 @@ def _export_graph(
             Path(temporary) / "artifact",
             revision=revision,
             task=task,
+            adapter=adapter,
             precision=precision,
             arithmetic="bf16" if precision in QUANTIZED and precision != FP8 else None,
             dialect="standard",

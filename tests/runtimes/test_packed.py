@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import embedport
 from embedport.errors import InputError
@@ -80,7 +81,8 @@ def run(packed, folder, task, dtype):
     """(found, expected): packed layers' vectors, and those of transformers' layers."""
     import torch
 
-    spec = read_spec(Source("", None, folder), task)
+    source = folder if isinstance(folder, Source) else Source("", None, folder)
+    spec = read_spec(source, task)
     rows = rows_of(spec)
     finish = torch.nn.functional.normalize
     found = open_layers(packed, spec, dtype)(np.concatenate(rows), np.array(LENGTHS))
@@ -94,6 +96,25 @@ def run(packed, folder, task, dtype):
 def test_the_same_without_padding(packed, checkpoints, geometry, task, dtype, limit):
     found, expected = run(packed, checkpoints(geometry, task, dtype=dtype), task, dtype)
     assert (found * expected).sum(axis=1).min() > limit
+
+
+def test_an_adapter_is_merged(packed, checkpoints, tmp_path):
+    """q_proj alone is changed, and so float32 beside a stored k_proj and v_proj."""
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    generator, tensors = np.random.default_rng(3), {}
+    for layer in range(2):
+        prefix = f"base_model.model.layers.{layer}.self_attn.q_proj.lora_"
+        for part, shape in (("A", (2, 64)), ("B", (192, 2))):
+            values = generator.standard_normal(shape) / 4
+            tensors[f"{prefix}{part}.weight"] = values.astype(np.float32)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    folder = checkpoints("kv2", dtype="float16")
+    source = Source("", None, folder, Source("", None, tmp_path))
+    found, expected = run(packed, source, "embedding", "float16")
+    assert (found * expected).sum(axis=1).min() > 0.99999
+    plain, _ = run(packed, folder, "embedding", "float16")
+    assert (found * plain).sum(axis=1).min() < 0.99
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
