@@ -321,7 +321,10 @@ def _read_compressed_tensors(
                 f"{place}: output_activations should be absent, found "
                 f"{group['output_activations']!r}"
             )
-        form = group.get("format") or values.get("format")
+        whole = values.get("format")
+        form = group.get("format") or whole
+        if whole not in (None, form, "mixed-precision"):
+            raise CheckpointError(f"{where}: format is {whole!r}, in the group {form!r}")
         formats[_read_weights(group["weights"], form, place)] = None
         reorders |= group["weights"].get("actorder") in ("group", "dynamic", True)
         rounds |= bool(group.get("input_activations"))

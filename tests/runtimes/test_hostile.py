@@ -146,10 +146,13 @@ def test_names_that_compressed_tensors_takes_for_files(quantized, copied, tmp_pa
         ({"transform_config": {"config_groups": {"x": {"type": name}}}}, "transform_config is not"),
         ({"sparsity_config": {"format": name}}, "sparsity_config is not read"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not read"),
-        ({"config_groups": {}}, "should hold one group"),
+        ({"config_groups": {}}, "should hold a group"),
         ({"config_groups": {"a": {"weights": None}}}, "should have weights"),
         ({"ignore": [1]}, "should be lists of names"),
-        ({"config_groups": {"a": weights | {"input_activations": None}}}, "int or float of 8 bits"),
+        (
+            {"config_groups": {"a": weights | {"output_activations": {"num_bits": 8}}}},
+            "output_activations should be absent",
+        ),
     ):
         change(folder, quantization_config=good | changes)
         with pytest.raises(CheckpointError, match=message):
