@@ -45,8 +45,10 @@ def test_reranker(artifacts, reference, precision, dialect):
 @pytest.mark.parametrize("precision", LIMITS)
 def test_a_text_alone_and_in_a_ragged_batch(artifacts, precision, dialect):
     embedder = artifacts("kv8", dialect=dialect, precision=precision)
-    together = embedder.encode(TEXTS, batch_tokens=16_384)
-    alone = np.concatenate([embedder.encode([text]) for text in TEXTS])
+    # The standard Attention keeps all scores at once: long texts take seconds.
+    texts = [text for text in TEXTS if dialect == "ort" or len(text) < 1000]
+    together = embedder.encode(texts, batch_tokens=16_384)
+    alone = np.concatenate([embedder.encode([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)
 
 

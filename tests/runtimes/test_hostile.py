@@ -181,8 +181,7 @@ def test_unknown_methods(folder, quantization, message):
         embedport.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("method", ["bnb-nf4", "bnb-int8"])
-def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap, method):
+def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
     """On a CPU with bf16 it would take code off the hub where the package `kernels` is.
 
     And say so where there is none, and of each 8-bit product that it rounds its input.
@@ -190,17 +189,18 @@ def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap, method):
     (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {code(trap)}")
     program = (
         "import sys, embedport\n"
-        "print(embedport.load(sys.argv[1], device='cpu').encode(['a']).shape)\n"
+        "for folder in sys.argv[1:]:\n"
+        "    print(embedport.load(folder, device='cpu').encode(['a']).shape)\n"
         "import kernels; print(kernels.get_kernel)"
     )
     found = subprocess.run(
-        [sys.executable, "-c", program, str(quantized(method))],
+        [sys.executable, "-c", program, *map(str, map(quantized, ("bnb-nf4", "bnb-int8")))],
         env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found.stdout.startswith("(1, 128)")
+    assert found.stdout.startswith("(1, 128)\n(1, 128)\n")
     assert found.stderr == ""
     assert not trap.exists()
 
