@@ -11,6 +11,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ..adapter import CONFIG, WEIGHTS, Adapter
+from ..bitsandbytes_ import importing_bitsandbytes
 from ..errors import CheckpointError, require
 from ..files import read_json
 from ..spec import CLASSIFIER, ModelSpec
@@ -85,7 +86,8 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
 
 def _merge(model: Any, adapter: Adapter) -> Any:
     peft = require("peft", "torch")
-    with warnings.catch_warnings(record=True) as said:
+    # PEFT imports bitsandbytes where it is installed.
+    with importing_bitsandbytes(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             merged = peft.PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
