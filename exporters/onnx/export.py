@@ -363,7 +363,7 @@ def _plan_recipe(
             raise InputError("a recipe decides everything: give no other option of quantization")
         return Recipe.from_file(Path(recipe))
     if precision == MIXED:
-        raise InputError("precision mixed is what a recipe or --precision auto makes: take these")
+        raise InputError("precision mixed comes from a recipe or --precision auto: use one of them")
     if precision in QUANTIZED:
         formats = plan_formats(
             spec,
@@ -390,7 +390,7 @@ def _plan_recipe(
     if sets_format or (sets_algorithm and precision != AUTO):
         raise InputError(
             f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
-            "--embedding-bits and --arithmetic that was given; they go with "
+            "--embedding-bits and --arithmetic: leave them out, or use them with --precision "
             f"{', '.join(QUANTIZED)}"
         )
     if precision == AUTO and dialect != "ort":
