@@ -47,7 +47,7 @@ class ShardWriter:
     Args:
         folder: The shards' folder.
         tensors: The largest number of tensors to write.
-        shard_bytes: A shard's size limit; only a larger tensor exceeds it.
+        shard_bytes: A new shard begins before a tensor would exceed this many bytes.
     """
 
     def __init__(self, folder: Path, tensors: int, shard_bytes: int = SHARD_BYTES) -> None:
