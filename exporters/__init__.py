@@ -1,4 +1,4 @@
-"""Exporters: a checkpoint becomes what a runtime executes."""
+"""Exporters: write a checkpoint in a format that a runtime executes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def export(
         checkpoint: A folder in the hub's layout, or a hub id.
         output: The artifact's folder.
         format: "onnx" or "tensorrt".
-        options: Of the format's own function: see `export_onnx` and `export_tensorrt`.
+        options: Keyword arguments of `export_onnx` or `export_tensorrt`.
 
     Raises:
-        InputError: There is no such format; and what the format's function raises.
+        InputError: The format is unknown. The format's function raises further errors.
     """
     if format not in FORMATS:
         raise InputError(f"format should be one of {', '.join(FORMATS)}, found {format!r}")

@@ -1,4 +1,4 @@
-"""A checkpoint in two steps: its configuration, and its weights once nothing else can be wrong."""
+"""Fetch a checkpoint in two steps: the configuration, then, once options are checked, weights."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ def read_configuration(
     task: Task | None,
     adapter: str | Path | None = None,
 ) -> ModelSpec:
-    """The spec of a checkpoint; arguments and errors as for `ModelSpec.from_checkpoint`.
+    """Read a checkpoint's spec; arguments and errors as for `ModelSpec.from_checkpoint`.
 
-    Of a hub id the configuration alone is downloaded where that tells the task, else the weights
-    too.
+    For a hub id, the weights are downloaded only if the configuration does not tell the task.
     """
     source = fetch(checkpoint, revision, weights=False, adapter=adapter)
-    tells = (source.pipeline / "modules.json").is_file() or (source.folder / INDEX).is_file()
-    tells = tells or declared_task(source.folder) is not None
-    if task is None and not tells:
-        # The names of its tensors tell, and they are in the one file of its weights.
+    task_is_known = (source.pipeline / "modules.json").is_file() or (
+        source.folder / INDEX
+    ).is_file()
+    task_is_known = task_is_known or declared_task(source.folder) is not None
+    if task is None and not task_is_known:
+        # Tensor names tell the task; without an index they are only in the weight file.
         fetch(source.id, source.revision)
     return read_spec(source, task)
 
 
 def fetch_weights(spec: ModelSpec) -> ModelSpec:
-    """Download the weights of a checkpoint, of the very commit that its spec was read from.
+    """Download a checkpoint's weights, at the commit that its spec was read from.
 
     Returns:
-        The spec, with the head that the weights turn out to have.
+        The spec, with the head that the weights contain.
 
     Raises:
-        CheckpointError: The hub does not give them.
+        CheckpointError: The download fails.
     """
     fetch(spec.source.id, spec.source.revision)
     return with_own_head(spec)

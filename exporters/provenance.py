@@ -1,4 +1,4 @@
-"""What a manifest says of how an artifact came to be, and how its making reports progress."""
+"""Provenance records for the manifest, and progress reports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Progress = Callable[[str, int, int], None]
 
 
 def counted(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    """A function that reports one step more of a stage each time."""
-    done = iter(range(1, total + 1))
-    return lambda: progress(stage, next(done), total)
+    """Return a function that reports one more finished step of a stage at each call."""
+    steps = iter(range(1, total + 1))
+    return lambda: progress(stage, next(steps), total)
 
 
 def source_record(weights: Weights) -> SourceRecord:
-    """The checkpoint and its adapter, with the hashes of their files."""
+    """Record the checkpoint and its adapter, with their files' hashes."""
     records = record_files(weights.files)
     source = weights.spec.source
-    files = {path.name: each.sha256 for path, each in records.items()}
+    files = {path.name: record.sha256 for path, record in records.items()}
     return SourceRecord(source.id, source.revision, files, adapter_record(weights.spec))
 
 
 def adapter_record(spec: ModelSpec) -> AdapterRecord | None:
-    """The adapter that is merged into a checkpoint's weights."""
+    """Record the adapter merged into a checkpoint's weights; None without one."""
     adapter, source = spec.adapter, spec.source.adapter
     if adapter is None or source is None:
         return None
@@ -38,11 +38,11 @@ def adapter_record(spec: ModelSpec) -> AdapterRecord | None:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's version, and that of each package that is installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that are installed, by name."""
+    installed = {"python": platform.python_version()}
     for name in packages:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

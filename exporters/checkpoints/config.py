@@ -1,4 +1,4 @@
-"""config.json of a quantized checkpoint: what each library reads to find its way."""
+"""config.json of a quantized checkpoint: the settings that each library loads it by."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...spec import ModelSpec
 from ...version import __version__
 from .methods import Plan
 
-# How a reranker is written: its own form, or one logit, W_yes - W_no, as a classifier's head.
+# A reranker's form: its own causal LM, or a classifier with one logit, W_yes - W_no.
 Form = Literal["causal-lm", "sequence-classification"]
 FORMS: tuple[Form, ...] = ("causal-lm", "sequence-classification")
 CLASSIFIER = "Qwen3ForSequenceClassification"
-# Whoever wraps the model gives it one of these heads; both stay as they are.
+# Heads that a task's model class adds to the layers; neither is quantized.
 NOT_QUANTIZED = ["lm_head", "score"]
 PROJECTIONS = [
     ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"],
@@ -27,12 +27,12 @@ PROJECTIONS = [
 
 
 def checkpoint_config(spec: ModelSpec, plan: Plan, form: Form | None) -> dict[str, Any]:
-    """The source's config.json with the quantization and what vLLM needs to know.
+    """The source's config.json, plus the quantization and the settings that vLLM needs.
 
     Args:
         spec: The source.
         plan: How it is quantized.
-        form: Of a reranker; None for an embedder.
+        form: A reranker's form; None for an embedder.
     """
     config = read_json(spec.source.folder / "config.json") | _rope_values(spec)
     config.pop("rope_parameters" if spec.rope.kind != "default" else "rope_scaling", None)
@@ -44,16 +44,16 @@ def checkpoint_config(spec: ModelSpec, plan: Plan, form: Form | None) -> dict[st
 
 
 def _rope_values(spec: ModelSpec) -> dict[str, Any]:
-    """The rotary embedding as both transformers 4 and 5 read it.
+    """The rotary embedding's settings, for both transformers 4 and 5.
 
-    4 knows no rope_parameters, and would take a theta of 10,000; 5 takes rope_scaling before them.
+    4 ignores rope_parameters and would use a theta of 10,000; 5 prefers rope_scaling to them.
     """
     values = spec.rope.to_parameters()
     theta = values.pop("rope_theta")
     if spec.rope.kind == "default":
         return {"rope_theta": theta}
     if spec.rope.original == spec.max_position_embeddings:
-        # Both take it from there; given, 4 would divide the two instead of taking the factor.
+        # Both default to that; if it is given, 4 divides the two instead of using the factor.
         del values["original_max_position_embeddings"]
     return {"rope_theta": theta, "rope_scaling": values}
 
@@ -61,12 +61,12 @@ def _rope_values(spec: ModelSpec) -> dict[str, Any]:
 def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
     if form is None:
         return vllm_overrides(spec, form)
-    # Query and document come in one text, which the template has put together.
+    # The chat template joins query and document into one text.
     values: dict[str, Any] = {"use_pad_token": False, "use_sep_token": False}
     if form == "causal-lm":
-        own = vllm_overrides(spec, form)
-        own.pop("architectures", None)  # the folder's own is what transformers loads
-        return values | own
+        overrides = vllm_overrides(spec, form)
+        overrides.pop("architectures", None)  # transformers loads the checkpoint's own
+        return values | overrides
     path = spec.source.pipeline / "tokenizer.json"
     padding = spec.inputs.skipped_token
     if padding is None and spec.score_rows is None:
@@ -83,12 +83,12 @@ def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
 
 
 def vllm_overrides(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
-    """What `vllm serve --hf-overrides` is to be given; empty where nothing is.
+    """The value of `vllm serve --hf-overrides`; empty if none is needed.
 
     https://docs.vllm.ai/en/latest/models/pooling_models (Matryoshka embeddings, rerankers)
     """
     if form is None:
-        # Powers of two from 32 up, and the whole width.
+        # Powers of two from 32, and the full width.
         full = spec.embedding_dim
         widths = {1 << i for i in range(5, full.bit_length())} | {full}
         return {"is_matryoshka": True, "matryoshka_dimensions": sorted(widths)}
@@ -106,7 +106,7 @@ def vllm_overrides(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
 
 
 def quantization_config(plan: Plan) -> Mapping[str, Any]:
-    """`quantization_config`, made by the library that reads it where it has code for that."""
+    """`quantization_config`; the library that reads it creates it, if it has code for that."""
     if plan.method.library == "gptq":
         return gptq_config(plan)
     if plan.method.library == "bitsandbytes":
@@ -115,7 +115,7 @@ def quantization_config(plan: Plan) -> Mapping[str, Any]:
 
 
 def gptq_config(plan: Plan) -> dict[str, Any]:
-    """AutoGPTQ's, which stands in quantize_config.json too."""
+    """AutoGPTQ's `quantization_config`, which is also written to quantize_config.json."""
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -137,16 +137,16 @@ def _bitsandbytes_config(plan: Plan) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if plan.name == "bnb-int8":
-        made = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTIZED)
     else:
-        made = BitsAndBytesConfig(
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=plan.double_quant,
             bnb_4bit_compute_dtype=plan.dtype,
             llm_int8_skip_modules=NOT_QUANTIZED,
         )
-    return made.to_dict()
+    return config.to_dict()
 
 
 def _compressed_tensors_config(plan: Plan) -> dict[str, Any]:
@@ -162,12 +162,12 @@ def _compressed_tensors_config(plan: Plan) -> dict[str, Any]:
         assert scheme.weights is not None
         scheme.weights.group_size = plan.group_size
     scheme.format = CompressionFormat(plan.method.format)
-    made = QuantizationConfig(
+    config = QuantizationConfig(
         config_groups={"group_0": scheme},
         format=plan.method.format,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=NOT_QUANTIZED,
     )
-    # transformers would unpack matrices when the model is first called, and sentence-transformers
-    # calls its forward() only: so they are unpacked on load. Servers with kernels do not read this.
-    return {**made.model_dump(mode="json"), "dequantize": True}
+    # By default transformers unpacks matrices at the model's first call, but sentence-transformers
+    # calls only forward(): unpack on load. Servers with their own kernels ignore this.
+    return {**config.model_dump(mode="json"), "dequantize": True}

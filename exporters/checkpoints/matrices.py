@@ -1,4 +1,4 @@
-"""Where the tensors of a quantized checkpoint come from, one matrix at a time."""
+"""Quantize a checkpoint's matrices, one at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .packing import (
     packed_parts,
 )
 
-# A matrix's name, without ".weight", to its tensors.
+# A function from a matrix's name, without ".weight", to its stored tensors.
 Quantize = Callable[[str], Parts]
 
 
@@ -36,10 +36,10 @@ def carry_out(
     layers: Path,
     advance: Callable[[], None],
 ) -> tuple[WeightSource, Quantize]:
-    """What a checkpoint is written from.
+    """Prepare the tensors of a quantized checkpoint.
 
-    Nothing is rotated: the turned stream would have to be turned back behind the final norm, and
-    no server's graph has a place for that. Factors fold into norms and matrices and leave nothing.
+    Nothing is rotated: the stream would have to be rotated back after the final norm, and no
+    server's model has a matrix there. Scaling factors fold into norms and matrices completely.
 
     Args:
         weights: The source.
@@ -59,8 +59,8 @@ def carry_out(
 
     match plan.name:
         case "gptq":
-            found = quantize_layers(weights, weights, formats, rows, layers, advance)
-            return weights, lambda name: gptq_parts(found(name))
+            calibrated = quantize_layers(weights, weights, formats, rows, layers, advance)
+            return weights, lambda name: gptq_parts(calibrated(name))
         case "awq":
             folded, importance = scale_layers(weights, weights, formats, rows, layers, advance)
             scaled = folded.rounded(dtype)
@@ -77,12 +77,12 @@ def carry_out(
 
 
 def check_finite(source: WeightSource, name: str, values: np.ndarray) -> np.ndarray:
-    """Return values of a tensor, as read, rounded or quantized, if all are numbers.
+    """Return a tensor's values, as read, rounded or quantized, if all are finite.
 
     Raises:
-        CheckpointError: Some are not.
+        CheckpointError: A value is NaN or infinite.
     """
-    # numpy does not count the floats that it lacks as floats.
+    # The floats of ml_dtypes have the kind "V".
     if values.dtype.kind in "fV" and not np.isfinite(values.astype(np.float32)).all():
         raise CheckpointError(
             f"{source.spec.source.folder}: tensor {name} holds NaN or infinity, or becomes "

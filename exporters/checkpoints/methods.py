@@ -1,4 +1,4 @@
-"""The methods by name: which library reads the result, and what a matrix becomes."""
+"""The quantization methods by name: the library that reads the result, and a matrix's format."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ class Method:
     """A way to quantize a checkpoint's projections.
 
     Attributes:
-        library: "bitsandbytes", "gptq" or "compressed-tensors": whose format it is.
-        bits: A weight's bits unless asked otherwise.
-        choices: The bits that can be asked for.
-        group_size: Inputs that share a scale unless asked otherwise; None where groups cannot be
-            chosen.
-        algorithm: How codes are found.
-        format: What compressed-tensors calls its way of storing; empty for the others.
-        preset: What compressed-tensors calls the scheme.
+        library: The format's library: "bitsandbytes", "gptq" or "compressed-tensors".
+        bits: A weight's bits by default.
+        choices: The bits that can be chosen; empty if there is no choice.
+        group_size: Inputs that share a scale by default; None if groups cannot be chosen.
+        algorithm: The algorithm that computes codes.
+        format: compressed-tensors' name of the storage format; empty for the others.
+        preset: compressed-tensors' name of the scheme; empty for the others.
     """
 
     library: str
@@ -42,12 +41,12 @@ class Method:
 
     @property
     def requires(self) -> str:
-        """What loads the result."""
+        """The software that loads the result."""
         return READERS[self.library]
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether texts are run."""
+        """Whether the algorithm runs calibration texts."""
         return self.algorithm in ("gptq", "awq")
 
 
@@ -56,7 +55,7 @@ READERS = {
     "gptq": "GPTQModel, vLLM, or embedport",
     "compressed-tensors": "transformers with compressed-tensors, vLLM, or embedport",
 }
-# None has zero points: servers' fast kernels take none, AutoGPTQ's format cannot store one of 0,
+# No method has zero points: servers' fast kernels take none, AutoGPTQ's format cannot store 0,
 # and transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
@@ -77,16 +76,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A method with all that was asked for, checked against the model.
+    """A method with its options, checked against the model.
 
     Attributes:
-        name: The method's.
+        name: The method's name.
         method: The method.
         bits: A weight's bits.
-        group_size: Inputs that share a scale; None for one an output row, or bitsandbytes' blocks.
+        group_size: Inputs that share a scale; None for one scale per output row, or for
+            bitsandbytes' own blocks.
         double_quant: Whether bitsandbytes quantizes its scales too.
-        dtype: "bfloat16" or "float16": of what is not quantized, and of computation; what the
-            weights say, once they are read.
+        dtype: "bfloat16" or "float16", the dtype of unquantized tensors and of computation; set
+            from the weights once they are read.
     """
 
     name: str
@@ -98,13 +98,13 @@ class Plan:
 
     @property
     def precision(self) -> str:
-        """What a manifest calls it."""
+        """The name in a manifest."""
         return "gptq-8" if (self.name, self.bits) == ("gptq", 8) else self.name
 
     @property
     def scheme(self) -> QuantScheme:
-        """How a matrix is quantized by the core."""
-        # AutoGPTQ's format has fp16 scales whatever the model's dtype.
+        """The scheme to quantize a matrix by."""
+        # AutoGPTQ's format always has fp16 scales.
         scales = "float16" if self.method.library == "gptq" else self.dtype
         return QuantScheme(self.bits, self.group_size, symmetric=True, scale_dtype=scales)
 
@@ -125,11 +125,11 @@ def plan_method(
     group_size: int | None = None,
     double_quant: bool = False,
 ) -> Plan:
-    """Check a request against the model.
+    """Check the options against the model.
 
     Raises:
-        InputError: No such method, an option that it does not take, or a matrix that its groups
-            or words do not divide.
+        InputError: The method is unknown, it does not take an option, or its groups or packed
+            words do not divide a matrix.
     """
     if name not in METHODS:
         raise InputError(f"method should be one of {', '.join(METHODS)}, found {name!r}")
@@ -138,7 +138,7 @@ def plan_method(
         allowed = " or ".join(map(str, method.choices or (method.bits,)))
         raise InputError(f"--method {name} has {allowed} bits, found --bits {bits}")
     if group_size is not None and method.group_size is None:
-        grouped = ", ".join(key for key, each in METHODS.items() if each.group_size)
+        grouped = ", ".join(key for key, entry in METHODS.items() if entry.group_size)
         raise InputError(f"--method {name} has no groups: --group-size goes with {grouped}")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
@@ -163,13 +163,13 @@ def plan_method(
 
 
 def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:
-    """About how many bytes a matrix takes, scales and zero points included."""
+    """The approximate bytes of a matrix, scales and zero points included."""
     rows, columns = shape
-    # bitsandbytes has an fp32 scale for 64 weights.
+    # bitsandbytes has one fp32 scale per 64 weights.
     group = 64 if plan.name == "bnb-nf4" else plan.group_size or columns
     return math.prod(shape) * plan.bits // 8 + rows * -(-columns // group) * 5 + 8 * columns
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """A dtype by its name, those that numpy lacks too."""
+    """A dtype by its name, including those of ml_dtypes."""
     return np.dtype(getattr(ml_dtypes, name, name))

@@ -1,8 +1,8 @@
-"""A quantized matrix as the tensors that a checkpoint holds of it, by their names' last parts.
+"""The tensors that a checkpoint stores for a quantized matrix, by the last parts of their names.
 
 AutoGPTQ's format, version 1 (GPTQModel's checkpoint_format "gptq"): qweight int32
 [in * bits / 32, out], codes packed along the inputs, the first in the lowest bits; qzeros int32
-[groups, out * bits / 32], each zero point less one; scales fp16 [groups, out]; g_idx int32 [in],
+[groups, out * bits / 32], each zero point minus one; scales fp16 [groups, out]; g_idx int32 [in],
 each input's group.
 
 compressed-tensors: "pack-quantized" has weight_packed int32 [out, in * bits / 32], weight_scale
@@ -37,7 +37,7 @@ def gptq_parts(tensor: QuantizedTensor) -> Parts:
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [n, m] to int32 [n, m * bits / 32], the first code in a word's lowest bits."""
+    """Pack codes: uint8 [n, m] to int32 [n, m * bits / 32], the first in a word's lowest bits."""
     octets = codes
     if bits == 4:
         octets = codes[:, ::2] | codes[:, 1::2] << 4
@@ -66,18 +66,18 @@ def int8_parts(tensor: QuantizedTensor) -> Parts:
 
 
 def fp8_parts(weight: np.ndarray, scheme: QuantScheme) -> Parts:
-    """compressed-tensors' "float-quantized", of float32 [out, in]."""
+    """compressed-tensors' "float-quantized", from float32 [out, in]."""
     values, scales = quantize_fp8(weight, scheme)
     return {"weight": values, "weight_scale": scales.astype(numpy_dtype(scheme.scale_dtype))}
 
 
 def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
-    """What bitsandbytes itself makes of a 16-bit matrix [out, in], as transformers stores it."""
+    """Quantize a 16-bit matrix [out, in] with bitsandbytes itself, as transformers stores it."""
     import torch
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Int8Params
 
-    # torch cannot take numpy's bfloat16, whose bits are the same.
+    # torch does not take numpy arrays of bfloat16; the bits are the same.
     bits = torch.from_numpy(np.ascontiguousarray(weight).view(np.int16))
     values = bits.view(getattr(torch, plan.dtype))
     if plan.name == "bnb-int8":
@@ -85,7 +85,7 @@ def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
         return {
             "weight": int8.data.numpy(),
             "SCB": int8.SCB.numpy(),
-            # Rows as they are, for all that load it.
+            # 0: rows in order, which every loader reads.
             "weight_format": np.array(0, np.uint8),
         }
     data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=plan.double_quant)

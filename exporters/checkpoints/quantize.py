@@ -1,4 +1,4 @@
-"""A checkpoint becomes a quantized checkpoint: in one pass, reopened, then put in place."""
+"""Quantize a checkpoint: written in one pass, reopened to check it, then moved into place."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from .shards import ShardWriter
 PACKAGES = ("embedport", "numpy", "torch", "transformers", "bitsandbytes", "compressed-tensors")
 # fp32 checkpoints are written in bf16, which has the range that Qwen3's activations need.
 KEPT: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "bfloat16"}
-# What imports a method's format here.
+# The packages that write a library's format.
 NEEDED = {
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
     "compressed-tensors": ("torch", "compressed_tensors"),
     "gptq": (),
 }
-# A matrix is in one tensor or, with bitsandbytes' doubly quantized scales, in six.
+# Most tensors per matrix: bitsandbytes' double quantization has six.
 PARTS = 6
 HEADS = ("lm_head.weight", "score.weight")
 
@@ -65,40 +65,40 @@ def quantize_checkpoint(
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
-    """Quantize a Qwen3 embedding or reranker checkpoint into another that libraries load.
+    """Quantize a Qwen3 embedding or reranker checkpoint to a checkpoint that other libraries load.
 
     Projections are quantized; norms, the embedding table and a reranker's head stay in 16 bits.
-    Weights are read, quantized and written one at a time; memory stays at one layer.
+    Weights are read, quantized and written one at a time; memory holds one layer.
 
     Args:
         checkpoint: A folder in the hub's layout, or a hub id; not quantized yet.
         output: The artifact's folder; it appears only when it is complete and checked.
-        method: "bnb-int8" or "bnb-nf4" (bitsandbytes); "gptq" (AutoGPTQ's format); "awq" (4-bit
+        method: "bnb-int8" or "bnb-nf4", for bitsandbytes; "gptq", AutoGPTQ's format; "awq" (4-bit
             weights), "w8a8" (int8 weights and activations) or "fp8" (e4m3 weights and
-            activations), which are compressed-tensors.
+            activations), for compressed-tensors.
         revision: A branch, tag or commit, for a hub id.
-        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        task: "embedding" or "reranker", if the checkpoint's files do not tell.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
-        bits: Of a weight, 4 or 8, for "gptq"; 4 by default.
+        bits: A weight's bits, 4 or 8, for "gptq"; 4 by default.
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
-        form: Of a reranker: "causal-lm", its own, or "sequence-classification", with one logit
+        form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
             and "awq".
-        force: Whether to replace an artifact that is already there.
-        progress: Called with (stage, done, total) as the work goes on.
+        force: Whether to replace an existing artifact.
+        progress: Called with (stage, done, total).
 
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
-        CheckpointError: The checkpoint is not a whole Qwen3 checkpoint, is quantized already, or
+        CheckpointError: The checkpoint is not a complete Qwen3 checkpoint, is quantized already, or
             holds NaN or infinity.
-        MissingPackageError: The library whose format it is is not installed, or onnxruntime, which
-            runs the texts of "gptq" and "awq".
-        VerificationError: What was written is not what should have been.
+        MissingPackageError: The format's library is not installed, or onnxruntime, which runs the
+            texts of "gptq" and "awq".
+        VerificationError: The written files lack tensors or hold others.
     """
     output = Path(output).expanduser().absolute()
-    # Weights may be gigabytes to download: what can be wrong without them comes first.
+    # Weights may be gigabytes to download: first check everything that does not need them.
     spec = read_configuration(checkpoint, revision, task, adapter)
     if spec.quantization is not None:
         raise CheckpointError(
@@ -119,12 +119,12 @@ def quantize_checkpoint(
     spec = fetch_weights(spec)
     weights = open_floats(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
-    needs = _needed_bytes(spec, plan)
+    needed_bytes = _needed_bytes(spec, plan)
     if plan.method.algorithm == "gptq":
-        needs += kept_bytes(spec, rows)
+        needed_bytes += kept_bytes(spec, rows)
     with (
         kept_layers(output, used=plan.method.is_calibrated) as layers,
-        staged(output, force=force, needs=needs) as folder,
+        staged(output, force=force, needs=needed_bytes) as folder,
     ):
         advance = counted(progress, "quantize", spec.num_layers)
         source, quantize = carry_out(weights, plan, rows, layers, advance)
@@ -159,8 +159,8 @@ def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
         return "sequence-classification"
     if form == "sequence-classification" and spec.inputs.form == "text":
         raise InputError(
-            f"{spec.source.id} takes pairs as its tokenizer joins them, whose end a classifier "
-            "would read elsewhere: leave --form out"
+            f"{spec.source.id} joins pairs in its tokenizer, and a classifier would look for their "
+            "end at another token: leave --form out"
         )
     return form or "causal-lm"
 
@@ -199,16 +199,16 @@ def _write_tensors(
             row = reranker_head(source).T.astype(numpy_dtype(plan.dtype))
             shards.add(HEADS[1], check_finite(source, HEADS[1], row))
             written.add(HEADS[1])
-    found = read_headers(folder).keys()
-    if found != written:
-        odd = ", ".join(sorted(found ^ written)[:3])
-        raise VerificationError(f"{folder}: tensors lost or added while writing: {odd}")
+    stored_names = read_headers(folder).keys()
+    if stored_names != written:
+        wrong_names = ", ".join(sorted(stored_names ^ written)[:3])
+        raise VerificationError(f"{folder}: tensors lost or added while writing: {wrong_names}")
 
 
 def _pieces(
     source: WeightSource, name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """A tensor in ranges of rows, so that a table of 150,000 never stands in memory."""
+    """A tensor in ranges of rows, so that a table of 150,000 is never whole in memory."""
     step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
     for start in range(0, shape[0], step):
         rows = source.read_fp32(name, slice(start, min(start + step, shape[0])))

@@ -1,4 +1,4 @@
-"""Files for those who serve: the template of a reranker's input, and vLLM's command line."""
+"""Files for serving: a reranker's chat template, and a guide with vLLM's command line."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def write_serving_files(spec: ModelSpec, form: Form | None, folder: Path, name: 
 
     Args:
         spec: The source.
-        form: Of a reranker; None for an embedder.
+        form: A reranker's form; None for an embedder.
         folder: Where to write.
-        name: What the folder will be called.
+        name: The folder's final name.
     """
     if spec.task == "reranker" and spec.inputs.form == "instruct":
         (folder / TEMPLATE).write_text(pair_template(), encoding="utf-8")
-    # One in tokenizer_config.json needs no option.
-    given = form is not None and (folder / TEMPLATE).is_file()
-    guide = _guide(spec, form, name, has_template=given)
+    # A template in tokenizer_config.json needs no option.
+    has_template = form is not None and (folder / TEMPLATE).is_file()
+    guide = _guide(spec, form, name, has_template=has_template)
     (folder / GUIDE).write_text(guide, encoding="utf-8")
 
 
 def pair_template() -> str:
-    """The jinja template of a query and a document, as messages of these two roles.
+    """The jinja template that joins two messages, of the roles "query" and "document".
 
     sentence-transformers' CrossEncoder and vLLM's score and rerank (`--chat-template`) render it; a
-    message of the role "system" holds another instruction. Strings stand in expressions, where no
-    reader trims their line breaks.
+    message of the role "system" replaces the instruction. Strings are written as expressions, so
+    that no renderer trims their line breaks.
     """
 
     def message(role: str) -> str:

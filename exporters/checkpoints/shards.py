@@ -1,9 +1,9 @@
-"""safetensors written tensor by tensor: memory holds one piece of one tensor, not a shard.
+"""Write safetensors tensor by tensor: memory holds one piece of one tensor, not a shard.
 
-Layout of a file: the header's length (uint64), the header (JSON, filled up with spaces), then the
+Layout of a file: the header's length (uint64), the header (JSON, padded with spaces), then the
 tensors' bytes without gaps, each at a multiple of its item size. The header is written last, into
-room that is left for it, since bitsandbytes' own record of a matrix has a length that only the
-numbers decide. https://huggingface.co/docs/safetensors
+reserved space: the length of bitsandbytes' own record of a matrix is known only once the matrix is
+quantized. https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = {
     "int64": "I64",
 }
 ALIGNMENT = 8
-# A header's entry: a name of up to some 80 characters, dtype, shape and two offsets.
+# Space for a header's entry: a name of up to about 80 characters, dtype, shape and two offsets.
 ENTRY_BYTES = 256
 
 
@@ -42,12 +42,12 @@ class _Entry(TypedDict):
 
 
 class ShardWriter:
-    """Writes a checkpoint's tensors into one or several shards; `with` completes them.
+    """Writes a checkpoint's tensors to one or more shards; the end of `with` completes them.
 
     Args:
-        folder: Where the shards go.
-        tensors: How many tensors will come at most.
-        shard_bytes: A new shard begins once one holds this many bytes.
+        folder: The shards' folder.
+        tensors: The largest number of tensors to write.
+        shard_bytes: A new shard begins before a tensor would exceed this many bytes.
     """
 
     def __init__(self, folder: Path, tensors: int, shard_bytes: int = SHARD_BYTES) -> None:
@@ -69,19 +69,19 @@ class ShardWriter:
     def add_rows(
         self, name: str, dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable[np.ndarray]
     ) -> None:
-        """Write a tensor whose rows come piece by piece.
+        """Write a tensor from pieces of its rows.
 
         Args:
-            name: As stored.
+            name: The stored name.
             dtype: One of `DTYPES`.
-            shape: Of the whole.
+            shape: The whole tensor's shape.
             pieces: Ranges of its rows, in order.
         """
         size = int(np.prod(shape)) * dtype.itemsize
         if size % ALIGNMENT:
-            # What would put the next tensor at an odd place waits for the shard's end.
-            whole = [np.ascontiguousarray(each).reshape(-1) for each in pieces]
-            self._late.append((name, np.concatenate(whole).reshape(shape)))
+            # A tensor that would misalign the next one is written at the shard's end.
+            flat = [np.ascontiguousarray(piece).reshape(-1) for piece in pieces]
+            self._late.append((name, np.concatenate(flat).reshape(shape)))
             return
         if self._file is not None and self._written + size > self._shard_bytes:
             self._finish_shard()
@@ -121,21 +121,21 @@ class ShardWriter:
         )
 
     def _finish_shard(self) -> None:
-        # The larger the items, the earlier: then each begins at a multiple of its own size.
-        for name, array in sorted(self._late, key=lambda each: -each[1].dtype.itemsize):
+        # Largest items first: then each tensor begins at a multiple of its item size.
+        for name, array in sorted(self._late, key=lambda entry: -entry[1].dtype.itemsize):
             self._write(name, array.dtype, array.shape, [array])
         self._late.clear()
         assert self._file is not None
         header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1]}).encode()
-        room = self._header_bytes - 8
-        assert len(header) <= room
+        padded_bytes = self._header_bytes - 8
+        assert len(header) <= padded_bytes
         self._file.seek(0)
-        self._file.write(room.to_bytes(8, "little") + header.ljust(room))
+        self._file.write(padded_bytes.to_bytes(8, "little") + header.ljust(padded_bytes))
         self._file.close()
         self._file = None
 
     def _write_index(self) -> None:
-        """Give the shards their names, now that their number is known."""
+        """Write the index, and give the shards their names, now that their number is known."""
         count = len(self._shards)
         if count == 1:
             self._path(0).rename(self._folder / SINGLE)

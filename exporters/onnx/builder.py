@@ -9,19 +9,19 @@ import numpy as np
 import onnx_ir as ir
 
 T = TypeVar("T")
-# Of functions: see `GraphBuilder.call`.
+# The domain of functions: see `GraphBuilder.call`.
 DOMAIN = "embedport"
 
 
 class GraphBuilder:
-    """Records nodes and initializers, and makes the model of them.
+    """Records nodes and initializers, and builds the model from them.
 
     Attributes:
         scope: The part of the model being described; nodes are named "{scope}/{operator}_{n}".
-            A graph is cut into its parts by these names (see embedport.segments).
-        probes: Values worth watching, by name; a calibration graph reads them.
-        inputs: What each projection multiplies, by the projection's name.
-        kept: Keys and values, layer by layer, that a graph gives back.
+            embedport.segments cuts a graph into parts by these names.
+        probes: Values to watch, by name; a calibration graph reads them.
+        inputs: Each projection's input, by the projection's name.
+        kept: Keys and values, layer by layer, that the graph returns.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class GraphBuilder:
         self._tape = ir.tape.Tape()
         self._outermost = self._tape
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
-        self._made: dict[Any, Any] = {}
+        self._shared: dict[Any, Any] = {}
         self._functions: dict[str, ir.Function] = {}
         self._count = 0
 
@@ -44,7 +44,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Add a node with one output, of the first input's dtype unless another is given."""
+        """Add a node with one output; its dtype is the first input's unless given."""
         return self.op_outputs(op_type, *inputs, dtypes=[dtype], domain=domain, **attributes)[0]
 
     def op_outputs(
@@ -55,7 +55,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: Any,
     ) -> list[ir.Value]:
-        """Add a node with an output for each of `dtypes`; None is the first input's dtype."""
+        """Add a node with one output per entry of `dtypes`; None is the first input's dtype."""
         name = f"{self.scope}/{op_type}_{self._count}"
         self._count += 1
         first = inputs[0].dtype if inputs and inputs[0] is not None else None
@@ -77,26 +77,26 @@ class GraphBuilder:
         opsets: dict[str, int],
         **attributes: int | float,
     ) -> list[ir.Value]:
-        """Add a node of a function of the model, which is described the first time only.
+        """Add a node that calls a model-local function, which the first call defines.
 
-        A runtime runs the function's own nodes, or a kernel that it has for the name.
+        A runtime runs the function's own nodes, or a kernel registered under its name.
 
         Args:
-            name: The function's.
-            inputs: What it takes; all that its nodes read, for they see nothing of the graph.
-            dtypes: Its outputs'. One that nobody reads is left out, but for the last.
-            describe: Adds the function's nodes to the builder given first, reading the values after
-                it, and returns its outputs.
+            name: The function's name.
+            inputs: Everything that the function's nodes read; they cannot see the graph's values.
+            dtypes: The outputs' dtypes. An output that nothing reads is dropped, except the last.
+            describe: Takes a builder and the function's inputs, adds the nodes, and returns the
+                outputs.
             opsets: Operator versions by domain.
-            attributes: What a kernel has to know; the same for all nodes, so that `describe` knows
-                them too.
+            attributes: Constants for the kernel. They are the same at every call, so `describe`
+                may use them too.
         """
         if name not in self._functions:
             g = _FunctionBuilder()
             g.scope = name
-            taken = [ir.Value(name=f"{name}/{i}", type=x.type) for i, x in enumerate(inputs)]
-            given = describe(g, *taken)
-            self._functions[name] = g.function(taken, given, attributes, opsets)
+            parameters = [ir.Value(name=f"{name}/{i}", type=x.type) for i, x in enumerate(inputs)]
+            results = describe(g, *parameters)
+            self._functions[name] = g.function(parameters, results, attributes, opsets)
         return self.op_outputs(name, *inputs, dtypes=dtypes, domain=DOMAIN, **attributes)
 
     def choose(
@@ -105,12 +105,13 @@ class GraphBuilder:
         then: Callable[[], Sequence[ir.Value]],
         otherwise: Callable[[], Sequence[ir.Value]],
     ) -> list[ir.Value]:
-        """What one of two functions describes, chosen when the graph runs.
+        """Add an If node: one of two branches, chosen when the graph runs.
 
         Args:
             condition: bool scalar.
-            then: Adds nodes and returns their values; those of the graph around may be read.
-            otherwise: The same, of as many values of the same dtypes.
+            then: Adds the branch's nodes, which may read the outer graph's values, and returns the
+                outputs.
+            otherwise: The other branch, with as many outputs of the same dtypes.
         """
         first, second = self._branch(then), self._branch(otherwise)
         dtypes = [value.dtype for value in first.outputs]
@@ -119,25 +120,25 @@ class GraphBuilder:
         )
 
     def _branch(self, describe: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
-        around, self._tape = self._tape, ir.tape.Tape()
+        outer_tape, self._tape = self._tape, ir.tape.Tape()
         outputs = describe()
-        nodes, self._tape = self._tape.nodes, around
+        nodes, self._tape = self._tape.nodes, outer_tape
         return ir.Graph([], outputs, nodes=nodes, name=f"{self.scope}/branch_{self._count}")
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """Cast, or the value itself when it has the dtype."""
+        """Cast a value, unless it has the dtype already."""
         if value.dtype == dtype:
             return value
         return self.op("Cast", value, dtype=dtype, to=dtype)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` returns, made the first time only: for values that several nodes share."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        """Return `make()`, called only once per key: for values that several nodes share."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def constant(self, value: Any, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
-        """A small constant, made once for each value and dtype."""
+        """A small constant, added once for each value and dtype."""
         array = np.asarray(value, dtype.numpy())
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
@@ -146,7 +147,7 @@ class GraphBuilder:
         return self._constants[key]
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """A weight, by the tensor's name."""
+        """Add a weight, under the tensor's name."""
         return self._outermost.initializer(tensor)
 
     def model(
@@ -158,9 +159,9 @@ class GraphBuilder:
         ir_version: int,
         name: str,
     ) -> ir.Model:
-        """The model of everything recorded."""
+        """Build the model from everything recorded."""
         for node in self._tape.nodes:
-            # The last output stays: onnxruntime counts a node's outputs by it.
+            # The last output keeps its name: onnxruntime counts a node's outputs by it.
             for value in node.outputs[:-1] if node.domain == DOMAIN else ():
                 if not value.uses() and value not in outputs:
                     value.name = ""
@@ -196,7 +197,7 @@ class _FunctionBuilder(GraphBuilder):
         attributes: dict[str, int | float],
         opsets: dict[str, int],
     ) -> ir.Function:
-        """The function of everything recorded, by the name of the scope."""
+        """Build the function from everything recorded, named after the scope."""
         kinds = {
             name: ir.AttributeType.INT if isinstance(value, int) else ir.AttributeType.FLOAT
             for name, value in attributes.items()

@@ -1,10 +1,10 @@
 """GPTQ and AWQ layer by layer, on onnxruntime's operators in fp32.
 
-For GPTQ each layer's inputs are what the quantized layers before it give, so that it makes good for
-them.
+In GPTQ a layer's inputs come from the quantized layers before it, so it compensates for their
+errors.
 Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes).
-A finished layer is written down: a run that is interrupted takes it from there. GPTQ writes the
-states behind it too and goes on from these; AWQ, whose inputs are the fp32 model's, runs the texts
+Finished layers are saved, and an interrupted run resumes from them. GPTQ also saves the states
+after a layer and continues from these; AWQ takes inputs from the fp32 model, so it runs the texts
 through the layers again.
 """
 
@@ -44,58 +44,59 @@ from .quantized import QuantizedMatrices
 
 REQUEST = "request.txt"
 LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
-# Tokens of which AWQ judges.
+# Tokens that AWQ measures its factors on.
 SAMPLE = 512
 PARTS = ("codes", "scales", "zero_points")
 
 
 @contextlib.contextmanager
 def kept_layers(output: Path, *, used: bool) -> Generator[Path]:
-    """The folder beside an artifact where finished layers are kept, held until the block ends.
+    """Lock the folder beside an artifact where finished layers are kept, until the block ends.
 
-    It is deleted when the block ends without an error; after one, the next run goes on there.
+    The folder is deleted if the block ends without an error; otherwise the next run resumes from
+    it.
 
     Args:
-        output: The artifact's final place.
-        used: Whether layers will be kept. Otherwise only what an earlier run left is deleted.
+        output: The artifact's final path.
+        used: Whether layers will be kept. If not, only an earlier run's leftovers are deleted.
 
     Raises:
-        InputError: Another process holds it, or it cannot be made.
+        InputError: Another process holds the lock, or the folder cannot be created.
     """
     folder = output.with_name(f".{output.name}.layers")
     try:
         if used:
             folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder) if folder.is_dir() else None
+        lock_descriptor = lock(folder) if folder.is_dir() else None
     except BlockingIOError:
         if used:
             raise InputError(
-                f"{folder} should be this run's alone, and another one that makes {output.name} "
-                "holds it: wait for it to end, or choose another place"
+                f"{folder} is locked by another run that writes {output.name}: wait for it to end, "
+                "or choose another output"
             ) from None
-        held = None
+        lock_descriptor = None
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from error
-    ours = used or held is not None
+    owned = used or lock_descriptor is not None
     try:
         yield folder
-        if ours:
+        if owned:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
-        # An empty one is nothing to go on from.
+        # There is nothing to resume from in an empty folder.
         with contextlib.suppress(OSError):
-            if ours:
+            if owned:
                 folder.rmdir()
-        if held is not None:
-            os.close(held)
+        if lock_descriptor is not None:
+            os.close(lock_descriptor)
 
 
 class CalibratedMatrices:
-    """Matrices quantized by GPTQ, a file a layer.
+    """Matrices quantized by GPTQ, one file per layer.
 
     Args:
-        folder: Where `quantize_layers` wrote them.
-        schemes: Matrix to how it is quantized.
+        folder: The folder that `quantize_layers` wrote to.
+        schemes: Each matrix's scheme, by name.
     """
 
     def __init__(self, folder: Path, schemes: Mapping[str, QuantScheme]) -> None:
@@ -103,7 +104,7 @@ class CalibratedMatrices:
         self._schemes = schemes
 
     def __call__(self, name: str) -> QuantizedTensor:
-        """A matrix, read from its layer's file."""
+        """Read a matrix from its layer's file."""
         stored = load_file(_layer_file(self._folder, int(name.split(".")[1])))
         parts = (stored[f"{name}.{part}"] for part in PARTS)
         return QuantizedTensor(self._schemes[name], *parts)
@@ -121,8 +122,8 @@ def quantize_layers(
 
     Args:
         weights: The checkpoint, for its identity.
-        source: The weights that are quantized: the checkpoint's, or transformed.
-        formats: Of the projections; the embedding table is none of them.
+        source: The weights to quantize: the checkpoint's, or transformed ones.
+        formats: The projections' formats, without the embedding table.
         rows: Token ids of the calibration texts, int64 [tokens] each.
         folder: Where finished layers are kept: see `kept_layers`.
         advance: Called after each layer.
@@ -132,11 +133,11 @@ def quantize_layers(
         InputError: A layer cannot be written.
     """
     _prepare(folder, _request(weights, source, formats, rows))
-    schemes = {name: each.scheme for name, each in formats.items()}
-    found = CalibratedMatrices(folder, schemes)
+    schemes = {name: format.scheme for name, format in formats.items()}
+    matrices_of_layers = CalibratedMatrices(folder, schemes)
     fp32 = Design(source, OrtDialect(), PRECISIONS["fp32"])
     precision = replace(PRECISIONS["fp32"], formats=formats)
-    quantized = replace(fp32, precision=precision, matrices=QuantizedMatrices(found))
+    quantized = replace(fp32, precision=precision, matrices=QuantizedMatrices(matrices_of_layers))
     finished = sorted(folder.glob(STATES))
     if finished:
         stored = load_file(finished[-1])
@@ -148,7 +149,7 @@ def quantize_layers(
     for _ in range(first):
         advance()
     for number in range(first, source.spec.num_layers):
-        file, after = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
+        file, states_file = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
         tensors: dict[str, np.ndarray] = {}
         with Layer(fp32, number, folder) as layer:
             for names, hessian in _hessians(layer, rows, states):
@@ -162,10 +163,10 @@ def quantize_layers(
         with Layer(quantized, number, folder) as layer:
             run_layer(layer, rows, states)
         _check_finite(source, f"layer {number} gives", states)
-        _save({str(i): state for i, state in enumerate(states)}, after)
+        _save({str(i): state for i, state in enumerate(states)}, states_file)
         (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
         advance()
-    return found
+    return matrices_of_layers
 
 
 def scale_layers(
@@ -179,14 +180,14 @@ def scale_layers(
     """Find AWQ's factors; arguments as for `quantize_layers`.
 
     Returns:
-        (the weights with the factors folded in; a quantized projection to the mean square of each
-        of its inputs behind them, float32 [in]).
+        (the weights with the factors folded in; a function from a quantized projection's name to
+        the mean square of each of its scaled inputs, float32 [in]).
 
     Raises:
         CheckpointError: An activation is not finite.
         InputError: A layer cannot be written.
     """
-    # Names what a layer's file holds: one of another kind is not taken over.
+    # The suffix names the files' contents: files with other contents are not reused.
     _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares, spread")
     design = Design(source, OrtDialect(), PRECISIONS["fp32"])
     states = embed_rows(source, rows)
@@ -209,7 +210,7 @@ def scale_layers(
                 quantized = [name for name in names if name in formats]
                 if quantized:
                     inputs = samples[names[0]]
-                    stored[f"{maker}.factors"] = _search(source, quantized, inputs, formats)
+                    stored[f"{maker}.factors"] = _search_factors(source, quantized, inputs, formats)
                     stored[f"{maker}.squares"] = np.square(inputs).mean(axis=0)
             _save(stored, file)
         for name, values in load_file(file).items():
@@ -217,8 +218,8 @@ def scale_layers(
             (factors if kind == "factors" else squares)[prefix, maker] = values
         advance()
 
-    def find(layer: str, maker: str) -> np.ndarray:
-        # A tensor that no quantized matrix reads stays as it is.
+    def find_factors(layer: str, maker: str) -> np.ndarray:
+        # A tensor that no quantized matrix reads is not scaled.
         shape = source.spec.tensor_shapes()[f"{layer}.{maker}.weight"]
         return factors.get((layer, maker), np.ones(shape[0], np.float32))
 
@@ -227,11 +228,11 @@ def scale_layers(
         key = f"{layer}.{number}", MAKERS[part]
         return squares[key] / widen(source.spec, part, factors[key]) ** 2
 
-    return FoldedWeights(source, find), importance
+    return FoldedWeights(source, find_factors), importance
 
 
 def _check_finite(source: WeightSource, what: str, values: Iterable[np.ndarray]) -> None:
-    if not all(np.isfinite(each).all() for each in values):
+    if not all(np.isfinite(array).all() for array in values):
         raise CheckpointError(
             f"{source.spec.source.folder}: {what} NaN or infinity on the calibration texts; the "
             "checkpoint is damaged, download it again"
@@ -250,25 +251,25 @@ def _quantize(
 def _samples(
     layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Projection to some of its inputs, spread over all texts: float32 [tokens, in]."""
-    found: list[list[np.ndarray]] = [[] for _ in layer.inputs]
+    """A sample of each projection's inputs, spread over all texts: float32 [tokens, in] by name."""
+    samples: list[list[np.ndarray]] = [[] for _ in layer.inputs]
     step, first = max(1, sum(map(len, rows)) // SAMPLE), 0
     for ids, state in zip(rows, states, strict=True):
-        for kept, x in zip(found, layer.run_inputs(ids, state), strict=True):
-            kept.append(x[first::step])
-        # The steps go on from text to text: begun anew, they would take every text's first token.
+        for sample, x in zip(samples, layer.run_inputs(ids, state), strict=True):
+            sample.append(x[first::step])
+        # Steps continue from text to text: restarted, they would take every text's first token.
         first = (first - len(ids)) % step
     return {
-        name: np.concatenate(kept)
-        for names, kept in zip(layer.inputs, found, strict=True)
+        name: np.concatenate(sample)
+        for names, sample in zip(layer.inputs, samples, strict=True)
         for name in names
     }
 
 
-def _search(
+def _search_factors(
     source: WeightSource, names: list[str], inputs: np.ndarray, formats: Mapping[str, Format]
 ) -> np.ndarray:
-    """The factors of one tensor's channels, as its maker has them."""
+    """AWQ's factors for the output channels of the tensor that the named matrices read."""
     matrices = [source.read_fp32(f"{name}.weight") for name in names]
     schemes = [formats[name].scheme for name in names]
     reader = names[0].split(".", 2)[2]
@@ -278,20 +279,20 @@ def _search(
 def _hessians(
     layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
 ) -> list[tuple[list[str], np.ndarray]]:
-    """(projections, mean of x x^T over all tokens) for each input that they share."""
+    """(projections, mean of x x^T over all tokens) for each input that projections share."""
     sums: dict[int, np.ndarray] = {}
     for ids, state in zip(rows, states, strict=True):
         for i, x in enumerate(layer.run_inputs(ids, state)):
             product = x.T @ x
-            # In place: at 12,288 inputs it takes 0.6 GB.
+            # Added in place: at 12,288 inputs a Hessian takes 0.6 GB.
             sums[i] = np.add(sums[i], product, out=sums[i]) if i in sums else product
-    for each in sums.values():
-        each /= sum(map(len, rows))
+    for total in sums.values():
+        total /= sum(map(len, rows))
     return [(names, sums[i]) for i, names in enumerate(layer.inputs)]
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
-    """What `quantize_layers` keeps in its folder: codes of a byte each, and two layers' states."""
+    """Bytes that `quantize_layers` keeps on disk: a byte per code, and two layers' states."""
     codes = sum(math.prod(spec.tensor_shapes()[f"{name}.weight"]) for name in matrices(spec))
     return codes + 2 * 4 * spec.hidden_size * sum(map(len, rows))
 
@@ -301,19 +302,19 @@ def _layer_file(folder: Path, number: int) -> Path:
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Write so that a reader finds a whole file or none.
+    """Write a file atomically.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     partial = path.with_suffix(".partial")
     try:
-        save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, partial)
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise InputError(
-            f"{path} cannot be written: {error}; the same command goes on from the layers in "
+            f"{path} cannot be written: {error}; the same command resumes from the layers in "
             f"{path.parent}, which may be deleted"
         ) from error
 
@@ -324,26 +325,26 @@ def _request(
     formats: Mapping[str, Format],
     rows: Sequence[np.ndarray],
 ) -> str:
-    """A hash of all that decides the result."""
+    """A hash of everything that determines the result."""
     digest = hashlib.sha256(f"{__version__}\n".encode())
     for path in weights.files:
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    # A transformation shows in what it makes of the norms and of one matrix.
+    # Every transformation of the weights changes the norms or this matrix.
     for name in ("norm.weight", "layers.0.input_layernorm.weight", "layers.0.mlp.up_proj.weight"):
         digest.update(source.read_fp32(name).tobytes())
-    digest.update(json.dumps({name: repr(each) for name, each in formats.items()}).encode())
+    digest.update(json.dumps({name: repr(format) for name, format in formats.items()}).encode())
     for row in rows:
         digest.update(np.ascontiguousarray(row, np.int64).tobytes() + b"\n")
     return digest.hexdigest()
 
 
 def _prepare(folder: Path, request: str) -> None:
-    """Keep the layers of the same request that a run goes on from, and nothing else."""
+    """Keep the finished layers of the same request, to resume from; delete everything else."""
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / REQUEST
     kept: set[Path] = set()
-    # One that cannot be read is another request.
+    # An unreadable request counts as another request.
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if state.read_text(encoding="utf-8") == request:
             kept = {state, *folder.glob(LAYERS), *sorted(folder.glob(STATES))[-1:]}

@@ -1,8 +1,8 @@
-"""What fp16 cannot hold, found by running real texts through the model in fp32.
+"""Find what overflows in fp16, by running real texts through the model in fp32.
 
-Qwen models carry massive activations: some values of the residual stream and of the SwiGLU reach
+Qwen models have massive activations: some values of the residual stream and of the SwiGLU reach
 thousands of times the others (arXiv:2402.17762), beyond fp16's largest value. The texts include
-openings known to do it ("importance of …", "importing …", code):
+openings known to trigger them ("importance of …", "importing …", code):
 https://github.com/QwenLM/Qwen3-Embedding/issues/164
 """
 
@@ -21,7 +21,7 @@ from .ort_dialect import OrtDialect
 from .precision import FLOAT, FLOAT16, PRECISIONS, Precision
 from .tensors import FP16_MAX
 
-# Texts not tried will go beyond those tried: leave room.
+# Other texts will exceed the magnitudes of the calibration texts.
 HEADROOM = 4.0
 LIMIT = FP16_MAX / HEADROOM
 
@@ -32,11 +32,11 @@ def measure_activations(
     folder: Path,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The largest magnitude of each watched value over texts.
+    """The largest magnitude of each watched value over all texts.
 
     Args:
         weights: The checkpoint.
-        rows: Token ids, one int64 [tokens] a text.
+        rows: Token ids, int64 [tokens] per text.
         folder: Where a layer's graph may be written while it runs.
         advance: Called after each of the `num_layers` layers.
 
@@ -55,8 +55,8 @@ def measure_activations(
     for number in range(weights.spec.num_layers):
         with Layer(design, number, folder) as layer:
             for i, ids in enumerate(rows):
-                states[i], found = layer.run_probed(ids, states[i])
-                for name, value in found.items():
+                states[i], magnitudes = layer.run_probed(ids, states[i])
+                for name, value in magnitudes.items():
                     largest[name] = max(largest.get(name, 0.0), _finite(name, value, weights))
         advance()
     largest["residual"] = max(_finite("residual", np.abs(x).max(), weights) for x in states)
@@ -73,14 +73,14 @@ def _finite(name: str, value: np.ndarray, weights: Weights) -> float:
 
 
 def choose_fp16(largest: dict[str, float], num_layers: int) -> Precision:
-    """The fp16 precision that keeps in fp32 whatever came within `HEADROOM` of overflowing.
+    """The fp16 precision with fp32 for all parts within a factor of `HEADROOM` of overflowing.
 
     Args:
         largest: From `measure_activations`.
-        num_layers: The model's.
+        num_layers: The model's number of layers.
 
     Raises:
-        CheckpointError: Attention itself would overflow: its values have no fp32 island.
+        CheckpointError: Attention's values would overflow: they cannot stay in fp32.
     """
     over = {name for name, value in largest.items() if value > LIMIT}
     kept = set()

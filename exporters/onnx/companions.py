@@ -1,4 +1,4 @@
-"""The files beside the graph that make the folder complete, in the sentence-transformers layout."""
+"""The files beside the graph: tokenizer and configuration, in the sentence-transformers layout."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# What an adapter's folder does not have.
+# Files that an adapter's folder lacks.
 OF_THE_BASE = ("config.json", "generation_config.json")
 
 
 def write_companions(spec: ModelSpec, folder: Path) -> None:
-    """Write tokenizer, configuration and sentence-transformers' files, as the checkpoint has them.
+    """Copy the checkpoint's tokenizer, configuration and sentence-transformers files.
 
-    An embedder without modules.json gets those that say what is computed.
+    For an embedder without modules.json, files that describe its pooling are written.
 
-    The hub's cache holds symbolic links; what is written here are plain files.
+    The hub's cache holds symbolic links; the copies are plain files.
 
     Raises:
         InputError: A file of the checkpoint cannot be read.
@@ -35,9 +35,9 @@ def write_companions(spec: ModelSpec, folder: Path) -> None:
     source = spec.source.pipeline
     try:
         for name in COPIED:
-            place = spec.source.folder if name in OF_THE_BASE else source
-            if (place / name).exists():
-                (folder / name).write_bytes(read_small(place / name))
+            origin = spec.source.folder if name in OF_THE_BASE else source
+            if (origin / name).exists():
+                (folder / name).write_bytes(read_small(origin / name))
         for template in sorted((source / FURTHER).glob("*.jinja")):
             (folder / FURTHER).mkdir(exist_ok=True)
             (folder / FURTHER / template.name).write_bytes(read_small(template))

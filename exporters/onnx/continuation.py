@@ -1,11 +1,11 @@
-"""A reranker's second graph: rows that continue a past, with the weights of the first.
+"""A reranker's second graph: its rows continue a shared prefix, with the first graph's weights.
 
-    onnx/model.onnx          what other software opens: two inputs
+    onnx/model.onnx          the graph that other software opens: two inputs
     onnx/continuation.onnx   the same with a past, for this package's runtime: a query's documents
-                             continue from the keys and values of what they all begin with
+                             continue from the keys and values of their shared prefix
     onnx/model.onnx_data     the weights of both
 
-With an empty past it computes what the first computes, so a runtime needs one of them only.
+With an empty past it computes the same as the first graph, so a runtime needs only one of them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CONTINUATION = "onnx/continuation.onnx"
 
 
 def plan_continuation(design: Design) -> ContinuationRecord | None:
-    """What a design's continuation is; None if it gets none.
+    """Plan a design's continuation graph; None if it gets none.
 
-    A reranker in fp32 arithmetic, as CPUs run it, gets one, if the onnxruntime that has to check it
-    takes it, unless attention has a mask. An embedding's texts begin alike only by their
-    short prompts. 16-bit graphs are for GPUs, where the continuation has not been measured.
+    A reranker in fp32, for CPUs, gets one if the installed onnxruntime can run and check it, and
+    if attention has no mask. An embedder's texts share only their short prompts. 16-bit graphs are
+    for GPUs, where the continuation has not been measured.
     """
     needs = design.dialect.continues
     if design.head is None or needs is None or design.spec.masked_layers:
@@ -40,17 +40,17 @@ def plan_continuation(design: Design) -> ContinuationRecord | None:
 
 
 def write_continuation(design: Design, graph: Path, path: Path) -> None:
-    """Write the continuation of a graph.
+    """Write a graph's continuation.
 
     Args:
-        design: What the graph was built from.
-        graph: The graph, written.
-        path: Beside it.
+        design: The design of the graph.
+        graph: The written graph.
+        path: The continuation's path, in the same folder.
     """
     weights = ir.load(graph).graph.initializers
     model = build_model(design, continues=True)
     for name, value in model.graph.initializers.items():
-        # Constants are small, and numbered anew.
+        # Constants keep their values: they are small, and numbered differently.
         if isinstance(value.const_value, ir.LazyTensor):
             value.const_value = weights[name].const_value
     ir.save(model, path)

@@ -1,10 +1,9 @@
-"""The operators that differ between runtimes: one class a dialect, the same questions.
+"""The operators that differ between runtimes: one class per dialect, with the same methods.
 
 `ort`: onnxruntime's fused operators (domain com.microsoft).
 `standard`: operators of the ONNX standard only (opset 23), for TensorRT, OpenVINO and others.
 
-Rows are right-padded when they get here, so causal attention needs no mask: no real token is
-after a padding token.
+Rows are right-padded here, so causal attention needs no mask: no real token follows padding.
 """
 
 from __future__ import annotations
@@ -31,26 +30,25 @@ BOOL, FLOAT, FLOAT16, BFLOAT16, INT8, UINT8, INT64, FLOAT8 = (
     ir.DataType.INT64,
     ir.DataType.FLOAT8E4M3FN,
 )
-# The largest magnitude of each kind of codes.
+# The largest code of each dtype.
 LARGEST = {INT8: 127.0, FLOAT8: 448.0}
-# Stands for the largest value of a token of zeros.
+# Lower bound of a token's magnitude: a token of zeros would get a scale of 0.
 TINY = 1e-20
-# A dialect's `norm`.
+# The type of a dialect's `norm`.
 Norm = Callable[[GraphBuilder, ir.Value, ir.Value, float], ir.Value]
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of a batch.
+    """The values of a batch that attention needs.
 
     Attributes:
         lengths: int64 [batch, 1], real tokens of each row, at least 1.
         size: int64 scalar, tokens of the longest row.
         arange: int64 [size], the positions.
         batch: int64 [1], the number of rows.
-        past: int64 scalar, tokens before each row that were computed earlier; None where rows
-            begin at the beginning.
-        short: With a past, whether rows are short, bool scalar: see `SHORT_ROW`.
+        past: int64 scalar, tokens of the shared prefix; None without one.
+        short: bool scalar, with a prefix: whether rows are short, see `SHORT_ROW`.
     """
 
     lengths: ir.Value
@@ -63,11 +61,11 @@ class Positions:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens' values in 8 bits.
+    """Activations quantized to 8 bits, with one scale per token.
 
     Attributes:
         codes: [batch, size, n], around the dialect's zero point.
-        scales: float32 [batch, size, 1], the largest magnitude of the token by that of a code.
+        scales: float32 [batch, size, 1], the token's largest magnitude / the largest code.
     """
 
     codes: ir.Value
@@ -75,9 +73,10 @@ class Rows:
 
 
 class Product(NamedTuple):
-    """A product that still lacks a factor for each token: `scales`, float32 [batch, size, 1].
+    """A product with a scale per token, float32 [batch, size, 1], that is not applied yet.
 
-    What follows may not need the factor, or need it only on something smaller.
+    A scale is skipped where the next norm cancels it; otherwise it is applied as late as possible,
+    where the tensor is narrower.
     """
 
     value: ir.Value
@@ -85,15 +84,15 @@ class Product(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What a layer's attention reads, as its projections give it.
+    """The inputs of a layer's attention: the outputs of its projections.
 
     Attributes:
-        q: [batch, size, num_heads * head_dim]. RMSNorm takes any factor of a token away again, so
-            none is put on; the same for `k`.
+        q: [batch, size, num_heads * head_dim], without scales: the RMSNorm cancels them. The same
+            for `k`.
         k: [batch, size, num_kv_heads * head_dim].
-        v: The same.
-        q_norm: The gains of queries' RMSNorm, [head_dim].
-        k_norm: Those of keys.
+        v: [batch, size, num_kv_heads * head_dim].
+        q_norm: The gains of the queries' RMSNorm, [head_dim].
+        k_norm: The gains of the keys' RMSNorm, [head_dim].
     """
 
     q: ir.Value
@@ -104,14 +103,13 @@ class Heads(NamedTuple):
 
 
 class LayerPast(NamedTuple):
-    """Tokens before every row of a batch, the same ones for all, as a layer sees them.
+    """One layer's view of the prefix that all rows of a batch share.
 
     Attributes:
         states: The keys and values of all layers, float32 [2 * layers, num_kv_heads, past,
             head_dim].
-        indices: int64 [2], where the layer's are.
-        kept: int64 [1], tokens of the first row, those before it counted, whose keys and values are
-            to be given back.
+        indices: int64 [2], the indices of the layer's keys and values.
+        kept: int64 [1], tokens of the first row, prefix included, to return keys and values of.
     """
 
     states: ir.Value
@@ -120,14 +118,14 @@ class LayerPast(NamedTuple):
 
 
 class Dialect(Protocol):
-    """How a dialect writes what is not the same everywhere.
+    """The operators that a dialect writes in its own way.
 
     Attributes:
-        name: Its name.
-        continues: The runtime that its `attention` needs to take a past; None where it takes none.
+        name: The dialect's name.
+        continues: The runtime that `attention` needs to take a past; None if it takes none.
         opsets: Operator versions by domain.
-        ir_version: Of the file.
-        requires: The runtime that its graphs need.
+        ir_version: The ONNX file's IR version.
+        requires: The runtime that the graphs need.
     """
 
     name: str
@@ -137,11 +135,11 @@ class Dialect(Protocol):
     requires: str
 
     def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
-        """The batch's values that each layer's `attention` takes, computed once.
+        """Compute once the values of a batch that each layer's `attention` takes.
 
         Args:
             g: The graph.
-            positions: The batch's.
+            positions: The batch's positions.
             compute: The dtype of attention.
         """
         ...
@@ -153,7 +151,7 @@ class Dialect(Protocol):
 
         Args:
             g: The graph.
-            angles: Of any shape, up to 2^20.
+            angles: Any shape; values up to 2^20.
             compute: The dtype of attention.
         """
         ...
@@ -167,8 +165,8 @@ class Dialect(Protocol):
     ) -> tuple[ir.Value, ir.Value]:
         """(RMSNorm(residual + x), residual + x), in the dtype of `residual`.
 
-        What it has rounded of the first already it leaves for `quantize_rows`, under the key that
-        `graph.linear` asks for; so does `swiglu`.
+        If the operator also quantizes the norm's output, the codes are stored in `g.once`, under
+        the key that `graph.linear` looks up before it calls `quantize_rows`. The same for `swiglu`.
         """
         ...
 
@@ -179,13 +177,13 @@ class Dialect(Protocol):
         ...
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
-        """Each token's values, float32 [batch, size, width], in 8 bits, with a scale of its own.
+        """Quantize float32 [batch, size, width] to 8 bits, with one scale per token.
 
         Args:
             g: The graph.
             x: The values.
-            width: How many a token has.
-            codes: INT8 or FLOAT8E4M3FN, what the weights are.
+            width: Values per token.
+            codes: The weights' dtype, INT8 or FLOAT8E4M3FN.
         """
         ...
 
@@ -196,7 +194,7 @@ class Dialect(Protocol):
         matrix: QuantizedMatrix | Float8Matrix,
         compute: ir.DataType,
     ) -> ir.Value:
-        """The product of the rows' codes with 8-bit weights, still without the rows' scales.
+        """Multiply the rows' codes by 8-bit weights; the rows' scales are not applied.
 
         Args:
             g: The graph.
@@ -207,11 +205,11 @@ class Dialect(Protocol):
         ...
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """The product, in the dtype of `x`, with weights that are quantized in groups."""
+        """Multiply by weights that are quantized in groups; the product has the dtype of `x`."""
         ...
 
     def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """Rows of a quantized embedding table: [batch, size] to float32 [batch, size, n]."""
+        """Look up rows of a quantized embedding table: [batch, size] to float32 [.., n]."""
         ...
 
     def attention(
@@ -224,7 +222,7 @@ class Dialect(Protocol):
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
-        """Norms of queries and keys, their rotary embedding, causal grouped-query attention.
+        """Norm and rotate queries and keys, then causal grouped-query attention.
 
         Args:
             g: The graph.
@@ -233,28 +231,28 @@ class Dialect(Protocol):
             rotary: From `rotary`.
             cache: Cosines and sines, each [past + size, head_dim / 2], in the dtype to rotate in.
             compute: The dtype of attention.
-            past: Only where the dialect continues.
+            past: The shared prefix; only in a dialect that `continues`.
 
         Returns:
-            [batch, size, num_heads * head_dim]; with a past also the first row's keys and values,
-            each [1, num_kv_heads, kept, head_dim], the keys rotated.
+            [batch, size, num_heads * head_dim]; with a past also the first row's rotated keys and
+            its values, each [1, num_kv_heads, kept, head_dim].
         """
         ...
 
 
 def attention_scale(spec: ModelSpec) -> float:
-    """What scores are multiplied by before the softmax: arXiv:1706.03762, eq. 1."""
+    """1 / sqrt(head_dim), the scores' factor before the softmax: arXiv:1706.03762, eq. 1."""
     return float(1 / np.sqrt(spec.head_dim))
 
 
 def number_positions(g: GraphBuilder, positions: Positions, arange: ir.Value) -> ir.Value:
-    """Positions of each row: int64 [size] to [batch, size]."""
+    """Repeat the positions for each row: int64 [size] to [batch, size]."""
     size = g.op("Reshape", positions.size, g.constant([1]))
     return g.op("Expand", arange, g.op("Concat", positions.batch, size, axis=0))
 
 
 def settle(g: GraphBuilder, product: Product) -> ir.Value:
-    """The product with its factor."""
+    """Apply a product's scales."""
     if product.scales is None:
         return product.value
     return g.op("Mul", g.cast(product.value, FLOAT), product.scales)
@@ -267,7 +265,7 @@ def norm_heads(
     heads: Heads,
     dtype: ir.DataType | None,
 ) -> tuple[ir.Value, ir.Value]:
-    """Queries and keys after their RMSNorm, each [batch, size, heads, head_dim], in `dtype`."""
+    """Norm queries and keys: [batch, size, heads, head_dim] each, in `dtype`."""
 
     def normed(x: ir.Value, weight: ir.Value, count: int) -> ir.Value:
         split = g.op("Reshape", x, g.constant([0, 0, count, spec.head_dim]))
@@ -280,7 +278,7 @@ def norm_heads(
 
 
 def row_scales(g: GraphBuilder, x: ir.Value, codes: ir.DataType) -> ir.Value:
-    """The largest magnitude of each token by that of a code: [batch, size, n] to [.., 1]."""
+    """Each token's largest magnitude / the largest code: [batch, size, n] to [.., 1]."""
     largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)
     floored = g.op("Max", largest, g.constant(TINY, FLOAT))
     return g.op("Mul", floored, g.constant(1 / LARGEST[codes], FLOAT))

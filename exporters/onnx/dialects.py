@@ -1,4 +1,4 @@
-"""The dialects by their names."""
+"""The dialects by name."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from .dialect import Dialect
 from .ort_dialect import OrtDialect
 from .standard_dialect import StandardDialect
 
-DIALECTS: dict[str, Dialect] = {each.name: each for each in (OrtDialect(), StandardDialect())}
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect for dialect in (OrtDialect(), StandardDialect())
+}
 
 
 def find_dialect(name: str) -> Dialect:
     """A dialect by its name.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: The name is unknown.
     """
     if name not in DIALECTS:
         raise InputError(f"dialect should be one of {', '.join(DIALECTS)}, found {name!r}")

@@ -1,4 +1,4 @@
-"""A checkpoint becomes an artifact with an ONNX graph: in one pass, checked, then put in place."""
+"""Export a checkpoint to an ONNX artifact: written in one pass, verified, then moved into place."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ logger = logging.getLogger(__name__)
 
 GRAPH = "onnx/model.onnx"
 DATA = "model.onnx_data"
-# Massive activations show in a text's first tokens; a reranker's document begins after some 65.
-# The check runs no more either: the standard dialect holds the scores of all pairs of tokens.
+# Massive activations appear in a text's first tokens; a reranker's document begins near token 65.
+# Verification has the same limit: the standard dialect's attention holds all pairs' scores.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
 MIN_COSINE = 0.999
-# The precision that takes a quantized checkpoint's codes as they are.
+# Precisions that take a quantized checkpoint's codes unchanged, by the codes' bits.
 STORED_BITS = {"int4": 4, "int8-weight": 8}
 PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -89,66 +89,68 @@ def export_onnx(
 ) -> Artifact:
     """Export a Qwen3 embedding or reranker checkpoint to an ONNX artifact.
 
-    The graph takes `input_ids` and `attention_mask`, both int64 [batch, sequence], with padding on
-    either side, and gives `sentence_embedding`, float32 [batch, dim] of unit length, or `score`,
+    The graph takes `input_ids` and `attention_mask`, both int64 [batch, sequence], padded on
+    either side. It returns `sentence_embedding`, float32 [batch, dim] of unit length, or `score`,
     float32 [batch], the probability of "yes". Weights are read, converted and written one at a
-    time; memory stays at one layer.
+    time; memory holds one layer.
 
     Args:
-        checkpoint: A folder in the hub's layout, or a hub id; one that is quantized to 4 or 8 bits
-            in groups of 32, 64 or 128 gives its own codes, bit for bit, to "int4" or
-            "int8-weight", and any other that is read is unpacked.
+        checkpoint: A folder in the hub's layout, or a hub id. A checkpoint quantized to 4 or 8
+            bits in groups of 32, 64 or 128 keeps its codes, bit for bit, in "int4" or
+            "int8-weight"; other quantized checkpoints are dequantized.
         output: The artifact's folder; it appears only when it is complete and checked.
         revision: A branch, tag or commit, for a hub id.
-        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        task: "embedding" or "reranker", if the checkpoint's files do not tell.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
-        precision: "fp32"; "fp16" (what would overflow stays in fp32, found by calibration); "bf16"
-            (the residual stream stays in fp32); "int8" (weights and each token's activations);
-            "fp8" (the same in float8, standard dialect only); "int8-weight" or "int4" (weights in
-            groups); or "auto" (4 bits, 8 bits or fp32 for each matrix: the smallest choice that
-            keeps `min_cosine`, `max_ndcg_loss` or both).
-        arithmetic: What a quantized graph computes in: "fp32", for CPUs, or "bf16", for GPUs (the
-            residual stream stays in fp32); by default fp32, and bf16 for "fp8".
+        precision: "fp32"; "fp16" (parts that would overflow stay in fp32, found by calibration);
+            "bf16" (fp32 residual stream); "int8" (8-bit weights and activations, one activation
+            scale per token); "fp8" (the same in float8, standard dialect only); "int8-weight" or
+            "int4" (weights in groups); or "auto" (4 bits, 8 bits or fp32 for each matrix: the
+            smallest choice that keeps `min_cosine`, `max_ndcg_loss` or both).
+        arithmetic: A quantized graph's compute dtype: "fp32", for CPUs, or "bf16", for GPUs (with
+            an fp32 residual stream). Default: bf16 for "fp8", otherwise fp32.
         dialect: "ort" (onnxruntime's fused operators) or "standard" (ONNX opset 23 only).
         outputs: "pooled", or "hidden" for `last_hidden_state`, float32 [batch, sequence,
-            hidden_size], which sentence-transformers' ONNX backend opens.
-        dim: Leading values of the embedding to keep (MRL); by default all, and `encode` chooses.
-        max_length: Tokens after which a text is cut by default; the model's own if not given.
+            hidden_size], which sentence-transformers' ONNX backend reads.
+        dim: Leading values of the embedding to keep (MRL). Default: all; `encode` can truncate.
+        max_length: Default limit of a text's tokens; longer texts are truncated. Default: the
+            model's own limit.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
-        algorithm: Of a quantized precision: "rtn", "hqq", "gptq" or "awq"; "auto" takes "rtn".
-        rotate: Whether to rotate the residual stream before quantizing, against outliers; by
-            default for "int8".
+        algorithm: The quantization algorithm: "rtn", "hqq", "gptq" or "awq"; "auto" takes "rtn".
+        rotate: Whether to rotate the residual stream before quantizing, to spread outliers.
+            Default: only for "int8".
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
-        embedding_bits: Of the embedding table, 4 or 8.
-        recipe: recipe.json, or the embedport.json of an artifact that is to be made again: decides
-            instead of `precision` and the options of quantization.
-        min_cosine: For "auto": the smallest cosine of a text to the fp32 model; 0.999 by default
-            where `max_ndcg_loss` is not given.
-        max_ndcg_loss: For "auto": how much less nDCG@10 than the fp32 model's, on `retrieval`.
-        retrieval: A folder in the BEIR layout, or "builtin"; a reranker's needs candidates.
-        force: Whether to replace an artifact that is already there.
-        progress: Called with (stage, done, total) as the work goes on.
+        embedding_bits: The embedding table's bits, 4 or 8.
+        recipe: Path of a recipe.json, or of the embedport.json of an artifact to reproduce.
+            Replaces `precision` and all quantization options.
+        min_cosine: For "auto": the smallest allowed cosine of a text to the fp32 model. Default:
+            0.999 if `max_ndcg_loss` is not given.
+        max_ndcg_loss: For "auto": the largest allowed loss of nDCG@10 against the fp32 model, on
+            `retrieval`.
+        retrieval: A folder in the BEIR layout, or "builtin". A reranker needs candidates in it.
+        force: Whether to replace an existing artifact.
+        progress: Called with (stage, done, total).
 
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
-        CheckpointError: The checkpoint is not a whole Qwen3 checkpoint.
+        CheckpointError: The checkpoint is not a complete Qwen3 checkpoint.
         MissingPackageError: onnxruntime is not installed, or ir-measures for `retrieval`.
-        VerificationError: The written graph does not run or gives NaN.
+        VerificationError: The written graph does not run or outputs NaN.
     """
     output = Path(output).expanduser().absolute()
     if precision == AUTO and algorithm != "rtn":
         raise InputError(
             "--precision auto measures matrices that are rounded to nearest: it takes no "
-            f"--algorithm {algorithm}; leave it out, or give it with --precision int4"
+            f"--algorithm {algorithm}; leave it out, or use it with --precision int4"
         )
-    # Weights may be gigabytes to download: what can be wrong without them comes first.
+    # Weights may be gigabytes to download: first check everything that does not need them.
     spec = read_configuration(checkpoint, revision, task, adapter)
     check_readable(spec)
     chosen_dialect = find_dialect(dialect)
     _check_options(spec, outputs, dim, max_length)
     _check_targets(precision, min_cosine, max_ndcg_loss, retrieval)
-    plan = _plan(
+    plan = _plan_recipe(
         spec,
         precision,
         dialect,
@@ -159,50 +161,50 @@ def export_onnx(
         group_size=group_size,
         embedding_bits=embedding_bits,
     )
-    # What the artifact's is called.
-    named = MIXED if recipe is not None or precision == AUTO else precision
-    calibrates = plan is not None and plan.algorithm in CALIBRATED
-    if calibration is not None and not calibrates and precision not in ("fp16", AUTO):
+    # The precision's name in the manifest.
+    precision_name = MIXED if recipe is not None or precision == AUTO else precision
+    runs_texts = plan is not None and plan.algorithm in CALIBRATED
+    if calibration is not None and not runs_texts and precision not in ("fp16", AUTO):
         raise InputError(
-            f"this export in {named} runs no texts: --calibration goes with --precision fp16 "
-            f"and auto, and with --algorithm {' and '.join(CALIBRATED)}"
+            f"this export in {precision_name} runs no texts: --calibration goes with --precision "
+            f"fp16 and auto, and with --algorithm {' and '.join(CALIBRATED)}"
         )
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
-    chosen = _choose(spec, named, plan, dialect)
-    if plan is not None and calibrates:
+    dtypes = _choose_precision(spec, precision_name, plan, dialect)
+    if plan is not None and runs_texts:
         _check_texts(plan, rows, calibration)
-    retrieved = None if retrieval is None else tokenize_retrieval(spec, max_length, retrieval)
+    ranking_inputs = None if retrieval is None else tokenize_retrieval(spec, max_length, retrieval)
     require("onnxruntime", "cpu")
     check_place(output, force)
     spec = fetch_weights(spec)
     weights = open_weights(spec)
     warn_of_activations(spec)
     if isinstance(weights, StoredWeights):
-        asked = algorithm != "rtn" or rotate is not None or group_size is not None
+        requantizes = algorithm != "rtn" or rotate is not None or group_size is not None
         bits = STORED_BITS.get(precision)
-        if plan is not None and bits is not None and not asked and weights.gives_codes(bits):
+        if plan is not None and bits is not None and not requantizes and weights.gives_codes(bits):
             plan = stored_recipe(weights, plan)
-            chosen = _choose(spec, named, plan, dialect)
+            dtypes = _choose_precision(spec, precision_name, plan, dialect)
         if precision == AUTO or (plan is not None and plan.algorithm != STORED):
-            _warn_of_second_rounding(weights, named)
-    needs = weight_bytes(spec, chosen) + _size(spec, ".json") + (64 << 20)
+            _warn_of_second_rounding(weights, precision_name)
+    needed_bytes = weight_bytes(spec, dtypes) + _file_sizes(spec, ".json") + (64 << 20)
     if plan is not None and plan.algorithm == "gptq":
-        needs += kept_bytes(spec, rows)
+        needed_bytes += kept_bytes(spec, rows)
     with (
-        kept_layers(output, used=calibrates) as layers,
-        staged(output, force=force, needs=needs) as folder,
+        kept_layers(output, used=runs_texts) as layers,
+        staged(output, force=force, needs=needed_bytes) as folder,
     ):
         source: WeightSource = weights
         matrices = search = None
         if precision == AUTO:
             source = rotated(weights, rotate=bool(rotate))
             ranking = None
-            if retrieved is not None and max_ndcg_loss is not None:
+            if ranking_inputs is not None and max_ndcg_loss is not None:
                 head = reranker_head(weights) if spec.task == "reranker" else None
-                ranking = RankingTarget(*retrieved, head, max_ndcg_loss)
+                ranking = RankingTarget(*ranking_inputs, head, max_ndcg_loss)
             search = search_formats(
-                Design(source, chosen_dialect, chosen),
+                Design(source, chosen_dialect, dtypes),
                 lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
                 rows,
                 MIN_COSINE if min_cosine is None and ranking is None else min_cosine,
@@ -211,36 +213,36 @@ def export_onnx(
                 counted(progress, "search", spec.num_layers),
             )
             plan = Recipe(search.formats, rotate=bool(rotate))
-            chosen = _choose(spec, named, plan, dialect)
+            dtypes = _choose_precision(spec, precision_name, plan, dialect)
         if plan is not None:
             advance = counted(progress, "quantize", spec.num_layers)
-            source, matrices = carry_out(weights, plan, chosen.formats, rows, layers, advance)
-        elif chosen.compute == FLOAT16:
-            chosen = _calibrate(weights, rows, folder, progress)
+            source, matrices = carry_out(weights, plan, dtypes.formats, rows, layers, advance)
+        elif dtypes.compute == FLOAT16:
+            dtypes = _calibrate(weights, rows, folder, progress)
         head = reranker_head(source) if spec.task == "reranker" else None
-        design = Design(source, chosen_dialect, chosen, outputs == "hidden", dim, head, matrices)
+        design = Design(source, chosen_dialect, dtypes, outputs == "hidden", dim, head, matrices)
         model = build_model(design)
         write_companions(spec, folder)
         _write_graph(model, folder / GRAPH, progress)
         continuation = plan_continuation(design)
-        # Inputs, table and output beside the layers; a continuation runs twice and has its states.
+        # A graph's parts: inputs, table, layers, output. A continuation has one more, its states.
         parts = spec.num_layers + 3
-        # Verified, then the witness's rows.
+        # The graph runs for the verification and the witness; the continuation in two halves.
         total = 2 * parts + 2 * (parts + 1) * bool(continuation)
         advance = counted(progress, "verify", total)
         with ThreadPoolExecutor(max_workers=1) as hashing:
-            # Hashes are remembered: the manifest's are ready when the text has run.
+            # Hashes are cached: those for the manifest are ready when the verification ends.
             hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
             ids = rows[0][: CALIBRATION_TOKENS[spec.task]]
-            result = verify_graph(folder / GRAPH, ids, lambda scope: advance())
+            expected = verify_graph(folder / GRAPH, ids, lambda scope: advance())
             if continuation is not None:
-                continued = folder / continuation.path
-                write_continuation(design, folder / GRAPH, continued)
-                verify_continuation(continued, ids, result, lambda scope: advance())
+                continuation_path = folder / continuation.path
+                write_continuation(design, folder / GRAPH, continuation_path)
+                verify_continuation(continuation_path, ids, expected, lambda scope: advance())
         manifest = Manifest(
             task=spec.task,
             format="onnx",
-            precision=named,
+            precision=precision_name,
             graph=GraphRecord(
                 path=GRAPH,
                 dialect=dialect,
@@ -248,11 +250,11 @@ def export_onnx(
                 inputs=design.inputs,
                 outputs=tuple(str(value.name) for value in model.graph.outputs),
                 output=outputs,
-                arithmetic=chosen.arithmetic,
-                kept_in_fp32=chosen.kept_in_fp32,
+                arithmetic=dtypes.arithmetic,
+                kept_in_fp32=dtypes.kept_in_fp32,
                 masked=bool(spec.masked_layers),
                 continuation=continuation,
-                limits_pairs=any(each.scheme.limits_pairs for each in chosen.formats.values()),
+                limits_pairs=any(format.scheme.limits_pairs for format in dtypes.formats.values()),
             ),
             embedding_dim=(dim or spec.embedding_dim) if spec.task == "embedding" else None,
             hidden_size=spec.hidden_size,
@@ -276,9 +278,9 @@ def export_onnx(
 def _warn_of_second_rounding(weights: StoredWeights, precision: str) -> None:
     if weights.formats:
         logger.warning(
-            "%s: its matrices (%s) are unpacked and quantized again, to %s, which adds an error to "
-            "the one that they have; give the original checkpoint, or --precision fp32, fp16 or "
-            "bf16, which add none",
+            "%s: its matrices (%s) are unpacked and quantized again, to %s, which adds a second "
+            "rounding error; give the original checkpoint, or --precision fp32, fp16 or bf16, "
+            "which add none",
             weights.spec.source.id,
             " and ".join(weights.describe()),
             precision,
@@ -334,7 +336,7 @@ def _check_targets(
         raise InputError(f"max_ndcg_loss should be from 0 to 1, found {max_ndcg_loss}")
 
 
-def _plan(
+def _plan_recipe(
     spec: ModelSpec,
     precision: str,
     dialect: str,
@@ -346,22 +348,22 @@ def _plan(
     group_size: int | None,
     embedding_bits: int | None,
 ) -> Recipe | None:
-    """How a graph is quantized; None if it is not, or if "auto" is to find that out.
+    """Choose how a graph is quantized; None if it is not, or if "auto" will search for it.
 
-    Arguments as for `export_onnx`. Of a quantized checkpoint that gives its own codes it is what
-    goes for all else: see `stored_recipe`.
+    Arguments as for `export_onnx`. If a quantized checkpoint keeps its own codes, the recipe
+    applies to everything else: see `stored_recipe`.
 
     Raises:
-        InputError: Options do not go together, or the recipe is none.
+        InputError: Options conflict, or the recipe's file is not a recipe.
     """
-    quantizes = algorithm != "rtn" or rotate is not None
-    given = any(each is not None for each in (arithmetic, group_size, embedding_bits))
+    sets_algorithm = algorithm != "rtn" or rotate is not None
+    sets_format = any(option is not None for option in (arithmetic, group_size, embedding_bits))
     if recipe is not None:
-        if quantizes or given or precision != "fp32":
+        if sets_algorithm or sets_format or precision != "fp32":
             raise InputError("a recipe decides everything: give no other option of quantization")
         return Recipe.from_file(Path(recipe))
     if precision == MIXED:
-        raise InputError("precision mixed is what a recipe or --precision auto makes: take these")
+        raise InputError("precision mixed comes from a recipe or --precision auto: use one of them")
     if precision in QUANTIZED:
         formats = plan_formats(
             spec,
@@ -370,25 +372,25 @@ def _plan(
             group_size=group_size,
             embedding_bits=embedding_bits,
         )
-        # GPUs multiply float8 and nothing else does: the rest is in 16 bits too.
-        usual = "bf16" if precision == FP8 else "fp32"
+        # Only GPUs multiply float8, so the rest computes in 16 bits.
+        default = "bf16" if precision == FP8 else "fp32"
         plan = Recipe(
-            {name: str(each) for name, each in formats.items()},
+            {name: str(format) for name, format in formats.items()},
             algorithm,
             rotate=precision == "int8" if rotate is None else rotate,
             balance=precision == "int8",
-            arithmetic=usual if arithmetic is None else arithmetic,
+            arithmetic=default if arithmetic is None else arithmetic,
         )
-        if _gives_codes(spec, precision) and (quantizes or group_size is not None):
+        if _gives_codes(spec, precision) and (sets_algorithm or group_size is not None):
             raise InputError(
                 f"{spec.source.id} is quantized to {STORED_BITS[precision]} bits already, and its "
                 "own codes are taken: give none of --algorithm, --rotate and --group-size"
             )
         return plan
-    if given or (quantizes and precision != AUTO):
+    if sets_format or (sets_algorithm and precision != AUTO):
         raise InputError(
             f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
-            "--embedding-bits and --arithmetic that was given; they go with "
+            "--embedding-bits and --arithmetic: leave them out, or use them with --precision "
             f"{', '.join(QUANTIZED)}"
         )
     if precision == AUTO and dialect != "ort":
@@ -397,40 +399,42 @@ def _plan(
 
 
 def _gives_codes(spec: ModelSpec, precision: str) -> bool:
-    """Whether a checkpoint's configuration promises codes that a precision takes as they are."""
+    """Whether a precision takes the checkpoint's codes unchanged, by the checkpoint's config."""
     stored, bits = find_stored(spec), STORED_BITS.get(precision)
     return stored is not None and bits is not None and stored.graph_bits == bits
 
 
-def _choose(spec: ModelSpec, precision: str, plan: Recipe | None, dialect: str) -> Precision:
+def _choose_precision(
+    spec: ModelSpec, precision: str, plan: Recipe | None, dialect: str
+) -> Precision:
     """The dtypes and formats of a graph."""
     if plan is None:
         return find_precision(precision)
-    chosen = find_precision(precision, plan.arithmetic)
-    chosen = replace(chosen, formats=parse_formats(spec, plan.formats, dialect))
-    _check_quantized(plan, chosen, dialect)
-    return chosen
+    dtypes = find_precision(precision, plan.arithmetic)
+    dtypes = replace(dtypes, formats=parse_formats(spec, plan.formats, dialect))
+    _check_quantized(plan, dtypes, dialect)
+    return dtypes
 
 
 def _check_texts(plan: Recipe, rows: list[np.ndarray], calibration: str | Path | None) -> None:
-    """A recipe that was carried out on texts is carried out on the same ones again."""
-    recorded, found = plan.calibration, describe_calibration(rows, calibration)
-    if recorded is not None and recorded["sha256"] != found["sha256"]:
+    """Refuse calibration texts that differ from those that the recipe was made with."""
+    recorded, current = plan.calibration, describe_calibration(rows, calibration)
+    if recorded is not None and recorded["sha256"] != current["sha256"]:
         raise InputError(
             f"the recipe was calibrated on texts from {recorded['source']}, and those from "
-            f"{found['source']} give other tokens: give the same with --calibration and, if it was "
-            'given, --max-length; or take "calibration" out of the recipe to calibrate anew'
+            f"{current['source']} give other tokens: give the same with --calibration and, if it "
+            'was given, --max-length; or take "calibration" out of the recipe to calibrate anew'
         )
 
 
 def _check_quantized(plan: Recipe, precision: Precision, dialect: str) -> None:
     formats = precision.formats.values()
-    if any(each.float8 for each in formats) and plan.algorithm != "rtn":
+    if any(format.float8 for format in formats) and plan.algorithm != "rtn":
         raise InputError(f"fp8 is rounded to nearest: it takes no --algorithm {plan.algorithm}")
     if (
         dialect == "ort"
         and precision.compute != FLOAT
-        and any(each.activations for each in formats)
+        and any(format.activations for format in formats)
     ):
         raise InputError(
             "onnxruntime multiplies int8 activations on CPUs only: --precision int8 with "
@@ -469,5 +473,5 @@ def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
         raise cause or error from None
 
 
-def _size(spec: ModelSpec, suffix: str) -> int:
+def _file_sizes(spec: ModelSpec, suffix: str) -> int:
     return sum(path.stat().st_size for path in spec.source.folder.glob(f"*{suffix}"))

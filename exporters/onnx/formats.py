@@ -12,12 +12,12 @@ from ...spec import ModelSpec
 
 TABLE = "embed_tokens"
 QUANTIZED = ("int8", "int8-weight", "int4", "fp8")
-# The precision of an artifact whose matrices each have a format of their own.
+# The precision of an artifact with a format per matrix.
 MIXED = "mixed"
-# A precision that is found by measuring: the artifact's is MIXED.
+# A search chooses the formats; the artifact's precision is then MIXED.
 AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
-# A table has no speed to lose: its groups are as fine as its size allows.
+# Small groups cost a table size but no speed: it is looked up, not multiplied.
 TABLE_GROUPS = {8: 128, 4: 64}
 GROUP = {"int8-weight": 128, "int4": 64}
 FP8 = "fp8"
@@ -28,15 +28,20 @@ TEXT = re.compile(r"int(?P<bits>[48])(/(?P<group>\d+)(?P<symmetric>s?))?")
 class Format:
     """How a matrix is stored and multiplied.
 
-    Its text is what a recipe holds: "int8" has int8 weights with a scale an output channel, and
-    each token's activations in 8 bits with a scale of their own; "int4/64" has 4-bit weights with a
-    scale and a zero point for 64 inputs, "int8/128s" 8-bit weights without zero points ("s" for
-    symmetric), and their activations as the runtime likes. "fp8" is as "int8", in float8 (e4m3).
+    A recipe holds it as text:
+
+    - "int8": 8-bit weights with a scale per output channel, 8-bit activations with a scale per
+      token
+    - "fp8": the same in float8 (e4m3)
+    - "int4/64": 4-bit weights with a scale and a zero point per 64 inputs
+    - "int8/128s": 8-bit weights with a scale per 128 inputs, no zero points ("s": symmetric)
+
+    For the last two, the runtime chooses the dtype of activations.
 
     Attributes:
-        scheme: Of the weights.
-        activations: Whether activations are 8 bits too, with a scale for each token.
-        float8: Whether these 8 bits are a float's.
+        scheme: How the weights are quantized.
+        activations: Whether activations are 8-bit too, with a scale per token.
+        float8: Whether these 8 bits are float8.
     """
 
     scheme: QuantScheme
@@ -45,10 +50,10 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """The format of a text.
+        """Parse a format's text.
 
         Raises:
-            InputError: It is none.
+            InputError: The text is not a format.
         """
         if not isinstance(text, str):
             raise InputError(f"a format should be text like int8 or int4/64, found {text!r}")
@@ -87,7 +92,7 @@ def quantized_bytes(format: Format, shape: tuple[int, int]) -> int:
 
 
 def matrices(spec: ModelSpec) -> list[str]:
-    """The projections of a model, layer by layer, by their names without ".weight"."""
+    """The names of a model's projections, layer by layer, without ".weight"."""
     return [
         name.removesuffix(".weight")
         for name, shape in spec.tensor_shapes().items()
@@ -103,18 +108,18 @@ def plan_formats(
     group_size: int | None = None,
     embedding_bits: int | None = None,
 ) -> dict[str, Format]:
-    """The same format for every projection, and one for the embedding table.
+    """Give all projections the same format, and the embedding table one of its own.
 
     Args:
         spec: The model.
         precision: "int8", "int8-weight", "int4" or "fp8".
-        dialect: "standard" knows no quantized table, and its engines no zero points; onnxruntime
+        dialect: "standard" quantizes no table, and its engines take no zero points; onnxruntime
             has no float8 products.
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
         embedding_bits: 4 or 8; 8 unless the precision is "int4".
 
     Raises:
-        InputError: An option is wrong, or does not go with the precision.
+        InputError: An option is wrong, or does not fit the precision.
     """
     if group_size is not None and precision in ("int8", FP8):
         raise InputError(
@@ -128,13 +133,13 @@ def plan_formats(
     if embedding_bits not in (None, 4, 8):
         raise InputError(f"embedding_bits should be 4 or 8, found {embedding_bits}")
     if precision in ("int8", FP8):
-        chosen = Format.parse(precision)
+        format = Format.parse(precision)
     else:
         bits = 4 if precision == "int4" else 8
-        # Eight bits have range enough without a zero point, and run faster.
+        # Eight bits are precise enough without a zero point, and run faster.
         symmetric = bits == 8 or dialect == "standard"
-        chosen = Format(QuantScheme(bits, group_size or GROUP[precision], symmetric=symmetric))
-    formats = dict.fromkeys(matrices(spec), chosen)
+        format = Format(QuantScheme(bits, group_size or GROUP[precision], symmetric=symmetric))
+    formats = dict.fromkeys(matrices(spec), format)
     if dialect == "standard":
         if embedding_bits is not None:
             raise InputError("the standard dialect keeps its table: --embedding-bits goes with ort")
@@ -144,11 +149,11 @@ def plan_formats(
 
 
 def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> dict[str, Format]:
-    """The formats that a recipe holds.
+    """Parse a recipe's formats.
 
     Raises:
-        InputError: A name is not a matrix of the model, a text not a format, or a format not one
-            that the dialect or the matrix can have.
+        InputError: A name is not a matrix of the model, a text is not a format, or the dialect or
+            the matrix does not support the format.
     """
     known = {TABLE, *matrices(spec)}
     if unknown := sorted(texts.keys() - known):
@@ -157,17 +162,19 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> di
             f"it has {len(known)}, such as {TABLE!r} and 'layers.0.mlp.down_proj'"
         )
     formats = {name: Format.parse(text) for name, text in texts.items()}
-    for name, each in formats.items():
-        if dialect == "standard" and not each.scheme.symmetric:
+    for name, format in formats.items():
+        if dialect == "standard" and not format.scheme.symmetric:
             raise InputError(
-                f"{name}: {each} has zero points, and the standard dialect's engines take none; "
-                f"use {each}s or --dialect ort"
+                f"{name}: {format} has zero points, and the standard dialect's engines take none; "
+                f"use {format}s or --dialect ort"
             )
-        if each.float8 and dialect != "standard":
-            raise InputError(f"{name}: {each} goes with --dialect standard")
-        if name == TABLE and (each.activations or (dialect, each.scheme.bits) == ("standard", 4)):
-            raise InputError(f"{name}: {each} is not a format of a table in dialect {dialect}")
-        size = each.scheme.group_size
+        if format.float8 and dialect != "standard":
+            raise InputError(f"{name}: {format} goes with --dialect standard")
+        if name == TABLE and (
+            format.activations or (dialect, format.scheme.bits) == ("standard", 4)
+        ):
+            raise InputError(f"{name}: {format} is not a format of a table in dialect {dialect}")
+        size = format.scheme.group_size
         if name == TABLE and dialect == "standard" and size and spec.hidden_size % size:
             raise InputError(
                 f"{name}: groups of {size} should divide the width, {spec.hidden_size}, in the "

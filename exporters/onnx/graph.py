@@ -1,22 +1,22 @@
 """Qwen3, described once.
 
     input_ids, attention_mask
-      -> rows rolled so that each begins with its first real token (any padding side goes in)
+      -> rows rolled so that each begins with its first real token (either padding side works)
       -> embedding -> layers -> last token of each row -> final RMSNorm
       -> embedding: prefix of `dim` values, L2 norm       reranker: sigmoid((W_yes - W_no) . h)
 
-or what the checkpoint's own modules do with the states: see `pooling`.
+A checkpoint with other modules behind the layers gets those instead: see `pooling`.
 
-A layer adds the attention's and then the SwiGLU's output to the residual stream. Each addition is
-fused with the norm that follows it, so a layer hands on two values: the stream, and what is to be
-added to it.
+A layer adds the attention output, then the SwiGLU output, to the residual stream. Each addition is
+fused with the norm that follows it, so a layer returns two values: the stream, and the output that
+is still to be added.
 
-After the last layer's attention only the last token of each row matters, unless others are pooled:
-the rest is dropped there.
+With last-token pooling, the last layer drops all other tokens after its attention.
 
-A graph that continues takes keys and values of tokens before its rows, and gives those of its own:
+A continuation graph takes the keys and values of a shared prefix, and returns its first row's:
 
     input_ids, attention_mask, past, kept, short -> present, and the output as above
+
 Source of the architecture: Qwen3 Technical Report, arXiv:2505.09388, and transformers' qwen3.
 """
 
@@ -44,23 +44,23 @@ BOOL = ir.DataType.BOOL
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
 INPUTS = ("input_ids", "attention_mask")
-# A further one where the prompt is not pooled: its tokens.
+# Number of the prompt's tokens: a further input if the prompt is excluded from pooling.
 PROMPT_LENGTH = "prompt_length"
 PRESENT = "present"
 
 
 @dataclass(frozen=True)
 class Design:
-    """All that decides a graph.
+    """Everything that determines a graph.
 
     Attributes:
         weights: The checkpoint.
         dialect: The operators to use.
         precision: Which part computes in which dtype.
-        hidden: Whether to give each token's vector instead of one result a text.
+        hidden: Whether to output each token's vector instead of one result per text.
         dim: Leading values of the embedding that are kept (MRL); None for all.
-        head: float32 [hidden_size, 1], W_yes - W_no of a reranker; None for an embedding.
-        matrices: The quantized matrices, where the precision has formats.
+        head: float32 [hidden_size, 1], a reranker's W_yes - W_no; None for an embedder.
+        matrices: The quantized matrices, if the precision has formats.
     """
 
     weights: WeightSource
@@ -78,33 +78,32 @@ class Design:
 
     @property
     def last_only(self) -> bool:
-        """Whether nothing but each row's last token is wanted behind the layers."""
+        """Whether only each row's last token is needed after the layers."""
         return not self.hidden and (self.head is not None or self.spec.outputs.last_token)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the graph's inputs."""
-        leaves_out = self.head is None and not self.spec.outputs.include_prompt
-        return (*INPUTS, PROMPT_LENGTH) if leaves_out and not self.hidden else INPUTS
+        excludes_prompt = self.head is None and not self.spec.outputs.include_prompt
+        return (*INPUTS, PROMPT_LENGTH) if excludes_prompt and not self.hidden else INPUTS
 
 
 class Stream(NamedTuple):
-    """Between layers: the residual stream, and what is to be added to it (None at the start)."""
+    """The residual stream between layers, and the output to add to it (None at the start)."""
 
     residual: ir.Value
     pending: Product | None
 
 
 class Past(NamedTuple):
-    """Tokens before every row of a batch, the same ones for all.
+    """A prefix that all rows of a batch share.
 
     Attributes:
-        states: Their keys and values, float32 [2 * layers, num_kv_heads, past, head_dim]; layer i's
-            at 2i and 2i + 1.
-        kept: int64 [1], tokens of the first row, those before it counted, whose keys and values are
-            to be given back.
-        short: bool scalar, whether rows are short, or those that are to continue what is given
-            back: see `SHORT_ROW`.
+        states: The prefix's keys and values, float32 [2 * layers, num_kv_heads, past, head_dim];
+            layer i's keys are at 2i, its values at 2i + 1.
+        kept: int64 [1], tokens of the first row, prefix included, to return keys and values of.
+        short: bool scalar, whether the rows, or those that will continue the returned states, are
+            short: see `SHORT_ROW`.
     """
 
     states: ir.Value
@@ -113,7 +112,7 @@ class Past(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A batch's values that are computed once: see `describe_inputs`."""
+    """Values computed once for a batch: see `describe_inputs`."""
 
     input_ids: ir.Value
     first: ir.Value
@@ -127,13 +126,12 @@ class Batch(NamedTuple):
 
 
 def build_model(design: Design, *, continues: bool = False) -> ir.Model:
-    """The whole graph; its initializers read the checkpoint when they are written.
+    """Build the whole graph; its initializers read the checkpoint when they are written.
 
     Args:
         design: What to build.
-        continues: Whether rows continue a past, and give their own keys and values: the further
-            inputs `past`, `kept` and `short` are those of `Past`, the output `present` is like
-            `past`, with `kept` tokens.
+        continues: Whether rows continue a shared prefix. The graph then has the inputs `past`,
+            `kept` and `short` of `Past`, and the output `present`: like `past`, with `kept` tokens.
     """
     g = GraphBuilder()
     spec = design.spec
@@ -176,17 +174,17 @@ def describe_inputs(
     even: bool = False,
     past: Past | None = None,
 ) -> Batch:
-    """Lengths and positions from the mask, and the rows rolled to begin with a real token.
+    """Compute lengths and positions from the mask, and roll rows to begin with a real token.
 
     Args:
         g: The graph.
         design: What to build.
         input_ids: int64 [batch, sequence].
         attention_mask: int64 [batch, sequence].
-        even: Whether rows get one more token of padding where their number of tokens is odd.
-            onnxruntime's kernels for weights in groups take tokens two by two, and round one that
-            is left over differently: with an even number, a text's result is the same in any batch.
-        past: Tokens before every row.
+        even: Whether to pad rows to an even number of tokens. onnxruntime's kernels for weights in
+            groups process tokens in pairs and round a leftover token differently: with an even
+            number, a text's result is the same in any batch.
+        past: The shared prefix, if rows continue one.
     """
     g.scope = "inputs"
     shape = g.op("Shape", input_ids, dtype=INT64)
@@ -195,17 +193,17 @@ def describe_inputs(
         size = g.op("Add", width, g.op("Mod", width, g.constant(2)))
     arange = g.op("Range", g.constant(0), size, g.constant(1))
     count = g.op("ReduceSum", attention_mask, g.constant([1]), keepdims=1)
-    before, everywhere = None, arange
+    past_size, all_positions = None, arange
     if past is not None:
-        before = g.op("Gather", g.op("Shape", past.states, dtype=INT64), g.constant(2), axis=0)
-        everywhere = g.op("Range", g.constant(0), g.op("Add", size, before), g.constant(1))
+        past_size = g.op("Gather", g.op("Shape", past.states, dtype=INT64), g.constant(2), axis=0)
+        all_positions = g.op("Range", g.constant(0), g.op("Add", size, past_size), g.constant(1))
     positions = Positions(
-        # A row without a real token is defined, if useless: its first token is used.
+        # A row that is all padding counts as one token: its result is defined, if useless.
         lengths=g.op("Max", count, g.constant(1)),
         size=size,
         arange=arange,
         batch=g.op("Slice", shape, g.constant([0]), g.constant([1])),
-        past=before,
+        past=past_size,
         short=None if past is None else past.short,
     )
     first = g.op("ArgMax", attention_mask, dtype=INT64, axis=1, keepdims=1)
@@ -217,7 +215,7 @@ def describe_inputs(
         even=even,
         positions=positions,
         rotary=design.dialect.rotary(g, positions, design.precision.compute),
-        cache=rotary_cache(g, design, everywhere),
+        cache=rotary_cache(g, design, all_positions),
         past=past,
         sight=describe_sight(g, design.spec, positions),
     )
@@ -226,7 +224,7 @@ def describe_inputs(
 def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines of positions, [positions, head_dim / 2] each.
 
-    In float32 as the reference computes them: RoFormer, arXiv:2104.09864, eq. 15.
+    Computed in float32, as in the reference: RoFormer, arXiv:2104.09864, eq. 15.
     """
     rope = design.spec.rope
     frequencies = rope.frequencies(design.spec.head_dim)
@@ -241,7 +239,7 @@ def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.
 
 
 def embed(g: GraphBuilder, design: Design, batch: Batch) -> Stream:
-    """The embedding table's rows: the beginning of the residual stream."""
+    """Look up the embedding table's rows: the start of the residual stream."""
     g.scope = "embed_tokens"
     precision = design.precision
     if TABLE in precision.formats:
@@ -267,7 +265,7 @@ def describe_layer(
         g: The graph.
         design: What to build.
         layer: Its number.
-        stream: Residual stream and pending sum, [batch, size, hidden_size].
+        stream: Residual stream and the output to add, [batch, size, hidden_size].
         batch: The batch's values.
         last_only: Whether to keep each row's last token only, [batch, 1, hidden_size].
     """
@@ -288,7 +286,7 @@ def describe_layer(
 def describe_attention(
     g: GraphBuilder, design: Design, layer: int, x: ir.Value, batch: Batch
 ) -> ir.Value:
-    """Projections, and what the dialect makes of them."""
+    """Projections, then the dialect's attention or masked attention."""
     prefix = f"layers.{layer}.self_attn"
 
     def projected(name: str) -> Product:
@@ -317,7 +315,7 @@ def describe_attention(
 
 
 def attention_linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
-    """As `linear`, with the projection's bias where attention has biases."""
+    """As `linear`, plus the projection's bias if the model's attention has biases."""
     product = linear(g, design, name, x)
     if not design.spec.attention_bias:
         return product
@@ -335,12 +333,12 @@ def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> P
     width = design.spec.intermediate_size
     product = design.dialect.swiglu(g, gate, up.value, width, dtype)
     g.probes[f"{down}.input"] = product
-    # The factor of `up` goes through to the narrower output.
+    # The scales of `up` are applied later, to the narrower output of `down`.
     return linear(g, design, down, Product(product, up.scales))
 
 
 def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
-    """X times a projection's matrix, as the precision has it."""
+    """Multiply x by a projection's matrix, in the format that the precision gives it."""
     precision, dialect = design.precision, design.dialect
     g.inputs[name] = x.value
     format = precision.formats.get(name)
@@ -366,7 +364,7 @@ def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
 
 
 def quantized(design: Design, name: str) -> QuantizedMatrix:
-    """A matrix that the precision quantizes."""
+    """The initializers of a matrix that the precision quantizes to integers."""
     assert design.matrices is not None
     rows, columns = design.spec.tensor_shapes()[f"{name}.weight"]
     scheme = design.precision.formats[name].scheme
@@ -374,7 +372,7 @@ def quantized(design: Design, name: str) -> QuantizedMatrix:
 
 
 def float8(design: Design, name: str) -> Float8Matrix:
-    """A matrix that the precision rounds to float8."""
+    """The initializers of a matrix that the precision rounds to float8."""
     rows, columns = design.spec.tensor_shapes()[f"{name}.weight"]
     return Float8Matrix(name, (rows, columns), design.weights)
 
@@ -382,7 +380,7 @@ def float8(design: Design, name: str) -> Float8Matrix:
 def add_norm(
     g: GraphBuilder, design: Design, weight_name: str, stream: Stream
 ) -> tuple[ir.Value, ir.Value]:
-    """(RMSNorm of the stream with its pending sum added, the stream)."""
+    """Add the pending output to the stream; return (the stream's RMSNorm, the stream)."""
     dialect, eps = design.dialect, design.spec.rms_norm_eps
     weight = norm_weight(g, design, weight_name, stream.residual.dtype)
     if stream.pending is None:
@@ -391,12 +389,12 @@ def add_norm(
 
 
 def norm_weight(g: GraphBuilder, design: Design, name: str, dtype: ir.DataType | None) -> ir.Value:
-    """An RMSNorm's gains in the dtype of what is normed."""
+    """An RMSNorm's gains, in the dtype of its input."""
     return g.initializer(CheckpointTensor(name, design.weights, dtype or FLOAT))
 
 
 def last_token(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
-    """[batch, size, n] -> [batch, 1, n]: each row's last real token; twice where rows are even."""
+    """Each row's last real token: [batch, size, n] -> [batch, 1, n]; twice if rows are even."""
     index = g.op("Sub", batch.positions.lengths, g.constant(1))
     if batch.even:
         index = g.op("Concat", index, index, axis=1)
@@ -414,12 +412,12 @@ def describe_output(
     g.scope = "output"
     spec, outputs = design.spec, design.spec.outputs
     assert stream.pending is not None  # a model has at least one layer
-    # One row a text, usually: there is nothing to fuse.
+    # Usually one row per text: fusing would gain nothing.
     pending = Product(g.cast(settle(g, stream.pending), FLOAT))
     stream = Stream(g.cast(stream.residual, FLOAT), pending)
     normed, _ = add_norm(g, design, "norm.weight", stream)
     rotation = design.weights.output_rotation
-    # A reranker's head is rotated instead.
+    # For a reranker, the rotation is in the head instead.
     plain = outputs.steps == ("normalize",) and outputs.last_token and outputs.truncate is None
     if rotation is not None and design.head is None:
         if not design.hidden and plain:
@@ -441,7 +439,7 @@ def describe_output(
         return named(g.op("Squeeze", score, g.constant([1])), "score", ("batch",))
     dim = design.dim or spec.embedding_dim
     if plain:
-        # The prefix of a vector, at unit length, is that of the whole one at unit length.
+        # Truncated first: normalizing before that too would give the same unit vector.
         if dim < spec.hidden_size and rotation is None:
             pooled = shorten(g, pooled, dim)
         return named(normalize(g, pooled), "sentence_embedding", ("batch", dim))
@@ -454,7 +452,7 @@ def describe_output(
 
 
 def roll_back(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
-    """[batch, size, n] to [batch, sequence, n], with each token where the caller had it."""
+    """Undo the roll: [batch, size, n] to [batch, sequence, n], tokens in the caller's order."""
     arange = g.op("Range", g.constant(0), batch.width, g.constant(1))
     index = g.op("Add", g.op("Sub", arange, batch.first), batch.width)
     index = g.op("Unsqueeze", g.op("Mod", index, batch.width), g.constant([2]))
@@ -462,7 +460,7 @@ def roll_back(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
 
 
 def named(value: ir.Value, name: str, shape: tuple[str | int, ...]) -> ir.Value:
-    """Make a value a graph's output."""
+    """Give a value the name and shape of a graph output."""
     value.name = name
     value.shape = ir.Shape(shape)
     return value

@@ -1,7 +1,7 @@
-"""A model run layer by layer with onnxruntime, before there is an artifact.
+"""Run a model layer by layer with onnxruntime, before there is an artifact.
 
-Each layer is an ONNX graph of its own in a temporary folder, with the design's operators; memory
-stays at one layer and the texts' hidden states, whatever the model's size.
+Each layer is an ONNX graph of its own in a temporary folder, with the design's operators. Memory
+holds one layer and the texts' hidden states.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ DATA = "part.onnx_data"
 
 
 def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
-    """Texts through a layer: each one's states in place of those before it.
+    """Run texts through a layer.
 
     Args:
         layer: The layer, open.
         rows: Token ids, int64 [tokens] each.
-        states: Of each text before the layer, float32 [1, tokens, hidden_size]; replaced in the
-            list.
+        states: Each text's states before the layer, float32 [1, tokens, hidden_size]; replaced in
+            the list by those after it.
     """
     for i, ids in enumerate(rows):
         states[i] = layer.run(ids, states[i])
@@ -49,9 +49,9 @@ class Layer(AbstractContextManager["Layer"]):
         folder: Where the graph may be written while it runs.
 
     Attributes:
-        probes: Names of the magnitudes that `run_probed` gives.
-        inputs: Names of the projections whose inputs `run_inputs` gives; those that share one are
-            together.
+        probes: Names of the magnitudes that `run_probed` returns.
+        inputs: For each input that `run_inputs` returns, the names of the projections that share
+            it.
     """
 
     def __init__(self, design: Design, layer: int, folder: Path) -> None:
@@ -83,21 +83,21 @@ class Layer(AbstractContextManager["Layer"]):
         self._inputs = [value.name for value in shared]
 
     def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """The residual stream behind the layer: float32 [1, tokens, hidden_size], as `state`."""
+        """The residual stream after the layer: float32 [1, tokens, hidden_size], like `state`."""
         return self._session.run([self._stream], _feeds(ids) | {"stream": state})[0]
 
     def run_probed(
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As `run`, with the largest magnitude of each watched value, by name."""
+        """Like `run`, plus the largest magnitude of each watched value, by name."""
         names = [self._stream, *self._probes]
-        out, *found = self._session.run(names, _feeds(ids) | {"stream": state})
-        return out, dict(zip(self.probes, found, strict=True))
+        out, *magnitudes = self._session.run(names, _feeds(ids) | {"stream": state})
+        return out, dict(zip(self.probes, magnitudes, strict=True))
 
     def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
-        """What each group of `inputs` multiplies: float32 [tokens, in] each."""
-        found = self._session.run(self._inputs, _feeds(ids) | {"stream": state})
-        return [each[0] for each in found]
+        """The shared input of each group in `inputs`: float32 [tokens, in] each."""
+        inputs = self._session.run(self._inputs, _feeds(ids) | {"stream": state})
+        return [x[0] for x in inputs]
 
     def __exit__(
         self,
@@ -105,21 +105,21 @@ class Layer(AbstractContextManager["Layer"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # The variable that `with` named outlives the block, and the next layer is opened then.
+        # The variable of `with` outlives the block: else this session and the next would be open.
         del self._session
         self._temporary.cleanup()
 
 
 def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Each text's first states in fp32, [1, tokens, hidden_size], from the rows it needs."""
+    """Each text's embeddings in fp32, [1, tokens, hidden_size]; only the rows needed are read."""
     name = "embed_tokens.weight"
-    wanted = np.unique(np.concatenate(rows))
-    table = {i: weights.read_fp32(name, slice(int(i), int(i) + 1))[0] for i in wanted}
+    needed_ids = np.unique(np.concatenate(rows))
+    table = {i: weights.read_fp32(name, slice(int(i), int(i) + 1))[0] for i in needed_ids}
     return [np.stack([table[i] for i in ids])[None] for ids in rows]
 
 
 def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
-    """Each text's first states as the design's own table gives them."""
+    """Each text's embeddings from the design's own, possibly quantized, table."""
     g = GraphBuilder()
     ids, mask = _inputs()
     out = embed(g, design, describe_inputs(g, design, ids, mask)).residual
@@ -131,24 +131,24 @@ def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) ->
 def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
     """The texts' vectors, float32 [texts, dim]; a reranker's last states, [texts, hidden_size].
 
-    They are those after the final norm and, of an embedder, pooling and the modules behind it; all
-    tokens are pooled.
+    They are taken after the final norm and, for an embedder, pooling over all tokens and the
+    modules after it.
     """
     spec, outputs = design.spec, design.spec.outputs
     gains, rotation = design.weights.read_fp32("norm.weight"), design.weights.output_rotation
     only_last = spec.task == "reranker" or outputs.last_token
     vectors = []
     for state in states:
-        kept = state[:, -1:] if only_last else state
-        scale = np.sqrt(np.mean(kept**2, axis=2, keepdims=True) + spec.rms_norm_eps)
-        normed = kept / scale * gains
+        pooled_states = state[:, -1:] if only_last else state
+        scale = np.sqrt(np.mean(pooled_states**2, axis=2, keepdims=True) + spec.rms_norm_eps)
+        normed = pooled_states / scale * gains
         normed = normed if rotation is None else normed @ rotation
         if only_last:
             vectors.append(normed[:, 0])
         else:
             vectors.append(pool(normed, np.ones(normed.shape[:2], np.int64), outputs))
-    found = np.concatenate(vectors)
-    return found if spec.task == "reranker" else Head(outputs, spec.source.pipeline)(found)
+    result = np.concatenate(vectors)
+    return result if spec.task == "reranker" else Head(outputs, spec.source.pipeline)(result)
 
 
 def _inputs() -> list[ir.Value]:

@@ -1,7 +1,7 @@
-"""Attention under a mask, in operators of the ONNX standard, for both dialects.
+"""Masked attention in operators of the ONNX standard, for both dialects.
 
-To both sides, where padding has to be masked, or within a sliding window. Scores of all pairs of
-tokens stand in memory at once.
+It is bidirectional, where padding must be masked, or within a sliding window. The scores of all
+pairs of tokens are in memory at once.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .dialect import (
 
 
 class Sight(NamedTuple):
-    """What attention under a mask needs to know of a batch, computed once.
+    """The values of a batch that masked attention needs, computed once.
 
     Attributes:
         position_ids: int64 [batch, size].
-        mask: Which keys each query sees: bool [batch, 1, size, size]; onnxruntime expands heads
-            only.
+        mask: bool [batch, 1, size, size], true for the keys that a query sees. onnxruntime
+            broadcasts over heads only.
     """
 
     position_ids: ir.Value
@@ -38,18 +38,18 @@ class Sight(NamedTuple):
 
 
 def describe_sight(g: GraphBuilder, spec: ModelSpec, positions: Positions) -> Sight | None:
-    """Positions, and the mask of a model whose attention has one; None where it has none."""
+    """Compute positions and the attention mask; None for a model without one."""
     if not spec.masked_layers:
         return None
-    places = g.op("Unsqueeze", positions.arange, g.constant([0]))
+    keys = g.op("Unsqueeze", positions.arange, g.constant([0]))
     if spec.window is None:
-        real = g.op("Less", places, positions.lengths, dtype=BOOL)
+        real = g.op("Less", keys, positions.lengths, dtype=BOOL)
         seen = g.op("Unsqueeze", real, g.constant([1, 2]))
     else:
-        # Rows begin with their first real token: no padding comes before one.
+        # Rows begin with their first real token: the causal mask excludes padding.
         queries = g.op("Unsqueeze", positions.arange, g.constant([1]))
-        before = g.op("LessOrEqual", places, queries, dtype=BOOL)
-        distance = g.op("Sub", queries, places)
+        before = g.op("LessOrEqual", keys, queries, dtype=BOOL)
+        distance = g.op("Sub", queries, keys)
         near = g.op("Less", distance, g.constant(spec.window), dtype=BOOL)
         seen = g.op("Unsqueeze", g.op("And", before, near, dtype=BOOL), g.constant([0, 1]))
     size = g.op("Reshape", positions.size, g.constant([1]))
@@ -67,14 +67,14 @@ def attend_masked(
     cache: tuple[ir.Value, ir.Value],
     compute: ir.DataType,
 ) -> ir.Value:
-    """Norms of queries and keys, their rotary embedding, attention of each token to those it sees.
+    """Norm and rotate queries and keys, then attention of each token to those that it sees.
 
     Args:
         g: The graph.
-        dialect: Its norm.
+        dialect: Provides the norm.
         spec: The model.
         heads: Queries, keys and values.
-        sight: Of `describe_sight`.
+        sight: From `describe_sight`.
         cache: Cosines and sines, each [size, head_dim / 2], in the dtype to rotate in.
         compute: The dtype of attention.
 

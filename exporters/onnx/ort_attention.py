@@ -22,7 +22,7 @@ from .dialect import (
     settle,
 )
 
-# Parts of a row that is not computed whole.
+# Parts that a longer row's attention is computed in.
 PARTS = 4
 # Queries, keys and values, [batch, size, heads * head_dim] each.
 Inputs = tuple[ir.Value, ir.Value, ir.Value]
@@ -37,11 +37,11 @@ def fused(
     cache: tuple[ir.Value, ir.Value],
     compute: ir.DataType,
 ) -> ir.Value:
-    """GroupQueryAttention; what is rotated in another dtype than attention's is rotated before it.
+    """GroupQueryAttention; in bf16, queries and keys are rotated before it, in fp16.
 
     Args:
         g: The graph.
-        norm: The dialect's.
+        norm: The dialect's norm.
         spec: The model.
         heads: Queries, keys and values.
         rotary: From the dialect's `rotary`.
@@ -59,21 +59,21 @@ def fused(
 def chosen_by_length(
     g: GraphBuilder, norm: Norm, spec: ModelSpec, *inputs: ir.Value
 ) -> list[ir.Value]:
-    """Attention in fp32, as a function: what onnxruntime's CPU does fastest.
+    """Attention in fp32, as a function: onnxruntime's fastest CPU operator for the rows' length.
 
-    Short rows take the standard's Attention, which is faster there than GroupQueryAttention
-    (docs/benchmarks.md): small ones whole, others in parts, so that few scores are computed of
-    tokens that come later.
+    Short rows use the standard's Attention, which is faster there than GroupQueryAttention
+    (docs/benchmarks.md). Small rows are computed in one part, others in several, which computes
+    fewer of the scores that the causal mask discards.
 
     Args:
         g: The function.
-        norm: The dialect's.
+        norm: The dialect's norm.
         spec: The model.
-        inputs: Those of `Heads` (the scales of `v` behind it), the cache, those of the dialect's
-            `rotary`, and with a past those of `LayerPast`. The kernel reads them by their places.
+        inputs: The values of `Heads` (the scales of `v` after it), the cache, the dialect's
+            `rotary` and, with a past, `LayerPast`. The kernel reads them by position.
     """
     q, k, v, scales, q_norm, k_norm, cosines, sines, small, short, position_ids, *rest = inputs
-    # With a past the rows' own lengths are one count more.
+    # With a past, query_seqlens is a third count.
     counts, layer_past = (rest, None) if len(rest) == 2 else (rest[:3], LayerPast(*rest[3:]))
     heads = Heads(q, k, Product(v, scales), q_norm, k_norm)
     rows = _rows(g, norm, spec, heads, FLOAT, FLOAT)
@@ -95,12 +95,12 @@ def chosen_by_length(
     if layer_past is None:
         return [attended]
     ends = g.op("Concat", g.constant([1]), layer_past.kept, axis=0)
-    kept = [g.op("Slice", x, g.constant([0, 0]), ends, g.constant([0, 2])) for x in states]
-    return [attended, *kept]
+    first_row = [g.op("Slice", x, g.constant([0, 0]), ends, g.constant([0, 2])) for x in states]
+    return [attended, *first_row]
 
 
 def _for_each_row(g: GraphBuilder, past: LayerPast, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The layer's keys and values of the past, [batch, num_kv_heads, past, head_dim] each."""
+    """Repeat the layer's prefix per row: keys, values, [batch, num_kv_heads, past, head_dim]."""
     batch = g.op("Slice", g.op("Shape", rows, dtype=INT64), g.constant([0]), g.constant([1]))
     shape = g.op("Concat", batch, g.constant([1, 1, 1]), axis=0)
     states = g.op("Gather", past.states, past.indices, axis=0)
@@ -116,7 +116,7 @@ def _rows(
     rotary: ir.DataType | None,
     compute: ir.DataType,
 ) -> Inputs:
-    """Queries and keys after their norms in the dtype to rotate in, and values."""
+    """Queries and keys after their norms, in the dtype to rotate in, and values."""
     q, k = norm_heads(g, norm, spec, heads, rotary)
     queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
     keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
@@ -130,13 +130,13 @@ def _rotate(
     position_ids: ir.Value,
     cache: tuple[ir.Value, ir.Value],
 ) -> Inputs:
-    """Queries and keys rotated, in the dtype of the values."""
+    """Rotate queries and keys, and cast them to the values' dtype."""
     queries, keys, values = rows
 
     def turn(x: ir.Value, heads: int) -> ir.Value:
-        given = (x, position_ids, *cache)
-        turned = g.op("RotaryEmbedding", *given, domain=MICROSOFT, num_heads=heads)
-        return g.cast(turned, values.dtype or FLOAT)
+        inputs = (x, position_ids, *cache)
+        rotated = g.op("RotaryEmbedding", *inputs, domain=MICROSOFT, num_heads=heads)
+        return g.cast(rotated, values.dtype or FLOAT)
 
     return turn(queries, spec.num_heads), turn(keys, spec.num_kv_heads), values
 
@@ -149,17 +149,17 @@ def _fused_attention(
     cache: tuple[ir.Value, ir.Value] | None,
     past: tuple[ir.Value, ir.Value] | None,
 ) -> list[ir.Value]:
-    """GroupQueryAttention, the rotary embedding inside where its cosines are given.
+    """GroupQueryAttention; it applies the rotary embedding if it gets the cache.
 
-    Without a past nothing reads the keys and values it gives back, but onnxruntime takes its
-    flash kernel only if they are asked for, whose memory is linear in the length
+    Without a past nothing reads the keys and values it returns. They are requested because
+    onnxruntime uses its flash kernel, with memory linear in the length, only then
     (https://github.com/microsoft/onnxruntime/pull/28962).
     """
     queries, keys, values = inputs
-    # Before 1.31 values of an unknown shape are taken for none, and the queries for all three.
+    # Before 1.31, values of unknown shape count as missing, and the queries as packed QKV.
     values = g.op("Reshape", values, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
     seqlens_k, total, *query_seqlens = counts
-    # position_ids, attention_bias, head_sink, the scales and norms of keys are left out.
+    # position_ids, attention_bias, head_sink, the keys' scales and norms are not given.
     unused = [None] * 7 if query_seqlens else []
     outputs = g.op_outputs(
         "GroupQueryAttention",
@@ -189,9 +189,9 @@ def _plain_attention(
     past: tuple[ir.Value, ir.Value] | None,
     parts: int,
 ) -> list[ir.Value]:
-    """Attention of the standard, all scores of a part of a row at once.
+    """The standard's Attention; all scores of one part of a row are in memory at once.
 
-    Each part continues the keys and values of those before it.
+    Each part continues the keys and values of the parts before it.
     """
 
     def attend(rows: Sequence[ir.Value], past: Sequence[ir.Value], outputs: int) -> list[ir.Value]:
@@ -212,6 +212,6 @@ def _plain_attention(
     attended = []
     cut = [g.op_outputs("Split", x, dtypes=[None] * parts, axis=1, num_outputs=parts) for x in rows]
     for part in zip(*cut, strict=True):
-        found, *states = attend(part, states, 3)
-        attended.append(found)
+        result, *states = attend(part, states, 3)
+        attended.append(result)
     return [g.op("Concat", *attended, axis=1), *states][:outputs]

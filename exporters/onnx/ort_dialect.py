@@ -32,9 +32,9 @@ from .dialect import (
 from .quantized import Float8Matrix, QuantizedMatrix
 
 ZERO_POINT = 128
-# MatMulNBits computes in int8 with a scale a block of a token's activations.
+# MatMulNBits quantizes activations to int8, with one scale per block of a token.
 ACCURACY_LEVEL = 4
-# Tokens of a row up to which its attention is computed whole.
+# Up to this many tokens, a row's attention is computed in one part.
 SMALL_ROW = 128
 
 
@@ -42,20 +42,21 @@ class OrtDialect:
     """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime."""
 
     name = "ort"
-    # The input query_seqlens, without which a past goes with one row only.
+    # Adds the input query_seqlens; without it a past works only for a batch of one row.
     continues: str | None = "onnxruntime>=1.32"
     opsets = {"": 23, MICROSOFT: 1}  # noqa: RUF012 (read only)
     ir_version = 11
-    # Before it GatherBlockQuantized takes rows with an odd number of groups of 4 bits for others.
+    # Earlier, GatherBlockQuantized reads wrong rows if a row has an odd number of 4-bit groups.
     requires = "onnxruntime>=1.27"
 
     def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
-        """seqlens_k (int32 [batch], length - 1) and total_sequence_length (int32 scalar).
+        """The lengths and positions that attention takes, in this order.
 
-        With a past, both count it too, and query_seqlens (int32 [batch]) are the rows' lengths.
-        Before them position_ids, int64 [batch, size], where the rotary embedding is not inside
-        attention; and before these in fp32 whether rows are small and whether they are short (bool
-        scalars).
+        - fp32: whether rows are small, whether rows are short: bool scalars
+        - fp32 and bf16: position_ids, int64 [batch, size], for a RotaryEmbedding before attention
+        - seqlens_k, int32 [batch], length - 1; total_sequence_length, int32 scalar; both include
+          the past
+        - with a past: query_seqlens, int32 [batch], the rows' lengths
         """
         last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
         arange = positions.arange
@@ -64,12 +65,12 @@ class OrtDialect:
                 g.op("Add", count, positions.past) for count in (last, total, arange)
             )
 
-        def a_row(count: ir.Value) -> ir.Value:
+        def per_row(count: ir.Value) -> ir.Value:
             return g.op("Squeeze", g.cast(count, ir.DataType.INT32), g.constant([1]))
 
-        values = [a_row(last), g.cast(total, ir.DataType.INT32)]
+        values = [per_row(last), g.cast(total, ir.DataType.INT32)]
         if positions.past is not None:
-            values.append(a_row(positions.lengths))
+            values.append(per_row(positions.lengths))
         if compute == FLOAT16:
             return values
         values = [number_positions(g, positions, arange), *values]
@@ -85,7 +86,7 @@ class OrtDialect:
     def cos_sin(
         self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """Cos and Sin; in fp32, which is for CPUs, as a function that has a kernel."""
+        """Cos and Sin; in fp32, for CPUs, as a function with a custom kernel."""
 
         def describe(f: GraphBuilder, angles: ir.Value) -> list[ir.Value]:
             return [f.op("Cos", angles), f.op("Sin", angles)]
@@ -98,7 +99,7 @@ class OrtDialect:
         return cosines, sines
 
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """SimplifiedLayerNormalization; in fp32 as a function that has a kernel."""
+        """SimplifiedLayerNormalization; in fp32 as a function with a custom kernel."""
         if x.dtype != FLOAT:
             return _norm(g, x, weight, eps)
         return g.call(
@@ -114,9 +115,9 @@ class OrtDialect:
     def add_norm(
         self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
     ) -> tuple[ir.Value, ir.Value]:
-        """SkipSimplifiedLayerNormalization; behind an 8-bit product with codes for the next one.
+        """SkipSimplifiedLayerNormalization; after an 8-bit product it also quantizes for the next.
 
-        In fp32 it is a function that has a kernel.
+        In fp32 it is a function with a custom kernel.
         """
         dtype = residual.dtype or FLOAT
         if dtype != FLOAT or (x.scales is None and x.value.dtype != FLOAT):
@@ -159,9 +160,9 @@ class OrtDialect:
     def swiglu(
         self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
     ) -> ir.Value:
-        """QuickGelu at alpha 1 is silu; between 8-bit products with codes for the next one.
+        """QuickGelu with alpha 1 is silu; between 8-bit products it also quantizes for the next.
 
-        In fp32 it is a function that has a kernel.
+        In fp32 it is a function with a custom kernel.
         """
         plain = gate.value.dtype == up.dtype == FLOAT
         if dtype != FLOAT or (gate.scales is None and not plain):
@@ -196,7 +197,7 @@ class OrtDialect:
         return product
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
-        """Uint8 around 128, which onnxruntime multiplies thirty times as fast as int8 on x86."""
+        """Uint8 around 128: on x86 onnxruntime multiplies it thirty times as fast as int8."""
         rows = g.call(
             "QuantizeRows",
             x,
@@ -214,7 +215,7 @@ class OrtDialect:
         matrix: QuantizedMatrix | Float8Matrix,
         compute: ir.DataType,
     ) -> ir.Value:
-        """MatMulIntegerToFloat, at a scale of one for all rows; CPUs only, and in fp32."""
+        """MatMulIntegerToFloat with a row scale of 1; on CPUs and in fp32 only."""
         return g.op(
             "MatMulIntegerToFloat",
             rows.codes,
@@ -227,7 +228,7 @@ class OrtDialect:
         )
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """MatMulNBits; in fp32, which is for CPUs, as a function that has a kernel."""
+        """MatMulNBits; in fp32, for CPUs, as a function with a custom kernel."""
         zero_points = matrix.zero_points()
         inputs = [
             x,
@@ -242,7 +243,7 @@ class OrtDialect:
             "bits": matrix.scheme.bits,
             "block_size": matrix.scheme.group_size or matrix.shape[1],
         }
-        # The kernel's 8-bit weights are int8: with zero points of their own they would need 9 bits.
+        # The kernel's 8-bit weights are int8; less a zero point, a code would need 9 bits.
         if x.dtype != FLOAT or (matrix.scheme.bits == 8 and zero_points is not None):
             return _matmul_groups(g, *inputs, **attributes)
 
@@ -286,7 +287,7 @@ class OrtDialect:
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
-        """A function in fp32, which is for CPUs; GroupQueryAttention in 16 bits, for GPUs."""
+        """In fp32, for CPUs, a function with a custom kernel; in 16 bits GroupQueryAttention."""
         if compute != FLOAT:
             assert past is None
             return [ort_attention.fused(g, _norm, spec, heads, rotary, cache, compute)]
@@ -313,7 +314,7 @@ class OrtDialect:
 
 
 def _matmul_groups(g: GraphBuilder, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-    """MatMulNBits, with activations in 8 bits."""
+    """MatMulNBits with 8-bit activations."""
     return g.op(
         "MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=ACCURACY_LEVEL, **attributes
     )
@@ -327,7 +328,7 @@ def _norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Valu
 def _add_norm(
     g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
 ) -> tuple[ir.Value, ir.Value]:
-    """SkipSimplifiedLayerNormalization: its fourth output is the sum."""
+    """SkipSimplifiedLayerNormalization; its fourth output is the sum."""
     normed, _, _, total = g.op_outputs(
         "SkipSimplifiedLayerNormalization",
         residual,
@@ -341,10 +342,10 @@ def _add_norm(
 
 
 def _swiglu(g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
-    """QuickGelu at alpha 1 is silu, in one pass; of bf16 values in fp32.
+    """QuickGelu with alpha 1 is silu, in one pass; bf16 values are computed in fp32.
 
-    On CUDA each of its steps is rounded, and a negative value's sigmoid is one less something:
-    8 bits leave nothing of it.
+    CUDA rounds each step and computes a negative value's sigmoid as 1 - y, which cancels to zero
+    in bf16's 8-bit mantissa.
     """
     dtype = gate.dtype or FLOAT
     gate = g.cast(gate, FLOAT) if dtype == BFLOAT16 else gate
@@ -353,9 +354,9 @@ def _swiglu(g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
 
 
 def _round_rows(f: GraphBuilder, x: ir.Value) -> list[ir.Value]:
-    """Codes and scales in a function with the attribute `width`.
+    """Quantize rows, in a function with the attribute `width`: codes and scales.
 
-    A block of QuantizeLinear is a token: one pass, and no division before it.
+    QuantizeLinear's block is a whole token, so one pass does it, without a division before.
     """
     scales = row_scales(f, x, INT8)
     shape = f.op("Shape", scales, dtype=INT64)

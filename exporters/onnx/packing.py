@@ -1,4 +1,4 @@
-"""A QuantizedTensor's numbers in the layouts that ONNX operators take."""
+"""A QuantizedTensor's codes and zero points in the layouts that ONNX operators take."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from .tensors import transposed
 
 
 def signed(tensor: QuantizedTensor) -> np.ndarray:
-    """Symmetric codes around zero: int8 [out, in], of 4 bits in -8..7."""
+    """Symmetric codes around zero: int8 [out, in]; 4-bit codes are in -8..7."""
     return (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8)
 
 
 def signed_transposed(tensor: QuantizedTensor) -> np.ndarray:
-    """For MatMul and MatMulIntegerToFloat: int8 or int4 [in, out]."""
+    """Codes for MatMul and MatMulIntegerToFloat: int8 or int4 [in, out]."""
     codes = transposed(signed(tensor))
     return codes if tensor.scheme.bits == 8 else codes.astype(ml_dtypes.int4)
 
 
 def check_pairs(name: str, tensor: QuantizedTensor) -> None:
-    """Refuse codes whose product with 8-bit activations some CPUs saturate.
+    """Refuse codes that make a product with 8-bit activations saturate on some CPUs.
 
     Args:
         name: The matrix, for the error.
-        tensor: 8 bits with a scale an output row.
+        tensor: 8-bit codes with one scale per output row.
 
     Raises:
         VerificationError: A pair of codes is beyond the limit of `quantize.pairs`.
     """
     codes = signed(tensor)
-    found = find_excess(codes)
-    if found is not None:
-        row, column = found
+    excess = find_excess(codes)
+    if excess is not None:
+        row, column = excess
         first, second = codes[row, column : column + 2]
         raise VerificationError(
             f"{name}: the codes of inputs {column} and {column + 1} should sum to -{LIMIT} .. "
@@ -66,7 +66,7 @@ def zero_points(tensor: QuantizedTensor) -> np.ndarray:
 
 
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes uint8 [n, m] to bytes [n, ceil(m * bits / 8)], the lower nibble first."""
+    """Pack codes: uint8 [n, m] to bytes [n, ceil(m * bits / 8)], the lower nibble first."""
     if bits == 8:
         return codes
     low, high = codes[:, ::2], codes[:, 1::2]

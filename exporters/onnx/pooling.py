@@ -1,4 +1,4 @@
-"""Pooling and the modules behind it in a graph; `embedport.pooling` has them in numpy."""
+"""Pooling and the modules after it, in a graph; `embedport.pooling` has them in numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...pooling import FEWEST, SHORTEST, DenseWeights
 from .builder import GraphBuilder
 from .dialect import BOOL, FLOAT, INT64, Positions
 
-# The lowest float32 stands for what is not pooled: an infinity would be a defect to the check.
+# Excluded tokens get the lowest float32 value: the verification would refuse an infinity.
 LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -23,16 +23,16 @@ def pool(
     outputs: Outputs,
     prompt_length: ir.Value | None,
 ) -> ir.Value:
-    """One vector a text: float32 [batch, size, n] to [batch, n * poolings].
+    """Pool each text to one vector: float32 [batch, size, n] to [batch, n * poolings].
 
     Rows begin with their first real token.
 
     Args:
         g: The graph.
-        states: Of all tokens, after the final norm.
-        positions: The batch's.
-        outputs: How they are pooled.
-        prompt_length: int64 [1], tokens at a row's beginning that are not pooled.
+        states: All tokens' states after the final norm.
+        positions: The batch's positions.
+        outputs: How to pool.
+        prompt_length: int64 [1], tokens at a row's beginning to exclude.
     """
     places = g.op("Unsqueeze", positions.arange, g.constant([0]))
     real = g.op("Less", places, positions.lengths, dtype=BOOL)
@@ -60,8 +60,8 @@ def _last(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -
 
 def _max(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
     mask = g.op("Unsqueeze", real, g.constant([2]))
-    kept = g.op("Where", mask, states, g.constant(LOWEST, FLOAT), dtype=FLOAT)
-    return g.op("ReduceMax", kept, g.constant([1]), keepdims=0)
+    masked = g.op("Where", mask, states, g.constant(LOWEST, FLOAT), dtype=FLOAT)
+    return g.op("ReduceMax", masked, g.constant([1]), keepdims=0)
 
 
 def _mean(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
@@ -81,10 +81,10 @@ def _weighted(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Valu
 
 
 def _sum(g: GraphBuilder, states: ir.Value, real: ir.Value, weights: ir.Value) -> ir.Value:
-    # Padding's states may be anything: zero times infinity would not be zero.
+    # Padding is set to zero: a weight of zero is not enough, 0 x infinity is NaN.
     mask = g.op("Unsqueeze", real, g.constant([2]))
-    kept = g.op("Where", mask, states, g.constant(0, FLOAT), dtype=FLOAT)
-    rows = g.op("MatMul", g.op("Unsqueeze", weights, g.constant([1])), kept)
+    masked = g.op("Where", mask, states, g.constant(0, FLOAT), dtype=FLOAT)
+    rows = g.op("MatMul", g.op("Unsqueeze", weights, g.constant([1])), masked)
     return g.op("Squeeze", rows, g.constant([1]))
 
 
@@ -110,13 +110,13 @@ def describe_steps(
     outputs: Outputs,
     read: Callable[[Dense], DenseWeights],
 ) -> ir.Value:
-    """The modules behind pooling: float32 [batch, width] to [batch, dim].
+    """Add the modules after pooling: float32 [batch, width] to [batch, dim].
 
     Args:
         g: The graph.
-        vectors: Pooled.
+        vectors: The pooled vectors.
         outputs: The modules.
-        read: A Dense module's tensors.
+        read: Reads a Dense module's tensors.
     """
     for step in outputs.steps:
         if isinstance(step, Dense):
@@ -127,7 +127,7 @@ def describe_steps(
 
 
 def normalize(g: GraphBuilder, vectors: ir.Value) -> ir.Value:
-    """Vectors at length 1: float32 [batch, dim]."""
+    """Scale vectors to length 1: float32 [batch, dim]."""
     length = g.op("ReduceL2", vectors, g.constant([1]), keepdims=1)
     return g.op("Div", vectors, g.op("Max", length, g.constant(SHORTEST, FLOAT)))
 
@@ -145,9 +145,9 @@ def _multiply(
         shape = ir.Shape(size if part != "bias" else size[1:])
 
         def tensor() -> ir.TensorProtocol:
-            found = pick(read(dense))
-            assert found is not None
-            return ir.tensor(np.ascontiguousarray(found.T), dtype=FLOAT)
+            array = pick(read(dense))
+            assert array is not None
+            return ir.tensor(np.ascontiguousarray(array.T), dtype=FLOAT)
 
         return g.initializer(ir.LazyTensor(tensor, FLOAT, shape, name=f"{dense.path}.{part}"))
 

@@ -21,10 +21,10 @@ class Precision:
     """The dtypes of a graph; its inputs and outputs, pooling and head are always fp32.
 
     Attributes:
-        compute: Of matrices, attention and the embedding table.
-        residual: Of the residual stream and the RMSNorms on it.
-        kept: Projections ("layers.3.mlp.down_proj") that stay in fp32, weights and arithmetic.
-        formats: Matrices that are quantized.
+        compute: The dtype of matrices, attention and the embedding table.
+        residual: The dtype of the residual stream and its RMSNorms.
+        kept: Projections ("layers.3.mlp.down_proj") with weights and arithmetic in fp32.
+        formats: The quantized matrices' formats.
     """
 
     compute: ir.DataType
@@ -41,7 +41,7 @@ class Precision:
     def rotary(self) -> ir.DataType:
         """The dtype in which queries and keys are rotated.
 
-        bf16's 8 bits are too few for a cosine; fp16 holds what is rotated, since it is normed.
+        bf16's 8-bit mantissa is too short for cosines; fp16's range suffices after the norms.
         """
         return FLOAT16 if self.compute == BFLOAT16 else self.compute
 
@@ -52,11 +52,11 @@ class Precision:
     @property
     def has_groups(self) -> bool:
         """Whether a projection's weights are quantized in groups."""
-        return any(not each.activations for name, each in self.formats.items() if name != TABLE)
+        return any(not format.activations for name, format in self.formats.items() if name != TABLE)
 
     @property
     def kept_in_fp32(self) -> tuple[str, ...]:
-        """What stays in fp32 beyond inputs, outputs, pooling and head; nothing in an fp32 graph."""
+        """Parts in fp32 besides inputs, outputs, pooling and head; empty for an fp32 graph."""
         if self.compute == FLOAT:
             return ()
         stream = (RESIDUAL,) if self.residual == FLOAT else ()
@@ -64,7 +64,7 @@ class Precision:
 
 
 def weight_bytes(spec: ModelSpec, precision: Precision) -> int:
-    """About how many bytes a graph's weights take."""
+    """The approximate bytes of a graph's weights."""
     total = 0
     for name, shape in spec.tensor_shapes().items():
         matrix = name.removesuffix(".weight")
@@ -81,8 +81,8 @@ def _by_layer(name: str) -> tuple[int, str]:
     return int(name.split(".")[1]), name
 
 
-# bf16 has fp32's range but eight bits of mantissa, which a sum over 28 to 36 layers would lose:
-# its residual stream stays in fp32. What fp16 keeps is found by calibration.
+# bf16 has fp32's range, but its 8-bit mantissa is too short for a sum over 28 to 36 layers: the
+# residual stream stays in fp32. Calibration finds what stays in fp32 for fp16.
 PRECISIONS = {
     "fp32": Precision(FLOAT, FLOAT),
     "fp16": Precision(FLOAT16, FLOAT16),
@@ -91,14 +91,14 @@ PRECISIONS = {
 
 
 def find_precision(name: str, arithmetic: str = "fp32") -> Precision:
-    """A precision by its name; of a quantized one, all but the formats of its matrices.
+    """A precision by its name; a quantized one still lacks the formats of its matrices.
 
     Args:
         name: The precision.
-        arithmetic: What a quantized one computes in, "fp32" or "bf16".
+        arithmetic: The compute dtype of a quantized precision, "fp32" or "bf16".
 
     Raises:
-        InputError: There is none of that name.
+        InputError: The name is unknown.
     """
     if name in (*QUANTIZED, AUTO, MIXED):
         return PRECISIONS[arithmetic]

@@ -1,4 +1,4 @@
-"""A recipe carried out: where a graph's weights and quantized matrices come from."""
+"""Apply a recipe: the weights and quantized matrices that a graph is built from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .formats import TABLE, Format, matrices
 from .quantized import QuantizedMatrices
 from .recipe import STORED, Recipe
 
-# Rows are quantized by themselves: a table of 150,000 never stands in memory in fp32.
+# Matrices are quantized in ranges of rows: a table of 150,000 is never whole in memory in fp32.
 CHUNK_VALUES = 16 << 20
 Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
 
@@ -38,12 +38,12 @@ def carry_out(
     folder: Path,
     advance: Callable[[], None],
 ) -> tuple[WeightSource, QuantizedMatrices]:
-    """What a quantized graph is made from.
+    """Apply a recipe to a checkpoint.
 
     Args:
         weights: The checkpoint.
         recipe: How to quantize.
-        formats: The recipe's formats.
+        formats: The recipe's formats, parsed.
         rows: Token ids of the calibration texts, int64 [tokens] each.
         folder: Where finished layers are kept, for "gptq" and "awq": see `kept_layers`.
         advance: Called after each layer, for "gptq" and "awq".
@@ -54,31 +54,31 @@ def carry_out(
     source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
     if recipe.balance:
         source = balanced(source)
-    # A table has no inputs to calibrate on: the best for it is the better rounding.
+    # The table has no input activations to calibrate with: HQQ is the best algorithm without any.
     quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
-    found: Callable[[str], QuantizedTensor] | None = None
+    read_quantized: Callable[[str], QuantizedTensor] | None = None
     importance: Callable[[str], np.ndarray] | None = None
-    projections = {name: each for name, each in formats.items() if name != TABLE}
+    projections = {name: format for name, format in formats.items() if name != TABLE}
     if recipe.algorithm == "awq":
         source, importance = scale_layers(weights, source, projections, rows, folder, advance)
     if recipe.algorithm == "gptq":
-        found = quantize_layers(weights, source, projections, rows, folder, advance)
+        read_quantized = quantize_layers(weights, source, projections, rows, folder, advance)
     if recipe.algorithm == STORED:
-        found = _stored(weights, projections)
+        read_quantized = _stored(weights, projections)
 
-    def find(name: str) -> QuantizedTensor:
-        if found is not None and name != TABLE:
-            return found(name)
+    def quantize_matrix(name: str) -> QuantizedTensor:
+        if read_quantized is not None and name != TABLE:
+            return read_quantized(name)
         rounding = quantize
         if importance is not None and name != TABLE:
             rounding = partial(quantize_hqq, importance=importance(name))
         return quantize_rows(source, name, formats[name].scheme, rounding)
 
-    return source, QuantizedMatrices(find)
+    return source, QuantizedMatrices(quantize_matrix)
 
 
 def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
-    """The recipe that takes a quantized checkpoint's codes, and a plan's format of the table.
+    """A recipe with a quantized checkpoint's own codes, and the plan's format for the table.
 
     Projections that the checkpoint left in floating point are not quantized here either.
     """
@@ -93,27 +93,27 @@ def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
 def _stored(weights: Weights, formats: Mapping[str, Format]) -> Callable[[str], QuantizedTensor]:
     if not isinstance(weights, StoredWeights):
         raise InputError(
-            f"the recipe takes a quantized checkpoint's codes, and {weights.spec.source.id} is not "
+            f"the recipe takes a quantized checkpoint's codes, but {weights.spec.source.id} is not "
             "quantized; give the checkpoint that the recipe was made for"
         )
-    for name, each in formats.items():
-        if each.activations or weights.schemes.get(name) != each.scheme:
+    for name, format in formats.items():
+        if format.activations or weights.schemes.get(name) != format.scheme:
             raise InputError(
-                f"the recipe takes {name} in {each} from the checkpoint, and "
-                f"{weights.spec.source.id} does not have it so"
+                f"the recipe takes {name} in {format} from the checkpoint, but "
+                f"{weights.spec.source.id} does not store it in this format"
             )
     return weights.read_quantized
 
 
 def rotated(weights: Weights, *, rotate: bool, seed: int = 0) -> WeightSource:
-    """The checkpoint's weights, rotated if that is asked for."""
+    """The checkpoint's weights, rotated if `rotate` is set."""
     return RotatedWeights(weights, seed) if rotate else weights
 
 
 def quantize_rows(
     source: WeightSource, name: str, scheme: QuantScheme, quantize: Quantize
 ) -> QuantizedTensor:
-    """Quantize a matrix a range of rows at a time."""
+    """Quantize a matrix, one range of rows at a time."""
     shape = source.spec.tensor_shapes()[f"{name}.weight"]
     step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
     ranges = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
@@ -131,11 +131,11 @@ def quantize_rows(
 def describe_calibration(
     rows: Sequence[np.ndarray], calibration: str | Path | None
 ) -> dict[str, Any]:
-    """What a manifest says of the calibration texts: their hash, and none of them.
+    """The manifest's record of the calibration texts: their hash, not the texts.
 
     Args:
         rows: Token ids, int64 [tokens] each.
-        calibration: Their file; None for the built-in ones.
+        calibration: The texts' file; None for the built-in texts.
     """
     digest = hashlib.sha256()
     for row in rows:

@@ -1,4 +1,4 @@
-"""Initializers of quantized matrices: quantized when they are written."""
+"""Initializers of quantized matrices; a matrix is quantized when they are written."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ INT8, INT4, UINT8 = (
     ir.DataType.INT4,
     ir.DataType.UINT8,
 )
-# Codes, scales and zero points are written one after the other, by two threads.
+# Matrices to cache: two threads write the codes, scales and zero points one after another.
 REMEMBERED = 2
 
 
 class QuantizedMatrices:
-    """The quantized matrices of a model by name; the last ones are remembered.
+    """The quantized matrices of a model by name; the last ones are cached.
 
     Args:
-        quantize: Makes a matrix's QuantizedTensor.
+        quantize: A function from a matrix's name to its QuantizedTensor.
     """
 
     def __init__(self, quantize: Callable[[str], QuantizedTensor]) -> None:
@@ -39,7 +39,7 @@ class QuantizedMatrices:
         self._recent: OrderedDict[str, QuantizedTensor] = OrderedDict()
 
     def __call__(self, name: str) -> QuantizedTensor:
-        """The matrix `name`; two threads never quantize one twice."""
+        """Quantize the matrix `name` or take it from the cache; threads share the result."""
         with self._lock:
             if name not in self._recent:
                 while len(self._recent) >= REMEMBERED:
@@ -67,13 +67,13 @@ class QuantizedPart(ir.LazyTensor):
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix [out, in] of a graph, as the initializers that the dialects' operators take.
+    """A matrix [out, in] of a graph, as initializers in the layouts of the dialects' operators.
 
     Attributes:
-        name: The projection's, without ".weight".
+        name: The matrix's name, without ".weight".
         shape: (out, in).
         scheme: How it is quantized.
-        matrices: Where it comes from.
+        matrices: Provides the quantized matrix.
     """
 
     name: str
@@ -83,14 +83,14 @@ class QuantizedMatrix:
 
     @property
     def groups(self) -> int:
-        """Groups of an output row."""
+        """Groups per output row."""
         return -(-self.shape[1] // (self.scheme.group_size or self.shape[1]))
 
     def codes_transposed(self) -> QuantizedPart:
         """int8 or int4 [in, out], around zero.
 
-        Without groups it goes with 8-bit activations, and is checked when it is written: see
-        `packing.check_pairs`.
+        Codes without groups are multiplied with 8-bit activations, so they are checked when they
+        are written: see `packing.check_pairs`.
         """
 
         def make(tensor: QuantizedTensor) -> np.ndarray:
@@ -118,19 +118,19 @@ class QuantizedMatrix:
         return self._part("codes", packing.signed, INT8, self.shape)
 
     def scales(self, dtype: ir.DataType) -> QuantizedPart:
-        """[out, groups] of a floating dtype."""
+        """[out, groups] in a floating dtype."""
         return self._scales(lambda scales: scales, dtype, (self.shape[0], self.groups))
 
     def scales_flat(self, dtype: ir.DataType) -> QuantizedPart:
-        """[out] of a floating dtype: one group an output row."""
+        """[out] in a floating dtype, for one group per output row."""
         return self._scales(lambda scales: scales[:, 0], dtype, self.shape[:1])
 
     def scales_transposed(self, dtype: ir.DataType) -> QuantizedPart:
-        """[groups, out] of a floating dtype."""
+        """[groups, out] in a floating dtype."""
         return self._scales(np.transpose, dtype, (self.groups, self.shape[0]))
 
     def zero_points(self) -> QuantizedPart | None:
-        """uint8 [out, ceil(groups * bits / 8)]; None where they are all in the middle."""
+        """uint8 [out, ceil(groups * bits / 8)]; None for a symmetric scheme."""
         if self.scheme.symmetric:
             return None
         width = -(-self.groups * self.scheme.bits // 8)
@@ -164,9 +164,9 @@ class Float8Matrix:
     """A matrix [out, in] of a graph in float8 (e4m3), with a scale an output row.
 
     Attributes:
-        name: The projection's, without ".weight".
+        name: The matrix's name, without ".weight".
         shape: (out, in).
-        weights: Where it comes from.
+        weights: Provides the matrix in fp32.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Float8Matrix:
         )
 
     def scales_flat(self, dtype: ir.DataType) -> QuantizedPart:
-        """[out] of a floating dtype."""
+        """[out] in a floating dtype."""
         return QuantizedPart(
             f"{self.name}.scales",
             lambda: self._quantize()[1][:, 0].astype(dtype.numpy()),

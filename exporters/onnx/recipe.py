@@ -1,4 +1,4 @@
-"""A recipe: all that decides how a model is quantized, so that it can be done again."""
+"""A recipe: everything that determines how a model is quantized, so that it can be repeated."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...files import load_json
 
 ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
 CALIBRATED = ("gptq", "awq")
-# fp16 is not among them: products that still lack their tokens' factors may be beyond it.
+# No fp16: products may overflow it before their per-token scales are applied.
 ARITHMETIC = ("fp32", "bf16")
-# The codes of a checkpoint that is quantized already.
+# The codes of an already quantized checkpoint.
 STORED = "stored"
-# What an artifact's record says beside the recipe.
+# Keys of an artifact's record that are no part of the recipe.
 RECORDED = ("search",)
 
 
@@ -26,17 +26,17 @@ class Recipe:
 
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
-            matrix that is not named is not quantized, and is in `arithmetic`.
-        algorithm: "rtn", "hqq", "gptq" or "awq"; or "stored", the codes of a checkpoint that is
-            quantized already. The embedding table has nothing to calibrate, and no such checkpoint
-            has codes of it: all but "rtn" round it as "hqq" does.
+            matrix without an entry is not quantized, and is in `arithmetic`.
+        algorithm: "rtn", "hqq", "gptq" or "awq"; or "stored", the codes of an already quantized
+            checkpoint. The embedding table cannot be calibrated and no checkpoint stores codes of
+            it: all algorithms but "rtn" quantize it with "hqq".
         rotate: Whether the residual stream and the attention's values are rotated.
         balance: Whether outlier channels are moved from activations into weights (see
-            quantize.balance); for "int8", whose activations are quantized.
-        seed: Of the rotation.
-        arithmetic: What the graph computes in, "fp32" (for CPUs) or "bf16" (for GPUs).
-        calibration: Of a recipe that was carried out on texts, their record (see
-            `describe_calibration`), so that it is not done again on others unnoticed.
+            quantize.balance); for "int8", which quantizes activations.
+        seed: The rotation's random seed.
+        arithmetic: The graph's compute dtype, "fp32" (for CPUs) or "bf16" (for GPUs).
+        calibration: A record of the texts that the recipe was made with (see
+            `describe_calibration`); other texts are refused.
     """
 
     formats: Mapping[str, str]
@@ -61,7 +61,7 @@ class Recipe:
             )
 
     def to_record(self) -> dict[str, Any]:
-        """What a manifest or recipe.json keeps."""
+        """The recipe as a manifest or recipe.json holds it."""
         return asdict(self)
 
     @classmethod
@@ -88,17 +88,17 @@ class Recipe:
                 "or be the embedport.json of a quantized artifact"
             )
         values = {key: value for key, value in values.items() if key not in RECORDED}
-        if odd := sorted(values.keys() - known):
-            raise InputError(f"{path}: {odd[0]!r} is not part of a recipe; its parts: {known}")
+        if unknown := sorted(values.keys() - known):
+            raise InputError(f"{path}: {unknown[0]!r} is not part of a recipe; its parts: {known}")
         for key, kind in (("rotate", bool), ("balance", bool), ("seed", int)):
             if key in values and type(values[key]) is not kind:
                 raise InputError(f"{path}: {key} should be {kind.__name__}, found {values[key]!r}")
-        texts = values.get("calibration")
-        if texts is not None and not (
-            isinstance(texts, dict) and {"source", "sha256"} <= texts.keys()
+        calibration = values.get("calibration")
+        if calibration is not None and not (
+            isinstance(calibration, dict) and {"source", "sha256"} <= calibration.keys()
         ):
             raise InputError(
                 f"{path}: calibration should be null or an artifact's record with source and "
-                f"sha256, found {texts!r}"
+                f"sha256, found {calibration!r}"
             )
         return cls(**values)

@@ -1,9 +1,12 @@
-"""The smallest assignment of bits to matrices that keeps a target, found by measuring.
+"""Find the smallest assignment of bits to matrices that keeps a quality target.
 
-First each matrix alone is quantized and its layer run on real texts: what it does to the residual
-stream, for the bytes it saves, puts the matrices in order. Then whole models are run, with more and
-more matrices given more bits in that order, until the smallest one that keeps the cosine, or the
-retrieval quality, is found by bisection. All run with the operators that the artifact will have.
+1. Measure: quantize each matrix alone and run its layer on real texts. The score is the relative
+   error of the residual stream: larger is worse.
+2. Order: sort the upgrades to more bits by the error they remove per byte.
+3. Choose: find by bisection the fewest upgrades with which the whole model keeps the cosine, the
+   retrieval quality, or both.
+
+All steps run the operators that the artifact will have.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ from .quantized import QuantizedMatrices
 
 # Fewest bytes first; "fp32" is a matrix without a format.
 LEVELS = ("int4/64", "int8/128s", "fp32")
-# Whole models are run some ten times.
+# Limits of the texts to measure on: whole models run about ten times.
 TOKENS = 2048
 LONGEST = 512
-# Of a retrieval set, run together: their states take 4 KB a token at the 0.6B geometry.
+# Tokens of a retrieval set to run together: states take 4 KB per token of the 0.6B model.
 PART_TOKENS = 1 << 17
 
 Quantize = Callable[[str, QuantScheme], QuantizedTensor]
@@ -40,13 +43,13 @@ Quantize = Callable[[str, QuantScheme], QuantizedTensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one matrix, or a whole layer, does to the residual stream behind its layer.
+    """The error that one quantized matrix, or layer, causes in the residual stream after its layer.
 
     Attributes:
         name: The matrix, or "layers.3" for all matrices of a layer.
         level: Its format.
-        bytes: What it takes.
-        error: Sum of the squared differences by the sum of the squares, over all texts' tokens.
+        bytes: Its size in that format.
+        error: Sum of squared differences / sum of squares, over all texts' tokens; larger is worse.
     """
 
     name: str
@@ -61,10 +64,10 @@ class RankingTarget:
 
     Attributes:
         data: The retrieval set.
-        rows: Token ids, int64 [tokens] each: the queries' and then the documents', or those of
-            `candidate_pairs` for a reranker.
-        head: A reranker's row, float32 [hidden, 1]; None for an embedder.
-        max_loss: Of nDCG@10.
+        rows: Token ids, int64 [tokens] each: queries, then documents; for a reranker, those of
+            `candidate_pairs`.
+        head: A reranker's head, float32 [hidden, 1]; None for an embedder.
+        max_loss: The largest allowed loss of nDCG@10.
     """
 
     data: RetrievalSet
@@ -73,7 +76,7 @@ class RankingTarget:
     max_loss: float
 
     def ndcg(self, vectors: np.ndarray) -> float:
-        """nDCG@10 of final vectors of `rows`, [rows, hidden]."""
+        """nDCG@10 of the final vectors of `rows`, [rows, hidden]."""
         if self.head is not None:
             scores = np.nan_to_num(vectors @ self.head)[:, 0]
             ranking = rank_candidates(
@@ -90,8 +93,8 @@ class Trial:
     """A whole model that was run.
 
     Attributes:
-        counts: How many matrices had which format.
-        bytes: Of its weights.
+        counts: The number of matrices in each format.
+        bytes: The size of its weights.
         min_cosine: Smallest cosine of a text's final state to the fp32 model's.
         ndcg_loss: nDCG@10 of the fp32 model less its own; None without a retrieval set.
     """
@@ -104,14 +107,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        formats: The choice: matrix to the text of its format.
-        min_cosine: What was asked for, if it was.
-        max_ndcg_loss: What was asked for, if it was.
+        formats: The chosen formats: matrix to the text of its format.
+        min_cosine: The target for the cosine, if any.
+        max_ndcg_loss: The target for the loss of nDCG@10, if any.
         trials: Whole models, in the order in which they were run.
-        sensitivities: Of each matrix and layer at each level.
+        sensitivities: Each matrix and layer at each level.
     """
 
     formats: Mapping[str, str]
@@ -121,7 +124,7 @@ class Search:
     sensitivities: Sequence[Sensitivity]
 
     def to_record(self) -> dict[str, Any]:
-        """What the manifest keeps beside the recipe."""
+        """The manifest's record beside the recipe."""
         record = asdict(self)
         del record["formats"]
         return record
@@ -140,8 +143,9 @@ def search_formats(
 
     Args:
         design: The model in fp32, in the `ort` dialect.
-        quantize: A matrix by its name, and a scheme, to the quantized matrix.
-        rows: Token ids of the texts, int64 [tokens] each; whole ones are used up to 2,048 tokens.
+        quantize: A function from a matrix's name and a scheme to the quantized matrix.
+        rows: Token ids of the texts, int64 [tokens] each; whole texts are used, 2,048 tokens in
+            all.
         min_cosine: Smallest cosine of a text's final state to that of the fp32 model.
         ranking: Retrieval quality to keep.
         folder: Where a layer's graph may be written while it runs.
@@ -150,27 +154,31 @@ def search_formats(
     Raises:
         InputError: Not even fp32 keeps the target.
     """
-    rows = _bounded(rows)
-    sensitivities, reference = _measure(design, quantize, rows, folder, advance)
-    steps = _order(design, sensitivities)
-    best = 0.0 if ranking is None else ranking.ndcg(_run(design, ranking.rows, folder))
+    rows = _select_texts(rows)
+    sensitivities, reference = _measure_matrices(design, quantize, rows, folder, advance)
+    upgrades = _sort_upgrades(design, sensitivities)
+    fp32_ndcg = 0.0 if ranking is None else ranking.ndcg(_run_model(design, ranking.rows, folder))
     trials: dict[int, Trial] = {}
 
     def keeps(count: int) -> bool:
-        texts = _assign(design, steps[:count])
+        texts = _assign(design, upgrades[:count])
         trial = _with_formats(design, texts, quantize)
-        loss = None if ranking is None else best - ranking.ndcg(_run(trial, ranking.rows, folder))
+        loss = (
+            None
+            if ranking is None
+            else fp32_ndcg - ranking.ndcg(_run_model(trial, ranking.rows, folder))
+        )
         trials[count] = Trial(
             dict(Counter(texts.values())),
             weight_bytes(design.spec, trial.precision),
-            _min_cosine(_run(trial, rows, folder), reference),
+            _min_cosine(_run_model(trial, rows, folder), reference),
             loss,
         )
         return (min_cosine is None or trials[count].min_cosine >= min_cosine) and (
             ranking is None or loss is None or loss <= ranking.max_loss
         )
 
-    low, high = 0, len(steps)
+    low, high = 0, len(upgrades)
     while low < high:
         middle = (low + high) // 2
         if keeps(middle):
@@ -182,14 +190,14 @@ def search_formats(
             f"no assignment keeps the target: fp32 itself gives a cosine of "
             f"{trials[high].min_cosine:.7f} and loses {trials[high].ndcg_loss or 0:.7f} of nDCG@10"
         )
-    texts = _assign(design, steps[:high])
+    texts = _assign(design, upgrades[:high])
     chosen = {name: text for name, text in texts.items() if text != LEVELS[-1]}
     max_loss = None if ranking is None else ranking.max_loss
     return Search(chosen, min_cosine, max_loss, list(trials.values()), sensitivities)
 
 
-def _bounded(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Whole texts, the last token kept: none too long, all together not too many."""
+def _select_texts(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Whole texts, so that last tokens stay last: each within `LONGEST`, all within `TOKENS`."""
     chosen, tokens = [], 0
     for row in rows:
         if len(row) <= LONGEST and tokens + len(row) <= TOKENS:
@@ -198,7 +206,7 @@ def _bounded(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     return chosen or [min(rows, key=len)]
 
 
-def _measure(
+def _measure_matrices(
     design: Design,
     quantize: Quantize,
     rows: Sequence[np.ndarray],
@@ -206,46 +214,50 @@ def _measure(
     advance: Callable[[], None],
 ) -> tuple[list[Sensitivity], np.ndarray]:
     """The sensitivities, and the fp32 model's final vectors."""
-    found = []
+    sensitivities = []
     states = embed_rows(design.weights, rows)
     names = matrices(design.spec)
     for level in LEVELS[:-1]:
         trial = _with_formats(design, {TABLE: level}, quantize)
-        error = _error(embed_quantized(trial, rows, folder), states)
-        found.append(Sensitivity(TABLE, level, _bytes(design, {TABLE: level}), error))
+        error = _relative_error(embed_quantized(trial, rows, folder), states)
+        sensitivities.append(Sensitivity(TABLE, level, _size_of(design, {TABLE: level}), error))
     for number in range(design.spec.num_layers):
         prefix = f"layers.{number}."
-        inside = [name for name in names if name.startswith(prefix)]
+        matrices_of_layer = [name for name in names if name.startswith(prefix)]
         expected = _run_layer(design, number, rows, states, folder)
         for level in LEVELS[:-1]:
-            for part in (*([name] for name in inside), inside):
+            for part in (*([name] for name in matrices_of_layer), matrices_of_layer):
                 texts = dict.fromkeys(part, level)
                 trial = _with_formats(design, texts, quantize)
                 out = _run_layer(trial, number, rows, states, folder)
                 name = part[0] if len(part) == 1 else prefix.rstrip(".")
-                found.append(Sensitivity(name, level, _bytes(design, texts), _error(out, expected)))
+                sensitivities.append(
+                    Sensitivity(
+                        name, level, _size_of(design, texts), _relative_error(out, expected)
+                    )
+                )
         states = expected
         advance()
-    return found, final_vectors(design, states)
+    return sensitivities, final_vectors(design, states)
 
 
-def _order(design: Design, sensitivities: Sequence[Sensitivity]) -> list[tuple[str, str]]:
-    """(matrix, its next level), the most error taken away for a byte first."""
+def _sort_upgrades(design: Design, sensitivities: Sequence[Sensitivity]) -> list[tuple[str, str]]:
+    """Upgrades (matrix, its next level), sorted by the error removed per byte, most first."""
     by_name: dict[str, dict[str, Sensitivity]] = {}
     names = {TABLE, *matrices(design.spec)}
-    for each in sensitivities:
-        if each.name in names:
-            by_name.setdefault(each.name, {})[each.level] = each
+    for sensitivity in sensitivities:
+        if sensitivity.name in names:
+            by_name.setdefault(sensitivity.name, {})[sensitivity.level] = sensitivity
     gains = []
     for name, levels in by_name.items():
-        whole = Sensitivity(name, LEVELS[-1], _bytes(design, {name: LEVELS[-1]}), 0.0)
+        whole = Sensitivity(name, LEVELS[-1], _size_of(design, {name: LEVELS[-1]}), 0.0)
         chain = [levels[LEVELS[0]], levels[LEVELS[1]], whole]
         last = np.inf
         for before, after in pairwise(chain):
             gain = (before.error - after.error) / (after.bytes - before.bytes)
-            last = min(last, gain)  # a matrix goes through its levels in order
+            last = min(last, gain)  # a matrix is upgraded level by level
             gains.append((last, name, after.level))
-    gains.sort(key=lambda each: -each[0])
+    gains.sort(key=lambda gain: -gain[0])
     return [(name, level) for _, name, level in gains]
 
 
@@ -263,12 +275,12 @@ def _precision(design: Design, texts: Mapping[str, str]) -> Precision:
 
 def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:
     precision = _precision(design, texts)
-    found = QuantizedMatrices(lambda name: quantize(name, precision.formats[name].scheme))
-    return replace(design, precision=precision, matrices=found)
+    quantized = QuantizedMatrices(lambda name: quantize(name, precision.formats[name].scheme))
+    return replace(design, precision=precision, matrices=quantized)
 
 
-def _bytes(design: Design, texts: Mapping[str, str]) -> int:
-    """What some matrices take: the whole model's weights less all the others'."""
+def _size_of(design: Design, texts: Mapping[str, str]) -> int:
+    """The size of some matrices: the whole model's weights less all the others'."""
     spec = design.spec
     rest = sum(
         4 * int(np.prod(shape))
@@ -291,10 +303,10 @@ def _run_layer(
     return after
 
 
-def _run(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
-    """Final vectors of a whole model, some texts after others: a retrieval set may be large."""
-    found = []
-    for part in _parts(rows):
+def _run_model(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
+    """Final vectors of a whole model, some texts at a time: a retrieval set may be large."""
+    vectors = []
+    for part in _split_texts(rows):
         table = TABLE in design.precision.formats
         states = (
             embed_quantized(design, part, folder) if table else embed_rows(design.weights, part)
@@ -302,12 +314,12 @@ def _run(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray
         for number in range(design.spec.num_layers):
             with Layer(design, number, folder) as layer:
                 run_layer(layer, part, states)
-        found.append(final_vectors(design, states))
-    return np.concatenate(found)
+        vectors.append(final_vectors(design, states))
+    return np.concatenate(vectors)
 
 
-def _parts(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Texts in their order, `PART_TOKENS` together at most, where one alone has no more."""
+def _split_texts(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """Texts in order, in parts of at most `PART_TOKENS`; a longer text is a part of its own."""
     parts: list[list[np.ndarray]] = [[]]
     tokens = 0
     for row in rows:
@@ -319,12 +331,12 @@ def _parts(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     return parts
 
 
-def _error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    difference = sum(float(((a - b) ** 2).sum()) for a, b in zip(found, expected, strict=True))
-    return difference / sum(float((each**2).sum()) for each in expected)
+def _relative_error(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    difference = sum(float(((a - b) ** 2).sum()) for a, b in zip(actual, expected, strict=True))
+    return difference / sum(float((states**2).sum()) for states in expected)
 
 
-def _min_cosine(found: np.ndarray, expected: np.ndarray) -> float:
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines = (found * expected).sum(axis=1) / lengths
+def _min_cosine(actual: np.ndarray, expected: np.ndarray) -> float:
+    lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = (actual * expected).sum(axis=1) / lengths
     return float(np.nan_to_num(cosines, nan=-1.0).min())

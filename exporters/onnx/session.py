@@ -1,4 +1,4 @@
-"""onnxruntime sessions that take no more memory than their graph's weights, and give it back."""
+"""onnxruntime sessions that use no more memory than their graph's weights, and release it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ...runtimes.compiled import register_kernels
 
 
 def open_session(model: ir.Model, folder: Path, *, pack: bool, kernels: bool = False) -> Any:
-    """A CPU session of a graph whose weights are in files.
+    """Open a CPU session of a graph with external weights.
 
     Args:
         model: The graph.
-        folder: Where its external data is.
-        pack: Whether weights are copied into the layout that is fastest to multiply: worth it for
-            many runs. Otherwise they stay mapped, and nodes run as they are written.
-        kernels: Whether the package's kernels run, where they can, as in `embedport.load`.
+        folder: The folder of its external data.
+        pack: Whether to copy weights into the layout that multiplies fastest, which pays off after
+            many runs. Otherwise weights stay memory-mapped and the graph is not optimized.
+        kernels: Whether to use the package's kernels, if they run here, as `embedport.load` does.
     """
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # The arena would keep what each session's largest run took.
+    # The arena would keep the memory of each session's largest run.
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder)

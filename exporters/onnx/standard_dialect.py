@@ -1,4 +1,4 @@
-"""The dialect `standard`: operators of ONNX only, for TensorRT, OpenVINO and others."""
+"""The dialect `standard`: only operators of ONNX itself, for TensorRT, OpenVINO and others."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StandardDialect:
         return g.op("Mul", g.op("Mul", x, g.op("Sigmoid", x)), g.cast(up, dtype))
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
-        """Divided by its scale, a row needs one constant scale, as 8-bit engines want it."""
+        """Divide rows by their scales first: 8-bit engines need one constant scale."""
         scales = row_scales(g, x, codes)
         unit = g.constant(1, FLOAT), g.constant(0, codes)
         return Rows(g.op("QuantizeLinear", g.op("Div", x, scales), *unit, dtype=codes), scales)
@@ -73,7 +73,7 @@ class StandardDialect:
         matrix: QuantizedMatrix | Float8Matrix,
         compute: ir.DataType,
     ) -> ir.Value:
-        """MatMul between two DequantizeLinear, which engines make an 8-bit product of."""
+        """MatMul of two DequantizeLinear: engines turn this pattern into an 8-bit product."""
         codes = rows.codes.dtype or INT8
         weights = g.op(
             "DequantizeLinear",
@@ -99,7 +99,7 @@ class StandardDialect:
         return g.op("MatMul", x, weights)
 
     def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """Codes and scales are gathered, and multiplied group by group."""
+        """Gather codes and scales, and multiply them group by group."""
         codes = g.initializer(matrix.codes_signed())
         rows = g.cast(g.op("Gather", codes, ids, axis=0), FLOAT)
         scales = g.op("Gather", g.initializer(matrix.scales(FLOAT)), ids, axis=0)
@@ -117,7 +117,7 @@ class StandardDialect:
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
-        """Heads first, as TensorRT's parser takes it; no mask but the causal one."""
+        """Attention with heads first, as TensorRT's parser takes it; only the causal mask."""
         assert past is None
         (position_ids,) = rotary
 
@@ -125,8 +125,8 @@ class StandardDialect:
             return g.op("Transpose", x, perm=[0, 2, 1, 3])
 
         def rotated(x: ir.Value) -> ir.Value:
-            turned = g.op("RotaryEmbedding", heads_first(x), *cache, position_ids)
-            return g.cast(turned, compute)
+            result = g.op("RotaryEmbedding", heads_first(x), *cache, position_ids)
+            return g.cast(result, compute)
 
         q, k = norm_heads(g, self.norm, spec, heads, cache[0].dtype)
         v = g.cast(settle(g, heads.v), compute)

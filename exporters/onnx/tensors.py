@@ -1,4 +1,4 @@
-"""Initializers that are read from the checkpoint only when they are written, by a few rows."""
+"""Initializers that read the checkpoint only when they are written, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FP16_MAX = 65504.0
 
 
 class CheckpointTensor(ir.LazyTensor):
-    """A checkpoint's tensor in another dtype, and transposed if asked: [in, out] for a MatMul.
+    """A checkpoint's tensor in another dtype, optionally transposed: [in, out] for a MatMul.
 
     Args:
         name: The initializer's name, and the tensor's in `weights`.
@@ -36,7 +36,7 @@ class CheckpointTensor(ir.LazyTensor):
         shape = ir.Shape(self._stored_shape[::-1] if transpose else self._stored_shape)
         super().__init__(lambda: ir.tensor(self._read(), dtype=dtype), dtype, shape, name=name)
         self._weights = weights
-        # As stored where nothing changes the weights on their way.
+        # Untransformed weights are read in their stored dtype.
         self._rows = weights.read if isinstance(weights, Weights) else weights.read_fp32
         self._transpose = transpose
 
@@ -45,7 +45,7 @@ class CheckpointTensor(ir.LazyTensor):
         return self._convert(transposed(stored) if self._transpose else stored)
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the tensor; one that is not transposed never stands in memory as a whole."""
+        """Write the tensor; unless it is transposed, it is never whole in memory."""
         if self._transpose:
             self._read().tofile(file)
         else:

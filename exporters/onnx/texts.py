@@ -1,4 +1,4 @@
-"""The texts that an export runs, under the task's own template, and the reranker's head."""
+"""Token ids of the texts that an export runs, in the task's template, and the reranker's head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reranker_head(weights: WeightSource) -> np.ndarray:
 def tokenize_samples(
     spec: ModelSpec, max_length: int, calibration: str | Path | None
 ) -> list[np.ndarray]:
-    """Token ids of the calibration texts under the task's own template, int64 [tokens] each.
+    """Token ids of the calibration texts in the task's template, int64 [tokens] each.
 
     Raises:
         CheckpointError: The tokenizer gives ids beyond the embedding table.
@@ -55,22 +55,22 @@ def tokenize_samples(
 def tokenize_retrieval(
     spec: ModelSpec, max_length: int, folder: str | Path
 ) -> tuple[RetrievalSet, list[np.ndarray]]:
-    """A retrieval set, and its queries and documents, or a reranker's candidates, as token ids.
+    """A retrieval set and its token ids: queries and documents, or a reranker's candidates.
 
     Args:
         spec: The checkpoint's spec.
-        max_length: Tokens after which a text is cut.
-        folder: In the BEIR layout, or "builtin".
+        max_length: Tokens after which a text is truncated.
+        folder: A folder in the BEIR layout, or "builtin".
 
     Returns:
-        (the set; int64 [tokens] each, as `RankingTarget.rows`).
+        (the set; token ids, int64 [tokens] each, as in `RankingTarget.rows`).
 
     Raises:
-        InputError: The set is not whole, or has no candidates for a reranker.
+        InputError: The set is incomplete, or has no candidates for a reranker.
         MissingPackageError: ir-measures is not installed.
     """
     data = read_beir(folder)
-    require("ir_measures", "retrieval")  # before long work
+    require("ir_measures", "retrieval")  # fails before the long work
     path = spec.source.pipeline / "tokenizer.json"
     if spec.task == "reranker":
         return data, RerankerTokenizer(path, max_length, spec.inputs).encode(
@@ -85,7 +85,7 @@ def tokenize_retrieval(
 def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
     prompt = sample.prompt
     if prompt == "query" and prompt not in spec.prompts and spec.prompts:
-        # The model has prompts of other names: queries take each in turn.
+        # The model has only prompts of other names: spread queries over them by a hash.
         names = sorted(spec.prompts)
         prompt = names[sum(sample.text.encode()) % len(names)]
     return tokenizer.encode([sample.text], resolve_prompt(spec.inputs, prompt)).ids

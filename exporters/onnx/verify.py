@@ -1,4 +1,4 @@
-"""A graph just written, opened again and run before anybody else sees it."""
+"""Verify a graph that was just written: open it again and run it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .dialect import MICROSOFT
 from .graph import PROMPT_LENGTH
 from .session import open_session
 
-# Scores, at the same weights and the same rounding of activations.
+# Largest allowed difference of scores: weights and the rounding of activations are the same.
 MOST_APART = 1e-4
 
 
@@ -28,8 +28,8 @@ def verify_graph(
 ) -> np.ndarray:
     """Check a graph's structure, its external data, and its numbers on one text.
 
-    A session of the whole graph is created, with its weights only mapped; the text then runs part
-    by part, so memory stays at one layer.
+    A session of the whole graph is opened with memory-mapped weights; the text then runs part by
+    part, so memory holds one layer.
 
     Args:
         path: The graph.
@@ -40,8 +40,8 @@ def verify_graph(
         The graph's output for the text, float32 [1, …].
 
     Raises:
-        VerificationError: The graph is invalid, its data is short, onnxruntime does not take it,
-            or it gives NaN or infinity.
+        VerificationError: The graph is invalid, its data is short, onnxruntime rejects it,
+            or it outputs NaN or infinity.
     """
     model = _open_graph(path)
     return run_parts(model, path, [_feeds(ids)], advance)[0][-1]
@@ -53,12 +53,12 @@ def verify_continuation(
     expected: np.ndarray,
     advance: Callable[[str], None] = lambda scope: None,
 ) -> None:
-    """Check a graph that continues: a text in two parts gives what it gives in one.
+    """Check a continuation graph: a text run in two parts gives the same result as in one.
 
     Args:
         path: The graph.
         ids: Token ids, int64 [tokens], at least two.
-        expected: What the graph without a past gives for the text.
+        expected: The output for the text of the graph without a past.
         advance: Called with each part's name when it has run.
 
     Raises:
@@ -67,7 +67,7 @@ def verify_continuation(
     model = _open_graph(path)
     half = len(ids) // 2
     shape = next(value.shape for value in model.graph.inputs if value.name == "past") or ()
-    # The one dimension without a number is the tokens'.
+    # The only symbolic dimension is the number of tokens.
     past = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
     for part, kept in ((ids[:half], half), (ids[half:], 0)):
         feeds = _feeds(part) | {
@@ -75,16 +75,16 @@ def verify_continuation(
             "kept": np.array([kept]),
             "short": np.array(len(ids) <= SHORT_ROW),
         }
-        ((past, found),) = run_parts(model, path, [feeds], advance)
-    if np.abs(found - expected).max() > MOST_APART:
+        ((past, output),) = run_parts(model, path, [feeds], advance)
+    if np.abs(output - expected).max() > MOST_APART:
         raise VerificationError(
-            f"{path}: a text in two parts gives {found}, in one {expected}; they should be within "
+            f"{path}: a text in two parts gives {output}, in one {expected}; they should be within "
             f"{MOST_APART}"
         )
 
 
 def _open_graph(path: Path) -> ir.Model:
-    """A graph that is whole and that onnxruntime takes, ready to run on a CPU."""
+    """Open a graph to run on a CPU; check that it is complete and that onnxruntime takes it."""
     model = ir.load(path)
     _check_external_data(path, model)
     if MICROSOFT not in model.opset_imports:
@@ -98,7 +98,7 @@ def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "input_ids": ids[None],
         "attention_mask": np.ones_like(ids[None]),
-        PROMPT_LENGTH: np.zeros(1, np.int64),  # where the graph takes it
+        PROMPT_LENGTH: np.zeros(1, np.int64),  # read only if the graph has this input
     }
 
 
@@ -110,32 +110,32 @@ def run_parts(
     *,
     as_loaded: bool = False,
 ) -> list[list[np.ndarray]]:
-    """A graph's outputs for each batch, computed part by part: one layer's weights in memory.
+    """Compute a graph's outputs for each batch, part by part: memory holds one layer's weights.
 
     Args:
         model: The graph.
-        path: Its file, beside which its weights are.
+        path: Its file, with its weights beside it.
         batches: Inputs by name.
         advance: Called with each part's name when it has run.
-        as_loaded: Whether parts are optimized, packed and run by the kernels as in the session of
-            `embedport.load`, which takes a copy of a layer's weights.
+        as_loaded: Whether to optimize and pack parts and use the package's kernels, as
+            `embedport.load` does. This copies a layer's weights.
 
     Raises:
-        VerificationError: onnxruntime does not take a part, or it gives NaN or infinity.
+        VerificationError: onnxruntime rejects a part, or it outputs NaN or infinity.
     """
     states = [dict(feeds) for feeds in batches]
     outputs = [str(value.name) for value in model.graph.outputs]
     parts = list(segments(model))
-    # A value to the last part that reads it.
-    needed = {
+    # Each value's name to the last part that reads it.
+    last_reader = {
         str(value.name): i for i, (_, part) in enumerate(parts) for value in part.graph.inputs
     }
-    needed |= dict.fromkeys(outputs, len(parts))
+    last_reader |= dict.fromkeys(outputs, len(parts))
     for i, (scope, part) in enumerate(parts):
         session = _create_session(part, path, as_loaded=as_loaded)
-        kept = {name for name, last in needed.items() if last > i}
+        read_later = {name for name, last in last_reader.items() if last > i}
         for j in range(len(states)):
-            states[j] = _run_through(session, path, scope, states[j], kept)
+            states[j] = _run_through(session, path, scope, states[j], read_later)
         advance(scope)
     return [[values[name] for name in outputs] for values in states]
 
@@ -143,20 +143,20 @@ def run_parts(
 def _run_through(
     session: Any, path: Path, scope: str, values: dict[str, np.ndarray], kept: set[str]
 ) -> dict[str, np.ndarray]:
-    """A batch's values behind a part, without those that no later part reads."""
-    known = values | _run_part(session, path, scope, values)
-    return {name: each for name, each in known.items() if name in kept}
+    """A batch's values after a part, without those that no later part reads."""
+    all_values = values | _run_part(session, path, scope, values)
+    return {name: value for name, value in all_values.items() if name in kept}
 
 
 def _run_part(
     session: Any, path: Path, scope: str, values: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     names = [value.name for value in session.get_outputs()]
-    outputs = session.run(None, {each.name: values[each.name] for each in session.get_inputs()})
-    for name, found in zip(names, outputs, strict=True):
-        if found.dtype.kind == "f" and not np.isfinite(found).all():
+    outputs = session.run(None, {value.name: values[value.name] for value in session.get_inputs()})
+    for name, output in zip(names, outputs, strict=True):
+        if output.dtype.kind == "f" and not np.isfinite(output).all():
             raise VerificationError(
-                f"{path}: {scope} gives {np.count_nonzero(~np.isfinite(found)):,} NaN or "
+                f"{path}: {scope} gives {np.count_nonzero(~np.isfinite(output)):,} NaN or "
                 f"infinite values in {name}: in fp16 it overflows (take --precision bf16 or "
                 "fp32), otherwise the checkpoint's weights are damaged"
             )
@@ -173,7 +173,7 @@ def _create_session(model: ir.Model, path: Path, *, as_loaded: bool = False) -> 
 
 
 def _check_standard(path: Path) -> None:
-    """Onnx's checker knows no fused operators: a graph that has them is checked by onnxruntime."""
+    """Run onnx's checker. It does not know fused operators: onnxruntime checks those graphs."""
     try:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:

@@ -1,9 +1,9 @@
-"""The witness of a graph just written: what `embedport.load` gives for its rows on this machine.
+"""Write a graph's witness: the results of `embedport.load` for a few rows on this machine.
 
-A session of the whole graph would hold a copy of all weights. So parts run one after the other,
-each in a session that is optimized and packed as the whole one would be, over the batches that the
-runtime would make. That gives the same bits as `load`: tests/runtimes/test_check.py asserts it.
-Sessions without packing, as verify.py opens them, do not: 8- and 4-bit products round differently.
+A session of the whole graph would copy all weights. Instead, parts run one after another, each in a
+session optimized and packed as the whole one would be, over the batches that the runtime would
+make. The results are bit-identical to those of `load`: tests/runtimes/test_check.py asserts it.
+Sessions without packing, as in verify.py, round 8- and 4-bit products differently.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .verify import run_parts
 def make_witness(
     folder: Path, manifest: Manifest, advance: Callable[[str], None] = lambda scope: None
 ) -> None:
-    """Run the witness's rows through an artifact's graph on the CPU, and write what they give.
+    """Run the witness's rows through an artifact's graph on the CPU, and write the results.
 
     Args:
-        folder: Where the artifact is being made, complete but for its manifest.
+        folder: The artifact's folder, complete except for the manifest.
         manifest: Its manifest.
         advance: Called with each part's name when it has run.
 
     Raises:
-        VerificationError: onnxruntime does not take a part, or a row gives NaN or infinity.
+        VerificationError: onnxruntime rejects a part, or outputs NaN or infinity.
     """
     graph = manifest.graph
     assert graph is not None
@@ -55,9 +55,9 @@ def make_witness(
     outputs = run_parts(model, path, feeds, advance, as_loaded=True)
     shape = (len(rows), manifest.embedding_dim) if manifest.embedding_dim else (len(rows),)
     results = np.empty(shape, np.float32)
-    for batch, each, (output,) in zip(batches, feeds, outputs, strict=True):
+    for batch, batch_inputs, (output,) in zip(batches, feeds, outputs, strict=True):
         if graph.output == "hidden":
-            pooled = pool(output, each["attention_mask"], manifest.outputs)
+            pooled = pool(output, batch_inputs["attention_mask"], manifest.outputs)
             output = Head(manifest.outputs, folder)(pooled)
         results[batch] = output
     machine = describe_machine(kernels=find_kernels(manifest, "cpu"))

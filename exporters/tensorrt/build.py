@@ -1,4 +1,4 @@
-"""An engine built from a graph: parsed from its file, strongly typed, tuned for profiles."""
+"""Build an engine from a graph: parsed from its file, strongly typed, tuned for profiles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def obstacle() -> str | None:
-    """Why no engine can be built here; None if one can."""
+    """The reason why no engine can be built on this machine; None if one can."""
     try:
         check_version(tensorrt_version())
         current_device()
@@ -39,12 +39,12 @@ def build_engine(
     options: EngineOptions,
     progress: Progress,
 ) -> EngineRecord:
-    """Build an engine on the GPU that is here, where there is no `obstacle`.
+    """Build an engine for this machine's GPU; `obstacle` must return None.
 
     Args:
-        graph: An ONNX graph; its external data is found beside it.
-        plan: Where the engine is written.
-        record: Its path in the artifact.
+        graph: An ONNX graph, with its external data beside it.
+        plan: The engine's file, to be written.
+        record: The engine's path in the artifact.
         inputs: Names of the graph's inputs, each [batch, sequence].
         options: How to build it.
         progress: Called with (phase, done, total) of TensorRT's own phases.
@@ -52,8 +52,8 @@ def build_engine(
     Raises:
         DeviceError: There is no GPU.
         MissingPackageError: TensorRT or cuda-bindings is missing.
-        VerificationError: TensorRT does not take the graph.
-        BaseException: What `progress` raised.
+        VerificationError: TensorRT rejects the graph.
+        BaseException: Raised by `progress`.
     """
     version, device = tensorrt_version(), current_device()
     import tensorrt as trt
@@ -62,34 +62,34 @@ def build_engine(
     builder = trt.Builder(logger)
     network = builder.create_network(network_flags(version))
     parser = trt.OnnxParser(network, logger)
-    # From the file: external data is looked for beside it.
+    # parse_from_file finds the external data beside the graph.
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reasons = "; ".join(f"{each.node_name()}: {each.desc()}" for each in errors)
+        reasons = "; ".join(f"{error.node_name()}: {error.desc()}" for error in errors)
         raise VerificationError(f"{graph}: TensorRT {version} does not take the graph: {reasons}")
     allow_decomposition(network)
     config = builder.create_builder_config()
-    # fp32 is fp32: where the graph keeps it, ten bits of mantissa would not do.
+    # The graph keeps fp32 where it is needed: TF32's 10-bit mantissa would be too short.
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     config.hardware_compatibility_level = hardware_level(options.hardware_compatible)
-    for each in options.profiles:
+    for profile in options.profiles:
         shapes = builder.create_optimization_profile()
         for name in inputs:
             shapes.set_shape(
-                name, *(trt.Dims([*shape]) for shape in (each.min, each.opt, each.max))
+                name, *(trt.Dims([*shape]) for shape in (profile.min, profile.opt, profile.max))
             )
         config.add_optimization_profile(shapes)
     timings = _timings_file(version, device)
     cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
-    watch = _Watch(progress)
-    config.progress_monitor = monitor = _monitor(watch)
+    relay = _Watch(progress)
+    config.progress_monitor = monitor = _monitor(relay)
     serialized = builder.build_serialized_network(network, config)
     del monitor  # TensorRT holds no reference to it
-    if watch.failure is not None:
-        raise watch.failure
+    if relay.failure is not None:
+        raise relay.failure
     if serialized is None:
         raise VerificationError(
             f"{graph}: TensorRT {version} could not build an engine on {device}; its log is above"
@@ -97,7 +97,7 @@ def build_engine(
     plan.parent.mkdir(exist_ok=True)
     with plan.open("wb") as file:
         file.write(serialized)
-    # Without it the next build only takes its time.
+    # Without the timing cache the next build is only slower.
     with contextlib.suppress(OSError):
         timings.parent.mkdir(parents=True, exist_ok=True)
         timings.write_bytes(config.get_timing_cache().serialize())
@@ -112,19 +112,19 @@ def build_engine(
 
 
 def _timings_file(version: str, device: Device) -> Path:
-    """How long kernels took, which is worth keeping for a version and a device."""
+    """The file of the kernels' timings, for a TensorRT version and a device."""
     name = re.sub(r"\W+", "-", f"{device.name} {version}").lower()
     return cache_folder("tensorrt") / f"{name}.timings"
 
 
 @dataclass
 class _Watch:
-    """What the builder reports, passed on.
+    """Passes the builder's reports on.
 
     Attributes:
-        progress: Where to.
-        totals: Steps of each phase under way.
-        failure: What passing on raised, as Ctrl-C does: the build is to stop.
+        progress: The function to call.
+        totals: Steps of each unfinished phase.
+        failure: The exception that `progress` raised, such as Ctrl-C; it stops the build.
     """
 
     progress: Progress
@@ -146,24 +146,24 @@ class _Watch:
     def _report(self, phase: str, done: int) -> None:
         if self.failure is not None:
             return
-        # An exception must not go through TensorRT.
+        # An exception must not propagate through TensorRT.
         try:
             self.progress(phase, done, self.totals[phase])
         except BaseException as error:
             self.failure = error
 
 
-def _monitor(watch: _Watch) -> trt.IProgressMonitor:
+def _monitor(relay: _Watch) -> trt.IProgressMonitor:
     import tensorrt as trt
 
     class Monitor(trt.IProgressMonitor):
         def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
-            watch.start(phase_name, num_steps)
+            relay.start(phase_name, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return watch.step(phase_name, step + 1)
+            return relay.step(phase_name, step + 1)
 
         def phase_finish(self, phase_name: str) -> None:
-            watch.finish(phase_name)
+            relay.finish(phase_name)
 
     return Monitor()

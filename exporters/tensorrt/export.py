@@ -1,11 +1,11 @@
-"""A checkpoint, or an artifact of the standard dialect, becomes an artifact with an engine.
+"""Export a checkpoint, or an artifact of the standard dialect, to an artifact with an engine.
 
-    onnx/model.onnx          the graph that the engine is made of
+    onnx/model.onnx          the graph that the engine is built from
     engine/model.plan        the engine, if there was a GPU and TensorRT to build it
     engine/build.sh          the same build with trtexec
     engine/check.py, .npz    a check with Polygraphy
 
-Without a GPU or TensorRT the artifact is the graph's, and runs in onnxruntime like any other.
+Without a GPU or TensorRT the artifact has the graph only, and runs in onnxruntime like any other.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from .scripts import polygraphy_script, trtexec_script
 
 PLAN = "engine/model.plan"
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
-# Few texts, short or long; and many.
+# One profile for a few texts, short or long, and one for many.
 PROFILES = ("1x1:1x32:8x8192", "1x1:32x128:256x512")
-# What the check wants of the engine: 16-bit arithmetic in another order, and 8 or 4 bits on top.
+# The check's limits: 16-bit arithmetic runs in another order, and 8 or 4 bits add to it.
 MIN_COSINE, MAX_DIFFERENCE = 0.999, 0.005
 
 
@@ -62,46 +62,48 @@ def export_tensorrt(
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
-    """Build a TensorRT engine; without TensorRT or a GPU, write all that one is built from.
+    """Build a TensorRT engine; without TensorRT or a GPU, write everything needed to build one.
 
     Args:
-        source: A checkpoint's folder, a hub id, or an artifact whose graph is of the standard
-            dialect: `export_onnx` has more options, all of which such an artifact may have.
+        source: A checkpoint's folder, a hub id, or an artifact with a graph of the standard
+            dialect, made with any options of `export_onnx`.
         output: The artifact's folder; it appears only when it is complete and checked.
-        precision: Of a checkpoint: "bf16", the default; "fp16" (what would overflow stays in
-            fp32); "fp8" and "int8" (weights and each token's activations); or "int4" (weights in
-            groups of 64). All but "fp16" compute in bf16 with an fp32 residual stream.
+        precision: For a checkpoint: "bf16", the default; "fp16" (parts that would overflow stay
+            in fp32); "fp8" and "int8" (weights and activations, one activation scale per token);
+            or "int4" (weights in groups of 64). All but "fp16" compute in bf16 with an fp32
+            residual stream.
         profiles: Batches to tune for, each MIN:OPT:MAX in rows x tokens.
-        version_compatible: Whether later TensorRT versions of the same major one load the engine.
-        hardware_compatible: Where the engine runs beside the kind of GPU it is built on: "none",
-            "ampere+" or "same-capability".
+        version_compatible: Whether later TensorRT versions of the same major version load the
+            engine.
+        hardware_compatible: Where the engine runs besides the kind of GPU that it is built on:
+            "none", "ampere+" or "same-capability".
         revision: A branch, tag or commit, for a hub id.
-        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        task: "embedding" or "reranker", if the checkpoint's files do not tell.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
-        force: Whether to replace an artifact that is already there.
-        progress: Called with (stage, done, total) as the work goes on.
+        force: Whether to replace an existing artifact.
+        progress: Called with (stage, done, total).
 
     Returns:
-        An artifact of format "tensorrt" with an engine, or of format "onnx" without: then
-        `build.obstacle()` says why.
+        An artifact of format "tensorrt" with an engine, or of format "onnx" without one; then
+        `build.obstacle()` returns the reason.
 
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
-        CheckpointError: The checkpoint is not a whole Qwen3 checkpoint.
+        CheckpointError: The checkpoint is not a complete Qwen3 checkpoint.
         ArtifactError: The artifact is damaged.
-        VerificationError: The graph does not run, or TensorRT does not take it.
+        VerificationError: The graph does not run, or TensorRT rejects it.
     """
     options = EngineOptions(
-        tuple(Profile.parse(each) for each in profiles), version_compatible, hardware_compatible
+        tuple(Profile.parse(text) for text in profiles), version_compatible, hardware_compatible
     )
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {precision!r}")
-    given = _open(source, precision, revision, task, adapter)
-    size = given.size if given else 0
-    builds = obstacle() is None
+    source_artifact = _open(source, precision, revision, task, adapter)
+    size = source_artifact.size if source_artifact else 0
+    can_build = obstacle() is None
     with staged(Path(output), force=force, needs=2 * size) as folder:
-        if given:
-            manifest = _copy(given, folder)
+        if source_artifact:
+            manifest = _copy(source_artifact, folder)
             if WITNESS not in manifest.files:
                 make_witness(folder, manifest)
         else:
@@ -115,11 +117,11 @@ def export_tensorrt(
                 f"{source}: the model leaves its prompts out of pooling (include_prompt of its "
                 "Pooling is false), and engines take texts only; export onnx runs it"
             )
-        if builds:
+        if can_build:
             _check_room(folder, graph)
         _check_graph(folder / graph.path)
         _write_scripts(folder, manifest, graph, options, progress)
-        if builds:
+        if can_build:
             record = build_engine(
                 folder / graph.path,
                 folder / PLAN,
@@ -146,7 +148,7 @@ def _open(
     task: Task | None,
     adapter: str | Path | None,
 ) -> Artifact | None:
-    """The source, if it is an artifact with a graph of the standard dialect; None if it is none."""
+    """The source, if it is an artifact with a graph of the standard dialect; None otherwise."""
     if not (Path(source).expanduser() / MANIFEST).is_file():
         return None
     artifact = Artifact.open(source)
@@ -168,7 +170,7 @@ def _open(
 
 
 def _copy(artifact: Artifact, folder: Path) -> Manifest:
-    """An artifact's files and manifest, but for an engine and its scripts."""
+    """Copy an artifact's files and manifest, without an engine and its scripts."""
     for name in artifact.manifest.files:
         if name.startswith("engine/"):
             continue
@@ -187,7 +189,7 @@ def _export_graph(
     adapter: str | Path | None,
     progress: Progress,
 ) -> Manifest:
-    """Export into the folder, in 16-bit arithmetic."""
+    """Export the graph into the folder, in 16-bit arithmetic."""
     with TemporaryDirectory(dir=folder) as temporary:
         artifact = export_onnx(
             source,
@@ -207,7 +209,7 @@ def _export_graph(
 
 
 def _check_room(folder: Path, graph: GraphRecord) -> None:
-    """An engine is about as large as its graph, whose size is known once it is written."""
+    """Check the free space: the engine will be about as large as the written graph."""
     needed = sum(path.stat().st_size for path in (folder / graph.path).parent.iterdir())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -231,7 +233,7 @@ def _write_scripts(
     options: EngineOptions,
     progress: Progress,
 ) -> None:
-    """engine/: what builds and checks the engine elsewhere."""
+    """Write engine/: scripts that build and check the engine on other machines."""
     engine = folder / "engine"
     engine.mkdir()
     from_engine = f"../{graph.path}"
@@ -251,7 +253,7 @@ def _write_scripts(
     scopes = len({str(node.name).split("/")[0] for node in ir.load(folder / graph.path).graph})
     advance = counted(progress, "check", scopes)
     expected = verify_graph(folder / graph.path, ids, lambda scope: advance())
-    # The first profile's shape, whose further rows are the same text.
+    # The first profile's shape; further rows repeat the text.
     rows, tokens = first.padded(1, len(ids))
     input_ids = np.zeros((rows, tokens), np.int64)
     input_ids[:, : len(ids)] = ids
@@ -266,7 +268,7 @@ def _write_scripts(
 
 
 def _sample(folder: Path, manifest: Manifest) -> np.ndarray:
-    """A built-in text's token ids."""
+    """Token ids of a built-in text."""
     path = folder / "tokenizer.json"
     if manifest.task == "embedding":
         tokenizer = EmbeddingTokenizer(path, manifest.max_length, manifest.inputs)

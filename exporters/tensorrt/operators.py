@@ -1,9 +1,9 @@
-"""What TensorRT's ONNX parser takes: operators.json, and limits that its table has no column for.
+"""The operators that TensorRT's ONNX parser takes: operators.json, and limits beyond its table.
 
 The table is docs/operators.md of onnx-tensorrt, at the commit in the file. Limits of quantized
 types: IQuantizeLayer and IDequantizeLayer in NvInfer.h of TensorRT 11.1, and NVIDIA's
 "Quantization Schemes" (https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/
-quantized-types-schemes.html). Others are the table's own remarks.
+quantized-types-schemes.html). Other limits are the table's own remarks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES = {
     ir.DataType.INT64: "INT64",
     ir.DataType.BOOL: "BOOL",
 }
-# Which of an operator's inputs have to be constants.
+# Inputs that must be constants, by operator.
 CONSTANT_INPUTS = {
     "ReduceL2": (1,),
     "ReduceMax": (1,),
@@ -39,7 +39,7 @@ CONSTANT_INPUTS = {
 }
 BLOCKED = ("INT4", "FP8")
 INT4_BLOCKS = (64, 128)
-# Of Attention: query, key, value and mask; past states are not taken.
+# Attention's query, key, value and mask; TensorRT takes no past states.
 ATTENTION_INPUTS = 4
 
 
@@ -50,31 +50,31 @@ def read_table() -> dict[str, Any]:
 
 
 def unsupported(model: ir.Model) -> list[str]:
-    """Why TensorRT's parser would not take a graph, a line each; empty if it should.
+    """The reasons why TensorRT's parser would not take a graph, a line each; empty if it should.
 
     Args:
-        model: The graph, each of whose values has a dtype.
+        model: The graph; each value has a dtype.
     """
     first, last = read_table()["opsets"]
-    found = [
+    reasons = [
         f"{domain or 'ai.onnx'} {version}: TensorRT takes ai.onnx {first} to {last}"
         for domain, version in model.opset_imports.items()
         if domain or not first <= version <= last
     ]
     for node in model.graph.all_nodes():
-        found += [f"{node.name}: {reason}" for reason in _reasons(node)]
-    return found
+        reasons += [f"{node.name}: {reason}" for reason in _reasons(node)]
+    return reasons
 
 
 def _reasons(node: ir.Node) -> Iterator[str]:
     types = read_table()["operators"].get(node.op_type)
     if node.domain or types is None:
-        yield f"{node.domain or 'ai.onnx'}.{node.op_type} is no operator of TensorRT's"
+        yield f"{node.domain or 'ai.onnx'}.{node.op_type} is not an operator of TensorRT"
         return
-    # The type that the table speaks of is the first input's, in every operator.
+    # The table's dtypes are those of the first input, for every operator.
     data = node.inputs[0]
-    kind = TYPES.get(data.dtype) if data is not None and data.dtype is not None else None
-    if kind not in types:
+    type_name = TYPES.get(data.dtype) if data is not None and data.dtype is not None else None
+    if type_name not in types:
         dtype = data.dtype.name if data is not None and data.dtype is not None else "nothing"
         yield f"{node.op_type} of {dtype}: TensorRT takes {', '.join(types)}"
     for index in CONSTANT_INPUTS.get(node.op_type, ()):
@@ -82,12 +82,12 @@ def _reasons(node: ir.Node) -> Iterator[str]:
         if axes is not None and axes.const_value is None:
             yield f"input {index} of {node.op_type} should be a constant"
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        yield from _quantized_reasons(node, str(kind))
+        yield from _quantized_reasons(node, str(type_name))
     if node.op_type == "Attention":
         if any(value is not None for value in node.inputs[ATTENTION_INPUTS:]):
             yield "Attention takes no past keys and values in TensorRT"
         if len(node.outputs) > 1:
-            yield "Attention gives nothing but its result in TensorRT"
+            yield "Attention has only one output in TensorRT"
 
 
 def _quantized_reasons(node: ir.Node, kind: str) -> Iterator[str]:
@@ -100,12 +100,13 @@ def _quantized_reasons(node: ir.Node, kind: str) -> Iterator[str]:
     if scales.const_value is None:
         yield f"the scales of {node.op_type} should be constants"
         return
-    # A scale for all is all that activations can have.
+    # Activations can have only one scale.
     if scales.const_value.size > 1 and data.const_value is None:
         yield f"{node.op_type} of activations should have one scale"
     block = node.attributes.get_int("block_size", 0)
     if block and kind not in BLOCKED:
-        yield f"{node.op_type} of {kind} has blocks, which TensorRT knows of {', '.join(BLOCKED)}"
+        blocked = ", ".join(BLOCKED)
+        yield f"{node.op_type} of {kind} has blocks, which TensorRT takes only of {blocked}"
     if block and data.const_value is not None:
         size = data.const_value.shape.numpy()[node.attributes.get_int("axis", 1)]
         if size % block:

@@ -1,4 +1,4 @@
-"""All that decides how an engine is built from a graph."""
+"""The options of building an engine from a graph."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class EngineOptions:
 
     Attributes:
         profiles: The batches to tune for, at least one.
-        version_compatible: Whether later TensorRT versions of the same major one load it.
-        hardware_compatible: Where it runs beside the kind of GPU that it is built on.
+        version_compatible: Whether later TensorRT versions of the same major version load it.
+        hardware_compatible: Where it runs besides the kind of GPU that it is built on.
     """
 
     profiles: tuple[Profile, ...]

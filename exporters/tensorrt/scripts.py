@@ -1,4 +1,4 @@
-"""What builds and checks an engine on another machine, without embedport: two small scripts."""
+"""Two small scripts that build and check an engine on another machine, without embedport."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trtexec_script(graph: str, inputs: Sequence[str], options: EngineOptions) ->
     words = [
         f"--onnx={graph}",
         "--saveEngine=model.plan",
-        # TensorRT 10 needs it, 11 is always so.
+        # TensorRT 10 needs it; 11 is always strongly typed.
         "--stronglyTyped",
         "--noTF32",
         "--timingCacheFile=model.timings",
@@ -55,17 +55,17 @@ def polygraphy_script(
 ) -> str:
     """A Python script that builds the engine with Polygraphy and compares it with check.npz.
 
-    check.npz holds a batch and what onnxruntime gives for it on a CPU, each result rounded as the
-    graph's types say.
+    check.npz holds a batch and onnxruntime's output for it on a CPU, with each value rounded to
+    its dtype in the graph.
 
     Args:
         graph: Path of the graph, from the script's folder.
         output: Name of the graph's output: vectors of unit length, or scores.
         profiles: The batches to tune for.
-        min_cosine: Of a vector to the one expected.
-        max_difference: Of a score to the one expected.
+        min_cosine: The smallest allowed cosine of a vector to the expected one.
+        max_difference: The largest allowed difference of a score to the expected one.
     """
-    shapes = [(each.min, each.opt, each.max) for each in profiles]
+    shapes = [(profile.min, profile.opt, profile.max) for profile in profiles]
     return f'''"""Builds the engine with Polygraphy and checks its numbers.
 
 Needs a GPU, and: pip install tensorrt polygraphy numpy

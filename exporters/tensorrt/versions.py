@@ -1,9 +1,8 @@
-"""Where TensorRT 10 and 11 differ, and what of them embedport needs.
+"""The differences of TensorRT 10 and 11 that matter to embedport.
 
-TensorRT 11 has no weakly typed networks: each tensor has the type that the graph gives it, the
-flag that asks for that is gone from what has an effect, and so are the builder's flags that named
-precisions. Nothing here or in build.py uses those. Source: NVIDIA's migration guide, TensorRT 10
-to 11, and NvInfer.h of 11.1.
+TensorRT 11 has only strongly typed networks: each tensor has its type in the graph. The flag that
+requests this has no effect any more, nor have the builder's precision flags, which nothing here or
+in build.py uses. Source: NVIDIA's migration guide, TensorRT 10 to 11, and NvInfer.h of 11.1.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ LOWEST = (10, 15)
 
 
 def check_version(version: str) -> None:
-    """Refuse a TensorRT that is too old.
+    """Refuse a TensorRT version that is too old.
 
     Raises:
-        DeviceError: It lacks operators of the graph.
+        DeviceError: The version lacks operators of the graph.
     """
     if tuple(int(part) for part in version.split(".")[:2]) < LOWEST:
         raise DeviceError(
@@ -36,7 +35,7 @@ def check_version(version: str) -> None:
 
 
 def network_flags(version: str) -> int:
-    """What `Builder.create_network` takes for a strongly typed network."""
+    """The flags of `Builder.create_network` for a strongly typed network."""
     import tensorrt as trt
 
     if int(version.split(".")[0]) >= 11:
@@ -45,7 +44,7 @@ def network_flags(version: str) -> int:
 
 
 def hardware_level(compatibility: Compatibility) -> trt.HardwareCompatibilityLevel:
-    """TensorRT's name of where an engine runs."""
+    """TensorRT's constant for a hardware compatibility."""
     import tensorrt as trt
 
     level = trt.HardwareCompatibilityLevel
@@ -57,10 +56,10 @@ def hardware_level(compatibility: Compatibility) -> trt.HardwareCompatibilityLev
 
 
 def allow_decomposition(network: trt.INetworkDefinition) -> None:
-    """Let attention that no fused kernel takes run as its parts, instead of failing the build.
+    """Let attention without a fused kernel run as separate operators instead of failing the build.
 
     Fused kernels exist for the head sizes of the published models; smaller ones may have none.
-    The stubs, of 10.13, know no attention; Python sees a layer's own class only when told.
+    The type stubs, of 10.13, lack attention, and Python gets a layer's own class only if it is set.
     """
     import tensorrt as trt
 

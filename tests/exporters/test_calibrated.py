@@ -176,9 +176,9 @@ def test_finished_layers_are_one_runs_alone(checkpoints, tmp_path):
     with kept_layers(out, used=True) as folder:
         layer = folder / "layer-000.safetensors"
         layer.write_bytes(b"of the run that holds the folder")
-        with pytest.raises(InputError, match=r"\.out\.layers should be this run's alone"):
+        with pytest.raises(InputError, match=r"\.out\.layers is locked by another run"):
             embedport.export(source, out, precision="int4", algorithm="gptq")
-        with pytest.raises(InputError, match=r"\.out\.layers should be this run's alone"):
+        with pytest.raises(InputError, match=r"\.out\.layers is locked by another run"):
             embedport.quantize_checkpoint(source, out, method="gptq")
         embedport.export(source, out)
         assert layer.is_file()

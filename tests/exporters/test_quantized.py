@@ -183,7 +183,7 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ({"embedding_bits": 0}, "takes none of --algorithm, --rotate"),
         ({"recipe": "recipe.json", "embedding_bits": 0}, "a recipe decides everything"),
         ({"precision": "int4", "arithmetic": ""}, "arithmetic should be fp32 or bf16"),
-        ({"precision": "mixed"}, "what a recipe or --precision auto makes"),
+        ({"precision": "mixed"}, "comes from a recipe or --precision auto"),
         ({"precision": "int4", "calibration": "my.txt"}, "runs no texts: --calibration goes with"),
         ({"calibration": "my.txt"}, "this export in fp32 runs no texts"),
         (

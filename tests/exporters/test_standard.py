@@ -94,7 +94,9 @@ def test_weights_are_float8(loaded):
 def test_another_dialect_is_refused(artifacts):
     reasons = unsupported(ir.load(artifacts("blocks").artifact.graph))
     assert "com.microsoft 1: TensorRT takes ai.onnx 9 to 24" in reasons
-    assert any("embedport.RotaryAttention is no operator of TensorRT's" in each for each in reasons)
+    assert any(
+        "embedport.RotaryAttention is not an operator of TensorRT" in each for each in reasons
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def model_of(node, *constants, dtype=ir.DataType.FLOAT):
         ({"op": "Celu"}, [], ir.DataType.FLOAT, None),
         ({"op": "Celu"}, [], ir.DataType.DOUBLE, "Celu of DOUBLE: TensorRT takes FP32, FP16, BF16"),
         ({"op": "NonZero"}, [], ir.DataType.BFLOAT16, "NonZero of BFLOAT16"),
-        ({"op": "MatMulInteger"}, [], ir.DataType.INT8, "ai.onnx.MatMulInteger is no operator"),
+        ({"op": "MatMulInteger"}, [], ir.DataType.INT8, "ai.onnx.MatMulInteger is not an operator"),
         (
             {"op": "QuantizeLinear"},
             [ir.tensor(np.float32(1), name="s"), ir.tensor(np.int8(3), name="z")],
