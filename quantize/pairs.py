@@ -45,7 +45,7 @@ def choose_shares(weight: np.ndarray) -> np.ndarray:
 
 
 def round_pairs(values: np.ndarray) -> np.ndarray:
-    """Round values to codes whose pairs are within the limit.
+    """Round values to codes, with all pairs within the limit.
 
     Args:
         values: float32 [out, in], weights in units of their row's scale; overwritten.

@@ -75,7 +75,7 @@ class StoredWeights(Weights):
     Attributes:
         quantization: The quantization that config.json declares.
         formats: The storage format of each quantized projection, by its name without ".weight".
-        schemes: The schemes of the projections whose codes a graph can use unchanged.
+        schemes: The schemes of projections with codes that a graph can use unchanged.
 
     Raises:
         CheckpointError: As for `Weights`; or a part of a quantized projection is missing or has

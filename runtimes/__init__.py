@@ -60,7 +60,7 @@ def load(
         max_length: Texts are cut to this many tokens; the model's own limit by default.
         check: Whether to require that an artifact reproduces the results of its export: see
             `check`.
-        task: "embedding" or "reranker", for a checkpoint whose files do not say which.
+        task: "embedding" or "reranker", needed if a checkpoint's files do not say which.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Returns:

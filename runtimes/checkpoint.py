@@ -130,7 +130,7 @@ def _dtype_and_shape(
 
 
 def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
-    """Read a tensor in its stored dtype, through torch: numpy has no fp8."""
+    """Read a tensor in its stored dtype, with torch: numpy has no fp8."""
     info = _find(headers, name)
     assert info is not None
     with safe_open(info.file, framework="pt") as shard:

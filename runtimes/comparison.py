@@ -100,7 +100,7 @@ class Check:
 
     @property
     def noun(self) -> str:
-        """"scores" or "vectors"."""
+        """The plural of its results: "scores" or "vectors"."""
         return "scores" if self.task == "reranker" else "vectors"
 
     @property

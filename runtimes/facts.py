@@ -104,7 +104,7 @@ def read_facts(
 
     Args:
         model: A folder, or a hub id.
-        task: "embedding" or "reranker", for a checkpoint whose files do not say which.
+        task: "embedding" or "reranker", needed if a checkpoint's files do not say which.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Raises:

@@ -179,7 +179,7 @@ def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.nda
 
 
 def _check_memory(batch: int, size: int, num_heads: int) -> None:
-    """Refuse a batch whose attention would run out of memory: all scores are held at once."""
+    """Refuse a batch if its attention, which holds all scores at once, would not fit in memory."""
     needed = 2 * 4 * batch * num_heads * size * size  # scores and probabilities, in fp32
     available = available_memory()
     if available is not None and needed > available:

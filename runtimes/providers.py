@@ -48,7 +48,7 @@ POSITIONS = "inputs/"
 
 
 def list_providers(device: str, artifact: Artifact) -> list[tuple[str, dict[str, str]]]:
-    """onnxruntime's providers with their options, in order of preference.
+    """The providers for onnxruntime, with their options, in order of preference.
 
     Options: https://onnxruntime.ai/docs/execution-providers/, CUDA and TensorRT.
 
@@ -88,7 +88,7 @@ def _tensorrt_options(artifact: Artifact) -> dict[str, str]:
 def engine_cache(artifact: Artifact) -> Path:
     """The cache folder for engines of this graph with these weights; created if missing.
 
-    It is outside the artifact, which may be read-only, and whose files must match their hashes.
+    It is outside the artifact, which may be read-only and must stay as it was hashed.
     """
     graph = artifact.manifest.graph
     assert graph is not None

@@ -21,7 +21,7 @@ SHARED_TOKENS = 1024
 
 
 class ContinuingModel(Protocol):
-    """A model whose rows can continue from a prefix's keys and values."""
+    """A model that can continue rows from a prefix's keys and values."""
 
     def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
         """Compute the keys and values of a prefix.
@@ -42,7 +42,7 @@ class ContinuingModel(Protocol):
 def group_rows(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[list[int]]:
     """Group row numbers by key, in order of first appearance; short rows (`SHORT_ROW`) come first.
 
-    Short and long rows are never in one group. Rows whose key is unique form the last group of
+    Short and long rows are never in one group. Rows with a unique key form the last group of
     their kind: they still share a shorter prefix.
 
     Args:

@@ -48,7 +48,7 @@ class TensorRTModel:
 
     Args:
         artifact: An artifact with an engine. A version-compatible engine contains code that runs
-            here: load it only from a source whose programs you would run.
+            here: load it only from a source that you trust to run code.
 
     Attributes:
         device: "cuda".

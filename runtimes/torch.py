@@ -33,7 +33,7 @@ from .facts import stored_float
 
 logger = logging.getLogger(__name__)
 
-# The first compute capability whose fp8 products take one scale per token.
+# The first compute capability with fp8 products that take one scale per token.
 HOPPER = (9, 0)
 # FlashAttention's largest head_dim, and the first torch that has it for variable-length batches.
 WIDEST_HEAD, OLDEST = 256, "2.11"
@@ -266,7 +266,7 @@ def _find_device(torch: Any, device: str) -> str:
 
 
 def _choose_arithmetic(spec: ModelSpec, device: str) -> str:
-    """The stored dtype; fp32 for fp16 on a CPU, where fp16 arithmetic is too slow."""
+    """The stored dtype; fp32 for fp16 on a CPU, which has no fast fp16 arithmetic."""
     stored = stored_float(spec)
     return "fp32" if device == "cpu" and stored == "fp16" else stored
 

@@ -31,7 +31,7 @@ struct attention {
     ptrdiff_t past;                 /* tokens of the prefix before every row */
     const float *past_k, *past_v;   /* [kv_heads, past, head_dim] */
     float *attended;                /* [batch, size, heads, head_dim] */
-    ptrdiff_t kept;                 /* tokens of the first row whose keys and values are outputs */
+    ptrdiff_t kept;                 /* tokens of the first row; their keys and values are outputs */
     float *kept_k, *kept_v;         /* [kv_heads, kept, head_dim] */
     float *scratch;                 /* scratch_floats() */
     /* Derived by prepare(). */
