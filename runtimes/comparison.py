@@ -298,8 +298,8 @@ def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) 
         reasons.append(f"another embedport: {exported.embedport} there, {here.embedport} here")
     if device == "cpu" and kinds & UNLIKE.keys() and not _computes_alike(exported, here):
         reasons.append(
-            "so other code rounds to 8 bits here: the limit is wider than with the kernels on both "
-            "sides"
+            "so other code rounds to 8 bits here: a wider limit applies than with the kernels on "
+            "both sides"
         )
     if "int8" in kinds and _may_saturate(exported) != _may_saturate(here):
         where = "here" if _may_saturate(here) else "where it was exported"
