@@ -191,7 +191,8 @@ def _load_by_library(
     _check_tensors(spec, headers)
     config = _make_config(spec)
     config.quantization_config = dict(quantization.values)
-    # The list of unquantized modules has full names, so the modules need their names of then.
+    # The list of unquantized modules has full names, with "model." or without: module names must
+    # match them.
     prefixed = any(name.startswith("model.") for name in headers)
     model_class = _prefixed_model(transformers) if prefixed else transformers.Qwen3Model
     with _silent(transformers):
