@@ -1,9 +1,9 @@
-"""AWQ: channels with large inputs get finer steps, by a factor that is searched.
+"""AWQ: scale up channels with large inputs, so that they are rounded in finer steps.
 
-Lin et al., arXiv:2306.00978. The factor of a channel is its mean input to the power of alpha; alpha
-is the one, for all matrices that read the same tensor, whose products change least. The ranges of
-groups are clipped where that leaves less error in the products, each channel's counted by its mean
-squared input.
+Lin et al., arXiv:2306.00978. A channel's factor is its mean absolute input to the power alpha. One
+alpha, searched over a grid, serves all matrices that read the same tensor: the one that changes
+their products least. Groups' ranges are clipped if that lowers the squared error, weighted by each
+channel's mean squared input.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from .hqq import quantize_hqq
 from .schemes import QuantScheme
 
 ALPHAS = np.linspace(0, 1, 11)
-# Output rows on which an alpha is judged.
+# Number of output rows, about, on which an alpha is judged.
 ROWS = 512
 
 
 def search_factors(
     weights: Sequence[np.ndarray], inputs: np.ndarray, schemes: Sequence[QuantScheme]
 ) -> np.ndarray:
-    """The factors by which the inputs should be divided and the weights multiplied.
+    """Search each channel's factor: multiplies the weights, divides the inputs.
 
     Args:
-        weights: float32 [out, in] each, all reading the same inputs.
+        weights: float32 [out, in] each; all read the same inputs.
         inputs: float32 [tokens, in], a sample.
-        schemes: How each will be quantized.
+        schemes: Each matrix's quantization scheme.
 
     Returns:
-        float32 [in], around 1; all 1 where no alpha is better than none.
+        float32 [in], around 1; all 1 if no alpha helps.
     """
     magnitudes = np.maximum(np.abs(inputs).mean(axis=0), 1e-6)
     squares = np.square(inputs).mean(axis=0)
     best, least = np.ones_like(magnitudes), np.inf
-    judged = [weight[:: max(1, len(weight) // ROWS)] for weight in weights]
+    samples = [weight[:: max(1, len(weight) // ROWS)] for weight in weights]
     for alpha in ALPHAS:
         factors = magnitudes**alpha
         factors = (factors / np.sqrt(factors.max() * factors.min())).astype(np.float32)
         error = 0.0
-        for weight, scheme in zip(judged, schemes, strict=True):
+        for weight, scheme in zip(samples, schemes, strict=True):
             scaled = quantize_hqq(weight * factors, scheme, squares / factors**2)
             rounded = scaled.dequantize() / factors
             error += float((((rounded - weight) @ inputs.T) ** 2).sum())

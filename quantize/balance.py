@@ -1,10 +1,11 @@
-"""Outlier channels moved from activations into weights, judged by the weights alone.
+"""SmoothQuant without calibration: move outlier channels from activations into weights.
 
-SmoothQuant (arXiv:2211.10438, eq. 4 at alpha 0.5) divides each channel of an activation by
-sqrt(largest activation / largest weight) and multiplies the weights that read it. It takes the
-activations from calibration. Here they are estimated: behind an RMSNorm a channel is about as large
-as the norm's gain, and behind a projection about as large as the projection's row. So nothing has
-to be run, and a channel that the weights make large is found whether or not a text shows it.
+SmoothQuant (arXiv:2211.10438, eq. 4 at alpha 0.5) divides each activation channel by
+sqrt(largest activation / largest weight), and multiplies the weights that read it by the same. It
+measures activations on calibration texts. Here they are estimated from the weights: after an
+RMSNorm a channel is about as large as the norm's gain; after a projection, about as large as the
+projection's row. So nothing has to be run, and a channel that the weights make large is found even
+if no text shows it.
 """
 
 from __future__ import annotations
@@ -16,22 +17,22 @@ from .source import WeightSource
 
 
 def balanced(source: WeightSource) -> FoldedWeights:
-    """A source whose activations have no outlier channels that its weights show."""
-    known: dict[tuple[str, str], np.ndarray] = {}
+    """Fold the smoothing factors into a source's weights."""
+    cache: dict[tuple[str, str], np.ndarray] = {}
 
     def factors(layer: str, maker: str) -> np.ndarray:
         key = (layer, maker)
-        if key not in known:
-            known[key] = _balance(
+        if key not in cache:
+            cache[key] = _balance(
                 _activations(source, layer, maker), _largest_weights(source, layer, maker)
             )
-        return known[key]
+        return cache[key]
 
     return FoldedWeights(source, factors)
 
 
 def _activations(source: WeightSource, layer: str, maker: str) -> np.ndarray:
-    """About how large each channel is that a norm or projection makes: float32 [channels]."""
+    """Estimate the magnitude of each output channel of a norm or projection: float32 [channels]."""
     values = source.read_fp32(f"{layer}.{maker}.weight")
     if values.ndim == 1:
         return np.abs(values)
@@ -44,7 +45,7 @@ def _activations(source: WeightSource, layer: str, maker: str) -> np.ndarray:
 
 
 def _largest_weights(source: WeightSource, layer: str, maker: str) -> np.ndarray:
-    """The largest weight that reads each channel: float32 [channels]."""
+    """The largest magnitude among the weights that read each channel: float32 [channels]."""
     largest = [
         narrow(
             source.spec, reader, np.abs(source.read_fp32(f"{layer}.{reader}.weight")).max(axis=0)
@@ -55,7 +56,7 @@ def _largest_weights(source: WeightSource, layer: str, maker: str) -> np.ndarray
 
 
 def _balance(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Square root of activation by weight, around 1; 1 where a channel is not used."""
+    """sqrt(activation / weight), scaled to a geometric mean of 1; 1 for unused channels."""
     used = (activations > 0) & (weights > 0)
     factors = np.ones_like(activations)
     factors[used] = np.sqrt(activations[used] / weights[used])

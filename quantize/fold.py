@@ -1,8 +1,8 @@
-"""Factors of channels, folded into the weights on both sides: the function stays the same.
+"""Fold channel factors into the weights on both sides, which leaves the function unchanged.
 
-What an RMSNorm hands on may be divided by a factor a channel in its gains, and multiplied by it in
-the matrices that read it. So may what v_proj hands through attention to o_proj, and up_proj through
-the SwiGLU to down_proj, in their rows.
+An RMSNorm's output can be divided by one factor per channel in the norm's gains, and multiplied by
+it in the matrices that read it. The same holds between the rows of v_proj and o_proj, through
+attention, and between the rows of up_proj and down_proj, through the SwiGLU.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..spec import ModelSpec
 from .source import WeightSource
 
 LAYER = re.compile(r"(layers\.\d+)\.(.+)\.weight")
-# The one bias that a factor goes through.
+# The only bias that factors apply to.
 VALUE_BIAS = ".self_attn.v_proj.bias"
-# Who makes a tensor, and which matrices read it.
+# The norm or projection that makes a tensor, to the matrices that read it.
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -27,16 +27,16 @@ READERS = {
 }
 MAKERS = {reader: maker for maker, readers in READERS.items() for reader in readers}
 
-# (layer, maker) to the factors of the channels it makes: float32 [channels].
+# Maps (layer, maker) to the factors of the maker's output channels: float32 [channels].
 Factors = Callable[[str, str], np.ndarray]
 
 
 class FoldedWeights:
-    """A source with factors folded in.
+    """A weight source with channel factors folded in.
 
     Args:
-        source: Where the weights come from.
-        factors: What each maker's channels are divided by.
+        source: The original weights.
+        factors: The factors that each maker's channels are divided by.
     """
 
     def __init__(self, source: WeightSource, factors: Factors) -> None:
@@ -46,7 +46,7 @@ class FoldedWeights:
         self.output_rotation = source.output_rotation
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or a range of its rows: float32."""
+        """Read a tensor, or a range of its rows: float32."""
         values = self._source.read_fp32(name, rows)
         if name.endswith(VALUE_BIAS):
             layer = name.removesuffix(VALUE_BIAS)
@@ -64,20 +64,20 @@ class FoldedWeights:
         return values
 
     def rounded(self, dtype: np.dtype) -> FoldedWeights:
-        """The same, with factors that leave every norm gains which a 16-bit dtype holds exactly.
+        """Adjust the factors so that a 16-bit dtype represents every norm's gains exactly.
 
-        Gains and weights are divided and multiplied by the same number, so that storing the gains
-        in 16 bits costs nothing.
+        Gains are divided, and weights multiplied, by the same adjusted factor. So storing the gains
+        in 16 bits loses nothing.
         """
 
         def factors(layer: str, maker: str) -> np.ndarray:
-            found = self._factors(layer, maker)
+            original = self._factors(layer, maker)
             if not maker.endswith("layernorm"):
-                return found
+                return original
             gains = self._source.read_fp32(f"{layer}.{maker}.weight")
-            stored = (gains / found).astype(dtype).astype(np.float32)
-            used = (stored != 0) & np.isfinite(stored)
-            return np.where(used, gains / np.where(used, stored, 1), found)
+            stored = (gains / original).astype(dtype).astype(np.float32)
+            usable = (stored != 0) & np.isfinite(stored)
+            return np.where(usable, gains / np.where(usable, stored, 1), original)
 
         return FoldedWeights(self._source, factors)
 
@@ -87,7 +87,7 @@ class FoldedWeights:
 
 
 def widen(spec: ModelSpec, reader: str, channels: np.ndarray) -> np.ndarray:
-    """A maker's channels as its reader has them: o_proj reads a value head once a query head."""
+    """Expand a maker's channels to its reader's: o_proj reads a value head once per query head."""
     if reader != "self_attn.o_proj":
         return channels
     heads = channels.reshape(spec.num_kv_heads, 1, spec.head_dim)
@@ -95,7 +95,7 @@ def widen(spec: ModelSpec, reader: str, channels: np.ndarray) -> np.ndarray:
 
 
 def narrow(spec: ModelSpec, reader: str, channels: np.ndarray) -> np.ndarray:
-    """The other way: the largest of the query heads that share a value head's channel."""
+    """Reduce a reader's channels to its maker's: the maximum over a value head's query heads."""
     if reader != "self_attn.o_proj":
         return channels
     return channels.reshape(spec.num_kv_heads, -1, spec.head_dim).max(axis=1).reshape(-1)

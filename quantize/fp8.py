@@ -1,4 +1,4 @@
-"""Eight-bit floats: e4m3, four bits of exponent and three of mantissa, a scale an output row."""
+"""fp8 quantization: e4m3 (4 exponent bits, 3 mantissa bits), one scale per output row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def quantize_fp8(weight: np.ndarray, scheme: QuantScheme) -> tuple[np.ndarray, n
 
     Args:
         weight: float32 [out, in].
-        scheme: Only its `scale_dtype` counts.
+        scheme: The quantization scheme; only its `scale_dtype` is used.
 
     Returns:
-        (values float8_e4m3fn [out, in], scales float32 [out, 1]): the matrix is their product.
+        (values float8_e4m3fn [out, in], scales float32 [out, 1]): weight ~ values * scales.
     """
     largest = np.abs(weight).max(axis=1, keepdims=True)
     scales = scheme.representable(np.maximum(largest / LARGEST, np.finfo(np.float32).tiny))

@@ -1,8 +1,8 @@
-"""GPTQ: each column's rounding error is made good by the columns that are still to come.
+"""GPTQ: round column by column, and correct the remaining columns for each column's error.
 
-Frantar et al., arXiv:2210.17323. Groups keep their places ("static groups"): scales and zero points
-are chosen before, from the weights, so columns may be visited in any order and no index of groups
-is needed. Where pairs of codes are limited, the second of a pair takes what the first leaves.
+Frantar et al., arXiv:2210.17323. Groups are static: scales and zero points are chosen beforehand
+from the weights. So columns may be visited in any order (act-order), and no group index has to be
+stored. With limited pairs, the second code of a pair is limited by the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .schemes import QuantizedTensor, QuantScheme
 
 BLOCK = 128
 DAMPING = 0.01
-# How often the damping is made ten times as large before the Hessian is given up.
+# Number of tries, each with ten times the damping, before giving up on a Hessian.
 ATTEMPTS = 4
 
 
@@ -28,11 +28,11 @@ def quantize_gptq(
     Args:
         weight: float32 [out, in].
         hessian: float32 or float64 [in, in], the mean of x x^T over inputs x.
-        scheme: How to quantize.
-        act_order: Whether columns with large inputs are visited first.
+        scheme: The quantization scheme.
+        act_order: Whether to visit columns with large inputs first.
 
     Raises:
-        CheckpointError: The Hessian holds NaN or infinity, or cannot be inverted.
+        CheckpointError: The Hessian contains NaN or infinity, or cannot be inverted.
     """
     if not np.isfinite(hessian).all():
         raise CheckpointError("the calibration's activations are not finite")
@@ -44,34 +44,34 @@ def quantize_gptq(
     groups = order // (scheme.group_size or columns)
     scales, zeros = base.scales[:, groups], base.zero_points[:, groups].astype(np.float32)
     remaining = weight[:, order].astype(np.float32)
-    # Zero until a column is visited: its partner's room is then whole.
+    # A column that is not visited yet counts as zero: its partner has the full range.
     codes = np.full(weight.shape, scheme.middle, np.uint8)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        # Column by column in memory: each step reads and writes whole columns.
+        # Column-major: each step reads and writes whole columns.
         block = np.asfortranarray(remaining[:, start:end])
         errors = np.empty_like(block)
         for i in range(end - start):
             scale, zero = scales[:, start + i], zeros[:, start + i]
             column = order[start + i]
-            found = np.rint(block[:, i] / scale) + zero
+            rounded = np.rint(block[:, i] / scale) + zero
             if scheme.limits_pairs and column ^ 1 < columns:
                 low, high = room(codes[:, column ^ 1] - zero)
-                found = np.clip(found, low + zero, high + zero)
-            found = np.clip(found, 0, scheme.levels - 1)
-            codes[:, column] = found
+                rounded = np.clip(rounded, low + zero, high + zero)
+            rounded = np.clip(rounded, 0, scheme.levels - 1)
+            codes[:, column] = rounded
             row = upper[start + i, start + i : end]
-            errors[:, i] = (block[:, i] - (found - zero) * scale) / row[0]
+            errors[:, i] = (block[:, i] - (rounded - zero) * scale) / row[0]
             block[:, i:] -= errors[:, i, None] * row
         remaining[:, end:] -= errors @ upper[start:end, end:]
     return QuantizedTensor(scheme, codes, base.scales, base.zero_points)
 
 
 def _inverse_root(hessian: np.ndarray) -> np.ndarray:
-    """Upper U with U^T U the damped Hessian's inverse: float32 [in, in].
+    """The upper triangular U with U^T U = (damped Hessian)^-1: float32 [in, in].
 
     Args:
-        hessian: float64 [in, in]; damped in place, since a wide matrix's takes a gigabyte.
+        hessian: float64 [in, in]; damped in place, since it can take a gigabyte.
     """
     diagonal = np.diag(hessian).copy()
     damping = DAMPING * max(float(diagonal.mean()), 1e-12)

@@ -1,10 +1,10 @@
-"""Better rounding without calibration.
+"""Search each group's range for the least squared error, without calibration.
 
-HQQ (half-quadratic quantization, Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog) finds a
-group's real-valued zero point that leaves the least error, without any data. Runtimes take whole
-zero points, which have no room for that; so here it is the range that is found: each group tries
-narrower ones, which clip a little and step finer, and keeps what has the least squared error. Where
-pairs of codes are limited it tries wider ones too.
+HQQ (half-quadratic quantization, Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog)
+optimizes a real-valued zero point per group. Runtimes require integer zero points, so this module
+optimizes the group's range instead. Each group tries narrower ranges, which clip a little but have
+finer steps, and keeps the one with the least squared error. With limited pairs it also tries wider
+ranges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .pairs import SHARES as WIDER_SHARES
 from .rtn import quantize_rtn
 from .schemes import QuantizedTensor, QuantScheme
 
-# Shares of a group's full range that are tried.
+# The fractions of a group's full range to try.
 SHARES = np.linspace(1.0, 0.6, 17, dtype=np.float32)[1:]
 CHUNK_VALUES = 1 << 22
 
@@ -27,9 +27,9 @@ def quantize_hqq(
 
     Args:
         weight: float32 [out, in].
-        scheme: How to quantize.
-        importance: float32 [in], by which each input's squared error counts, such as the mean
-            square of what it multiplies; all alike unless given.
+        scheme: The quantization scheme.
+        importance: float32 [in], the weight of each input's squared error, such as the mean square
+            of the activations; uniform by default.
     """
     step = max(1, CHUNK_VALUES // weight.shape[1])
     parts = [
@@ -52,9 +52,9 @@ def _quantize(
     errors = _errors(best, weight, importance)
     for share in (*SHARES, *(WIDER_SHARES if scheme.limits_pairs else ())):
         trial = quantize_rtn(weight, scheme, share=float(share))
-        found = _errors(trial, weight, importance)
-        better = found < errors
-        errors = np.where(better, found, errors)
+        trial_errors = _errors(trial, weight, importance)
+        better = trial_errors < errors
+        errors = np.where(better, trial_errors, errors)
         scales = np.where(better, trial.scales, scales)
         zeros = np.where(better, trial.zero_points, zeros)
         columns = np.repeat(better, scheme.group_size or weight.shape[1], axis=1)

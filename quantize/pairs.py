@@ -1,12 +1,12 @@
-"""int8 codes whose products no CPU saturates.
+"""Limit int8 codes in pairs, so that no CPU saturates their products.
 
-x86 without VNNI multiplies uint8 activations by int8 weights with vpmaddubsw, which adds the
-products of inputs 2i and 2i + 1 in 16 bits, and saturates. Activations are 255 at most, so nothing
-saturates where in every output row the codes of inputs 2i and 2i + 1 sum to -128 .. 128: 255 * 128
-is 32,640, and 16 bits hold 32,767. Codes of opposite signs keep to it anyway.
+x86 without VNNI multiplies uint8 activations by int8 weights with vpmaddubsw. It adds the products
+of inputs 2i and 2i + 1 in 16 bits, with saturation. Activations are at most 255. So nothing
+saturates if in every output row the codes of inputs 2i and 2i + 1 sum to -128 .. 128: 255 * 128 is
+32,640, and 16 bits hold 32,767. Codes of opposite signs always satisfy this.
 
-So a row's scale is chosen between that of its largest value and 127/64 of it, at which any pair
-fits: where the squared errors of rounding and of pairs that have to shrink are least together.
+A row's scale is between the usual one, max|w| / 127, and 127/64 of it, at which any pair fits. It
+minimizes the squared errors of rounding plus those of shrinking pairs to the limit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 
 LIMIT = 128
 LARGEST = 127
-# A row's scale by that of its largest value.
+# The scales to try for a row, relative to max|w| / 127.
 SHARES = np.linspace(1, LARGEST / 64, 21, dtype=np.float32)
 
 
 def choose_shares(weight: np.ndarray) -> np.ndarray:
-    """The scale of each row, by that of its largest value, that leaves the least squared error.
+    """Choose each row's scale, relative to max|w| / 127, for the least squared error.
 
-    A step of s errs by s^2 / 12 a value. A pair of the sum u > 128 s loses e = u - 128 s, half of
-    it in each value: e^2 / 2.
+    Rounding with step s has a mean squared error of s^2 / 12 per value. A pair with sum u > 128 s
+    has to shrink by e = u - 128 s, half of it in each value, with a squared error of e^2 / 2.
 
     Args:
         weight: float32 [out, in].
@@ -33,28 +33,28 @@ def choose_shares(weight: np.ndarray) -> np.ndarray:
     """
     steps = np.abs(weight).max(axis=1) / LARGEST
     sums = np.abs(_sums(weight))
-    # A larger scale lets fewer pairs be too large, never others.
+    # These are all pairs that can exceed the limit: a larger scale only makes them fewer.
     rows, places = np.nonzero(sums > LIMIT * steps[:, None])
     sums = sums[rows, places]
     errors = np.empty((len(SHARES), len(weight)), np.float64)
-    for found, share in zip(errors, SHARES, strict=True):
-        lost = np.maximum(sums - LIMIT * share * steps[rows], 0)
-        found[:] = np.bincount(rows, lost.astype(np.float64) ** 2 / 2, len(weight))
-        found += weight.shape[1] * (share * steps).astype(np.float64) ** 2 / 12
+    for row_errors, share in zip(errors, SHARES, strict=True):
+        excess = np.maximum(sums - LIMIT * share * steps[rows], 0)
+        row_errors[:] = np.bincount(rows, excess.astype(np.float64) ** 2 / 2, len(weight))
+        row_errors += weight.shape[1] * (share * steps).astype(np.float64) ** 2 / 12
     return SHARES[errors.argmin(axis=0)]
 
 
 def round_pairs(values: np.ndarray) -> np.ndarray:
-    """Codes near values: whole numbers, pairs within the limit.
+    """Round values to codes, with all pairs within the limit.
 
     Args:
         values: float32 [out, in], weights in units of their row's scale; overwritten.
 
     Returns:
-        float32 [out, in], whole numbers from -127 to 127.
+        float32 [out, in], integers from -127 to 127.
     """
     np.clip(values, -LARGEST, LARGEST, out=values)
-    # Below the limit by more than a rounding of this sum, rounded pairs are within it.
+    # A pair below LIMIT - 0.5 is safe: rounding cannot take its sum beyond LIMIT.
     rows, places = np.nonzero(np.abs(_sums(values)) > LIMIT - 0.5)
     columns = 2 * places[:, None] + np.arange(2)
     pairs = values[rows[:, None], columns]
@@ -62,7 +62,7 @@ def round_pairs(values: np.ndarray) -> np.ndarray:
     excess = np.maximum(np.abs(sums) - LIMIT, 0)
     pairs -= (np.sign(sums) * excess / 2)[:, None]
     rounded = np.rint(pairs)
-    # Two halves that are rounded away from zero: the one that moved farther goes back.
+    # If both values were rounded away from zero, the one that moved farther goes back by one.
     signs = np.sign(sums)[:, None]
     farther = np.argmax((rounded - pairs) * signs, axis=1)
     over = np.abs(rounded.sum(axis=1)) > LIMIT
@@ -72,16 +72,16 @@ def round_pairs(values: np.ndarray) -> np.ndarray:
 
 
 def room(partners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest code that the other code of a pair leaves.
+    """The smallest and largest code that a pair's other code allows.
 
     Args:
-        partners: float32 [out], the other codes, around zero.
+        partners: float32 [out], the pairs' other codes, around zero.
     """
     return np.maximum(-LARGEST, -LIMIT - partners), np.minimum(LARGEST, LIMIT - partners)
 
 
 def find_excess(codes: np.ndarray) -> tuple[int, int] | None:
-    """A pair of codes beyond the limit, if there is one.
+    """Find a pair of codes beyond the limit.
 
     Args:
         codes: int8 [out, in], around zero.

@@ -1,10 +1,10 @@
-"""The residual stream and the attention's values turned, so that no channel stands out.
+"""Rotate the residual stream and attention's values, so that no channel is an outlier.
 
-QuaRot (arXiv:2404.00456) and SpinQuant (arXiv:2405.16406): with the RMSNorms' gains folded into the
-matrices behind them, the residual stream may be multiplied by any orthogonal matrix, if what writes
-it is multiplied too and what reads it by the transpose. A randomized Hadamard matrix spreads an
-outlier channel over all channels. The same holds for each head's values between v_proj and o_proj.
-Nothing is left to do at run time but one product a text at the very end.
+QuaRot (arXiv:2404.00456) and SpinQuant (arXiv:2405.16406): once the RMSNorms' gains are folded into
+the matrices that follow, the residual stream can be multiplied by any orthogonal matrix. Matrices
+that write it are multiplied by that matrix, matrices that read it by its transpose. A randomized
+Hadamard matrix spreads an outlier channel over all channels. The same works for each head's values
+between v_proj and o_proj. The only cost at run time is one product per text at the very end.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from ..spec import ModelSpec
 from .fold import LAYER, MAKERS
 from .source import WeightSource
 
-# What reads the residual stream, to the norm through which it does.
+# Matrices that read the residual stream, each with the norm it reads through.
 NORMS = {reader: maker for reader, maker in MAKERS.items() if maker.endswith("layernorm")}
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 class RotatedWeights:
-    """A source that computes the same function in another basis.
+    """A weight source that computes the same function in a rotated basis.
 
-    The final norm's gain cannot be folded away: the vectors are to be in the checkpoint's own
-    basis. So `output_rotation` turns the final norm's output, whose gains read as ones, back and
-    applies them; a reranker's head rows are multiplied by it once instead.
+    The vectors must be in the checkpoint's own basis, so the final norm's gains cannot be folded
+    away. They read as ones; `output_rotation` rotates the final norm's output back and applies the
+    gains. For a reranker, the head rows are multiplied by it once instead.
 
     Args:
-        source: Where the weights come from; not rotated itself.
-        seed: Of the random signs and, for sizes that are not powers of two, the orthogonal part.
+        source: The original weights, not rotated themselves.
+        seed: Seed of the random signs and, for sizes that are not powers of two, of the random
+            orthogonal part.
     """
 
     def __init__(self, source: WeightSource, seed: int = 0) -> None:
@@ -42,7 +43,7 @@ class RotatedWeights:
         self.output_rotation: np.ndarray | None = self._stream.T * gains
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or a range of its rows: float32."""
+        """Read a tensor, or a range of its rows: float32."""
         if name == "embed_tokens.weight":
             return self._source.read_fp32(name, rows) @ self._stream
         if name == "norm.weight":
@@ -72,7 +73,7 @@ class RotatedWeights:
         return values
 
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
-        """W_yes - W_no, which goes with the final norm's output without gains: [hidden]."""
+        """W_yes - W_no for the final norm's output without gains: float32 [hidden]."""
         assert self.output_rotation is not None
         return self.output_rotation @ self._source.answer_row(yes, no)
 
@@ -81,10 +82,10 @@ class RotatedWeights:
 
 
 def orthogonal(size: int, generator: np.random.Generator) -> np.ndarray:
-    """A randomized Hadamard matrix, or as much of one as the size allows: float32 [size, size].
+    """A randomized Hadamard matrix, as far as the size allows: float32 [size, size].
 
-    The Kronecker product of the Hadamard matrix of the largest power of two that divides the size,
-    a random orthogonal matrix of what is left, and random signs.
+    It is the Kronecker product of a random orthogonal matrix and the Hadamard matrix of the largest
+    power of two that divides the size, with random signs on its rows.
     """
     power = size & -size
     hadamard = np.ones((1, 1))

@@ -1,4 +1,4 @@
-"""Round to nearest."""
+"""RTN: round to nearest, the quantization that needs no search and no data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def quantize_rtn(
 
     Args:
         weight: float32 [out, in].
-        scheme: How to quantize.
-        share: Of each group's range that the codes cover; what is beyond is clipped. Unless given
-            all of it, or for pairs that are limited as much more as leaves the least error.
+        scheme: The quantization scheme.
+        share: The fraction of each group's range that the codes cover; values beyond are clipped.
+            By default 1; with limited pairs, each row's share with the least error.
     """
     if scheme.limits_pairs:
         return _limited(weight, scheme, choose_shares(weight) if share is None else share)

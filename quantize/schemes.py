@@ -1,4 +1,4 @@
-"""How a matrix is quantized, and what comes of it; independent of any file format."""
+"""Quantization schemes, and quantized matrices, independent of any file format."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class QuantScheme:
 
     Attributes:
         bits: 4 or 8.
-        group_size: Inputs that share a scale; None for one scale an output row.
-        symmetric: Whether the zero point is the middle of the range everywhere.
-        scale_dtype: The dtype whose values the scales have, though they are held as float32: what a
-            checkpoint stores in 16 bits is then what the codes were found with.
+        group_size: Number of inputs that share a scale; None for one scale per output row.
+        symmetric: Whether every zero point is the middle of the range.
+        scale_dtype: The dtype that scales are rounded to, though they are held as float32. So codes
+            are computed with the same scales that a checkpoint stores in 16 bits.
         limits_pairs: Whether codes of inputs 2i and 2i + 1, around zero, sum to -128 .. 128, so
-            that no CPU saturates a product with 8-bit activations: see `quantize.pairs`. It goes
-            with 8 bits and one symmetric scale an output row.
+            that no CPU saturates a product with 8-bit activations: see `quantize.pairs`. Requires
+            8 bits and one symmetric scale per output row.
     """
 
     bits: int
@@ -44,11 +44,11 @@ class QuantScheme:
 
     @property
     def levels(self) -> int:
-        """How many codes there are."""
+        """Number of codes."""
         return 1 << self.bits
 
     def representable(self, scales: np.ndarray) -> np.ndarray:
-        """Positive scales as `scale_dtype` has them, none of them zero: float32."""
+        """Round positive scales to `scale_dtype`, with none becoming zero: float32."""
         dtype = np.dtype(getattr(ml_dtypes, self.scale_dtype, self.scale_dtype))
         smallest = np.float32(ml_dtypes.finfo(dtype).smallest_subnormal)
         return np.maximum(scales.astype(dtype).astype(np.float32), smallest)
@@ -64,7 +64,7 @@ class QuantizedTensor:
     """A quantized matrix [out, in], as a checkpoint stores a projection or the embedding table.
 
     Attributes:
-        scheme: How it was quantized.
+        scheme: Its quantization scheme.
         codes: uint8 [out, in], below 2^bits, not packed.
         scales: float32 [out, groups]; the last group may be shorter.
         zero_points: uint8 [out, groups].

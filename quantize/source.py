@@ -1,4 +1,4 @@
-"""Where a model's weights come from: the checkpoint, or a transformation of another source."""
+"""Weight sources: a checkpoint, or a transformation of another source."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class WeightSource(Protocol):
 
     Attributes:
         spec: The checkpoint's spec.
-        output_rotation: float32 [hidden, hidden], by which the final norm's output is multiplied to
-            be in the checkpoint's own basis; None where it is.
+        output_rotation: float32 [hidden, hidden], multiplies the final norm's output to return it
+            to the checkpoint's own basis; None if it is already in that basis.
     """
 
     spec: ModelSpec
     output_rotation: np.ndarray | None
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or a range of its rows: float32."""
+        """Read a tensor, or a range of its rows: float32."""
         ...
 
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
-        """W_yes - W_no, which goes with the final norm's output: float32 [hidden]."""
+        """W_yes - W_no for the final norm's output: float32 [hidden]."""
         ...

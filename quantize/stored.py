@@ -1,4 +1,4 @@
-"""A checkpoint whose projections are already quantized: its codes, bit for bit, or their values."""
+"""Read a checkpoint with quantized projections: the stored codes, or the values they stand for."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FLOAT_DTYPES = tuple(DTYPES)
 
 @dataclass(frozen=True)
 class _Names:
-    """What the parts of a matrix are called.
+    """The tensor names of a quantized matrix's parts, without the matrix's own name.
 
     Attributes:
         codes: The codes.
-        scales: A scale for each block.
-        zero_points: A zero point for each block.
-        order: The group of each input.
-        divisor: One number by which all scales are divided.
+        scales: One scale per block.
+        zero_points: One zero point per block.
+        order: The group of each input (act-order).
+        divisor: One number that divides all scales.
     """
 
     codes: str
@@ -48,38 +48,38 @@ class _Names:
 
 
 _NAMES: dict[Layout, _Names] = {
-    # int32 words along the inputs, [in / 8, out]; scales [groups, out], and zero points packed.
+    # int32 words along the inputs, [in / 8, out]; scales [groups, out]; packed zero points.
     "gptq": _Names("qweight", "scales", "qzeros", "g_idx"),
-    # int32 words along the outputs, [in, out / 8]; scales and zero points as GPTQ's.
+    # int32 words along the outputs, [in, out / 8]; scales and zero points as in GPTQ.
     "awq": _Names("qweight", "scales", "qzeros"),
-    # int32 words along the inputs, [out, in / 8]; scales [out, groups], and zero points packed.
+    # int32 words along the inputs, [out, in / 8]; scales [out, groups]; packed zero points.
     "packed": _Names("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
-    # A code a byte, [out, in]; scales and zero points as the blocks lie.
+    # One code per byte, [out, in]; scales and zero points [blocks out, blocks in].
     "plain": _Names("weight", "weight_scale", "weight_zero_point"),
     "fp8": _Names("weight", "weight_scale_inv"),
-    # Two codes a byte, [out, in / 2]; scales in float8, [out, groups].
+    # Two codes per byte, [out, in / 2]; float8 scales [out, groups].
     "nvfp4": _Names("weight_packed", "weight_scale", divisor="weight_global_scale"),
 }
 _WEIGHT = "weight"
 
 
 class StoredWeights(Weights):
-    """The tensors of a checkpoint that was quantized elsewhere: formats as in `embedport.stored`.
+    """The tensors of a checkpoint quantized by another tool; formats as in `embedport.stored`.
 
-    A quantized matrix is read as what it stands for, one matrix in memory at a time. A projection
+    A quantized matrix is dequantized when it is read, one matrix in memory at a time. A projection
     that the checkpoint left in floating point is read as it is.
 
     Args:
         spec: The checkpoint's spec, with its `quantization`.
 
     Attributes:
-        quantization: What its configuration says.
-        formats: How each quantized projection is stored, by its name without ".weight".
-        schemes: Those of them whose codes a graph takes as they are.
+        quantization: The quantization that config.json declares.
+        formats: The storage format of each quantized projection, by its name without ".weight".
+        schemes: The schemes of projections with codes that a graph can use unchanged.
 
     Raises:
-        CheckpointError: As `Weights`; or a part of a quantized projection is missing, or has
-            another shape or dtype, or what is quantized is not a projection.
+        CheckpointError: As for `Weights`; or a part of a quantized projection is missing or has
+            another shape or dtype; or a quantized matrix is not a projection.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -110,12 +110,12 @@ class StoredWeights(Weights):
                 self.schemes[matrix] = QuantScheme(form.bits, size, symmetric)
 
     def gives_codes(self, bits: int) -> bool:
-        """Whether a graph takes the codes of all quantized projections, of so many bits."""
-        found = {scheme.bits for scheme in self.schemes.values()}
-        return found == {bits} and self.schemes.keys() == self.formats.keys()
+        """Whether a graph can use the codes of all quantized projections, all of `bits` bits."""
+        widths = {scheme.bits for scheme in self.schemes.values()}
+        return widths == {bits} and self.schemes.keys() == self.formats.keys()
 
     def describe(self) -> list[str]:
-        """The formats of the projections in words, one for each."""
+        """The distinct formats of the projections, in words."""
         reordered = {self.formats[matrix] for matrix in self._orders}
         return [
             f"{form}, inputs in another order (act-order)" if form in reordered else str(form)
@@ -137,8 +137,8 @@ class StoredWeights(Weights):
         return None if part is None else self._parts.get(f"{matrix}.{part}")
 
     def _find_format(self, matrix: str) -> MatrixFormat | None:
-        """The format that its parts have; None where they are not quantized."""
-        formats = [each for each in self.quantization.formats if self._has_codes(matrix, each)]
+        """The format that a matrix's parts match; None if it is not quantized."""
+        formats = [form for form in self.quantization.formats if self._has_codes(matrix, form)]
         if not formats:
             return None
         shape = self._shapes[f"{matrix}.weight"]
@@ -155,13 +155,13 @@ class StoredWeights(Weights):
                 f"{codes.file}: {matrix} is there twice, as {codes.name} and as {_WEIGHT}"
             )
         problems = []
-        for each in formats:
-            problem = self._problem(matrix, each)
+        for form in formats:
+            problem = self._problem(matrix, form)
             if problem is None:
-                return each
+                return form
             problems.append(problem)
-        # Of several formats, the one that fits furthest.
-        raise CheckpointError(max(problems, key=lambda each: each[0])[1])
+        # Report the problem of the format with the most matching parts.
+        raise CheckpointError(max(problems, key=lambda problem: problem[0])[1])
 
     def _has_codes(self, matrix: str, form: MatrixFormat) -> bool:
         names = _NAMES[form.layout]
@@ -171,15 +171,15 @@ class StoredWeights(Weights):
         return codes.dtype not in DTYPES or self._part(matrix, names.scales) is not None
 
     def _problem(self, matrix: str, form: MatrixFormat) -> tuple[int, str] | None:
-        """What is wrong with the parts of a matrix, and how many of them are right before that."""
+        """The first problem with a matrix's parts: (number of correct parts before it, message)."""
         codes = self._part(matrix, _NAMES[form.layout].codes)
         assert codes is not None
-        for right, (part, (shapes, dtypes)) in enumerate(self._expected(matrix, form).items()):
+        for correct, (part, (shapes, dtypes)) in enumerate(self._expected(matrix, form).items()):
             info = self._part(matrix, part)
             if info is None:
-                return right, f"{codes.file}: {matrix}.{part} is missing beside {codes.name}"
+                return correct, f"{codes.file}: {matrix}.{part} is missing beside {codes.name}"
             if info.shape not in shapes or info.dtype not in dtypes:
-                return right, (
+                return correct, (
                     f"{info.file}: tensor {info.name} should be {' or '.join(dtypes)} of shape "
                     f"{' or '.join(str(list(shape)) for shape in shapes)} by config.json, found "
                     f"{info.dtype} of {list(info.shape)}"
@@ -189,14 +189,14 @@ class StoredWeights(Weights):
     def _expected(
         self, matrix: str, form: MatrixFormat
     ) -> dict[str, tuple[list[tuple[int, ...]], tuple[str, ...]]]:
-        """Part to the shapes and dtypes that it may have."""
+        """Each part's allowed shapes and dtypes."""
         names, (rows, columns) = _NAMES[form.layout], self._shapes[f"{matrix}.weight"]
         grid = self._grid(matrix, form)
-        each = 32 // form.bits  # codes of a word
+        per_word = 32 // form.bits
         words: dict[Layout, tuple[int, int]] = {
-            "gptq": (-(-columns // each), rows),
-            "awq": (columns, -(-rows // each)),
-            "packed": (rows, -(-columns // each)),
+            "gptq": (-(-columns // per_word), rows),
+            "awq": (columns, -(-rows // per_word)),
+            "packed": (rows, -(-columns // per_word)),
             "nvfp4": (rows, columns // 2),
         }
         dtypes = {"packed": "I32", "gptq": "I32", "awq": "I32", "nvfp4": "U8"}
@@ -205,7 +205,7 @@ class StoredWeights(Weights):
             names.codes: ([words.get(form.layout, (rows, columns))], (dtype,))
         }
         if form.layout in ("gptq", "awq"):
-            expected["qzeros"] = ([(grid[1], -(-rows // each))], ("I32",))
+            expected["qzeros"] = ([(grid[1], -(-rows // per_word))], ("I32",))
             expected[names.scales] = ([grid[::-1]], FLOAT_DTYPES)
         else:
             shapes: list[tuple[int, ...]] = [grid]
@@ -214,7 +214,7 @@ class StoredWeights(Weights):
             expected[names.scales] = (shapes, scale)
             zeros = self._part(matrix, names.zero_points)
             if zeros is not None and zeros.dtype == "I32":
-                expected["weight_zero_point"] = ([(-(-grid[0] // each), grid[1])], ("I32",))
+                expected["weight_zero_point"] = ([(-(-grid[0] // per_word), grid[1])], ("I32",))
             elif zeros is not None:
                 expected["weight_zero_point"] = (shapes, ("I8",))
         if names.divisor is not None:
@@ -224,7 +224,7 @@ class StoredWeights(Weights):
         return expected
 
     def _grid(self, matrix: str, form: MatrixFormat) -> tuple[int, int]:
-        """How many blocks a matrix has along its outputs and along its inputs."""
+        """The number of a matrix's blocks along its outputs and along its inputs."""
         shape = self._shapes[f"{matrix}.weight"]
         rows, columns = (
             1 if size is None else -(-total // size)
@@ -233,12 +233,12 @@ class StoredWeights(Weights):
         return rows, columns
 
     def _read_order(self, matrix: str, form: MatrixFormat) -> None:
-        """Keep the group of each input where they are in another order than the inputs."""
+        """Store each input's group in `_orders` if groups are not in input order (act-order)."""
         info = self._part(matrix, _NAMES[form.layout].order)
         if info is None:
             return
         order, groups = self._read_part(info), self._grid(matrix, form)[1]
-        # compressed-tensors fills it with -1 where inputs are in order.
+        # compressed-tensors fills it with -1 if the inputs are in order.
         if form.layout == "packed" and (order == -1).any():
             return
         if order.size and (order.min() < 0 or order.max() >= groups):
@@ -250,7 +250,7 @@ class StoredWeights(Weights):
             self._orders[matrix] = order
 
     def _read_part(self, info: TensorInfo) -> np.ndarray:
-        if info.dtype == "F8_E4M3":  # as codes
+        if info.dtype == "F8_E4M3":  # numpy has no fp8: read the codes
             return np.frombuffer(read_octets(info), np.uint8).reshape(info.shape)
         with open_shard(info.file) as shard:
             return shard.get_tensor(info.name)
@@ -261,7 +261,7 @@ class StoredWeights(Weights):
         return self._read_part(info)
 
     def _codes(self, matrix: str) -> np.ndarray:
-        """uint8 [out, in]."""
+        """Read a matrix's codes: uint8 [out, in]."""
         form = self.formats[matrix]
         rows, columns = self._shapes[f"{matrix}.weight"]
         stored = self._read_named(matrix, _NAMES[form.layout].codes)
@@ -288,7 +288,7 @@ class StoredWeights(Weights):
         return codes[:rows, :columns]
 
     def _scales(self, matrix: str) -> np.ndarray:
-        """float32 [blocks along the outputs, blocks along the inputs]."""
+        """Read a matrix's scales: float32 [blocks along outputs, along inputs]."""
         form = self.formats[matrix]
         names = _NAMES[form.layout]
         stored = self._read_named(matrix, names.scales)
@@ -306,7 +306,7 @@ class StoredWeights(Weights):
         return float_values(8)[stored] / divisor
 
     def _zero_points(self, matrix: str) -> np.ndarray:
-        """uint8 [blocks along the outputs, blocks along the inputs], of integers."""
+        """Read an integer matrix's zero points: uint8 [blocks along outputs, along inputs]."""
         form = self.formats[matrix]
         grid = self._grid(matrix, form)
         info = self._part(matrix, _NAMES[form.layout].zero_points)
@@ -318,20 +318,20 @@ class StoredWeights(Weights):
                 return unpack_awq(stored).T[: grid[0]]
             case "gptq":
                 highest = np.uint8((1 << form.bits) - 1)
-                found = unpack(stored, form.bits) + np.uint8(form.zero_point_offset)
-                return (found & highest).T[: grid[0]]
+                zeros = unpack(stored, form.bits) + np.uint8(form.zero_point_offset)
+                return (zeros & highest).T[: grid[0]]
         if info.dtype == "I32":
             return unpack(stored.T, form.bits).T[: grid[0]]
         return shift(stored.reshape(grid), form.bits)
 
     def read_quantized(self, matrix: str) -> QuantizedTensor:
-        """The codes, scales and zero points of a projection, as stored.
+        """Read a projection's stored codes, scales and zero points.
 
         Args:
-            matrix: Its name, without ".weight"; one of `schemes`.
+            matrix: The projection's name without ".weight", one of `schemes`.
 
         Returns:
-            A tensor whose float32 scales are the stored ones exactly.
+            The quantized tensor; its float32 scales equal the stored ones exactly.
         """
         return QuantizedTensor(
             self.schemes[matrix],
@@ -341,7 +341,7 @@ class StoredWeights(Weights):
         )
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """As `Weights.read`; of a quantized projection (code - zero point) * scale, in float32."""
+        """As `Weights.read`; for a quantized projection (code - zero point) * scale in float32."""
         matrix = name.removesuffix(".weight")
         form = self.formats.get(matrix)
         if form is None:
@@ -361,31 +361,32 @@ class StoredWeights(Weights):
 
 
 def _blocks(count: int, size: int | None) -> np.ndarray:
-    """The block of each of so many rows or columns: int [count]."""
+    """The block index of each of `count` rows or columns: int [count]."""
     return np.arange(count) // (size or max(count, 1))
 
 
 def find_stored(spec: ModelSpec) -> StoredQuantization | None:
-    """How a checkpoint's weights are read without the library that quantized it."""
+    """The quantization that embedport can read itself; None if there is none."""
     quantization = spec.quantization
     return quantization.weights if isinstance(quantization, LibraryQuantization) else quantization
 
 
 def open_weights(spec: ModelSpec) -> Weights:
-    """The weights of a checkpoint, quantized or not.
+    """Open the weights of a checkpoint, quantized or not.
 
     Raises:
-        CheckpointError: As their classes; or only the library that quantized it reads it.
+        CheckpointError: As for `Weights` and `StoredWeights`; or only the library that quantized
+            the checkpoint can read its weights.
     """
     check_readable(spec)
     return open_floats(spec) if spec.quantization is None else StoredWeights(spec)
 
 
 def check_readable(spec: ModelSpec) -> None:
-    """Refuse a checkpoint of which only the library that quantized it reads the weights.
+    """Check that a checkpoint's weights can be read without the library that quantized it.
 
     Raises:
-        CheckpointError: It is one.
+        CheckpointError: They cannot.
     """
     if spec.quantization is not None and find_stored(spec) is None:
         raise CheckpointError(
@@ -395,7 +396,7 @@ def check_readable(spec: ModelSpec) -> None:
 
 
 def warn_of_activations(spec: ModelSpec) -> None:
-    """Say that weights are read alone where the checkpoint's own library rounds activations too."""
+    """Warn if only weights are read, but the checkpoint's own library also rounds activations."""
     stored = find_stored(spec)
     if stored is not None and stored.rounds_activations:
         logger.warning(

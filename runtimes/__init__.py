@@ -1,4 +1,4 @@
-"""Runtimes: artifacts and checkpoints run here, behind one interface."""
+"""Load artifacts and checkpoints, and run them behind one interface."""
 
 from __future__ import annotations
 
@@ -47,44 +47,46 @@ def load(
 ) -> Embedder | Reranker:
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
-    ONNX graphs run in onnxruntime; checkpoints, quantized or in fp32, fp16 or bf16, in torch. No
-    code that comes with a model is run, but that of a TensorRT engine built for later versions too:
-    it brings some, as its manifest says.
+    ONNX graphs run in onnxruntime; checkpoints, quantized or in fp32, fp16 or bf16, run in torch.
+    Code that comes with a model is not run. The one exception is a version-compatible TensorRT
+    engine, which contains code; its manifest says so.
 
     Args:
-        model: The folder of an artifact or of a checkpoint in the hub's layout, or a hub id, with a
-            revision if need be ("owner/name@revision").
-        device: "cpu", "cuda", "tensorrt" (graphs only), or "auto" for CUDA where it works and else
-            the CPU; the result's `device` says which it got. A TensorRT engine runs on the GPU it
-            was built for, and its graph on the CPU if that is asked for.
-        max_length: Tokens after which a text is cut; the model's own by default.
-        check: Whether an artifact must give here what it gave where it was exported: see `check`.
-        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        model: The folder of an artifact or of a checkpoint in the hub's layout, or a hub id,
+            optionally with a revision ("owner/name@revision").
+        device: "cpu", "cuda", "tensorrt" (graphs only), or "auto": CUDA where it works, otherwise
+            the CPU. The result's `device` says which one was chosen. A TensorRT engine runs on the
+            GPU it was built for; with "cpu", its graph runs instead.
+        max_length: Texts are cut to this many tokens; the model's own limit by default.
+        check: Whether to require that an artifact reproduces the results of its export: see
+            `check`.
+        task: "embedding" or "reranker", needed if a checkpoint's files do not say which.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Returns:
-        An Embedder or a Reranker, as the model's task is.
+        An Embedder or a Reranker, depending on the model's task.
 
     Raises:
-        InputError: No such folder or hub id, or `max_length` is beyond the model's positions.
+        InputError: There is no such folder or hub id, or `max_length` exceeds the model's
+            positions.
         ArtifactError: A file of the artifact is missing or changed.
-        CheckpointError: It is not a Qwen3 checkpoint, not whole, or in a format that is not read.
-        DeviceError: The device asked for is not there.
-        MissingPackageError: What runs it is not installed.
-        VerificationError: With `check`, the results here are not those of the export.
+        CheckpointError: It is not a Qwen3 checkpoint, is incomplete, or has an unsupported format.
+        DeviceError: The requested device is not available.
+        MissingPackageError: The runtime it needs is not installed.
+        VerificationError: With `check`, the results differ from those of the export.
     """
-    loaded = _load(model, device, max_length, task, adapter)
-    if check and not (result := compare_witness(loaded)).passed:
+    runner = _load(model, device, max_length, task, adapter)
+    if check and not (result := compare_witness(runner)).passed:
         why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
-        raise VerificationError(f"{loaded.facts.folder}: {result} ({why})")
-    return loaded
+        raise VerificationError(f"{runner.facts.folder}: {result} ({why})")
+    return runner
 
 
 def check(artifact: str | Path, *, device: str = "auto") -> Check:
-    """Compare what an artifact gives here with what it gave where it was exported.
+    """Compare an artifact's results on this machine with those of its export.
 
-    `export` keeps the token ids of 16 texts, or pairs, and their vectors, or scores. Neither torch
-    nor the checkpoint is needed.
+    The export stores the token ids of 16 texts (or pairs) with their vectors (or scores). Neither
+    torch nor the checkpoint is needed.
 
     Args:
         artifact: The folder of an artifact, or a hub id.
@@ -94,10 +96,10 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
         The comparison; `passed` says whether all rows are within the precision's limit.
 
     Raises:
-        InputError: It is a checkpoint, or `load` does not take it.
+        InputError: It is a checkpoint, or `load` refuses it.
         ArtifactError: A file is missing or changed, or the artifact was exported without a witness.
-        DeviceError: The device asked for is not there.
-        MissingPackageError: What runs it is not installed.
+        DeviceError: The requested device is not available.
+        MissingPackageError: The runtime it needs is not installed.
     """
     return compare_witness(_load(artifact, device, None, None, None))
 
@@ -119,7 +121,7 @@ def _load(
 def _embedding_tokenizer(facts: ModelFacts, max_length: int) -> EmbeddingTokenizer:
     path = facts.folder / TOKENIZER
     tokenizer = EmbeddingTokenizer(path, max_length, facts.inputs)
-    # What every text gets.
+    # These are the ids that every text gets.
     check_ids(tokenizer.encode(["."]).ids[0], facts.vocab_size, path, "ids put around a text")
     return tokenizer
 
@@ -133,12 +135,12 @@ def _reranker_tokenizer(facts: ModelFacts, max_length: int) -> RerankerTokenizer
 
 
 def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:
-    """The model, and its tokenizer, which `read` reads."""
+    """Open the model and its tokenizer; `read` reads the tokenizer."""
     if facts.checkpoint is not None:
         tokenizer = read()
         return TorchModel(facts.checkpoint, facts.precision, device), tokenizer
     assert facts.artifact is not None
-    # An artifact with an engine has the engine's graph too.
+    # An artifact with an engine also contains the engine's graph.
     if facts.artifact.manifest.engine is None or device == "cpu":
         return _open_graph(facts.artifact, device, read)
     check_device(device)
@@ -149,10 +151,10 @@ def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tupl
 def _open_graph(
     artifact: Artifact, device: str, read: Callable[[], Tokenizer]
 ) -> tuple[Model, Tokenizer]:
-    """A graph's session, and meanwhile the tokenizer: the two are most of a start.
+    """Open a graph's session and its tokenizer at the same time: they take most of the start.
 
-    A tokenizer is read without letting any other thread run: the session has to have come to where
-    it needs no interpreter.
+    Reading a tokenizer holds the interpreter lock. So it starts only when the session has parsed
+    its graph and no longer needs the interpreter.
     """
     parsed = Event()
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""Batches: rows of like length together, none larger than a budget of tokens."""
+"""Batches of rows of similar length, each within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..attention import SHORT_ROW
 from ..errors import InputError
 from ..progress import progress_bar
 
-# Half as much is as fast within the noise, twice as much is slower (docs/benchmarks.md).
+# Batch tokens per CPU core. Half is as fast, within noise; double is slower (docs/benchmarks.md).
 CORE_TOKENS = 256
-# Enough to keep an H100 busy; more gains little there and takes its memory.
+# Enough to keep an H100 busy; more gains little and takes memory.
 GPU_TOKENS = 16_384
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def choose_batch_tokens(wanted: int | None, device: str) -> int:
-    """The budget of a batch, in tokens: the one wanted, or what keeps the device busy.
+    """The token budget of a batch: `wanted`, or by default enough to keep the device busy.
 
     Args:
-        wanted: None for the device's.
+        wanted: The caller's budget; None for the device's default.
         device: "cpu", "cuda" or "tensorrt".
     """
     if wanted is not None:
@@ -33,15 +33,15 @@ def choose_batch_tokens(wanted: int | None, device: str) -> int:
 
 
 def count_cores() -> int:
-    """Cores that this process may use: those that it may run on, within its limit."""
-    there = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if there else os.cpu_count() or 1
+    """Number of cores this process may use: its CPU affinity, within `core_limit`."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     limit = core_limit()
     return cores if limit is None else min(cores, limit)
 
 
 def core_limit() -> int | None:
-    """What OMP_NUM_THREADS and the container's quota leave of the cores; None where neither is."""
+    """The limit on cores from OMP_NUM_THREADS and the container's quota; None without either."""
     limits = []
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > 0:
@@ -52,7 +52,7 @@ def core_limit() -> int | None:
 
 
 def read_quota() -> float | None:
-    """Processor time that a container may take, in cores (cgroup v2); None where it may all."""
+    """The container's CPU quota in cores (cgroup v2); None without a limit."""
     try:
         quota, period = QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -61,17 +61,17 @@ def read_quota() -> float | None:
 
 
 def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group rows so that rows times the longest of them stays within the budget.
+    """Group rows so that a batch's rows times its longest row stays within the budget.
 
-    Short rows and long ones (`SHORT_ROW`) do not share a batch, so that a text's result is the same
-    in any.
+    Short and long rows (`SHORT_ROW`) are never in the same batch, so a text's result does not
+    depend on its batch.
 
     Args:
         lengths: Tokens of each row.
-        batch_tokens: The budget, padding counted; a longer row is a batch by itself.
+        batch_tokens: The budget, padding included; a row above it is a batch by itself.
 
     Returns:
-        Batches of row numbers, the longest rows first, so that memory peaks at the start.
+        Batches of row numbers, longest rows first, so that memory peaks at the start.
 
     Raises:
         InputError: The budget is not positive.
@@ -94,7 +94,7 @@ def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Right-pad rows.
 
     Returns:
-        (input_ids, attention_mask), both int64 [rows, longest]; padding is id 0, mask 0.
+        (input_ids, attention_mask), both int64 [rows, longest]; padding has id 0 and mask 0.
     """
     size = max(len(row) for row in rows)
     input_ids = np.zeros((len(rows), size), np.int64)
@@ -117,12 +117,12 @@ def run_batches(
     """Run rows through a model in batches.
 
     Args:
-        model: (input_ids, attention_mask), int64 [batch, size], to float32 [batch, *width].
+        model: Maps (input_ids, attention_mask), int64 [batch, size], to float32 [batch, *width].
         rows: Token ids, int64 [tokens] each.
         width: Shape of one row's result.
         batch_tokens: The budget of a batch.
-        description: What the progress bar says.
-        progress: Whether to show it, or what to call with the number of rows just done.
+        description: The progress bar's label.
+        progress: Whether to show the bar, or a function to call with the number of rows just done.
 
     Returns:
         float32 [rows, *width] in the order of `rows`.

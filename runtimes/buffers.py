@@ -1,6 +1,6 @@
-"""A tensor's memory in two places, pinned on the host and on the device, and copies between them.
+"""Buffers in pinned host memory and in device memory, with copies between the two.
 
-Pinned memory is what the device copies from by itself, while the host goes on.
+The device copies from pinned memory by itself, while the host goes on.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Buffer:
     """Memory for arrays of one dtype, freed with the object.
 
     Args:
-        dtype: Of the arrays.
-        values: How many the largest of them has.
+        dtype: The arrays' dtype.
+        values: Number of values in the largest array.
 
     Attributes:
-        device: Address on the device.
+        device: Its address on the device.
     """
 
     def __init__(self, dtype: type[np.generic], values: int) -> None:
@@ -38,15 +38,15 @@ class Buffer:
         self._kinds = require("cuda.bindings.runtime", "tensorrt").cudaMemcpyKind
 
     def host(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array in the pinned memory, from its start."""
+        """A view of the pinned memory, from its start, as an array."""
         return self._array[: math.prod(shape)].reshape(shape)
 
     def upload(self, shape: tuple[int, ...], stream: int) -> None:
-        """Copy an array's values to the device when the stream gets there."""
+        """Queue a copy of an array's values to the device on the stream."""
         self._copy(self.device, self._host, shape, self._kinds.cudaMemcpyHostToDevice, stream)
 
     def download(self, shape: tuple[int, ...], stream: int) -> None:
-        """Copy an array's values from the device when the stream gets there."""
+        """Queue a copy of an array's values from the device on the stream."""
         self._copy(self._host, self.device, shape, self._kinds.cudaMemcpyDeviceToHost, stream)
 
     def _copy(
@@ -57,21 +57,21 @@ class Buffer:
 
 
 def allocate(owner: object, function: str, size: int) -> int:
-    """Memory that is freed with an object.
+    """Allocate memory that is freed together with an object.
 
     Args:
         owner: The object.
         function: "cudaMalloc" or "cudaMallocHost".
-        size: Bytes.
+        size: Number of bytes.
 
     Returns:
-        Its address.
+        The memory's address.
 
     Raises:
-        DeviceError: There is not so much.
+        DeviceError: There is not enough memory.
     """
     address = int(call(function, size))
     finalizer = weakref.finalize(owner, call, FREE[function], address)
-    # At the end of the process CUDA may be gone, and all memory goes anyway.
+    # Not at process exit: CUDA may be shut down already, and all memory is freed anyway.
     finalizer.atexit = False
     return address

@@ -1,12 +1,13 @@
-"""A corpus embedded shard by shard: bounded memory, and no row lost or done twice.
+"""Embed a corpus shard by shard, in bounded memory; an interrupted job can be resumed.
 
     vectors/
       index.json      the job: model, input, options; where each shard's texts begin
       000000.npy      [rows, width], the vectors of the first texts
       000001.npy      …
 
-A shard takes its name when it is complete, so what has a name after a crash is done, and the same
-command goes on with the rest. Vectors stand in the order of the texts; blank lines have none.
+A shard file gets its name only when it is complete. After a crash, every named shard is done, and
+the same command continues with the rest: no row is lost or written twice. Vectors are in the order
+of the texts; blank lines have none.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
 INDEX = "index.json"
 FORMAT_VERSION = 2
-# What tells an index of any version from another program's index.json.
+# Keys that identify our index.json, of any version, among other programs'.
 OURS = frozenset({"format_version", "model_sha256", "shards"})
-# Bytes of an index: of a billion texts.
+# Maximum bytes of an index: enough for a billion texts.
 MOST_INDEX = 64 << 20
 SHARD = re.compile(r"\d{6,}\.npy")
-# Texts that are sorted by length together; what a crash costs at most.
+# Maximum texts and bytes of a shard. A shard's texts are sorted by length together; a crash costs
+# at most one shard.
 SHARD_ROWS = 2048
 SHARD_BYTES = 4 << 20
-# What makes vectors what they are: a job goes on only where these are equal.
+# The fields that determine the vectors: a job resumes only if all of these are equal.
 FIXED = (
     "model_sha256",
     "input_sha256",
@@ -63,17 +65,17 @@ class Job:
     """Which texts to embed, how, and where their vectors go.
 
     Attributes:
-        model: An embedding model, as `load` takes it.
-        input: The texts, as `embedport.corpus` reads them.
-        output: A folder.
-        prompt: As of `Embedder.encode`, like the next three.
-        dim: Leading values to keep.
-        precision: Of the vectors.
-        batch_tokens: Tokens of a batch at most; by default what keeps the device busy.
-        device: As of `load`, like the next two.
-        max_length: Tokens after which a text is cut.
-        task: For a checkpoint whose files do not tell.
-        adapter: To merge into the checkpoint's weights.
+        model: An embedding model, as for `load`.
+        input: The file of texts, as `embedport.corpus` reads it.
+        output: The folder for the vectors.
+        prompt: As for `Embedder.encode`.
+        dim: As for `Embedder.encode`.
+        precision: As for `Embedder.encode`.
+        batch_tokens: As for `Embedder.encode`.
+        device: As for `load`.
+        max_length: As for `load`.
+        task: As for `load`.
+        adapter: As for `load`.
     """
 
     model: str
@@ -91,23 +93,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Index:
-    """index.json: what the vectors of a folder are.
+    """index.json: the description of a folder of vectors.
 
     Attributes:
         model: The model's name.
-        model_sha256: Of its files.
-        input: The texts' file.
+        model_sha256: Hash of the model's files, from `hash_model`.
+        input: Name of the file of texts.
         input_bytes: Its size.
-        input_sha256: Of its bytes.
+        input_sha256: Its sha256.
         prompt: The text put before each text.
-        max_length: Tokens after which a text was cut.
+        max_length: Maximum tokens of a text; longer ones were cut.
         dim: Values of a vector.
-        precision: Of the vectors.
-        ranges: sha256 of the ranges of 8-bit vectors; None for others.
-        dtype: numpy's name of it.
-        width: Columns of a shard: `dim`, or an eighth of it where a value is a bit.
-        rows: Texts in all.
-        shards: What each shard holds, in order; shard i is in `shard_name(i)`.
+        precision: The vectors' format, as for `Embedder.encode`.
+        ranges: sha256 of the ranges of 8-bit vectors; None for other formats.
+        dtype: numpy's name of the shards' dtype.
+        width: Columns of a shard: `dim`, or ceil(dim / 8) with one bit per value.
+        rows: Total number of texts.
+        shards: Each shard's part of the texts, in order; shard i is in `shard_name(i)`.
         complete: Whether all shards are there.
     """
 
@@ -137,14 +139,14 @@ class Index:
         """Read index.json.
 
         Raises:
-            InputError: It is damaged, or of another format version.
+            InputError: It is damaged, or has another format version.
         """
         try:
             values = load_json(path, MOST_INDEX)
             version = values.pop("format_version")
-            if version != FORMAT_VERSION or values.keys() != {each.name for each in fields(cls)}:
+            if version != FORMAT_VERSION or values.keys() != {field.name for field in fields(cls)}:
                 raise ValueError(f"format version {version}")
-            return cls(**values | {"shards": tuple(Part(**each) for each in values["shards"])})
+            return cls(**values | {"shards": tuple(Part(**part) for part in values["shards"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} is not an index of this embedport ({error}); choose another folder"
@@ -155,24 +157,24 @@ Engine = Callable[[Job, Sequence[tuple[int, Part]], Callable[[int], None]], None
 
 
 def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool = False) -> Index:
-    """Embed a corpus, or the rest of it.
+    """Embed a corpus, or the rest of an interrupted job.
 
     Args:
-        job: What to do.
-        run: Embeds shards, each a number and its texts' place, and tells how many rows are done:
-            `run_here`, or another engine.
-        force: Whether to begin anew where the folder holds vectors, of this job or another one.
+        job: The job.
+        run: The engine: embeds shards, each given as (number, part of the texts), and calls a
+            function with the number of rows just done. `run_here` is one.
+        force: Whether to start over if the folder already holds vectors, of this or another job.
         progress: Whether to show progress bars on a terminal.
 
     Raises:
-        InputError: The job is wrong, or the folder holds something else.
+        InputError: The job is invalid, or the folder holds something else.
     """
     index = plan(job, progress=progress)
     shards = list(enumerate(index.shards))
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
-        missing = [each for each in shards if not _is_done(job.output, index, *each)]
-        if missing:  # an earlier run may have said that all are there
+        missing = [shard for shard in shards if not _is_done(job.output, index, *shard)]
+        if missing:  # the index of an earlier run may say that all are there
             _write_index(job.output, index.to_json())
     with progress_bar("Encoding", index.rows, enabled=progress) as advance:
         advance(index.rows - sum(part.rows for _, part in missing))
@@ -190,14 +192,14 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
 
 
 def run_here(job: Job, shards: Sequence[tuple[int, Part]], advance: Callable[[int], None]) -> None:
-    """The engine that runs in this process."""
+    """The engine that embeds shards in this process."""
     embedder = open_embedder(job)
     for number, part in shards:
         encode_shard(embedder, job, number, part, advance)
 
 
 def open_embedder(job: Job) -> Embedder:
-    """The job's model.
+    """Load the job's model.
 
     Raises:
         InputError: It is a reranker.
@@ -223,7 +225,7 @@ def encode_shard(
     part: Part,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Embed a shard's texts, and put it in place.
+    """Embed a shard's texts, and write the shard's file.
 
     Raises:
         InputError: A text cannot be embedded, or the shard cannot be written.
@@ -248,15 +250,15 @@ def encode_shard(
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """A shard's file name."""
     return f"{number:06}.npy"
 
 
 def plan(job: Job, *, progress: bool = False) -> Index:
-    """What the job's folder will hold; no model is loaded for it.
+    """Make the index of a job's folder, without loading the model's weights.
 
     Raises:
-        InputError: The model, an option or a text is wrong.
+        InputError: The model, an option or a text is invalid.
     """
     facts = read_facts(job.model, job.task, job.adapter)
     if facts.task != "embedding":
@@ -287,7 +289,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
 
 
 def hash_model(facts: ModelFacts) -> str:
-    """One sha256 for all files of a model that decide its vectors."""
+    """One sha256 over all files that determine a model's vectors."""
     if facts.artifact is not None:
         records = dict(facts.artifact.manifest.files)
     else:
@@ -306,27 +308,27 @@ def _sha256(text: str) -> str:
 
 
 def _prepare(output: Path, index: Index, force: bool) -> None:
-    """Make the folder, or make sure that it is this job's."""
+    """Create the output folder, or check that it belongs to this job."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / INDEX
     if path.exists():
         if not force:
             _check_same(output, Index.from_json(path), index)
             return
-        # The index stays the old vectors' until the last of them is gone: shards look alike.
+        # Keep the old index until all old shards are deleted: shards of different jobs look alike.
         _write_index(output, json.dumps(_read_ours(path) | {"complete": False}))
         for shard in output.iterdir():
             if SHARD.fullmatch(shard.name):
                 shard.unlink()
-    elif any(not each.name.startswith(".") for each in output.iterdir()):
+    elif any(not entry.name.startswith(".") for entry in output.iterdir()):
         raise InputError(f"{output} holds other files and no {INDEX}; choose another folder")
 
 
 def _read_ours(path: Path) -> dict[str, Any]:
-    """The values of an index.json of ours, of any version.
+    """Read our index.json, of any version.
 
     Raises:
-        InputError: It is another program's.
+        InputError: It belongs to another program.
     """
     try:
         values = load_json(path, MOST_INDEX)
@@ -342,9 +344,9 @@ def _write_index(output: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _check_same(output: Path, found: Index, index: Index) -> None:
+def _check_same(output: Path, existing: Index, index: Index) -> None:
     for name in FIXED:
-        old, new = getattr(found, name), getattr(index, name)
+        old, new = getattr(existing, name), getattr(index, name)
         if old != new:
             was = "another" if name == "shards" else f"{old!r}, and is {new!r} now"
             raise InputError(
@@ -354,7 +356,7 @@ def _check_same(output: Path, found: Index, index: Index) -> None:
 
 
 def _is_done(output: Path, index: Index, number: int, part: Part) -> bool:
-    """Whether a shard is there; a damaged one counts as missing, and is made again."""
+    """Whether a shard is complete; a damaged one counts as missing and is embedded again."""
     try:
         with (output / shard_name(number)).open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):

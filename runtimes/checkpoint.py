@@ -1,15 +1,14 @@
-"""A checkpoint as transformers' Qwen3Model, filled without running anything that came with it.
+"""Load a checkpoint as transformers' Qwen3Model, without running code that comes with it.
 
-Plain checkpoints, and codes that are read here (`embedport.stored`), are read tensor by tensor into
-a model that has no memory of its own before (device "meta"): the process holds the model and one
-tensor more. A matrix of codes is unpacked, so in memory the model is as large as one that was never
-quantized. bitsandbytes, and compressed-tensors with weights and activations of 8 bits, are loaded
-by transformers with those libraries, whose own arithmetic runs: bitsandbytes keeps 8 and 4 bits in
-memory; compressed-tensors unpacks the weights, and rounds each token's activations as servers'
-kernels do.
+Plain checkpoints, and quantized formats that embedport reads itself (`embedport.stored`), are read
+tensor by tensor into a model on device "meta", which has no memory of its own: the process holds
+the model and one more tensor. Quantized matrices are unpacked, so the model takes as much memory as
+an unquantized one. bitsandbytes, and compressed-tensors with 8-bit weights and activations, are
+loaded by transformers and computed by those libraries: bitsandbytes keeps 8 and 4 bits in memory;
+compressed-tensors unpacks the weights and rounds each token's activations as servers' kernels do.
 
-The configuration is made anew from the ModelSpec: nothing else in config.json is seen, so no code,
-name or path in it is followed. Weights are safetensors only, in files beside their index.
+The configuration is built from the ModelSpec. Nothing else in config.json is read, so no code, name
+or path in it is followed. Weights are safetensors only, in files beside their index.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from ..spec import ModelSpec
 from ..stored import LibraryQuantization
 from ..weights import DTYPES, Weights
 
-# The first that reads is_causal.
+# The first transformers that reads is_causal.
 BIDIRECTIONAL = "transformers>=5.2"
 CONFIG = "config.json"
-# A tensor by its name: torch's, on the CPU, as stored.
+# Reads a tensor by its name: a torch tensor on the CPU, in the stored dtype.
 Read = Callable[[str], Any]
-# torch chooses attention's kernel for the whole process: whoever changes that, or runs on CUDA with
-# what it is by default, holds this.
+# torch's choice of attention kernels is global to the process. Hold this lock to change it, or to
+# run on CUDA with the default choice.
 ATTENTION_CHOICE = threading.Lock()
 
 
@@ -48,7 +47,7 @@ def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
 
     Args:
         spec: The checkpoint.
-        dtype: torch's, of what is not quantized and of what is between the matrices.
+        dtype: torch dtype of unquantized tensors and of activations.
         device: "cpu" or "cuda".
 
     Returns:
@@ -56,7 +55,7 @@ def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
 
     Raises:
         CheckpointError: A tensor is missing, or has another shape or dtype.
-        MissingPackageError: What reads the checkpoint's format is not installed.
+        MissingPackageError: The package that reads the checkpoint's format is not installed.
     """
     if isinstance(spec.quantization, LibraryQuantization):
         return _load_by_library(spec, spec.quantization, dtype, device)
@@ -67,21 +66,22 @@ def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
         model = require("transformers", "torch").Qwen3Model(config)
     tensors = {name: read(name).to(device, dtype) for name in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
-    # Its frequencies are computed, not stored, and still without memory.
+    # The rotary frequencies are not stored and are still on "meta": compute them anew.
     model.rotary_emb = type(model.rotary_emb)(config).to(device)
     return model.requires_grad_(False).eval()
 
 
 def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
-    """Where a checkpoint's tensors are read, one at a time, as torch tensors on the CPU.
+    """Open a checkpoint for reading one tensor at a time, as torch tensors on the CPU.
 
     Args:
-        spec: A plain checkpoint, one whose codes are read as what they stand for, or one that
-            `has_fp8_matrices`, whose matrices are read as they are.
+        spec: A plain checkpoint, a quantized one that embedport dequantizes, or one that
+            `has_fp8_matrices`; only the last one's matrices stay fp8.
 
     Returns:
-        (read, read_scales): of a tensor by its name in `spec.tensor_shapes()`; of the scales of a
-        matrix by its name, without ".weight", [out, 1], None where none is fp8.
+        (read, read_scales). `read` takes a tensor's name in `spec.tensor_shapes()`. `read_scales`
+        takes a matrix's name without ".weight" and gives its scales [out, 1]; it is None if the
+        matrices are not fp8.
 
     Raises:
         CheckpointError: A tensor is missing, or has another shape or dtype.
@@ -99,9 +99,9 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
 
 
 def has_fp8_matrices(spec: ModelSpec) -> bool:
-    """Whether all projections are float8_e4m3fn, with a scale an output row and one a token.
+    """Whether all projections are float8_e4m3fn with one scale per output row and one per token.
 
-    And of sizes that a GPU multiplies: whole blocks of 16.
+    Their sizes must also be multiples of 16, as fp8 products on a GPU require.
     """
     quantization = spec.quantization
     if not isinstance(quantization, LibraryQuantization) or quantization.precision != "fp8":
@@ -130,7 +130,7 @@ def _dtype_and_shape(
 
 
 def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
-    """A tensor as it is stored; numpy has no fp8."""
+    """Read a tensor in its stored dtype, with torch: numpy has no fp8."""
     info = _find(headers, name)
     assert info is not None
     with safe_open(info.file, framework="pt") as shard:
@@ -139,18 +139,18 @@ def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
 
 def _make_config(spec: ModelSpec) -> Any:
     transformers = require("transformers", "torch")
-    further: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if spec.window_layers:
-        kinds = ["full_attention"] * spec.num_layers
+        types = ["full_attention"] * spec.num_layers
         for layer in spec.window_layers:
-            kinds[layer] = "sliding_attention"
-        further = {
+            types[layer] = "sliding_attention"
+        extra = {
             "use_sliding_window": True,
             "sliding_window": spec.window,
-            "layer_types": kinds,
+            "layer_types": types,
         }
     if not spec.causal:
-        further["is_causal"] = False
+        extra["is_causal"] = False
     if not spec.causal and not meets(BIDIRECTIONAL, transformers.__version__):
         raise MissingPackageError(
             f"{spec.source.folder / CONFIG}: is_causal is false, which needs {BIDIRECTIONAL}, "
@@ -170,13 +170,13 @@ def _make_config(spec: ModelSpec) -> Any:
         attention_bias=spec.attention_bias,
         tie_word_embeddings=spec.tied,
         attn_implementation="sdpa",
-        **further,
+        **extra,
     )
 
 
 def _read(torch: Any, weights: Weights, name: str) -> Any:
     values = weights.read(name)
-    if values.dtype.name == "bfloat16":  # numpy's is ml_dtypes', which torch does not know
+    if values.dtype.name == "bfloat16":  # an ml_dtypes type, which torch does not accept
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
@@ -187,16 +187,17 @@ def _load_by_library(
     transformers = require("transformers", "torch")
     require_library(quantization)
     folder = spec.source.folder
-    headers = read_headers(folder)  # no index leads outside
+    headers = read_headers(folder)  # refuses an index that leads outside the folder
     _check_tensors(spec, headers)
     config = _make_config(spec)
     config.quantization_config = dict(quantization.values)
-    # What is left out of quantization is named in full: so are the modules, as they were then.
+    # The list of unquantized modules has full names, with "model." or without: module names must
+    # match them.
     prefixed = any(name.startswith("model.") for name in headers)
-    kind = _prefixed_model(transformers) if prefixed else transformers.Qwen3Model
+    model_class = _prefixed_model(transformers) if prefixed else transformers.Qwen3Model
     with _silent(transformers):
         try:
-            model, found = kind.from_pretrained(
+            model, loading_info = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -210,35 +211,35 @@ def _load_by_library(
             if isinstance(error, require("torch", "torch").OutOfMemoryError):
                 raise
             raise CheckpointError(
-                f"{folder}: {quantization.method} does not take it: {error}; quantize it again"
+                f"{folder}: {quantization.method} cannot load it: {error}; quantize it again"
             ) from error
-    # transformers fills in what is missing with random numbers.
+    # transformers fills missing tensors with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
-        if found[problem]:
+        if loading_info[problem]:
             raise CheckpointError(
-                f"{folder}: tensor {sorted(map(str, found[problem]))[0]} is missing or has another "
-                f"shape than {quantization.method} expects; quantize it again"
+                f"{folder}: tensor {sorted(map(str, loading_info[problem]))[0]} is missing or has "
+                f"another shape than {quantization.method} expects; quantize it again"
             )
     model.requires_grad_(False).eval()
     if quantization.method == "compressed-tensors":
-        # It unpacks every matrix when the whole is first called.
+        # The library unpacks all matrices at the model's first call: make that call here.
         torch = require("torch", "torch")
-        first = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         try:
             with _silent(transformers), torch.no_grad():
-                model(input_ids=first, use_cache=False)
+                model(input_ids=token, use_cache=False)
         except (RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise CheckpointError(
-                f"{folder}: {quantization.method} does not run it: {error}; quantize it again, or "
+                f"{folder}: {quantization.method} cannot run it: {error}; quantize it again, or "
                 "export it, which unpacks its weights"
             ) from error
     return model.model if prefixed else model
 
 
 def require_library(quantization: LibraryQuantization) -> None:
-    """Import the library that a format is of.
+    """Import the library that a format belongs to.
 
     Raises:
         MissingPackageError: It is not installed.
@@ -251,7 +252,7 @@ def require_library(quantization: LibraryQuantization) -> None:
 
 
 def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
-    """Every tensor is there, and those that are not quantized have their shapes."""
+    """Check that every tensor is there, and the shapes of unquantized ones."""
     for name, shape in spec.tensor_shapes().items():
         info = _find(headers, name)
         if info is None:
@@ -267,7 +268,7 @@ def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
 
 
 def _prefixed_model(transformers: Any) -> Any:
-    """A model with Qwen3Model as `model`, as in every class with a head, and no head."""
+    """A class with a Qwen3Model as `model`, like transformers' classes with a head, but no head."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
     class Headless(Qwen3PreTrainedModel):
@@ -284,16 +285,16 @@ def _prefixed_model(transformers: Any) -> Any:
 
 @contextlib.contextmanager
 def _silent(transformers: Any) -> Generator[None]:
-    """No bars, and no word on the head's tensors, which are not used: errors are raised here."""
+    """Silence progress bars and warnings, such as that on the unused head; errors still raise."""
     logging = transformers.utils.logging
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    had_bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        # compressed-tensors has bars of its own, which nothing turns off.
+        # compressed-tensors has progress bars of its own that cannot be turned off.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(level)
-        if shown:
+        if had_bars:
             logging.enable_progress_bar()

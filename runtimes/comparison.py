@@ -1,4 +1,4 @@
-"""An artifact's vectors or scores here, compared with those it gave where it was exported."""
+"""Compare an artifact's vectors or scores on this machine with those of its export."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .reranker import Reranker
 
 @dataclass(frozen=True)
 class Limits:
-    """How far results of one artifact may be apart.
+    """Limits on the difference between two machines' results of one artifact.
 
     Attributes:
-        min_cosine: Between two vectors of one text.
-        max_difference: Between two scores of one pair.
+        min_cosine: The smallest allowed cosine of a text's two vectors.
+        max_difference: The largest allowed difference of a pair's two scores.
     """
 
     min_cosine: float
     max_difference: float
 
 
-# By a matrix's format, between two CPUs; docs/runtimes.md has what was measured. In fp32 sums in
-# another order are all that differs. The kernels give the same bits on every instruction set.
+# Between two CPUs, by the format of the matrices; docs/runtimes.md has the measurements. In fp32
+# only the order of sums differs. The kernels give the same bits on every instruction set.
 ON_CPUS = {
     "fp32": Limits(0.9999999, 1e-5),
     "int8": Limits(0.99999, 1e-3),
@@ -40,15 +40,15 @@ ON_CPUS = {
     "bf16": Limits(0.9999, 1e-2),
     "fp8": Limits(0.999, 2e-2),
 }
-# Instead, where different code runs: kernels on one side only, or onnxruntime's operators on both
-# and another CPU or version. A value half-way between two 8-bit codes then goes either way, and
-# products of weights in groups round activations as each CPU's code likes.
+# These apply instead if different code runs: kernels on one side only, or onnxruntime's operators
+# on both with another CPU or version. A value half-way between two 8-bit codes may then round
+# either way, and products with grouped weights round activations differently on each CPU.
 UNLIKE = {
     "int8": Limits(0.9999, 2e-2),
     "int8-weight": Limits(0.9999, 2e-2),
     "int4": Limits(0.9998, 2e-2),
 }
-# Against a GPU, or between GPUs: those of `validate` for the same arithmetic. Not measured yet.
+# Against a GPU, or between GPUs: `validate`'s limits for the same arithmetic. Not measured yet.
 ON_GPUS = {
     "fp32": Limits(0.99999, 1e-4),
     "int8": Limits(0.999, 2e-2),
@@ -63,22 +63,22 @@ TABLE = "embed_tokens"
 
 @dataclass(frozen=True)
 class Check:
-    """A comparison of an artifact with its witness.
+    """The result of comparing an artifact with its witness.
 
     Attributes:
         artifact: Its folder or hub id.
         task: "embedding" or "reranker".
-        precision: What is stored and what is computed in, in words.
-        device: What it ran on.
+        precision: The storage format and the arithmetic, in words.
+        device: The device it ran on.
         passed: Whether all rows are within the limit.
-        rows: Texts or pairs that were compared.
+        rows: Number of texts or pairs compared.
         min_cosine: The smallest cosine of a text's two vectors; None for a reranker.
-        max_difference: The largest difference of two values of a vector, or of two scores.
-        worst: The row that is farthest off.
-        limit: Of the cosine, or of a score's difference.
-        exported: Where the artifact was exported.
+        max_difference: The largest difference between two values of a vector, or two scores.
+        worst: The row with the largest deviation.
+        limit: The limit on the cosine, or on a score's difference.
+        exported: The machine of the export.
         here: This machine.
-        reasons: What differs between the two that may change results, in words.
+        reasons: Differences between the machines that may change results, in words.
     """
 
     artifact: str
@@ -100,19 +100,19 @@ class Check:
 
     @property
     def noun(self) -> str:
-        """The word for its results."""
+        """The plural of its results: "scores" or "vectors"."""
         return "scores" if self.task == "reranker" else "vectors"
 
     @property
     def verdict(self) -> str:
-        """The result in a line, without figures."""
+        """The verdict in one line, without figures."""
         cpu, version = self.exported.cpu, self.exported.onnxruntime
         same = "the same" if self.passed else "not the same"
         return f"{same} {self.noun} as on {cpu} (onnxruntime {version})"
 
     @property
     def figures(self) -> str:
-        """The figures in a line."""
+        """The figures in one line."""
         if self.min_cosine is None:
             return (
                 f"{self.rows} pairs, largest difference {self.max_difference:.2e} in pair "
@@ -124,22 +124,23 @@ class Check:
         )
 
     def to_record(self) -> dict[str, object]:
-        """A value that JSON can hold."""
+        """A JSON-serializable dict."""
         return asdict(self)
 
 
 def compare_witness(loaded: Embedder | Reranker) -> Check:
-    """Run an artifact's witness and compare.
+    """Run the token ids of an artifact's witness, and compare the results with the witness.
 
     Args:
-        loaded: The artifact, loaded.
+        loaded: The loaded artifact.
 
     Returns:
         The comparison, passed or not.
 
     Raises:
         ArtifactError: The artifact has no witness, or a damaged one.
-        InputError: It is a checkpoint, which has none; or an engine takes none of its rows.
+        InputError: It is a checkpoint, which has no witness; or all rows are too long for its
+            engine.
     """
     facts = loaded.facts
     artifact = facts.artifact
@@ -167,20 +168,21 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     if isinstance(loaded, Reranker):
         if witness.queries is None:
             raise ArtifactError(f"{path} is an embedder's, and the artifact is a reranker")
-        found = loaded.score_rows(rows, [witness.queries[i] for i in chosen])
+        results = loaded.score_rows(rows, [witness.queries[i] for i in chosen])
     else:
-        found = loaded.embed_rows(rows)
-    if found.shape != expected.shape:
+        results = loaded.embed_rows(rows)
+    if results.shape != expected.shape:
         raise ArtifactError(
-            f"{path} holds results of shape {expected.shape}, and the artifact gives {found.shape}"
+            f"{path} holds results of shape {expected.shape}, and the artifact gives "
+            f"{results.shape}"
         )
     limits = find_limits(manifest, loaded.device, witness.machine, here)
-    differences = np.abs(found.astype(np.float64) - expected)
+    differences = np.abs(results.astype(np.float64) - expected)
     if isinstance(loaded, Reranker):
         worst, cosine, limit = _largest(differences), None, limits.max_difference
         passed = bool(differences.max() <= limit)
     else:
-        cosines = row_cosines(found, expected)
+        cosines = row_cosines(results, expected)
         worst, limit = _largest(-cosines), limits.min_cosine
         cosine = float(cosines[worst])
         passed = bool(cosine >= limit)
@@ -202,18 +204,18 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
 
 
 def _largest(values: np.ndarray) -> int:
-    """The number of the largest value; of NaN, if there is one."""
+    """Index of the largest value, or of the first NaN if there is one."""
     return int(np.argmax(np.where(np.isnan(values), np.inf, values)))
 
 
 def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines of the rows of two arrays, float64 [n], computed in float64.
 
-    In float32 a cosine's own rounding, 6e-8, is most of the difference that fp32 is held to.
+    float32 would not do: the cosine's own rounding, 6e-8, is most of fp32's limit.
 
     Args:
         a: float32 [n, dim].
-        b: The same.
+        b: float32 [n, dim].
     """
     a, b = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -221,11 +223,11 @@ def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def find_kernels(manifest: Manifest, device: str) -> str | None:
-    """The instruction set of the package's kernels that run in an artifact's graph here, or None.
+    """The instruction set of the kernels that run an artifact's graph here; None without kernels.
 
     Args:
         manifest: The artifact's manifest.
-        device: What it runs on.
+        device: The device it runs on.
     """
     graph = manifest.graph
     assert graph is not None
@@ -235,20 +237,20 @@ def find_kernels(manifest: Manifest, device: str) -> str | None:
 
 
 def find_limits(manifest: Manifest, device: str, exported: Machine, here: Machine) -> Limits:
-    """How far an artifact's results may be from its witness: the loosest of what is in its graph.
+    """The limits for an artifact: the loosest of the formats in its graph.
 
     Args:
         manifest: The artifact's manifest.
-        device: What it runs on.
-        exported: Where it was exported.
-        here: Where it runs.
+        device: The device it runs on.
+        exported: The machine of the export.
+        here: The machine it runs on.
     """
     table = dict(ON_CPUS) if device == "cpu" else ON_GPUS
     if device == "cpu" and not _computes_alike(exported, here):
         table |= UNLIKE
-    limits = [table[each] for each in _kinds(manifest)]
+    limits = [table[kind] for kind in _kinds(manifest)]
     return Limits(
-        min(each.min_cosine for each in limits), max(each.max_difference for each in limits)
+        min(limit.min_cosine for limit in limits), max(limit.max_difference for limit in limits)
     )
 
 
@@ -256,7 +258,7 @@ def _kinds(manifest: Manifest) -> set[str]:
     """The precisions of a graph's matrices, and its arithmetic."""
     graph = manifest.graph
     assert graph is not None
-    # A table is looked up: nothing is multiplied.
+    # The embedding table does not count: it is looked up, not multiplied.
     formats: Iterable[str] = () if manifest.recipe is None else manifest.recipe["formats"].items()
     grouped = {"int8/": "int8-weight", "int4/": "int4"}
     return {graph.arithmetic} | {
@@ -265,7 +267,7 @@ def _kinds(manifest: Manifest) -> set[str]:
 
 
 def _computes_alike(exported: Machine, here: Machine) -> bool:
-    """Whether the same code computes what rounds to 8 bits."""
+    """Whether both machines run the same code where values are rounded to 8 bits."""
     if exported.kernels or here.kernels:
         return bool(exported.kernels and here.kernels)
     return (exported.instructions, exported.onnxruntime) == (here.instructions, here.onnxruntime)
@@ -296,7 +298,7 @@ def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) 
         reasons.append(f"another embedport: {exported.embedport} there, {here.embedport} here")
     if device == "cpu" and kinds & UNLIKE.keys() and not _computes_alike(exported, here):
         reasons.append(
-            "so other code rounds to 8 bits here: held to a wider limit than with the kernels on "
+            "so other code rounds to 8 bits here: a wider limit applies than with the kernels on "
             "both sides"
         )
     if "int8" in kinds and _may_saturate(exported) != _may_saturate(here):
@@ -309,6 +311,6 @@ def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) 
 
 
 def _may_saturate(machine: Machine) -> bool:
-    """Whether the CPU adds two products of 8 bits in 16: x86 without VNNI."""
-    sets = set(machine.instructions)
-    return "sse4_2" in sets and not sets & {"avx_vnni", "avx512_vnni", "amx_int8"}
+    """Whether the CPU adds two 8-bit products in 16 bits, which may saturate: x86 without VNNI."""
+    names = set(machine.instructions)
+    return "sse4_2" in names and not names & {"avx_vnni", "avx512_vnni", "amx_int8"}

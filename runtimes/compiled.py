@@ -1,8 +1,7 @@
-"""The kernels in C that stand in for the functions of a graph on a CPU.
+"""C kernels that replace a graph's functions (domain "embedport") on a CPU.
 
-A graph describes its functions (domain "embedport") in onnxruntime's own operators too, which run
-where there are no kernels: no compiler when the package was built, or a CPU with neither AVX2 nor
-NEON.
+The graph also defines each function in onnxruntime's own operators. These run without the kernels:
+if the package was built without a compiler, or the CPU has neither AVX2 nor NEON.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# "avx512", "avx2" or "neon" instead of the best that the CPU has, or "none"; for tests.
+# For tests: "avx512", "avx2" or "neon" instead of the CPU's best instruction set, or "none".
 VARIABLE = "EMBEDPORT_KERNELS"
 NONE = "none"
-# The library takes its choice for the next registration.
+# choose_kernels sets a global that the next registration reads: hold this lock over both.
 _lock = threading.Lock()
 
 
 def register_kernels(options: Any) -> str | None:
-    """Make a session use the kernels, if they are there and the CPU has what they need.
+    """Make a session use the kernels, if they were built and the CPU supports them.
 
     Args:
         options: onnxruntime.SessionOptions.
 
     Returns:
-        Their instruction set, "avx512", "avx2" or "neon"; None where onnxruntime's operators run
-        instead, and the log says why.
+        The kernels' instruction set, "avx512", "avx2" or "neon"; None if onnxruntime's operators
+        run instead (the log says why).
     """
     name = os.environ.get(VARIABLE, "")
     if name == NONE:
@@ -47,8 +46,8 @@ def register_kernels(options: Any) -> str | None:
             choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
             chosen = choose(name.encode())
             if chosen is None:
-                wanted = name or "AVX2 with FMA, or NEON"
-                logger.info("the CPU has no %s: onnxruntime's operators run instead", wanted)
+                needed = name or "AVX2 with FMA, or NEON"
+                logger.info("the CPU has no %s: onnxruntime's operators run instead", needed)
                 return None
             options.register_custom_ops_library(str(library))
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
@@ -58,6 +57,6 @@ def register_kernels(options: Any) -> str | None:
 
 
 def find_library() -> Path | None:
-    """The kernels' library; None where the package was built without."""
-    found = find_spec(f"{__package__}._kernels")
-    return None if found is None or found.origin is None else Path(found.origin)
+    """The path of the kernels' library; None if the package was built without it."""
+    spec = find_spec(f"{__package__}._kernels")
+    return None if spec is None or spec.origin is None else Path(spec.origin)

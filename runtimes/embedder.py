@@ -1,4 +1,4 @@
-"""Text in, vectors out."""
+"""The embedder: texts in, vectors out."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 class Embedder:
-    """An embedding model, loaded.
+    """A loaded embedding model.
 
     Attributes:
-        facts: What it is.
-        artifact: Where it came from; None for a checkpoint without a manifest.
-        model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, dim].
-        tokenizer: Texts to ids.
-        device: What it runs on.
-        precision: What is stored and what is computed in, in words.
+        facts: The model's description.
+        artifact: The artifact it was loaded from; None for a checkpoint without a manifest.
+        model: Maps (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, dim].
+        tokenizer: Maps texts to token ids.
+        device: The device it runs on.
+        precision: The storage format and the arithmetic, in words.
         dim: Width of its vectors.
         prompts: Prompt name to the text put before an input.
-        ranges: Each value's range by width, for vectors in 8 bits; None before `calibrate`.
+        ranges: Each value's range by width, for 8-bit vectors; None before `calibrate`.
     """
 
     def __init__(self, facts: ModelFacts, model: Model, tokenizer: EmbeddingTokenizer) -> None:
@@ -65,30 +65,30 @@ class Embedder:
         """Embed texts.
 
         Args:
-            texts: The texts; an empty one is defined where the tokenizer adds a token, and so is an
-                empty list.
+            texts: The texts. An empty list is allowed; so is an empty text if the tokenizer adds a
+                token to it.
             prompt: A name ("query", "document", or another of `prompts`), or the literal text to
                 put before each input, such as `embedport.query_prompt("Find the law that
                 applies")`; by default the model's default prompt, if it has one.
-            dim: Leading values to keep (MRL); vectors of unit length are normalized again.
-            precision: Of the vectors: "float32"; "int8" or "uint8", after `calibrate`; "binary" or
-                "ubinary", a bit a value in bytes of eight.
-            batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
-                device busy.
-            progress: Whether to show a progress bar on a terminal, or what to call with the number
-                of texts just done.
-            first: What messages call the first text: its number among more texts than these.
+            dim: Number of leading values to keep (MRL); unit vectors are normalized again.
+            precision: The vectors' format: "float32"; "int8" or "uint8", after `calibrate`;
+                "binary" or "ubinary", one bit per value, eight values to a byte.
+            batch_tokens: Maximum tokens in a batch, including padding; by default enough to keep
+                the device busy.
+            progress: Whether to show a progress bar on a terminal, or a function to call with the
+                number of texts just done.
+            first: The first text's number in messages, if `texts` is part of a larger list.
 
         Returns:
-            float32 [len(texts), dim], of unit length unless the model's files have no Normalize, in
-            the order of `texts`; or integers, see `quantize_vectors`.
+            float32 [len(texts), dim] in the order of `texts`, of unit length unless the model's
+            files have no Normalize module; or integers, see `quantize_vectors`.
 
         Raises:
-            InputError: A text is not valid Unicode, or `prompt` or `dim` is not one of the model's,
-                or the precision needs ranges that were not measured, or a text gives NaN, which
-                only "float32" can say.
+            InputError: A text is not valid Unicode; the model does not have this `prompt` or `dim`;
+                the precision needs ranges that were not measured; or a text gives NaN or infinity,
+                which only "float32" can represent.
         """
-        if isinstance(self.model, TorchModel):  # before the tokenizer, whose threads are gone too
+        if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
             self.model.check_process()
         check_options(self.dim, dim, precision)
         check_ranges(precision, dim or self.dim, self.ranges)
@@ -101,11 +101,11 @@ class Embedder:
             batch_tokens=batch_tokens,
             progress=progress,
         )
-        wrong = describe_nonfinite(vectors, self.precision, "text", first)
-        if wrong and precision != "float32":
-            raise InputError(f"{wrong}; {precision} has no way to say so")
-        if wrong:
-            logger.error(wrong)
+        problem = describe_nonfinite(vectors, self.precision, "text", first)
+        if problem and precision != "float32":
+            raise InputError(f"{problem}; {precision} cannot represent these")
+        if problem:
+            logger.error(problem)
         if dim is not None:
             vectors = shorten(vectors, dim, unit_length=self.facts.outputs.unit_length)
         return quantize_vectors(vectors, precision, self.ranges)
@@ -118,13 +118,13 @@ class Embedder:
         batch_tokens: int | None = None,
         progress: bool | Callable[[int], None] = False,
     ) -> np.ndarray:
-        """Embed texts that are tokenized already, prompts and end tokens included.
+        """Embed texts that are already tokenized, prompts and end tokens included.
 
         Args:
             rows: Token ids, int64 [tokens] each.
-            prompt_length: Of `self.prompt_length`, for the prompt that all rows begin with.
-            batch_tokens: As for `encode`, like `progress`.
-            progress: Whether to show it.
+            prompt_length: From `self.prompt_length`, for the prompt that all rows begin with.
+            batch_tokens: As for `encode`.
+            progress: As for `encode`.
 
         Returns:
             float32 [rows, dim], in the order of `rows`.
@@ -144,53 +144,53 @@ class Embedder:
     def calibrate(
         self, texts: Sequence[str], *, prompt: str | None = None, batch_tokens: int | None = None
     ) -> None:
-        """Measure the ranges that vectors in 8 bits need, and put them into the manifest.
+        """Measure the ranges that 8-bit vectors need, and store them in the manifest.
 
-        A checkpoint without a manifest keeps them in memory only, in `ranges`, and so does a model
-        in the hub's cache, which is not written to.
+        For a checkpoint without a manifest, and for a model in the hub's cache (which is never
+        written to), the ranges stay in memory only, in `ranges`.
 
         Args:
             texts: Texts like those to be embedded, a few hundred or more.
-            prompt: As for `encode`, like `batch_tokens`.
-            batch_tokens: Tokens of a batch at most.
+            prompt: As for `encode`.
+            batch_tokens: As for `encode`.
 
         Raises:
-            InputError: There are fewer than two texts, or one is not valid Unicode or gives NaN.
+            InputError: There are fewer than two texts, or a text is not valid Unicode or gives NaN.
             ArtifactError: The manifest cannot be written.
         """
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
         vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
-        if wrong := describe_nonfinite(vectors, self.precision, "text"):
-            raise InputError(f"{wrong}; no ranges were kept")
+        if problem := describe_nonfinite(vectors, self.precision, "text"):
+            raise InputError(f"{problem}; no ranges were kept")
         self.ranges = measure_ranges(vectors, unit_length=self.facts.outputs.unit_length)
         if self.keeps_ranges:
             record_ranges(self.facts.folder, self.ranges)
 
     @property
     def keeps_ranges(self) -> bool:
-        """Whether `calibrate` finds a manifest that it may write to."""
+        """Whether `calibrate` has a manifest to store ranges in."""
         return self.artifact is not None and not self.facts.is_cached
 
     def prompt_text(self, prompt: str | None) -> str:
-        """The text that a prompt's name stands for, or a literal prompt: `resolve_prompt`."""
+        """Resolve a prompt's name, or a literal prompt, to its text: see `resolve_prompt`."""
         return resolve_prompt(self.facts.inputs, prompt)
 
     def prompt_length(self, text: str) -> int:
-        """Tokens of a prompt's text that are not pooled: none, unless the model leaves them out."""
+        """Number of a prompt's tokens to leave out of pooling; 0 if the model pools prompts."""
         return 0 if self.facts.outputs.include_prompt else self.tokenizer.prompt_length(text)
 
 
 def check_options(width: int, dim: int | None, precision: str) -> None:
-    """Check what vectors are asked for.
+    """Check the requested width and format of vectors.
 
     Args:
-        width: Values of the model's vectors.
-        dim: Values to keep.
-        precision: Of the vectors.
+        width: Width of the model's vectors.
+        dim: Number of leading values to keep; None keeps all.
+        precision: The vectors' format.
 
     Raises:
-        InputError: The model does not have them.
+        InputError: `dim` or `precision` is not supported.
     """
     if precision not in VECTOR_PRECISIONS:
         raise InputError(
@@ -203,18 +203,18 @@ def check_options(width: int, dim: int | None, precision: str) -> None:
 def check_encoded(
     encoded: Encoded, vocab_size: int, max_length: int, noun: str, first: int = 0
 ) -> None:
-    """Log which inputs were cut.
+    """Check that all token ids are in the embedding table, and log which inputs were cut.
 
     Args:
         encoded: The inputs' token ids.
         vocab_size: Rows of the model's embedding table.
-        max_length: Tokens of an input at most.
-        noun: What an input is called.
-        first: The first one's number.
+        max_length: Maximum tokens of an input.
+        noun: "text" or "pair", for messages.
+        first: The first input's number in messages.
 
     Raises:
-        InputError: A token is beyond the model's embedding table: some checkpoints' tokenizers
-            know a few special tokens more than their table has rows.
+        InputError: A token id is outside the embedding table: some checkpoints' tokenizers have a
+            few more special tokens than the table has rows.
     """
     for i, ids in enumerate(encoded.ids):
         if ids.max() >= vocab_size:
@@ -235,13 +235,13 @@ def check_encoded(
 
 
 def describe_nonfinite(values: np.ndarray, precision: str, noun: str, first: int = 0) -> str:
-    """Which inputs gave NaN or infinity; nothing where none did.
+    """Say which inputs gave NaN or infinity; an empty string if none did.
 
     Args:
         values: float32 [n] or [n, dim].
-        precision: The model's, in words.
-        noun: What an input is called.
-        first: The first one's number.
+        precision: The model's precision, in words.
+        noun: "text" or "pair", for messages.
+        first: The first input's number in messages.
     """
     bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
     if not len(bad):

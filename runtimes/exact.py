@@ -1,8 +1,9 @@
-"""Session options under which a CPU's 8-bit products are exact.
+"""Session options that make 8-bit products exact on this CPU.
 
-An int8 artifact is exact anywhere since its codes are limited in pairs (`quantize.pairs`). One that
-an earlier embedport made is not, on an x86 CPU without VNNI: onnxruntime multiplies uint8 by int8
-there with an instruction that saturates. It has slower products that do not.
+int8 artifacts are exact on every CPU because their codes are limited in pairs (`quantize.pairs`).
+Artifacts of an earlier embedport have no such limit: on an x86 CPU without VNNI, onnxruntime
+multiplies uint8 by int8 with an instruction that saturates. The options here select its slower,
+exact products instead.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from ..errors import require
 
 logger = logging.getLogger(__name__)
 
-# By dialect: weights as uint8 (of QuantizeLinear graphs that fails in onnxruntime 1.32), and
-# DequantizeLinear with a product in fp32.
+# By dialect: "ort" takes weights as uint8 (which fails on QuantizeLinear graphs in onnxruntime
+# 1.32); "standard" runs DequantizeLinear and a product in fp32.
 UNSATURATED = {"ort": "session.x64quantprecision", "standard": "session.disable_quant_qdq"}
-# KleidiAI rounds activations with one scale a token, where MatMulNBits has one a group.
+# KleidiAI rounds activations with one scale per token; MatMulNBits has one per group.
 NO_KLEIDIAI = "mlas.disable_kleidiai"
 
 
 def make_exact(options: Any, artifact: Artifact) -> None:
-    """Set what an artifact's products need on this CPU; warn where that costs speed.
+    """Set the options for exact products of an artifact; warn if they cost speed.
 
     Args:
         options: onnxruntime.SessionOptions.
@@ -35,7 +36,7 @@ def make_exact(options: Any, artifact: Artifact) -> None:
     graph, recipe = artifact.manifest.graph, artifact.manifest.recipe
     assert graph is not None
     formats = set() if recipe is None else set(recipe["formats"].values())
-    if any(each.startswith("int4/") and each.endswith("s") for each in formats):
+    if any(name.startswith("int4/") and name.endswith("s") for name in formats):
         options.add_session_config_entry(NO_KLEIDIAI, "1")
     if "int8" in formats and not graph.limits_pairs and saturates():
         options.add_session_config_entry(UNSATURATED[graph.dialect], "1")
@@ -49,7 +50,7 @@ def make_exact(options: Any, artifact: Artifact) -> None:
 
 @cache
 def saturates() -> bool:
-    """Whether onnxruntime's uint8 x int8 products saturate on this CPU: found by running one."""
+    """Whether onnxruntime's uint8 x int8 products saturate on this CPU, tested by running some."""
     import onnx_ir as ir
 
     width, outputs = 64, 16
@@ -72,6 +73,6 @@ def saturates() -> bool:
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    # One row and several have kernels of their own.
-    found = [session.run(None, {"x": np.full((n, width), 255, np.uint8)})[0] for n in (1, 4)]
-    return any((each != 255 * 127 * width).any() for each in found)
+    # onnxruntime has separate kernels for one row and for several.
+    products = [session.run(None, {"x": np.full((n, width), 255, np.uint8)})[0] for n in (1, 4)]
+    return any((product != 255 * 127 * width).any() for product in products)

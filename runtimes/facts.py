@@ -1,4 +1,4 @@
-"""What the runtimes need to know of a model, wherever it comes from, and what runs it."""
+"""The facts about a model that every runtime needs, from an artifact or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Model(Protocol):
 
     Attributes:
         device: "cpu", "cuda" or "tensorrt".
-        precision: What is stored and what is computed in, in words.
+        precision: The storage format and the arithmetic, in words.
     """
 
     device: str
@@ -41,9 +41,9 @@ class Model(Protocol):
 
         Args:
             input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
-            prompt_length: Tokens at each text's beginning that are not pooled, where the model
-                leaves its prompts out.
+            attention_mask: int64 [batch, sequence], 1 at real tokens; padding on either side.
+            prompt_length: Number of leading tokens to leave out of pooling, for a model that does
+                not pool its prompts.
 
         Returns:
             float32: embeddings [batch, dim], or scores [batch].
@@ -53,25 +53,25 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model is.
+    """A model's description.
 
     Attributes:
         name: The folder or hub id it was opened by.
         task: "embedding" or "reranker".
-        precision: As in a manifest; of a checkpoint that is not quantized, the stored dtype's.
-        dim: Width of a vector; a reranker has none, and this is the model's width.
+        precision: As in a manifest; for an unquantized checkpoint, the name of its stored dtype.
+        dim: Width of a vector; for a reranker, the model's hidden size.
         hidden_size: Width of the model.
-        vocab_size: Token ids are below this.
-        max_length: Tokens after which a text is cut, by default.
-        max_position_embeddings: Tokens of a text at most.
+        vocab_size: Rows of the embedding table; token ids are below this.
+        max_length: Default maximum tokens of a text; longer ones are cut.
+        max_position_embeddings: The model's number of positions: the largest possible max_length.
         inputs: How inputs become tokens.
-        outputs: What is made of the last layer's states.
-        ranges: Each value's range by width, for vectors in 8 bits, if they were measured.
-        source: The id of the checkpoint that it was made from; its own if it is one.
-        is_cached: Whether its folder is the hub's cache, which is not written to.
-        folder: Where its files are; of a checkpoint, those beside its weights.
+        outputs: How the last layer's hidden states become vectors or scores.
+        ranges: Each value's range by width, for 8-bit vectors; None if not measured.
+        source: Id of the checkpoint it was exported from; for a checkpoint, its own id.
+        is_cached: Whether its folder is in the hub's cache, which is never written to.
+        folder: Where its files are; for a checkpoint, the folder of the files beside the weights.
         artifact: The artifact; None for a checkpoint without a manifest.
-        checkpoint: What torch runs; None where it is a graph.
+        checkpoint: The checkpoint that torch runs; None if the model is a graph.
     """
 
     name: str
@@ -100,18 +100,18 @@ class ModelFacts:
 def read_facts(
     model: str | Path, task: Task | None = None, adapter: str | Path | None = None
 ) -> ModelFacts:
-    """Find out what a model is: an artifact, or a checkpoint in the hub's layout.
+    """Read a model's description: an artifact's, or that of a checkpoint in the hub's layout.
 
     Args:
         model: A folder, or a hub id.
-        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        task: "embedding" or "reranker", needed if a checkpoint's files do not say which.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Raises:
-        InputError: No such folder or hub id, or it is neither, or its files say another task, or
-            none and none is given.
+        InputError: There is no such folder or hub id; it is neither an artifact nor a checkpoint;
+            or its files contradict `task`, or name no task and `task` is None.
         ArtifactError: A file of the artifact is missing or changed.
-        CheckpointError: It is not a Qwen3 checkpoint, or needs what is not read.
+        CheckpointError: It is not a Qwen3 checkpoint, or needs a feature that is not supported.
     """
     source = fetch(model, adapter=adapter)
     if (source.folder / MANIFEST).is_file():
@@ -154,10 +154,10 @@ def _artifact_facts(source: Source, artifact: Artifact, task: Task | None) -> Mo
 
 
 def _longest(manifest: Manifest) -> int:
-    """Tokens after which a text is cut; an engine takes no more than its largest profile."""
+    """The default max_length; an engine takes no more tokens than its largest profile."""
     if manifest.engine is None:
         return manifest.max_length
-    return min(manifest.max_length, max(each.max[1] for each in manifest.engine.profiles))
+    return min(manifest.max_length, max(profile.max[1] for profile in manifest.engine.profiles))
 
 
 def _checkpoint_facts(source: Source, task: Task | None) -> ModelFacts:
@@ -190,20 +190,20 @@ def _name_precision(spec: ModelSpec) -> str:
 
 
 def stored_float(spec: ModelSpec) -> str:
-    """The dtype of what is not quantized, "fp16", "bf16" or "fp32": the embedding table's.
+    """The stored dtype of unquantized tensors, "fp16", "bf16" or "fp32": the embedding table's.
 
     Raises:
-        CheckpointError: The table is missing, or of another dtype.
+        CheckpointError: The table is missing, or has another dtype.
     """
     name = "embed_tokens.weight"
     return FLOATS[Weights(spec, [name]).tensors[name].dtype]
 
 
 def choose_length(facts: ModelFacts, max_length: int | None) -> int:
-    """Tokens after which a text is cut: the caller's choice, or the model's own.
+    """Choose how many tokens a text may have: `max_length`, or the model's own limit if None.
 
     Raises:
-        InputError: It is beyond the model's positions.
+        InputError: `max_length` exceeds the model's positions.
     """
     if max_length is None:
         return facts.max_length

@@ -1,10 +1,10 @@
-"""What stands between a layer's matrices on a GPU, each a single pass over memory, in Triton.
+"""Triton kernels for the steps between a layer's matrices, each a single pass over memory.
 
-Everything is computed in fp32 and rounded once, where it is stored. A row is a token. Where the
-next matrix is in fp8, its input is rounded in the same pass, with a scale for each token.
+Everything is computed in fp32 and rounded once, when it is stored. A row is a token. If the next
+matrix is fp8, its input is rounded in the same pass, with one scale per token.
 """
 
-# ruff: noqa: ANN001, ANN202 - a kernel's arguments are what the compiler makes of them.
+# ruff: noqa: ANN001, ANN202 - the Triton compiler gives a kernel's arguments their types.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-# As a type checker may take it: what it makes of a function is no function.
+# Any, for the type checker: triton.jit does not return a function.
 jit: Any = triton.jit
 E4M3 = torch.float8_e4m3fn
 LARGEST = tl.constexpr(torch.finfo(E4M3).max)
@@ -23,7 +23,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny * 1e3)
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix's input: values [tokens, width], and fp8's scales float32 [tokens, 1]."""
+    """A matrix's input: values [tokens, width]; for fp8 also scales, float32 [tokens, 1]."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
@@ -36,14 +36,14 @@ def add_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> Rows:
-    """Add to the residual stream, in place, and RMSNorm of it.
+    """Add `delta` to the residual stream in place, then compute its RMSNorm.
 
     Args:
         states: float32 [tokens, width], contiguous.
-        delta: [tokens, width], contiguous; None to add nothing.
+        delta: [tokens, width], contiguous; None adds nothing.
         weight: [width].
         eps: Added to the mean square.
-        dtype: Of the result; float8_e4m3fn with scales.
+        dtype: The result's dtype; float8_e4m3fn comes with scales.
 
     Returns:
         x / sqrt(mean(x**2) + eps) * weight (RMSNorm, arXiv:1910.07467).
@@ -101,7 +101,7 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
 
     Args:
         gate_up: [tokens, 2 * width], contiguous: gates, then ups.
-        dtype: Of the result; float8_e4m3fn with scales.
+        dtype: The result's dtype; float8_e4m3fn comes with scales.
 
     Returns:
         [tokens, width].
@@ -114,7 +114,7 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
 
 
 def to_fp8(values: torch.Tensor) -> Rows:
-    """Round each row to fp8, by its largest value / 448: [tokens, width], contiguous."""
+    """Round each row to fp8 with the scale max|x| / 448; `values` [tokens, width], contiguous."""
     tokens, width = values.shape
     rows = _empty_rows(values, width, E4M3)
     _launch(_to_fp8, tokens, values, rows.values, rows.scales, width, block=power_of_two(width))
@@ -128,14 +128,14 @@ def _empty_rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> Rows:
 
 
 def _launch(kernel: Any, tokens: int, *arguments: Any, block: int, **constants: Any) -> None:
-    """Run a kernel once a token, by threads that hold 16 values each, within what there may be."""
+    """Run a kernel once per token, with 16 values per thread, in 1 to 16 warps."""
     values = block * constants.get("block_heads", 1)
     constants |= {"num_warps": min(max(values // 512, 1), 16), "enable_fp_fusion": True}
     kernel[(tokens,)](*arguments, block=block, **constants)
 
 
 def power_of_two(width: int) -> int:
-    """The next one, which is what Triton wants of a block."""
+    """The next power of two: Triton requires it for block sizes."""
     return 1 << (width - 1).bit_length()
 
 
@@ -213,5 +213,5 @@ def _to_fp8(values, out, scales, width, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
-    found = tl.load(values + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-    _store(found, out, scales, row, columns, width, mask, True)
+    inputs = tl.load(values + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    _store(inputs, out, scales, row, columns, width, mask, True)

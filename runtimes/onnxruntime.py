@@ -1,4 +1,4 @@
-"""The onnxruntime adapter: an artifact's graph in a session, on the device that is really there."""
+"""The onnxruntime backend: an artifact's graph in a session, on the device that really works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 logger = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
-# What onnxruntime's arena, CUDA, and cuBLAS or cuDNN say where a GPU's memory is full.
+# Messages of onnxruntime's arena, CUDA, and cuBLAS or cuDNN when a GPU's memory is full.
 FULL = re.compile(
     "failed to allocate memory|smaller than requested bytes|out of memory|ALLOC_FAILED",
     re.IGNORECASE,
@@ -39,19 +39,19 @@ class OnnxModel:
     Args:
         artifact: The artifact.
         device: "cpu", "cuda", "tensorrt" (onnxruntime's provider, which builds engines at its first
-            batches), or "auto" for CUDA where it works and else the CPU.
-        parsed: Called when the graph is read and its weights are being prepared, during which
-            another thread may use the interpreter.
+            batches), or "auto": CUDA where it works, otherwise the CPU.
+        parsed: Called once the graph is parsed. From then on onnxruntime prepares the weights
+            without holding the interpreter lock, so other Python threads can run.
 
     Attributes:
         device: The device that the session runs on.
-        precision: What is computed in, in words.
-        continues: Whether rows may continue a past: see `read`.
+        precision: The precision and the arithmetic, in words.
+        continues: Whether the graph takes the keys and values of a prefix: see `read`.
 
     Raises:
-        DeviceError: The device asked for is not there, or has no kernels for parts of the graph,
-            or too little memory.
-        ArtifactError: onnxruntime does not take the graph.
+        DeviceError: The requested device is not available, has no kernels for parts of the graph,
+            or has too little memory.
+        ArtifactError: onnxruntime cannot load the graph.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class OnnxModel:
         self._graph = graph
         self._num_heads = artifact.manifest.num_heads
         self.device, self._session = _open_session(artifact, device, parsed)
-        inputs = {each.name: each.shape for each in self._session.get_inputs()}
+        inputs = {value.name: value.shape for value in self._session.get_inputs()}
         self.continues = "past" in inputs
         expected = {"input_ids", "attention_mask"} | ({"prompt_length"} & {*graph.inputs})
         expected |= {"past", "kept", "short"} if self.continues else set()
-        outputs = {each.name for each in self._session.get_outputs()}
+        outputs = {value.name for value in self._session.get_outputs()}
         if inputs.keys() != expected or not outputs.issuperset(graph.outputs):
             raise ArtifactError(
                 f"{artifact.graph}: the graph should take {', '.join(sorted(expected))} and give "
@@ -97,17 +97,17 @@ class OnnxModel:
 
         Args:
             input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
-            past: What every row continues, from `read`.
-            prompt_length: Tokens at each text's beginning that are not pooled, where the model
-                leaves its prompts out.
+            attention_mask: int64 [batch, sequence], 1 at real tokens; padding on either side.
+            past: Keys and values of a prefix that all rows continue, from `read`; None for none.
+            prompt_length: Number of leading tokens to leave out of pooling, for a model that does
+                not pool its prompts.
 
         Returns:
             float32: embeddings [batch, dim], or scores [batch].
 
         Raises:
-            InputError: Attention would take more memory than there is, or the batch does not fit
-                into the GPU's.
+            InputError: Attention would take more memory than is available, or the batch does not
+                fit into the GPU's memory.
         """
         if self.device == "cpu" and (self._graph.dialect == "standard" or self._masked):
             _check_memory(*input_ids.shape, self._num_heads)
@@ -117,7 +117,7 @@ class OnnxModel:
         if self.continues:
             past = self._no_past if past is None else past
             size = past.shape[2] + input_ids.shape[1]
-            feeds |= _continued(past, kept=0, short=size <= SHORT_ROW)
+            feeds |= _prefix_inputs(past, kept=0, short=size <= SHORT_ROW)
         if self.device == "cpu":
             output = self._session.run(self._graph.outputs, feeds)[0]
         else:
@@ -127,17 +127,17 @@ class OnnxModel:
         return self._head(pool(output, attention_mask, self._outputs, prompt_length))
 
     def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
-        """What rows continue that begin with the same tokens.
+        """Compute the keys and values of a prefix; only for a graph that `continues`.
 
         Args:
-            ids: Those tokens, int64 [tokens], at least one; only where the model continues.
-            short: Whether the rows have SHORT_ROW tokens at most, these counted.
+            ids: The prefix's token ids, int64 [tokens], at least one.
+            short: Whether the full rows, prefix included, have at most SHORT_ROW tokens.
 
         Returns:
-            Their keys and values, float32 [2 * layers, num_kv_heads, tokens, head_dim].
+            Keys and values, float32 [2 * layers, num_kv_heads, tokens, head_dim].
         """
         feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
-        feeds |= _continued(self._no_past, kept=len(ids), short=short)
+        feeds |= _prefix_inputs(self._no_past, kept=len(ids), short=short)
         return self._session.run(["present"], feeds)[0]
 
     def _run_on_gpu(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -153,15 +153,15 @@ class OnnxModel:
             ) from error
 
 
-def _continued(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.ndarray]:
-    """The further inputs of a graph that continues."""
+def _prefix_inputs(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.ndarray]:
+    """The extra inputs of a graph that takes a prefix's keys and values."""
     return {"past": past, "kept": np.array([kept]), "short": np.array(short)}
 
 
 def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:
-    """A session's only output, with inputs and output bound to a device's memory.
+    """Run a session with inputs and its only output bound to a device's memory.
 
-    Each is copied once, where `run` would let every provider ask for it.
+    Each input is copied once; with `run`, every provider would copy it.
 
     Args:
         session: The session.
@@ -179,29 +179,29 @@ def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.nda
 
 
 def _check_memory(batch: int, size: int, num_heads: int) -> None:
-    """Refuse what would get the process killed: the standard Attention holds all scores at once."""
+    """Refuse a batch if its attention, which holds all scores at once, would not fit in memory."""
     needed = 2 * 4 * batch * num_heads * size * size  # scores and probabilities, in fp32
     available = available_memory()
     if available is not None and needed > available:
         raise InputError(
-            f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB in the standard dialect "
-            "on a CPU, and in each where attention goes both ways or has a window, and "
+            f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB on a CPU in the standard "
+            "dialect, or in any dialect if attention is bidirectional or has a window; "
             f"{available / 1e9:.0f} GB are free; load with a smaller max_length, or export a "
             "causal model with --dialect ort, which takes little"
         )
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, within the container's limit.
+    """Bytes that can be allocated without swapping, within the container's limit.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
-    found = [each for each in (_read_available(), _read_left()) if each is not None]
-    return min(found, default=None)
+    sizes = [size for size in (_read_available(), _read_container_available()) if size is not None]
+    return min(sizes, default=None)
 
 
 def _read_available() -> int | None:
-    """The machine's; None where it does not tell."""
+    """The machine's available bytes; None if it does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -211,26 +211,26 @@ def _read_available() -> int | None:
     )
 
 
-def _read_left() -> int | None:
-    """What a container may still take (cgroup v2); None where it may take all."""
+def _read_container_available() -> int | None:
+    """Bytes that the container may still allocate (cgroup v2); None without a limit."""
     try:
         limit, used, lines = (
             (CGROUP / f"memory.{name}").read_text(encoding="ascii")
             for name in ("max", "current", "stat")
         )
         sizes = dict(line.split() for line in lines.splitlines())
-        # Files that are only cached count as used, and are given up for whatever is needed.
+        # The page cache counts as used, but the kernel frees it on demand.
         cached = int(sizes["active_file"]) + int(sizes["inactive_file"])
         return max(0, int(limit) - int(used) + cached)
-    except (OSError, ValueError, KeyError):  # no limit is "max"
+    except (OSError, ValueError, KeyError):  # "max" means no limit
         return None
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that there is not.
+    """Check a device's name.
 
     Raises:
-        InputError: With those that there are.
+        InputError: It is unknown; the message lists the valid names.
     """
     if device not in (*PROVIDERS, "auto"):
         raise InputError(f"device should be auto, {', '.join(PROVIDERS)}; found {device!r}")
@@ -255,8 +255,8 @@ def _open_session(
                 logger.warning(
                     "onnxruntime has CUDA built in but found no working GPU: using the CPU"
                 )
-            elif fell := _fallen_back(session):
-                logger.warning("CUDA has no kernels for %s: using the CPU", _some(fell))
+            elif nodes := _fallen_back(session):
+                logger.warning("CUDA has no kernels for %s: using the CPU", _summarize(nodes))
             else:
                 return "cuda", session
         return "cpu", _create_session(ort, artifact, "cpu", parsed)
@@ -271,11 +271,11 @@ def _open_session(
             f"{PROVIDERS[device]} could not start on this machine (no GPU, or its libraries are "
             "missing; onnxruntime's log says which); use device='cpu'"
         )
-    if device != "cpu" and (fell := _fallen_back(session)):
+    if device != "cpu" and (nodes := _fallen_back(session)):
         raise DeviceError(
-            f"{artifact.graph}: {PROVIDERS[device]} has no kernels for {_some(fell)}, which would "
-            "run on the CPU; export with --precision bf16 or --arithmetic bf16 (GPUs have no int8 "
-            "activations in the ort dialect), or use device='cpu'"
+            f"{artifact.graph}: {PROVIDERS[device]} has no kernels for {_summarize(nodes)}, which "
+            "would run on the CPU; export with --precision bf16 or --arithmetic bf16 (GPUs have no "
+            "int8 activations in the ort dialect), or use device='cpu'"
         )
     return device, session
 
@@ -284,7 +284,7 @@ def _fallen_back(session: Any) -> list[str]:
     return fallen_back(session.get_provider_graph_assignment_info())
 
 
-def _some(nodes: list[str]) -> str:
+def _summarize(nodes: list[str]) -> str:
     return f"{len(nodes)} nodes, such as {nodes[0]}" if len(nodes) > 1 else nodes[0]
 
 
@@ -293,7 +293,7 @@ def _create_session(
 ) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if core_limit() is not None:  # which onnxruntime does not know of
+    if core_limit() is not None:  # onnxruntime does not read these limits
         options.intra_op_num_threads = count_cores()
     path = _choose_graph(artifact, device, ort.__version__)
     graph: str | bytes = str(path)
@@ -313,7 +313,7 @@ def _create_session(
             graph,
             options,
             providers=list_providers(device, artifact),
-            disabled_optimizers=_none(parsed),
+            disabled_optimizers=_notify_when_read(parsed),
         )
     except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
         if device != "cpu" and FULL.search(str(error)):
@@ -326,31 +326,31 @@ def _create_session(
         ) from error
 
 
-def _none(asked: Callable[[], None] | None) -> Iterator[str]:
-    """Nothing, and a word when it is asked for.
+def _notify_when_read(parsed: Callable[[], None] | None) -> Iterator[str]:
+    """An empty iterator that calls `parsed` when it is first read.
 
-    onnxruntime asks for the optimizers to leave out between parsing a graph, which keeps the
-    interpreter busy, and preparing its weights, which takes longer and leaves it alone.
+    onnxruntime reads its list of disabled optimizers after it has parsed the graph, which holds the
+    interpreter lock, and before it prepares the weights, which takes longer and does not hold it.
     """
-    if asked is not None:
-        asked()
+    if parsed is not None:
+        parsed()
     yield from ()
 
 
 def _load_cuda(ort: Any) -> None:
-    """Find CUDA's libraries where pip puts them, unless something else has loaded them."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    """Load CUDA's libraries from where pip installs them, unless they are already loaded."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         ort.preload_dlls()
-    logger.debug("onnxruntime.preload_dlls: %s", said.getvalue())
+    logger.debug("onnxruntime.preload_dlls: %s", output.getvalue())
 
 
 def _choose_graph(artifact: Artifact, device: str, version: str) -> Path:
-    """The graph that continues, where there is one that this onnxruntime takes."""
+    """The graph that takes a prefix, if the artifact has one and this onnxruntime supports it."""
     graph = artifact.manifest.graph
     assert graph is not None
-    other = graph.continuation
-    if device == "cpu" and other is not None and meets(other.requires, version):
-        return artifact.folder / other.path
+    continuation = graph.continuation
+    if device == "cpu" and continuation is not None and meets(continuation.requires, version):
+        return artifact.folder / continuation.path
     return artifact.graph
 
 

@@ -1,12 +1,12 @@
-"""A checkpoint on a CUDA device without padding: texts laid end to end, each attending to itself.
+"""A checkpoint on a CUDA device without padding: a batch's texts are concatenated (varlen).
 
-Matrices that read the same input are one, what stands between them is a kernel each (fused.py), and
-the residual stream is fp32. After the last attention only each text's last token is computed.
-Matrices in fp8 are multiplied as they are stored, each token rounded by its own largest value.
+Matrices that read the same input are concatenated. Each step between matrices is one kernel
+(fused.py). The residual stream is fp32. After the last attention, only each text's last token is
+computed. fp8 matrices are multiplied as stored; each token is rounded with a scale of its own.
 
-Small batches, whose launches cost more than their work, become CUDA graphs where their size comes
-back. Sizes are rounded up for that; what is too much belongs to no text. Long texts attend one by
-one, through cuDNN.
+Launches cost more than the work of small batches, so sizes that repeat become CUDA graphs. Sizes
+are rounded up for that; the extra tokens belong to no text. Long texts attend one at a time,
+through cuDNN.
 """
 
 from __future__ import annotations
@@ -33,35 +33,37 @@ from .fused import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_f
 
 logger = logging.getLogger(__name__)
 
-# A batch beyond this keeps the GPU busy longer than its launches take.
+# A batch of more tokens keeps the GPU busy longer than its launches take, and needs no CUDA graph.
 GRAPH_TOKENS = 4096
-# A size's first batch runs as it is, and compiles what has to be; the second one is captured.
+# A size's first batch runs directly and compiles its kernels; the second one is captured.
 REPEATS, MAX_GRAPHS = 2, 64
-# A text beyond this attends through cuDNN, by a length rounded up: each length's plan takes as long
-# to make as a few batches (docs/gpu.md). No less than GRAPH_TOKENS: a graph would keep its texts'.
+# A text of more tokens attends through cuDNN, with its length rounded up to LONG_STEP: making the
+# plan for a new length takes as long as a few batches (docs/gpu.md). LONG_TEXT must not be below
+# GRAPH_TOKENS: a CUDA graph would fix the lengths of the texts it was captured with.
 LONG_TEXT, LONG_STEP = GRAPH_TOKENS, 512
-# Where that has been measured to be worth it: Hopper.
+# The first compute capability where cuDNN was measured to be faster: Hopper.
 LONG_CAPABILITY = (9, 0)
-# The second where no cuDNN takes it.
+# FlashAttention is the fallback where cuDNN does not support the shapes.
 LONG_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-# Sizes of a batch that runs as it is: what kernels compiled for one of them take of all.
+# A batch that runs directly is rounded up to this many tokens, so that kernels compiled for one
+# size serve all.
 ALIGNMENT = 16
-# Later versions of torch want to be told.
+# Later versions of torch require this argument for grouped-query attention.
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-# Tokens, texts, and tokens of the longest text, each rounded up.
+# (tokens, texts, tokens of the longest text), each rounded up.
 Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """weight [out, in]; scales float32 [1, out] where it is fp8."""
+    """weight [out, in]; for fp8 also scales, float32 [1, out]."""
 
     weight: torch.Tensor
     scales: torch.Tensor | None
 
     def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-        """The product with each row: [tokens, out] in `dtype`."""
+        """Multiply each row by the matrix: [tokens, out] in `dtype`."""
         if self.scales is None or rows.scales is None:
             return functional.linear(rows.values, self.weight)
         return functional.scaled_mm(
@@ -78,7 +80,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Layer:
-    """Norms' gains and matrices of a layer; those that read the same rows are one."""
+    """A layer's norm gains and matrices; matrices that read the same rows are concatenated."""
 
     input_norm: torch.Tensor
     qkv: Matrix
@@ -92,15 +94,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts end to end, on the device, int32.
+    """Concatenated texts on the device, int32.
 
     Attributes:
-        ids: [tokens].
-        positions: [tokens], each in its text.
-        starts: [texts + 1], where each text begins, and the end.
-        last: [texts], where each text's last token is.
+        ids: [tokens], token ids.
+        positions: [tokens], each token's position in its text.
+        starts: [texts + 1], each text's first index, then the end (cu_seqlens).
+        last: [texts], the index of each text's last token.
         longest: Tokens of the longest text, or more.
-        alone: Where some text is long: each text's tokens, to attend one text at a time; else none.
+        alone: If any text is long: each text's slice of tokens, to attend one text at a time.
+            Otherwise empty.
     """
 
     ids: torch.Tensor
@@ -113,7 +116,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Captured:
-    """A CUDA graph of a batch's size: what it reads, int32, and what it leaves behind."""
+    """A CUDA graph for one batch size, with its input memory, int32, and its results."""
 
     graph: torch.cuda.CUDAGraph
     memory: torch.Tensor
@@ -121,15 +124,15 @@ class Captured:
 
 
 class PackedLayers:
-    """Qwen3's layers on a CUDA device, for texts of any lengths at once.
+    """Qwen3's layers on a CUDA device, for batches of texts of any lengths without padding.
 
     Args:
         spec: The checkpoint.
-        dtype: torch.float16 or torch.bfloat16, of what is not fp8.
+        dtype: torch.float16 or torch.bfloat16, for everything that is not fp8.
         device: "cuda"; tests emulate it on a CPU.
-        read: Its tensors, by their names in `spec.tensor_shapes()`.
-        read_scales: Where its matrices are fp8: their scales, by the matrices' names, [out, 1].
-        finish: float32 [texts, hidden] after the last norm, to what is wanted of it.
+        read: Reads a tensor by its name in `spec.tensor_shapes()`.
+        read_scales: If the matrices are fp8: reads a matrix's scales [out, 1] by its name.
+        finish: Maps float32 [texts, hidden] after the final norm to the results.
     """
 
     def __init__(
@@ -142,19 +145,19 @@ class PackedLayers:
         finish: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._spec, self._dtype, self._device, self._finish = spec, dtype, device, finish
-        self._rounded = dtype if read_scales is None else E4M3
+        self._input_dtype = dtype if read_scales is None else E4M3
         self._table = read("embed_tokens.weight").to(device, dtype)
         self._layers = [
             _load_layer(f"layers.{i}", dtype, device, read, read_scales)
             for i in range(spec.num_layers)
         ]
         self._norm = read("norm.weight").to(device, dtype)
-        self._cos, self._sin = (each.to(device) for each in rotary_table(spec))
+        self._cos, self._sin = (table.to(device) for table in rotary_table(spec))
         self._lock = threading.Lock()
         self._seen: Counter[Size] = Counter()
         self._graphs: dict[Size, Captured] = {}
-        # One batch runs at a time, and its results are read before the next one's come: all
-        # graphs share their memory.
+        # One batch runs at a time, and its results are copied before the next batch runs. So all
+        # graphs can share one memory pool.
         self._pool: Any = None
         self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._capturing = True
@@ -170,7 +173,7 @@ class PackedLayers:
             lengths: int64 [texts].
 
         Returns:
-            float32: what `finish` gives of each text's last token.
+            float32: the result of `finish` for each text's last token.
 
         Raises:
             InputError: A text is longer than the model has positions.
@@ -187,7 +190,7 @@ class PackedLayers:
             return self._replay(memory, size, alone)[: len(lengths)].cpu().numpy()
 
     def _replay(self, memory: torch.Tensor, size: Size, alone: Sequence[slice]) -> torch.Tensor:
-        """Run a batch, as a CUDA graph where its size keeps coming back."""
+        """Run a batch, as a CUDA graph if its size repeats."""
         if size in self._graphs:
             captured = self._graphs[size]
             captured.memory.copy_(memory)
@@ -203,7 +206,7 @@ class PackedLayers:
         try:
             self._graphs[size] = self._capture(batch, on_device)
         except RuntimeError as error:
-            # What a capture that failed leaves behind lets no other one begin.
+            # After a failed capture, torch cannot begin another one.
             self._capturing = False
             logger.warning("batches run without CUDA graphs: %s", error)
             return self._run(batch)
@@ -211,10 +214,10 @@ class PackedLayers:
         return self._graphs[size].results
 
     def _capture(self, batch: Batch, memory: torch.Tensor) -> Captured:
-        # What a thread's first batch sets up, cuBLAS among it, must not be captured.
+        # A thread's first batch sets up cuBLAS and more, which must not be captured.
         self._run(batch)
         graph = torch.cuda.CUDAGraph()
-        # A stream of its own and "thread_local": other threads may go on with other models.
+        # With a separate stream and "thread_local", other threads can keep running other models.
         options: dict[str, Any] = {"stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, pool=self._pool, **options):
             results = self._run(batch)
@@ -222,29 +225,29 @@ class PackedLayers:
         return Captured(graph, memory, results)
 
     def _run(self, batch: Batch) -> torch.Tensor:
-        # Later versions of torch would always take cuDNN, which makes a plan for every size.
+        # Later versions of torch would always choose cuDNN, which makes a plan for every size.
         backends = LONG_BACKENDS if batch.alone else [SDPBackend.FLASH_ATTENTION]
         with ATTENTION_CHOICE, sdpa_kernel(backends, set_priority=True):
             return self._finish(self._final_states(batch))
 
     def _final_states(self, batch: Batch) -> torch.Tensor:
-        """Each text's last token after the last norm: float32 [texts, hidden]."""
+        """Each text's last hidden state after the final norm: float32 [texts, hidden]."""
         spec, dtype, eps = self._spec, self._dtype, self._spec.rms_norm_eps
         heads = (spec.num_heads, spec.num_kv_heads)
         states = functional.embedding(batch.ids, self._table).float()
         delta = None
         for layer in self._layers:
-            rows = add_norm(states, delta, layer.input_norm, eps, self._rounded)
+            rows = add_norm(states, delta, layer.input_norm, eps, self._input_dtype)
             qkv = layer.qkv(rows, dtype)
             gains = (layer.q_norm, layer.k_norm)
             norm_rope(qkv, *gains, self._cos, self._sin, batch.positions, heads, eps)
             attended = attend(qkv, heads, batch)
             if layer is self._layers[-1]:
                 states, attended = states[batch.last], attended[batch.last]
-            rows = Rows(attended) if self._rounded != E4M3 else to_fp8(attended)
+            rows = Rows(attended) if self._input_dtype != E4M3 else to_fp8(attended)
             delta = layer.out(rows, dtype)
-            rows = add_norm(states, delta, layer.mlp_norm, eps, self._rounded)
-            rows = silu_mul(layer.gate_up(rows, dtype), self._rounded)
+            rows = add_norm(states, delta, layer.mlp_norm, eps, self._input_dtype)
+            rows = silu_mul(layer.gate_up(rows, dtype), self._input_dtype)
             delta = layer.down(rows, dtype)
         return add_norm(states, delta, self._norm, eps, torch.float32).values
 
@@ -255,41 +258,41 @@ def attend(qkv: torch.Tensor, heads: tuple[int, int], batch: Batch) -> torch.Ten
     Args:
         qkv: [tokens, (heads + 2 kv_heads) * head_dim].
         heads: (heads, kv_heads).
-        batch: Where texts begin.
+        batch: The texts' boundaries.
 
     Returns:
-        [tokens, heads * head_dim]; tokens that belong to no text are left undefined.
+        [tokens, heads * head_dim]; undefined for tokens that belong to no text.
     """
     if batch.alone:
-        found = qkv.new_empty(len(qkv), qkv.shape[1] * heads[0] // (heads[0] + 2 * heads[1]))
+        attended = qkv.new_empty(len(qkv), qkv.shape[1] * heads[0] // (heads[0] + 2 * heads[1]))
         for text in batch.alone:
-            found[text] = _attend_long(qkv[text], heads)
-        return found
+            attended[text] = _attend_long(qkv[text], heads)
+        return attended
     query, key, value = _split(qkv, heads)
     sizes = (batch.starts, batch.starts, batch.longest, batch.longest)
     options: dict[str, Any] = {"enable_gqa": True} if GROUPED else {}
-    found = varlen_attn(query, key, value, *sizes, window_size=(-1, 0), **options)
-    assert isinstance(found, torch.Tensor)
-    return found.reshape(len(qkv), -1)
+    attended = varlen_attn(query, key, value, *sizes, window_size=(-1, 0), **options)
+    assert isinstance(attended, torch.Tensor)
+    return attended.reshape(len(qkv), -1)
 
 
 def _attend_long(qkv: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:
-    """`attend` of one text, behind which zeros stand: later ones, which it does not see."""
+    """`attend` for one text, right-padded with zeros, which the causal mask hides from it."""
     tokens = len(qkv)
-    padded = functional.pad(qkv, (0, 0, 0, _up(tokens, LONG_STEP) - tokens))
-    q, k, v = (each.transpose(0, 1)[None] for each in _split(padded, heads))
-    found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return found[0, :, :tokens].transpose(0, 1).reshape(tokens, -1)
+    padded = functional.pad(qkv, (0, 0, 0, _round_up(tokens, LONG_STEP) - tokens))
+    q, k, v = (states.transpose(0, 1)[None] for states in _split(padded, heads))
+    attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return attended[0, :, :tokens].transpose(0, 1).reshape(tokens, -1)
 
 
 def _split(qkv: torch.Tensor, heads: tuple[int, int]) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values, [tokens, heads, head_dim] each."""
-    split = qkv.view(len(qkv), heads[0] + 2 * heads[1], -1)
-    return split.split([heads[0], heads[1], heads[1]], dim=1)
+    by_head = qkv.view(len(qkv), heads[0] + 2 * heads[1], -1)
+    return by_head.split([heads[0], heads[1], heads[1]], dim=1)
 
 
 def attend_alone(lengths: np.ndarray) -> list[slice]:
-    """Each text's tokens, where some text is long; else none.
+    """Each text's slice of the tokens if any text is long; otherwise an empty list.
 
     Args:
         lengths: int64 [texts], of texts end to end.
@@ -297,18 +300,18 @@ def attend_alone(lengths: np.ndarray) -> list[slice]:
     if lengths.max() <= LONG_TEXT:
         return []
     ends = np.cumsum(lengths)
-    return [slice(*each) for each in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
+    return [slice(*span) for span in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
 
 
 def round_sizes(tokens: int, texts: int, longest: int) -> Size:
-    """Sizes that come back: up by a quarter at most, or to 16; the longest to a power of two."""
+    """Round sizes up so that they repeat: by a quarter at most, or to 16; `longest` to 2^n."""
     if tokens > GRAPH_TOKENS:
-        return _up(tokens, ALIGNMENT), texts, _power(longest)
-    return _eighth(tokens), _eighth(texts), _power(longest)
+        return _round_up(tokens, ALIGNMENT), texts, _next_power(longest)
+    return _next_eighth(tokens), _next_eighth(texts), _next_power(longest)
 
 
 def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
-    """All that a `Batch` of a size holds, end to end.
+    """Pack the arrays of a `Batch` into one array.
 
     Args:
         ids: int64 [tokens], the texts end to end.
@@ -316,31 +319,31 @@ def pack(ids: np.ndarray, lengths: np.ndarray, size: Size) -> np.ndarray:
         size: From `round_sizes`, T tokens and B texts.
 
     Returns:
-        int32 [2 T + 2 B + 1]: ids, positions, starts and last tokens.
+        int32 [2 T + 2 B + 1]: ids [T], positions [T], starts [B + 1] and last tokens [B].
     """
     tokens, texts, _ = size
     ends = np.cumsum(lengths)
     values = np.zeros(2 * tokens + 2 * texts + 1, np.int32)
-    places, starts, last = np.split(values[tokens:], [tokens, tokens + texts + 1])
+    positions, starts, last = np.split(values[tokens:], [tokens, tokens + texts + 1])
     values[: len(ids)] = ids
-    places[: len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
-    starts[1:] = len(ids)  # texts beyond the real ones are empty
+    positions[: len(ids)] = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+    starts[1:] = len(ids)  # the extra texts are empty
     starts[1 : len(ends) + 1] = ends
     last[: len(ends)] = ends - 1
     return values
 
 
 def unpack(memory: torch.Tensor, size: Size, alone: Sequence[slice]) -> Batch:
-    """What `pack` laid down, int32 [2 T + 2 B + 1] on a device, as views."""
+    """The `Batch` of views into what `pack` made, int32 [2 T + 2 B + 1] on a device."""
     tokens, texts, longest = size
     parts = memory.split([tokens, tokens, texts + 1, texts])
     return Batch(*parts, longest, alone)
 
 
 def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles: float32 [positions, head_dim / 2].
+    """Cosines and sines for the rotary embedding: float32 [positions, head_dim / 2] each.
 
-    Position p and pair i make p times the pair's frequency (arXiv:2104.09864).
+    The angle of position p and pair i is p times the frequency of pair i (arXiv:2104.09864).
     """
     frequencies = torch.from_numpy(spec.rope.frequencies(spec.head_dim)).double()
     positions = torch.arange(spec.max_position_embeddings, dtype=torch.float64)
@@ -374,15 +377,15 @@ def _load_layer(
     )
 
 
-def _up(value: int, step: int) -> int:
+def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _power(value: int) -> int:
-    """The next power of two, 16 at least."""
+def _next_power(value: int) -> int:
+    """The next power of two, at least 16."""
     return max(ALIGNMENT, power_of_two(value))
 
 
-def _eighth(value: int) -> int:
-    """The next multiple of an eighth of the power of two above, of 16 at least."""
-    return _up(value, max(ALIGNMENT, _power(value) // 8))
+def _next_eighth(value: int) -> int:
+    """The next multiple of max(16, `_next_power(value)` / 8)."""
+    return _round_up(value, max(ALIGNMENT, _next_power(value) // 8))

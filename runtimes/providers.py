@@ -1,4 +1,4 @@
-"""onnxruntime's execution providers: how each is asked for, and what fell back to the CPU."""
+"""onnxruntime's execution providers: their options, and which nodes fell back to the CPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# The session keeps which provider took which node only if it is asked to.
+# Makes the session record which provider runs which node.
 RECORD_NODES = "session.record_ep_graph_assignment_info"
-# Of shapes and positions, which onnxruntime leaves on the CPU on purpose.
+# Operators of shape and position arithmetic, which onnxruntime deliberately leaves on the CPU.
 BOOKKEEPING = frozenset(
     {
         "Add",
@@ -43,24 +43,24 @@ BOOKKEEPING = frozenset(
         "Unsqueeze",
     }
 )
-# The part of the graph in which positions are made, cosines and sines too.
+# Name prefix of the nodes that compute positions, and their cosines and sines.
 POSITIONS = "inputs/"
 
 
 def list_providers(device: str, artifact: Artifact) -> list[tuple[str, dict[str, str]]]:
-    """What to ask onnxruntime for, the first choice first.
+    """The providers for onnxruntime, with their options, in order of preference.
 
     Options: https://onnxruntime.ai/docs/execution-providers/, CUDA and TensorRT.
 
     Args:
         device: "cpu", "cuda" or "tensorrt".
-        artifact: The artifact; TensorRT's engines of it are kept in the user's cache folder.
+        artifact: The artifact; its TensorRT engines are kept in the user's cache folder.
     """
     cpu: tuple[str, dict[str, str]] = (PROVIDERS["cpu"], {})
     if device == "cpu":
         return [cpu]
     cuda = {
-        # Otherwise memory grows in powers of two, and fp32 is computed in ten bits of mantissa.
+        # The defaults grow memory in powers of two, and compute fp32 in TF32: 10 bits of mantissa.
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",
     }
@@ -86,16 +86,16 @@ def _tensorrt_options(artifact: Artifact) -> dict[str, str]:
 
 
 def engine_cache(artifact: Artifact) -> Path:
-    """Where engines of this graph with these weights are kept; made if need be.
+    """The cache folder for engines of this graph with these weights; created if missing.
 
-    Not in the artifact, which may be read-only and is published as it was hashed.
+    It is outside the artifact, which may be read-only and must stay as it was hashed.
     """
     graph = artifact.manifest.graph
     assert graph is not None
-    place = graph.path.rpartition("/")[0]
+    graph_folder = graph.path.rpartition("/")[0]
     digest = hashlib.sha256()
     for name, record in sorted(artifact.manifest.files.items()):
-        if name.startswith(f"{place}/"):
+        if name.startswith(f"{graph_folder}/"):
             digest.update(f"{name} {record.sha256}\n".encode())
     folder = cache_folder("engines") / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,10 +103,10 @@ def engine_cache(artifact: Artifact) -> Path:
 
 
 def fallen_back(subgraphs: Sequence[Any]) -> list[str]:
-    """Nodes that compute on the CPU, "name (operator)", of a session on a GPU.
+    """Nodes that fell back to the CPU in a session on a GPU, as "name (operator)".
 
     Args:
-        subgraphs: `InferenceSession.get_provider_graph_assignment_info()`.
+        subgraphs: From `InferenceSession.get_provider_graph_assignment_info()`.
     """
     return [
         f"{node.name} ({node.op_type})"

@@ -1,7 +1,8 @@
-"""A corpus embedded on a Ray cluster: one model an actor, a shard a task.
+"""Embed a corpus on a Ray cluster: one model per actor, one shard per task.
 
-Ray starts an actor again that died and repeats its task; a shard has its name or has not, so every
-row is there once. All machines must see the model, the input and the output under the same paths.
+Ray restarts an actor that died and repeats its task. A shard file gets its name only when it is
+complete, so every row is written exactly once. All machines must see the model, the input and the
+output under the same paths.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .embedder import Embedder
 
 
 class ShardWorker:
-    """An actor: the job's model, loaded once.
+    """A Ray actor that loads the job's model once.
 
     Args:
-        job: What to do.
-        machine_actors: Actors of a machine.
+        job: The job.
+        machine_actors: Number of actors per machine.
     """
 
     def __init__(self, job: Job, machine_actors: int) -> None:
         self._job = job
-        # Ray sets 1, and an actor without a GPU has its share of a machine's cores.
+        # Ray sets 1; an actor without a GPU should use its share of the machine's cores.
         os.environ.pop("OMP_NUM_THREADS", None)
         os.environ["OMP_NUM_THREADS"] = str(max(1, count_cores() // machine_actors))
         self._embedder: Embedder | None = None
@@ -38,8 +39,8 @@ class ShardWorker:
         """Embed a shard, {"number": …, "part": …}.
 
         Returns:
-            Its rows, and what is wrong, which is nothing: raised, it would reach the driver as the
-            text of Ray's own error.
+            The number of its rows, and an error message, empty on success. A raised error would
+            reach the driver only as the text of one of Ray's errors.
         """
         part = Part(**shard["part"])
         try:
@@ -56,17 +57,17 @@ def run_on_ray(
     advance: Callable[[int], None],
     workers: int | None = None,
 ) -> None:
-    """The engine that runs on the Ray cluster that RAY_ADDRESS names, or on one of this machine.
+    """The engine for a Ray cluster: the one at RAY_ADDRESS, or a new one on this machine.
 
     Args:
-        job: What to do; its paths are absolute.
-        shards: Numbers and places of the shards to embed.
-        advance: Told how many rows are done.
-        workers: Actors; by default one a GPU, or one a machine where there is none.
+        job: The job; its paths are absolute.
+        shards: The shards to embed: their numbers, and where their texts are.
+        advance: Called with the number of rows just done.
+        workers: Number of actors; by default one per GPU, or without GPUs one per machine.
 
     Raises:
         MissingPackageError: Ray is not installed.
-        InputError: What a worker found wrong.
+        InputError: A worker failed on its shard; the message is the worker's.
     """
     require("ray", "ray")
     import ray
@@ -78,7 +79,7 @@ def run_on_ray(
     gpus = 0 if job.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     nodes = sum(node["Alive"] for node in ray.nodes())
     actors = workers or gpus or nodes
-    worker: Any = ShardWorker  # Ray's annotation knows of functions only
+    worker: Any = ShardWorker  # Ray's annotation allows only functions
     rows = [{"number": number, "part": asdict(part)} for number, part in shards]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         worker,

@@ -1,4 +1,4 @@
-"""Pairs of texts in, scores of relevance out."""
+"""The reranker: pairs of texts in, relevance scores out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranked:
-    """A document's place in a ranking: its index in the list given, its score, and its text."""
+    """A ranked document: its index in the input list, its score, and its text."""
 
     index: int
     score: float
@@ -30,15 +30,15 @@ class Ranked:
 
 
 class Reranker:
-    """A reranker, loaded.
+    """A loaded reranker.
 
     Attributes:
-        facts: What it is.
-        artifact: Where it came from; None for a checkpoint without a manifest.
-        model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch].
-        tokenizer: Pairs to ids, under the reranker's template.
-        device: What it runs on.
-        precision: What is stored and what is computed in, in words.
+        facts: The model's description.
+        artifact: The artifact it was loaded from; None for a checkpoint without a manifest.
+        model: Maps (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch].
+        tokenizer: Maps pairs to token ids, with the reranker's template.
+        device: The device it runs on.
+        precision: The storage format and the arithmetic, in words.
     """
 
     def __init__(self, facts: ModelFacts, model: Model, tokenizer: RerankerTokenizer) -> None:
@@ -62,34 +62,34 @@ class Reranker:
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Judge pairs.
+        """Score pairs.
 
-        Where the model can, the beginnings that pairs share, up to the document for those of one
-        query, are computed once.
+        If the model supports it, the common prefix of pairs is computed once: everything before the
+        document for pairs of one query.
 
         Args:
-            pairs: (query, document) each; an empty list is defined.
-            instruction: What makes a document relevant; by default the model's own, its default
-                prompt. Of a model with prompts also the name of one.
-            batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
-                device busy.
+            pairs: (query, document) each; an empty list is allowed.
+            instruction: The task description that defines relevance; by default the model's
+                default prompt. For a model with prompts it can also be a prompt's name.
+            batch_tokens: Maximum tokens in a batch, including padding; by default enough to keep
+                the device busy.
             progress: Whether to show a progress bar on a terminal.
 
         Returns:
-            float32 [len(pairs)], the probability of "yes", in the order of `pairs`; what the model
-            gives instead where its files name no Sigmoid.
+            float32 [len(pairs)] in the order of `pairs`: the probability of "yes", or the raw score
+            if the model's files name no Sigmoid.
 
         Raises:
             InputError: A pair is not two strings of valid Unicode.
         """
-        if isinstance(self.model, TorchModel):  # before the tokenizer, whose threads are gone too
+        if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
             self.model.check_process()
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]
         scores = self.score_rows(encoded.ids, queries, batch_tokens=batch_tokens, progress=progress)
-        if wrong := describe_nonfinite(scores, self.precision, "pair"):
-            logger.error(wrong)
+        if problem := describe_nonfinite(scores, self.precision, "pair"):
+            logger.error(problem)
         return scores
 
     def score_rows(
@@ -100,26 +100,26 @@ class Reranker:
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Judge pairs that are tokenized already, under the reranker's template.
+        """Score pairs that are already tokenized with the reranker's template.
 
         Args:
             rows: Token ids, int64 [tokens] each.
-            queries: What tells whose row each is: rows of one query begin alike.
-            batch_tokens: As for `score`, like `progress`.
-            progress: Whether to show it.
+            queries: A key for each row's query: rows with the same key share a prefix.
+            batch_tokens: As for `score`.
+            progress: As for `score`.
 
         Returns:
-            float32 [rows], the probability of "yes".
+            float32 [rows], as for `score`.
         """
-        how = {
+        options = {
             "batch_tokens": choose_batch_tokens(batch_tokens, self.device),
             "description": "Scoring",
             "progress": progress,
         }
         if isinstance(self.model, OnnxModel) and self.model.continues:
             groups = group_rows(queries, [len(ids) for ids in rows])
-            return run_groups(self.model, rows, groups, **how)
-        return run_batches(self.model, rows, (), **how)
+            return run_groups(self.model, rows, groups, **options)
+        return run_batches(self.model, rows, (), **options)
 
     def rank(
         self,
@@ -137,14 +137,12 @@ class Reranker:
             query: The query.
             documents: The documents.
             top_k: How many to return; all by default.
-            instruction: What makes a document relevant; by default the model's own, its default
-                prompt. Of a model with prompts also the name of one.
-            batch_tokens: Tokens of a batch at most, padding counted; by default what keeps the
-                device busy.
-            progress: Whether to show a progress bar on a terminal.
+            instruction: As for `score`.
+            batch_tokens: As for `score`.
+            progress: As for `score`.
 
         Returns:
-            The best first; equal scores in the order of `documents`.
+            The ranked documents, best first; equal scores keep the order of `documents`.
 
         Raises:
             InputError: A text is not valid Unicode, or `top_k` is below 1.

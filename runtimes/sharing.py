@@ -1,7 +1,7 @@
-"""Rows that begin alike: what they share is computed once, and each row continues from it.
+"""Prefix sharing: compute the common prefix of rows once, and continue each row from it.
 
-A reranker's rows begin with the system prompt and the instruction, and those of one query with the
-query too. Token ids are not touched: what is shared is what the finished rows have in common.
+All rows of a reranker begin with the system prompt and the instruction; rows of one query also
+share the query. Token ids are not changed: a prefix is what the finished rows have in common.
 """
 
 from __future__ import annotations
@@ -15,56 +15,57 @@ from ..attention import SHORT_ROW
 from ..progress import progress_bar
 from .batching import make_batches, pad
 
-# Keys and values of all layers are held while a group runs: 0.2 to 0.3 MB a token.
+# Maximum length of a prefix. Its keys and values, 0.2 to 0.3 MB per token over all layers, stay in
+# memory while a group runs.
 SHARED_TOKENS = 1024
 
 
 class ContinuingModel(Protocol):
-    """A model whose rows may continue a past."""
+    """A model that can continue rows from a prefix's keys and values."""
 
     def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
-        """Keys and values of tokens that rows begin with, int64 [tokens].
+        """Compute the keys and values of a prefix.
 
         Args:
-            ids: The tokens.
-            short: Whether the rows are (`SHORT_ROW`).
+            ids: The prefix's token ids, int64 [tokens].
+            short: Whether the full rows are short (`SHORT_ROW`).
         """
         ...
 
     def __call__(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, past: np.ndarray | None = None
     ) -> np.ndarray:
-        """Run a batch of rows, int64 [batch, sequence], behind `past`, to float32 [batch]."""
+        """Run a batch, int64 [batch, sequence], after the prefix `past`: float32 [batch]."""
         ...
 
 
 def group_rows(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[list[int]]:
-    """Row numbers by key, the keys in their first order; short rows (`SHORT_ROW`), then long ones.
+    """Group row numbers by key, in order of first appearance; short rows (`SHORT_ROW`) come first.
 
-    Rows that have their keys for themselves are one group of either kind, its last: they share
-    less, but something.
+    Short and long rows are never in one group. Rows with a unique key form the last group of
+    their kind: they still share a shorter prefix.
 
     Args:
-        keys: What rows of one group have in common.
+        keys: Each row's key; rows with equal keys form a group.
         lengths: Tokens of each row.
     """
-    found = []
+    ordered = []
     for short in (True, False):
         groups: dict[Hashable, list[int]] = {}
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             if (length <= SHORT_ROW) == short:
                 groups.setdefault(key, []).append(row)
         alone = [group[0] for group in groups.values() if len(group) == 1]
-        found += [group for group in groups.values() if len(group) > 1]
-        found += [alone] if alone else []
-    return found
+        ordered += [group for group in groups.values() if len(group) > 1]
+        ordered += [alone] if alone else []
+    return ordered
 
 
 def shared_length(rows: Sequence[np.ndarray]) -> int:
-    """Tokens that all rows begin with, SHARED_TOKENS at most; each row keeps one of its own.
+    """Length of the rows' common prefix: at most SHARED_TOKENS, and shorter than every row.
 
     Args:
-        rows: Token ids, int64 [tokens] each; a single row shares nothing.
+        rows: Token ids, int64 [tokens] each; a single row has no common prefix.
     """
     if len(rows) == 1:
         return 0
@@ -84,15 +85,15 @@ def run_groups(
     description: str,
     progress: bool,
 ) -> np.ndarray:
-    """Run rows group by group; what a group's rows begin with runs once.
+    """Run rows group by group; each group's common prefix runs once.
 
     Args:
         model: The model.
         rows: Token ids, int64 [tokens] each.
-        groups: Row numbers, each once; of one group all short or all long (`SHORT_ROW`).
-        batch_tokens: The budget of a batch, what is shared counted for each row: attention holds
+        groups: Row numbers, each once; a group's rows are all short or all long (`SHORT_ROW`).
+        batch_tokens: The budget of a batch. The prefix counts for every row, since attention holds
             its keys and values for each.
-        description: What the progress bar says.
+        description: The progress bar's label.
         progress: Whether to show it.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The TensorRT adapter: an artifact's engine on the GPU that it was built for.
+"""The TensorRT backend: an artifact's engine on the GPU that it was built for.
 
 Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.gpu.
 """
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens are padded to a multiple of so many: kernels like it, and shapes come back more often.
+# Sequences are padded to a multiple of this: kernels run faster, and shapes repeat more often.
 ALIGNMENT = 8
-# A shape that has come so often gets a CUDA graph: one launch instead of one for each kernel.
+# A shape seen this often gets a CUDA graph: one launch instead of one per kernel.
 REPEATS = 3
-# Each graph has an execution context of its own, which takes host memory.
+# Each CUDA graph has its own execution context, which takes host memory.
 MAX_GRAPHS = 32
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A shape's own context, and its CUDA graph, which needs it; None if it cannot be captured."""
+    """A shape's own context, and the CUDA graph that uses it; None if it cannot be captured."""
 
     context: trt.IExecutionContext
     graph: Any
@@ -47,17 +47,17 @@ class TensorRTModel:
     """An engine: token ids in, vectors or scores out. One batch runs at a time.
 
     Args:
-        artifact: An artifact with an engine. A version-compatible engine brings code that runs
-            here: load it only from where you would run a program from.
+        artifact: An artifact with an engine. A version-compatible engine contains code that runs
+            here: load it only from a source that you trust to run code.
 
     Attributes:
         device: "cuda".
-        precision: What is computed in, in words.
+        precision: The precision, as in the manifest.
 
     Raises:
         DeviceError: There is no GPU, or the engine was built for another GPU or TensorRT.
         MissingPackageError: TensorRT or cuda-bindings is missing.
-        ArtifactError: TensorRT does not take the engine.
+        ArtifactError: TensorRT does not load the engine.
     """
 
     device = "cuda"
@@ -72,11 +72,11 @@ class TensorRTModel:
         self._engine = _load_engine(artifact, self._record)
         self._stream = int(call("cudaStreamCreate"))
         _destroy_with(self, "cudaStreamDestroy", self._stream)
-        # Batches run one after the other: all contexts share what one of them needs.
+        # Batches run one at a time, so all contexts share one scratch buffer.
         self._scratch_size = self._engine.device_memory_size_v2
         self._scratch = allocate(self, "cudaMalloc", max(1, self._scratch_size))
-        rows = max(each.max[0] for each in self._record.profiles)
-        tokens = max(each.max[0] * each.max[1] for each in self._record.profiles)
+        rows = max(profile.max[0] for profile in self._record.profiles)
+        tokens = max(profile.max[0] * profile.max[1] for profile in self._record.profiles)
         self._width = () if manifest.embedding_dim is None else (manifest.embedding_dim,)
         self._inputs = {name: Buffer(np.int64, tokens) for name in manifest.graph.inputs}
         self._output_name = manifest.graph.outputs[0]
@@ -92,8 +92,8 @@ class TensorRTModel:
 
         Args:
             input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
-            prompt_length: Not used: no engine is built of a model that leaves its prompts out.
+            attention_mask: int64 [batch, sequence], 1 at real tokens; padding on either side.
+            prompt_length: Not used: models that do not pool their prompts get no engine.
 
         Returns:
             float32: embeddings [batch, dim], or scores [batch].
@@ -103,9 +103,9 @@ class TensorRTModel:
             DeviceError: The GPU failed.
         """
         rows, tokens = input_ids.shape
-        fitting = [each.max[0] for each in self._record.profiles if each.max[1] >= tokens]
+        fitting = [profile.max[0] for profile in self._record.profiles if profile.max[1] >= tokens]
         if not fitting:
-            longest = max(each.max[1] for each in self._record.profiles)
+            longest = max(profile.max[1] for profile in self._record.profiles)
             raise InputError(
                 f"a text of {tokens:,} tokens is longer than the {longest:,} that the engine was "
                 "built for; build it with a larger --profile, or load it with a smaller max_length"
@@ -133,7 +133,7 @@ class TensorRTModel:
         return self._output.host((shape[0], *self._width))[:rows].copy()
 
     def _execute(self, number: int, shape: tuple[int, int]) -> None:
-        """Put a batch on the stream, as a CUDA graph where its shape keeps coming back."""
+        """Put a batch on the stream, as a CUDA graph if its shape repeats."""
         key = (number, shape)
         if key in self._graphs:
             captured = self._graphs[key]
@@ -149,10 +149,10 @@ class TensorRTModel:
             self._graphs[key] = self._capture(number, shape)
 
     def _capture(self, number: int, shape: tuple[int, int]) -> _Captured:
-        """Run a batch, and make what runs others of its shape."""
-        # A graph holds on to its context's state: the context runs no other shape.
+        """Run a batch, and capture a CUDA graph for further batches of its shape."""
+        # A graph depends on its context's state, so this context runs no other shape.
         context = self._make_context(number)
-        # What TensorRT does at a shape's first run must not be captured.
+        # TensorRT sets up a shape in its first run, which must not be captured.
         self._enqueue(context, shape)
         mode = require("cuda.bindings.runtime", "tensorrt").cudaStreamCaptureMode
         call("cudaStreamBeginCapture", self._stream, mode.cudaStreamCaptureModeThreadLocal)
@@ -196,9 +196,9 @@ class TensorRTModel:
 
 
 def _destroy_with(owner: object, function: str, handle: Any) -> None:
-    """Destroy what CUDA made when an object goes; the last one made goes first."""
+    """Destroy a CUDA handle when its owner is freed; the newest handle goes first."""
     finalizer = weakref.finalize(owner, call, function, handle)
-    # At the end of the process CUDA may be gone, and everything goes anyway.
+    # Not at process exit: CUDA may be shut down already, and everything is freed anyway.
     finalizer.atexit = False
 
 
@@ -212,7 +212,7 @@ def _load_engine(artifact: Artifact, record: EngineRecord) -> Any:
     import tensorrt as trt
 
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    # A version-compatible engine brings its own runtime along, as code.
+    # A version-compatible engine contains its own runtime as code.
     runtime.engine_host_code_allowed = record.version_compatible
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)

@@ -1,8 +1,8 @@
-"""The torch adapter: a checkpoint as it is, on the CPU or a CUDA device.
+"""The torch backend: a checkpoint as it is, on the CPU or a CUDA device.
 
-On CUDA the layers are our own, without padding: see packed.py. On a CPU, and in what only a library
-computes, they are transformers'. There rows are moved so that each begins with its first token:
-causal attention needs no mask then, since no real token comes after a padding token.
+On CUDA the layers are embedport's own, without padding: see packed.py. On a CPU, and for formats
+that only a library computes, they are transformers'. These get right-padded rows: no real token
+follows a padding token, so causal attention needs no mask.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from .facts import stored_float
 
 logger = logging.getLogger(__name__)
 
-# Compute capability from which products in fp8 take a scale for each token.
+# The first compute capability with fp8 products that take one scale per token.
 HOPPER = (9, 0)
-# What FlashAttention takes, and the torch that has it for packed rows.
+# FlashAttention's largest head_dim, and the first torch that has it for variable-length batches.
 WIDEST_HEAD, OLDEST = 256, "2.11"
 
 DEVICES = ("cpu", "cuda")
@@ -47,16 +47,16 @@ class TorchModel:
 
     Args:
         spec: The checkpoint.
-        precision: Its precision, as a manifest has it.
-        device: "cpu", "cuda", or "auto" for CUDA where torch has it and else the CPU.
+        precision: Its precision, as in a manifest.
+        device: "cpu", "cuda", or "auto": CUDA where torch has it, otherwise the CPU.
 
     Attributes:
-        device: Where it is.
-        precision: What is stored and what is computed in, in words.
+        device: The device it runs on.
+        precision: The storage format and the arithmetic, in words.
 
     Raises:
-        InputError: There is no such device for a checkpoint.
-        DeviceError: It is not there, or the model does not fit.
+        InputError: A checkpoint does not run on `device`.
+        DeviceError: The device is not available, or the model does not fit.
         CheckpointError: A tensor is missing, or has another shape or dtype.
         MissingPackageError: torch, transformers or the package that reads the format is missing.
     """
@@ -75,9 +75,9 @@ class TorchModel:
         finish = partial(_finish, torch, head, spec.outputs)
         self._head = None if head is not None else Head(spec.outputs, spec.source.pipeline)
         self._pools = not spec.outputs.last_token
-        padded = "it is a CPU" if self.device == "cpu" else why_padded(spec, arithmetic)
+        reason = "it is a CPU" if self.device == "cpu" else why_padded(spec, arithmetic)
         try:
-            if padded is None:
+            if reason is None:
                 self._layers: Any = open_packed(spec, arithmetic, finish)
             else:
                 base = load_layers(spec, self.device)
@@ -86,7 +86,7 @@ class TorchModel:
             raise DeviceError(
                 f"{spec.source.folder} does not fit into the GPU's free memory; use device='cpu'"
             ) from error
-        layers = "layers without padding" if padded is None else f"transformers' layers: {padded}"
+        layers = "layers without padding" if reason is None else f"transformers' layers: {reason}"
         logger.info(
             "%s runs on %s in %s, in %s", spec.source.folder, self.device, self.precision, layers
         )
@@ -98,16 +98,16 @@ class TorchModel:
 
         Args:
             input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
-            prompt_length: Tokens at each text's beginning that are not pooled, where the model
-                leaves its prompts out.
+            attention_mask: int64 [batch, sequence], 1 at real tokens; padding on either side.
+            prompt_length: Number of leading tokens to leave out of pooling, for a model that does
+                not pool its prompts.
 
         Returns:
             float32: embeddings [batch, dim], or scores [batch].
 
         Raises:
             InputError: The batch does not fit into the GPU's memory.
-            DeviceError: The process is a fork of the one that opened the model.
+            DeviceError: The model was opened before this process was forked.
         """
         torch = require("torch", "torch")
         self.check_process()
@@ -115,10 +115,10 @@ class TorchModel:
         ids = input_ids[attention_mask != 0]
         try:
             if self._pools:
-                found = self._layers.pooled(ids, lengths, prompt_length)
+                results = self._layers.pooled(ids, lengths, prompt_length)
             else:
-                found = self._layers(ids, lengths)
-            return found if self._head is None else self._head(found)
+                results = self._layers(ids, lengths)
+            return results if self._head is None else self._head(results)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"a batch of {len(lengths)} x {lengths.max()} tokens does not fit into the GPU's "
@@ -126,10 +126,10 @@ class TorchModel:
             ) from error
 
     def check_process(self) -> None:
-        """Refuse to run in a fork of the process that opened the model, where torch would hang.
+        """Refuse to run in a fork of the process that opened the model: torch would hang there.
 
         Raises:
-            DeviceError: This is one.
+            DeviceError: The model was opened before this process was forked.
         """
         if self._pid != os.getpid():
             raise DeviceError(
@@ -140,12 +140,12 @@ class TorchModel:
 
 
 class PaddedLayers:
-    """transformers' layers: texts of one batch take the room of its longest.
+    """transformers' layers: the texts of a batch are padded to its longest.
 
     Args:
         base: A Qwen3Model.
-        device: Where it is.
-        finish: float32 [texts, hidden] after the last norm, to what is wanted of it.
+        device: Its device.
+        finish: Maps float32 [texts, hidden] after the final norm to the results.
         spec: The checkpoint.
     """
 
@@ -155,7 +155,7 @@ class PaddedLayers:
         self._base, self._device, self._finish, self._spec = base, device, finish, spec
 
     def __call__(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """As `PackedLayers`: texts end to end, int64 [tokens], and their lengths, int64 [texts]."""
+        """Run texts, int64 [tokens] end to end, of `lengths`, int64 [texts]: as `PackedLayers`."""
         torch = require("torch", "torch")
         with self._running(ids, lengths) as (states, _):
             rows = torch.arange(len(lengths), device=self._device)
@@ -163,31 +163,31 @@ class PaddedLayers:
             return self._finish(last).cpu().numpy()
 
     def pooled(self, ids: np.ndarray, lengths: np.ndarray, prompt_length: int) -> np.ndarray:
-        """As `__call__`, with the states of all tokens pooled: float32 [texts, width]."""
+        """As `__call__`, but pool the hidden states of all tokens: float32 [texts, width]."""
         with self._running(ids, lengths) as (states, mask):
-            found = states.float().cpu().numpy()
-            return pool(found, mask, self._spec.outputs, prompt_length)
+            values = states.float().cpu().numpy()
+            return pool(values, mask, self._spec.outputs, prompt_length)
 
     @contextmanager
     def _running(self, ids: np.ndarray, lengths: np.ndarray) -> Generator[tuple[Any, np.ndarray]]:
-        """(states after the last norm [texts, longest, hidden], the mask [texts, longest])."""
+        """Yield (states after the final norm [texts, longest, hidden], mask [texts, longest])."""
         torch = require("torch", "torch")
         padded, mask = pad(np.split(ids, np.cumsum(lengths)[:-1]))
         choice = ATTENTION_CHOICE if self._device == "cuda" else nullcontext()
-        further = {}
-        if not self._spec.causal:  # then tokens see the padding behind them
-            further["attention_mask"] = torch.from_numpy(mask).to(self._device)
+        extra = {}
+        if not self._spec.causal:  # without a mask, tokens would attend to padding
+            extra["attention_mask"] = torch.from_numpy(mask).to(self._device)
         with choice, torch.inference_mode():
             yield (
                 self._base(
-                    input_ids=torch.from_numpy(padded).to(self._device), use_cache=False, **further
+                    input_ids=torch.from_numpy(padded).to(self._device), use_cache=False, **extra
                 ).last_hidden_state,
                 mask,
             )
 
 
 def load_layers(spec: ModelSpec, device: str) -> Any:
-    """A checkpoint as transformers' Qwen3Model, in the dtype that it is computed in.
+    """Load a checkpoint as transformers' Qwen3Model, in the dtype it is computed in.
 
     Args:
         spec: The checkpoint.
@@ -195,7 +195,7 @@ def load_layers(spec: ModelSpec, device: str) -> Any:
 
     Raises:
         CheckpointError: A tensor is missing, or has another shape or dtype.
-        MissingPackageError: What reads the checkpoint's format is not installed.
+        MissingPackageError: The package that reads the checkpoint's format is not installed.
     """
     torch = require("torch", "torch")
     dtype = getattr(torch, DTYPE_NAMES[_choose_arithmetic(spec, device)])
@@ -203,26 +203,26 @@ def load_layers(spec: ModelSpec, device: str) -> Any:
 
 
 def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
-    """Why a checkpoint does not run in our own layers on the CUDA device; None where it does.
+    """Why a checkpoint cannot run in `PackedLayers` on the CUDA device; None if it can.
 
     Args:
         spec: The checkpoint.
-        arithmetic: What it is computed in, "fp16", "bf16" or "fp32".
+        arithmetic: The dtype it is computed in, "fp16", "bf16" or "fp32".
     """
     torch = require("torch", "torch")
     capability = torch.cuda.get_device_capability()
     quantized = isinstance(spec.quantization, LibraryQuantization)
-    # Triton compiles what launches its kernels.
+    # Triton compiles its kernels' launchers with a C compiler.
     compilers = [os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")]
     obstacles = {
         "fp32 is for exactness": arithmetic == "fp32",
         "its matrices are another library's": quantized and not has_fp8_matrices(spec),
         "fp8 is multiplied beside bf16, on Hopper and later": quantized
         and (arithmetic != "bf16" or capability < HOPPER),
-        "attention goes both ways": not spec.causal,
+        "attention is bidirectional": not spec.causal,
         "layers have a sliding window": bool(spec.window_layers),
         "attention has biases": spec.attention_bias,
-        "it pools other tokens than the last": not spec.outputs.last_token,
+        "it does not pool the last token": not spec.outputs.last_token,
         "heads are wider than 256": spec.head_dim > WIDEST_HEAD,
         "the GPU is older than Ampere": capability < AMPERE,
         f"torch is older than {OLDEST}": not meets(f"torch>={OLDEST}", torch.__version__),
@@ -235,7 +235,7 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
 
 
 def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) -> Any:
-    """A checkpoint's layers on the CUDA device, where `why_padded` has no reason against it."""
+    """Open a checkpoint as `PackedLayers` on the CUDA device; only if `why_padded` gives None."""
     from .packed import PackedLayers
 
     torch = require("torch", "torch")
@@ -245,7 +245,7 @@ def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) 
 
 
 def _finish(torch: Any, head: Any, outputs: Outputs, last: Any) -> Any:
-    """The states as they are; with a head, scores."""
+    """Return the states unchanged, or with a head the scores."""
     if head is None:
         return last
     scores = last @ head
@@ -257,20 +257,20 @@ def _find_device(torch: Any, device: str) -> str:
         raise InputError(
             f"a checkpoint runs on auto, {', '.join(DEVICES)}; found device {device!r}"
         )
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         raise DeviceError(
             f"torch {torch.__version__} has no CUDA device on this machine; use device='cpu'"
         )
-    return "cuda" if there and device != "cpu" else "cpu"
+    return "cuda" if available and device != "cpu" else "cpu"
 
 
 def _choose_arithmetic(spec: ModelSpec, device: str) -> str:
-    """What the checkpoint stores; a CPU has no fp16 arithmetic worth the name."""
+    """The stored dtype; fp32 for fp16 on a CPU, which has no fast fp16 arithmetic."""
     stored = stored_float(spec)
     return "fp32" if device == "cpu" and stored == "fp16" else stored
 
 
 def _read_head(spec: ModelSpec) -> np.ndarray:
-    """W_yes - W_no, the head's own tensor alone being read: float32 [hidden]."""
+    """Read W_yes - W_no, float32 [hidden], from the head's tensor only."""
     return open_floats(spec, [spec.head]).answer_row(*find_answers(spec))

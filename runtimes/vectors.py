@@ -1,4 +1,4 @@
-"""Vectors after the model: shorter (MRL), and 8 bits or one bit a value for a vector database."""
+"""Shorten vectors (MRL), and quantize them to 8 bits or 1 bit per value for a vector database."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from ..errors import InputError
 
 VECTOR_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
-# Those of them that need each value's range.
+# The precisions that need each value's range.
 IN_8_BITS = ("int8", "uint8")
 MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)
-# Digits of a range that 255 steps can tell apart.
+# Significant digits of a stored range: enough for 255 steps.
 DIGITS = 5
 
 
@@ -21,8 +21,8 @@ def shorten(vectors: np.ndarray, dim: int, *, unit_length: bool = True) -> np.nd
 
     Args:
         vectors: float32 [n, m].
-        dim: At most m.
-        unit_length: Whether the model's vectors have length 1; others are not normalized.
+        dim: Number of values to keep, at most m.
+        unit_length: Whether the model's vectors have length 1; only these are normalized again.
     """
     cut = vectors[:, :dim]
     if not unit_length:
@@ -33,14 +33,14 @@ def shorten(vectors: np.ndarray, dim: int, *, unit_length: bool = True) -> np.nd
 def measure_ranges(
     vectors: np.ndarray, *, unit_length: bool = True
 ) -> dict[str, list[list[float]]]:
-    """The smallest and the largest of each value, at the full width and at each MRL dimension.
+    """Measure each value's minimum and maximum, at the full width and at each MRL dimension.
 
     Args:
         vectors: float32 [n, m].
         unit_length: As for `shorten`.
 
     Returns:
-        Width, as text, to [smallest, largest], each of that width.
+        Width, as a string, to [minima, maxima], two lists of that width.
     """
     ranges = {}
     for dim in ranged_dims(vectors.shape[1]):
@@ -58,10 +58,10 @@ def ranged_dims(width: int) -> tuple[int, ...]:
 def check_ranges(
     precision: str, dim: int, ranges: Mapping[str, Sequence[Sequence[float]]] | None
 ) -> None:
-    """Make sure that vectors of a width can be quantized.
+    """Check that vectors of width `dim` can be quantized.
 
     Raises:
-        InputError: The precision needs ranges, and there are none of this width.
+        InputError: The precision needs ranges, and there are none for this width.
     """
     if precision not in IN_8_BITS or str(dim) in (ranges or {}):
         return
@@ -82,7 +82,7 @@ def quantize_vectors(
     precision: str,
     ranges: Mapping[str, Sequence[Sequence[float]]] | None,
 ) -> np.ndarray:
-    """Vectors as sentence-transformers' `quantize_embeddings` and vector databases define them.
+    """Quantize vectors as sentence-transformers' `quantize_embeddings` does.
 
     Args:
         vectors: float32 [n, dim].
@@ -90,12 +90,12 @@ def quantize_vectors(
         ranges: From `measure_ranges`, for "int8" and "uint8".
 
     Returns:
-        "int8" and "uint8": [n, dim], 255 steps between a value's smallest and largest; "binary"
-        (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], a bit for each value, 1 where it is
-        positive, the first value's highest.
+        "float32": the vectors. "int8" and "uint8": [n, dim], 255 steps from a value's minimum to
+        its maximum. "binary" (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], one bit per value, 1
+        if it is positive; the first value is the highest bit.
 
     Raises:
-        InputError: There is no such precision, or it needs ranges and there are none of this width.
+        InputError: The precision is unknown, or needs ranges and there are none for this width.
     """
     if precision == "float32":
         return vectors
@@ -111,7 +111,7 @@ def quantize_vectors(
     low, high = (np.asarray(bound, np.float32) for bound in ranges[str(vectors.shape[1])])
     steps = np.maximum((high - low) / 255, np.finfo(np.float32).tiny)
     shifted = (vectors - low) / steps
-    # Texts not seen in calibration go beyond its ranges.
+    # Clip: values of texts not seen in calibration may exceed the ranges.
     if precision == "uint8":
         return np.clip(np.trunc(shifted), 0, 255).astype(np.uint8)
     return np.clip(np.trunc(shifted - 128), -128, 127).astype(np.int8)

@@ -1,12 +1,12 @@
-/* Causal grouped-query attention with the norms and the rotary embedding of queries and keys.
+/* Causal grouped-query attention, including the norms and the rotary embedding of queries and keys.
 
-   Keys lie in panels of 64, transposed: [head_dim, 64]; so a tile of six queries by as many keys as registers
-   hold is made of outer products. Values lie as they come, [64, head_dim], and the same tile serves for the
-   weighted sum. Scores of 48 queries with 256 keys at a time are in the cache; the softmax goes on from block
-   to block (arXiv:1805.02867).
+   Keys are stored in panels of 64, transposed: [head_dim, 64]. So a tile of six queries by as many keys as the
+   registers hold is a sum of outer products. Values are stored as [64, head_dim], and the same tile computes
+   their weighted sum. Scores are computed for 48 queries by 256 keys at a time, which stay in the cache; the
+   softmax is updated online from block to block (arXiv:1805.02867).
 
-   Blocks begin at fixed positions, and each query is summed for itself, input by input: its result is the
-   same to the bit in any batch, behind any past, and with any instruction set. */
+   Blocks begin at fixed positions, and each query has its own sums, taken input by input. So its result has
+   the same bits in any batch, after any prefix, and with any instruction set. */
 
 #pragma once
 #include "kernels.h"
@@ -14,7 +14,7 @@
 
 enum { PANEL = 64, QUERIES = 48, KEYS = 256, AHEAD = 4 };
 
-/* C [rows, 16 * vectors] = or += A [rows, depth] B [depth, 16 * vectors]. */
+/* C = A B, or C += A B if `more`: A [rows, depth], B [depth, 16 * vectors], C [rows, 16 * vectors]. */
 INLINE void multiply_tile(int rows, int vectors, int more, ptrdiff_t depth, const float *a,
                           ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
                           ptrdiff_t c_row) {
@@ -41,7 +41,7 @@ INLINE void multiply_tile(int rows, int vectors, int more, ptrdiff_t depth, cons
         for (int j = 0; j < vectors; j++) store(c + i * c_row + LANES * j, sums[i][j]);
 }
 
-/* The tile in registers for each number of rows and vectors. */
+/* multiply_tile() with constant rows and vectors, so that its tile stays in registers. */
 INLINE void multiply_some(int rows, int vectors, int more, ptrdiff_t depth, const float *a,
                           ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
                           ptrdiff_t c_row) {
@@ -55,7 +55,7 @@ INLINE void multiply_some(int rows, int vectors, int more, ptrdiff_t depth, cons
 #undef WITH
 }
 
-/* C [rows, 16 * vectors] as multiply_tile has it, for up to 4 vectors. */
+/* As multiply_tile(), for up to 4 vectors. */
 TARGET static void multiply(int rows, int vectors, int more, ptrdiff_t depth, const float *a,
                             ptrdiff_t a_row, const float *b, ptrdiff_t b_row, float *c,
                             ptrdiff_t c_row) {
@@ -68,8 +68,8 @@ TARGET static void multiply(int rows, int vectors, int more, ptrdiff_t depth, co
     }
 }
 
-/* RMSNorm of a head and its rotary embedding (arXiv:2104.09864, halves apart), times a factor.
-   `whole`: halves are whole vectors, and no part of one is loaded. */
+/* RMSNorm of a head, then its rotary embedding (arXiv:2104.09864, pairs half a head apart), times a factor.
+   `whole`: a half-head is a multiple of LANES, so no partial vector is loaded. */
 INLINE void norm_rotate_head(const struct attention *a, const float *x, const float *gains,
                              ptrdiff_t position, float factor, float *out, int whole) {
     ptrdiff_t half = a->head_dim / 2;
@@ -92,7 +92,7 @@ INLINE void norm_rotate_head(const struct attention *a, const float *x, const fl
     }
 }
 
-/* The same, and zeros up to padded_dim. */
+/* The same, padded with zeros to padded_dim. */
 TARGET static void norm_rotate(const struct attention *a, const float *x, const float *gains,
                                ptrdiff_t position, float factor, float *out) {
     ptrdiff_t whole = a->head_dim / LANES * LANES;
@@ -101,7 +101,7 @@ TARGET static void norm_rotate(const struct attention *a, const float *x, const 
     else norm_rotate_head(a, x, gains, position, factor, out, 1);
 }
 
-/* `count` floats times a factor, and zeros up to `padded`. */
+/* Copy `count` floats times a factor, padded with zeros to `padded`. */
 INLINE void copy_scaled(const float *from, float factor, float *to, ptrdiff_t count,
                         ptrdiff_t padded) {
     for (ptrdiff_t i = 0; i < padded; i += LANES)
@@ -122,7 +122,7 @@ static size_t scratch_floats(const struct attention *a) {
     return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim);
 }
 
-/* Where the panel of keys is that begins at position PANEL * `panel`; behind it come those after. */
+/* The keys of panel number `panel`, which begins at position PANEL * `panel`. The next panels follow it. */
 static inline float *find_keys(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
                                ptrdiff_t panel) {
     ptrdiff_t shared = a->shared_panels, before;
@@ -132,7 +132,7 @@ static inline float *find_keys(const struct attention *a, ptrdiff_t row, ptrdiff
     return a->scratch + before * PANEL * a->padded_dim;
 }
 
-/* The same of values, which lie behind all keys. */
+/* The same for values, which are stored after all keys. */
 static inline float *find_values(const struct attention *a, ptrdiff_t row, ptrdiff_t head,
                                  ptrdiff_t panel) {
     return find_keys(a, row, head, panel) + scratch_floats(a) / 2;
@@ -158,7 +158,7 @@ TARGET static void fill_panel(const struct attention *a, size_t task) {
         for (ptrdiff_t i = 0; i < LANES; i++) {
             ptrdiff_t position = first + group + i, token = position - a->past;
             float *key = rotated + i * padded, *value = scaled + i * padded;
-            if (group + i >= count) { /* behind the last token */
+            if (group + i >= count) { /* after the last token */
                 clear(key, padded);
                 clear(value, padded);
             } else if (token < 0) {
@@ -203,12 +203,12 @@ static size_t query_tasks(const struct attention *a) {
     return (size_t)(a->batch * a->heads * ceiling(a->size, QUERIES));
 }
 
-/* A query's softmax so far. */
+/* A query's online softmax: the maximum score and the sum of weights so far. */
 struct softmax {
     float most, sum;
 };
 
-/* Scores of a query with `width` keys, whole vectors, become their weights; it sees `seen`. */
+/* Turn a query's scores for `width` keys, a multiple of LANES, into weights; it attends to the first `seen`. */
 INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax *softmax,
                   float *attended, ptrdiff_t dim) {
     if (seen <= 0) {
@@ -246,13 +246,13 @@ INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax
 }
 
 TARGET static void attend(const struct attention *a, size_t task) {
-    /* The last queries see most: they come first, so that threads end together. */
+    /* The last queries attend to most keys: they come first, so that threads finish together. */
     ptrdiff_t blocks = ceiling(a->size, QUERIES), rows = a->batch * a->heads;
     ptrdiff_t first = (blocks - 1 - (ptrdiff_t)task / rows) * QUERIES;
     ptrdiff_t row = (ptrdiff_t)task % rows / a->heads, head = (ptrdiff_t)task % a->heads;
     ptrdiff_t dim = a->head_dim, padded = a->padded_dim, kv_head = head * a->kv_heads / a->heads;
     ptrdiff_t inside = minimum(QUERIES, a->size - first);
-    /* Padding attends to nothing. */
+    /* Padding tokens attend to nothing. */
     ptrdiff_t count = minimum(inside, a->last[row] + 1 - a->past - first);
     float queries[QUERIES * MAX_HEAD_DIM], attended[QUERIES * MAX_HEAD_DIM];
     float scores[QUERIES * KEYS];
@@ -289,7 +289,7 @@ TARGET static void attend(const struct attention *a, size_t task) {
                 weigh(weights, whole, minimum(width, start + j + 1 - key), softmax + j,
                       attended + j * padded, padded);
             }
-            /* Shared values and the row's own lie apart. */
+            /* The prefix's values and the row's own are stored apart. */
             ptrdiff_t shared = minimum(width, a->shared_panels * PANEL - key), end;
             for (ptrdiff_t from = 0; from < width; from = end) {
                 const float *values = find_values(a, row, kv_head, (key + from) / PANEL);

@@ -68,7 +68,7 @@ INLINE vec fma_negated(vec a, vec b, vec c) {
 INLINE vec fma_subtract(vec a, vec b, vec c) {
     return (vec){_mm256_fmsub_ps(a.low, b.low, c.low), _mm256_fmsub_ps(a.high, b.high, c.high)};
 }
-/* `b` where one is NaN. */
+/* Return `b` if either is NaN. */
 INLINE vec smaller(vec a, vec b) {
     return (vec){_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
 }
@@ -92,7 +92,7 @@ INLINE vec power_of_two(vec n) {
 INLINE float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 INLINE float first_lane(vec x) { return _mm256_cvtss_f32(x.low); }
 
-/* Lanes i and i + 8, then i + 4, i + 2, i + 1: the same order for every instruction set. */
+/* Add lanes i and i + 8, then i + 4, i + 2, i + 1: the same order in every instruction set. */
 INLINE float sum(vec x) {
     __m256 eight = _mm256_add_ps(x.low, x.high);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -119,7 +119,7 @@ INLINE __m256i code_half(__m256 x, int zero) {
     return _mm256_and_si256(code, _mm256_set1_epi32(255));
 }
 
-/* round(x) + zero, within 8 bits of either sign. */
+/* Store round(x) + zero, clamped to zero - 128 .. zero + 127. */
 INLINE void store_codes(uint8_t *codes, ptrdiff_t count, vec x, int zero) {
     __m256i words = _mm256_packus_epi32(code_half(x.low, zero), code_half(x.high, zero));
     words = _mm256_permute4x64_epi64(words, 0xd8);
@@ -134,12 +134,12 @@ INLINE void store_codes(uint8_t *codes, ptrdiff_t count, vec x, int zero) {
     for (ptrdiff_t i = 0; i < count; i++) codes[i] = all[i];
 }
 
-/* Heads of neighbouring tokens lie too far apart for the processor to foresee. */
+/* Heads of neighbouring tokens are too far apart for the hardware prefetcher. */
 INLINE void prefetch(const float *from, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 16) _mm_prefetch((const char *)(from + i), _MM_HINT_T0);
 }
 
-/* [8, 8] turned over: pairs, then fours within half a register, then the halves. */
+/* Transpose [8, 8]: pairs, then fours within half a register, then the halves. */
 INLINE void transpose_eight(const float *from, ptrdiff_t from_row, float *to, ptrdiff_t to_row) {
     __m256 a[8], b[8];
 #pragma GCC unroll 8
@@ -162,7 +162,7 @@ INLINE void transpose_eight(const float *from, ptrdiff_t from_row, float *to, pt
     }
 }
 
-/* [16, 16] turned over. */
+/* Transpose [16, 16]. */
 INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_t to_row) {
     for (int i = 0; i < 16; i += 8)
         for (int j = 0; j < 16; j += 8)
@@ -173,13 +173,11 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
 
 /* The zero point of rounded activations. vpmaddubsw multiplies uint8 by int8 and adds two products in
-   16 bits: 4-bit weights leave room for four such sums, 255 x 15 x 8 = 30,600. 8-bit ones leave none;
-   there it takes the magnitude of the weight and gives its sign to the activation,
-   127 x 127 x 2 = 32,258. */
+   16 bits. With 4-bit weights, 16 bits hold four such sums: 255 x 15 x 8 = 30,600. With 8-bit weights they
+   hold only one, of the weight's magnitude by the activation with the weight's sign: 127 x 127 x 2 = 32,258. */
 enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 0, GROUP_ROWS = 2 };
 
-/* Sums are added in the order in which they are written: gcc would first make all of what is added, for which
-   there are not registers enough. */
+/* Keep the sums in the written order: gcc would compute all summands first, and run out of registers. */
 INLINE __m256i in_order(__m256i sum) {
     __asm__("" : "+x"(sum));
     return sum;
@@ -191,7 +189,7 @@ INLINE __m256i four_inputs(const uint8_t *a) {
     return _mm256_set1_epi32(four);
 }
 
-/* sums += a group by 16 outputs: 4-bit weights, four steps in 16 bits. */
+/* sums += a group by 16 outputs, for 4-bit weights: four steps are added in 16 bits. */
 INLINE void add_nibbles(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256i ones,
                         __m256i sums[GROUP_ROWS][2]) {
     for (ptrdiff_t k = 0; k < steps; k += 4) {
@@ -217,7 +215,7 @@ INLINE void add_nibbles(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m2
     }
 }
 
-/* sums += a group by 16 outputs: 8-bit weights. */
+/* sums += a group by 16 outputs, for 8-bit weights. */
 INLINE void add_bytes(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256i ones,
                       __m256i sums[GROUP_ROWS][2]) {
     for (ptrdiff_t k = 0; k < steps; k++, a += 4 * GROUP_ROWS, w += 128)
@@ -235,7 +233,7 @@ INLINE void add_bytes(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256
         }
 }
 
-/* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
+/* c += one group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
 INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
                            const int32_t *start, const float *row_scales, const float *scales,
                            float *c) {

@@ -1,7 +1,7 @@
 #ifdef __x86_64__
 
 #include "avx512.h"
-/* Behind the operations that they are made of. */
+/* These use the vector operations above, so they are included after them. */
 #include "attention.h"
 #include "product.h"
 #include "rows.h"

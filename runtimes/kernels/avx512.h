@@ -5,10 +5,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* On each function that needs it, and on no other: what decides whether they run, runs anywhere. */
+/* Only on functions that need it: the code that checks the CPU must run on any CPU. */
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define INLINE static inline TARGET __attribute__((always_inline))
-/* On what multiplies weights in groups, and runs only where there is VNNI too. */
+/* On functions for products with grouped weights, which run only on CPUs with VNNI. */
 #define PRODUCT __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define INLINE_PRODUCT static inline PRODUCT __attribute__((always_inline))
 
@@ -38,7 +38,7 @@ INLINE vec divide(vec a, vec b) { return _mm512_div_ps(a, b); }
 INLINE vec fma_add(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vec fma_negated(vec a, vec b, vec c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE vec fma_subtract(vec a, vec b, vec c) { return _mm512_fmsub_ps(a, b, c); }
-/* `b` where one is NaN. */
+/* Return `b` if either is NaN. */
 INLINE vec smaller(vec a, vec b) { return _mm512_min_ps(a, b); }
 INLINE vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }
 INLINE vec absolute(vec x) { return _mm512_abs_ps(x); }
@@ -50,7 +50,7 @@ INLINE vec power_of_two(vec n) {
 INLINE float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 INLINE float first_lane(vec x) { return _mm512_cvtss_f32(x); }
 
-/* Lanes i and i + 8, then i + 4, i + 2, i + 1: the same order for every instruction set. */
+/* Add lanes i and i + 8, then i + 4, i + 2, i + 1: the same order in every instruction set. */
 INLINE float sum(vec x) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -65,7 +65,7 @@ INLINE nans find_nans(nans found, vec x) {
 }
 INLINE int any_nan(nans found) { return found != 0; }
 
-/* round(x) + zero, within 8 bits of either sign. */
+/* Store round(x) + zero, clamped to zero - 128 .. zero + 127. */
 INLINE void store_codes(uint8_t *codes, ptrdiff_t count, vec x, int zero) {
     __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(zero));
     code = _mm512_max_epi32(code, _mm512_set1_epi32(zero - 128));
@@ -73,12 +73,12 @@ INLINE void store_codes(uint8_t *codes, ptrdiff_t count, vec x, int zero) {
     _mm512_mask_cvtepi32_storeu_epi8(codes, first_lanes(count), code);
 }
 
-/* Heads of neighbouring tokens lie too far apart for the processor to foresee. */
+/* Heads of neighbouring tokens are too far apart for the hardware prefetcher. */
 INLINE void prefetch(const float *from, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 16) _mm_prefetch((const char *)(from + i), _MM_HINT_T0);
 }
 
-/* [16, 16] turned over: pairs, then fours within a quarter of a vector, then the quarters. */
+/* Transpose [16, 16]: pairs, then fours within a quarter of a vector, then the quarters. */
 INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_t to_row) {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
@@ -113,12 +113,13 @@ enum { TILE_ROWS = 6, TILE_VECTORS = 4 };
 /* The zero point of rounded activations: AVX-512 VNNI multiplies uint8 by int8. */
 enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 128, GROUP_ROWS = 8 };
 
-/* sums += four products a lane. gcc 12 copies the sums of its intrinsic to another register and back. */
+/* sums += four products per lane. In assembly: gcc 12 copies the intrinsic's sums to another register and
+   back. */
 INLINE_PRODUCT void dot(__m512i *sums, __m512i x, __m512i w) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(x), "v"(w));
 }
 
-/* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
+/* c += one group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
 INLINE_PRODUCT void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
                                    const int32_t *start, const float *row_scales,
                                    const float *scales, float *c) {

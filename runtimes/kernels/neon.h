@@ -1,4 +1,4 @@
-/* Sixteen floats in four registers: 64-bit ARM, whose every CPU has NEON. */
+/* Sixteen floats in four registers: 64-bit ARM, where every CPU has NEON. */
 
 #pragma once
 #include <arm_neon.h>
@@ -13,7 +13,7 @@
 typedef float32x4x4_t vec;
 typedef uint32x4_t nans;
 
-/* An operation on each register. */
+/* Apply an operation to each register. */
 #define EACH(operation) \
     ((vec){{operation(0), operation(1), operation(2), operation(3)}})
 
@@ -62,7 +62,7 @@ BINARY(add, vaddq_f32)
 BINARY(subtract, vsubq_f32)
 BINARY(times, vmulq_f32)
 BINARY(divide, vdivq_f32)
-/* NaN where one is NaN. */
+/* NaN if either is NaN. */
 BINARY(smaller, vminq_f32)
 BINARY(larger, vmaxq_f32)
 #undef BINARY
@@ -100,7 +100,7 @@ INLINE vec power_of_two(vec n) {
 INLINE float square_root(float x) { return vget_lane_f32(vsqrt_f32(vdup_n_f32(x)), 0); }
 INLINE float first_lane(vec x) { return vgetq_lane_f32(x.val[0], 0); }
 
-/* Lanes i and i + 8, then i + 4, i + 2, i + 1: the same order for every instruction set. */
+/* Add lanes i and i + 8, then i + 4, i + 2, i + 1: the same order in every instruction set. */
 INLINE float sum(vec x) {
     float32x4_t four =
         vaddq_f32(vaddq_f32(x.val[0], x.val[2]), vaddq_f32(x.val[1], x.val[3]));
@@ -119,7 +119,7 @@ INLINE nans find_nans(nans found, vec x) {
 }
 INLINE int any_nan(nans found) { return vmaxvq_u32(found) != 0; }
 
-/* round(x) + zero, within 8 bits of either sign. */
+/* Store round(x) + zero, clamped to zero - 128 .. zero + 127. */
 INLINE void store_codes(uint8_t *codes, ptrdiff_t count, vec x, int zero) {
     uint16x4_t words[4];
     for (int i = 0; i < 4; i++) {
@@ -139,12 +139,12 @@ INLINE void store_codes(uint8_t *codes, ptrdiff_t count, vec x, int zero) {
     for (ptrdiff_t i = 0; i < count; i++) codes[i] = all[i];
 }
 
-/* Heads of neighbouring tokens lie too far apart for the processor to foresee. */
+/* Heads of neighbouring tokens are too far apart for the hardware prefetcher. */
 INLINE void prefetch(const float *from, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
 }
 
-/* [4, 4] turned over. */
+/* Transpose [4, 4]. */
 INLINE void transpose_four(const float *from, ptrdiff_t from_row, float *to, ptrdiff_t to_row) {
     float32x4x2_t upper = vtrnq_f32(vld1q_f32(from), vld1q_f32(from + from_row));
     float32x4x2_t lower = vtrnq_f32(vld1q_f32(from + 2 * from_row), vld1q_f32(from + 3 * from_row));
@@ -155,7 +155,7 @@ INLINE void transpose_four(const float *from, ptrdiff_t from_row, float *to, ptr
     }
 }
 
-/* [16, 16] turned over. */
+/* Transpose [16, 16]. */
 INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_t to_row) {
     for (int i = 0; i < 16; i += 4)
         for (int j = 0; j < 16; j += 4)
@@ -168,14 +168,14 @@ enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
 /* Rounded activations are int8: NEON multiplies int8 by int8. */
 enum { ZERO_BY_4_BITS = 0, ZERO_BY_8_BITS = 0, GROUP_ROWS = 4 };
 
-/* Sums of four products: sdot, in instructions that every CPU has. */
+/* sums += four products per lane, as sdot does, but with instructions that every CPU has. */
 INLINE int32x4_t dot(int32x4_t sums, int8x16_t x, int8x16_t w) {
     int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(w)));
     int32x4_t high = vpaddlq_s16(vmull_high_s8(x, w));
     return vaddq_s32(sums, vpaddq_s32(low, high));
 }
 
-/* One group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
+/* c += one group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
 INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
                            const int32_t *start, const float *row_scales, const float *scales,
                            float *c) {

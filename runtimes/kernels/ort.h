@@ -1,13 +1,13 @@
 /* The part of onnxruntime's C API that the kernels use.
 
-   Source of names, order and types: onnxruntime_c_api.h. A function keeps its place in OrtApi, and a
-   member its place in OrtCustomOp, in every later version; so places are all that is written down. */
+   Names, order and types are from onnxruntime_c_api.h. A function keeps its index in OrtApi, and a member
+   its offset in OrtCustomOp, in every later version. So only these are declared here. */
 
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
-/* onnxruntime hands out the table of any version up to its own. */
+/* onnxruntime provides the API table of any version up to its own. */
 enum { API_VERSION = 18 };
 
 typedef struct OrtStatus OrtStatus;
@@ -57,7 +57,7 @@ typedef struct OrtCustomOp {
     void *in_place[4];
 } OrtCustomOp;
 
-/* Functions by their place in OrtApi. */
+/* Functions by their index in OrtApi. */
 #define CALL(api, place, ...) ((OrtStatus * (*)(__VA_ARGS__))(api)[place])
 #define create_status(api) CALL(api, 0, int, const char *)
 #define create_domain(api) CALL(api, 26, const char *, OrtCustomOpDomain **)

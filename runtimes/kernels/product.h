@@ -1,14 +1,15 @@
-/* Products with weights of 4 and 8 bits in groups, whose activations are rounded to 8 bits.
+/* Products with grouped weights of 4 and 8 bits; activations are rounded to 8 bits.
 
-   A token's inputs are rounded group by group, round(127 x / max|x|), as onnxruntime's MatMulNBits does at
-   accuracy level 4. Integer products of a group are exact; groups are added in fp32 in their order, with one
-   rounding each. So every instruction set gives the same bits, for a token alone and in any batch.
+   A token's inputs are rounded group by group, round(127 x / max|x|), as in onnxruntime's MatMulNBits at
+   accuracy level 4. Integer products within a group are exact. Groups are added in fp32 in their order, with
+   one rounding each. So every instruction set gives the same bits, for a token alone and in any batch.
 
-   Rounded activations of GROUP_ROWS tokens, a tile, lie together: [inputs / 4, tokens, 4 inputs]. Weights stay
-   as the file has them. A task unpacks those of 32 outputs and up to 512 inputs into a panel that the cache
-   holds, signed and without their zero points, and multiplies all tiles by it. The panel is [inputs / 4,
-   32 outputs, 4 inputs]: four products a lane, as instructions add them. 4-bit weights come eight inputs in
-   four bytes, whose lower halves are inputs 0, 2, 4, 6: activations lie in that order too. */
+   A tile is the rounded activations of GROUP_ROWS tokens: [inputs / 4, tokens, 4 inputs]. Weights in memory
+   stay as in the file. A task unpacks the weights of 32 outputs and up to 512 inputs into a panel, as signed
+   values with their zero points subtracted. The panel fits into the cache, and all tiles are multiplied by it.
+   Its layout is [inputs / 4, 32 outputs, 4 inputs]: one instruction adds four products per lane. Four bytes of
+   4-bit weights hold eight inputs, with inputs 0, 2, 4, 6 in their lower halves: activations are stored in
+   that order too. */
 
 #pragma once
 #include <string.h>
@@ -22,7 +23,7 @@ static size_t tile_count(const struct product *p) { return (size_t)ceiling(p->co
 
 static size_t panel_count(const struct product *p) { return (size_t)ceiling(p->outputs, OUTPUTS); }
 
-/* Codes of all tiles, then the scales of each, [groups, tokens]. */
+/* The codes of all tiles, then the scales of all tiles, [groups, tokens] each. */
 static size_t tile_bytes(const struct product *p) {
     return tile_count(p) * (size_t)(p->groups * GROUP_ROWS) *
            ((size_t)p->group + sizeof(float));
@@ -41,7 +42,7 @@ INLINE int zero_of(const struct product *p) {
     return p->bits == 4 ? ZERO_BY_4_BITS : ZERO_BY_8_BITS;
 }
 
-/* Inputs 0 to 7 become 0, 2, 4, 6, 1, 3, 5, 7. */
+/* Reorder eight inputs to 0, 2, 4, 6, 1, 3, 5, 7. */
 static inline uint64_t evens_first(uint64_t codes) {
     uint64_t even = codes & 0x00ff00ff00ff00ffu, odd = codes >> 8 & 0x00ff00ff00ff00ffu;
     even = (even | even >> 8) & 0x0000ffff0000ffffu;
@@ -49,7 +50,7 @@ static inline uint64_t evens_first(uint64_t codes) {
     return ((even | even >> 16) & 0xffffffffu) | (odd | odd >> 16) << 32;
 }
 
-/* A group of a token: its codes in the order of the weights', and its scale. */
+/* Round a group of a token: writes its codes in the weights' order, returns its scale. */
 INLINE float round_group(const struct product *p, const float *x, ptrdiff_t count, uint8_t *codes) {
     struct largest largest = none();
     for (ptrdiff_t i = 0; i < count; i += LANES) enlarge(&largest, load_part(x + i, count - i));
@@ -67,7 +68,7 @@ INLINE float round_group(const struct product *p, const float *x, ptrdiff_t coun
     return most * (1 / 127.0f);
 }
 
-/* Rounds the activations of a tile; tokens that are not there have a scale of zero. */
+/* Round the activations of a tile; tokens beyond the last get a scale of zero. */
 PRODUCT static void round_tile(const struct product *p, size_t tile) {
     for (ptrdiff_t group = 0; group < p->groups; group++) {
         uint8_t *to = codes_of(p, (ptrdiff_t)tile, group), codes[MAX_GROUP] = {0};
@@ -84,21 +85,21 @@ PRODUCT static void round_tile(const struct product *p, size_t tile) {
     }
 }
 
-/* Weights of OUTPUTS outputs and one group after another. */
+/* Unpacked weights of OUTPUTS outputs, group after group. */
 struct panel {
     int8_t weights[INPUTS * OUTPUTS];
     int32_t start[INPUTS / SMALLEST_GROUP * OUTPUTS];
     float scales[INPUTS / SMALLEST_GROUP * OUTPUTS];
 };
 
-/* A weight's zero point, [outputs, groups] packed like the weights. */
+/* A group's zero point; they are [outputs, groups], packed like the weights. */
 static inline int zero_point(const struct product *p, ptrdiff_t output, ptrdiff_t group) {
     if (!p->zero_points) return 1 << (p->bits - 1);
     const uint8_t *row = p->zero_points + output * ceiling(p->groups * p->bits, 8);
     return p->bits == 8 ? row[group] : row[group / 2] >> (group % 2 ? 4 : 0) & 15;
 }
 
-/* 16 four-byte words of each of 16 outputs, of which `count` and `words` are there. */
+/* Transpose 16 outputs by 16 four-byte words, of which `count` outputs and `words` words exist. */
 INLINE void turn_words(const uint8_t *from, ptrdiff_t row, ptrdiff_t count, ptrdiff_t words,
                        uint8_t *to) {
     float part[16 * 16];
@@ -152,7 +153,7 @@ PRODUCT static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t 
                 }
             }
         }
-        /* What the zero point of activations adds to each sum is taken off where the sum begins. */
+        /* The activations' zero point adds a constant to each sum: start the sum with its negative. */
         memset(sums, 0, sizeof sums);
         multiply_group((int)p->bits, steps, one, weights, nothing, unit, unit, sums);
         for (ptrdiff_t i = 0; i < OUTPUTS; i++)
@@ -160,7 +161,7 @@ PRODUCT static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t 
     }
 }
 
-/* A tile by a panel. */
+/* Multiply a tile by a panel. */
 INLINE_PRODUCT void multiply_tile_by(const struct product *p, int bits,
                                      const struct panel *panel, ptrdiff_t tile,
                                      ptrdiff_t first_group, ptrdiff_t groups, float *c) {
@@ -170,7 +171,7 @@ INLINE_PRODUCT void multiply_tile_by(const struct product *p, int bits,
                        scales_of(p, tile, first_group + group), panel->scales + group * OUTPUTS, c);
 }
 
-/* All tokens by the weights of OUTPUTS outputs. */
+/* Multiply all tokens by the weights of OUTPUTS outputs. */
 PRODUCT static void multiply_panel(const struct product *p, size_t task) {
     struct panel panel;
     ptrdiff_t output = (ptrdiff_t)task * OUTPUTS, at_once = INPUTS / p->group;

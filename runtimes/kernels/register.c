@@ -1,7 +1,7 @@
-/* The kernels as operators of onnxruntime, domain "embedport", on its CPU provider and its threads.
+/* Register the kernels as onnxruntime operators (domain "embedport") on its CPU provider and its threads.
 
-   A graph has each operator as a function of onnxruntime's own ones too (exporters/onnx/), which
-   it takes where this library is not registered. */
+   A graph also defines each operator as a function of onnxruntime's own operators (exporters/onnx/).
+   onnxruntime uses the function if this library is not registered. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 
 enum { ROWS_A_TASK = 8, MAX_VALUES = 17 };
 
-/* An operator: its values' types in order, of which the first `required` must be there. */
+/* An operator: the types of its inputs and outputs; the first `required_...` ones are not optional. */
 struct operator {
     OrtCustomOp ort;
     const struct kernels *kernels;
@@ -20,7 +20,7 @@ struct operator {
     size_t input_count, required_inputs, output_count, required_outputs;
 };
 
-/* A node of a session. */
+/* A node of a session's graph, with its attributes. */
 struct node {
     OrtApi api;
     OrtAllocator *allocator;
@@ -31,7 +31,7 @@ struct node {
 };
 
 struct tensor {
-    void *data; /* NULL where the value is absent */
+    void *data; /* NULL if the value is absent */
     size_t rank;
     int64_t shape[4];
     ptrdiff_t count;
@@ -81,10 +81,10 @@ static OrtStatus *write(const struct node *node, OrtKernelContext *context, size
     return value ? get_data(node->api)(value, data) : NULL;
 }
 
-/* Tasks in any order on onnxruntime's threads. */
+/* Run tasks in any order on onnxruntime's threads. */
 static OrtStatus *run_tasks(const struct node *node, OrtKernelContext *context,
                             void (*run)(void *, size_t), size_t count, void *data) {
-    /* As many batches as tasks: a thread takes the next one when it is done with one. */
+    /* With as many batches as tasks, a thread takes the next task when it has finished one. */
     return count ? parallel_for(node->api)(context, run, count, count, data) : NULL;
 }
 
@@ -107,7 +107,7 @@ static OrtStatus *run_rows(const struct node *node, OrtKernelContext *context,
     return run_tasks(node, context, run_share, tasks, &share);
 }
 
-/* [batch, size, width] of `x` become rows, and codes and scales for them outputs. */
+/* Describe `x` [batch, size, width] as rows, and allocate the outputs for their codes and scales. */
 static OrtStatus *write_codes(const struct node *node, OrtKernelContext *context, size_t index,
                               const struct tensor *x, struct rows *rows) {
     int64_t scales[3] = {x->shape[0], x->shape[1], 1};
@@ -152,7 +152,7 @@ static OrtStatus *compute_swiglu(void *kernel, OrtKernelContext *context) {
     return run_rows(node, context, &rows, node->kernels->swiglu);
 }
 
-/* The same without codes, and without a product's scales. */
+/* AddNorm without codes, and without a product's scales; also Norm, without a value to add. */
 static OrtStatus *compute_plain_norm(void *kernel, OrtKernelContext *context) {
     const struct node *node = kernel;
     struct tensor residual, value, gains;
@@ -380,7 +380,7 @@ static void destroy_kernel(void *kernel) {
     free(node);
 }
 
-/* An attribute that the operator does not have keeps its zero. */
+/* An attribute that the operator does not have is zero. */
 static void read_int_attribute(OrtApi api, const OrtKernelInfo *info, const char *name,
                                int64_t *value) {
     OrtStatus *status = read_int(api)(info, name, value);
@@ -463,7 +463,7 @@ static const struct operator OPERATORS[] = {
 
 enum { OPERATOR_COUNT = sizeof OPERATORS / sizeof *OPERATORS };
 
-/* An instruction set, and whether the CPU has it. */
+/* An instruction set, and whether this CPU supports it. */
 struct set {
     const char *name;
     int here;
@@ -472,7 +472,7 @@ struct set {
 
 enum { SETS = 2 };
 
-/* The instruction sets that this library was compiled for, the best first. */
+/* The instruction sets that this library was compiled for, best first. */
 static void list_sets(struct set sets[SETS]) {
     memset(sets, 0, SETS * sizeof *sets);
 #ifdef __x86_64__
@@ -495,11 +495,11 @@ static void list_sets(struct set sets[SETS]) {
 
 #define EXPORTED __attribute__((visibility("default")))
 
-/* The index of the set that the next call of RegisterCustomOps takes. */
+/* The index of the set that the next call of RegisterCustomOps uses. */
 static int chosen = -1;
 
-/* Choose an instruction set by its name ("": the best that is here) for sessions to come. Returns the name of
-   what was chosen, or NULL where it is not here. Not safe against itself on another thread. */
+/* Choose the instruction set for further sessions by its name; "" chooses the best that the CPU supports.
+   Returns the chosen set's name, or NULL if the CPU does not support it. Not thread-safe. */
 EXPORTED const char *choose_kernels(const char *name) {
     struct set sets[SETS];
     list_sets(sets);
@@ -512,7 +512,7 @@ EXPORTED const char *choose_kernels(const char *name) {
 }
 
 EXPORTED OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-    /* Sessions keep pointers to these, so they are filled once. */
+    /* Sessions keep pointers to these, so they are filled only once. */
     static struct set sets[SETS];
     static struct operator operators[SETS][OPERATOR_COUNT];
     OrtApi api = base->get_api(API_VERSION);

@@ -1,4 +1,4 @@
-/* What stands between two products, each in one pass over memory.
+/* The steps between two matrix products, each in one pass over memory.
 
    A token's codes are round(127 x / max|x|) + 128, and its scale is max|x| / 127. */
 

@@ -1,12 +1,12 @@
-/* Cosines and sines that are the same on every CPU: in double, rounded once at the end. */
+/* Cosines and sines with the same bits on every CPU: computed in double, rounded once at the end. */
 
 #include "kernels.h"
 
-/* pi / 2 as a sum, whose first part times any n here is exact (Cody and Waite 1980, ch. 8). */
+/* pi / 2 as a sum of two parts; n * PART_1 is exact for every n here (Cody and Waite 1980, ch. 8). */
 static const double PART_1 = 1.5707963267341256, PART_2 = 6.0771005065061922e-11;
 static const double TWO_BY_PI = 0.63661977236758138;
 
-/* Taylor's series, to 1e-17 for |r| <= pi / 4. */
+/* Taylor series, accurate to 1e-17 for |r| <= pi / 4. */
 static double sine(double r) {
     double s = r * r, sum = -1.0 / 1307674368000;
     sum = sum * s + 1.0 / 6227020800;

@@ -1,17 +1,17 @@
-/* Functions of sixteen floats that are the same for every instruction set.
+/* Functions of vectors of sixteen floats, shared by all instruction sets.
 
-   Included behind one of avx512.h, avx2.h and neon.h, whose operations they are made of. All of these round
-   alike, fuse a product with a sum only where that is written, and add a vector's lanes in one order: so
-   every instruction set gives the same bits. */
+   Include one of avx512.h, avx2.h and neon.h first: these functions use its operations. All three round
+   alike, fuse a product with a sum only where the code says so, and add a vector's lanes in the same order.
+   So every instruction set gives the same bits. */
 
 #pragma once
 
 enum { LANES = 16 };
 
-/* e^x: 2^n e^r with |r| <= ln(2) / 2, whose Taylor series ends at r^7 / 7!. What is beyond -87 and 88, where
-   float32 ends, is taken for these. */
+/* e^x = 2^n e^r with |r| <= ln(2) / 2, and the Taylor series of e^r up to r^7 / 7!. x is clamped to -87 .. 88,
+   the range of float32. */
 INLINE vec exponential(vec x) {
-    /* The second operand is given where one is NaN. */
+    /* The second operand is returned if either is NaN, so NaN stays NaN. */
     x = smaller(set(88.0f), larger(set(-87.0f), x));
     vec n = nearest(times(x, set(1.44269504f)));
     vec r = fma_negated(n, set(0.693359375f), x);
@@ -32,7 +32,7 @@ INLINE float norm_factor(vec squares, ptrdiff_t count, float eps) {
     return 1 / square_root(sum(squares) / (float)count + eps);
 }
 
-/* The largest magnitude so far, and whether NaN was met, which larger() does not hand on. */
+/* The largest magnitude so far, and whether there was a NaN: larger() does not propagate it. */
 struct largest {
     vec value;
     nans found;
@@ -45,7 +45,7 @@ INLINE void enlarge(struct largest *largest, vec x) {
     largest->found = find_nans(largest->found, x);
 }
 
-/* NaN where one was met; of zeros only, 1e-20. */
+/* NaN if there was one; 1e-20 if all values are zero. */
 INLINE float magnitude(struct largest largest) {
     float value = maximum(largest.value);
     return any_nan(largest.found) ? __builtin_nanf("") : value > 1e-20f ? value : 1e-20f;
