@@ -25,11 +25,13 @@ With a real checkpoint:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to work.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="The output folder.")] = Path(
+        "demo-output"
+    ),
     live: Annotated[
         bool,
         typer.Option(
-            "--live", help="Run the reference here, in torch, instead of what was recorded."
+            "--live", help="Run the reference in torch instead of using the recorded one."
         ),
     ] = False,
 ) -> None:
@@ -40,7 +42,7 @@ def demo(
     result = run_demo(out, lambda step: steps.print(f"{step} …", style="dim"), live=live)
     _print_answers(console, result)
     _print_parity(console, result)
-    console.rule("Where it is", align="left")
+    console.rule("The artifacts", align="left")
     for artifact in result.artifacts:
         console.print(f"  {artifact}", soft_wrap=True)
     console.print(NEXT, soft_wrap=True)
@@ -59,8 +61,8 @@ def _print_answers(console: Console, result: Demo) -> None:
         table = Table("", "", box=SIMPLE_HEAD, expand=True)
         table.add_column(Text(answer.query), overflow="ellipsis", no_wrap=True, ratio=1)
         for name, ranked in (("cosine", answer.found), ("reranked", answer.reranked)):
-            for i, found in enumerate(ranked):
-                table.add_row("" if i else name, f"{found.score:.3f}", Text(found.document))
+            for i, hit in enumerate(ranked):
+                table.add_row("" if i else name, f"{hit.score:.3f}", Text(hit.document))
             table.add_section()
         console.print(table)
 
@@ -69,9 +71,9 @@ def _print_parity(console: Console, result: Demo) -> None:
     console.rule("Parity with the checkpoints' own libraries", align="left")
     if not result.reports:
         console.print(
-            "Not measured, a package is missing. Install it, then again:\n"
+            "Not measured: a package is missing. Install it and run the demo again:\n"
             "pip install 'embedport[cpu,retrieval,report]'",
-            markup=False,  # the extras are no style
+            markup=False,  # rich would read the brackets as markup
         )
         return
     for task in dict.fromkeys(report.task for report in result.reports):
@@ -82,7 +84,7 @@ def _print_parity(console: Console, result: Demo) -> None:
 
 
 def _parity(reports: Sequence[Report]) -> Table:
-    """A column a precision: each gate's value and limit, then the other figures."""
+    """One column per precision: each gate's value and limit, then the other figures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
