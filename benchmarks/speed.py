@@ -122,18 +122,18 @@ def print_results(found: dict[str, Any]) -> None:
             [
                 [
                     name,
-                    each["tokens_per_second"],
-                    "{}, {}".format(*each["from_to"]),
-                    each["ratio"],
-                    "{}, {}".format(*each["ratio_from_to"]),
-                    each["batch_rows"] or "own",
-                    each["minimum_cosine"],
+                    result["tokens_per_second"],
+                    "{}, {}".format(*result["from_to"]),
+                    result["ratio"],
+                    "{}, {}".format(*result["ratio_from_to"]),
+                    result["batch_rows"] or "own",
+                    result["minimum_cosine"],
                 ]
-                for name, each in sides.items()
+                for name, result in sides.items()
             ],
         )
     for work, failed in found["failures"].items():
-        print(f"{work}: {', '.join(failed)} did not survive it")
+        print(f"{work}: {', '.join(failed)} failed")
     print_table(
         ["", "cold start, s", "peak GB", "on disk GB"],
         [

@@ -123,7 +123,7 @@ def bench(
     machine, threads = describe(), choose_threads()
     facts = [read_facts(artifact, task) for artifact in artifacts]
     check_models(facts)
-    sides = _distinct([our_side(each, threads) for each in facts])
+    sides = _distinct([our_side(model, threads) for model in facts])
     tokenizer = facts[0].folder / "tokenizer.json"
     works = _works(facts[0].task, tokenizer, quick)
     check_work(works, facts)
@@ -147,7 +147,7 @@ def bench(
         say(f"{side.name}: cold starts")
         seconds = start_cold(side, first, 1 if quick else COLD_STARTS)
         peak = max(
-            (each[side.name].peak_bytes for each in results.values() if side.name in each),
+            (by_side[side.name].peak_bytes for by_side in results.values() if side.name in by_side),
             default=0,
         )
         side_facts[side.name] = SideFacts(side.size, seconds, peak, side.versions)

@@ -84,7 +84,7 @@ def _speed(name: str, size: int) -> float:
             )
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (size, size))],
-        [numpy_helper.from_array(values[each], each) for each in set(inputs) - {"a"}],
+        [numpy_helper.from_array(values[key], key) for key in set(inputs) - {"a"}],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -207,13 +207,13 @@ def _result(
     ratios = [
         first_speed / own_speed for first_speed, own_speed in zip(first, speeds, strict=False)
     ]
-    reference, own = vectors
+    reference, answers = vectors
     cosine = difference = None
     # A peer gives vectors for pairs, before the head: there is nothing to compare with scores.
-    if reference.ndim == own.ndim == 2:
-        cosine = float(cosines(own, reference).min())
-    elif reference.ndim == own.ndim:
-        difference = float(np.abs(own - reference).max())
+    if reference.ndim == answers.ndim == 2:
+        cosine = float(cosines(answers, reference).min())
+    elif reference.ndim == answers.ndim:
+        difference = float(np.abs(answers - reference).max())
     return Result(
         batch_rows,
         round(median(speeds), 1),

@@ -95,22 +95,22 @@ def _parity(reports: Sequence[Report]) -> Table:
         table.add_column(report.precision, justify="right")
     gates = [{gate.name: gate for gate in report.gates} for report in reports]
     for name in gates[0]:
-        found = [each[name] for each in gates]
+        row_gates = [by_name[name] for by_name in gates]
         shown = (
             number(g.value) if g.value is None else f"{number(g.value)} {g.sense} {number(g.limit)}"
-            for g in found
+            for g in row_gates
         )
         table.add_row(name, *shown)
-    figures = [each.comparisons[0].figures if each.comparisons else {} for each in reports]
+    figures = [report.comparisons[0].figures if report.comparisons else {} for report in reports]
     for name in figures[0]:
         if name not in gates[0]:
-            table.add_row(name, *(number(each.get(name, float("nan"))) for each in figures))
+            table.add_row(name, *(number(values.get(name, float("nan"))) for values in figures))
     quality = [report.retrieval.rows[0] for report in reports if report.retrieval is not None]
     if quality:
         shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
         table.add_row("nDCG@10 (of the reference)", *shown)
         before = [report.retrieval.before for report in reports if report.retrieval is not None]
         if before[0] is not None:
-            table.add_row("nDCG@10 before reranking", *(f"{each:.4f}" for each in before))
+            table.add_row("nDCG@10 before reranking", *(f"{value:.4f}" for value in before))
     table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
     return table

@@ -181,8 +181,8 @@ def _print(artifact: Artifact, seconds: float) -> None:
     line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
     console.print(line, soft_wrap=True)
     if manifest.precision in ("fp16", "bf16"):
-        kept = ", ".join(graph.kept_in_fp32) or "nothing"
-        console.print(f"Kept in fp32: {kept}")
+        fp32_parts = ", ".join(graph.kept_in_fp32) or "nothing"
+        console.print(f"Kept in fp32: {fp32_parts}")
     verb = "encode" if manifest.task == "embedding" else "rerank"
     console.print("Next:")
     texts = '"What is the capital of China?"'

@@ -38,9 +38,9 @@ def check_task(task: str | None) -> Task | None:
     Raises:
         InputError: The task is unknown.
     """
-    for known in (None, *TASKS):
-        if task == known:
-            return known
+    for valid in (None, *TASKS):
+        if task == valid:
+            return valid
     raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
 
 
