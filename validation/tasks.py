@@ -201,7 +201,7 @@ class EmbeddingTask:
         return Encoded(rows, sorted(truncated))
 
     def _by_prompt(self) -> Iterable[tuple[str | None, list[int]]]:
-        """Yield each prompt with the indices of its texts."""
+        """Each prompt with the indices of its texts."""
         indices: dict[str | None, list[int]] = {}
         for i, sample in enumerate(self.samples):
             check_text(i, (sample.prompt or "") + sample.text)
@@ -305,7 +305,7 @@ class RerankerTask:
         ]
 
     def _order_gate(self, found: np.ndarray, expected: np.ndarray, margin: float) -> Gate:
-        """The gate on document pairs of one query that the artifact ranks in the opposite order.
+        """The gate on document pairs of one query that the artifact does not rank as the reference.
 
         Documents whose reference scores differ by the margin or less are tied and not counted.
         """
@@ -355,7 +355,7 @@ def _length_gate(found: np.ndarray, expected: np.ndarray, thresholds: Thresholds
     if not _is_unit(expected):
         name = "vectors' length to the reference's"
         lengths /= np.linalg.norm(expected[:, : found.shape[1]].astype(np.float64), axis=1)
-        # A vector that just meets the cosine limit may be off in length by as much.
+        # An error that the cosine limit allows can change the length by this much.
         limit = max(limit, (2 * (1 - thresholds.min_cosine)) ** 0.5)
     lengths = lengths[np.isfinite(lengths)]
     error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
