@@ -384,7 +384,7 @@ class _Reader:
     def _rows(self, prefix: str, count: int | None) -> list[np.ndarray]:
         lengths = self._tensor(f"{prefix}lengths", np.int32, (count,))
         if not len(lengths) or lengths.min() < 1:
-            raise ValueError(f"{prefix}lengths should all be at least 1, found {lengths}")
+            raise ValueError(f"{prefix}lengths should be 1 or more, found {lengths}")
         ids = self._tensor(f"{prefix}ids", np.int32, (int(lengths.sum(dtype=np.int64)),))
         return np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
 

@@ -148,7 +148,7 @@ def test_what_is_written_is_read(recordings, tmp_path):
 
 def test_another_checkpoint(recordings, checkpoints, tmp_path):
     other = embedport.export(checkpoints("kv2", seed=1), tmp_path / "other").folder
-    with pytest.raises(InputError, match=r"model\.safetensors has the sha256 .* record the ref"):
+    with pytest.raises(InputError, match=r"model\.safetensors has the sha256 .* record a ref"):
         validate(other, recordings("embedding").file)
     wider = embedport.export(checkpoints("kv8"), tmp_path / "wider").folder
     with pytest.raises(InputError, match=r"hidden_size and vocab_size \(128"):
