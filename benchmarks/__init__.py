@@ -1,1 +1,1 @@
-"""Measurements against the tools people would pick instead; each peer in its own environment."""
+"""Measurements against alternative tools; each peer runs in its own environment."""

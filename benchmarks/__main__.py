@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all of it, or one measurement by its name."""
+"""`python -m benchmarks`: run all measurements, or one by its name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Checkpoint = Annotated[
     typer.Option(
         exists=True,
         file_okay=False,
-        help="A checkpoint's folder; random weights at the geometry unless given.",
+        help="A checkpoint's folder; default: random weights at the geometry.",
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
@@ -86,7 +86,9 @@ def _export_8b(precision: str = "bf16", checkpoint: Checkpoint = None, out: Out 
 def _speed(
     rounds: Rounds = 5,
     quick: Annotated[bool, typer.Option("--quick", help="int8 alone, five minutes.")] = False,
-    contest: Annotated[list[speed.Name] | None, typer.Option(help="Instead of all.")] = None,
+    contest: Annotated[
+        list[speed.Name] | None, typer.Option(help="Run only these contests.")
+    ] = None,
     checkpoint: Checkpoint = None,
     out: Out = RESULTS,
 ) -> None:
@@ -102,13 +104,13 @@ def _speed(
 
 @app.command("batches")
 def _batches(rounds: Rounds = 5, out: Out = RESULTS) -> None:
-    """Speed by the tokens of a batch."""
+    """Speed by the number of tokens per batch."""
     batches.by_tokens(rounds, out)
 
 
 @app.command("attention")
 def _attention(rounds: Rounds = 5, out: Out = RESULTS) -> None:
-    """The ways of attention on a CPU, by the length of rows."""
+    """Speed of the attention implementations on a CPU, by row length."""
     attention.by_length(rounds, out)
 
 
@@ -120,7 +122,7 @@ def _outliers(out: Out = RESULTS) -> None:
 
 @app.command("retrieval")
 def _retrieval(out: Out = RESULTS) -> None:
-    """Quality of the demo embedder and of its quantized forms on the held-out set."""
+    """Quality of the demo embedder and its quantized variants on the held-out set."""
     retrieval.on_the_held_out_set(out)
 
 
@@ -159,7 +161,7 @@ def _levels(out: Out = RESULTS) -> None:
 
 @app.command("kernels")
 def _kernels(rounds: Rounds = 7, out: Out = RESULTS) -> None:
-    """The kernels of each instruction set that is here, and onnxruntime's operators."""
+    """The kernels of each instruction set this CPU has, and onnxruntime's operators."""
     kernels.of_each_instruction_set(rounds, out)
 
 
@@ -191,13 +193,13 @@ def _gpu(checkpoint: Checkpoint = None, out: Path = gpu.RESULTS) -> None:
 def _reranking(
     rounds: Rounds = 3, precision: str = "int8", checkpoint: Checkpoint = None, out: Out = RESULTS
 ) -> None:
-    """8 queries with 50 passages each: what rows share computed once, against each row whole."""
+    """8 queries with 50 passages each: the shared prefix computed once, against each row whole."""
     reranking.shared_against_plain(rounds, checkpoint, out, precision)
 
 
 @app.command("bulk")
 def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
-    """A corpus of short texts: memory over time, killed midway, every row once."""
+    """A corpus of short texts: memory over time, and a resume after kill -9."""
     bulk.many_short_texts(out, texts)
 
 

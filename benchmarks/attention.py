@@ -1,6 +1,6 @@
-"""The ways of attention on a CPU, by the length of rows: int8 at the 0.6B geometry.
+"""Speed of the attention implementations on a CPU, by row length: int8 at the 0.6B geometry.
 
-The kernel in C is one; the others are onnxruntime's operators, which a graph has for itself.
+One is the kernel in C; the others are the branches of onnxruntime operators that a graph contains.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .machine import RESULTS, print_table, save
 from .process import export_ours, run
 
 KERNEL = "kernel"
-# The function that has the kernel, and its name where it is to have none.
+# Name of the function that the kernel replaces, and a name that keeps the kernel out.
 ATTENTION, OPERATORS = "RotaryAttention", "AttentionOfOperators"
-# Of the other ways: tokens of a small row, tokens of a short one.
+# The limits that force each other implementation: tokens of a small row and of a short one.
 LIMITS = {"fused": (0, 0), "whole": (1 << 20, 1 << 20), "in four parts": (0, 1 << 20)}
 WAYS = (KERNEL, *LIMITS)
 SHAPES = ((1, 32), (32, 32), (8, 128), (4, 256), (1, 512), (1, 768), (1, 1024), (1, 2048))
@@ -33,10 +33,10 @@ RUNS = 3
 
 
 def by_length(rounds: int, results: Path = RESULTS) -> None:
-    """Milliseconds of one graph with attention each way throughout, a process each, in turn.
+    """Milliseconds of one graph with each attention implementation, in interleaved processes.
 
     Args:
-        rounds: Processes of each way.
+        rounds: Processes per implementation.
         results: Folder of the results.
     """
     source = checkpoint("0.6b")
@@ -74,7 +74,7 @@ def by_length(rounds: int, results: Path = RESULTS) -> None:
 
 
 def _with_limits(graph: Path, way: str, small: int, short: int) -> Path:
-    """The graph with other limits beside it, and no kernel by the name of its attention."""
+    """Save a copy of the graph with other limits and attention renamed to avoid the kernel."""
     model = ir.load(graph)
     for function in model.functions.values():
         if function.name == ATTENTION:
@@ -94,7 +94,7 @@ def _with_limits(graph: Path, way: str, small: int, short: int) -> Path:
 
 
 def _measure(graph: Path) -> dict[str, float]:
-    """Milliseconds at each shape, the fastest of some runs; the rest takes kernels always."""
+    """Milliseconds of the fastest run at each shape; other operators keep their kernels."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -102,18 +102,18 @@ def _measure(graph: Path) -> dict[str, float]:
     register_kernels(options)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(0)
-    found = {}
+    fastest = {}
     for batch, size in SHAPES:
         ids = random.integers(0, 150_000, (batch, size))
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         session.run(None, feeds)
-        spent = []
+        milliseconds = []
         for _ in range(RUNS):
-            began = time.perf_counter()
+            start = time.perf_counter()
             session.run(None, feeds)
-            spent.append(1000 * (time.perf_counter() - began))
-        found[f"{batch}x{size}"] = min(spent)
-    return found
+            milliseconds.append(1000 * (time.perf_counter() - start))
+        fastest[f"{batch}x{size}"] = min(milliseconds)
+    return fastest
 
 
 if __name__ == "__main__":

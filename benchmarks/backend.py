@@ -1,4 +1,4 @@
-"""An artifact in sentence-transformers' ONNX backend, against our own vectors of it."""
+"""An artifact in sentence-transformers' ONNX backend, compared with our runtime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("sentence_transformers_onnx.py")
 
 
 def in_sentence_transformers() -> None:
-    """Queries with the prompt of the artifact's files, and documents; both must be equal."""
+    """Compare vectors of queries, with the artifact's own prompt, and of documents."""
     texts = [sample.text for sample in builtin_samples()]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,4 +1,4 @@
-"""How many tokens a CPU batch should have: int8 at the 0.6B geometry."""
+"""The best number of tokens per batch on a CPU: int8 at the 0.6B geometry."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ BUDGETS = (128, 256, 512, 1024, 2048, 4096)
 
 
 def by_tokens(rounds: int, results: Path = RESULTS) -> None:
-    """Tokens a second at each budget: rows of 128 tokens, and passages of mixed length, in turn.
+    """Tokens per second at each batch budget, for rows of 128 tokens and for mixed passages.
 
     Args:
-        rounds: Over the same rows of 128 tokens; of the passages each takes the next hundred.
+        rounds: Interleaved rounds. Each repeats the rows of 128 tokens, or takes the next hundred
+            passages.
         results: Folder of the results.
     """
     import embedport
 
     source = checkpoint("0.6b")
     CACHE.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    figures: dict[str, dict[int, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         artifact = export_ours(source, Path(temporary), "int8")
         embedder = embedport.load(artifact, device="cpu")
@@ -39,21 +40,21 @@ def by_tokens(rounds: int, results: Path = RESULTS) -> None:
             for number in range(rounds):
                 rows = work.part(number)
                 for budget in BUDGETS if number % 2 == 0 else BUDGETS[::-1]:
-                    began = time.perf_counter()
+                    start = time.perf_counter()
                     embedder.embed_rows(rows, batch_tokens=budget)
-                    spent = time.perf_counter() - began
-                    speeds[budget].append(sum(map(len, rows)) / spent)
-            found[work.name] = {
+                    seconds = time.perf_counter() - start
+                    speeds[budget].append(sum(map(len, rows)) / seconds)
+            figures[work.name] = {
                 budget: {
-                    "tokens_per_second": round(median(each), 1),
-                    "slowest": round(min(each), 1),
-                    "fastest": round(max(each), 1),
+                    "tokens_per_second": round(median(values), 1),
+                    "slowest": round(min(values), 1),
+                    "fastest": round(max(values), 1),
                 }
-                for budget, each in speeds.items()
+                for budget, values in speeds.items()
             }
-    for name, budgets in found.items():
+    for name, budgets in figures.items():
         print_table(
             [f"{name}: tokens of a batch", "tokens/s", "from", "to"],
-            [[budget, *each.values()] for budget, each in budgets.items()],
+            [[budget, *values.values()] for budget, values in budgets.items()],
         )
-    save("batches-0.6b-int8", found, results)
+    save("batches-0.6b-int8", figures, results)

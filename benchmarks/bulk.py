@@ -1,4 +1,4 @@
-"""200,000 short texts with the demo embedder: memory over time, killed midway, every row once."""
+"""200,000 short texts with the demo embedder: memory over time, and a resume after kill -9."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .process import ours
 
 TEXTS = 200_000
 CHECKED = 2_000
-INTERVAL = 0.25  # seconds between looks at the memory
+INTERVAL = 0.25  # seconds between memory samples
 CHART = ROOT / "docs" / "bulk-memory.svg"
 
 
 def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = CHART) -> None:
-    """Encode, kill -9 in the middle, run the same command again.
+    """Encode a corpus, kill -9 midway, and run the same command again.
 
     Raises:
-        RuntimeError: A row is missing, another text's, or was done twice.
+        RuntimeError: A row is missing, belongs to another text, or was computed twice.
     """
     import embedport
     from embedport.demo.pipeline import builtin_embedder
@@ -42,15 +42,21 @@ def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = 
             *("--output", str(output), "--device", "cpu"),
         )
         first = watch(command, output, kill_at=texts // 2)
-        before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.npy")}
+        modified = {path.name: path.stat().st_mtime_ns for path in output.glob("*.npy")}
         second = watch(command, output)
-        again = [name for name, at in before.items() if (output / name).stat().st_mtime_ns != at]
-        if again:
-            raise RuntimeError(f"{len(again)} shards were done twice, such as {again[0]}")
+        rewritten = [
+            name
+            for name, time_ns in modified.items()
+            if (output / name).stat().st_mtime_ns != time_ns
+        ]
+        if rewritten:
+            raise RuntimeError(
+                f"{len(rewritten)} shards were computed twice, such as {rewritten[0]}"
+            )
         worst = check_rows(folder / "model", corpus, output, texts)
     figures = {
         "texts": texts,
-        "shards_when_killed": len(before),
+        "shards_when_killed": len(modified),
         "runs": [
             {
                 "seconds": round(run["seconds"], 1),
@@ -76,36 +82,36 @@ def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = 
 
 
 def write_corpus(path: Path, texts: int) -> Path:
-    """Different texts of one to four WordNet definitions each."""
+    """Write distinct texts of one to four WordNet definitions each."""
     from embedport.beir import read_beir
 
     definitions = list(read_beir("builtin").documents.values())
     generator = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
         for i in range(texts):
-            picked = generator.integers(len(definitions), size=1 + i % 4)
-            text = "; ".join(definitions[j] for j in picked)
+            indices = generator.integers(len(definitions), size=1 + i % 4)
+            text = "; ".join(definitions[j] for j in indices)
             file.write(json.dumps({"_id": str(i), "text": text}) + "\n")
     return path
 
 
 def watch(command: list[str], output: Path, kill_at: int | None = None) -> dict[str, Any]:
-    """Run a command, noting its memory and the rows that are done.
+    """Run a command and record its memory and the number of rows it writes.
 
     Args:
-        command: What to run.
-        output: Where its shards appear.
-        kill_at: Rows after which it is killed with signal 9.
+        command: The command.
+        output: Folder of its shards.
+        kill_at: Number of rows after which it is killed with SIGKILL.
 
     Returns:
-        seconds; rows that this run did; memory, [seconds, resident bytes] each.
+        seconds; rows that this run wrote; memory, a list of (seconds, resident bytes).
     """
 
     def rows() -> int:
         return sum(len(np.load(path, mmap_mode="r")) for path in output.glob("*.npy"))
 
     memory: list[tuple[float, int]] = []
-    there = rows()
+    rows_before = rows()
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -117,7 +123,7 @@ def watch(command: list[str], output: Path, kill_at: int | None = None) -> dict[
     seconds = time.perf_counter() - start
     if process.returncode != (0 if kill_at is None else -signal.SIGKILL):
         raise RuntimeError(f"{command} ended with {process.returncode}")
-    return {"seconds": seconds, "rows": rows() - there, "memory": memory}
+    return {"seconds": seconds, "rows": rows() - rows_before, "memory": memory}
 
 
 def resident_bytes(pid: int) -> int | None:
@@ -130,7 +136,7 @@ def resident_bytes(pid: int) -> int | None:
 
 
 def flatness(memory: list[tuple[float, int]]) -> dict[str, int]:
-    """Medians of the resident set in a tenth of the run from its quarter on, and in the last."""
+    """Median resident set in a tenth of the run after its first quarter, and in its last tenth."""
     values = [resident for _, resident in memory]
     tenth = max(1, len(values) // 10)
     quarter = len(values) // 4
@@ -142,10 +148,10 @@ def flatness(memory: list[tuple[float, int]]) -> dict[str, int]:
 
 
 def check_rows(model: Path, corpus: Path, output: Path, texts: int) -> float:
-    """The smallest cosine of a row to its own text's vector, over texts picked at random.
+    """The smallest cosine of a row and its text's vector, over a random sample.
 
     Raises:
-        RuntimeError: There is not a row for each text, or one is another text's.
+        RuntimeError: Rows are missing, or a row belongs to another text.
     """
     import embedport
 
@@ -153,18 +159,18 @@ def check_rows(model: Path, corpus: Path, output: Path, texts: int) -> float:
     if len(vectors) != texts:
         raise RuntimeError(f"{texts:,} texts, {len(vectors):,} rows")
     lines = corpus.read_text(encoding="utf-8").splitlines()
-    picked = np.random.default_rng(1).choice(texts, min(CHECKED, texts), replace=False)
+    sample = np.random.default_rng(1).choice(texts, min(CHECKED, texts), replace=False)
     embedder = embedport.load(model, device="cpu")
     assert isinstance(embedder, embedport.Embedder)
-    expected = embedder.encode([json.loads(lines[i])["text"] for i in picked])
-    worst = float((vectors[picked] * expected).sum(axis=1).min())
+    expected = embedder.encode([json.loads(lines[i])["text"] for i in sample])
+    worst = float((vectors[sample] * expected).sum(axis=1).min())
     if worst < 0.9999:
-        raise RuntimeError(f"a row is not its text's: cosine {worst}")
+        raise RuntimeError(f"a row belongs to another text: cosine {worst}")
     return worst
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Resident memory over time, the two runs one behind the other."""
+    """Draw the resident memory over time, one run after the other."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -15,11 +15,11 @@ CACHE = ROOT / "build" / "benchmarks"
 
 
 def checkpoint(geometry: str, task: str = "embedding") -> Path:
-    """The checkpoint of a geometry, kept under build/benchmarks/.
+    """The checkpoint of a geometry, cached under build/benchmarks/.
 
-    Geometries are "0.6b", "8b", and "0.6b-4", which is 0.6b's with four layers.
+    Geometries are "0.6b", "8b", and "0.6b-4", which is "0.6b" with four layers.
 
-    Made in a process of its own: a child's ru_maxrss begins with its parent's memory, so whoever
+    A child process writes it: a child's ru_maxrss starts at its parent's memory, so a process that
     measures children must stay small.
     """
     folder = CACHE / f"{task}-{geometry}"
@@ -33,13 +33,13 @@ def checkpoint(geometry: str, task: str = "embedding") -> Path:
 
 
 def require_space(needed: int) -> None:
-    """Stop before a disk is filled.
+    """Check that the disk has enough free space.
 
     Args:
-        needed: Bytes that are about to be written under build/benchmarks/.
+        needed: Bytes to be written under build/benchmarks/.
 
     Raises:
-        RuntimeError: Fewer are free.
+        RuntimeError: Fewer bytes are free.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(CACHE).free
@@ -48,7 +48,7 @@ def require_space(needed: int) -> None:
 
 
 def make(geometry: str, folder: str, task: str) -> None:
-    """Write a checkpoint with Qwen3's own tokenizer."""
+    """Write a checkpoint with random weights and Qwen3's own tokenizer."""
     from tokenizers import Tokenizer
 
     from embedport.demo import synthetic

@@ -26,19 +26,19 @@ WAYS = {
     "bnb-nf4, double": ["--method", "bnb-nf4", "--double-quant"],
     "bnb-int8": ["--method", "bnb-int8"],
 }
-# A folder of the 0.6B geometry, and what GPTQ and AWQ keep of its layers meanwhile.
+# Disk space for a folder of the 0.6B geometry and for temporary files of GPTQ and AWQ.
 NEEDED_BYTES = 4_000_000_000
 
 
 def on_the_demo_pair(results: Path = RESULTS) -> None:
-    """Every method, both tasks: validated against the fp32 reference, retrieval included."""
+    """Validate every method for both tasks against the fp32 reference, including retrieval."""
     import embedport
     from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 
     _read(results)
     CACHE.mkdir(parents=True, exist_ok=True)
-    # The reranker judges fifty pairs a query.
+    # Fewer queries for the reranker, which scores fifty pairs per query.
     sets = {
         "embedding": read_beir(BUILTIN),
         "reranker": read_beir(BUILTIN, max_queries=RERANKED_QUERIES),
@@ -47,21 +47,21 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         folder = Path(temporary)
         for name, options in WAYS.items():
-            found: dict[str, dict[str, Any]] = {}
+            row_figures: dict[str, dict[str, Any]] = {}
             for task, source in sources.items():
                 out = folder / f"{task}-{name}"
-                made = run(ours("quantize", str(source), "-o", str(out), *options, "--json"))
+                finished = run(ours("quantize", str(source), "-o", str(out), *options, "--json"))
                 report = embedport.validate(out, source, retrieval=sets[task], device="cpu")
-                size = json.loads(made.output.strip().splitlines()[-1])["bytes"]
+                size = json.loads(finished.output.strip().splitlines()[-1])["bytes"]
                 figures: dict[str, Any] = {"bytes": size}
                 figures |= report.comparisons[0].figures
                 if report.retrieval is not None:
                     row = report.retrieval.rows[0]
                     assert row.measure == "nDCG@10"
                     figures |= {"nDCG@10": row.artifact, "reference nDCG@10": row.reference}
-                found[task] = figures | {"passed": report.passed}
+                row_figures[task] = figures | {"passed": report.passed}
                 shutil.rmtree(out)
-            _save("demo", name, found, results)
+            _save("demo", name, row_figures, results)
 
 
 def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
@@ -85,14 +85,14 @@ def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) ->
 
 
 def _save(part: str, name: str, figures: dict[str, dict[str, Any]], results: Path) -> None:
-    """Put figures into a row, after each row: a run that ends early loses the last one only."""
+    """Save figures after each row, so that an aborted run loses only the last one."""
     path = results / f"{NAME}.json"
-    kept = _read(results)
-    kept.setdefault("machines", {})[part] = describe()
-    kept.setdefault("ways", {}).setdefault(name, {}).update(figures)
+    saved = _read(results)
+    saved.setdefault("machines", {})[part] = describe()
+    saved.setdefault("ways", {}).setdefault(name, {}).update(figures)
     results.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=2) + "\n")
-    print_table(*_table(kept["ways"]))
+    path.write_text(json.dumps(saved, indent=2) + "\n")
+    print_table(*_table(saved["ways"]))
     print(f"wrote {path}")
 
 

@@ -1,4 +1,4 @@
-"""Export of the 0.6B geometry against the peer's traced export, and of the 8B geometry."""
+"""Export of the 0.6B geometry, compared with the peer's traced export, and of the 8B geometry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checkpoint import CACHE, checkpoint, require_space
 from .machine import RESULTS, print_table, save
 from .process import Run, ours, run
 
-# What the 8B geometry takes: 16 GB of checkpoint, and as much again in 16 bits or twice in 32.
+# Disk space for the 8B geometry: a checkpoint of 16 GB; an export is as large, in fp32 twice.
 CHECKPOINT_BYTES = 17_000_000_000
 EXPORT_BYTES = {"fp32": 34_000_000_000}
 VARIANTS = {
@@ -24,7 +24,7 @@ VARIANTS = {
 
 
 def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
-    """fp32, rounds interleaved: wall time and peak memory of the whole process."""
+    """fp32 export in interleaved rounds: wall time and peak memory of the whole process."""
     source = source or checkpoint("0.6b")
     peer = install_peer("optimum_onnx.py")
     commands = {
@@ -64,14 +64,14 @@ def against_peer(rounds: int, source: Path | None = None, results: Path = RESULT
 
 
 def every_precision(source: Path | None = None, results: Path = RESULTS) -> None:
-    """Time, peak memory and size at each precision; "gptq" runs the calibration texts too."""
+    """Time, peak memory and size at each precision; "gptq" includes running calibration texts."""
     source = source or checkpoint("0.6b")
     figures = {}
     for name, options in VARIANTS.items():
         out = CACHE / "precision"
         shutil.rmtree(out, ignore_errors=True)
-        found = run(ours("export", "onnx", str(source), "-o", str(out), *options))
-        figures[name] = _summary([found]) | {"bytes": _bytes(out)}
+        finished = run(ours("export", "onnx", str(source), "-o", str(out), *options))
+        figures[name] = _summary([finished]) | {"bytes": _bytes(out)}
     shutil.rmtree(CACHE / "precision", ignore_errors=True)
     print_table(
         ["0.6B export", "s", "peak GB", "artifact GB"],
@@ -84,16 +84,18 @@ def every_precision(source: Path | None = None, results: Path = RESULTS) -> None
 
 
 def large(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:
-    """The 8B geometry, 16 GB of bf16 shards."""
+    """Export of the 8B geometry, from 16 GB of bf16 shards."""
     out = CACHE / f"8b-{precision}"
     shutil.rmtree(out, ignore_errors=True)
-    made = source is not None or (CACHE / "embedding-8b" / "made").exists()
+    exists = source is not None or (CACHE / "embedding-8b" / "made").exists()
     export_bytes = EXPORT_BYTES.get(precision, CHECKPOINT_BYTES)
-    require_space(export_bytes if made else CHECKPOINT_BYTES + export_bytes)
+    require_space(export_bytes if exists else CHECKPOINT_BYTES + export_bytes)
     source = source or checkpoint("8b")
     try:
-        found = run(ours("export", "onnx", str(source), "-o", str(out), "--precision", precision))
-        figures = _summary([found]) | {"bytes": _bytes(out)}
+        finished = run(
+            ours("export", "onnx", str(source), "-o", str(out), "--precision", precision)
+        )
+        figures = _summary([finished]) | {"bytes": _bytes(out)}
     finally:
         shutil.rmtree(out, ignore_errors=True)
     print_table(

@@ -1,4 +1,4 @@
-"""Every path on this machine's GPU: parity to transformers' fp16, speed, memory, start-up."""
+"""Every path on this machine's GPU: parity with transformers' fp16, speed, memory, start-up."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ PACKAGES = (
 
 
 def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
-    """Measure each path in a process of its own, and write docs/gpu-results.json.
+    """Measure each path in its own process and write docs/gpu-results.json.
 
-    Without a GPU nothing is measured, and results that are there stay.
+    Without a GPU nothing is measured, and existing results are kept.
 
     Args:
         source: An embedding checkpoint; random weights at the 0.6B geometry by default.
-        results: The file.
+        results: The output file.
     """
     try:
         machine = _machine()
@@ -65,7 +65,7 @@ def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
             rows[name] = _run(name, source, inputs, place)
             rows[name] |= _parity(place, folder / "0")
             print(f"{name}: {rows[name]['status']} {rows[name].get('reason', '')}", flush=True)
-            # A later path must not run short of disk.
+            # Frees the disk for later paths.
             for artifact in place.rglob("artifact"):
                 shutil.rmtree(artifact)
             _write(results, {"machine": machine, "rows": rows})
@@ -81,15 +81,15 @@ def _machine() -> dict[str, Any]:
     _, total = call("cudaMemGetInfo")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     with contextlib.suppress(MissingPackageError):
-        # The module that is imported, of whichever package.
-        found["onnxruntime"] = require("onnxruntime", "gpu").__version__
+        # The imported module's version: two packages provide the module.
+        versions["onnxruntime"] = require("onnxruntime", "gpu").__version__
     facts = describe()
     return {
         **facts,
@@ -97,12 +97,12 @@ def _machine() -> dict[str, Any]:
         "compute_capability": ".".join(map(str, device.capability)),
         "gpu_memory_bytes": int(total),
         "driver": driver[0] if driver else None,
-        "versions": facts["versions"] | found,
+        "versions": facts["versions"] | versions,
     }
 
 
 def _write_inputs(source: Path, folder: Path) -> Path:
-    """Token ids of real text: every shape full, texts for parity, and a mix of their lengths."""
+    """Write token ids of real texts: full batches, texts for parity, and a mix of lengths."""
     from embedport.demo.samples import builtin_pairs, builtin_samples
     from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer
 
@@ -135,7 +135,7 @@ def _run(name: str, source: Path, inputs: Path, place: Path) -> dict[str, Any]:
     log = place / "log"
     try:
         with log.open("w") as errors:
-            done = subprocess.run(
+            finished = subprocess.run(
                 list(map(str, command)),
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -145,16 +145,16 @@ def _run(name: str, source: Path, inputs: Path, place: Path) -> dict[str, Any]:
             )
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took more than {TIMEOUT_SECONDS} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
+    if finished.returncode or not lines:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        return {"status": "failed", "reason": f"exit code {done.returncode}: {' '.join(last)}"}
+        return {"status": "failed", "reason": f"exit code {finished.returncode}: {' '.join(last)}"}
     return json.loads(lines[-1])
 
 
 def _parity(place: Path, reference: Path) -> dict[str, Any]:
-    """How far results are from the reference's: smallest cosines, and the largest difference."""
-    found: dict[str, Any] = {}
+    """Compare results with the reference's: smallest cosines and the largest score difference."""
+    figures: dict[str, Any] = {}
     for key, name, compare in (
         ("minimum_cosine", "vectors", lambda a, b: cosines(a, b).min()),
         ("pair_minimum_cosine", "embedding", lambda a, b: cosines(a, b).min()),
@@ -162,8 +162,8 @@ def _parity(place: Path, reference: Path) -> dict[str, Any]:
     ):
         paths = [folder / f"{name}.npy" for folder in (place, reference)]
         if all(path.exists() for path in paths):
-            found[key] = float(compare(*map(np.load, paths)))
-    return found
+            figures[key] = float(compare(*map(np.load, paths)))
+    return figures
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""Every way to run an embedding checkpoint on a GPU, ours and others', a process each.
+"""Every way to run an embedding checkpoint on a GPU, ours and others; one per process.
 
     python -m benchmarks.gpu_paths NAME CHECKPOINT INPUTS.npz FOLDER
 
-Prints a line of JSON, and writes what it gives for the texts of parity: FOLDER/vectors.npy, and of
-the trained pair that ships FOLDER/embedding.npy and FOLDER/reranker.npy.
+Prints one line of JSON. Writes the vectors of the parity texts to FOLDER/vectors.npy, and the
+results of the shipped demo pair to FOLDER/embedding.npy and FOLDER/reranker.npy.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from embedport.spec import Task
 # (input_ids, attention_mask), int64 [rows, tokens], right-padded, to float32 [rows, dim].
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 MIX_TOKENS = 16_384
-WARM_UPS = 3  # as many as a repeated shape needs to become a CUDA graph
+WARM_UPS = 3  # a shape must repeat this often before it becomes a CUDA graph
 SECONDS, REPEATS = 1.0, 3
 SAMPLE_SECONDS = 0.02
 
 
 class NotRunError(Exception):
-    """A path cannot run here, with the reason."""
+    """A path cannot run here; the message says why."""
 
 
 def _transformers(attention: str) -> Callable[[Path, Path], Run]:
@@ -90,17 +90,17 @@ def _vllm(checkpoint: Path, folder: Path) -> Run:
         str(checkpoint),
         runner="pooling",
         dtype="float16",
-        # A batch is timed again and again: from its cache it would cost nothing.
+        # Batches are repeated: with the cache they would cost nothing.
         enable_prefix_caching=False,
-        # What it may take in all; it is opened twice.
+        # Its share of the GPU's memory; the model is opened twice.
         gpu_memory_utilization=0.4,
     )
 
     def run(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         rows = zip(ids, mask, strict=True)
         prompts = [{"prompt_token_ids": row[: real.sum()].tolist()} for row, real in rows]
-        found = model.embed(prompts, use_tqdm=False)
-        return np.asarray([each.outputs.embedding for each in found], np.float32)
+        outputs = model.embed(prompts, use_tqdm=False)
+        return np.asarray([output.outputs.embedding for output in outputs], np.float32)
 
     return run
 
@@ -183,7 +183,7 @@ PAIR: dict[Task, Path] = {
 
 
 class Memory:
-    """The most that the GPU's memory grew by, of all processes, while this one was watching."""
+    """Samples the largest growth of the GPU's used memory, over all processes."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -193,7 +193,7 @@ class Memory:
         self._thread.start()
 
     def stop(self) -> int:
-        """End watching: bytes."""
+        """Stop sampling and return the growth in bytes."""
         self._done.set()
         self._thread.join()
         return self.peak
@@ -208,19 +208,19 @@ class Memory:
 
 
 def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str, Any]:
-    """One path's row.
+    """Measure one path and return its row.
 
     Args:
-        name: Of `PATHS`.
+        name: The path's name in `PATHS`.
         checkpoint: The checkpoint.
-        inputs: The token ids: see benchmarks.gpu.
-        folder: Where artifacts and vectors go.
+        inputs: File of token ids, from `benchmarks.gpu`.
+        folder: Folder for artifacts and vectors.
     """
     arrays = np.load(inputs)
     memory = Memory()
     start = time.perf_counter()
     try:
-        run = PATHS[name](checkpoint, folder)  # exports and builds where that has to be done
+        run = PATHS[name](checkpoint, folder)  # exports and builds if necessary
         run(*_full(arrays["1x32"]))
         prepared = time.perf_counter() - start
         del run
@@ -250,7 +250,7 @@ def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str
 
 
 def _run_pair(name: str, arrays: Any, folder: Path) -> None:
-    """Vectors and scores of the trained pair; the reference's from the model cards' own code."""
+    """Save vectors and scores of the demo pair; the reference uses the model cards' own code."""
     from embedport.spec import ModelSpec
     from embedport.validation.card import CardReference
 
@@ -273,7 +273,7 @@ def _rows(arrays: Any, name: str) -> list[np.ndarray]:
 
 
 def _together(run: Run, rows: list[np.ndarray]) -> np.ndarray:
-    """All rows in sorted batches, as `encode` has them."""
+    """Run all rows in batches sorted by length, as `encode` does."""
     width = run(*_full(rows[0][None])).shape[1:]
     return run_batches(run, rows, width, batch_tokens=MIX_TOKENS, description="", progress=False)
 
@@ -283,7 +283,7 @@ def _full(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _speed(run: Callable[[], object], tokens: int) -> float | str:
-    """The median over a few seconds; the reason where it does not run at that shape."""
+    """Median tokens per second over a few seconds, or the reason why this shape does not run."""
     try:
         for _ in range(WARM_UPS):
             run()

@@ -1,7 +1,7 @@
 """Kernels of each instruction set, and onnxruntime's operators: four layers of the 0.6B geometry.
 
-On a CPU with AVX-512 the kernels for AVX2 run too. What onnxruntime computes beside them, products
-of int8 and of fp32, takes the CPU's own instructions on every side.
+On a CPU with AVX-512 the AVX2 kernels run too. onnxruntime's own int8 and fp32 products use all of
+the CPU's instructions in every case.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SHAPES = ((1, 32), (8, 128), (1, 512))
 
 
 def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
-    """Tokens a second, rounds interleaved; ratios of rounds side by side, to the operators.
+    """Tokens per second in interleaved rounds, and the speed-up over onnxruntime's operators.
 
     Args:
-        rounds: Of each shape.
+        rounds: Rounds per shape.
         results: Folder of the results.
     """
     source = checkpoint("0.6b-4")
@@ -57,30 +57,30 @@ def _race(graph: Path, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     for batch, size in SHAPES:
         ids = np.random.default_rng(0).integers(0, 150_000, (batch, size))
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        spent: dict[str, list[float]] = {name: [] for name in sessions}
+        seconds: dict[str, list[float]] = {name: [] for name in sessions}
         for i in range(rounds + 1):
             for name, session in sessions.items():
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 session.run(None, feeds)
                 if i:  # the first one warms up
-                    spent[name].append(time.perf_counter() - begun)
+                    seconds[name].append(time.perf_counter() - start)
         figures[f"{batch} x {size}"] = {
             name: {
                 "tokens_a_second": round(batch * size / median(times), 1),
-                "ratio": round(median(np.divide(spent[NONE], times)), 3),
+                "ratio": round(median(np.divide(seconds[NONE], times)), 3),
             }
-            for name, times in spent.items()
+            for name, times in seconds.items()
         }
     return figures
 
 
 def _open(graph: Path, name: str) -> Any:
-    """A session with one instruction set's kernels; None where the CPU does not have it."""
+    """A session with one instruction set's kernels; None if the CPU does not have it."""
     import onnxruntime
 
     options: Any = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Threads of idle sessions would wait in a loop.
+    # Otherwise the threads of idle sessions would spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = name

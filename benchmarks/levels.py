@@ -1,8 +1,9 @@
 """MatMulNBits' accuracy levels at the 0.6B geometry: speed, error, and dependence on the batch.
 
-Level 1 multiplies in fp32, level 4 rounds each block of a token's activations to 8 bits first. The
-error is against level 1 of the same codes, so that it is the level's own. That the two differ shows
-that onnxruntime really took another kernel: it falls back to fp32 where it has none.
+Level 1 multiplies in fp32; level 4 first rounds each block of a token's activations to 8 bits. The
+error is measured against level 1 with the same weights, so that only the level's own error counts.
+A difference also shows that onnxruntime really used another kernel: without one it falls back to
+fp32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROUNDS = 5
 
 
 def of_matmulnbits(results: Path = RESULTS) -> None:
-    """Each format at each level, rounds interleaved."""
+    """Measure each format at each level, in interleaved rounds."""
     source = checkpoint("0.6b")
     figures: dict[str, Any] = {}
     for name, options in FORMATS.items():
@@ -54,7 +55,7 @@ def of_matmulnbits(results: Path = RESULTS) -> None:
 
 
 def _compare(folder: Path) -> dict[str, dict[str, float]]:
-    """One artifact's graph at both levels, in this process."""
+    """Compare one artifact's graph at both levels, in this process."""
     import onnx
     import onnxruntime
 
@@ -73,18 +74,18 @@ def _compare(folder: Path) -> dict[str, dict[str, float]]:
     vectors = {level: _run(session, ids) for level, session in sessions.items()}
     for _ in range(ROUNDS):
         for level, session in sessions.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             _run(session, ids)
-            seconds[level].append(time.perf_counter() - began)
-    found = {}
+            seconds[level].append(time.perf_counter() - start)
+    figures = {}
     for level, session in sessions.items():
         alone = np.concatenate([_run(session, row[None, :]) for row in ids])
-        found[str(level)] = {
+        figures[str(level)] = {
             "tokens_per_second": round(ids.size / median(seconds[level]), 1),
             "minimum_cosine": float((vectors[level] * vectors[LEVELS[0]]).sum(axis=1).min()),
             "alone_to_batch": float(np.abs(alone - vectors[level]).max()),
         }
-    return found
+    return figures
 
 
 def _run(session: Any, ids: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from .process import ours, run, script
 
 NAME = "loaders"
 SCRIPT = ROOT / "tests" / "exporters" / "reload.py"
-# A text at a time, 150 times a method: the short ones.
+# Texts run one at a time, 150 per method, so only the short ones are used.
 LONGEST = 500
 TEXTS = [sample.text for sample in builtin_samples() if 0 < len(sample.text) < LONGEST]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < LONGEST]
@@ -36,24 +36,24 @@ RERANKERS = {
     },
 }
 EMBEDDERS = {"AutoModel": "vectors", "SentenceTransformer": "sentence_vectors"}
-# What rounds activations as this runtime does, where sentence-transformers has to be told.
+# Loaders that round activations as this runtime does, which sentence-transformers must be told.
 ROUNDED = {
     "SentenceTransformer": "rounded_sentence_vectors",
     "CrossEncoder": "rounded_cross_encoder_logits",
 }
-# Columns: an embedder's is a cosine, a reranker's a difference of scores.
+# The table's columns: cosines for embedders, score differences for rerankers.
 LOADERS = [*EMBEDDERS, *(loader for form in RERANKERS.values() for loader in form)]
 
 
 def on_the_demo_pair(results: Path = RESULTS) -> None:
-    """Every method, task and form, against the trained pair's."""
+    """Compare every method, task and form, on the trained demo pair."""
     _against_their_owners(
         "demo", {"embedding": builtin_embedder(), "reranker": builtin_reranker()}, results
     )
 
 
 def on_four_layers(results: Path = RESULTS) -> None:
-    """The same on four layers of the 0.6B geometry with random weights."""
+    """Compare every method, task and form, on four layers of the 0.6B geometry, random weights."""
     sources: dict[Task, Path] = {
         "embedding": checkpoint("0.6b-4"),
         "reranker": checkpoint("0.6b-4", "reranker"),
@@ -62,10 +62,10 @@ def on_four_layers(results: Path = RESULTS) -> None:
 
 
 def _against_their_owners(model: str, sources: dict[Task, Path], results: Path) -> None:
-    """Each loaded in a fresh process and run in the checkpoint's own dtype.
+    """Load each checkpoint in a fresh process, run it in its own dtype, and compare.
 
-    Of embedders the smallest cosine to this runtime's vector of the same text, of rerankers the
-    largest difference of a score.
+    The figure is the smallest cosine with this runtime's vectors for an embedder, and the largest
+    score difference for a reranker.
     """
     path = results / f"{NAME}.json"
     figures = read_kept(path, lambda kept: [kept["machine"]]).get("figures", {})
@@ -73,7 +73,7 @@ def _against_their_owners(model: str, sources: dict[Task, Path], results: Path) 
         with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
             found = _compare(sources, options, Path(temporary))
         figures.setdefault(model, {})[method] = found
-        # After each row: a run that ends early loses the last one only.
+        # Saved after each row, so that an aborted run loses only the last one.
         save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
     print_table(
         [model, *LOADERS],
@@ -85,13 +85,13 @@ def _against_their_owners(model: str, sources: dict[Task, Path], results: Path) 
 
 
 def _compare(sources: dict[Task, Path], options: list[str], folder: Path) -> dict[str, float]:
-    """Quantize, load by either side, and compare: loader to figure."""
+    """Quantize, load in both libraries, and compare: loader to figure."""
     jobs: list[dict[str, Any]] = []
     mine: dict[str, np.ndarray] = {}
 
     def add(loaders: dict[str, str], out: Path, own: np.ndarray, ids: Any, texts: Any) -> None:
         for key, loader in loaders.items():
-            # sentence-transformers has the prompt and the template from the folder.
+            # sentence-transformers reads the prompt and the template from the folder.
             rows = ids if key.startswith("Auto") else texts
             if key in ROUNDED and {"w8a8", "fp8"} & set(options):
                 loader = ROUNDED[key]
@@ -126,7 +126,7 @@ def _quantize(source: Path, out: Path, options: list[str]) -> Path:
 
 
 def _agreement(mine: np.ndarray, theirs: np.ndarray) -> float:
-    """The smallest cosine of vectors; the largest difference of scores, from logits of theirs."""
+    """The smallest cosine of vectors, or the largest score difference (theirs are logits)."""
     if mine.ndim == 2:
         return float(cosines(mine, theirs).min())
     return float(np.abs(mine - 1 / (1 + np.exp(-theirs))).max())

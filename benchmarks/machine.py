@@ -1,4 +1,4 @@
-"""Where results are kept, and how they are printed."""
+"""Saving and printing of results."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read_kept(path: Path, machines: Callable[[dict[str, Any]], Iterable[Any]]) -> dict[str, Any]:
-    """Figures of earlier runs in a file that this run adds to; empty where there is none.
+    """Read the figures of earlier runs from a file that this run adds to; empty without a file.
 
-    Called before anything is measured: a file holds figures of one kind of CPU.
+    Call it before measuring: a file holds figures of only one kind of CPU.
 
     Args:
         path: The file.
-        machines: Gives the machines in it, each as `describe` found it.
+        machines: Extracts the file's machines, each from `describe`.
 
     Raises:
-        InputError: One of them is another kind of CPU than this.
+        InputError: A machine in the file has another kind of CPU than this one.
     """
     if not path.exists():
         return {}
-    kept = json.loads(path.read_text())
+    saved = json.loads(path.read_text())
     here = cpu_kind(describe())
-    if other := [kind for kind in map(cpu_kind, machines(kept)) if kind != here]:
+    if others := [kind for kind in map(cpu_kind, machines(saved)) if kind != here]:
         raise InputError(
-            f"{path} holds figures of {other[0]}, and this is {here}: give another folder with "
+            f"{path} holds figures of {others[0]}, and this is {here}: give another folder with "
             "--out, or delete the file"
         )
-    return kept
+    return saved
 
 
 def save(name: str, figures: dict[str, Any], results: Path = RESULTS) -> None:

@@ -1,4 +1,4 @@
-"""The standard dialect's graphs in OpenVINO: what its vectors are to the fp32 graph's."""
+"""Graphs of the standard dialect in OpenVINO: cosines with the fp32 graph's vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def runs_the_standard_dialect(results: Path = RESULTS) -> None:
-    """Minimum cosine to the fp32 graph in onnxruntime, in both runtimes, on the built-in texts."""
+    """Smallest cosine with onnxruntime's fp32 vectors, in both runtimes, on the built-in texts."""
     import openvino
 
     import embedport
@@ -43,12 +43,12 @@ def runs_the_standard_dialect(results: Path = RESULTS) -> None:
                 str(embedder.artifact.graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
             )
             rows = [ids[None] for ids in embedder.tokenizer.encode(texts).ids]
-            found = [
+            openvino_vectors = [
                 model({"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0] for ids in rows
             ]
             figures[name] = {
                 "onnxruntime": float((vectors * expected).sum(axis=1).min()),
-                "openvino": float((np.stack(found) * expected).sum(axis=1).min()),
+                "openvino": float((np.stack(openvino_vectors) * expected).sum(axis=1).min()),
             }
     print_table(
         ["standard dialect, minimum cosine", "onnxruntime", "openvino"],

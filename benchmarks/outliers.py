@@ -1,4 +1,4 @@
-"""int8 at the 0.6B geometry on a checkpoint with outliers of the size that Qwen models have."""
+"""int8 at the 0.6B geometry, on a checkpoint with outliers as large as those of Qwen models."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ WAYS = ("int8", "int8 --no-rotate", "onnxruntime dynamic int8 of our fp32 graph"
 
 
 def against_dynamic_int8(results: Path = RESULTS) -> None:
-    """Our int8, with and without rotation, and onnxruntime's dynamic int8 of the same fp32 graph.
+    """Compare our int8, with and without rotation, and onnxruntime's dynamic int8.
 
-    Cosines are to the fp32 graph's own vectors.
+    Cosines are with the vectors of the fp32 graph, which dynamic int8 quantizes.
     """
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         folder = Path(temporary)
@@ -88,7 +88,7 @@ def _encode(folder: str, path: str) -> None:
 
 
 def _dynamic(folder: str, path: str) -> None:
-    """The usual recipe on the artifact's graph, run through the same adapter."""
+    """Quantize the artifact's graph with `quantize_dynamic` and encode with the same Embedder."""
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
 

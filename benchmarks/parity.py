@@ -22,13 +22,13 @@ CASES = [
     for precision in ("fp32", "fp16", "bf16")
 ]
 TASKS: tuple[Task, ...] = ("embedding", "reranker")
-# Every fourth built-in text and every fourth pair: all lengths and languages, ragged batches.
+# Use every fourth built-in text and pair: still all lengths, languages and ragged batches.
 EVERY = 4
 MAX_LENGTH = 1024
 
 
 def against_transformers() -> None:
-    """Each artifact against one run of the reference; deleted once it is measured."""
+    """Compare each artifact with one run of the reference; artifacts are deleted afterwards."""
     figures: dict[str, Any] = {}
     for name in TASKS:
         source = CACHE / f"parity-{name}"
@@ -37,11 +37,11 @@ def against_transformers() -> None:
         reference = open_live(source, task=name, max_length=MAX_LENGTH, device="cpu")
         expected = reference.run(task.inputs, "fp32")
         for dialect, precision in CASES:
-            found = _run(task, source, dialect, precision)
-            compared = task.compare(found, expected, "fp32 on fp16-rounded weights, cpu")
+            results = _run(task, source, dialect, precision)
+            comparison = task.compare(results, expected, "fp32 on fp16-rounded weights, cpu")
             figures[f"{name} {dialect} {precision}"] = {
-                "compared": compared.compared,
-                **compared.figures,
+                "compared": comparison.compared,
+                **comparison.figures,
             }
         shutil.rmtree(source)
     keys = ("minimum cosine", "maximum score difference", "Kendall tau")
@@ -72,6 +72,6 @@ def _run(
         force=out.exists(),
     )
     runtime: Any = embedport.load(out, device="cpu")
-    found = task.run(runtime, progress=False)
+    results = task.run(runtime, progress=False)
     shutil.rmtree(out)
-    return found
+    return results

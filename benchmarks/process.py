@@ -1,4 +1,4 @@
-"""Processes measured from outside: wall time and the peak of their whole memory."""
+"""Run processes and measure their wall time and peak memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Run:
 
     Attributes:
         seconds: Wall time from start to exit.
-        peak_bytes: Largest resident set of it or a child of it (ru_maxrss), file pages counted.
-        output: What it said.
+        peak_bytes: Largest resident set of the process or a child (ru_maxrss), with file pages.
+        output: Its standard output and standard error.
     """
 
     seconds: float
@@ -29,10 +29,10 @@ def run(command: list[str]) -> Run:
     """Run a command to its end.
 
     Raises:
-        RuntimeError: It failed; with the end of what it said.
+        RuntimeError: The command failed; the message has the end of its output.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    os.sync()  # what an earlier process wrote must not slow down this one
+    os.sync()  # pending writes of earlier processes would slow this one down
     start = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment

@@ -1,10 +1,10 @@
-"""Where the time of an int8 graph goes, operator by operator, with the kernels in C and without.
+"""Time of an int8 graph by operator, with and without the kernels in C.
 
-Beside it stands the fastest that this machine multiplies, and how long the graph's multiplications
-alone would take at that.
+For comparison: the machine's fastest matrix products, and the time that the graph's products would
+take at that speed.
 """
 
-# Not named "profile": scripts beside it would import it for the standard library's.
+# Not named "profile": scripts in this folder would import it instead of the standard library's.
 from __future__ import annotations
 
 import json
@@ -30,7 +30,7 @@ RUNS = 6
 
 
 def of_int8(results: Path = RESULTS) -> None:
-    """Share of each operator at each shape, in the fastest of some runs."""
+    """Time and share of each operator at each shape, in the fastest of several runs."""
     source = checkpoint("0.6b")
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         folder = Path(temporary)
@@ -58,10 +58,10 @@ def of_int8(results: Path = RESULTS) -> None:
 
 
 def _limit(spec: ModelSpec, batch: int, size: int, peak: dict[str, float]) -> dict[str, float]:
-    """Milliseconds that multiplications alone take at the machine's fastest.
+    """Milliseconds that the products alone take at the machine's fastest speed.
 
-    Attention's are those of earlier tokens and the token itself; after the last layer's only one
-    token a row goes on.
+    Attention is causal: a token attends to earlier tokens and itself. In the last layer, only one
+    token per row continues after attention.
     """
     tokens = batch * size
     rows = {"o": batch, "gate": batch, "up": batch, "down": batch}
@@ -117,7 +117,7 @@ def _profile(graph: Path, ids: np.ndarray, *, kernels: bool) -> dict[str, Any]:
     operators: Counter[str] = Counter()
     for event in events:
         inside = best["ts"] <= event["ts"] <= best["ts"] + best["dur"]
-        # What is in a branch of an If has an event of its own.
+        # Nodes in a branch of an If have their own events.
         if inside and event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "If":
             operators[event["args"]["op_name"]] += event["dur"]
     return {

@@ -1,4 +1,4 @@
-"""Reranking at the 0.6B geometry: what a query's rows share runs once, against each row whole."""
+"""Reranking at the 0.6B geometry: the rows' shared prefix computed once, against whole rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
 from .process import export_ours
 
-# Below this, both give the same scores.
+# Scores that differ by less count as equal.
 MOST_APART = 1e-4
 
 
 def shared_against_plain(
     rounds: int, source: Path | None = None, results: Path = RESULTS, precision: str = "int8"
 ) -> None:
-    """8 queries with 50 passages each, query by query, the two ways in turn.
+    """Race both ways on 8 queries with 50 passages each, query by query.
 
     Raises:
         RuntimeError: The scores differ.
@@ -39,27 +39,33 @@ def shared_against_plain(
         plain = replace(shared, name="embedport, plain", command=command)
         work = reranking(artifact / "tokenizer.json")
         with Race([shared, plain], threads, lambda stage: print(stage, file=sys.stderr)) as race:
-            found = race.run(work, rounds * QUERIES)
-    apart = found[plain.name].largest_difference
-    if apart is None or apart > MOST_APART:
-        raise RuntimeError(f"the scores differ by {apart}")
+            by_side = race.run(work, rounds * QUERIES)
+    difference = by_side[plain.name].largest_difference
+    if difference is None or difference > MOST_APART:
+        raise RuntimeError(f"the scores differ by {difference}")
     print_table(
         [f"{work.name}, {precision}", "tokens/s", "ratio", "from, to", "peak GB"],
         [
-            [name, each.tokens_per_second, each.ratio, each.ratio_from_to, each.peak_bytes / 1e9]
-            for name, each in found.items()
+            [
+                name,
+                result.tokens_per_second,
+                result.ratio,
+                result.ratio_from_to,
+                result.peak_bytes / 1e9,
+            ]
+            for name, result in by_side.items()
         ],
     )
     tokens = sum(len(row) for part in work.parts for row in part)
     save(
         f"reranking-0.6b-{precision}",
-        {"work": work.name, "tokens": tokens, **to_json(found)},
+        {"work": work.name, "tokens": tokens, **to_json(by_side)},
         results,
     )
 
 
 def serve_plain(folder: str) -> None:
-    """The same artifact without its second graph."""
+    """Serve the artifact without its second graph, which continues from a shared prefix."""
     from embedport.artifact import Artifact
     from embedport.bench.peers import serving
     from embedport.prompts import RerankerTokenizer

@@ -1,4 +1,4 @@
-"""Quality on the held-out retrieval set: the demo pair, BM25, and what quantization costs."""
+"""Quality on the held-out retrieval set: the demo pair, BM25, and the loss by quantization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from embedport import Artifact
     from embedport.beir import RetrievalSet
 
-# Name to options of export.
+# Name of each variant to its export options.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},
@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 RERANKERS = {name: VARIANTS[name] for name in ("fp32", "int8", "int8-weight", "int4/32, gptq")}
-# With planted outliers, what keeps int8 from collapsing: nothing, balancing, rotating, both.
+# int8 on a checkpoint with planted outliers: with balancing, rotation, both and neither.
 PLANTED: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "int8": {"precision": "int8"},
@@ -60,25 +60,25 @@ Quality = dict[str, Any]
 
 
 def on_the_held_out_set(results: Path = RESULTS) -> None:
-    """nDCG@10 of everything on the queries that training has not seen."""
+    """Measure retrievers, rerankers and their variants on queries held out from training."""
     from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder
     from embedport.demo.synthetic import plant_outliers
 
-    data = read_beir(BUILTIN)
+    retrieval_set = read_beir(BUILTIN)
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         folder = Path(temporary)
-        found = {
-            "BM25": quality(_bm25(data), data),
-            **_embedders(builtin_embedder(), VARIANTS, data, folder, reference=True),
+        held_out = {
+            "BM25": quality(_bm25(retrieval_set), retrieval_set),
+            **_embedders(builtin_embedder(), VARIANTS, retrieval_set, folder, reference=True),
         }
         planted = Path(shutil.copytree(builtin_embedder(), folder / "planted"))
         plant_outliers(planted)
         tables = {
-            "held-out set": found,
-            "outliers planted": _embedders(planted, PLANTED, data, folder),
-            "reranked": _rerankers(data, folder),
+            "held-out set": held_out,
+            "outliers planted": _embedders(planted, PLANTED, retrieval_set, folder),
+            "reranked": _rerankers(retrieval_set, folder),
         }
     for name, rows in tables.items():
         for each in rows.values():
@@ -88,12 +88,12 @@ def on_the_held_out_set(results: Path = RESULTS) -> None:
             [name, *columns],
             [[way, *(_cell(each.get(key)) for key in columns)] for way, each in rows.items()],
         )
-    sizes = {"queries": len(data.queries), "documents": len(data.documents)}
+    sizes = {"queries": len(retrieval_set.queries), "documents": len(retrieval_set.documents)}
     save("retrieval-demo", sizes | {"ways": tables}, results)
 
 
 def quality(ranking: Mapping[str, Sequence[str]], data: RetrievalSet) -> Quality:
-    """Means over the queries, for each kind of query too, and nDCG@10 query by query."""
+    """Mean measures over all queries, nDCG@10 by kind of query, and nDCG@10 query by query."""
     from embedport.ranking import measure
 
     values = measure(ranking, data.relevance, ("nDCG@10", "R@100", "RR"))
@@ -114,44 +114,46 @@ def _embedders(
     *,
     reference: bool = False,
 ) -> dict[str, Quality]:
-    """Each variant's; with the reference, also of transformers and of narrower vectors."""
+    """Quality of each variant; with `reference`, also of transformers and narrower vectors."""
     import embedport
     from embedport.ranking import rank_documents
     from embedport.validation.live import open_live
     from embedport.validation.retrieval import encode_set
 
-    found: dict[str, Quality] = {}
+    qualities: dict[str, Quality] = {}
     vectors = {}
     for name, options in variants.items():
         artifact = _export(checkpoint, options, folder)
         embedder = embedport.load(artifact.folder, device="cpu")
         assert isinstance(embedder, embedport.Embedder)
         vectors[name] = encode_set(embedder, data, progress=False)
-        found[name] = quality(rank_documents(vectors[name], embedder.dim, data), data)
+        qualities[name] = quality(rank_documents(vectors[name], embedder.dim, data), data)
         cosines = [
             float((a * b).sum(axis=1).min())
             for a, b in zip(vectors[name], vectors["fp32"], strict=True)
         ]
-        found[name] |= {"bytes": _bytes(artifact), "minimum cosine": min(cosines)}
-        found[name] |= _loss(found[name], found["fp32"])
+        qualities[name] |= {"bytes": _bytes(artifact), "minimum cosine": min(cosines)}
+        qualities[name] |= _loss(qualities[name], qualities["fp32"])
     if not reference:
-        return found
+        return qualities
     width = vectors["fp32"][0].shape[1]
     source = open_live(checkpoint, task="embedding", max_length=512, device="cpu")
     expected = source.encode_set(data, "fp32")
-    found["transformers, fp32"] = quality(rank_documents(expected, width, data), data)
+    qualities["transformers, fp32"] = quality(rank_documents(expected, width, data), data)
     generator = np.random.default_rng(0)
     for dim in (width // 2, width // 4):
-        found[f"first {dim} values"] = quality(rank_documents(vectors["fp32"], dim, data), data)
+        qualities[f"first {dim} values"] = quality(rank_documents(vectors["fp32"], dim, data), data)
         projection = generator.standard_normal((width, dim)).astype(np.float32)
         queries, documents = vectors["fp32"]
         projected = (queries @ projection, documents @ projection)
-        found[f"random projection to {dim}"] = quality(rank_documents(projected, dim, data), data)
-    return found
+        qualities[f"random projection to {dim}"] = quality(
+            rank_documents(projected, dim, data), data
+        )
+    return qualities
 
 
 def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
-    """The embedder's top 50 as they came, and as each variant puts them."""
+    """Quality of the embedder's top 50 in their given order, and reranked by each variant."""
     import embedport
     from embedport.demo.pipeline import builtin_reranker
     from embedport.ranking import rank_candidates
@@ -159,31 +161,31 @@ def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
     from embedport.validation.retrieval import score_set
 
     before = {query: data.candidates[query] for query in data.queries}
-    found = {"as they came": quality(before, data)}
+    qualities = {"as they came": quality(before, data)}
     for name, options in RERANKERS.items():
         artifact = _export(builtin_reranker(), options, folder)
         reranker = embedport.load(artifact.folder, device="cpu")
         assert isinstance(reranker, embedport.Reranker)
         scores = score_set(reranker, data, progress=False)
-        found[name] = quality(rank_candidates(before, scores), data)
-        found[name] |= {"bytes": _bytes(artifact)} | _loss(found[name], found["fp32"])
-    found["as they came"] |= _loss(found["as they came"], found["fp32"])
+        qualities[name] = quality(rank_candidates(before, scores), data)
+        qualities[name] |= {"bytes": _bytes(artifact)} | _loss(qualities[name], qualities["fp32"])
+    qualities["as they came"] |= _loss(qualities["as they came"], qualities["fp32"])
     source = open_live(builtin_reranker(), task="reranker", max_length=512, device="cpu")
     scores = source.score_set(data, "fp32")
-    found["transformers, fp32"] = quality(rank_candidates(before, scores), data)
-    return found
+    qualities["transformers, fp32"] = quality(rank_candidates(before, scores), data)
+    return qualities
 
 
 def _export(checkpoint: Path, options: dict[str, Any], folder: Path) -> Artifact:
-    """Export to a folder of its own; a variant with parts of a recipe is int8 but for those."""
+    """Export to a new folder; a variant with a partial recipe overrides int8's recipe."""
     import embedport
 
     out = folder / f"{len(list(folder.iterdir()))}"
     if "recipe" not in options:
         return embedport.export(checkpoint, out, **options)
-    whole = embedport.export(checkpoint, out.with_name(f"{out.name}-int8"), precision="int8")
+    int8 = embedport.export(checkpoint, out.with_name(f"{out.name}-int8"), precision="int8")
     recipe = folder / "recipe.json"
-    recipe.write_text(json.dumps((whole.manifest.recipe or {}) | options["recipe"]))
+    recipe.write_text(json.dumps((int8.manifest.recipe or {}) | options["recipe"]))
     return embedport.export(checkpoint, out, recipe=recipe)
 
 

@@ -1,4 +1,4 @@
-"""Every kind of work at the 0.6B geometry: our artifacts against every peer, in one run."""
+"""All workloads at the 0.6B geometry: our artifacts against every peer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHART = ROOT / "docs" / "speed.svg"
 
 
 class Name(StrEnum):
-    """Of a contest."""
+    """Names of the contests."""
 
     EMBEDDING = "embedding"
     RERANKING = "reranking"
@@ -33,8 +33,8 @@ class Contest:
     """One run of `bench`.
 
     Attributes:
-        task: Of the checkpoint.
-        precisions: Of our artifacts; the others are measured by the first.
+        task: The checkpoint's task.
+        precisions: Precisions of our artifacts; all sides are compared with the first.
         peers: Names of the peers.
     """
 
@@ -70,33 +70,33 @@ def against_peers(
     source: Path | None = None,
     results: Path = RESULTS,
 ) -> None:
-    """Embedding and reranking in int8, then our other precisions and the peers of other widths.
+    """Race embedding and reranking in int8, then other precisions against peers of other widths.
 
-    Each contest is a run of its own: there is no memory for all of the sides at once. What it finds
-    is written when it ends, beside what other runs on this kind of CPU found. A peer's vectors of a
-    pair are as much work as its score: it serves the embedding checkpoint in both tasks.
+    Each contest is a separate run, because all sides together do not fit into memory. Its results
+    are written when it ends, beside those of other runs on this kind of CPU. Peers serve the
+    embedding checkpoint in both tasks: a pair's vector is as much work as its score.
 
     Args:
-        rounds: Of each work of one length.
-        names: Which of `CONTESTS`.
-        quick: int8 alone, with few peers and little work.
-        source: The embedding checkpoint; random weights at the 0.6B geometry unless given.
-        results: Folder of the results; the chart lies there too, but for the default's.
+        rounds: Rounds of each workload of one length.
+        names: The contests of `CONTESTS` to run.
+        quick: Only int8, with few peers and small workloads.
+        source: The embedding checkpoint; random weights at the 0.6B geometry by default.
+        results: Folder of the results and the chart; by default the chart goes to docs/.
 
     Raises:
-        InputError: The file of the results is of another kind of CPU.
+        InputError: The results file holds figures of another kind of CPU.
     """
     from embedport.bench.bench import bench
 
     source = source or checkpoint("0.6b")
     path = results / f"{NAME}{'-quick' if quick else ''}.json"
-    found = read_kept(path, lambda kept: [contest["machine"] for contest in kept.values()])
+    saved = read_kept(path, lambda kept: [contest["machine"] for contest in kept.values()])
     CACHE.mkdir(parents=True, exist_ok=True)
     for name in [each for each in names if not (quick and each is Name.PRECISIONS)]:
         contest = CONTESTS[name]
         origin = source if contest.task == "embedding" else checkpoint("0.6b", contest.task)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            done = bench(
+            result = bench(
                 [export_ours(origin, Path(folder), precision) for precision in contest.precisions],
                 peers=QUICK_PEERS if quick else contest.peers,
                 checkpoint=source,
@@ -105,13 +105,13 @@ def against_peers(
                 cache=CACHE / "peers",
                 say=lambda stage: print(stage, file=sys.stderr, flush=True),
             )
-        found[name] = done.to_dict()
-        print_results(found[name])
+        saved[name] = result.to_dict()
+        print_results(saved[name])
         results.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(json.dumps(saved, indent=2) + "\n")
         print(f"wrote {path}")
-    if not quick and {Name.EMBEDDING, Name.RERANKING} <= found.keys():
-        draw(found, CHART if results == RESULTS else results / CHART.name)
+    if not quick and {Name.EMBEDDING, Name.RERANKING} <= saved.keys():
+        draw(saved, CHART if results == RESULTS else results / CHART.name)
 
 
 def print_results(found: dict[str, Any]) -> None:
@@ -122,18 +122,18 @@ def print_results(found: dict[str, Any]) -> None:
             [
                 [
                     name,
-                    each["tokens_per_second"],
-                    "{}, {}".format(*each["from_to"]),
-                    each["ratio"],
-                    "{}, {}".format(*each["ratio_from_to"]),
-                    each["batch_rows"] or "own",
-                    each["minimum_cosine"],
+                    result["tokens_per_second"],
+                    "{}, {}".format(*result["from_to"]),
+                    result["ratio"],
+                    "{}, {}".format(*result["ratio_from_to"]),
+                    result["batch_rows"] or "own",
+                    result["minimum_cosine"],
                 ]
-                for name, each in sides.items()
+                for name, result in sides.items()
             ],
         )
     for work, failed in found["failures"].items():
-        print(f"{work}: {', '.join(failed)} did not survive it")
+        print(f"{work}: {', '.join(failed)} failed")
     print_table(
         ["", "cold start, s", "peak GB", "on disk GB"],
         [

@@ -1,4 +1,4 @@
-"""A reference with a LoRA adapter, merged by PEFT itself."""
+"""A reference with a LoRA adapter: PEFT merges it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ..spec import CLASSIFIER, ModelSpec
 
 
 class ReferenceFolder:
-    """What a reference's library opens.
+    """The folder that a reference's library opens.
 
-    The checkpoint's folder; or, of an adapter with a pipeline of its own, in the same folder or for
-    a classifier, a temporary one: links to the pipeline's files and the base's weights, and the
-    base's configuration with the labels that the adapter has.
+    Usually the checkpoint's folder. A temporary folder is made for an adapter that comes with its
+    own pipeline, that lies in the checkpoint's folder, or that makes a classifier. It holds links
+    to the pipeline's files and to the base's weights, and the base's configuration with the
+    adapter's number of labels.
 
     Args:
         spec: The checkpoint.
 
     Attributes:
-        folder: The folder, there while this object lives.
+        folder: The folder; it exists as long as this object.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -40,9 +41,11 @@ class ReferenceFolder:
             return
         self.folder = Path(mkdtemp(prefix="embedport-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        base = [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
-        own = [path for path in source.pipeline.iterdir() if path.name not in (CONFIG, WEIGHTS)]
-        for path in [*base, *own]:
+        base_files = [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
+        pipeline_files = [
+            path for path in source.pipeline.iterdir() if path.name not in (CONFIG, WEIGHTS)
+        ]
+        for path in [*base_files, *pipeline_files]:
             if not (self.folder / path.name).exists():
                 (self.folder / path.name).symlink_to(path.absolute())
         if labels is not None:
@@ -54,20 +57,20 @@ class ReferenceFolder:
 
 
 def merge_adapter(model: Any, adapter: Adapter) -> Any:
-    """Merge an adapter by `PeftModel.merge_and_unload`.
+    """Merge an adapter with `PeftModel.merge_and_unload`.
 
-    PEFT finds an adapter's tensors by their names in the class that it was trained on: a bare
-    Qwen3Model, or one with a head.
+    PEFT looks up an adapter's tensors by their names in the class that it was trained on: a bare
+    Qwen3Model, or a model with a head. The model is wrapped or unwrapped to match.
 
     Args:
-        model: transformers' model of the base.
+        model: The base's transformers model.
         adapter: The adapter.
 
     Returns:
         The same model, merged.
 
     Raises:
-        CheckpointError: PEFT does not take it, or does not find a tensor.
+        CheckpointError: PEFT refuses the adapter, or misses one of its tensors.
     """
     has_head = hasattr(model, "lm_head") or hasattr(model, "score")
     if adapter.has_prefix == has_head:
@@ -77,17 +80,17 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
         return model
     transformers, torch = require("transformers", "torch"), require("torch", "torch")
     with torch.device("meta"):
-        whole = transformers.Qwen3ForCausalLM(model.config)
-    whole.model = model
-    # A table of its own: what the adapter does to a tied head does not come into the vectors.
-    whole.lm_head.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().clone())
-    return _merge(whole, adapter).model
+        wrapped = transformers.Qwen3ForCausalLM(model.config)
+    wrapped.model = model
+    # A copy: an adapter on a tied head must not change the embedding table.
+    wrapped.lm_head.weight = torch.nn.Parameter(model.embed_tokens.weight.detach().clone())
+    return _merge(wrapped, adapter).model
 
 
 def _merge(model: Any, adapter: Adapter) -> Any:
     peft = require("peft", "torch")
     # PEFT imports bitsandbytes where it is installed.
-    with importing_bitsandbytes(), warnings.catch_warnings(record=True) as said:
+    with importing_bitsandbytes(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             merged = peft.PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
@@ -95,7 +98,7 @@ def _merge(model: Any, adapter: Adapter) -> Any:
             raise CheckpointError(
                 f"{adapter.folder}: PEFT cannot merge it: {type(error).__name__}: {error}"
             ) from error
-    for each in said:
-        if "missing adapter keys" in str(each.message):
-            raise CheckpointError(f"{adapter.folder}: PEFT says: {each.message}")
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise CheckpointError(f"{adapter.folder}: PEFT says: {warning.message}")
     return merged

@@ -1,12 +1,12 @@
-r"""A checkpoint run by transformers, by the model cards' own code.
+r"""A checkpoint run by transformers with the model cards' own code.
 
-Strings, tokenization, padding and pooling are written down here again from the model cards and
-shared with no other module, so that a mistake there cannot hide here.
+Strings, tokenization, padding and pooling are copied from the model cards and shared with no other
+module, so that a mistake elsewhere does not repeat itself here.
 
-Embedding: "Instruct: {task}\nQuery:{query}" or the bare document, left padding, the state of the
-last token after the final norm, L2 norm. The tokens are those that the folder's tokenizer gives.
-Reranker: prefix, body and suffix tokenized by themselves, the body cut, left padding, softmax over
-the last position's logits of "no" and "yes".
+Embedding: "Instruct: {task}\nQuery:{query}" or the bare document, tokenized by the folder's
+tokenizer; left padding; the last token's state after the final norm; L2 normalization.
+Reranker: prefix, body and suffix tokenized separately; the body truncated; left padding; softmax
+over the last position's logits of "no" and "yes".
 https://huggingface.co/Qwen/Qwen3-Embedding-0.6B, https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
 """
 
@@ -38,7 +38,7 @@ class CardReference(LiveReference):
     """A checkpoint in transformers.
 
     Attributes:
-        tokenizer: transformers' tokenizer of it.
+        tokenizer: The checkpoint's tokenizer in transformers.
     """
 
     library = "transformers"
@@ -56,23 +56,23 @@ class CardReference(LiveReference):
 
     @property
     def limit(self) -> int:
-        """Tokens after which an input is cut: as asked, or the tokenizer's and the model's."""
+        """Tokens after which an input is cut: as requested, or the tokenizer's and model's."""
         if self.max_length is not None:
             return self.max_length
         return min(self.tokenizer.model_max_length, self.spec.max_position_embeddings)
 
     def gives_log_odds(self) -> bool:
-        """The model card's code gives probabilities."""
+        """False: the model card's code returns probabilities."""
         return False
 
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
-        """Token ids by the model card's code."""
+        """Each input's token ids, by the model card's code."""
         if self.spec.task == "reranker":
-            return self._pair_ids([each for each in inputs if isinstance(each, Pair)])
-        return self._text_ids([each for each in inputs if isinstance(each, Sample)])
+            return self._pair_ids([given for given in inputs if isinstance(given, Pair)])
+        return self._text_ids([given for given in inputs if isinstance(given, Sample)])
 
     def _text_ids(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Of texts, each after its prompt (a name, or the literal text)."""
+        """Token ids of texts, each after its prompt (a name, or the literal text)."""
         path = self.folder / "config_sentence_transformers.json"
         settings = read_json(path) if path.exists() else {}
         prompts = {"query": "", "document": "", **(settings.get("prompts") or {})}
@@ -84,24 +84,24 @@ class CardReference(LiveReference):
         return self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
 
     def _pair_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Of pairs under the model card's instruction."""
+        """Token ids of pairs with the model card's instruction."""
         prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
         suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
         bodies = [
             f"<Instruct>: {TASK}\n<Query>: {pair.query}\n<Document>: {pair.document}"
             for pair in pairs
         ]
-        cut = self.tokenizer(
+        truncated = self.tokenizer(
             bodies,
             padding=False,
             truncation="longest_first",
             return_attention_mask=False,
             max_length=self.limit - len(prefix) - len(suffix),
         )["input_ids"]
-        return [[*prefix, *ids, *suffix] for ids in cut]
+        return [[*prefix, *ids, *suffix] for ids in truncated]
 
     def load(self, arithmetic: Arithmetic) -> Any:
-        """The model as transformers loads it: see `LiveReference`."""
+        """Load the model with transformers: see `LiveReference`."""
         transformers = require("transformers", "torch")
         kind = (
             transformers.AutoModel
@@ -118,12 +118,12 @@ class CardReference(LiveReference):
         return place(self.adapted(model, arithmetic), self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """A batch's vectors or probabilities: see `LiveReference`."""
+        """Run one batch: see `LiveReference`."""
         torch = require("torch", "torch")
         batch = self.tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
         batch = batch.to(self.device)
         if self.answers:
-            # Of all positions' logits only the last are used: the others are not computed.
+            # Only the last position's logits are computed: the others are not used.
             logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1, self.answers]
             return torch.log_softmax(logits.float(), dim=1)[:, 1].exp().cpu().numpy()
         states = model(**batch, use_cache=False).last_hidden_state
@@ -132,7 +132,7 @@ class CardReference(LiveReference):
     def run_rows(
         self, rows: Sequence[Sequence[int]], arithmetic: Arithmetic, *, progress: bool = False
     ) -> np.ndarray:
-        """As `run`, of inputs that are tokenized already."""
+        """Like `run`, for inputs that are already tokenized."""
         inputs: Any = rows
         return self._run(inputs, rows, arithmetic, progress)
 
@@ -141,7 +141,7 @@ class CardReference(LiveReference):
         return model.base_model
 
     def _single_token(self, token: str) -> int:
-        found = self.tokenizer.convert_tokens_to_ids(token)
-        if found is None:
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None:
             raise CheckpointError(f"{self.folder}: {token!r} should be a single token, found none")
-        return found
+        return token_id

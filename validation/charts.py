@@ -1,8 +1,8 @@
-"""The page's charts as inline SVG: text stays text, colours are the page's, bytes are the same.
+"""The page's charts as inline SVG, with text as text and reproducible bytes.
 
-A chart is drawn in stand-in colours, which are then replaced by CSS variables, so that it is
-readable in light and in dark and on paper. Figures are small, so that their text still is at the
-width of a phone; the page puts two side by side where there is room.
+A chart is drawn in placeholder colours, which CSS variables then replace, so that it is readable in
+light mode, in dark mode and on paper. Figures are small, so that their text is readable at the
+width of a phone; the page puts two side by side if there is room.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .retrieval import RetrievalRow
 
 SIZE = (4.6, 3.1)  # inches
 POINTS = 1500
-# Below this a difference is the arithmetic of the measure itself.
+# Differences below this come from the arithmetic of the measure itself.
 FLOOR = 1e-16
 BINS = 24
 MOST_TICKS = 7
@@ -62,20 +62,20 @@ STYLE = {
 
 
 def histogram(values: Sequence[float], limit: float | None, *, noun: str, measure: str) -> str:
-    """How many inputs are how far off, on a logarithmic axis.
+    """A histogram of the inputs' distances from the reference, on a logarithmic axis.
 
     Args:
-        values: Distances, 0 at best; those that are not finite are left out, those below 1e-16
-            count as that. At least one is finite.
-        limit: The gate's, or None.
-        noun: What is counted.
-        measure: What a distance is.
+        values: Distances, 0 is best. Values that are not finite are left out, values below 1e-16
+            are drawn there. At least one is finite.
+        limit: The gate's limit, or None.
+        noun: Label of the counts, such as "texts".
+        measure: Label of the distances, such as "1 − cosine".
     """
     finite = np.array(values)[np.isfinite(values)]
     logs = np.log10(np.clip(finite, FLOOR, None))
     shown = logs if limit is None or limit <= 0 else np.append(logs, math.log10(limit))
     low, high = _decades(shown)
-    bins = max(1, BINS // (high - low)) * (high - low)  # a bin lies within one decade
+    bins = max(1, BINS // (high - low)) * (high - low)  # no bin crosses a power of ten
     edges = np.linspace(low, high, bins + 1)
     counts, _ = np.histogram(logs, edges)
 
@@ -101,8 +101,8 @@ def scatter(reference: Sequence[float], artifact: Sequence[float], *, score: str
 
     Args:
         reference: Finite scores; at least one.
-        artifact: As many.
-        score: What a score is.
+        artifact: As many scores, in the same order.
+        score: Label of the scores, such as "cosine".
     """
     x, y = np.array(reference), np.array(artifact)
     chosen = choose_points(x, y)
@@ -122,7 +122,7 @@ def scatter(reference: Sequence[float], artifact: Sequence[float], *, score: str
 
 
 def choose_points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points to draw: all, or 1,500: the third farthest off, the others spread over x."""
+    """Indices of at most 1,500 points to draw: a third farthest off, the rest spread over x."""
     if len(x) <= POINTS:
         return np.arange(len(x))
     farthest = np.argsort(-np.abs(x - y), kind="stable")
@@ -135,20 +135,20 @@ def choose_points(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def layer_lines(errors: Sequence[LayerError]) -> str | None:
     """The relative error after each layer, on a logarithmic axis.
 
-    A layer without any error, or with NaN, is a gap; None where nothing else is there.
+    Layers with an error of zero or NaN are gaps; returns None if there are only gaps.
     """
     lines = {
-        "largest of a token": [each.relative_error_max for each in errors],
-        "mean": [each.relative_error_mean for each in errors],
+        "largest of a token": [error.relative_error_max for error in errors],
+        "mean": [error.relative_error_mean for error in errors],
     }
     logs = {name: _logs(values) for name, values in lines.items()}
-    finite = np.concatenate([each[np.isfinite(each)] for each in logs.values()])
+    finite = np.concatenate([values[np.isfinite(values)] for values in logs.values()])
     if not len(finite):
         return None
     low, high = _decades(finite)
 
     def draw(axes: Any) -> None:
-        layers = [each.layer for each in errors]
+        layers = [error.layer for error in errors]
         for (name, values), color, marker in zip(logs.items(), SERIES, MARKERS, strict=False):
             axes.plot(layers, values, f"{marker}-", c=color, ms=3.5, lw=1.4, label=name)
         _set_ticks(axes.yaxis, low, high)
@@ -162,7 +162,7 @@ def layer_lines(errors: Sequence[LayerError]) -> str | None:
 
 
 def retrieval_differences(rows: Sequence[RetrievalRow]) -> str:
-    """Artifact less reference with its interval: by dimension, or by measure for a reranker.
+    """Artifact minus reference, with intervals: by dimension, or by measure for a reranker.
 
     Args:
         rows: At least one.
@@ -170,10 +170,10 @@ def retrieval_differences(rows: Sequence[RetrievalRow]) -> str:
 
     def draw(axes: Any) -> None:
         axes.axhline(0, color=QUIET, linewidth=1)
-        for measure, own, x, color, marker in _by_measure(rows):
-            y = np.array([row.difference for row in own])
-            # A mean just outside of its interval is rounding.
-            reach = np.abs([[row.low for row in own] - y, [row.high for row in own] - y])
+        for measure, group, x, color, marker in _by_measure(rows):
+            y = np.array([row.difference for row in group])
+            # abs: rounding can put a mean just outside of its interval.
+            reach = np.abs([[row.low for row in group] - y, [row.high for row in group] - y])
             axes.errorbar(
                 x, y, reach, fmt=marker, c=color, ms=4.5, lw=1.4, capsize=2.5, label=measure
             )
@@ -191,9 +191,11 @@ def retrieval_values(rows: Sequence[RetrievalRow]) -> str:
     """
 
     def draw(axes: Any) -> None:
-        for measure, own, x, color, marker in _by_measure(rows):
-            axes.plot(x, [row.reference for row in own], marker, c=color, ms=8, mfc="none")
-            axes.plot(x, [row.artifact for row in own], marker, c=color, ms=4, mew=0, label=measure)
+        for measure, group, x, color, marker in _by_measure(rows):
+            axes.plot(x, [row.reference for row in group], marker, c=color, ms=8, mfc="none")
+            axes.plot(
+                x, [row.artifact for row in group], marker, c=color, ms=4, mew=0, label=measure
+            )
         axes.set(ylabel="quality", ylim=(0, 1))
         _set_places(axes, rows)
 
@@ -203,15 +205,15 @@ def retrieval_values(rows: Sequence[RetrievalRow]) -> str:
 def _by_measure(
     rows: Sequence[RetrievalRow],
 ) -> Iterator[tuple[str, list[RetrievalRow], list[float], str, str]]:
-    """(measure, its rows, their places on the x axis, its color, its marker)."""
+    """Yield (measure, its rows, their x positions, color, marker)."""
     measures, places = _measures(rows), _places(rows)
     for i, measure in enumerate(measures):
-        own = [row for row in rows if row.measure == measure]
-        shift = 0.0 if own[0].dimension is None else 0.22 * (i - (len(measures) - 1) / 2)
-        x = [places.index(_place(row)) + shift for row in own]
+        group = [row for row in rows if row.measure == measure]
+        shift = 0.0 if group[0].dimension is None else 0.22 * (i - (len(measures) - 1) / 2)
+        x = [places.index(_place(row)) + shift for row in group]
         yield (
             MEASURES.get(measure, measure),
-            own,
+            group,
             x,
             SERIES[i % len(SERIES)],
             MARKERS[i % len(MARKERS)],
@@ -242,20 +244,20 @@ def _set_places(axes: Any, rows: Sequence[RetrievalRow]) -> None:
 
 
 def _logs(values: Sequence[float]) -> np.ndarray:
-    """Decimal logarithms, float64; NaN of what is 0 or not finite."""
+    """Decimal logarithms, float64; NaN for values that are 0 or not finite."""
     array = np.array(values)
     usable = np.isfinite(array) & (array > 0)
     return np.where(usable, np.log10(np.where(usable, np.clip(array, FLOOR, None), 1)), np.nan)
 
 
 def _decades(logs: np.ndarray) -> tuple[int, int]:
-    """The whole decades, two at least, that hold decimal logarithms."""
+    """The range of whole decades, at least two, that contains decimal logarithms."""
     high = math.floor(logs.max()) + 1
     return min(math.floor(logs.min()), high - 2), high
 
 
 def _set_ticks(axis: Any, low: int, high: int) -> None:
-    """Powers of ten at an axis of logarithms: the page's fonts write them without TeX."""
+    """Label an axis of logarithms with powers of ten, in Unicode instead of TeX."""
     step = -(-(high - low) // (MOST_TICKS - 1))
     powers = [power for power in range(low, high + 1) if power % step == 0]
     axis.set_ticks(powers, [_power(power) for power in powers])
@@ -266,33 +268,33 @@ def _power(exponent: int) -> str:
 
 
 def _legend(axes: Any, columns: int) -> None:
-    """Above the chart, where nothing is hidden by it."""
+    """Put the legend above the chart, where it hides nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, handletextpad=0.4, borderpad=0.2
     )
 
 
 def _svg(draw: Any, label: str) -> str:
-    """A chart that `draw` draws on axes, as an `<svg>` element."""
+    """Draw a chart with `draw(axes)` and return it as an `<svg>` element."""
     matplotlib = require("matplotlib", "report")
     figures = require("matplotlib.figure", "report")
     buffer = io.StringIO()
-    # Ids are of the salt and the shape: charts of one page must not share them.
+    # Element ids are hashes of salt and shape; charts on one page must not share ids.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         figure = figures.Figure(figsize=SIZE, layout="constrained")
         draw(figure.add_subplot())
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     return _for_page(buffer.getvalue(), label)
 
 
 def _for_page(svg: str, label: str) -> str:
-    """What a stand-alone file has and an element of a page does not is taken away."""
+    """Turn a stand-alone SVG file into an element of the page: strip what only files need."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     used = set(re.findall(r"#(\w+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     view = re.search(r'viewBox="[^"]*"', svg)

@@ -1,4 +1,4 @@
-"""What a page shows beyond the report: each input's agreement, scores, layers, the machine."""
+"""Details that only the HTML report shows: agreement per input, scores, layers, the machine."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from .tasks import EmbeddingTask, RerankerTask
 
 @dataclass(frozen=True)
 class Machine:
-    """What a validation ran on.
+    """The machine that a validation ran on.
 
     Attributes:
         cpu: The processor's name.
-        cores: Cores that the process may use.
-        memory: Bytes; 0 where the system does not tell.
+        cores: Number of cores that the process may use.
+        memory: Bytes of RAM; 0 if unknown.
         system: The operating system.
-        python: Its version.
-        providers: onnxruntime's execution providers, the preferred one first; none without it.
+        python: Python's version.
+        providers: onnxruntime's execution providers, the preferred one first; empty if onnxruntime
+            is not installed.
     """
 
     cpu: str
@@ -45,22 +46,22 @@ class Machine:
 
 @dataclass(frozen=True)
 class Details:
-    """What the report does not hold.
+    """Details of a validation that are not in the report.
 
     Attributes:
-        names: What the report calls each input.
+        names: Each input's name in the report.
         excerpts: The beginning of each input's text.
-        agreement: Of each input: its cosine, or a reranker's absolute difference of scores; NaN
-            where one is not finite. Empty, like the scores, when the token ids differ.
-        reference_scores: Scores of the run of the reference that the gates are about: cosines of
-            every query and every document, or probabilities. Finite, like the artifact's.
-        artifact_scores: The artifact's, in the same order.
-        layers: The error layer by layer; empty where the residual stream cannot be compared, None
-            where nobody measured it.
-        machine: What it ran on.
+        agreement: Each input's cosine, or absolute score difference for a reranker; NaN if a side
+            is not finite. Empty, like the scores, if the token ids differ.
+        reference_scores: The scores of the reference run that the gates use: cosines of every query
+            with every document, or probabilities. All scores here are finite.
+        artifact_scores: The artifact's scores, in the same order.
+        layers: The error after each layer; empty if the residual stream cannot be compared, None if
+            it was not measured.
+        machine: The machine.
         artifact_files: Name to sha256 of the graph and its weights, or of the shards.
         reference_files: Name to sha256 of the reference's shards.
-        command: The command line; empty if it was not one.
+        command: The command line; empty for a call from Python.
     """
 
     names: tuple[str, ...]
@@ -85,13 +86,13 @@ def collect_details(
     layers: tuple[LayerError, ...] | None = None,
     command: Sequence[str] = (),
 ) -> Details:
-    """Details of a validation.
+    """Collect the details of a validation.
 
     Args:
         task: The inputs.
-        found: The artifact's results, float32 [inputs] or [inputs, dim]; None when the token ids
+        found: The artifact's results, float32 [inputs] or [inputs, dim]; None if the token ids
             differ.
-        expected: The reference's, as wide or wider.
+        expected: The reference's results, with the same dim or more.
         facts: The artifact, or the checkpoint.
         reference: The reference.
         layers: From `layer_errors`.
@@ -116,7 +117,7 @@ def collect_details(
 
 
 def _weight_files(facts: ModelFacts) -> list[Path]:
-    """The shards; or the graph, and its weights beside it."""
+    """The shards, or the graph and the weight files beside it."""
     if facts.checkpoint is not None:
         source = facts.checkpoint.source
         files = sorted({info.file for info in read_headers(source.folder).values()})
@@ -127,7 +128,7 @@ def _weight_files(facts: ModelFacts) -> list[Path]:
 
 
 def _hash(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Path, relative in the model's folder, to sha256."""
+    """Path to sha256; the path is relative to the model's folder if it is inside."""
     return {
         (
             path.relative_to(folder) if path.is_relative_to(folder) else path
@@ -140,7 +141,7 @@ def describe_machine() -> Machine:
     """This machine."""
     try:
         import onnxruntime as ort
-    except ModuleNotFoundError:  # a checkpoint needs none
+    except ModuleNotFoundError:  # not needed to run a checkpoint
         ort = None
     return Machine(
         cpu=_read_field("/proc/cpuinfo", "model name") or platform.processor() or "unknown",
@@ -155,7 +156,7 @@ def describe_machine() -> Machine:
 
 
 def _read_field(path: str, key: str, separator: str = ":") -> str:
-    """The first value of a key in a file of lines; empty where there is none."""
+    """The first value of a key in a file of `key separator value` lines; empty if missing."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,6 +1,6 @@
 """The invariance suite: a text must give the same result however it is batched and padded.
 
-Each case runs real token ids with hand-made padding, and is compared with the same rows alone.
+Each case runs real token ids with padding made here, and is compared with the same rows run alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Model = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 ROWS = 32
 FEW = 8
-# Rows are cut to lengths spread between these, so that batches are ragged whatever the texts are,
-# and a batch of 32 stays small.
+# Rows are cut to lengths spread between these, so that batches are ragged for any texts and a batch
+# of 32 stays small.
 SHORTEST, LONGEST = 8, 64
 EXTRA = 16
-# Graphs change how they compute attention at 128 tokens, and at SHORT_ROW: beyond that rows share
-# no batch with shorter ones.
+# Graphs compute attention differently from 128 tokens and from SHORT_ROW tokens on. Rows longer
+# than SHORT_ROW share no batch with shorter ones.
 LONG = {"long rows": (150, 300), "longer rows": (SHORT_ROW + 32, SHORT_ROW + 128)}
 
 
@@ -32,11 +32,11 @@ class Case:
     """One way of batching and padding.
 
     Attributes:
-        name: For the report.
+        name: The case's name in the report.
         rows: Token ids, int64 [tokens] each.
-        batch: Rows of a batch.
-        side: Where the padding is.
-        extra: Padding beyond the longest row of the batch.
+        batch: Rows per batch.
+        side: The side with the padding.
+        extra: Padding tokens beyond the batch's longest row.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case gave, and what its rows give alone: float32 [rows] or [rows, dim] each."""
+    """A case's results and the results of its rows run alone: float32 [rows] or [rows, dim]."""
 
     case: str
     found: np.ndarray
@@ -63,18 +63,18 @@ def run_suite(
     Args:
         model: (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, ...].
         rows: Token ids of the texts, int64 [tokens] each; at least one.
-        max_length: Tokens of a row at most.
-        progress: Whether to show a progress bar on a terminal.
+        max_length: Longest row, in tokens, that the model takes.
+        progress: Show a progress bar on a terminal.
     """
     suite = [*make_cases(select_rows(rows)), *make_long_cases(rows, max_length)]
-    known: dict[bytes, np.ndarray] = {}
+    results_alone: dict[bytes, np.ndarray] = {}
     outcomes = []
     with progress_bar("Invariance", len(suite), enabled=progress) as advance:
         for case in suite:
             for ids in case.rows:
-                if ids.tobytes() not in known:
-                    known[ids.tobytes()] = model(ids[None], np.ones_like(ids[None]))[0]
-            alone = np.stack([known[ids.tobytes()] for ids in case.rows])
+                if ids.tobytes() not in results_alone:
+                    results_alone[ids.tobytes()] = model(ids[None], np.ones_like(ids[None]))[0]
+            alone = np.stack([results_alone[ids.tobytes()] for ids in case.rows])
             outcomes.append(Outcome(case.name, _run(model, case), alone))
             advance(1)
     return outcomes
@@ -83,17 +83,17 @@ def run_suite(
 def select_rows(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     """32 rows of lengths from 8 to 64 tokens, in a mixed order; repeated if there are fewer.
 
-    A row is cut from its front, so that it ends as the whole text does.
+    Rows are cut at the front, so that they end like the whole text.
     """
     by_length = sorted(rows, key=len)
-    picked = [by_length[i] for i in np.linspace(0, len(rows) - 1, ROWS).round().astype(int)]
+    selected = [by_length[i] for i in np.linspace(0, len(rows) - 1, ROWS).round().astype(int)]
     lengths = np.linspace(SHORTEST, LONGEST, ROWS).round().astype(int)
-    cut = [ids[-length:] for ids, length in zip(picked, lengths, strict=True)]
-    return [cut[i] for i in np.random.default_rng(0).permutation(ROWS)]
+    shortened = [ids[-length:] for ids, length in zip(selected, lengths, strict=True)]
+    return [shortened[i] for i in np.random.default_rng(0).permutation(ROWS)]
 
 
 def make_cases(rows: Sequence[np.ndarray]) -> list[Case]:
-    """The suite over the rows that `select_rows` gives."""
+    """The cases over rows from `select_rows`."""
     few = rows[:FEW]
     median = sorted(map(len, rows))[len(rows) // 2]
     equal = [ids[-median:] for ids in rows if len(ids) >= median][:FEW]
@@ -109,7 +109,7 @@ def make_cases(rows: Sequence[np.ndarray]) -> list[Case]:
 
 
 def make_long_cases(rows: Sequence[np.ndarray], max_length: int) -> list[Case]:
-    """Two long rows in a batch, as far as the model takes them; the longest text is repeated."""
+    """Cases of two long rows, up to the model's limit; made by repeating the longest text."""
     longest = max(rows, key=len)
     cases = []
     for name, lengths in LONG.items():
@@ -131,10 +131,10 @@ def _run(model: Model, case: Case) -> np.ndarray:
 def pad(
     rows: Sequence[np.ndarray], side: Literal["left", "right"], extra: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pad rows by hand.
+    """Pad rows.
 
-    Padding has the id of the row's last token, which for an embedding is what transformers pads
-    with: a model that takes padding for text is caught.
+    The padding token is the row's last token, which is also what transformers pads with for an
+    embedding model: a model that treats padding as text is caught.
 
     Returns:
         (input_ids, attention_mask), int64 [rows, longest + extra] each.

@@ -1,10 +1,9 @@
-"""The error layer by layer: the artifact's residual stream against the reference's.
+"""The error after each layer: the artifact's hidden states against the reference's.
 
-A graph runs on the CPU part by part, a layer's weights in memory at a time, on a few texts. A layer
-hands on the residual stream and what is still to be added to it, and of 8-bit products its tokens'
-scales: their sum is the hidden state that
-transformers has after the same layer. A checkpoint's layers are watched in torch, as the
-reference's are.
+A graph runs on the CPU in segments on a few texts, with one layer's weights in memory at a time. A
+layer outputs the residual stream and the product still to be added to it; an 8-bit product comes
+with its per-token scales. Their sum is the hidden state that transformers has after that layer. For
+a checkpoint, forward hooks in torch record the layers, as for the reference.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from .measures import cosines
 from .reference import Reference
 
 TEXTS = 8
-# A recorded reference holds the states of all of them, after every layer.
+# Tokens kept of each text: a recorded reference stores their states after every layer.
 TOKENS = 32
-# Names the exporter gives: the parts of a graph, and the way back from a rotated stream.
+# The exporter's names: scopes of a graph's nodes, and the matrix that undoes a rotation.
 EMBEDDING, LAYER = "embed_tokens", "layers."
 ROTATION = "output.rotation"
 
@@ -39,10 +38,10 @@ class LayerError:
 
     Attributes:
         layer: 1 is the first layer; 0 is the embedding table.
-        tokens: How many were compared.
+        tokens: Number of compared tokens.
         relative_error_mean: Mean over tokens of |artifact - reference| / |reference|.
-        relative_error_max: Its maximum; NaN as soon as one value is.
-        cosine_min: The smallest cosine of a token's state to the reference's.
+        relative_error_max: Maximum over tokens; NaN if any value is NaN.
+        cosine_min: Smallest cosine of a token's state and the reference's.
     """
 
     layer: int
@@ -61,20 +60,20 @@ def layer_errors(
 ) -> tuple[LayerError, ...]:
     """Compare the hidden states after every layer, on a few of the texts.
 
-    The last layer of a pooled graph keeps the last token of a text only. Where the residual stream
-    is rotated it is rotated back by the matrix that the graph holds; an artifact with a baked MRL
-    dimension then has only that many values to compare. A checkpoint's are transformers' layers,
-    also where our own ran it (runtimes.packed).
+    The last layer of a pooled graph keeps only each text's last token. A rotated residual stream is
+    rotated back with the matrix in the graph; if the artifact has a baked-in MRL dimension, only
+    that many values can be compared. For a checkpoint, transformers' layers are compared, even if
+    our own layers ran it (runtimes.packed).
 
     Args:
         facts: The artifact, or the checkpoint.
-        reference: The checkpoint it was made from.
-        rows: Token ids, int64 [tokens] a text; see `sample_rows`.
-        device: Where a checkpoint runs, "cpu" or "cuda".
+        reference: The reference.
+        rows: Each text's token ids, int64 [tokens]; `sample_rows` selects from them.
+        device: The checkpoint's device, "cpu" or "cuda".
 
     Returns:
-        The embedding table first, then every layer; empty where the graph rotates its stream and
-        does not hold the way back, as a reranker's.
+        The embedding table first, then every layer. Empty if the graph's residual stream is rotated
+        and the graph has no matrix to rotate it back, as in a reranker.
 
     Raises:
         MissingPackageError: onnxruntime, torch or transformers is not installed.
@@ -84,11 +83,13 @@ def layer_errors(
         from ..runtimes.torch import load_layers
         from .live import watch_layers
 
-        found = watch_layers(load_layers(facts.checkpoint, device), sample, device)
-        expected = reference.hidden_states(sample)
+        artifact_states = watch_layers(load_layers(facts.checkpoint, device), sample, device)
+        reference_states = reference.hidden_states(sample)
         return tuple(
-            _compare(layer, np.concatenate(states), np.concatenate(wanted))
-            for layer, (states, wanted) in enumerate(zip(found, expected, strict=True))
+            _compare(layer, np.concatenate(layer_states), np.concatenate(expected))
+            for layer, (layer_states, expected) in enumerate(
+                zip(artifact_states, reference_states, strict=True)
+            )
         )
     assert facts.artifact is not None
     return _graph_errors(facts.artifact, reference, sample)
@@ -104,35 +105,35 @@ def _graph_errors(
     basis = _basis(model, reference) if rotated else None
     if basis is None and (rotated or (artifact.manifest.recipe or {}).get("rotate")):
         return ()
-    expected = reference.hidden_states(sample)
+    reference_states = reference.hidden_states(sample)
     manifest = artifact.manifest
     only_last = manifest.task == "reranker" or manifest.outputs.last_token
     pooled = graph.output == "pooled" and only_last
     errors = []
     for layer, states in enumerate(_artifact_states(model, artifact, sample)):
-        wanted = expected[layer]
-        if pooled and layer == len(expected) - 1:
-            # A graph with even rows has the token twice.
-            states, wanted = [each[:1] for each in states], [each[-1:] for each in wanted]
+        expected = reference_states[layer]
+        if pooled and layer == len(reference_states) - 1:
+            # A graph that pads rows to an even number of tokens has the token twice.
+            states, expected = [row[:1] for row in states], [row[-1:] for row in expected]
         if basis is not None:
-            states = [each @ basis for each in states]
-            wanted = [each[:, : basis.shape[1]] for each in wanted]
-        errors.append(_compare(layer, np.concatenate(states), np.concatenate(wanted)))
+            states = [row @ basis for row in states]
+            expected = [row[:, : basis.shape[1]] for row in expected]
+        errors.append(_compare(layer, np.concatenate(states), np.concatenate(expected)))
     return tuple(errors)
 
 
 def sample_rows(rows: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
-    """At most 8 rows, spread over their lengths, each its last 32 tokens at most: int64."""
+    """At most 8 rows, spread over their lengths; the last 32 tokens of each at most, int64."""
     by_length = sorted(rows, key=len)
-    picked = np.unique(np.linspace(0, len(rows) - 1, TEXTS).round().astype(int))
-    return [np.asarray(by_length[i][-TOKENS:], np.int64) for i in picked]
+    indices = np.unique(np.linspace(0, len(rows) - 1, TEXTS).round().astype(int))
+    return [np.asarray(by_length[i][-TOKENS:], np.int64) for i in indices]
 
 
 def _basis(model: ir.Model, reference: Reference) -> np.ndarray | None:
-    """What a rotated stream is multiplied by to be the checkpoint's: float32 [hidden, n].
+    """The matrix that turns a rotated stream into the checkpoint's: float32 [hidden, n].
 
-    The graph's matrix takes the final norm's output back, and holds the norm's gains beside the
-    rotation. None where it is not a rotation without them.
+    The graph's matrix rotates the final norm's output back, and also contains the norm's gains.
+    Returns None if the matrix without the gains is not a rotation.
     """
     tensor = model.graph.initializers[ROTATION].const_value
     assert tensor is not None
@@ -148,26 +149,26 @@ def _basis(model: ir.Model, reference: Reference) -> np.ndarray | None:
 def _artifact_states(
     model: ir.Model, artifact: Artifact, rows: Sequence[np.ndarray]
 ) -> Iterator[list[np.ndarray]]:
-    """Hidden states, float32 [tokens, hidden] a row, after the embedding and after each layer."""
+    """Yield each row's hidden states, float32 [tokens, hidden], after the embedding and layers."""
     emulate_16_bits(model)
-    fixed = [{"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])} for ids in rows]
+    inputs = [{"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])} for ids in rows]
     streams: list[dict[str, np.ndarray]] = [{} for _ in rows]
     for scope, part in segments(model):
         in_stream = scope == EMBEDDING or scope.startswith(LAYER)
         if streams[0] and not in_stream:
-            return  # the final norm and the head
+            return  # what follows is the final norm and the head
         session = _open_session(part, artifact)
-        names = [value.name for value in session.get_outputs()]
-        taken = [value.name for value in session.get_inputs()]
-        for values, stream in zip(fixed, streams, strict=True):
-            known = values | stream
-            found = session.run(None, {name: known[name] for name in taken})
+        output_names = [value.name for value in session.get_outputs()]
+        input_names = [value.name for value in session.get_inputs()]
+        for values, stream in zip(inputs, streams, strict=True):
+            available = values | stream
+            results = session.run(None, {name: available[name] for name in input_names})
             if in_stream:
-                stream.clear()  # a layer reads only what the one before it hands on
-            (stream if in_stream else values).update(zip(names, found, strict=True))
+                stream.clear()  # a layer reads only the outputs of the one before it
+            (stream if in_stream else values).update(zip(output_names, results, strict=True))
         del session
         if in_stream:
-            # Rows may have a token of padding at their end.
+            # Rows may end with a padding token.
             yield [
                 _total(*(value[0, : len(ids)] for value in stream.values()))
                 for ids, stream in zip(rows, streams, strict=True)
@@ -175,7 +176,7 @@ def _artifact_states(
 
 
 def _total(residual: np.ndarray, *product: np.ndarray) -> np.ndarray:
-    """The stream with what a layer hands on to be added: maybe a product and its tokens' scales."""
+    """Add a layer's product, if any, times its per-token scales, if any, to the residual stream."""
     return residual + math.prod(product) if product else residual
 
 
@@ -183,7 +184,7 @@ def _open_session(model: ir.Model, artifact: Artifact) -> Any:
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # it would keep what the largest run took
+    options.enable_cpu_mem_arena = False  # it would hold on to the peak memory
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
     )
@@ -193,7 +194,7 @@ def _open_session(model: ir.Model, artifact: Artifact) -> Any:
 
 
 def _compare(layer: int, found: np.ndarray, expected: np.ndarray) -> LayerError:
-    """Both float32 [tokens, hidden]."""
+    """Compare hidden states: float32 [tokens, hidden] each."""
     sizes = np.linalg.norm(expected.astype(np.float64), axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.linalg.norm(found.astype(np.float64) - expected, axis=1) / sizes

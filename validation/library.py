@@ -1,9 +1,9 @@
-"""A checkpoint run by sentence-transformers, called as its users call it.
+"""A checkpoint run by sentence-transformers, through the calls that its users make.
 
-A folder with modules.json declares a pipeline for this library: `SentenceTransformer`, by
-`encode_query`, `encode_document` and `encode`; or `CrossEncoder`, by `predict`. A classifier is a
-CrossEncoder's too. Prompts, chat template, pooling, heads and activations are the library's reading
-of the folder, and token ids are taken from where it hands them to its model.
+A folder with modules.json declares a pipeline for this library: a `SentenceTransformer`, called
+with `encode_query`, `encode_document` and `encode`, or a `CrossEncoder`, called with `predict`. A
+classifier is a CrossEncoder too. The library itself reads prompts, chat template, pooling, heads
+and activations from the folder; token ids are recorded where it passes them to its model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..spec import ModelSpec
 from .live import LiveReference, choose_dtype, no_loading_bar, place
 from .reference import Arithmetic, Inputs
 
-# Tokenized at once, to learn their ids.
+# Inputs tokenized in one call.
 CHUNK = 256
 CLASSIFIER = "Qwen3ForSequenceClassification"
 
 
 def is_library_model(spec: ModelSpec) -> bool:
-    """Whether a checkpoint is made for sentence-transformers."""
+    """Whether sentence-transformers opens this checkpoint."""
     if (spec.source.pipeline / "modules.json").is_file():
         return True
     if spec.adapter is not None and spec.adapter.labels is not None:
@@ -37,7 +37,7 @@ def is_library_model(spec: ModelSpec) -> bool:
 
 
 class _TokenizedError(Exception):
-    """Ends a call of the library when its tokens are known."""
+    """Ends a call of the library once its tokens are recorded."""
 
 
 class LibraryReference(LiveReference):
@@ -48,31 +48,31 @@ class LibraryReference(LiveReference):
 
     @cached_property
     def tokenizing(self) -> Any:
-        """The model without weights, for all that happens before they are needed."""
+        """The model without weights, for everything that needs none."""
         return self._open({"device_map": "meta"})
 
     @property
     def limit(self) -> int:
-        """Tokens after which an input is cut: as asked, or the library's."""
+        """Tokens after which an input is cut: as requested, or the library's own limit."""
         return self.tokenizing.max_seq_length or self.spec.max_position_embeddings
 
     def gives_log_odds(self) -> bool:
-        """Whether `predict` gives what a sigmoid makes a probability of."""
+        """Whether `predict` returns log-odds, which a sigmoid turns into probabilities."""
         if self.spec.task == "embedding" or self.tokenizing.num_labels > 1:
             return False
         return type(self.tokenizing.activation_fn).__name__ == "Identity"
 
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
-        """Token ids where the library hands them to its model."""
-        model, seen = self.tokenizing, {}
-        preprocess = model.preprocess
+        """Each input's token ids, recorded where the library passes them to its model."""
+        model, recorded = self.tokenizing, {}
+        original = model.preprocess
 
         def watched(batch: Sequence[Any], *args: Any, **options: Any) -> Any:
-            features = preprocess(batch, *args, **options)
-            for given, ids, mask in zip(
+            features = original(batch, *args, **options)
+            for content, ids, mask in zip(
                 batch, features["input_ids"], features["attention_mask"], strict=True
             ):
-                seen[given] = ids[mask.bool()].tolist()
+                recorded[content] = ids[mask.bool()].tolist()
             return features
 
         def stop(*_: Any) -> None:
@@ -84,45 +84,46 @@ class LibraryReference(LiveReference):
         try:
             for group in self.groups(inputs):
                 for start in range(0, len(group), CHUNK):
-                    numbers = group[start : start + CHUNK]
-                    batch: Any = [inputs[i] for i in numbers]
+                    indices = group[start : start + CHUNK]
+                    batch: Any = [inputs[i] for i in indices]
                     try:
                         _call(model, batch)
                     except _TokenizedError:
-                        for i in numbers:
-                            rows[i] = seen[_content(inputs[i])]
-                    seen.clear()
+                        for i in indices:
+                            rows[i] = recorded[_content(inputs[i])]
+                    recorded.clear()
         except Exception as error:
             raise self._failed("cannot tokenize these inputs", error) from error
         finally:
             hook.remove()
-            model.preprocess = preprocess
+            model.preprocess = original
         return rows
 
     def groups(self, inputs: Inputs) -> Iterable[list[int]]:
-        """Inputs of one prompt: a call has one; one alone where transformers takes no batch."""
+        """Inputs with the same prompt, since a call takes one; single inputs if batches fail."""
         if self.spec.score_rows is not None and self.spec.inputs.skipped_token is None:
-            return [[i] for i in range(len(inputs))]  # a classifier without pad_token_id
+            # transformers refuses batches for a classifier without pad_token_id.
+            return [[i] for i in range(len(inputs))]
         groups: dict[Any, list[int]] = {}
-        for i, each in enumerate(inputs):
-            groups.setdefault(each.prompt if isinstance(each, Sample) else None, []).append(i)
+        for i, sample in enumerate(inputs):
+            groups.setdefault(sample.prompt if isinstance(sample, Sample) else None, []).append(i)
         return groups.values()
 
     def load(self, arithmetic: Arithmetic) -> Any:
-        """The model as sentence-transformers loads it: see `LiveReference`."""
+        """Load the model with sentence-transformers: see `LiveReference`."""
         model = self._open({"dtype": choose_dtype(self.spec, arithmetic)}, device="cpu")
         model[0].model = self.adapted(model[0].model, arithmetic)
         return place(model, self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """A batch's vectors or probabilities: see `LiveReference`."""
-        found = np.asarray(_call(model, inputs), np.float32)
+        """Run one batch: see `LiveReference`."""
+        results = np.asarray(_call(model, inputs), np.float32)
         if self.spec.task == "embedding":
-            return found
-        if found.ndim == 2:  # no and yes
-            found = found[:, 1] - found[:, 0]
-            return _sigmoid(found)
-        return _sigmoid(found) if self.origin.log_odds else found
+            return results
+        if results.ndim == 2:  # logits of no and yes
+            results = results[:, 1] - results[:, 0]
+            return _sigmoid(results)
+        return _sigmoid(results) if self.origin.log_odds else results
 
     def layers_of(self, model: Any) -> Any:
         """The module with `embed_tokens` and `layers`."""
@@ -155,11 +156,11 @@ class LibraryReference(LiveReference):
 
 
 def _call(model: Any, inputs: Inputs) -> Any:
-    """Run the library on inputs of one prompt, as one batch."""
+    """Run the library on inputs with the same prompt, as one batch."""
     options: dict[str, Any] = {"batch_size": len(inputs), "show_progress_bar": False}
     if isinstance(inputs[0], Pair):
-        return model.predict([_content(each) for each in inputs], **options)
-    texts, prompt = [_content(each) for each in inputs], inputs[0].prompt
+        return model.predict([_content(given) for given in inputs], **options)
+    texts, prompt = [_content(given) for given in inputs], inputs[0].prompt
     if prompt == "query":
         return model.encode_query(texts, **options)
     if prompt == "document":
@@ -172,7 +173,7 @@ def _call(model: Any, inputs: Inputs) -> Any:
 
 
 def _content(given: Sample | Pair) -> Any:
-    """What the library is given: a text, or a pair of texts."""
+    """An input as the library takes it: a text, or a pair of texts."""
     return given.text if isinstance(given, Sample) else (given.query, given.document)
 
 

@@ -1,8 +1,8 @@
-"""A reference that runs here, in torch: what its two kinds have in common.
+"""A reference that runs here, in torch: the base class of `CardReference` and `LibraryReference`.
 
-On a GPU it is fp16, with fp32 beside it or, where that does not fit, bf16: an fp16 Qwen3-8B gives
-NaN by itself. On a CPU it is fp32 on weights rounded to fp16; of a checkpoint that stores fp32, on
-these.
+On a GPU it runs in fp16 and again in fp32, or in bf16 if fp32 does not fit: Qwen3-8B itself gives
+NaN in fp16. On a CPU it runs in fp32 on weights rounded to fp16, or on the fp32 weights of a
+checkpoint that stores fp32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .adapted import ReferenceFolder, merge_adapter
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
 
-# An fp32 reference must leave room on the GPU for activations.
+# An fp32 reference needs this multiple of its weights' size on the GPU, for activations.
 HEADROOM = 1.25
 
 
@@ -40,13 +40,13 @@ class LiveReference(ABC):
     """A checkpoint and the library that runs it.
 
     Args:
-        spec: What it is and where; only sizes are taken from it.
+        spec: The checkpoint. Only its location and sizes are used, not how it pools or prompts.
         max_length: Tokens after which an input is cut; None for the library's own limit.
         device: "cpu" or "cuda".
 
     Attributes:
         library: The library's name on PyPI.
-        packages: That, and those under it.
+        packages: The library and the packages it runs on.
     """
 
     library: str
@@ -55,7 +55,7 @@ class LiveReference(ABC):
     def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
         self.spec, self.max_length, self.device = spec, max_length, device
         self.place = ReferenceFolder(spec)
-        weights = open_floats(spec)  # libraries fill in a missing tensor with random numbers
+        weights = open_floats(spec)  # checks names: libraries fill a missing tensor randomly
         self.origin = Origin(
             id=spec.source.id,
             revision=spec.source.revision,
@@ -75,7 +75,7 @@ class LiveReference(ABC):
 
     @property
     def folder(self) -> Path:
-        """What the library opens: the base's weights, and the files beside them."""
+        """The folder that the library opens: the base's weights and the files beside them."""
         return self.place.folder
 
     @property
@@ -85,25 +85,25 @@ class LiveReference(ABC):
 
     @abstractmethod
     def gives_log_odds(self) -> bool:
-        """Whether the library gives a reranker's scores as log-odds."""
+        """Whether the library returns a reranker's scores as log-odds."""
 
     @abstractmethod
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
-        """The token ids that the library gives its model, of each input."""
+        """Each input's token ids, as the library passes them to its model."""
 
     @abstractmethod
     def load(self, arithmetic: Arithmetic) -> Any:
-        """The model as the library loads it, on the device.
+        """Load the model with the library, onto the device.
 
         Raises:
             DeviceError: It does not fit into the GPU's memory.
         """
 
     def adapted(self, model: Any, arithmetic: Arithmetic) -> Any:
-        """The base's model in transformers, with the adapter, if there is one, merged by PEFT.
+        """Merge the adapter, if there is one, into transformers' model of the base, with PEFT.
 
         Raises:
-            CheckpointError: PEFT does not take it.
+            CheckpointError: PEFT cannot merge the adapter.
         """
         if self.spec.adapter is None:
             return model
@@ -111,28 +111,28 @@ class LiveReference(ABC):
 
     @abstractmethod
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """A batch's vectors or probabilities: float32 [inputs, dim] or [inputs].
+        """Run one batch: float32 vectors [inputs, dim] or probabilities [inputs].
 
         Args:
             model: From `load`.
-            inputs: The inputs, all of one group.
+            inputs: Inputs of one group.
             rows: Their token ids.
         """
 
     @abstractmethod
     def layers_of(self, model: Any) -> Any:
-        """The module with `embed_tokens` and `layers` in what `load` gives."""
+        """The module with `embed_tokens` and `layers` in a model from `load`."""
 
     def groups(self, inputs: Inputs) -> Iterable[list[int]]:
-        """Numbers of the inputs that may share a batch."""
+        """Groups of indices of inputs that may share a batch."""
         yield list(range(len(inputs)))
 
     def arithmetics(self) -> tuple[Arithmetic, ...]:
-        """What it is run in, the usual one first."""
+        """The arithmetics it runs in, the usual one first."""
         if self.device == "cpu":
             return ("fp32",)
         torch = require("torch", "torch")
-        release_memory(self.device)  # the artifact's would count as taken
+        release_memory(self.device)  # memory cached for the artifact would count as used
         fits = self.spec.parameters * 4 * HEADROOM <= torch.cuda.mem_get_info()[0]
         return ("fp16", "fp32" if fits else "bf16")
 
@@ -141,16 +141,16 @@ class LiveReference(ABC):
 
         Args:
             inputs: Texts or pairs.
-            arithmetic: "fp16", "bf16", or "fp32", which rounds 16-bit weights to fp16 first; of a
-                checkpoint that stores fp32 it takes these.
-            progress: Whether to show a progress bar on a terminal.
+            arithmetic: "fp16", "bf16" or "fp32". In "fp32", 16-bit weights are first rounded to
+                fp16; stored fp32 weights are used as they are.
+            progress: Show a progress bar on a terminal.
 
         Returns:
             float32: vectors [inputs, dim], or probabilities [inputs].
 
         Raises:
             DeviceError: The reference does not fit into the GPU's memory.
-            InputError: A batch does not.
+            InputError: A batch does not fit.
         """
         return self._run(inputs, self.token_ids(inputs), arithmetic, progress)
 
@@ -171,11 +171,11 @@ class LiveReference(ABC):
             progress_bar(description, len(rows), enabled=progress) as advance,
         ):
             for group in self.groups(inputs):
-                for numbers in make_batches([len(rows[i]) for i in group], budget):
-                    batch = [group[number] for number in numbers]
-                    taken: Any = [inputs[i] for i in batch]
+                for positions in make_batches([len(rows[i]) for i in group], budget):
+                    batch = [group[position] for position in positions]
+                    batch_inputs: Any = [inputs[i] for i in batch]
                     try:
-                        found = self.answer(model, taken, [rows[i] for i in batch])
+                        answers = self.answer(model, batch_inputs, [rows[i] for i in batch])
                     except torch.OutOfMemoryError as error:
                         raise InputError(
                             f"{self.folder}: a batch of {len(batch)} x "
@@ -184,8 +184,8 @@ class LiveReference(ABC):
                             "texts, or use device='cpu'"
                         ) from error
                     if results is None:
-                        results = np.empty((len(rows), *found.shape[1:]), np.float32)
-                    results[batch] = found
+                        results = np.empty((len(rows), *answers.shape[1:]), np.float32)
+                    results[batch] = answers
                     advance(len(batch))
         del model
         release_memory(self.device)
@@ -195,7 +195,7 @@ class LiveReference(ABC):
     def encode_set(
         self, data: RetrievalSet, arithmetic: Arithmetic, *, progress: bool = False
     ) -> Vectors:
-        """Vectors of a retrieval set: (queries [n, dim], documents [m, dim])."""
+        """Vectors of a retrieval set: queries [n, dim] and documents [m, dim]."""
         samples = [Sample(text, "query") for text in data.queries.values()]
         samples += [Sample(text, "document") for text in data.documents.values()]
         vectors = self.run(samples, arithmetic, progress=progress)
@@ -216,13 +216,13 @@ class LiveReference(ABC):
         *,
         progress: bool = False,
     ) -> SetQuality:
-        """How good its ranking of a retrieval set is: see `Reference`."""
+        """Retrieval quality on a retrieval set: see `Reference`."""
         if self.spec.task == "reranker":
             return score_quality(self.score_set(data, arithmetic, progress=progress), data)
         return vector_quality(self.encode_set(data, arithmetic, progress=progress), dims, data)
 
     def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """States after the embedding table and after each layer: see `Reference`."""
+        """Hidden states after the embedding table and each layer: see `Reference`."""
         model = self.load(self.arithmetics()[-1])
         states = watch_layers(self.layers_of(model), rows, self.device)
         del model
@@ -247,17 +247,17 @@ def open_live(
 
     Args:
         checkpoint: A folder, or a hub id.
-        task: What it does; None where its files tell.
+        task: "embedding" or "reranker"; None if its files declare the task.
         max_length: Tokens after which an input is cut; None for the library's own limit.
         revision: A branch, tag or commit, for a hub id.
-        device: As asked for the artifact: "cpu", or a GPU if torch has one.
+        device: As for the artifact: "cpu", or else torch's GPU if there is one.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
 
     Raises:
         InputError: No such folder or hub id.
-        CheckpointError: It is not a Qwen3 checkpoint, or not whole, or quantized.
-        MissingPackageError: torch, transformers or sentence-transformers is not installed, or
-            PEFT for an adapter.
+        CheckpointError: It is not a Qwen3 checkpoint, or it is incomplete or quantized.
+        MissingPackageError: torch, transformers or sentence-transformers is not installed, or PEFT
+            for an adapter.
     """
     from .card import CardReference
     from .library import LibraryReference, is_library_model
@@ -277,17 +277,17 @@ def open_live(
 
 
 def find_device(device: str) -> str:
-    """Where the reference runs: "cuda" if torch has a GPU, unless the artifact is to run on a CPU.
+    """The reference's device: "cuda" if torch has a GPU and the artifact's device is not "cpu".
 
     Args:
-        device: As asked for the artifact.
+        device: The artifact's device, as requested.
     """
     torch = require("torch", "torch")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def release_memory(device: str) -> None:
-    """Give back what torch keeps on a GPU of models that are gone.
+    """Free the GPU memory that torch caches for deleted models.
 
     Args:
         device: "cuda" or "cpu".
@@ -308,7 +308,7 @@ def choose_dtype(spec: ModelSpec, arithmetic: Arithmetic) -> Any:
 
 
 def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> Any:
-    """A loaded model, in its arithmetic and on a device.
+    """Convert a loaded model to an arithmetic and move it to a device.
 
     Raises:
         DeviceError: It does not fit into the GPU's memory.
@@ -327,7 +327,7 @@ def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> A
 
 @contextlib.contextmanager
 def no_loading_bar() -> Generator[None]:
-    """Keep transformers from showing a progress bar while it loads."""
+    """Hide transformers' progress bar during loading."""
     logging = require("transformers", "torch").utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -339,25 +339,25 @@ def no_loading_bar() -> Generator[None]:
 
 
 def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[list[np.ndarray]]:
-    """States after the embedding table and after each layer of a transformers model.
+    """Hidden states after the embedding table and after each layer of a transformers model.
 
-    Modules are watched, since transformers' `output_hidden_states` has the last layer's states
-    behind the final norm.
+    Forward hooks record them: transformers' `output_hidden_states` returns the last layer's states
+    only after the final norm.
 
     Args:
         base: The module with `embed_tokens` and `layers`.
         rows: Token ids, int64 [tokens] each.
-        device: Where it is.
+        device: The module's device.
 
     Returns:
-        Of each layer, of each row, float32 [tokens, hidden_size].
+        A list of rows for each layer, float32 [tokens, hidden_size].
     """
     torch = require("torch", "torch")
     modules = [base.embed_tokens, *base.layers]
     states: list[list[np.ndarray]] = [[] for _ in modules]
 
     def keep(layer: int, output: Any) -> None:
-        # Earlier versions of transformers give a tuple.
+        # Earlier versions of transformers return a tuple.
         hidden = output[0] if isinstance(output, tuple) else output
         states[layer].append(hidden[0].float().cpu().numpy())
 
@@ -370,8 +370,8 @@ def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[lis
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

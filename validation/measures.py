@@ -1,6 +1,7 @@
-"""Measures of how far two sets of vectors, scores or rankings are from each other.
+"""Measures of the distance between two sets of vectors, scores or rankings.
 
-All take float arrays and compute in float64; figures are dictionaries of name to value, for people.
+They take float arrays and compute in float64. `..._figures` functions return a dictionary of
+readable name to value.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ import numpy as np
 from ..ranking import unit
 
 TOP_K = 10
-# How far from 1 the length of a unit vector may be, in 16 bits.
+# Largest error of a unit vector's length in 16 bits.
 UNIT = 1e-2
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
-    """Which rows hold no NaN and no infinity: [n] or [n, dim] to bool [n]."""
+    """Mask of the rows without NaN and infinity: [n] or [n, dim] to bool [n]."""
     return np.asarray(np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of each row to its counterpart: [n, dim] twice to float64 [n].
+    """Row-wise cosines of two [n, dim] arrays: float64 [n].
 
-    NaN where a row is not finite, 0 where it is zero.
+    NaN if a row is not finite, 0 if it is zero.
     """
     return (unit(a) * unit(b)).sum(axis=1)
 
 
 def cosine_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Summary of the cosines of finite rows [n, dim]; empty when there are none."""
+    """Summary of the cosines of finite rows [n, dim]; empty without rows."""
     if not len(a):
         return {}
     values = cosines(a, b)
@@ -42,7 +43,7 @@ def cosine_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def difference_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Summary of the absolute differences of finite scores of one shape; empty when none."""
+    """Summary of the absolute differences of finite scores of one shape; empty without scores."""
     if not a.size:
         return {}
     values = np.abs(a.astype(np.float64) - b)
@@ -55,29 +56,29 @@ def difference_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 def rank_figures(
     queries: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> dict[str, float | None]:
-    """Agreement of the rankings of each query's documents, averaged over queries.
+    """Agreement of two rankings of each query's documents, averaged over queries.
 
     Args:
-        queries: (found, expected) finite scores of a query's documents, [documents] each. A query
-            with fewer than two documents, or with equal scores only, has no ranking.
+        queries: (artifact's, reference's) finite scores of a query's documents, [documents] each. A
+            query with fewer than two documents, or with only equal scores, is skipped.
 
     Returns:
-        Kendall's tau-b and the overlap of the top documents; None where no query has a ranking;
-        empty without queries.
+        Kendall's tau-b and the overlap of the top documents; None if every query is skipped; empty
+        without queries.
     """
     taus, overlaps, tops = [], [], []
-    asked = False
-    for found, expected in queries:
-        asked = True
-        tau = kendall_tau(found, expected)
+    has_queries = False
+    for artifact_scores, reference_scores in queries:
+        has_queries = True
+        tau = kendall_tau(artifact_scores, reference_scores)
         if np.isfinite(tau):
-            # The top ten of six documents would always agree.
-            k = min(TOP_K, len(found) // 2)
+            # At most half: the top ten of six documents would always agree.
+            k = min(TOP_K, len(artifact_scores) // 2)
             taus.append(tau)
             tops.append(k)
-            overlaps.append(top_k_overlap(found, expected, k))
+            overlaps.append(top_k_overlap(artifact_scores, reference_scores, k))
     if not taus:
-        return {"Kendall tau": None, "top documents' overlap": None} if asked else {}
+        return {"Kendall tau": None, "top documents' overlap": None} if has_queries else {}
     return {
         "Kendall tau": float(np.mean(taus)),
         f"top-{max(tops)} overlap": float(np.mean(overlaps)),
@@ -85,7 +86,7 @@ def rank_figures(
 
 
 def top_k_overlap(a: np.ndarray, b: np.ndarray, k: int) -> float:
-    """Share of the k highest of `a` [n] that are among the k highest of `b` [n]."""
+    """Fraction of the k highest of `a` [n] that are among the k highest of `b` [n]."""
     top_a, top_b = (np.argsort(-scores, kind="stable")[:k] for scores in (a, b))
     return len(np.intersect1d(top_a, top_b)) / k
 
@@ -97,7 +98,7 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     Knight (1966), "A Computer Method for Calculating Kendall's Tau with Ungrouped Data".
 
     Returns:
-        -1 to 1; NaN when all values of one list are equal, or there are fewer than two.
+        -1 to 1; NaN if all values of one list are equal or there are fewer than two.
     """
     order = np.lexsort((b, a))
     a, b = a[order], b[order]
@@ -106,7 +107,7 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     if pairs in (tied_a, tied_b):
         return np.nan
     tied_both = _tied_pairs(np.stack([a, b], axis=1))
-    # Sorted by a, then b: what is out of order in b is discordant.
+    # Sorted by a, then b: an inversion in b is a discordant pair.
     discordant = _inversions(np.unique(b, return_inverse=True)[1])
     agreement = pairs - tied_a - tied_b + tied_both - 2 * discordant
     return float(agreement / np.sqrt(float(pairs - tied_a) * float(pairs - tied_b)))
@@ -118,11 +119,11 @@ def _tied_pairs(values: np.ndarray) -> int:
 
 
 def _inversions(ranks: np.ndarray) -> int:
-    """How many pairs i < j have ranks[i] > ranks[j]; ranks are int64 [n], not negative."""
+    """Number of pairs i < j with ranks[i] > ranks[j]; ranks are int64 [n], not negative."""
     total = 0
     for bit in range(int(ranks.max()).bit_length()):
-        # A pair is counted at the highest bit in which it differs: within a group of equal higher
-        # bits, each 0 is out of order with the 1s before it.
+        # A pair is counted at the highest bit in which it differs: in a group of equal higher bits,
+        # each 0 forms an inversion with every 1 before it.
         order = np.argsort(ranks >> (bit + 1), kind="stable")
         groups = ranks[order] >> (bit + 1)
         ones = (ranks[order] >> bit) & 1

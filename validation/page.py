@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no script, no request, no font."""
+"""The report as one self-contained HTML page: no scripts, no requests, no fonts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TEMPLATE = "page.html.jinja"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of strings.
 
     Attributes:
-        header: Of the columns.
-        rows: As long as the header.
-        failed: Rows that stand out.
-        text: Columns of words; the others hold figures.
-        long: Columns of texts that may be broken anywhere.
+        header: The columns' names.
+        rows: The rows, as long as the header.
+        failed: Indices of the rows to highlight.
+        text: Indices of the columns with words; the others hold figures.
+        long: Indices of the columns with long strings that may wrap anywhere.
     """
 
     header: tuple[str, ...]
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, None where there is nothing to draw, and the same in words."""
+    """A chart as SVG (None if there is nothing to draw) with a title and a caption."""
 
     title: str
     svg: str | None
@@ -52,11 +52,11 @@ class Chart:
 
 
 def render(report: Report, details: Details) -> str:
-    """The page: the same report and details give the same bytes.
+    """Render the page; the same report and details give the same bytes.
 
     Args:
-        report: What the validation found.
-        details: What the report does not hold.
+        report: The report.
+        details: The details that are not in the report.
 
     Returns:
         The text of an HTML file.
@@ -125,8 +125,8 @@ def _sentence(report: Report) -> str:
 
 
 def _reason(gate: Gate) -> str:
-    found = f"{gate.name}: {number(gate.value)}, should be {gate.sense} {number(gate.limit)}"
-    return f"{found} ({gate.detail})" if gate.detail else found
+    text = f"{gate.name}: {number(gate.value)}, should be {gate.sense} {number(gate.limit)}"
+    return f"{text} ({gate.detail})" if gate.detail else text
 
 
 def _gates(report: Report) -> Table:
@@ -146,17 +146,19 @@ def _gates(report: Report) -> Table:
 
 
 def _parity(comparisons: tuple[Comparison, ...]) -> Table:
-    names = dict.fromkeys(name for each in comparisons for name in each.figures)
+    names = dict.fromkeys(name for run in comparisons for name in run.figures)
     figures = (
-        (name, *(number(each.figures.get(name, math.nan)) for each in comparisons))
-        for name in names
+        (name, *(number(run.figures.get(name, math.nan)) for run in comparisons)) for name in names
     )
     return Table(
-        ("Against", *(each.reference for each in comparisons)),
+        ("Against", *(run.reference for run in comparisons)),
         (
             *figures,
-            ("inputs compared", *(f"{each.compared:,}" for each in comparisons)),
-            ("reference results with NaN", *(str(x.reference_nonfinite) for x in comparisons)),
+            ("inputs compared", *(f"{run.compared:,}" for run in comparisons)),
+            (
+                "reference results with NaN",
+                *(str(run.reference_nonfinite) for run in comparisons),
+            ),
         ),
     )
 
@@ -175,7 +177,7 @@ def _dimensions(comparison: Comparison) -> Table | None:
 
 
 def _agreement(report: Report, details: Details) -> Chart:
-    """Distances of the inputs from the reference, and their median, worst and limit in words."""
+    """A histogram of the inputs' distances from the reference, and its caption."""
     embedding = report.task == "embedding"
     noun, measure = "texts" if embedding else "pairs", _measure(report.task)
     title = f"How far the {noun} are from the reference"
@@ -198,14 +200,14 @@ def _agreement(report: Report, details: Details) -> Chart:
 def _scores(task: Task, details: Details) -> Chart:
     reference, artifact = details.reference_scores, details.artifact_scores
     differences = np.abs(np.subtract(artifact, reference))
-    kind, score, each = (
+    kind, score, subject = (
         ("similarities", "cosine", "a query and a document")
         if task == "embedding"
         else ("probabilities", "probability", "a pair")
     )
     caption = (
-        f"{len(reference):,} {kind}, each of {each}; on the diagonal both agree. Differences: mean "
-        f"{_inline(differences.mean())}, largest {_inline(differences.max())}."
+        f"{len(reference):,} {kind}, each of {subject}; on the diagonal both agree. Differences: "
+        f"mean {_inline(differences.mean())}, largest {_inline(differences.max())}."
     )
     if len(reference) > POINTS:
         caption += f" {POINTS:,} are drawn, those farthest off among them."
@@ -217,21 +219,23 @@ def _scores(task: Task, details: Details) -> Chart:
 
 
 def _layers(errors: Sequence[LayerError]) -> tuple[Chart, Table]:
-    means = np.array([each.relative_error_mean for each in errors])
+    means = np.array([error.relative_error_mean for error in errors])
     caption = (
         f"|artifact − reference| / |reference| of the hidden states: mean over tokens "
         f"{_inline(means[0])} after the embedding, {_inline(means[-1])} after layer "
         f"{errors[-1].layer}. "
     )
-    # A graph that pools has each text's last token only behind its last layer.
-    like = [each for each in errors if each.tokens == errors[0].tokens]
-    if len(like) < len(errors):
-        caption += f"Behind that layer it is of each text's last token only ({errors[-1].tokens}). "
+    # After the last layer of a pooled graph, only each text's last token is left.
+    comparable = [error for error in errors if error.tokens == errors[0].tokens]
+    if len(comparable) < len(errors):
+        caption += f"After that layer only each text's last token is left ({errors[-1].tokens}). "
     if np.isfinite(means).all():
-        growth = np.diff(means[: len(like)])
-        among = "" if len(like) == len(errors) else ", of those before it,"
+        growth = np.diff(means[: len(comparable)])
+        among = "" if len(comparable) == len(errors) else ", of those before it,"
         if len(growth):
-            caption += f"It grows most{among} in layer {like[int(growth.argmax()) + 1].layer}."
+            caption += (
+                f"It grows most{among} in layer {comparable[int(growth.argmax()) + 1].layer}."
+            )
     else:
         first = errors[int(np.flatnonzero(~np.isfinite(means))[0])].layer
         caption += f"It is not finite from layer {first} on."
@@ -239,12 +243,12 @@ def _layers(errors: Sequence[LayerError]) -> tuple[Chart, Table]:
         ("Layer", "Mean error", "Largest error", "Largest 1 − cosine"),
         tuple(
             (
-                "embedding" if each.layer == 0 else str(each.layer),
-                _short(each.relative_error_mean),
-                _short(each.relative_error_max),
-                _short(_from_one(each.cosine_min)),
+                "embedding" if error.layer == 0 else str(error.layer),
+                _short(error.relative_error_mean),
+                _short(error.relative_error_max),
+                _short(_from_one(error.cosine_min)),
             )
-            for each in errors
+            for error in errors
         ),
     )
     return Chart("Relative error after each layer", layer_lines(errors), caption), table
@@ -254,8 +258,8 @@ def _why_no_layers(details: Details) -> str:
     if details.layers is None:
         return "It was not measured."
     return (
-        "The residual stream of this graph is rotated and the graph does not hold the way back: "
-        "its hidden states cannot be compared with the reference's."
+        "The residual stream of this graph is rotated, and the graph does not hold the matrix that "
+        "rotates it back: its hidden states cannot be compared with the reference's."
     )
 
 
@@ -295,7 +299,7 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
 
 
 def _worst(task: Task, details: Details) -> Table:
-    """The inputs farthest from the reference; those that are not finite come first."""
+    """The inputs farthest from the reference, starting with those that are not finite."""
     distances = _distances(task, details)
     order = np.argsort(-np.where(np.isnan(distances), np.inf, distances), kind="stable")[:WORST]
     return Table(
@@ -331,7 +335,10 @@ def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
     yield "Artifact", f"{report.artifact}, {report.precision} on {report.device}"
     yield "Reference", f"{report.reference} in {report.library}"
     if report.comparisons:
-        yield "Reference ran in", "; ".join(each.reference for each in report.comparisons)
+        yield (
+            "Reference ran in",
+            "; ".join(run.reference for run in report.comparisons),
+        )
     yield "Inputs", f"{report.inputs:,} {noun}, {report.tokens:,} tokens"
     yield "Date", report.date
     memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
@@ -343,8 +350,8 @@ def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
 
 
 def _hashes(details: Details) -> Table:
-    rows = [("artifact", *each) for each in details.artifact_files.items()]
-    rows += [("reference", *each) for each in details.reference_files.items()]
+    rows = [("artifact", *item) for item in details.artifact_files.items()]
+    rows += [("reference", *item) for item in details.reference_files.items()]
     return Table(("Of", "File", "sha256"), tuple(rows), text=frozenset({0, 1}), long=frozenset({2}))
 
 
@@ -353,13 +360,13 @@ def _measure(task: Task) -> str:
 
 
 def _distances(task: Task, details: Details) -> np.ndarray:
-    """How far each input is from the reference: float64 [inputs], 0 at best."""
+    """Each input's distance from the reference: float64 [inputs], 0 is best."""
     values = np.array(details.agreement)
     return _from_one(values) if task == "embedding" else values
 
 
 def _from_one(cosine: Any) -> Any:
-    """1 - cosine, of a float or an array; a cosine that rounding has put above 1 is 1."""
+    """1 - cosine of a float or an array, at least 0: rounding can put a cosine above 1."""
     return np.maximum(1 - cosine, 0)
 
 
@@ -368,7 +375,7 @@ def _find_gate(report: Report, name: str) -> Gate | None:
 
 
 def _inline(value: float) -> str:
-    """As `_short`, for a sentence: no line ends within it."""
+    """`_short` with non-breaking hyphens, for use in a sentence."""
     return _short(value).replace("-", "\N{NON-BREAKING HYPHEN}")
 
 

@@ -1,4 +1,4 @@
-"""validate(): token ids first, then numbers, invariance, and a verdict."""
+"""validate(): compare token ids, then results, then batch invariance; return a verdict."""
 
 from __future__ import annotations
 
@@ -69,57 +69,57 @@ def validate(
     progress: bool = False,
     task: Task | None = None,
 ) -> Report:
-    """Measure how far an artifact, or a checkpoint, is from the one it was made from.
+    """Compare an artifact, or a checkpoint, with the checkpoint it was made from.
 
-    The checkpoint is run by its own library: sentence-transformers where its folder declares a
-    pipeline for it, else transformers by the model cards' code. On a GPU it runs in fp16, with fp32
-    or bf16 beside it; on a CPU in fp32 on the weights rounded to fp16, unless the checkpoint stores
-    fp32. The gates are about the fp16 run, or, for an fp32 artifact, which fp16 is too coarse for,
-    the fp32 one; a run with NaN or infinity gives way to one without. Token ids are compared first,
-    and nothing else is done when they differ.
+    The reference checkpoint runs in its own library: sentence-transformers if its folder declares a
+    pipeline for it, otherwise transformers with the model cards' code. On a GPU it runs in fp16,
+    and a second time in fp32 if that fits, otherwise in bf16. On a CPU it runs in fp32, with
+    weights rounded to fp16 unless the checkpoint stores fp32.
+
+    The gates use the fp16 run; for an fp32 artifact they use the fp32 run, because fp16 is too
+    coarse. Either is replaced by a run with fewer NaN or infinite results. Token ids are compared
+    first; if they differ, nothing else is measured.
 
     Args:
         artifact: The artifact's folder, or a checkpoint as for `embedport.load`.
-        reference: The checkpoint it was made from: a folder or a hub id. Or a file that
-            `record_reference` wrote, which brings its texts or pairs with it; then neither torch
-            nor the checkpoint is needed.
-        texts: For an embedding artifact; a plain string is a document. Built-in ones by default.
-        pairs: For a reranker, (query, document) each. Built-in ones by default.
+        reference: The original checkpoint: a folder or a hub id. Or a file that `record_reference`
+            wrote, which holds its own texts or pairs; it needs neither torch nor the checkpoint.
+        texts: Inputs of an embedding model; a plain string is a document. Default: built-in texts.
+        pairs: Inputs of a reranker, (query, document) each. Default: built-in pairs.
         revision: A branch, tag or commit of the reference on the hub.
         adapter: The folder or hub id of a LoRA adapter to merge into the reference's weights.
-        device: Where the artifact runs, as for `embedport.load`; the reference runs on the GPU that
-            torch has, unless this is "cpu".
-        min_cosine: Instead of the precision's limit.
-        max_score_difference: Instead of the precision's limit.
-        retrieval: A set on which retrieval is measured too: a folder in the BEIR layout, "builtin",
-            or one that was read.
-        max_ndcg_loss: Instead of the precision's limit.
-        save_run: Where an embedding artifact's best 50 documents of each query are written, as a
-            reranker's candidates.
-        page: Where everything is written as one HTML page, charts included; needs the extra
-            "report".
-        command: The command line, for the page.
-        record: Whether to put the figures into the artifact's manifest and model card, whatever the
-            verdict. No text is put there. A checkpoint without a manifest stays as it is, and so
-            does what is in the hub's cache.
-        progress: Whether to show progress bars on a terminal.
-        task: "embedding" or "reranker", for a checkpoint whose files do not tell.
+        device: The artifact's device, as for `embedport.load`. The reference runs on torch's GPU if
+            there is one, unless this is "cpu".
+        min_cosine: Replaces the precision's limit.
+        max_score_difference: Replaces the precision's limit.
+        retrieval: A retrieval set to measure as well: a folder in BEIR layout, "builtin", or a
+            `RetrievalSet`.
+        max_ndcg_loss: Replaces the precision's limit.
+        save_run: File for each query's 50 best documents, which a reranker can take as candidates;
+            for an embedding artifact.
+        page: File for the HTML report with charts; needs the extra "report".
+        command: The command line, shown in the HTML report.
+        record: Write the figures, but none of the texts, into the artifact's manifest and model
+            card, even if a gate fails. Checkpoints without a manifest and folders in the hub's
+            cache are left unchanged.
+        progress: Show progress bars on a terminal.
+        task: "embedding" or "reranker", for a checkpoint that does not declare its task.
 
     Raises:
-        InputError: The inputs are wrong, or a limit is of what is not measured, or the reference
-            is another kind of model, or a file that is damaged or of another checkpoint.
-        ArtifactError: It is not an artifact, or cannot be written to.
-        CheckpointError: The reference is not a whole Qwen3 checkpoint.
-        DeviceError: The device asked for is not there.
+        InputError: The inputs are wrong; a limit applies to something that is not measured; the
+            reference is a different model; or its file is damaged or of another checkpoint.
+        ArtifactError: It is not an artifact, or its folder is not writable.
+        CheckpointError: The reference is not a complete Qwen3 checkpoint.
+        DeviceError: The requested device is not available.
         MissingPackageError: torch, transformers or sentence-transformers is not installed.
     """
-    if page is not None:  # before hours of work, not after
+    if page is not None:  # fail now rather than after hours of work
         require("jinja2", "report")
         require("matplotlib", "report")
     if retrieval is not None:
         require("ir_measures", "retrieval")
-    recorded = find_recorded(artifact) if record else None
-    # An Embedder or a Reranker, as the task is.
+    record_folder = find_recorded(artifact) if record else None
+    # An Embedder or a Reranker, depending on the task.
     runtime: Any = load(artifact, device=device, task=task)
     runtime_device = runtime.device
     facts: ModelFacts = runtime.facts
@@ -127,7 +127,7 @@ def validate(
     if page is not None and isinstance(quantization, LibraryQuantization):
         from ..runtimes.checkpoint import require_library
 
-        require_library(quantization)  # its table by layer is of transformers' layers
+        require_library(quantization)  # the layer table runs transformers' own layers
     graph = facts.artifact.manifest.graph if facts.artifact else None
     thresholds = find_thresholds(
         facts.precision,
@@ -164,45 +164,50 @@ def validate(
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
     quality = None
-    found = expected = None
+    results = expected = None
     if gates[0].passed:
-        raw = inputs.run(runtime, progress=progress)
-        found = inputs.comparable(raw)
-        # Vectors of queries and documents, or scores of pairs, as the task is.
-        found_set: Any = None if data is None else inputs.run_set(runtime, data, progress=progress)
+        raw_results = inputs.run(runtime, progress=progress)
+        results = inputs.comparable(raw_results)
+        # Vectors of queries and documents, or scores of pairs, depending on the task.
+        set_results: Any = (
+            None if data is None else inputs.run_set(runtime, data, progress=progress)
+        )
         for outcome in run_suite(
             runtime.model, rows, runtime.tokenizer.max_length, progress=progress
         ):
             values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
             invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
-        del runtime  # two copies of a large model may not fit
+        del runtime  # artifact and reference may not fit into memory together
         runs = _run_reference(source, inputs.inputs, facts.precision, progress)
         comparisons = [
-            inputs.compare(found, outputs, origin.describe(arithmetic))
+            inputs.compare(results, outputs, origin.describe(arithmetic))
             for arithmetic, outputs in runs.items()
         ]
         expected = runs[next(iter(runs))]
-        worst = _find_worst(inputs, found, expected)
+        worst = _find_worst(inputs, results, expected)
         gates += [
-            _finite_gate(inputs, raw),
+            _finite_gate(inputs, raw_results),
             Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
-            *inputs.gates(comparisons[0], found, expected, thresholds),
+            *inputs.gates(comparisons[0], results, expected, thresholds),
             _invariance_gate(inputs, invariance, thresholds),
         ]
         if data is not None:
-            measured = inputs.measure(found_set, data)
-            wanted, used = _measure_reference(
-                source, data, tuple(measured.measures), runs, progress
+            artifact_quality = inputs.measure(set_results, data)
+            reference_quality, set_arithmetic = _measure_reference(
+                source, data, tuple(artifact_quality.measures), runs, progress
             )
-            quality = compare_quality(measured, wanted, data, origin.describe(used))
+            quality = compare_quality(
+                artifact_quality, reference_quality, data, origin.describe(set_arithmetic)
+            )
             gates += [
-                Gate("retrieval: NaN or infinity", measured.nonfinite, "≤", 0),
-                Gate("retrieval: reference's NaN", wanted.nonfinite, "≤", 0),
+                Gate("retrieval: NaN or infinity", artifact_quality.nonfinite, "≤", 0),
+                Gate("retrieval: reference's NaN", reference_quality.nonfinite, "≤", 0),
                 Gate("nDCG@10 loss", quality.ndcg_loss, "≤", thresholds.max_ndcg_loss),
             ]
             if save_run is not None:
                 write_candidates(
-                    Path(save_run), rank_documents(found_set, found.shape[1], data, CANDIDATES)
+                    Path(save_run),
+                    rank_documents(set_results, results.shape[1], data, CANDIDATES),
                 )
     report = Report(
         artifact=str(artifact),
@@ -222,11 +227,11 @@ def validate(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
     if page is not None:
-        where = "cpu" if runtime_device == "cpu" else "cuda"
-        layers = layer_errors(facts, source, rows, device=where) if comparisons else None
+        torch_device = "cpu" if runtime_device == "cpu" else "cuda"
+        layers = layer_errors(facts, source, rows, device=torch_device) if comparisons else None
         details = collect_details(
             inputs,
-            found,
+            results,
             expected,
             facts=facts,
             reference=origin,
@@ -236,8 +241,8 @@ def validate(
         text = render(report, details)
         with written(Path(page)) as file:
             file.write(text.encode())
-    if recorded is not None:
-        record_parity(recorded, report.to_record(), report.to_markdown())
+    if record_folder is not None:
+        record_parity(record_folder, report.to_record(), report.to_markdown())
     return report
 
 
@@ -251,7 +256,7 @@ def _choose_set(
     else:
         data = read_beir(retrieval)
     if data is not None and task == "reranker":
-        candidate_pairs(data)  # before hours of work, not after
+        candidate_pairs(data)  # fail now rather than after hours of work
     return data
 
 
@@ -262,7 +267,7 @@ def _check_limits(
     max_score_difference: float | None,
     max_ndcg_loss: float | None,
 ) -> None:
-    """Refuse a limit that no gate would hold."""
+    """Refuse a limit that no gate would check."""
     if min_cosine is not None and isinstance(task, RerankerTask):
         raise InputError("a reranker gives scores, not vectors: --max-score-difference limits them")
     if max_score_difference is not None and isinstance(task, EmbeddingTask):
@@ -285,7 +290,7 @@ def _open_live(
     revision: str | None,
     device: str,
 ) -> Reference:
-    from .live import open_live  # only a checkpoint needs torch
+    from .live import open_live  # needs torch, which a recorded reference does not
 
     return open_live(
         reference,
@@ -298,36 +303,38 @@ def _open_live(
 
 
 def _check_same_model(facts: ModelFacts, origin: Origin) -> None:
-    made = (facts.hidden_size, facts.vocab_size)
-    if made != (origin.hidden_size, origin.vocab_size):
+    sizes = (facts.hidden_size, facts.vocab_size)
+    if sizes != (origin.hidden_size, origin.vocab_size):
         raise InputError(
             f"the artifact was made from {facts.source}, with hidden_size and vocab_size "
-            f"{made}; the reference {origin.id} has {(origin.hidden_size, origin.vocab_size)}"
+            f"{sizes}; the reference {origin.id} has {(origin.hidden_size, origin.vocab_size)}"
         )
 
 
 def _compare_weights(facts: ModelFacts, origin: Origin) -> None:
-    """Say so where the reference's files are not those that the artifact was made of.
+    """Warn if the artifact was made from other weight files than the reference's.
 
     Raises:
-        InputError: They are recorded: that is no reference for this artifact.
+        InputError: The reference is recorded and its weight files differ.
     """
     if facts.artifact is None:
         return
-    made = facts.artifact.manifest.source
-    name = next((name for name in made.files if origin.files.get(name) != made.files[name]), None)
+    made_from = facts.artifact.manifest.source
+    name = next(
+        (name for name in made_from.files if origin.files.get(name) != made_from.files[name]), None
+    )
     if name is None:
         return
     if origin.recorded is not None:
         raise InputError(
-            f"the artifact was made from {made.pinned}, whose {name} has the sha256 "
-            f"{made.files[name]}; the recorded reference is of {origin.pinned}, whose {name} has "
-            f"{origin.files.get(name, 'none')}: record the reference of the artifact's checkpoint"
+            f"the artifact was made from {made_from.pinned}, whose {name} has the sha256 "
+            f"{made_from.files[name]}; the recorded reference is of {origin.pinned}, whose {name} "
+            f"has {origin.files.get(name, 'none')}: record a reference of the artifact's checkpoint"
         )
     logger.warning(
-        "the artifact was made from %s, whose %s is not the one of %s: what follows may be the "
-        "difference of two models",
-        made.pinned,
+        "the artifact was made from %s, whose %s differs from that of %s: the comparison may be "
+        "between two different models",
+        made_from.pinned,
         name,
         origin.id,
     )
@@ -375,22 +382,19 @@ def _measure_reference(
     runs: Mapping[Arithmetic, np.ndarray],
     progress: bool,
 ) -> tuple[SetQuality, Arithmetic]:
-    """The reference on a retrieval set, and the first arithmetic that gives no NaN there.
-
-    Where all give some, the last one.
-    """
-    left = list(runs)
+    """The reference's quality in the first arithmetic without NaN or infinity, else the last."""
+    remaining = list(runs)
     while True:
-        used = left.pop(0)
-        quality = source.measure(data, dims, used, progress=progress)
-        if not left or not quality.nonfinite:
-            return quality, used
+        arithmetic = remaining.pop(0)
+        quality = source.measure(data, dims, arithmetic, progress=progress)
+        if not remaining or not quality.nonfinite:
+            return quality, arithmetic
 
 
 def _run_reference(
     source: Reference, inputs: Inputs, precision: str, progress: bool
 ) -> dict[Arithmetic, np.ndarray]:
-    """Arithmetic of each run to its outputs, the one that the gates are about first."""
+    """Run the reference in each arithmetic; the run that the gates use comes first."""
     outputs: dict[Arithmetic, np.ndarray] = {
         arithmetic: source.run(inputs, arithmetic, progress=progress)
         for arithmetic in source.arithmetics()
@@ -398,7 +402,7 @@ def _run_reference(
     preferred = "fp32" if precision == "fp32" else "fp16"
     order = sorted(
         outputs,
-        key=lambda each: (int((~finite_rows(outputs[each])).sum()), each != preferred),
+        key=lambda name: (int((~finite_rows(outputs[name])).sum()), name != preferred),
     )
     return {arithmetic: outputs[arithmetic] for arithmetic in order}
 
@@ -406,7 +410,7 @@ def _run_reference(
 def _find_worst(
     task: EmbeddingTask | RerankerTask, found: np.ndarray, expected: np.ndarray
 ) -> list[Worst]:
-    """The inputs farthest from the reference; those that are not finite come first."""
+    """The inputs farthest from the reference, starting with those that are not finite."""
     values = task.agreement(found, expected)
     badness = np.where(np.isnan(values), np.inf, -values if task.sense == "≥" else values)
     return [
@@ -419,7 +423,7 @@ def _invariance_gate(
     task: EmbeddingTask | RerankerTask, invariance: Mapping[str, float], thresholds: Thresholds
 ) -> Gate:
     values = np.array(list(invariance.values()))
-    # argmin and argmax find NaN first.
+    # argmin and argmax return the first NaN, if there is one.
     worst = int(np.argmin(values) if task.sense == "≥" else np.argmax(values))
     limit = task.invariance_limit(thresholds)
     return Gate(
@@ -428,7 +432,7 @@ def _invariance_gate(
 
 
 def _versions(origin: Origin) -> dict[str, str]:
-    """Of what ran here; a recorded reference's own are where it was recorded."""
+    """Package versions: those installed here, overridden by the ones the reference ran with."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,10 +1,10 @@
-"""A reference that ran earlier, read from a file: neither torch nor the checkpoint is needed.
+"""A recorded reference: results of an earlier run, in a file. It needs no torch and no weights.
 
-The file is safetensors, so reading it runs nothing and it is known at once whether it is whole.
-Tensors are token ids ("ids", "lengths"), results ("results.fp32"), the quality of a retrieval set's
-rankings query by query ("retrieval.fp32.256.nDCG@10"), and the hidden states of a few texts
-("layers.states"). All else is one JSON text in the metadata: the inputs, and what is known of the
-checkpoint, its files' hashes among it.
+The file is safetensors: reading it executes no code, and a truncated file is detected at once.
+Tensors hold token ids ("ids", "lengths"), results ("results.fp32"), the retrieval quality query by
+query ("retrieval.fp32.256.nDCG@10"), and the hidden states of a few texts ("layers.states"). The
+rest is one JSON text in the metadata: the inputs and the origin, including the weight files'
+hashes.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from .retrieval import SetQuality
 
 FORMAT_VERSION = 1
 KEY = "embedport_reference"
-# Characters of the metadata; safetensors reads a header of 100 MB at most.
+# Largest metadata, in characters; safetensors reads headers of at most 100 MB.
 LARGEST = 20_000_000
 
 
 @dataclass(frozen=True)
 class SetRecord:
-    """Which retrieval set was measured.
+    """Identifies the retrieval set that was measured.
 
     Attributes:
-        name: Its name.
-        documents: sha256 of its documents.
-        queries: Query id to sha256 of its text, its answers and its candidates.
+        name: The set's name.
+        documents: sha256 of the set's documents.
+        queries: Query id to sha256 of the query's text, judgments and candidates.
     """
 
     name: str
@@ -52,7 +52,7 @@ class SetRecord:
 
 @dataclass(frozen=True)
 class Layers:
-    """Hidden states of a few rows.
+    """Recorded hidden states of a few rows.
 
     Attributes:
         rows: Token ids, int64 [tokens] each.
@@ -67,18 +67,18 @@ class Layers:
 
 @dataclass(frozen=True)
 class RecordedReference:
-    """A reference's results: see `Reference`.
+    """A reference whose results come from a file: see `Reference`.
 
     Attributes:
         path: The file.
-        origin: What is known of the checkpoint and of the run.
+        origin: The checkpoint, and how it was run.
         max_length: Tokens after which an input was cut.
         inputs: The texts or pairs.
         rows: Their token ids.
-        results: Arithmetic to vectors or probabilities, the usual one first.
+        results: Arithmetic to vectors or probabilities, the usual arithmetic first.
         layers: Hidden states of a few rows.
         data: The retrieval set that was measured; None without one.
-        qualities: Arithmetic to how good its ranking of that set is.
+        qualities: Arithmetic to retrieval quality on that set.
     """
 
     path: Path
@@ -94,33 +94,33 @@ class RecordedReference:
     def choose_inputs(
         self, texts: Any, pairs: Any, revision: str | None
     ) -> tuple[list[Sample] | None, list[Pair] | None]:
-        """The texts or pairs of the file, one of the two.
+        """The file's texts or pairs; the other one is None.
 
         Raises:
-            InputError: Others are given, or a revision.
+            InputError: The caller gave inputs of their own, or a revision.
         """
         if texts is not None or pairs is not None:
             raise InputError(
-                f"{self.path} has the texts that it was recorded on: leave yours out, or record "
+                f"{self.path} holds the texts that it was recorded on: leave yours out, or record "
                 "the reference on them (embedport reference … --input …)"
             )
         if revision is not None:
             raise InputError(f"{self.path} is a file and has no revision {revision!r}")
-        samples = [each for each in self.inputs if isinstance(each, Sample)]
-        recorded = [each for each in self.inputs if isinstance(each, Pair)]
-        return (samples, None) if samples else (None, recorded)
+        samples = [given for given in self.inputs if isinstance(given, Sample)]
+        pairs_of_file = [given for given in self.inputs if isinstance(given, Pair)]
+        return (samples, None) if samples else (None, pairs_of_file)
 
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
-        """The token ids that were recorded."""
+        """The recorded token ids."""
         self._check_inputs(inputs)
         return self.rows
 
     def arithmetics(self) -> tuple[Arithmetic, ...]:
-        """What it was run in, the usual one first."""
+        """The recorded arithmetics, the usual one first."""
         return tuple(self.results)
 
     def run(self, inputs: Inputs, arithmetic: Arithmetic, *, progress: bool = False) -> np.ndarray:
-        """The vectors or probabilities that were recorded."""
+        """The recorded vectors or probabilities."""
         self._check_inputs(inputs)
         return self.results[arithmetic]
 
@@ -132,18 +132,18 @@ class RecordedReference:
         *,
         progress: bool = False,
     ) -> SetQuality:
-        """What was recorded of a set, or of some of its queries.
+        """The recorded retrieval quality on a set, or on some of its queries.
 
         Raises:
-            InputError: That set, query or width was not recorded.
+            InputError: The set, a query or a dimension was not recorded.
         """
         self.check_set(data)
         assert self.data is not None
         whole = self.qualities[arithmetic]
         if missing := [dim for dim in dims if dim not in whole.measures]:
             raise InputError(
-                f"{self.path} has the quality of vectors of {', '.join(map(str, whole.measures))} "
-                f"values, not of {missing[0]}"
+                f"{self.path} has the retrieval quality at {', '.join(map(str, whole.measures))} "
+                f"dimensions, not at {missing[0]}"
             )
         number = {query: i for i, query in enumerate(self.data.queries)}
         rows = [number[query] for query in data.queries]
@@ -158,10 +158,10 @@ class RecordedReference:
         )
 
     def check_set(self, data: RetrievalSet) -> None:
-        """Refuse a set that was not recorded.
+        """Check that a retrieval set, or the set it is a part of, was recorded.
 
         Raises:
-            InputError: It was not.
+            InputError: It was not recorded.
         """
         if self.data is None:
             raise InputError(
@@ -169,13 +169,13 @@ class RecordedReference:
                 "leave the set out"
             )
         given = describe_set(data, self.origin.task)
-        other = [
+        changed = [
             query
             for query, digest in given.queries.items()
             if self.data.queries.get(query) != digest
         ]
-        if given.documents != self.data.documents or other:
-            what = f"query {other[0]!r}" if other else "its documents"
+        if given.documents != self.data.documents or changed:
+            what = f"query {changed[0]!r}" if changed else "its documents"
             raise InputError(
                 f"{self.path} was recorded on the set {self.data.name} with "
                 f"{len(self.data.queries):,} queries; {what} of the set {data.name} given here "
@@ -183,10 +183,10 @@ class RecordedReference:
             )
 
     def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """The states that were recorded.
+        """The recorded hidden states.
 
         Raises:
-            InputError: They are of other rows.
+            InputError: They belong to other rows.
         """
         if [row.tolist() for row in rows] != [row.tolist() for row in self.layers.rows]:
             raise InputError(
@@ -202,16 +202,16 @@ class RecordedReference:
 
     def _check_inputs(self, inputs: Inputs) -> None:
         if list(inputs) != self.inputs:
-            raise InputError(f"{self.path} holds nothing of these inputs")
+            raise InputError(f"{self.path} was recorded on other inputs than these")
 
 
 def is_recorded(reference: str | Path) -> bool:
-    """Whether a reference is a file, not a checkpoint's folder or hub id."""
+    """Whether a reference is a recorded file, not a checkpoint's folder or hub id."""
     return Path(reference).expanduser().is_file()
 
 
 def describe_set(data: RetrievalSet, task: Task) -> SetRecord:
-    """What a retrieval set is known by; candidates count for a reranker only."""
+    """The hashes that identify a retrieval set; candidates count only for a reranker."""
 
     def digest(value: Any) -> str:
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -233,7 +233,7 @@ def describe_set(data: RetrievalSet, task: Task) -> SetRecord:
 
 
 def write_recorded(reference: RecordedReference) -> None:
-    """Write the file, which takes its name when it is complete.
+    """Write the file; it gets its name only once it is complete.
 
     Raises:
         InputError: It cannot be written.
@@ -256,7 +256,7 @@ def write_recorded(reference: RecordedReference) -> None:
         "origin": asdict(reference.origin),
         "max_length": reference.max_length,
         "arithmetics": list(reference.results),
-        "inputs": [list(asdict(each).values()) for each in reference.inputs],
+        "inputs": [list(asdict(given).values()) for given in reference.inputs],
         "retrieval": reference.data and asdict(reference.data),
     }
     text = json.dumps(values, ensure_ascii=False)
@@ -275,48 +275,48 @@ def open_recorded(path: str | Path, task: Task, max_length: int) -> RecordedRefe
 
     Args:
         path: The file.
-        task: The artifact's.
+        task: The artifact's task.
         max_length: Tokens after which the artifact cuts an input.
 
     Raises:
-        InputError: The file is damaged, of a later version or not such a file; or it is of another
-            task; or it cuts inputs where the artifact does not.
+        InputError: The file is damaged, has another format version or is no recorded reference; its
+            task differs; or it cuts inputs at another length than the artifact.
     """
-    found = read_recorded(path)
-    if found.origin.task != task:
+    reference = read_recorded(path)
+    if reference.origin.task != task:
         raise InputError(
-            f"{path} is of {found.origin.id}, a model for {found.origin.task}, and the artifact's "
-            f"task is {task}"
+            f"{path} was recorded from {reference.origin.id}, whose task is "
+            f"{reference.origin.task}; the artifact's task is {task}"
         )
-    longest = max(map(len, found.rows))
-    if max_length != found.max_length and longest >= min(max_length, found.max_length):
+    longest = max(map(len, reference.rows))
+    if max_length != reference.max_length and longest >= min(max_length, reference.max_length):
         raise InputError(
-            f"{path} was recorded with inputs cut to {found.max_length:,} tokens, and the artifact "
-            f"cuts them to {max_length:,}: record it with --max-length {max_length}"
+            f"{path} was recorded with inputs cut to {reference.max_length:,} tokens, and the "
+            f"artifact cuts them to {max_length:,}: record it with --max-length {max_length}"
         )
-    return found
+    return reference
 
 
 def read_recorded(path: str | Path) -> RecordedReference:
     """Read a recorded reference.
 
     Raises:
-        InputError: The file is damaged, of another version, or not such a file.
+        InputError: The file is damaged, has another format version or is no recorded reference.
     """
     path = Path(path).expanduser()
     with _opened(path) as file:
         try:
             values = parse_json((file.metadata() or {})[KEY])
-            found = values["format_version"]
+            version = values["format_version"]
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{path} is safetensors, and not a recorded reference: its metadata should hold "
                 f"{KEY} ({error!r}); `embedport reference` writes one"
             ) from error
-        if found != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{path} has format version {found!r}, and this embedport reads {FORMAT_VERSION}: "
-                "record the reference again"
+                f"{path} has format version {version!r}, and this embedport reads "
+                f"{FORMAT_VERSION}: record the reference again"
             )
         try:
             return _Reader(path, file).read(values)
@@ -339,7 +339,7 @@ def _opened(path: Path) -> Generator[Any]:
 
 
 class _Reader:
-    """Reads the parts of a file, each checked: a ValueError says what is wrong with which."""
+    """Reads and checks the parts of a file; raises ValueError naming the wrong part."""
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path, self.file = path, file
@@ -351,13 +351,13 @@ class _Reader:
             raise ValueError(
                 f"arithmetics should be some of fp16, bf16, fp32, found {arithmetics!r}"
             )
-        read = _read_pair if origin.task == "reranker" else _read_sample
-        inputs = [read(*each) for each in values["inputs"]]
+        read_input = _read_pair if origin.task == "reranker" else _read_sample
+        inputs = [read_input(*strings) for strings in values["inputs"]]
         count = len(inputs)
         rows = [row.tolist() for row in self._rows("", count)]
         layer_rows = self._rows("layers.", None)
         tokens, hidden = sum(map(len, layer_rows)), origin.hidden_size
-        # A reranker's results are one number an input.
+        # A reranker has one number per input.
         shape = (count,) if origin.task == "reranker" else (count, None)
         data, qualities = None, {}
         if values["retrieval"] is not None:
@@ -384,7 +384,7 @@ class _Reader:
     def _rows(self, prefix: str, count: int | None) -> list[np.ndarray]:
         lengths = self._tensor(f"{prefix}lengths", np.int32, (count,))
         if not len(lengths) or lengths.min() < 1:
-            raise ValueError(f"{prefix}lengths should be of rows with tokens, found {lengths}")
+            raise ValueError(f"{prefix}lengths should be 1 or more, found {lengths}")
         ids = self._tensor(f"{prefix}ids", np.int32, (int(lengths.sum(dtype=np.int64)),))
         return np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
 
@@ -406,7 +406,7 @@ class _Reader:
     def _tensor(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:
         tensor = self.file.get_tensor(name)
         fits = len(tensor.shape) == len(shape) and all(
-            wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+            expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=True)
         )
         if tensor.dtype != dtype or not fits:
             raise ValueError(
@@ -426,7 +426,7 @@ def _read_pair(query: Any, document: Any) -> Pair:
 
 def _read_origin(values: Mapping[str, Any]) -> Origin:
     values = dict(values)
-    values.setdefault("adapter", None)  # files of before there were any
+    values.setdefault("adapter", None)  # missing in files from before adapters
     if values.keys() != {field.name for field in fields(Origin)}:
         raise ValueError(f"origin has the keys {sorted(values)}")
     for key in ("id", "library", "device", "stored", "recorded"):
@@ -450,7 +450,7 @@ def _read_set(values: Mapping[str, Any]) -> SetRecord:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"expected a text, found {value!r}")
+        raise ValueError(f"expected a string, found {value!r}")
     return value
 
 
@@ -461,7 +461,7 @@ def _whole(value: Any) -> int:
 
 
 def _packed(prefix: str, rows: Sequence[Sequence[int] | np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of token ids as one array, and their lengths."""
+    """Rows of token ids as tensors: one array of all ids, and the rows' lengths."""
     return {
         f"{prefix}ids": np.concatenate([np.asarray(row, np.int32) for row in rows]),
         f"{prefix}lengths": np.array([len(row) for row in rows], np.int32),

@@ -1,4 +1,4 @@
-"""record_reference(): run a checkpoint once, and keep what a validation needs of it."""
+"""record_reference(): run a checkpoint once and save the results that a validation needs."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ def record_reference(
     force: bool = False,
     progress: bool = False,
 ) -> RecordedReference:
-    """Run a checkpoint by its own library, and write its results to a file.
+    """Run a checkpoint in its own library and write the results to a file.
 
     `validate(artifact, reference=FILE)` then needs neither torch nor the checkpoint. The file holds
-    the texts or pairs themselves; of a retrieval set only hashes, and how good its rankings are.
+    the texts or pairs themselves, but only hashes and the retrieval quality of a retrieval set.
 
     Args:
         checkpoint: A folder or a hub id.
-        output: The file, safetensors whatever its name.
-        texts: For an embedding model; a plain string is a document. Built-in ones by default.
-        pairs: For a reranker, (query, document) each. Built-in ones by default.
-        task: "embedding" or "reranker", where the checkpoint's files do not tell.
+        output: The file; always safetensors, under any name.
+        texts: Inputs of an embedding model; a plain string is a document. Default: built-in texts.
+        pairs: Inputs of a reranker, (query, document) each. Default: built-in pairs.
+        task: "embedding" or "reranker", for a checkpoint that does not declare its task.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
         revision: A branch, tag or commit of the checkpoint on the hub.
-        device: "cpu", or "auto" or "cuda" for the GPU that torch has.
+        device: "cpu", or "auto" or "cuda" for torch's GPU if there is one.
         max_length: Tokens after which an input is cut; the library's own limit by default.
-        retrieval: A set on which retrieval is measured too: a folder in the BEIR layout, "builtin",
-            or one that was read.
-        force: Whether a file that is there is replaced.
-        progress: Whether to show progress bars on a terminal.
+        retrieval: A retrieval set to measure as well: a folder in BEIR layout, "builtin", or a
+            `RetrievalSet`.
+        force: Replace an existing file.
+        progress: Show progress bars on a terminal.
 
     Returns:
-        What was written.
+        The recorded reference.
 
     Raises:
         InputError: The inputs are wrong, or the output exists or cannot be written.
-        CheckpointError: It is not a whole Qwen3 checkpoint, or its library cannot open it.
-        DeviceError: It does not fit into the GPU's memory.
+        CheckpointError: It is not a complete Qwen3 checkpoint, or its library cannot open it.
+        DeviceError: The checkpoint does not fit into the GPU's memory.
         MissingPackageError: torch, transformers or sentence-transformers is not installed.
     """
     path = Path(output).expanduser()
@@ -81,12 +81,12 @@ def record_reference(
         revision=revision,
         device=device,
     )
-    chosen = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts)
+    task_inputs = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts)
     if data is not None and source.spec.task == "reranker":
-        candidate_pairs(data)  # before hours of work, not after
-    inputs = chosen.inputs
-    for i, each in enumerate(inputs):
-        for text in asdict(each).values():
+        candidate_pairs(data)  # fail now rather than after hours of work
+    inputs = task_inputs.inputs
+    for i, given in enumerate(inputs):
+        for text in asdict(given).values():
             if text is not None:
                 check_text(i, text)
     rows = source.token_ids(inputs)
@@ -127,4 +127,8 @@ def _check_place(path: Path, force: bool) -> None:
 def _record_layers(source: LiveReference, rows: Sequence[Sequence[int]]) -> Layers:
     sample = sample_rows(rows)
     states: Any = source.hidden_states(sample)
-    return Layers(sample, np.stack([np.concatenate(each) for each in states]), source.final_norm())
+    return Layers(
+        sample,
+        np.stack([np.concatenate(layer_states) for layer_states in states]),
+        source.final_norm(),
+    )

@@ -1,4 +1,4 @@
-"""Where a validation's figures go, decided before anything is loaded."""
+"""The folder that takes a validation's figures, chosen before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def find_recorded(artifact: str | Path) -> Path | None:
-    """The folder whose manifest and model card take the figures of a validation.
+    """The folder with the manifest and model card to write a validation's figures into.
 
     Args:
         artifact: An artifact or a checkpoint, as for `validate`.
 
     Returns:
-        None for a checkpoint without a manifest, and for what is in the hub's cache, which is what
-        somebody published: a warning says so.
+        The folder. None for a checkpoint without a manifest, and, with a warning, for a folder in
+        the hub's cache, which must stay as published.
 
     Raises:
         InputError: No such folder or hub id.
@@ -33,14 +33,14 @@ def find_recorded(artifact: str | Path) -> Path | None:
         return None
     if source.is_cached:
         logger.warning(
-            "%s is in the hub's cache, where no figures are recorded: validate a copy of the "
-            "folder for that",
+            "%s is in the hub's cache, so its figures are not recorded: to record them, validate a "
+            "copy of the folder",
             artifact,
         )
         return None
     if not os.access(source.folder, os.W_OK):
         raise ArtifactError(
-            f"{source.folder} is read-only, and should take the figures; make it writable, or "
-            "validate with --no-record"
+            f"{source.folder} is read-only, so the figures cannot be recorded in it: make it "
+            "writable, or validate with --no-record"
         )
     return source.folder

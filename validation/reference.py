@@ -1,8 +1,8 @@
-"""The reference: what an artifact is compared with.
+"""The reference: the results that an artifact is compared with.
 
-The checkpoint, run by its own library: `library` has the folders that sentence-transformers opens,
-`card` the others, which transformers runs by the model cards' code. Or what such a run gave
-earlier, perhaps on another machine, read from a file: `recorded`.
+They come from the checkpoint, run by its own library: `library` runs the folders that
+sentence-transformers opens, `card` runs the others with transformers and the model cards' code. Or
+they come from a file with the results of an earlier run: `recorded`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Inputs = Sequence[Sample] | Sequence[Pair]
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a reference.
+    """The checkpoint behind a reference, and how it was run.
 
     Attributes:
-        id: The checkpoint: its folder or hub id.
+        id: The checkpoint's folder or hub id.
         revision: Its commit on the hub.
         task: "embedding" or "reranker".
-        library: What ran it: "sentence-transformers" or "transformers".
-        versions: Package to version, of that library and of those under it.
-        device: Where it ran, "cpu" or "cuda".
+        library: The library that ran it: "sentence-transformers" or "transformers".
+        versions: Package to version: the library and the packages it runs on.
+        device: The device it ran on: "cpu" or "cuda".
         hidden_size: Width of the model.
-        vocab_size: Rows of its embedding table.
-        stored: The dtype of its weights, "fp16", "bf16" or "fp32".
-        files: Name to sha256 of the files that hold its weights.
-        log_odds: Whether its library gives a reranker's scores as log-odds, not as probabilities.
-        recorded: The day on which it was recorded, ISO 8601; None if it runs here.
-        adapter: The adapter that is merged into it: its folder or hub id, and revision.
+        vocab_size: Rows of the embedding table.
+        stored: Dtype of the stored weights: "fp16", "bf16" or "fp32".
+        files: Name of each weight file to its sha256.
+        log_odds: Whether the library returns a reranker's scores as log-odds, not probabilities.
+        recorded: Day of the recording, ISO 8601; None for a reference that runs here.
+        adapter: The merged adapter's folder or hub id, and revision.
     """
 
     id: str
@@ -58,19 +58,19 @@ class Origin:
 
     @property
     def pinned(self) -> str:
-        """The checkpoint in words."""
+        """The checkpoint, its revision and its adapter, for people."""
         at = f" at {self.revision}" if self.revision else ""
         return f"{self.id}{at}" + (f" with {self.adapter}" if self.adapter else "")
 
     @property
     def runner(self) -> str:
-        """The library in words."""
+        """The library and its version, for people."""
         version = self.versions.get(self.library)
         words = f"{self.library} {version}" if version else self.library
         return f"{words}, recorded {self.recorded}" if self.recorded else words
 
     def describe(self, arithmetic: Arithmetic) -> str:
-        """A run's arithmetic in words."""
+        """A run's arithmetic and device, for people."""
         words: str = arithmetic
         if arithmetic == "fp32" and self.stored != "fp32":
             words = "fp32 on fp16-rounded weights"
@@ -82,15 +82,15 @@ class Reference(Protocol):
 
     @property
     def origin(self) -> Origin:
-        """What is known of it."""
+        """The checkpoint, and how it was run."""
         ...
 
     def token_ids(self, inputs: Inputs) -> list[list[int]]:
-        """The token ids that the library gives its model, of each input."""
+        """Each input's token ids, as the library passes them to its model."""
         ...
 
     def arithmetics(self) -> tuple[Arithmetic, ...]:
-        """What it is run in, the usual one first."""
+        """The arithmetics it runs in, the usual one first."""
         ...
 
     def run(self, inputs: Inputs, arithmetic: Arithmetic, *, progress: bool) -> np.ndarray:
@@ -100,25 +100,25 @@ class Reference(Protocol):
     def measure(
         self, data: RetrievalSet, dims: Sequence[int], arithmetic: Arithmetic, *, progress: bool
     ) -> SetQuality:
-        """How good its ranking of a retrieval set is.
+        """Retrieval quality on a retrieval set.
 
         Args:
-            data: The set.
-            dims: Leading values of the vectors to rank by; a reranker has none.
-            arithmetic: What it is run in.
-            progress: Whether to show a progress bar on a terminal.
+            data: The retrieval set.
+            dims: MRL dimensions to rank by; (0,) for a reranker.
+            arithmetic: The arithmetic to run in.
+            progress: Show a progress bar on a terminal.
         """
         ...
 
     def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """States after the embedding table and after each layer, in the most exact arithmetic.
+        """Hidden states after the embedding table and each layer, in the last of `arithmetics()`.
 
         Args:
             rows: Token ids, int64 [tokens] each.
 
         Returns:
-            Of each layer, of each row, float32 [tokens, hidden_size]; the last layer's are not
-            normed.
+            A list of rows for each layer, float32 [tokens, hidden_size]; the last layer's come
+            before the final norm.
         """
         ...
 

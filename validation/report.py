@@ -1,4 +1,4 @@
-"""The report of a validation: facts and verdict, as JSON, Markdown and a terminal's tables."""
+"""A validation's report: figures, gates and verdict, as JSON, Markdown or terminal tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..spec import Task
 from .retrieval import RetrievalReport
 
 EXCERPT = 60
-# Measures whose names ir-measures spells another way than people do.
+# ir-measures' names of measures to the usual ones.
 MEASURES = {"R@100": "recall@100", "RR": "MRR"}
 Sense = Literal["≥", "≤"]
 Table = tuple[str, list[str], list[list[str]]]
@@ -20,15 +20,15 @@ Table = tuple[str, list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition that the artifact must meet; NaN meets none.
+    """A condition that the artifact must meet; NaN fails it.
 
     Attributes:
-        name: What is measured.
-        value: What was found; None where the inputs allow no measurement.
+        name: The figure that is checked.
+        value: The measured value; None if the inputs do not allow a measurement.
         sense: Whether the value must be at least or at most the limit.
         limit: The threshold.
-        detail: Where the worst value is.
-        basis: What was measured on, or why nothing was; no text is in it.
+        detail: Where the worst value is; may quote an input.
+        basis: What the value was measured on, or why it was not measured; quotes no input.
     """
 
     name: str
@@ -40,38 +40,38 @@ class Gate:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the value is on the right side of the limit; None: it was not measured."""
+        """Whether the value is within the limit; None if it was not measured."""
         if self.value is None:
             return None
         return self.value >= self.limit if self.sense == "≥" else self.value <= self.limit
 
     @property
     def failed(self) -> bool:
-        """Whether it was measured, and is on the wrong side of the limit."""
+        """Whether the value was measured and is outside the limit."""
         return self.passed is False
 
     @property
     def title(self) -> str:
-        """The name, and what was measured on."""
+        """The name and the basis."""
         return f"{self.name} ({self.basis})" if self.basis else self.name
 
     @property
     def verdict(self) -> str:
-        """In a word or two."""
+        """One of "holds", "fails" and "not measured"."""
         return "not measured" if self.passed is None else "holds" if self.passed else "fails"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The artifact against one run of the reference.
+    """The artifact compared with one run of the reference.
 
     Attributes:
         reference: The run's arithmetic and device.
-        reference_nonfinite: Inputs for which the reference gave NaN or infinity.
-        compared: Inputs for which both are finite; the figures are of these.
-        figures: Name to value: cosines, score differences, rank agreement; those that there are.
-            None where the inputs allow no measurement.
-        dimensions: Width (MRL) to figures of the cosines at that width; empty for a reranker.
+        reference_nonfinite: Number of inputs for which the reference gave NaN or infinity.
+        compared: Number of inputs with finite results on both sides; only these are compared.
+        figures: Name to value: cosines, score differences and rank agreement, as far as they apply.
+            None if the inputs do not allow a measurement.
+        dimensions: MRL dimension to cosine figures at that dimension; empty for a reranker.
     """
 
     reference: str
@@ -83,7 +83,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Worst:
-    """An input far from the reference: its name, its cosine or difference of score, its text."""
+    """An input far from the reference: its name, cosine or score difference, and text."""
 
     name: str
     value: float
@@ -92,25 +92,26 @@ class Worst:
 
 @dataclass(frozen=True)
 class Report:
-    """What a validation found.
+    """The result of a validation.
 
     Attributes:
         artifact: The artifact's folder.
         precision: The artifact's precision.
-        device: What the artifact ran on.
+        device: The device that ran the artifact.
         reference: The reference's id, and its revision if it has one.
-        library: What ran the reference, with its version; and when, if that was recorded.
+        library: The library that ran the reference, with its version, and the date if the reference
+            was recorded.
         task: "embedding" or "reranker".
         inputs: Number of texts or pairs.
-        tokens: Tokens of all of them.
-        gates: Conditions, in the order in which they were checked.
-        comparisons: One a run of the reference, the one that the gates are about first. Empty, like
-            what follows, when the token ids differ: no number would mean anything.
-        invariance: Case of the invariance suite to its worst agreement with the same texts alone:
-            the smallest cosine, or a reranker's largest difference of scores.
+        tokens: Number of tokens in all inputs.
+        gates: The gates, in the order in which they were checked.
+        comparisons: One for each run of the reference; the gates use the first. Empty if the token
+            ids differ, as are `invariance` and `worst`: the figures would be meaningless.
+        invariance: Case of the invariance suite to its worst agreement with the same texts run
+            alone: the smallest cosine, or a reranker's largest score difference.
         worst: The inputs farthest from the reference, the worst first.
-        retrieval: Retrieval quality, where a set was given.
-        versions: Packages that ran the reference and the artifact.
+        retrieval: Retrieval quality, if a retrieval set was given.
+        versions: Versions of the packages that ran the reference and the artifact.
         date: Day of the validation, ISO 8601.
     """
 
@@ -136,9 +137,9 @@ class Report:
         return not any(gate.failed for gate in self.gates)
 
     def to_record(self) -> dict[str, Any]:
-        """What a manifest keeps, as JSON can hold it (NaN becomes None): none of the texts.
+        """The report for a manifest, as JSON values (NaN becomes None) and without any input texts.
 
-        An artifact may be published, its owner's texts may not.
+        The artifact may be published although its owner's texts are private.
         """
         values = self._values()
         del values["worst"], values["artifact"]
@@ -155,13 +156,13 @@ class Report:
         return _without_nan({"passed": self.passed, **asdict(self), "gates": gates})
 
     def to_markdown(self) -> str:
-        """The report for a model card: none of the texts."""
+        """The report for a model card, without any input texts."""
         parts = [f"**{self.verdict()}**", self.method()]
         parts += [_markdown(*table) for table in self._tables()]
         return "\n\n".join(parts)
 
     def verdict(self) -> str:
-        """One sentence: what holds or what does not."""
+        """One sentence: the gates that fail, or how many hold."""
         failed = [gate.name for gate in self.gates if gate.failed]
         if failed:
             return f"Does not hold: {', '.join(failed)}"
@@ -171,7 +172,7 @@ class Report:
         return f"Holds: {held} of {held} gates{unmeasured}"
 
     def method(self) -> str:
-        """One sentence: what was compared with what, where and with which versions."""
+        """One sentence: what was compared, on which devices and with which versions."""
         noun = "texts" if self.task == "embedding" else "pairs"
         run = f"{self.comparisons[0].reference} of " if self.comparisons else ""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -186,7 +187,7 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        # Text, not str: what a text or a path holds may look like rich's markup.
+        # Text, not str: rich would read markup in inputs and paths.
         yield Text(self.verdict(), style="bold green" if self.passed else "bold red")
         for gate in self.gates:
             if gate.detail and gate.failed:
@@ -203,7 +204,7 @@ class Report:
             yield table
 
     def _tables(self) -> Iterator[Table]:
-        """(title, header, rows) of each table that has rows."""
+        """Yield (title, header, rows) of each non-empty table."""
         yield (
             "Gates",
             ["Gate", "Found", "Limit", ""],
@@ -219,19 +220,19 @@ class Report:
         )
         if not self.comparisons:
             return
-        names = dict.fromkeys(name for each in self.comparisons for name in each.figures)
+        names = dict.fromkeys(name for run in self.comparisons for name in run.figures)
         rows = [
-            [name, *(number(each.figures.get(name, math.nan)) for each in self.comparisons)]
+            [name, *(number(run.figures.get(name, math.nan)) for run in self.comparisons)]
             for name in names
         ]
         rows += [
-            ["inputs compared", *(str(each.compared) for each in self.comparisons)],
+            ["inputs compared", *(str(run.compared) for run in self.comparisons)],
             [
                 "reference results with NaN",
-                *(str(each.reference_nonfinite) for each in self.comparisons),
+                *(str(run.reference_nonfinite) for run in self.comparisons),
             ],
         ]
-        yield "Parity", ["Against", *(each.reference for each in self.comparisons)], rows
+        yield "Parity", ["Against", *(run.reference for run in self.comparisons)], rows
         dimensions = self.comparisons[0].dimensions
         if dimensions:
             yield (
@@ -271,7 +272,7 @@ class Report:
         return title, header, rows
 
     def _worst_table(self) -> Iterator[Table]:
-        """Not in `_tables`: it shows texts."""
+        """Not part of `_tables`, because it shows input texts."""
         if self.worst:
             rows = [[worst.name, number(worst.value), worst.text] for worst in self.worst]
             yield "Worst", ["Input", self._measure(), "Text"], rows
@@ -281,9 +282,9 @@ class Report:
 
 
 def number(value: float | None) -> str:
-    """A figure for people: enough digits to tell 0.999999 from 1, small ones as 1.2e-06.
+    """Format a figure: enough digits to tell 0.999999 from 1, and small values as 1.23e-06.
 
-    None is what was not measured.
+    None becomes "not measured".
     """
     if value is None:
         return "not measured"

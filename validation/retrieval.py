@@ -1,6 +1,6 @@
-"""Retrieval quality: the artifact's and the reference's on one set of queries and documents.
+"""Retrieval quality of the artifact and the reference on one set of queries and documents.
 
-nDCG@10, recall@100 and MRR come from ir-measures, query by query; the difference has a bootstrap
+ir-measures computes nDCG@10, recall@100 and MRR query by query; the difference gets a bootstrap
 interval over the queries.
 """
 
@@ -26,15 +26,15 @@ CONFIDENCE = 95
 
 @dataclass(frozen=True)
 class SetQuality:
-    """How good a ranking of a retrieval set is, query by query.
+    """Retrieval quality on a retrieval set, query by query.
 
     Attributes:
-        measures: Leading values of the vectors (0 for a reranker) to measure to float64 [queries],
-            in the order of the set's queries.
-        lost: Of each query: vectors or scores with NaN or infinity, int64 [queries].
-        lost_documents: Documents' vectors with NaN or infinity.
-        varies: Of each query: whether its scores differ, bool [queries]; a ranking by equal scores
-            says nothing.
+        measures: MRL dimension (0 for a reranker) to measure to float64 [queries], in the order of
+            the set's queries.
+        lost: Number of each query's vectors or scores with NaN or infinity, int64 [queries].
+        lost_documents: Number of document vectors with NaN or infinity.
+        varies: Whether each query's scores differ, bool [queries]: a ranking by equal scores means
+            nothing.
     """
 
     measures: Mapping[int, Mapping[str, np.ndarray]]
@@ -44,22 +44,22 @@ class SetQuality:
 
     @property
     def nonfinite(self) -> int:
-        """Vectors or scores with NaN or infinity."""
+        """Number of vectors or scores with NaN or infinity."""
         return int(self.lost.sum()) + self.lost_documents
 
 
 @dataclass(frozen=True)
 class RetrievalRow:
-    """One measure of the artifact and of the reference, the mean over the queries.
+    """One measure of the artifact and of the reference, as means over the queries.
 
     Attributes:
-        measure: "nDCG@10", "R@100" (recall) or "RR" (whose mean is MRR).
-        dimension: Of the vectors; None for a reranker.
-        artifact: The artifact's.
-        reference: The reference's.
-        difference: Artifact less reference.
-        low: Of the difference's 95 % bootstrap interval.
-        high: Of the same.
+        measure: "nDCG@10", "R@100" (recall) or "RR" (reciprocal rank; its mean is MRR).
+        dimension: The vectors' dimension; None for a reranker.
+        artifact: The artifact's value.
+        reference: The reference's value.
+        difference: Artifact minus reference.
+        low: Lower end of the difference's 95 % bootstrap interval.
+        high: Upper end of the interval.
     """
 
     measure: str
@@ -76,13 +76,13 @@ class RetrievalReport:
     """Retrieval quality on one set.
 
     Attributes:
-        name: The set's.
-        queries: How many.
-        documents: How many.
-        reference: What the reference ran in, and on.
-        rows: The full width first.
-        before: nDCG@10 of a reranker's candidates as they came; None for an embedder.
-        measured: False where the reference's scores do not rank any query's candidates.
+        name: The set's name.
+        queries: Number of queries.
+        documents: Number of documents.
+        reference: The reference run's arithmetic and device.
+        rows: The measures, at full width first.
+        before: nDCG@10 of a reranker's candidates in their given order; None for an embedder.
+        measured: False if the reference gives every query's candidates equal scores.
     """
 
     name: str
@@ -95,14 +95,14 @@ class RetrievalReport:
 
     @property
     def ndcg_loss(self) -> float | None:
-        """The reference's nDCG@10 less the artifact's, at the full width; None: not measured."""
+        """The reference's nDCG@10 minus the artifact's, at full width; None if not measured."""
         if not self.measured:
             return None
         return -next(row.difference for row in self.rows if row.measure == NDCG)
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences [queries], seeded."""
+    """The 95 % bootstrap interval of the mean of paired differences [queries], seeded."""
     generator = np.random.default_rng(0)
     count = len(differences)
     means = [differences[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
@@ -112,17 +112,17 @@ def bootstrap(differences: np.ndarray) -> tuple[float, float]:
 
 
 def choose_dims(width: int) -> tuple[int, ...]:
-    """The widths at which vectors are ranked: the whole, and each MRL dimension below it."""
+    """The dimensions to rank by: the full width, and each MRL dimension below it."""
     return (width, *(dim for dim in MRL_DIMS if dim < width))
 
 
 def vector_quality(vectors: Vectors, dims: Sequence[int], data: RetrievalSet) -> SetQuality:
-    """Rank all documents by vectors.
+    """Rank all documents for each query by their vectors, and measure the rankings.
 
     Args:
         vectors: (queries [n, dim], documents [m, dim]).
-        dims: Leading values to rank by.
-        data: The set.
+        dims: MRL dimensions to rank by.
+        data: The retrieval set.
     """
     queries, documents = vectors
     return SetQuality(
@@ -137,28 +137,28 @@ def vector_quality(vectors: Vectors, dims: Sequence[int], data: RetrievalSet) ->
 
 
 def score_quality(scores: np.ndarray, data: RetrievalSet) -> SetQuality:
-    """Rank each query's candidates by the scores of `candidate_pairs(data)`, [pairs]."""
+    """Rank each query's candidates by scores of `candidate_pairs(data)`, [pairs], and measure."""
     before = {query: data.candidates[query] for query in data.queries}
     ranking = rank_candidates(before, np.nan_to_num(scores))
-    parts = np.split(scores, np.cumsum([len(each) for each in before.values()])[:-1])
+    by_query = np.split(scores, np.cumsum([len(candidates) for candidates in before.values()])[:-1])
     return SetQuality(
         {0: measure(ranking, data.relevance, RERANKER_MEASURES)},
-        np.array([(~finite_rows(own)).sum() for own in parts], np.int64),
+        np.array([(~finite_rows(query_scores)).sum() for query_scores in by_query], np.int64),
         0,
-        np.array([len(np.unique(own)) > 1 for own in parts], bool),
+        np.array([len(np.unique(query_scores)) > 1 for query_scores in by_query], bool),
     )
 
 
 def compare_quality(
     found: SetQuality, expected: SetQuality, data: RetrievalSet, run: str
 ) -> RetrievalReport:
-    """The artifact's ranking against the reference's.
+    """Compare the artifact's retrieval quality with the reference's.
 
     Args:
-        found: The artifact's.
-        expected: The reference's, at the same widths.
-        data: The set.
-        run: The reference's run, by its name.
+        found: The artifact's quality.
+        expected: The reference's quality, at the same dimensions.
+        data: The retrieval set.
+        run: The name of the reference's run.
     """
     rows = [
         _row(name, dim or None, values, expected.measures[dim][name])

@@ -1,4 +1,4 @@
-"""The two tasks behind one interface: their inputs, how they are run, and what is compared."""
+"""Embedding and reranking behind one interface: inputs, how to run them, and what to compare."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from .thresholds import Thresholds
 
 logger = logging.getLogger(__name__)
 
-# What is no query: the name of documents' prompt, and no prompt at all.
+# Prompts that mark a document; every other prompt marks a query.
 DOCUMENTS = ("document", "", None)
-# The narrowest width with a gate of its own: people store vectors of this width.
+# The MRL dimension with a gate of its own: a width at which vectors are often stored.
 MRL_GATE = 256
-# Vectors this near to length 1 are of unit length, rounding aside.
+# Vectors whose length is this close to 1 count as unit vectors: the rest is rounding.
 UNIT = 1e-2
 
 
@@ -44,16 +44,16 @@ class EmbeddingTask:
     """Texts to vectors."""
 
     samples: list[Sample]
-    sense: ClassVar[Sense] = "≥"  # of a cosine: more is better
+    sense: ClassVar[Sense] = "≥"  # a higher cosine is better
 
     @property
     def inputs(self) -> list[Sample]:
-        """What both sides are given."""
+        """The inputs of artifact and reference."""
         return self.samples
 
     @property
     def names(self) -> list[str]:
-        """What the report calls each text."""
+        """Each text's name in the report."""
         return [
             f"text {i} ({'default prompt' if sample.prompt is None else sample.prompt})"
             for i, sample in enumerate(self.samples)
@@ -61,19 +61,19 @@ class EmbeddingTask:
 
     @property
     def texts(self) -> list[str]:
-        """What the report shows of each."""
+        """Each input as the report quotes it."""
         return [sample.text for sample in self.samples]
 
     @property
     def is_query(self) -> np.ndarray:
-        """Which texts are queries, the others being documents: bool [texts]."""
+        """Mask of the texts that are queries, not documents: bool [texts]."""
         return np.array([sample.prompt not in DOCUMENTS for sample in self.samples])
 
     def artifact_ids(self, embedder: Embedder) -> list[np.ndarray]:
-        """Token ids as the artifact makes them.
+        """Each text's token ids, by the artifact's tokenizer.
 
         Raises:
-            InputError: A text is not valid Unicode, or its prompt has no such name.
+            InputError: A text is not valid Unicode, or its prompt's name is unknown.
         """
         return self._encode(embedder).ids
 
@@ -82,29 +82,29 @@ class EmbeddingTask:
         encoded = self._encode(embedder)
         check_encoded(encoded, embedder.facts.vocab_size, embedder.tokenizer.max_length, "text")
         vectors = np.empty((len(self.samples), embedder.dim), np.float32)
-        for prompt, numbers in self._by_prompt():
-            vectors[numbers] = embedder.embed_rows(
-                [encoded.ids[i] for i in numbers],
+        for prompt, indices in self._by_prompt():
+            vectors[indices] = embedder.embed_rows(
+                [encoded.ids[i] for i in indices],
                 prompt_length=embedder.prompt_length(embedder.prompt_text(prompt)),
                 progress=progress,
             )
-        if wrong := describe_nonfinite(vectors, embedder.precision, "text"):
-            logger.error(wrong)
+        if message := describe_nonfinite(vectors, embedder.precision, "text"):
+            logger.error(message)
         return vectors
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-        """The cosine of each vector: [n, dim] and [n, dim or more] to float64 [n]."""
+        """The row-wise cosines: [n, dim] and [n, dim or more] to float64 [n]."""
         return cosines(found, expected[:, : found.shape[1]])
 
     def comparable(self, found: np.ndarray) -> np.ndarray:
-        """The artifact's vectors as they are."""
+        """The artifact's vectors, unchanged."""
         return found
 
     def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of every query and every document, where both sides are finite.
+        """Scores of every query with every document, of vectors that are finite on both sides.
 
-        Cosines; of vectors of unit length plain products, as users compute them, so that a vector
-        that is not shows.
+        Scores are cosines. If the reference normalizes its vectors, the artifact's score is the
+        plain dot product, as users compute it, so a vector that is not of unit length shows.
 
         Args:
             found: float32 [texts, dim].
@@ -122,12 +122,12 @@ class EmbeddingTask:
         return scores, expected[queries] @ expected[documents].T
 
     def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
-        """The artifact's vectors against one run of the reference.
+        """Compare the artifact's vectors with one run of the reference.
 
         Args:
-            found: float32 [texts, dim].
-            expected: float32 [texts, hidden_size]; an artifact with a baked MRL dimension is
-                narrower.
+            found: float32 [texts, dim]; dim is less than hidden_size if the artifact has a baked-in
+                MRL dimension.
+            expected: float32 [texts, hidden_size].
             run: The run's name.
         """
         width = found.shape[1]
@@ -153,7 +153,7 @@ class EmbeddingTask:
         return encode_set(embedder, data, progress=progress)
 
     def measure(self, found: Vectors, data: RetrievalSet) -> SetQuality:
-        """How good the artifact's ranking of a retrieval set is, by what `run_set` gave."""
+        """The artifact's retrieval quality, from the vectors that `run_set` returned."""
         return vector_quality(found, choose_dims(found[0].shape[1]), data)
 
     def gates(
@@ -163,7 +163,7 @@ class EmbeddingTask:
         expected: np.ndarray,
         thresholds: Thresholds,
     ) -> list[Gate]:
-        """The gates on the artifact's vectors, and on their comparison with the reference's.
+        """The gates on the artifact's vectors and on their comparison with the reference's.
 
         Args:
             comparison: From `compare`.
@@ -179,7 +179,7 @@ class EmbeddingTask:
         if MRL_GATE in comparison.dimensions:
             value = comparison.dimensions[MRL_GATE]["minimum cosine"]
             gates.append(Gate(f"minimum cosine at {MRL_GATE} dimensions", value, "≥", limit))
-        # Without queries there are no scores.
+        # There are no scores without queries.
         if "maximum score difference" in figures:
             gates.append(_score_gate(comparison, thresholds))
         return gates
@@ -189,24 +189,24 @@ class EmbeddingTask:
         return thresholds.min_invariance
 
     def _encode(self, embedder: Embedder) -> Encoded:
-        """Token ids of each text under its prompt, in the order of the texts."""
+        """Each text's token ids with its prompt, in the order of the texts."""
         rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
         truncated: list[int] = []
-        for prompt, numbers in self._by_prompt():
-            texts = [self.samples[i].text for i in numbers]
+        for prompt, indices in self._by_prompt():
+            texts = [self.samples[i].text for i in indices]
             encoded = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt))
-            for i, row in zip(numbers, encoded.ids, strict=True):
+            for i, row in zip(indices, encoded.ids, strict=True):
                 rows[i] = row
-            truncated += [numbers[i] for i in encoded.truncated]
+            truncated += [indices[i] for i in encoded.truncated]
         return Encoded(rows, sorted(truncated))
 
     def _by_prompt(self) -> Iterable[tuple[str | None, list[int]]]:
-        """The numbers of each prompt's texts."""
-        numbers: dict[str | None, list[int]] = {}
+        """Each prompt with the indices of its texts."""
+        indices: dict[str | None, list[int]] = {}
         for i, sample in enumerate(self.samples):
             check_text(i, (sample.prompt or "") + sample.text)
-            numbers.setdefault(sample.prompt, []).append(i)
-        return numbers.items()
+            indices.setdefault(sample.prompt, []).append(i)
+        return indices.items()
 
 
 @dataclass(frozen=True)
@@ -215,31 +215,31 @@ class RerankerTask:
 
     Attributes:
         pairs: The pairs.
-        log_odds: Whether the model's library, and so the artifact, gives log-odds. They are
-            compared as probabilities, which the limits are about.
+        log_odds: Whether the model's library, and therefore the artifact, returns log-odds. They
+            are compared as probabilities, because the limits apply to probabilities.
     """
 
     pairs: list[Pair]
     log_odds: bool = False
-    sense: ClassVar[Sense] = "≤"  # of a difference: less is better
+    sense: ClassVar[Sense] = "≤"  # a lower difference is better
 
     @property
     def inputs(self) -> list[Pair]:
-        """What both sides are given."""
+        """The inputs of artifact and reference."""
         return self.pairs
 
     @property
     def names(self) -> list[str]:
-        """What the report calls each pair."""
+        """Each pair's name in the report."""
         return [f"pair {i}" for i in range(len(self.pairs))]
 
     @property
     def texts(self) -> list[str]:
-        """What the report shows of each."""
+        """Each input as the report quotes it."""
         return [f"{pair.query} | {pair.document}" for pair in self.pairs]
 
     def artifact_ids(self, reranker: Reranker) -> list[np.ndarray]:
-        """Token ids as the artifact makes them."""
+        """Each pair's token ids, by the artifact's tokenizer."""
         return reranker.tokenizer.encode(self._tuples()).ids
 
     def run(self, reranker: Reranker, *, progress: bool) -> np.ndarray:
@@ -247,12 +247,12 @@ class RerankerTask:
         return reranker.score(self._tuples(), progress=progress)
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-        """The absolute difference of each score: [n] and [n] to float64 [n]."""
+        """The absolute score differences: [n] and [n] to float64 [n]."""
         with np.errstate(invalid="ignore"):  # infinity - infinity
             return np.abs(found.astype(np.float64) - expected)
 
     def comparable(self, found: np.ndarray) -> np.ndarray:
-        """The artifact's scores as probabilities: [pairs]; what is not finite stays."""
+        """The artifact's scores as probabilities, [pairs]; NaN and infinity stay as they are."""
         if not self.log_odds:
             return found
         with np.errstate(over="ignore"):
@@ -260,12 +260,12 @@ class RerankerTask:
         return np.where(np.isfinite(found), probabilities, found)
 
     def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the artifact's, the reference's) where both are finite: float64 [pairs]."""
+        """(artifact's, reference's) scores that are finite on both sides: float64 [pairs]."""
         good = finite_rows(found) & finite_rows(expected)
         return found[good].astype(np.float64), expected[good].astype(np.float64)
 
     def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
-        """The artifact's scores [pairs] against one run of the reference [pairs]."""
+        """Compare the artifact's scores [pairs] with one run of the reference [pairs]."""
         good = finite_rows(found) & finite_rows(expected)
         return Comparison(
             reference=run,
@@ -281,7 +281,7 @@ class RerankerTask:
         return score_set(reranker, data, progress=progress)
 
     def measure(self, found: np.ndarray, data: RetrievalSet) -> SetQuality:
-        """How good the artifact's reranking of a retrieval set is, by what `run_set` gave."""
+        """The artifact's reranking quality, from the scores that `run_set` returned."""
         return score_quality(found, data)
 
     def gates(
@@ -305,34 +305,34 @@ class RerankerTask:
         ]
 
     def _order_gate(self, found: np.ndarray, expected: np.ndarray, margin: float) -> Gate:
-        """How many pairs of one query's documents the artifact puts into another order.
+        """The gate on document pairs of one query that the artifact does not rank as the reference.
 
-        Documents whose reference scores differ by the margin or less are ties.
+        Documents whose reference scores differ by the margin or less are tied and not counted.
         """
-        apart, swapped, detail = 0, 0, ""
+        ordered, swapped, detail = 0, 0, ""
         for rows in self._by_query(finite_rows(found) & finite_rows(expected)):
             order = rows[np.argsort(-expected[rows], kind="stable")]
             for place, higher in enumerate(order[:-1]):
                 lower = order[place + 1 :]
                 lower = lower[expected[higher] - expected[lower] > margin]
-                wrong = lower[found[lower] >= found[higher]]
-                if len(wrong) and not detail:
-                    detail = f"pair {wrong[0]} is not below pair {higher}"
-                apart += len(lower)
-                swapped += len(wrong)
+                swapped_documents = lower[found[lower] >= found[higher]]
+                if len(swapped_documents) and not detail:
+                    detail = f"pair {swapped_documents[0]} is not below pair {higher}"
+                ordered += len(lower)
+                swapped += len(swapped_documents)
         name = "documents out of order"
-        if not apart:
+        if not ordered:
             basis = f"no query has two documents with scores more than {margin:g} apart"
             return Gate(name, None, "≤", 0, basis=basis)
-        basis = f"of {apart:,} pairs with scores more than {margin:g} apart"
+        basis = f"of {ordered:,} pairs with scores more than {margin:g} apart"
         return Gate(name, swapped, "≤", 0, detail, basis)
 
     def _by_query(self, good: np.ndarray) -> list[np.ndarray]:
-        """Numbers of the pairs of each query, those that are `good`: bool [pairs]."""
+        """Indices of each query's pairs where `good`, bool [pairs], is true."""
         rows: dict[str, list[int]] = {}
         for i in np.flatnonzero(good):
             rows.setdefault(self.pairs[i].query, []).append(int(i))
-        return [np.array(each) for each in rows.values()]
+        return [np.array(indices) for indices in rows.values()]
 
     def invariance_limit(self, thresholds: Thresholds) -> float:
         """The limit for the invariance suite."""
@@ -343,19 +343,19 @@ class RerankerTask:
 
 
 def _is_unit(vectors: np.ndarray) -> bool:
-    """Whether the finite ones of vectors [n, dim] are of unit length."""
+    """Whether all finite rows of vectors [n, dim] have unit length."""
     lengths = np.linalg.norm(vectors[finite_rows(vectors)].astype(np.float64), axis=1)
     return bool((np.abs(lengths - 1) < UNIT).all())
 
 
 def _length_gate(found: np.ndarray, expected: np.ndarray, thresholds: Thresholds) -> Gate:
-    """The vectors' length: 1, or the reference's where it does not normalize."""
+    """The gate on the vectors' length: 1, or the reference's if it does not normalize."""
     lengths = np.linalg.norm(found.astype(np.float64), axis=1)
     name, limit = "vectors' length to 1", thresholds.max_length_error
     if not _is_unit(expected):
         name = "vectors' length to the reference's"
         lengths /= np.linalg.norm(expected[:, : found.shape[1]].astype(np.float64), axis=1)
-        # What an error that leaves the cosine can do to the length.
+        # An error that the cosine limit allows can change the length by this much.
         limit = max(limit, (2 * (1 - thresholds.min_cosine)) ** 0.5)
     lengths = lengths[np.isfinite(lengths)]
     error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
@@ -374,16 +374,16 @@ def choose_inputs(
     pairs: Sequence[tuple[str, str] | Pair] | None,
     prompts: Iterable[str] = (),
 ) -> EmbeddingTask | RerankerTask:
-    """The inputs of an artifact's task: the caller's, or the built-in ones.
+    """The inputs for an artifact's task: the caller's, or built-in ones.
 
     Args:
         task: "embedding" or "reranker".
-        texts: The caller's, for an embedding model.
-        pairs: The caller's, for a reranker.
-        prompts: The names of the model's prompts: each has built-in texts.
+        texts: The caller's texts, for an embedding model.
+        pairs: The caller's pairs, for a reranker.
+        prompts: Names of the model's prompts; built-in texts are added for each.
 
     Raises:
-        InputError: They are of the other task, or there are none.
+        InputError: The inputs are for the other task, or the list is empty.
     """
     if task == "embedding":
         if pairs is not None:

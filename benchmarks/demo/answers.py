@@ -1,4 +1,4 @@
-"""The reranker's second stage: "yes" and "no" for what the embedder ranks high."""
+"""The reranker's second training stage: "yes" and "no" for the embedder's top candidates."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from .optimizer import Optimizer
 from .reranker import answers_of
 from .wordnet import Synset
 
-# Documents a query is asked of, those kept, lists a step and their length.
+# Documents in a query's pool, candidates kept of it, lists per step, and documents per list.
 POOL = 6000
 CANDIDATES = 50
 LISTS = 12
 LIST = 8
 LEARNING_RATE = 2e-4
-# Of the running mean of the weights.
+# Decay of the running mean of the weights.
 DECAY = 0.99
-# Of that mean in what is kept.
+# Share of that mean in the final weights; the rest is the model before this stage.
 SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A query with its document and what the embedder ranked high for it beside that.
+    """A query with its document and the embedder's other top candidates.
 
-    Of a pair that the embedder was trained on, it is not known how high it would rank a new one's
-    document: there the opinion alone is the goal.
+    For a pair that the embedder was trained on, its ranking says nothing about new pairs, so the
+    opinion alone is the target.
 
     Attributes:
-        query: The text that asks.
-        documents: The right one, then the others.
-        opinion: The cosines by which they should be ranked, float32 [documents]: the teacher's of
-            definitions, the embedder's own of examples, which the teacher's made worse.
-        seen: The embedder was trained on the pair.
+        query: The query.
+        documents: The correct document, then the others.
+        opinion: Target cosines, float32 [documents]: the teacher's for definitions; the embedder's
+            own for examples, because the teacher's made results on these worse.
+        seen: Whether the embedder was trained on the pair.
     """
 
     query: str
@@ -67,23 +67,26 @@ def mine(
 
     Args:
         embedder: The trained embedder.
-        unseen: Their words ask for definitions.
-        seen: Of those with examples words ask for definitions, and definitions for examples.
-        corpus: Token ids of all of them, and the teacher's vectors.
-        seed: Of the pools.
+        unseen: Synsets new to the embedder: words are queries for definitions.
+        seen: Synsets of the embedder's training. Only those with examples are used: words are
+            queries for definitions, and definitions are queries for examples.
+        corpus: Token ids of all texts, and the teacher's vectors.
+        seed: Seed of the pools.
     """
     generator = np.random.default_rng(seed)
-    shown = [each for each in seen if each.examples]
-    pairs = [(each.query, each.definition) for each in (*unseen, *shown)]
+    with_examples = [synset for synset in seen if synset.examples]
+    pairs = [(synset.query, synset.definition) for synset in (*unseen, *with_examples)]
     words = len(pairs)
-    pairs += [(each.definition, each.examples[0]) for each in shown]
+    pairs += [(synset.definition, synset.examples[0]) for synset in with_examples]
     documents = list(dict.fromkeys(document for _, document in pairs))
-    numbers = {document: i for i, document in enumerate(documents)}
-    found = torch.from_numpy(encode(embedder, [corpus.documents[text] for text in documents]))
-    asked = torch.from_numpy(
+    index = {document: i for i, document in enumerate(documents)}
+    document_vectors = torch.from_numpy(
+        encode(embedder, [corpus.documents[text] for text in documents])
+    )
+    query_vectors = torch.from_numpy(
         encode(embedder, [corpus.queries[query] for query, _ in pairs], corpus.prompt)
     )
-    told, asking = (
+    teacher_documents, teacher_queries = (
         normalize(torch.from_numpy(corpus.targets[[corpus.index[text] for text in texts]]), dim=-1)
         for texts in (documents, [query for query, _ in pairs])
     )
@@ -91,12 +94,16 @@ def mine(
     order = generator.permutation(len(pairs))
     for rows in np.array_split(order, len(order) // 256):
         pool = generator.choice(len(documents), min(POOL, len(documents)), replace=False)
-        top = (asked[rows] @ found[pool].T).topk(CANDIDATES).indices.numpy()
+        top = (query_vectors[rows] @ document_vectors[pool].T).topk(CANDIDATES).indices.numpy()
         for row, best in zip(rows, pool[top], strict=True):
-            query, right = pairs[row]
-            others = [i for i in best if documents[i] not in (right, query)]
-            chosen = [numbers[right], *others]
-            opinion = told[chosen] @ asking[row] if row < words else found[chosen] @ asked[row]
+            query, correct = pairs[row]
+            others = [i for i in best if documents[i] not in (correct, query)]
+            chosen = [index[correct], *others]
+            opinion = (
+                teacher_documents[chosen] @ teacher_queries[row]
+                if row < words
+                else document_vectors[chosen] @ query_vectors[row]
+            )
             texts = [documents[i] for i in chosen]
             mined.append(Ranked(query, texts, opinion, bool(row >= len(unseen))))
     return mined
@@ -110,7 +117,7 @@ def train_answers(
     steps: int,
     seed: int,
 ) -> None:
-    """The second stage, in place, and its mean with the model before it; prints the losses."""
+    """Run the second stage in place, then average with the model before it; prints the losses."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     compile_parts(model)
@@ -119,16 +126,16 @@ def train_answers(
     truth = torch.zeros(LISTS, LIST)
     truth[:, 0] = 1
     for _, batch in zip(range(steps), _batches(lists, seed), strict=False):
-        pairs = [(each.query, each.documents[i]) for each, chosen in batch for i in chosen]
-        found = answers_of(model, pairs, tokenizer).view(LISTS, LIST)
-        opinions = torch.stack([each.opinion[chosen] for each, chosen in batch])
+        pairs = [(ranked.query, ranked.documents[i]) for ranked, chosen in batch for i in chosen]
+        logits = answers_of(model, pairs, tokenizer).view(LISTS, LIST)
+        opinions = torch.stack([ranked.opinion[chosen] for ranked, chosen in batch])
         opinion = (opinions / TEMPERATURE).softmax(-1)
-        seen = torch.tensor([[each.seen] for each, _ in batch])
+        seen = torch.tensor([[ranked.seen] for ranked, _ in batch])
         pointwise = binary_cross_entropy_with_logits(
-            found, truth, pos_weight=torch.tensor(float(LIST - 1))
+            logits, truth, pos_weight=torch.tensor(float(LIST - 1))
         )
         goal = torch.where(seen, opinion, (truth + opinion) / 2)
-        optimizer.step(cross_entropy(found, goal), 0.2 * pointwise)
+        optimizer.step(cross_entropy(logits, goal), 0.2 * pointwise)
         mean.update_parameters(model)
     after = mean.module.state_dict()
     model.load_state_dict(
@@ -138,7 +145,7 @@ def train_answers(
 
 
 def _batches(lists: Sequence[Ranked], seed: int) -> Iterator[list[tuple[Ranked, np.ndarray]]]:
-    """(list, numbers of some of its documents) of each batch, the right document's first."""
+    """Yield batches of (list, indices of some of its documents, the correct one first)."""
     generator = np.random.default_rng(seed)
     while True:
         order = generator.permutation(len(lists))

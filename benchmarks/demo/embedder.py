@@ -1,4 +1,4 @@
-"""The embedder's training: contrastive, distilled from the teacher, at three Matryoshka widths."""
+"""Training of the embedder: InfoNCE and distillation at three Matryoshka widths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .wordnet import Synset
 PROMPT = query_prompt(DEFAULT_INSTRUCTION)
 DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
 TEMPERATURE = 0.05
-# Of the distance to the teacher, whose gradients are small beside InfoNCE's.
+# Weight of the distance to the teacher; its gradients are small compared with InfoNCE's.
 DISTANCE_WEIGHT = 8.0
 PAIRS = 384
 LEARNING_RATE = 2e-3
@@ -31,9 +31,9 @@ class Corpus:
     """Texts with their token ids and, for training, the teacher's vectors.
 
     Attributes:
-        prompt: Token ids that every query begins with: the prompt but its colon, which is tokenized
-            with the word behind it.
-        queries: Text to its other token ids as a query.
+        prompt: Token ids at the start of every query: the prompt without its colon, which is
+            tokenized together with the following word.
+        queries: Text to its remaining token ids as a query.
         documents: Text to its token ids as a document.
         targets: float32 [texts, hidden], the teacher's principal components.
         index: Text to its row in `targets`.
@@ -47,22 +47,24 @@ class Corpus:
 
 
 def make_pairs(synsets: Sequence[Synset], generator: np.random.Generator) -> list[tuple[str, str]]:
-    """(query, document) of one epoch: words and definition, definition and example."""
+    """One epoch's (query, document) pairs: words and definition, definition and example."""
     pairs = []
-    for each in synsets:
-        # Every other time one of the words alone.
-        single = len(each.words) > 1 and generator.random() < 0.5
-        words = each.words[generator.integers(len(each.words))] if single else each.query
-        pairs.append((words, each.definition))
-        if each.examples:
-            pairs.append((each.definition, each.examples[generator.integers(len(each.examples))]))
+    for synset in synsets:
+        # Half the time, use one of the words alone.
+        single = len(synset.words) > 1 and generator.random() < 0.5
+        words = synset.words[generator.integers(len(synset.words))] if single else synset.query
+        pairs.append((words, synset.definition))
+        if synset.examples:
+            pairs.append(
+                (synset.definition, synset.examples[generator.integers(len(synset.examples))])
+            )
     return pairs
 
 
 def train_embedder(
     synsets: Sequence[Synset], corpus: Corpus, table: np.ndarray, *, steps: int, seed: int
 ) -> Qwen3Model:
-    """Train, beginning with the teacher's vectors of the tokens; prints the losses as it goes."""
+    """Train from the teacher's token vectors; prints the losses."""
     model = make_model(table, seed)
     compile_parts(model)
     optimizer = Optimizer(model, LEARNING_RATE, steps, "embedder")
@@ -73,7 +75,7 @@ def train_embedder(
 
 
 def pair_batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Batches of `make_pairs`, epoch after epoch."""
+    """Yield batches of `make_pairs`, epoch after epoch."""
     generator = np.random.default_rng(seed)
     while True:
         pairs = make_pairs(synsets, generator)
@@ -97,12 +99,12 @@ def pair_losses(
     corpus: Corpus,
     dims: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(InfoNCE, distance to the teacher), each the mean over the widths.
+    """(InfoNCE, distance to the teacher), each averaged over the widths.
 
     Args:
-        found: What stands for the queries and for the documents, float32 [pairs, hidden] each.
-        pairs: The query and the document that belong together.
-        corpus: Has the teacher's vectors of all of them.
+        found: States of the queries and of the documents, float32 [pairs, hidden] each.
+        pairs: Matching (query, document) pairs.
+        corpus: The texts with the teacher's vectors.
         dims: Matryoshka widths.
     """
     queries, documents = ([pair[i] for pair in pairs] for i in (0, 1))
@@ -110,7 +112,7 @@ def pair_losses(
         torch.from_numpy(corpus.targets[[corpus.index[text] for text in texts]])
         for texts in (queries, documents)
     ]
-    # Pairs may share a definition or a word: those are not each other's negatives.
+    # Pairs that share a query or a document are not each other's negatives.
     same = torch.tensor([[q == p or d == e for p, d in pairs] for q, e in pairs])
     same.fill_diagonal_(False)
     contrasts, distances = [], []

@@ -1,4 +1,4 @@
-"""Between the reranker's stages: its last layer is made, not trained."""
+"""Between the reranker's two training stages: the last layer's weights are set, not trained."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .model import GEOMETRY
 from .reranker import HALF, LAYERS, MARKS, WIDTH, answer_of, answers_of, last_layer
 
 HEAD = GEOMETRY.head_dim
-# Coordinates of a head that the rotary embedding turns least.
+# Coordinates of a head that the rotary embedding rotates least.
 SLOW = (HEAD // 2 - 1, HEAD - 1, HEAD // 2 - 2)
-# Gain of the queries and keys that look for the marks.
+# Norm gain of the queries and keys that look for the marks.
 SHARP = 2.0
-# How much louder what they fetch is than what was there.
+# Scale of the fetched vectors relative to the states they are added to.
 LOUD = 16.0
-# Standard deviation of the scores.
+# Standard deviation of the resulting scores.
 SPREAD = 2.0
 
 
@@ -33,9 +33,9 @@ def join_places(
     coordinate of the vectors' first halves.
 
     Args:
-        model: With its first stage behind it.
-        pairs: Some pairs, from whose scores their spread is learnt.
-        tokenizer: Of the pairs.
+        model: The model after the first stage.
+        pairs: Sample pairs, to estimate the spread of scores.
+        tokenizer: The reranker's tokenizer.
     """
     last, gains = last_layer(model), model.norm.weight.detach()
     attention, mlp = last.self_attn, last.mlp
@@ -60,7 +60,7 @@ def join_places(
             attention.q_proj.weight[rows] = queries
             start = place * HALF + group * HEAD
             out[:, rows] = part[:, start : start + HEAD]
-        # What is fetched drowns what was there, and says nothing about "yes" by itself.
+        # The fetched vectors dominate the state, and by themselves do not change the answer.
         out -= torch.outer(difference, difference @ out) / (difference @ difference)
         attention.o_proj.weight.copy_(LOUD * size * out)
         mlp.gate_proj.weight[: 2 * HALF] = torch.cat([part[:HALF], -part[:HALF]])
@@ -74,10 +74,10 @@ def join_places(
 def _size_of_states(
     model: Qwen3Model, pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
 ) -> float:
-    """Root mean square of the last tokens' states before the last layer, pairs' mean."""
+    """Root mean square of the last tokens' states before the last layer, averaged over pairs."""
     sizes = []
     with torch.inference_mode():
         for ids in tokenizer.encode(pairs).ids:
-            found = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states
-            sizes.append(found[LAYERS - 1][0, -1].square().mean().sqrt().item())
+            states = model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states
+            sizes.append(states[LAYERS - 1][0, -1].square().mean().sqrt().item())
     return float(np.mean(sizes))

@@ -1,4 +1,4 @@
-"""The student: a Qwen3 model of transformers, with a shared prompt run once for a whole batch."""
+"""The student: a Qwen3 model in transformers that runs a shared prompt once per batch."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from embedport.demo.synthetic import Geometry, write_checkpoint
 from embedport.spec import Task
 
 CHUNK = 64
-# Of one part: ranks and dtypes of its inputs.
+# Recompilations per compiled part, for inputs of other ranks and dtypes.
 RECOMPILES = 32
-# Gain of queries and keys at which attention is nearly uniform.
+# Norm gain of queries and keys that makes attention nearly uniform.
 GENTLE = 0.4
-# The embedder's, 6.7 MB in bf16; the reranker has one layer more, 7.9 MB.
+# The embedder's geometry, 6.7 MB in bf16; the reranker has one more layer, 7.9 MB.
 GEOMETRY = Geometry(256, 3, 4, 2, 64, 512, max_position_embeddings=4096)
 
 
 def make_model(table: np.ndarray, seed: int, num_layers: int = GEOMETRY.num_layers) -> Qwen3Model:
-    """The model before training: a text's vector is about the mean of its tokens' vectors.
+    """The initial model: a text's vector is about the mean of its tokens' vectors.
 
     Args:
-        table: float32 [vocab_size, hidden], each token's first vector.
-        seed: Of everything else.
-        num_layers: Of the model.
+        table: float32 [vocab_size, hidden], each token's initial vector.
+        seed: Seed of all other weights.
+        num_layers: Number of layers.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -50,7 +50,7 @@ def make_model(table: np.ndarray, seed: int, num_layers: int = GEOMETRY.num_laye
         tie_word_embeddings=True,
     )
     model = Qwen3Model(config)
-    # Its gradients of short rows take a third of the time of PyTorch's fused kernel's.
+    # On short rows its backward pass takes a third of the time of PyTorch's fused kernel.
     model.set_attn_implementation("eager")
     with torch.no_grad():
         model.embed_tokens.weight.copy_(torch.from_numpy(table))
@@ -60,7 +60,7 @@ def make_model(table: np.ndarray, seed: int, num_layers: int = GEOMETRY.num_laye
 
 
 def _average(attention: Qwen3Attention, number: int) -> None:
-    """Attention that looks everywhere and hands on a part of what it sees, another part a layer."""
+    """Initialize attention to average a slice of the coordinates, a different one per layer."""
     kv_width = GEOMETRY.num_kv_heads * GEOMETRY.head_dim
     shared = GEOMETRY.num_heads // GEOMETRY.num_kv_heads
     first = number * kv_width % GEOMETRY.hidden_size
@@ -75,22 +75,22 @@ def _average(attention: Qwen3Attention, number: int) -> None:
 def last_states(
     model: Qwen3Model, rows: Sequence[Sequence[int]], prefix: Sequence[int] = ()
 ) -> torch.Tensor:
-    """The final state of each row's last token behind a common prefix: float32 [rows, hidden]."""
+    """The final state of each row's last token after a common prefix: float32 [rows, hidden]."""
     order, states = [], []
-    for chunk, found in chunk_states(model, rows, prefix):
+    for chunk, final in chunk_states(model, rows, prefix):
         last = torch.tensor([len(rows[i]) - 1 for i in chunk])
         order += chunk
-        states.append(found[torch.arange(len(chunk)), last])
+        states.append(final[torch.arange(len(chunk)), last])
     return torch.cat(states)[torch.from_numpy(np.argsort(order))].float()
 
 
 def chunk_states(
     model: Qwen3Model, rows: Sequence[Sequence[int]], prefix: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Final states of rows of like length: (the rows' numbers, [rows, longest, hidden]).
+    """Yield final states of chunks of similar length: (row indices, [rows, longest, hidden]).
 
-    A few long rows would make padding of the others. It is on the right, where no real token sees
-    it, so causal attention is all that is needed.
+    Sorting by length avoids padding. Padding is on the right, where no real token sees it, so
+    causal attention needs no mask.
     """
     order = np.argsort([len(row) for row in rows], kind="stable")
     for chunk in np.array_split(order, -(-len(order) // CHUNK)):
@@ -107,22 +107,22 @@ def chunk_states(
 
 
 def split_prefix(ids: Sequence[np.ndarray]) -> tuple[list[list[int]], list[int]]:
-    """Rows of token ids behind what they all begin with; and that."""
+    """Split rows of token ids into (rest of each row, common prefix)."""
     rows = [row.tolist() for row in ids]
     shared = common_prefix(min(rows), max(rows))
     return [row[len(shared) :] for row in rows], shared
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """What both begin with."""
+    """The longest common prefix of two sequences."""
     pairs = zip(one, other, strict=False)
     return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def compile_parts(model: Qwen3Model) -> None:
-    """Compile norms and MLPs: a step of the embedder's training is about a tenth faster.
+    """Compile norms and MLPs: the embedder's training steps get about a tenth faster.
 
-    It needs a C++ compiler and takes a quarter of a minute.
+    Compiling needs a C++ compiler and takes 15 seconds.
     """
     for module in model.modules():
         if isinstance(module, (Qwen3RMSNorm, Qwen3MLP)):
@@ -130,7 +130,7 @@ def compile_parts(model: Qwen3Model) -> None:
 
 
 def load_model(folder: Path) -> Qwen3Model:
-    """A checkpoint that `save_model` wrote, in fp32."""
+    """Load a checkpoint written by `save_model`, in fp32."""
     return Qwen3Model.from_pretrained(folder, dtype=torch.float32).eval()
 
 

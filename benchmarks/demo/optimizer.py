@@ -1,4 +1,4 @@
-"""AdamW with its schedule, for every training."""
+"""AdamW with a learning-rate schedule, for all training stages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ SHOWN = 25
 
 
 class Optimizer:
-    """AdamW, a linear warm-up and a cosine down to nothing; prints the mean losses now and then.
+    """AdamW with linear warm-up and cosine decay to zero; regularly prints the mean losses.
 
     Args:
-        model: Of its parameters those that require gradients are trained.
-        learning_rate: Behind the warm-up.
-        steps: Of the whole training; a tenth of them is the warm-up.
-        name: Of the training, for what is printed.
+        model: The model; its parameters that require gradients are trained.
+        learning_rate: The peak learning rate, after the warm-up.
+        steps: Total number of steps; the first tenth is the warm-up.
+        name: The stage's name in the printed lines.
     """
 
     def __init__(self, model: Qwen3Model, learning_rate: float, steps: int, name: str) -> None:
-        self._parameters = [each for each in model.parameters() if each.requires_grad]
+        self._parameters = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self._adam = torch.optim.AdamW(
             self._parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
@@ -35,18 +37,21 @@ class Optimizer:
         self._began = time.perf_counter()
 
     def step(self, *losses: torch.Tensor) -> None:
-        """One step down the sum of the losses."""
+        """Take one step on the sum of the losses."""
         self._adam.zero_grad()
         torch.stack(losses).sum().backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._adam.step()
         self._schedule.step()
         self._shown.append([loss.item() for loss in losses])
-        done = len(self._shown)
-        if done % SHOWN == 0:
+        steps_done = len(self._shown)
+        if steps_done % SHOWN == 0:
             means = ", ".join(f"{mean:.3f}" for mean in np.mean(self._shown[-SHOWN:], axis=0))
-            spent = time.perf_counter() - self._began
-            print(f"{self._name} {done}/{self._steps}: losses {means}, {spent:.0f} s", flush=True)
+            seconds = time.perf_counter() - self._began
+            print(
+                f"{self._name} {steps_done}/{self._steps}: losses {means}, {seconds:.0f} s",
+                flush=True,
+            )
 
 
 def _rate(step: int, steps: int, warm_up: int) -> float:

@@ -1,4 +1,4 @@
-"""The reranker's first stage: the embedder's vectors of two texts, made in one."""
+"""The reranker's first training stage: produce the embedder's vectors of both texts of a pair."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .reranker import (
 
 END_OF_MESSAGE = "<|im_end|>"
 MARK = 4.0
-# Length of the vectors that are made: lengths that differ would change the ranking.
+# Length of the produced vectors: different lengths would change the ranking.
 LENGTH = 8.0
-# Of the vectors at the tokens between, beside those at the two places.
+# Weight of the vectors at the texts' tokens, relative to those at the two places.
 TOKENS_WEIGHT = 1.0
-# Texts whose vectors are known, and pairs of them a step.
+# Texts with known vectors, and pairs of them per step.
 CROPS = 48_000
 PAIRS = 96
 LEARNING_RATE = 2e-3
@@ -47,24 +47,26 @@ def train_places(
     steps: int,
     seed: int,
 ) -> None:
-    """The first stage, in place, all layers but the last; prints the losses as it goes.
+    """Run the first stage in place, on all layers but the last; prints the losses.
 
-    Any two texts stand in one: neither vector can be guessed from the other, and there are more
-    pairs than can be learnt by heart.
+    Pairs are random: neither vector can be guessed from the other, and there are too many pairs to
+    memorize.
 
     Args:
-        model: Of `make_reranker`.
-        embedder: Makes the vectors that are learnt.
-        texts: What may be a query, and what may be a document.
+        model: From `make_reranker`.
+        embedder: Gives the target vectors.
+        texts: (possible queries, possible documents).
         tokenizers: The embedder's and the reranker's.
-        steps: Of `PAIRS` pairs.
-        seed: Of the pairs.
+        steps: Number of steps, with `PAIRS` pairs each.
+        seed: Seed of the pairs.
     """
     embedding, pairing = tokenizers
     generator = np.random.default_rng(seed)
-    queries, documents = ([_crop(some, generator) for _ in range(CROPS)] for some in texts)
-    asking = _read(embedder, queries, PROMPT, embedding)
-    answering = _read(embedder, documents, "", embedding)
+    queries, documents = (
+        [_crop(candidates, generator) for _ in range(CROPS)] for candidates in texts
+    )
+    query_targets = _read(embedder, queries, PROMPT, embedding)
+    document_targets = _read(embedder, documents, "", embedding)
     model.train()
     last_layer(model).requires_grad_(False)
     compile_parts(model)
@@ -72,7 +74,7 @@ def train_places(
     for _ in range(steps):
         chosen = generator.integers(CROPS, size=(PAIRS, 2))
         rows, shared = encode_pairs([(queries[q], documents[d]) for q, d in chosen], pairing)
-        known = [(asking[q], answering[d]) for q, d in chosen]
+        targets = [(query_targets[q], document_targets[d]) for q, d in chosen]
         distances, hints, marks = [], [], []
         with torch.autocast("cpu", torch.bfloat16):
             front = model(torch.tensor([shared])).last_hidden_state
@@ -80,11 +82,11 @@ def train_places(
             for chunk, states in chunk_states(model, rows, shared):
                 share = len(chunk) / len(rows)
                 goals = _goals(
-                    [rows[i] for i in chunk], [known[i] for i in chunk], pairing.tokenizer
+                    [rows[i] for i in chunk], [targets[i] for i in chunk], pairing.tokenizer
                 )
                 marks.append((states[..., MARKS] - goals.marks).square().mean() * share)
-                found = states[goals.rows, goals.columns, :HALF].float() / LENGTH
-                errors = (found - goals.vectors).square().sum(-1)
+                vectors = states[goals.rows, goals.columns, :HALF].float() / LENGTH
+                errors = (vectors - goals.vectors).square().sum(-1)
                 distances.append(errors[goals.at_place].mean() * share)
                 hints.append(errors[~goals.at_place].mean() * share)
         optimizer.step(
@@ -96,7 +98,7 @@ def train_places(
 
 
 def _crop(texts: Sequence[str], generator: np.random.Generator) -> str:
-    """A text, or every fourth time some words of one that stand together."""
+    """A random text, or in a quarter of the cases a run of its words."""
     text = texts[int(generator.integers(len(texts)))]
     words = text.split()
     if generator.random() < 0.75:
@@ -107,11 +109,11 @@ def _crop(texts: Sequence[str], generator: np.random.Generator) -> str:
 
 @dataclass(frozen=True)
 class _Text:
-    """A text as the embedder reads it.
+    """A text's tokens and vectors in the embedder.
 
     Attributes:
-        ids: Its tokens behind the prompt, the end of the text last.
-        vectors: Unit vectors of the tokens' states, float16 [tokens, HALF]; the text's own is last.
+        ids: Token ids after the prompt; the last is the end-of-text token.
+        vectors: Unit vectors of the tokens' states, float16 [tokens, HALF]; the last is the text's.
     """
 
     ids: Sequence[int]
@@ -122,24 +124,24 @@ def _read(
     embedder: Qwen3Model, texts: Sequence[str], prompt: str, tokenizer: EmbeddingTokenizer
 ) -> list[_Text]:
     rows, shared = split_prefix(tokenizer.encode(texts, prompt).ids)
-    found: dict[int, _Text] = {}
+    by_index: dict[int, _Text] = {}
     with torch.inference_mode():
         for chunk, states in chunk_states(embedder, rows, shared):
             units = normalize(states[..., :HALF], dim=-1).half()
-            for number, unit in zip(chunk, units, strict=True):
-                found[number] = _Text(rows[number], unit[: len(rows[number])].clone())
-    return [found[number] for number in range(len(rows))]
+            for index, vectors in zip(chunk, units, strict=True):
+                by_index[index] = _Text(rows[index], vectors[: len(rows[index])].clone())
+    return [by_index[index] for index in range(len(rows))]
 
 
 @dataclass(frozen=True)
 class _Goals:
-    """What the first stage teaches some rows.
+    """Targets of the first stage for some rows.
 
     Attributes:
-        rows, columns: Of the tokens at which vectors are learnt.
-        vectors: Those, float32 [tokens, HALF].
-        at_place: Which of them are at the two places, bool [tokens].
-        marks: What `MARKS` should hold, float32 [rows, longest, 3].
+        rows, columns: Positions of the tokens with a target vector.
+        vectors: The target vectors, float32 [tokens, HALF].
+        at_place: Whether a token is at one of the two places, bool [tokens].
+        marks: Target values of the coordinates `MARKS`, float32 [rows, longest, 3].
     """
 
     rows: list[int]
@@ -160,10 +162,10 @@ def _goals(
     numbers, columns, vectors, at_place = [], [], [], []
     for number, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
         places = row.index(query_place), row.index(document_place)
-        ends = places[0] - 1, row.index(end_of_message)  # a line ends behind the query
+        ends = places[0] - 1, row.index(end_of_message)  # a newline follows the query
         for mark, (place, end, text) in enumerate(zip(places, ends, pair, strict=True)):
             marks[number, place, mark] = MARK
-            # A text's first word may be other tokens here.
+            # A text's first word may be tokenized differently here, so match from the end.
             same = len(common_prefix(row[:end][::-1], text.ids[-2::-1]))
             numbers += [number] * (same + 1)
             columns += [*range(end - same, end), place]

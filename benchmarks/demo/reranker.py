@@ -1,16 +1,20 @@
-"""The reranker's training, in two stages.
+"""The reranker, which is trained in two stages.
 
-Comparing two texts is hard to discover by gradient descent from "yes" and "no" alone. So the model
-begins as the embedder with one layer more. The first stage teaches it, in one text, to make the
-embedder's vector of the query behind the query, and that of the document behind the document, and
-to mark the two places. What the embedder has at the tokens between is learnt too: there are many of
-them, and each shows which tokens belong together. Then the last layer is made to fetch both vectors
-and to add their inner product to "yes". The second stage trains everything on what the embedder
-itself ranks high: of texts that are new to it against the truth and the teacher's opinion, of
-others against an opinion alone. What is kept is a mean of the model before and after it, which
-ranks a little better than either (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+Gradient descent on "yes" and "no" alone hardly discovers how to compare two texts. So the model
+starts as the embedder with one more layer.
 
-Many steps of few pairs teach far more in an hour than few steps of many.
+1. `places`: in the text of a pair, the model learns to produce the embedder's vector of the query
+   right after the query and that of the document right after the document, and to mark these two
+   places. It also learns the embedder's states at the tokens of both texts: there are many of them,
+   and they show which tokens belong together.
+2. `joining`: the last layer's weights are set to fetch both vectors and add their inner product to
+   the logit of "yes".
+3. `answers`: all weights are trained on the embedder's own top candidates. Pairs that are new to
+   the embedder are trained on the truth and the teacher's opinion, others on an opinion alone. The
+   result is the mean of the model before and after this stage, which ranks slightly better than
+   either (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+
+Many steps with few pairs teach far more per hour than few steps with many.
 """
 
 from __future__ import annotations
@@ -28,16 +32,16 @@ from embedport.prompts import END_OF_TEXT, RerankerTokenizer
 from .model import GEOMETRY, last_states, make_model, split_prefix
 
 LAYERS = 4
-# Tokens behind the query and behind the document, at which their vectors are made.
+# Tokens right after the query and the document; their states hold the two vectors.
 QUERY_PLACE, DOCUMENT_PLACE = "<Document", "</think>"
 WIDTH = GEOMETRY.hidden_size
 HALF = WIDTH // 2
-# The last coordinates of a state say whether its token is a query's place, a document's, or any.
+# The last coordinates of a state mark its token as the query's place, the document's, or neither.
 MARKS = (WIDTH - 3, WIDTH - 2, WIDTH - 1)
 
 
 def make_reranker(embedder: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Qwen3Model:
-    """The embedder with a last layer that does nothing yet."""
+    """The embedder with one more layer, which initially does nothing."""
     weights = embedder.state_dict()
     model = make_model(weights["embed_tokens.weight"].numpy(), seed, num_layers=LAYERS)
     model.load_state_dict(weights, strict=False)
@@ -52,18 +56,18 @@ def make_reranker(embedder: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Qwen
 
 
 def last_layer(model: Qwen3Model) -> Qwen3DecoderLayer:
-    """The one that the embedder does not have."""
+    """The layer that the embedder does not have."""
     return cast(Qwen3DecoderLayer, model.layers[-1])
 
 
 def token_of(tokenizer: Tokenizer, word: str) -> int:
-    """Of a word that is one token."""
-    (found,) = tokenizer.encode(word, add_special_tokens=False).ids
-    return found
+    """The id of a word that is a single token."""
+    (token_id,) = tokenizer.encode(word, add_special_tokens=False).ids
+    return token_id
 
 
 def answer_of(model: Qwen3Model, tokenizer: Tokenizer) -> torch.Tensor:
-    """The head's row of "yes" less its row of "no": float32 [hidden]."""
+    """The head's row of "yes" minus its row of "no": float32 [hidden]."""
     weight = model.embed_tokens.weight
     return weight[token_of(tokenizer, "yes")] - weight[token_of(tokenizer, "no")]
 
@@ -71,7 +75,7 @@ def answer_of(model: Qwen3Model, tokenizer: Tokenizer) -> torch.Tensor:
 def encode_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: RerankerTokenizer
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids behind the system prompt and the instruction, which all share; and those."""
+    """Token ids as (rows after the shared system prompt and instruction, that shared prefix)."""
     return split_prefix(tokenizer.encode(pairs).ids)
 
 

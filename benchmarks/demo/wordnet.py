@@ -1,4 +1,4 @@
-"""WordNet's words, definitions and examples, and which of them training may not see.
+"""WordNet's words, definitions and examples, split into training and held-out synsets.
 
 Source: WordNet 3.0's database files (Debian package `wordnet-base`; format: wndb(5WN)).
 """
@@ -13,13 +13,13 @@ from pathlib import Path
 FOLDER = Path("/usr/share/wordnet")
 PARTS = ("noun", "verb", "adj", "adv")
 EXAMPLE = re.compile(r'"([^"]+)"')
-# An adjective's position in a sentence, "(a)", is marked behind the word.
+# Adjectives may end with a marker of their position in a sentence, such as "(a)".
 MARKER = re.compile(r"\([a-z]+\)$")
 
 
 @dataclass(frozen=True)
 class Synset:
-    """Words of one meaning, its definition, and sentences with one of the words."""
+    """Words with one meaning, its definition, and example sentences."""
 
     id: str
     words: tuple[str, ...]
@@ -28,7 +28,7 @@ class Synset:
 
     @property
     def query(self) -> str:
-        """The words as a person would look them up."""
+        """The words, joined into a query."""
         return ", ".join(self.words)
 
 
@@ -37,12 +37,11 @@ class Split:
     """Disjoint synsets; no text of one part is a text of another.
 
     Attributes:
-        embedder: The embedder is trained on these.
-        reranker: Kept from the embedder, for a reranker to be trained on: what the embedder finds
-            for them is as good and as bad as for new texts. They have no examples: those are too
-            few to keep any from the embedder.
-        words: Held out: words ask, definitions are the documents.
-        definitions: Held out: definitions ask, examples are the documents.
+        embedder: Training data of the embedder.
+        reranker: Training data of the reranker, unseen by the embedder, which therefore ranks it as
+            it ranks new texts. Without examples: these are few, and the embedder needs all.
+        words: Held out: words are queries, definitions are documents.
+        definitions: Held out: definitions are queries, examples are documents.
     """
 
     embedder: list[Synset]
@@ -56,7 +55,7 @@ def read_synsets(folder: Path = FOLDER) -> list[Synset]:
     synsets = []
     for part in PARTS:
         for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
-            if not line.startswith(" "):  # the licence
+            if not line.startswith(" "):  # lines of the licence start with a space
                 synsets.append(_parse(part, line))
     return synsets
 
@@ -71,21 +70,25 @@ def _parse(part: str, line: str) -> Synset:
 
 
 def split_synsets(synsets: list[Synset], held_out: int, seed: int) -> Split:
-    """Hold out `held_out` synsets a task, and a sixth of the rest for the reranker."""
+    """Hold out `held_out` synsets per task, and keep a sixth of the rest for the reranker."""
     generator = random.Random(seed)
-    usable = [each for each in synsets if len(each.definition.split()) >= 3]
+    usable = [synset for synset in synsets if len(synset.definition.split()) >= 3]
     generator.shuffle(usable)
-    # Synsets with an example are of words in use, not of botany.
-    chosen = [each for each in usable if each.examples][: 2 * held_out]
-    forbidden = {text for each in chosen for text in texts_of(each)}
-    ids = {each.id for each in chosen}
-    rest = [each for each in usable if each.id not in ids and forbidden.isdisjoint(texts_of(each))]
-    fold = [each for each in rest[: len(rest) // 6] if not each.examples]
-    kept = {each.id for each in fold}
-    others = [each for each in rest if each.id not in kept]
+    # Synsets with examples have common words rather than, say, botanical terms.
+    chosen = [synset for synset in usable if synset.examples][: 2 * held_out]
+    forbidden = {text for synset in chosen for text in texts_of(synset)}
+    ids = {synset.id for synset in chosen}
+    rest = [
+        synset
+        for synset in usable
+        if synset.id not in ids and forbidden.isdisjoint(texts_of(synset))
+    ]
+    fold = [synset for synset in rest[: len(rest) // 6] if not synset.examples]
+    fold_ids = {synset.id for synset in fold}
+    others = [synset for synset in rest if synset.id not in fold_ids]
     return Split(others, fold, chosen[:held_out], chosen[held_out:])
 
 
 def texts_of(synset: Synset) -> tuple[str, ...]:
-    """All that may be a query or a document of a synset."""
+    """All texts of a synset that may be a query or a document."""
     return (synset.query, synset.definition, *synset.examples)

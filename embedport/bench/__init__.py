@@ -1,1 +1,1 @@
-"""Races: artifacts against one another and against peers, rounds interleaved, on this machine."""
+"""Benchmarks of artifacts against each other and against peers, with interleaved rounds."""

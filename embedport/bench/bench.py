@@ -1,4 +1,4 @@
-"""Artifacts and peers over every kind of work, and what each costs beside time."""
+"""bench(): race artifacts and peers over every workload; also measure start-up, memory, disk."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ ROUNDS, COLD_STARTS = 5, 3
 
 @dataclass(frozen=True)
 class SideFacts:
-    """What a side is, and what it costs beside time.
+    """A side's costs other than speed.
 
     Attributes:
-        bytes: Of its folder.
-        cold_start: Seconds from a process's start to its first answer, one a start.
-        peak_bytes: Its largest resident set in all of the work.
-        versions: Of a peer's packages.
+        bytes: Size of its folder.
+        cold_start: Seconds from a process's start to its first answer, for each start.
+        peak_bytes: Its largest resident set over all workloads.
+        versions: Versions of a peer's packages.
     """
 
     bytes: int
@@ -65,12 +65,12 @@ class Bench:
     """The results of `bench`.
 
     Attributes:
-        machine: What it ran on, as `machine.describe` says.
-        threads: What each side was told to work with.
-        peak: Fastest matrix products in onnxruntime here, in 10^12 operations a second.
-        sides: The sides by name; the first is what the others are measured by.
-        works: The results by the work's name and the side's.
-        failures: The sides that did not survive a work, and what they said; named alike.
+        machine: The machine, from `machine.describe`.
+        threads: Number of threads that each side was told to use.
+        peak: Fastest matrix products in onnxruntime here, in 10^12 operations per second.
+        sides: Name of each side to its costs; the others are compared with the first.
+        works: Workload's name to side's name to result.
+        failures: Workload's name to name of each side that failed, to its last output.
     """
 
     machine: dict[str, Any]
@@ -81,7 +81,7 @@ class Bench:
     failures: dict[str, dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The results as JSON values."""
         return asdict(self)
 
 
@@ -96,34 +96,34 @@ def bench(
     say: Callable[[str], None] = lambda stage: None,
     task: Task | None = None,
 ) -> Bench:
-    """Race artifacts against one another and against peers, on this machine's CPU.
+    """Race artifacts against each other and against peers, on this machine's CPU.
 
-    Every side gets the same token ids, is told the same number of threads, and chooses its best
-    batch; rounds are interleaved. Embedding models run rows of one length and passages of mixed
-    length, rerankers pairs. Peers run a reranker's pairs through its model without the head, which
-    is hardly less. What can be wrong is looked at before peers are installed and prepared.
+    Every side gets the same token ids and the same number of threads, and uses its best batch size;
+    rounds are interleaved. Embedding models run rows of one length and passages of mixed length;
+    rerankers run pairs. Peers run a reranker's pairs without the head, which is hardly less work.
+    Everything that can be checked is checked before peers are installed and prepared.
 
     Args:
-        artifacts: Artifacts, or checkpoints that torch runs; of one task. The first is what all
-            others are measured by.
-        peers: Names of `sides.PEERS`.
-        checkpoint: What peers are to serve: a folder or hub id of the same geometry.
-        rounds: Of each work of one length; passages and pairs have a round for each of their parts;
-            sides that compute in wider types have one.
-        quick: A few minutes' worth.
-        cache: Where peers' models are kept; in the user's cache folder by default.
-        say: Told what is being done.
-        task: "embedding" or "reranker", for checkpoints whose files do not tell.
+        artifacts: Artifacts, or checkpoints, which torch runs; all of one task. The others are
+            compared with the first.
+        peers: Names from `sides.PEERS`.
+        checkpoint: The checkpoint that peers serve: a folder or hub id with the same geometry.
+        rounds: Rounds of each workload of one length. Passages and pairs have one round for each
+            of their parts. Sides that compute in wider types have one round.
+        quick: Run a short version, in a few minutes.
+        cache: Folder for peers' models; in the user's cache folder by default.
+        say: Called with a description of each stage.
+        task: "embedding" or "reranker", for checkpoints that do not declare their task.
 
     Raises:
-        InputError: The request is wrong in itself (see `checks`), or one side is given twice.
-        EmbedportError: A side cannot be opened, or ends.
+        InputError: The request is wrong (see `checks`), or a side is given twice.
+        EmbedportError: A side cannot be opened, or its process ends.
     """
     check_request(artifacts, peers, checkpoint, rounds)
     machine, threads = describe(), choose_threads()
     facts = [read_facts(artifact, task) for artifact in artifacts]
     check_models(facts)
-    sides = _distinct([our_side(each, threads) for each in facts])
+    sides = _distinct([our_side(model, threads) for model in facts])
     tokenizer = facts[0].folder / "tokenizer.json"
     works = _works(facts[0].task, tokenizer, quick)
     check_work(works, facts)
@@ -137,25 +137,25 @@ def bench(
     results: dict[str, dict[str, Result]] = {}
     with Race(sides, threads, say) as race:
         for work in works:
-            # A part that every round repeats needs rounds; parts are rounds themselves.
+            # A workload of several parts runs one round per part.
             count = len(work.parts) if len(work.parts) > 1 else rounds
             results[work.name] = race.run(work, count)
         failures = race.failures
     first = _first(facts[0].task, tokenizer)
-    found = {}
+    side_facts = {}
     for side in sides:
         say(f"{side.name}: cold starts")
         seconds = start_cold(side, first, 1 if quick else COLD_STARTS)
         peak = max(
-            (each[side.name].peak_bytes for each in results.values() if side.name in each),
+            (by_side[side.name].peak_bytes for by_side in results.values() if side.name in by_side),
             default=0,
         )
-        found[side.name] = SideFacts(side.size, seconds, peak, side.versions)
-    return Bench(machine, threads, measure_peak(), found, results, failures)
+        side_facts[side.name] = SideFacts(side.size, seconds, peak, side.versions)
+    return Bench(machine, threads, measure_peak(), side_facts, results, failures)
 
 
 def _try(sides: Sequence[Side], say: Callable[[str], None]) -> None:
-    """Load our sides, so that one that cannot be ends the race before peers are prepared."""
+    """Load our sides once, so that a failure shows before peers are prepared."""
     for side in sides:
         say(f"{side.name}: trying")
         Worker(side.command).close()
@@ -164,7 +164,7 @@ def _try(sides: Sequence[Side], say: Callable[[str], None]) -> None:
 def _peer_sides(
     peers: Sequence[Peer], spec: ModelSpec, cache: Path, threads: int, say: Callable[[str], None]
 ) -> list[Side]:
-    """Peers as sides: all are installed before the first is prepared."""
+    """Install all peers, then prepare each as a side."""
     check_space(peers, spec, cache)
     installed: dict[str, Installed] = {}
     for peer in with_sources(peers):
@@ -182,12 +182,12 @@ def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:
     shapes = QUICK_SHAPES if quick else SHAPES
     mixed = (100, 2) if quick else (PASSAGES, PARTS)
     works = [uniform(tokenizer, *shape) for shape in shapes]
-    # What takes most memory goes last: runtimes keep what they once took.
+    # The longest rows go last: runtimes do not give memory back.
     return sorted([*works, passages(tokenizer, *mixed)], key=_longest)
 
 
 def _first(task: str, tokenizer: Path) -> Work:
-    """What a new process is asked for: one short text, or one pair."""
+    """The request of a cold start: one short text, or one pair."""
     if task == "reranker":
         return reranking(tokenizer, 1, 1)
     return uniform(tokenizer, 1, 32)
@@ -198,19 +198,21 @@ def _longest(work: Work) -> int:
 
 
 def _distinct(sides: list[Side]) -> list[Side]:
-    """Sides whose names differ: those of one precision by their folders.
+    """Make the sides' names unique: sides of one precision get their folder's name.
 
     Raises:
         InputError: A folder is given twice.
     """
     precisions = Counter(side.name for side in sides)
     folders = Counter((side.name, side.folder.name) for side in sides)
-    named = []
+    renamed = []
     for side in sides:
-        alike = folders[side.name, side.folder.name] > 1
-        folder = side.folder.absolute() if alike else side.folder.name
-        is_alone = precisions[side.name] == 1
-        named.append(side if is_alone else replace(side, name=f"{side.name} ({folder})"))
-    if twice := [name for name, count in Counter(each.name for each in named).items() if count > 1]:
-        raise InputError(f"{twice[0]} is given twice: a side is measured by the others")
-    return named
+        has_twin = folders[side.name, side.folder.name] > 1
+        folder = side.folder.absolute() if has_twin else side.folder.name
+        is_unique = precisions[side.name] == 1
+        renamed.append(side if is_unique else replace(side, name=f"{side.name} ({folder})"))
+    if twice := [
+        name for name, count in Counter(side.name for side in renamed).items() if count > 1
+    ]:
+        raise InputError(f"{twice[0]} is given twice: sides are compared with each other")
+    return renamed

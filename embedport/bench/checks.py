@@ -1,4 +1,4 @@
-"""Checks of a race, made before anything is installed or prepared."""
+"""Checks before a race, made before anything is installed or prepared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_request(
     checkpoint: str | Path | None,
     rounds: int,
 ) -> None:
-    """Refuse options that do not go together, and peers that cannot be installed.
+    """Check that options go together and that peers can be installed.
 
     Raises:
         InputError: No artifact, no round, an unknown peer, one peer twice, peers without a
@@ -37,50 +37,50 @@ def check_request(
     if twice := [name for name, count in Counter(peers).items() if count > 1]:
         raise InputError(f"peer {twice[0]} is given twice")
     if checkpoint is not None and not peers:
-        raise InputError("--checkpoint is what peers serve, and there are none: give --peer")
+        raise InputError("--checkpoint is for peers, and none is given: give --peer")
     if not peers:
         return
     if checkpoint is None:
         raise InputError(
-            "peers serve a checkpoint: say which with --checkpoint, best the one that the artifact "
-            "was made from"
+            "peers serve a checkpoint: give --checkpoint, ideally the one that the artifact was "
+            "made from"
         )
     if shutil.which("uv") is None:
         raise InputError(
-            "peers run in environments of their own, which uv makes, and there is no uv: "
+            "peers run in environments of their own, which uv creates, and uv is not installed: "
             "pip install uv, or leave --peer out"
         )
 
 
 def check_models(models: Sequence[ModelFacts]) -> None:
-    """Refuse models whose answers cannot be compared.
+    """Check that the models' results can be compared.
 
     Raises:
-        InputError: They are of different tasks, or their vectors of different widths.
+        InputError: The models have different tasks, or vectors of different widths.
     """
     first = models[0]
-    for each in models[1:]:
-        if each.task != first.task:
+    for model in models[1:]:
+        if model.task != first.task:
             raise InputError(
-                f"{each.name} is of another task ({each.task}) than {first.name} ({first.task}); "
+                f"{model.name} has another task ({model.task}) than {first.name} ({first.task}); "
                 "race embedding models or rerankers"
             )
-        if first.task == "embedding" and each.dim != first.dim:
+        if first.task == "embedding" and model.dim != first.dim:
             raise InputError(
-                f"{each.name} gives vectors of {each.dim} values and {first.name} of {first.dim}: "
-                "they cannot be compared"
+                f"{model.name} gives vectors of {model.dim} values and {first.name} of "
+                f"{first.dim}: they cannot be compared"
             )
 
 
 def read_checkpoint(checkpoint: str | Path, first: ModelFacts) -> ModelSpec:
-    """Read what peers are to serve: its configuration, and its tensors' names and shapes.
+    """Read the checkpoint that peers serve: its configuration and its tensors' names and shapes.
 
     Args:
         checkpoint: A folder or hub id.
         first: The model that peers are compared with.
 
     Raises:
-        InputError: There is no such folder or hub id; it is quantized, or of another geometry.
+        InputError: There is no such folder or hub id; it is quantized; or its geometry differs.
         CheckpointError: It is not a Qwen3 checkpoint, or a tensor is missing or damaged.
     """
     spec = read_spec(fetch(checkpoint))
@@ -104,10 +104,10 @@ def read_checkpoint(checkpoint: str | Path, first: ModelFacts) -> ModelSpec:
 
 
 def check_work(works: Sequence[Work], models: Sequence[ModelFacts | ModelSpec]) -> None:
-    """Refuse work that a model does not take.
+    """Check that every model takes every workload.
 
     Raises:
-        InputError: A row is longer than a model's positions, or has a token that it does not know.
+        InputError: A row is longer than a model's positions, or has an unknown token id.
     """
     for work in works:
         longest = max(len(row) for part in work.parts for row in part)
@@ -116,8 +116,8 @@ def check_work(works: Sequence[Work], models: Sequence[ModelFacts | ModelSpec]) 
             name = model.name if isinstance(model, ModelFacts) else model.source.id
             if longest > model.max_position_embeddings:
                 raise InputError(
-                    f"{name} takes {model.max_position_embeddings} tokens at most, and the work "
-                    f"{work.name} has a row of {longest}; --quick stays below 1,000"
+                    f"{name} takes at most {model.max_position_embeddings} tokens, and the "
+                    f"workload {work.name} has a row of {longest}; --quick stays below 1,000"
                 )
             if largest >= model.vocab_size:
                 raise InputError(
@@ -127,26 +127,26 @@ def check_work(works: Sequence[Work], models: Sequence[ModelFacts | ModelSpec]) 
 
 
 def check_space(peers: Sequence[Peer], spec: ModelSpec, cache: Path) -> None:
-    """Refuse a cache folder without room for what peers write at least.
+    """Check that the cache folder has room for the models that peers will write.
 
     Args:
-        peers: Which.
-        spec: Of the checkpoint that they serve.
-        cache: Where their models are kept.
+        peers: The peers.
+        spec: The checkpoint that they serve.
+        cache: Folder for their models.
 
     Raises:
-        InputError: The disk is too small.
+        InputError: The disk has too little free space.
     """
-    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     missing = [
-        each
-        for each in with_sources(peers)
-        if each.prepared and not any(cache.glob(f"{each.name}-*"))
+        peer
+        for peer in with_sources(peers)
+        if peer.prepared and not any(cache.glob(f"{peer.name}-*"))
     ]
-    needed = sum(spec.parameters * each.bits // 8 for each in missing)
-    free = shutil.disk_usage(there).free
+    needed = sum(spec.parameters * peer.bits // 8 for peer in missing)
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"{cache} has {free / 1e9:.1f} GB free, and {', '.join(each.name for each in missing)} "
+            f"{cache} has {free / 1e9:.1f} GB free, and {', '.join(peer.name for peer in missing)} "
             f"write at least {needed / 1e9:.1f} GB"
         )

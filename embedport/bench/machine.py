@@ -1,4 +1,4 @@
-"""What a measurement runs on, and the fastest that it multiplies."""
+"""The machine of a measurement, and its fastest matrix products."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..runtimes.compiled import register_kernels
 PACKAGES = ("embedport", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx-ir")
 # onnxruntime's product of 8-bit integers.
 PRODUCTS = "MatMulIntegerToFloat"
-# Square products: small ones lose time to threads, large ones to memory.
+# Sizes of square products: smaller ones lose time to threading, larger ones to memory.
 PEAK_SIZES, PEAK_RUNS = (1024, 1536, 2048), 20
-# A product's name to its operator, domain, inputs, and what the first of these holds.
+# Name of each product to its operator, domain, inputs, and the first input's dtype.
 PEAKS = {
     "uint8 x int8": (PRODUCTS, "com.microsoft", ("a", "b", "one", "one", "zero"), np.uint8),
     "fp32": ("MatMul", "", ("a", "b"), np.float32),
@@ -30,7 +30,7 @@ PEAKS = {
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, packages, whether there are kernels, and the day."""
+    """CPU, cores, memory in bytes, packages, whether our kernels are registered, and the date."""
     ort = require("onnxruntime", "cpu")
     cpu = read_cpu()
     return {
@@ -40,13 +40,13 @@ def describe() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "kernels": register_kernels(ort.SessionOptions()),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
 def cpu_kind(machine: Mapping[str, Any]) -> str:
-    """The kind of CPU in what `describe` found: figures of two kinds are not compared."""
+    """The kind of CPU, from `describe`: figures of different kinds are not compared."""
     return f"{machine['cpu']} ({', '.join(machine['flags']) or 'no vector instructions known'})"
 
 
@@ -58,12 +58,12 @@ def _version(package: str) -> str | None:
 
 
 def measure_peak() -> dict[str, float]:
-    """The fastest square product of each kind in onnxruntime, in 10^12 operations a second."""
+    """The fastest square product of each kind in onnxruntime, in 10^12 operations per second."""
     return {name: round(max(_speed(name, size) for size in PEAK_SIZES) / 1e12, 3) for name in PEAKS}
 
 
 def _speed(name: str, size: int) -> float:
-    """Operations a second of [size, size] by [size, size] in the fastest of some runs."""
+    """Operations per second of [size, size] by [size, size], in the fastest of several runs."""
     onnxruntime = require("onnxruntime", "cpu")
     from onnx import TensorProto, helper, numpy_helper
 
@@ -84,7 +84,7 @@ def _speed(name: str, size: int) -> float:
             )
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, (size, size))],
-        [numpy_helper.from_array(values[each], each) for each in set(inputs) - {"a"}],
+        [numpy_helper.from_array(values[key], key) for key in set(inputs) - {"a"}],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -94,7 +94,7 @@ def _speed(name: str, size: int) -> float:
     feeds = {"a": generator.integers(0, 255, (size, size)).astype(dtype)}
     seconds = []
     for _ in range(PEAK_RUNS):
-        began = time.perf_counter()
+        start = time.perf_counter()
         session.run(None, feeds)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)

@@ -1,4 +1,4 @@
-"""Rounds of work, interleaved: what slows the machine down slows every side."""
+"""Interleaved rounds of a workload, so that a slow moment of the machine hits every side."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from ..validation.measures import cosines
 from .sides import Side, Worker
 from .work import Work, write_rows
 
-# Rows of a batch that a side may choose from; ours chooses by itself.
+# Batch sizes that a side may choose from; our runtime forms batches by itself.
 BATCHES = (1, 4, 8, 16, 32)
-# Of a work's part, the rows on which that choice is made.
+# Number of rows on which a side's best batch size is chosen.
 TRIED_ROWS = 32
-# Rounds of sides whose arithmetic is wider than the first's: they take many times as long.
+# Rounds of sides with wider arithmetic than the first side: they take many times as long.
 FEW_ROUNDS = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one side did with one work.
+    """One side's result on one workload.
 
     Attributes:
-        batch_rows: Its best of `BATCHES`; None where it chooses by itself.
-        tokens_per_second: Median of its rounds; padding is not counted.
-        from_to: Of its rounds.
-        ratio: Median of the first side's speed by this one's, of rounds side by side.
-        ratio_from_to: Of those rounds.
-        rounds: How many it took part in.
-        minimum_cosine: Of its vectors to the first side's, in the first round; None for scores.
-        largest_difference: Of its scores to the first side's; None for vectors.
-        peak_bytes: Its largest resident set until then.
+        batch_rows: Its best batch size of `BATCHES`; None if it forms batches by itself.
+        tokens_per_second: Median over its rounds; padding is not counted.
+        from_to: Slowest and fastest round, in tokens per second.
+        ratio: First side's speed divided by this side's: median over rounds run side by side.
+        ratio_from_to: Smallest and largest such ratio.
+        rounds: Number of rounds it took part in.
+        minimum_cosine: Smallest cosine of its vectors and the first side's, in the first round;
+            None for scores.
+        largest_difference: Largest difference from the first side's scores; None for vectors.
+        peak_bytes: Its largest resident set so far.
     """
 
     batch_rows: int | None
@@ -54,21 +55,20 @@ class Result:
 
 
 class Race:
-    """Sides that are loaded, asked in turn; a context manager.
+    """A context manager that loads all sides and runs workloads on them in turn.
 
     Attributes:
         sides: The sides.
-        threads: What each was told to work with.
-        failures: Name of each work to the sides that did not survive it, and what they said.
+        threads: Number of threads that each side was told to use.
+        failures: Workload's name to name of each side that failed, to its last output.
 
     Args:
-        sides: The first is what the others are measured by.
-        threads: What each was told to work with.
-        say: Told what is being done.
+        sides: The sides; the others are compared with the first.
+        threads: Number of threads that each side was told to use.
+        say: Called with a description of each stage.
 
     Raises:
-        VerificationError: A library works with another number of threads than it was told, or a
-            side ends.
+        VerificationError: A side uses another number of threads than it was told, or ends.
     """
 
     def __init__(self, sides: Sequence[Side], threads: int, say: Callable[[str], None]) -> None:
@@ -88,8 +88,8 @@ class Race:
                 used = self._workers[side.name].ready["threads"]
                 if used != self.threads:
                     raise VerificationError(
-                        f"{side.name} was told to work with {self.threads} threads, and its "
-                        f"library reports {used}: the sides would not be equal"
+                        f"{side.name} was told to use {self.threads} threads, and its library "
+                        f"reports {used}: the comparison would be unfair"
                     )
             self._stack = stack.pop_all()
         return self
@@ -102,18 +102,18 @@ class Race:
             worker.close()
 
     def run(self, work: Work, rounds: int) -> dict[str, Result]:
-        """Race over one work.
+        """Run one workload on all sides.
 
         Args:
-            work: The work.
-            rounds: Of sides whose arithmetic is as wide as the first's, or narrower.
+            work: The workload.
+            rounds: Number of rounds; sides with wider arithmetic than the first have `FEW_ROUNDS`.
 
         Returns:
-            Name of each side to its result. A side whose process ends has none; `failures` says
-            why, and it is started again for the next work.
+            Name of each side to its result. A side whose process ends has no result: `failures`
+            says why, and it is restarted for the next workload.
 
         Raises:
-            VerificationError: The first side ends.
+            VerificationError: The first side's process ends.
         """
         first = self.sides[0]
         rounds_of = {
@@ -132,7 +132,7 @@ class Race:
             rows = work.part(number)
             tokens = sum(map(len, rows)) * work.repeats
             running = [side for side in self.sides if number < rounds_of[side.name]]
-            # Who goes first changes: it would run on what the other one left in the caches.
+            # The order alternates, because a side finds the caches as the one before left them.
             for side in running if number % 2 == 0 else running[::-1]:
                 name = side.name
                 if name in failed:
@@ -144,23 +144,23 @@ class Race:
                         for _ in range(work.repeats)
                     ]
                     speeds[name].append(tokens / sum(seconds for seconds, _, _ in answers))
-                    _, peaks[name], found = answers[-1]
-                    vectors.setdefault(name, found)
+                    _, peaks[name], answer = answers[-1]
+                    vectors.setdefault(name, answer)
         return {
             name: _result(
                 batches[name],
                 speeds[first.name],
-                each,
+                side_speeds,
                 (vectors[first.name], vectors[name]),
                 peaks[name],
             )
-            for name, each in speeds.items()
+            for name, side_speeds in speeds.items()
             if name not in failed
         }
 
     @contextlib.contextmanager
     def _survived(self, side: Side, work: Work, failed: set[str]) -> Generator[None]:
-        """Leave a side whose process ends out of the work, such as one that takes all memory."""
+        """Drop a side from this workload if its process ends, for example out of memory."""
         try:
             yield
         except VerificationError as error:
@@ -171,30 +171,30 @@ class Race:
             self._workers[side.name] = Worker(side.command)
 
     def _choose_batch(self, side: Side, work: Work) -> int | None:
-        """The side's fastest batch, on rows of all lengths; warms it up too."""
+        """Choose the side's fastest batch size, on rows of all lengths; this also warms it up."""
         rows = work.part(0)
-        tried = sorted(rows, key=len)[:: -(-len(rows) // TRIED_ROWS)]
+        sample = sorted(rows, key=len)[:: -(-len(rows) // TRIED_ROWS)]
         self._say(f"{work.name}: {side.name} warms up")
         if side.has_batches:
-            self._ask(side.name, tried, 0, "tried.npy")
+            self._ask(side.name, sample, 0, "tried.npy")
             return None
-        sizes = [size for size in BATCHES if size <= len(tried)]
+        sizes = [size for size in BATCHES if size <= len(sample)]
         if len(sizes) == 1:
-            self._ask(side.name, tried, sizes[0], "tried.npy")
+            self._ask(side.name, sample, sizes[0], "tried.npy")
             return sizes[0]
-        # The first call, in which memory is found, is no one's fault.
-        self._ask(side.name, tried[:1], 1, "tried.npy")
-        return min(sizes, key=lambda size: self._ask(side.name, tried, size, "tried.npy")[0])
+        # The first call allocates memory, so it is not timed.
+        self._ask(side.name, sample[:1], 1, "tried.npy")
+        return min(sizes, key=lambda size: self._ask(side.name, sample, size, "tried.npy")[0])
 
     def _ask(
         self, name: str, rows: Sequence[np.ndarray], batch_rows: int, file: str
     ) -> tuple[float, int, np.ndarray]:
-        path, answer = self._folder / "rows.npz", self._folder / file
-        write_rows(path, rows)
-        done = self._workers[name].ask(
-            {"rows": str(path), "batch_rows": batch_rows, "vectors": str(answer)}
+        rows_path, vectors_path = self._folder / "rows.npz", self._folder / file
+        write_rows(rows_path, rows)
+        reply = self._workers[name].ask(
+            {"rows": str(rows_path), "batch_rows": batch_rows, "vectors": str(vectors_path)}
         )
-        return done["seconds"], done["peak_bytes"], np.load(answer)
+        return reply["seconds"], reply["peak_bytes"], np.load(vectors_path)
 
 
 def _result(
@@ -204,14 +204,16 @@ def _result(
     vectors: tuple[np.ndarray, np.ndarray],
     peak: int,
 ) -> Result:
-    ratios = [mine / theirs for mine, theirs in zip(first, speeds, strict=False)]
-    reference, found = vectors
+    ratios = [
+        first_speed / own_speed for first_speed, own_speed in zip(first, speeds, strict=False)
+    ]
+    reference, answers = vectors
     cosine = difference = None
-    # A peer judges pairs by the vectors that the head would multiply.
-    if reference.ndim == found.ndim == 2:
-        cosine = float(cosines(found, reference).min())
-    elif reference.ndim == found.ndim:
-        difference = float(np.abs(found - reference).max())
+    # A peer gives vectors for pairs, before the head: there is nothing to compare with scores.
+    if reference.ndim == answers.ndim == 2:
+        cosine = float(cosines(answers, reference).min())
+    elif reference.ndim == answers.ndim:
+        difference = float(np.abs(answers - reference).max())
     return Result(
         batch_rows,
         round(median(speeds), 1),
@@ -229,9 +231,9 @@ def start_cold(side: Side, work: Work, starts: int) -> list[float]:
     """Seconds from the start of a new process to its first answer; files are in the page cache.
 
     Args:
-        side: Which.
-        work: Whose first part it is asked for.
-        starts: How many processes, one behind the other; one more goes before them.
+        side: The side.
+        work: The workload; its first part is requested.
+        starts: Number of processes to time, one after another; an extra one warms up first.
     """
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -239,14 +241,14 @@ def start_cold(side: Side, work: Work, starts: int) -> list[float]:
         write_rows(rows, work.part(0))
         request = {"rows": str(rows), "batch_rows": 1, "vectors": str(vectors)}
         for _ in range(starts + 1):
-            began = time.perf_counter()
+            start = time.perf_counter()
             worker = Worker(side.command)
             worker.ask(request)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
             worker.close()
-    return [round(each, 3) for each in seconds[1:]]
+    return [round(duration, 3) for duration in seconds[1:]]
 
 
 def to_json(results: dict[str, Result]) -> dict[str, Any]:
-    """Results as JSON holds them."""
-    return {name: asdict(each) for name, each in results.items()}
+    """Results as JSON values."""
+    return {name: asdict(result) for name, result in results.items()}

@@ -15,10 +15,9 @@ from .threads import choose_threads
 
 
 def main(folder: str, threads: str, task: Task) -> None:
-    """Answer requests about a model's rows, batches as the runtime chooses them.
+    """Answer requests with a model, in batches that the runtime forms.
 
-    A graph's threads are what `load` tells onnxruntime in this environment, a checkpoint's what
-    torch is told here.
+    `load` sets the number of onnxruntime's threads from the environment; torch's is set here.
     """
     model = load(folder, device="cpu", task=task)
     used = choose_threads()

@@ -1,4 +1,4 @@
-"""The sides of a race: a process each, which answers requests about rows of token ids."""
+"""The sides of a race: each is a process that answers requests with rows of token ids."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ..runtimes.facts import ModelFacts
 from .threads import thread_variables
 
 SCRIPTS = Path(__file__).parent / "peers"
-# Of what a process that failed said last.
+# Characters shown of a failed process's standard error.
 SHOWN_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another tool.
+    """Another tool to compare with.
 
     Attributes:
-        name: Under which it is asked for and shown.
-        script: In peers/, with its own environment.
-        kind: What the script does, of the kinds that it knows.
-        bits: Of the arithmetic that most of its time goes into.
-        source: The peer whose folder it is made from; None for the checkpoint.
-        prepared: Whether it needs a folder of its own; otherwise it reads its source.
+        name: Its name for --peer and in tables.
+        script: Its script in peers/, which declares its own environment.
+        kind: The variant that the script runs, such as "int8".
+        bits: Width of the arithmetic in which it spends most of its time.
+        source: The peer whose folder it converts; None for the checkpoint.
+        prepared: Whether it converts its source into a folder of its own, or reads it directly.
     """
 
     name: str
@@ -61,15 +61,15 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Side:
-    """One that takes part.
+    """A participant in a race.
 
     Attributes:
-        name: In the table.
-        command: Serves requests.
-        folder: What it serves.
-        bits: Of its arithmetic.
-        versions: Of the packages that it runs on.
-        has_batches: Whether it makes its own batches of what it is given.
+        name: Its name in tables.
+        command: The command that serves requests.
+        folder: The folder that it serves.
+        bits: Width of its arithmetic.
+        versions: Versions of the packages that it runs on.
+        has_batches: Whether it forms batches by itself.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Side:
 
     @property
     def size(self) -> int:
-        """Bytes of its folder."""
+        """Size of its folder in bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
@@ -90,8 +90,8 @@ class Installed:
     """The environment of a script in peers/.
 
     Attributes:
-        command: Runs the script there.
-        versions: Of the packages that it runs on.
+        command: The command that runs the script in it.
+        versions: Versions of the packages that the script runs on.
     """
 
     command: tuple[str, ...]
@@ -102,7 +102,7 @@ def our_side(facts: ModelFacts, threads: int) -> Side:
     """An artifact or a checkpoint, as `embedport.load` runs it on a CPU."""
     folder = facts.folder
     if facts.checkpoint is not None and facts.checkpoint.source.adapter is not None:
-        folder = facts.checkpoint.source.adapter.folder  # which names its base
+        folder = facts.checkpoint.source.adapter.folder  # its config names the base
     command = (sys.executable, "-m", "embedport.bench.serve", str(folder))
     command += (str(threads), facts.task)
     bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
@@ -117,15 +117,15 @@ def peer_side(
     threads: int,
     say: Callable[[str], None],
 ) -> Side:
-    """Make what a peer serves, unless it is there.
+    """Prepare a peer's folder, unless the cache has it, and make it a side.
 
     Args:
-        peer: Which.
-        installed: Its script's environment, and that of the peer it is made from.
-        checkpoint: What it is to serve.
-        cache: Where what it needs is kept.
-        threads: What it is to work with.
-        say: Told what takes long.
+        peer: The peer.
+        installed: The environments of its script and of its source's script.
+        checkpoint: The checkpoint to serve.
+        cache: Folder for prepared models.
+        threads: Number of threads to use.
+        say: Called with a description of each long step.
 
     Raises:
         VerificationError: The peer fails.
@@ -142,28 +142,28 @@ def peer_side(
             say(f"{peer.name}: preparing")
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as temporary:
-                made = Path(temporary) / "made"
-                made.mkdir()
-                _run([*command, "prepare", peer.kind, str(origin), str(made)])
-                made.replace(folder)
+                output = Path(temporary) / "made"
+                output.mkdir()
+                _run([*command, "prepare", peer.kind, str(origin), str(output)])
+                output.replace(folder)
     serve = (*command, "serve", peer.kind, str(folder), str(threads))
     return Side(peer.name, serve, folder, peer.bits, versions)
 
 
 def with_sources(peers: Iterable[Peer]) -> list[Peer]:
-    """Peers, and before each the one that it is made from, none twice."""
-    found: dict[str, Peer] = {}
+    """The peers, each after its source, without duplicates."""
+    by_name: dict[str, Peer] = {}
     for peer in peers:
         sources = [PEERS[peer.source]] if peer.source is not None else []
-        found |= {each.name: each for each in (*sources, peer)}
-    return list(found.values())
+        by_name |= {member.name: member for member in (*sources, peer)}
+    return list(by_name.values())
 
 
 def install_peer(script: str) -> Installed:
-    """Make the environment of a script in peers/; uv is there.
+    """Create the environment of a script in peers/ with uv.
 
     Raises:
-        VerificationError: The environment cannot be made.
+        VerificationError: The environment cannot be created.
     """
     path = str(SCRIPTS / script)
     warm = json.loads(_run(["uv", "run", "--quiet", "--script", path, "warm"]))
@@ -171,7 +171,7 @@ def install_peer(script: str) -> Installed:
 
 
 def _key(script: str, source: Path, versions: dict[str, str]) -> str:
-    """Changes with all that the peer's folder is made from."""
+    """A hash of everything that a peer's folder is made from."""
     hashed = hashlib.sha256((SCRIPTS / script).read_bytes() + json.dumps(versions).encode())
     for path in (source, *sorted(source.glob("*"))):
         status = path.stat()
@@ -180,14 +180,16 @@ def _key(script: str, source: Path, versions: dict[str, str]) -> str:
 
 
 def _run(command: list[str]) -> str:
-    """The last line that a command prints."""
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
+    """Run a command and return the last line of its output."""
+    finished = subprocess.run(
+        command, env=_environment(), capture_output=True, text=True, check=False
+    )
+    if finished.returncode:
         raise VerificationError(
-            f"{' '.join(command[-5:])} ended with {done.returncode}:\n"
-            f"{done.stderr[-SHOWN_CHARACTERS:]}"
+            f"{' '.join(command[-5:])} ended with {finished.returncode}:\n"
+            f"{finished.stderr[-SHOWN_CHARACTERS:]}"
         )
-    return (done.stdout.strip().splitlines() or [""])[-1]
+    return (finished.stdout.strip().splitlines() or [""])[-1]
 
 
 def _environment() -> dict[str, str]:
@@ -196,10 +198,10 @@ def _environment() -> dict[str, str]:
 
 
 class Worker:
-    """A side's process: a line of JSON in, a line of JSON out, so that only one works at a time.
+    """A side's process: takes one line of JSON, answers one line; only one side works at a time.
 
     Attributes:
-        ready: What it said when it had loaded: the threads that its library reports.
+        ready: Its message after loading: the number of threads that its library reports.
     """
 
     def __init__(self, command: tuple[str, ...]) -> None:
@@ -222,7 +224,7 @@ class Worker:
             VerificationError: The process ended.
         """
         assert self._process.stdin is not None
-        # Its end is reported when the answer is read.
+        # If the process has ended, `_answer` reports it.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -241,6 +243,6 @@ class Worker:
                 return json.loads(line)
         code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read()[-SHOWN_CHARACTERS:]
+        output = self._errors.read()[-SHOWN_CHARACTERS:]
         self.close()
-        raise VerificationError(f"{' '.join(self._command[-3:])} ended with {code}:\n{said}")
+        raise VerificationError(f"{' '.join(self._command[-3:])} ended with {code}:\n{output}")

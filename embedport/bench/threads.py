@@ -1,4 +1,4 @@
-"""The number of threads that every side is told to work with."""
+"""The number of threads that every side is told to use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .peers import serving
 
 
 def choose_threads() -> int:
-    """Threads of each side: what `embedport.load` takes here, and no more than may run at once."""
+    """Threads per side: as `embedport.load` chooses here, at most one per physical core."""
     cores, physical = count_cores(), serving.count_physical_cores()
     return cores if physical is None else min(cores, physical)
 
@@ -15,9 +15,9 @@ def choose_threads() -> int:
 def thread_variables() -> dict[str, str]:
     """Environment variables for a side's process.
 
-    `embedport.load` leaves the number to onnxruntime, which takes a thread for each physical core
-    and pins it there. Where that is another number than `choose_threads` gives, or where there is a
-    limit that onnxruntime does not know of, OMP_NUM_THREADS says it.
+    `embedport.load` leaves the number of threads to onnxruntime, which starts and pins one per
+    physical core. OMP_NUM_THREADS is set if `choose_threads` gives another number, or if the cores
+    are limited in a way that onnxruntime does not see.
     """
     threads = choose_threads()
     if core_limit() is None and threads == serving.count_physical_cores():

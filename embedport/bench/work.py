@@ -1,7 +1,7 @@
-"""What a race is run over: rows of token ids, the same for every side.
+"""Workloads of a race: rows of token ids, the same for every side.
 
-Texts are real: the built-in queries, and the documentation strings of the Python that runs this,
-cut into passages whose lengths are spread evenly on a logarithmic scale.
+Texts are real: the built-in queries, and the docstrings of Python's standard library, cut into
+passages with lengths spread evenly on a logarithmic scale.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..prompts import EmbeddingTokenizer, RerankerTokenizer
 
 SHAPES = ((1, 32), (1, 512), (8, 128), (1, 4096))
 QUICK_SHAPES = ((1, 32), (1, 512), (8, 128))
-# Tokens of the shortest and of the longest passage.
+# Tokens of the shortest and the longest passage.
 PASSAGE_TOKENS = (20, 700)
 PASSAGES, PARTS = 1000, 10
 QUERIES, CANDIDATES = 8, 50
-# A shape smaller than this is run several times in a round.
+# Shapes with fewer tokens than this run several times per round.
 ROUND_TOKENS = 512
 SEED = 0
 LONGEST = 32_768
@@ -32,12 +32,12 @@ LONGEST = 32_768
 
 @dataclass(frozen=True)
 class Work:
-    """A named amount of work.
+    """A workload.
 
     Attributes:
-        name: Of its row in the table.
-        parts: Each round takes the next: rows of token ids, int64 [tokens] each.
-        repeats: How often a round runs its part.
+        name: Its name in tables.
+        parts: Rows of token ids, int64 [tokens] each; each round takes the next part.
+        repeats: How many times a round runs its part.
     """
 
     name: str
@@ -50,61 +50,63 @@ class Work:
 
 
 def uniform(tokenizer_file: Path, batch: int, size: int) -> Work:
-    """Rows of one length, all full."""
+    """Rows of one length, without padding."""
     tokenizer = EmbeddingTokenizer(tokenizer_file, LONGEST)
-    ids = np.concatenate(tokenizer.encode([each.text for each in builtin_samples()]).ids)
+    ids = np.concatenate(tokenizer.encode([sample.text for sample in builtin_samples()]).ids)
     rows = tuple(np.resize(ids, batch * size).reshape(batch, size))
     return Work(f"{batch} x {size}", (rows,), max(1, ROUND_TOKENS // (batch * size)))
 
 
 def passages(tokenizer_file: Path, count: int = PASSAGES, parts: int = PARTS) -> Work:
-    """Passages of mixed length, in parts of like mixture."""
+    """Passages of mixed length; every part has the same mix of lengths."""
     tokenizer = EmbeddingTokenizer(tokenizer_file, LONGEST)
     rows = tokenizer.encode(read_passages(tokenizer, count)).ids
-    cut = tuple(tuple(rows[start::parts]) for start in range(parts))
-    return Work(f"{count:,} passages", cut)
+    split = tuple(tuple(rows[start::parts]) for start in range(parts))
+    return Work(f"{count:,} passages", split)
 
 
 def reranking(tokenizer_file: Path, queries: int = QUERIES, candidates: int = CANDIDATES) -> Work:
-    """Pairs under the reranker's template, a query's with all of its passages a part."""
+    """Pairs in the reranker's template; a part is one query with all of its passages."""
     tokenizer = RerankerTokenizer(tokenizer_file, LONGEST)
-    asked = [each.text for each in builtin_samples() if each.prompt == "query"][:queries]
+    query_texts = [sample.text for sample in builtin_samples() if sample.prompt == "query"][
+        :queries
+    ]
     texts = read_passages(EmbeddingTokenizer(tokenizer_file, LONGEST), queries * candidates)
     parts = tuple(
         tuple(tokenizer.encode([(query, text) for text in texts[number::queries]]).ids)
-        for number, query in enumerate(asked)
+        for number, query in enumerate(query_texts)
     )
     return Work(f"{queries} x {candidates} pairs", parts)
 
 
 def read_passages(tokenizer: EmbeddingTokenizer, count: int) -> list[str]:
-    """Passages of 20 to 700 tokens, each cut from one module's documentation.
+    """Passages of 20 to 700 tokens, each cut from one module's docstrings.
 
     Raises:
-        InputError: This Python has too little of it.
+        InputError: The standard library has too few docstrings.
     """
     generator = np.random.default_rng(SEED)
     low, high = np.log(PASSAGE_TOKENS)
     lengths = np.exp(low + (high - low) * (np.arange(count) + 0.5) / count)
-    wanted = list(generator.permutation(lengths).astype(int))
-    found: list[str] = []
+    sizes = list(generator.permutation(lengths).astype(int))
+    texts: list[str] = []
     for text in _documentation():
         encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
         start = 0
-        while wanted and start + wanted[-1] <= len(encoding.ids):
-            end = start + wanted.pop()
-            found.append(text[encoding.offsets[start][0] : encoding.offsets[end - 1][1]])
+        while sizes and start + sizes[-1] <= len(encoding.ids):
+            end = start + sizes.pop()
+            texts.append(text[encoding.offsets[start][0] : encoding.offsets[end - 1][1]])
             start = end
-        if not wanted:
-            return found
+        if not sizes:
+            return texts
     raise InputError(
-        f"the documentation strings in {sysconfig.get_path('stdlib')} make {len(found)} of the "
-        f"{count} passages: run it in a Python whose standard library has its sources"
+        f"the docstrings in {sysconfig.get_path('stdlib')} give only {len(texts)} of the {count} "
+        "passages: use a Python that has the sources of its standard library"
     )
 
 
 def _documentation() -> Iterator[str]:
-    """The documentation strings of each of the standard library's modules, one behind the other."""
+    """Yield the docstrings of each module of the standard library, joined."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
     for path in sorted(root.rglob("*.py")):
@@ -125,5 +127,5 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 
 
 def write_rows(path: Path, rows: Sequence[np.ndarray]) -> None:
-    """Put rows where `peers/serving.py` reads them."""
+    """Write rows to a file that `peers/serving.py` reads."""
     np.savez(path, ids=np.concatenate(rows), ends=np.cumsum([len(row) for row in rows]))

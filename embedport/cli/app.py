@@ -1,4 +1,4 @@
-"""The verbs put together, and how errors come out."""
+"""The `embedport` command: its verbs, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from . import (
 
 
 class _StoppedError(Exception):
-    """Ctrl-C, at which typer would end without a word."""
+    """Ctrl-C; typer by itself would exit without a message."""
 
 
 class _Verbs(TyperGroup):
-    """The verbs in the order in which a person needs them."""
+    """Lists the verbs in the order in which they are used."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Typer puts `export`, a group, after the commands."""
+        """Put `export` first: it is a group, which typer lists after the commands."""
         return sorted(super().list_commands(ctx), key=lambda name: name != "export")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take `--debug` at the end too: it is added when a command has just failed."""
+        """Also accept `--debug` at the end, where it is easily added to a failed command."""
         if args and args[-1] == "--debug" and "--" not in args:
             args = ["--debug", *args[:-1]]
         return super().parse_args(ctx, args)
@@ -91,13 +91,13 @@ def _options(
     ] = False,
 ) -> None:
     """Global options, before the verb."""
-    del debug, version  # --debug is read in main, which sees errors from anywhere
+    del debug, version  # `_fail` reads --debug from sys.argv, to cover all errors
 
 
 def main() -> None:
-    """Run the command line; what goes wrong is one line on standard error.
+    """Run the command line; an error prints one line on standard error.
 
-    Typer itself ends quietly when its reader goes away (1).
+    If the reader of standard output goes away, typer exits silently with code 1.
     """
     logging.basicConfig(format="embedport: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:

@@ -30,7 +30,7 @@ def bench(
     artifacts: Annotated[
         list[str],
         typer.Argument(
-            help="Folders or hub ids; the first is what the others are measured by.",
+            help="Folders or hub ids; the others are compared with the first.",
             show_default=False,
         ),
     ],
@@ -45,16 +45,18 @@ def bench(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="What the peers serve: the artifact's checkpoint, best.", show_default=False
+            help="The checkpoint that peers serve; ideally the artifact's own.", show_default=False
         ),
     ] = None,
     rounds: Annotated[
         int,
         typer.Option(
-            min=1, help="Interleaved rounds of each shape; passages and pairs have their own."
+            min=1, help="Interleaved rounds per shape; passages and pairs have a fixed number."
         ),
     ] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="A few minutes' worth.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run a short version, in a few minutes.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".json.", show_default=False)
     ] = None,
@@ -99,12 +101,12 @@ def _print(result: Bench) -> None:
     for name, sides in result.works.items():
         console.print(_work_table(name, sides))
         for side in result.failures.get(name, ()):
-            console.print(f"  {side} did not survive it (-o keeps what it said)")
+            console.print(f"  {side} failed (the file of -o holds its last output)")
     console.print(_sides_table(result))
     machine, peak = result.machine, result.peak
     console.print(
-        f"{cpu_kind(machine)}, {result.threads} threads a side; its fastest products: int8 "
-        f"{peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} x 10^12 operations a second"
+        f"{cpu_kind(machine)}, {result.threads} threads per side; fastest matrix products: int8 "
+        f"{peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} x 10^12 operations per second"
     )
 
 
@@ -120,13 +122,13 @@ def _table(*columns: str) -> Table:
 
 def _work_table(name: str, sides: dict[str, Result]) -> Table:
     table = _table(name, "tokens/s", "from - to", "first is faster by", "batch")
-    for side, each in sides.items():
+    for side, result in sides.items():
         table.add_row(
             side,
-            f"{each.tokens_per_second:,.0f}",
-            f"{each.from_to[0]:,.0f} - {each.from_to[1]:,.0f}",
-            f"{each.ratio:.2f}",
-            "own" if each.batch_rows is None else str(each.batch_rows),
+            f"{result.tokens_per_second:,.0f}",
+            f"{result.from_to[0]:,.0f} - {result.from_to[1]:,.0f}",
+            f"{result.ratio:.2f}",
+            "own" if result.batch_rows is None else str(result.batch_rows),
         )
     return table
 

@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Compare an artifact's vectors here with those of its export; exit code 1 if they differ.
 
-    Needs neither torch nor the checkpoint. Exit code 2: the export kept none to compare with.
+    Needs neither torch nor the checkpoint. Exit code 2: the artifact has no vectors to compare.
 
     Example: embedport check qwen3-int8
     """
@@ -57,9 +57,7 @@ def _print(result: Check) -> None:
     if result.reasons:
         rows["Differs"] = "\n".join(result.reasons)
     elif not result.passed:
-        rows["Differs"] = (
-            "nothing that is known: the artifact's files were changed after its export"
-        )
+        rows["Differs"] = "nothing known: the artifact's files were changed after its export"
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)

@@ -25,11 +25,13 @@ With a real checkpoint:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to work.")] = Path("demo-output"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="The output folder.")] = Path(
+        "demo-output"
+    ),
     live: Annotated[
         bool,
         typer.Option(
-            "--live", help="Run the reference here, in torch, instead of what was recorded."
+            "--live", help="Run the reference in torch instead of using the recorded one."
         ),
     ] = False,
 ) -> None:
@@ -40,7 +42,7 @@ def demo(
     result = run_demo(out, lambda step: steps.print(f"{step} …", style="dim"), live=live)
     _print_answers(console, result)
     _print_parity(console, result)
-    console.rule("Where it is", align="left")
+    console.rule("The artifacts", align="left")
     for artifact in result.artifacts:
         console.print(f"  {artifact}", soft_wrap=True)
     console.print(NEXT, soft_wrap=True)
@@ -59,8 +61,8 @@ def _print_answers(console: Console, result: Demo) -> None:
         table = Table("", "", box=SIMPLE_HEAD, expand=True)
         table.add_column(Text(answer.query), overflow="ellipsis", no_wrap=True, ratio=1)
         for name, ranked in (("cosine", answer.found), ("reranked", answer.reranked)):
-            for i, found in enumerate(ranked):
-                table.add_row("" if i else name, f"{found.score:.3f}", Text(found.document))
+            for i, hit in enumerate(ranked):
+                table.add_row("" if i else name, f"{hit.score:.3f}", Text(hit.document))
             table.add_section()
         console.print(table)
 
@@ -69,9 +71,9 @@ def _print_parity(console: Console, result: Demo) -> None:
     console.rule("Parity with the checkpoints' own libraries", align="left")
     if not result.reports:
         console.print(
-            "Not measured, a package is missing. Install it, then again:\n"
+            "Not measured: a package is missing. Install it and run the demo again:\n"
             "pip install 'embedport[cpu,retrieval,report]'",
-            markup=False,  # the extras are no style
+            markup=False,  # rich would read the brackets as markup
         )
         return
     for task in dict.fromkeys(report.task for report in result.reports):
@@ -82,7 +84,7 @@ def _print_parity(console: Console, result: Demo) -> None:
 
 
 def _parity(reports: Sequence[Report]) -> Table:
-    """A column a precision: each gate's value and limit, then the other figures."""
+    """One column per precision: each gate's value and limit, then the other figures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -93,22 +95,22 @@ def _parity(reports: Sequence[Report]) -> Table:
         table.add_column(report.precision, justify="right")
     gates = [{gate.name: gate for gate in report.gates} for report in reports]
     for name in gates[0]:
-        found = [each[name] for each in gates]
+        row_gates = [by_name[name] for by_name in gates]
         shown = (
             number(g.value) if g.value is None else f"{number(g.value)} {g.sense} {number(g.limit)}"
-            for g in found
+            for g in row_gates
         )
         table.add_row(name, *shown)
-    figures = [each.comparisons[0].figures if each.comparisons else {} for each in reports]
+    figures = [report.comparisons[0].figures if report.comparisons else {} for report in reports]
     for name in figures[0]:
         if name not in gates[0]:
-            table.add_row(name, *(number(each.get(name, float("nan"))) for each in figures))
+            table.add_row(name, *(number(values.get(name, float("nan"))) for values in figures))
     quality = [report.retrieval.rows[0] for report in reports if report.retrieval is not None]
     if quality:
         shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
         table.add_row("nDCG@10 (of the reference)", *shown)
         before = [report.retrieval.before for report in reports if report.retrieval is not None]
         if before[0] is not None:
-            table.add_row("nDCG@10 before reranking", *(f"{each:.4f}" for each in before))
+            table.add_row("nDCG@10 before reranking", *(f"{value:.4f}" for value in before))
     table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
     return table

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..runtimes.bulk import Job
 
-# What fits into 60 columns.
+# Limits that fit into 60 columns: values shown per vector, and texts in the cosine table.
 SHOWN = 4
 MOST_COMPARED = 7
 
@@ -40,8 +40,8 @@ def encode(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="query, document, another of the model's, or a literal prompt; its default one "
-            "otherwise.",
+            help="query, document, another prompt's name, or a literal prompt; default: the "
+            "model's own.",
             show_default=False,
         ),
     ] = None,
@@ -50,13 +50,13 @@ def encode(
     ] = None,
     dim: Annotated[int | None, typer.Option(help="MRL dimension.", show_default=False)] = None,
     precision: Annotated[
-        str, typer.Option(help="Of the vectors: float32, int8, uint8, binary or ubinary.")
+        str, typer.Option(help="The vectors' dtype: float32, int8, uint8, binary or ubinary.")
     ] = "float32",
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="Texts (.txt, .jsonl) to measure the ranges of 8-bit vectors with, once; without "
-            "texts to embed it does no more. Standard input is --input -.",
+            help="Texts (.txt, .jsonl) to measure the ranges of 8-bit vectors on, once. Without "
+            "texts to embed, only that is done (standard input is --input -).",
             show_default=False,
         ),
     ] = None,
@@ -66,8 +66,8 @@ def encode(
             "-o",
             "--out",
             "--output",
-            help=".npy or .jsonl; or a folder (vectors/), which takes --input of any size shard by "
-            "shard and goes on after a crash.",
+            help=".npy or .jsonl; or a folder (vectors/) for an --input of any size, written in "
+            "shards and resumed after a crash.",
             show_default=False,
         ),
     ] = None,
@@ -78,22 +78,26 @@ def encode(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a batch at most; by default what keeps the device busy.",
+            help="Most tokens per batch; by default as many as keep the device busy.",
             show_default=False,
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Cut texts to so many tokens.", show_default=False)
+        int | None, typer.Option(help="Cut texts to this many tokens.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per text.")
+    ] = False,
     engine: Annotated[
         str, typer.Option(help="For a folder: local, or ray for a Ray cluster.")
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Ray's; by default one a GPU or machine.", show_default=False),
+        typer.Option(
+            min=1, help="Ray workers; default: one per GPU or machine.", show_default=False
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Begin a folder anew.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start an output folder anew.")] = False,
     task: TaskOption = None,
     adapter: AdapterOption = None,
 ) -> None:
@@ -109,8 +113,8 @@ def encode(
     if out is not None and (out.is_dir() or not out.suffix or str(output).endswith("/")):
         if texts or file is None or str(file) == "-" or calibrate is not None or as_json:
             raise InputError(
-                f"{out} is a folder: it takes its texts from a file (--input), ranges that were "
-                "measured before (embedport encode ARTIFACT --calibrate FILE), and no --json"
+                f"{out} is a folder, so give the texts in a file (--input), measure ranges first "
+                "(embedport encode ARTIFACT --calibrate FILE), and leave --json out"
             )
         job = Job(
             model=_absolute(artifact),
@@ -128,7 +132,7 @@ def encode(
         _encode_corpus(job, engine, workers, force)
         return
     if engine != "local" or workers is not None or force:
-        raise InputError("--engine, --workers and --force go with a folder: --output vectors/")
+        raise InputError("--engine, --workers and --force need an output folder: --output vectors/")
     if out is not None and out.suffix not in (".npy", ".jsonl"):
         raise InputError(f"{out} should end with .npy or .jsonl, or with / for a folder")
     check_output(out)
@@ -191,7 +195,7 @@ def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> N
 
 
 def _absolute(model: Path) -> str:
-    """A folder's absolute path, for workers elsewhere; a hub id as it is."""
+    """A folder's absolute path, so that workers find it; a hub id unchanged."""
     return str(model.absolute() if model.is_dir() else model)
 
 
@@ -206,7 +210,7 @@ def _choose_prompt(prompt: str | None, instruction: str | None) -> str | None:
 
 
 def _print(texts: list[str], vectors: np.ndarray) -> None:
-    """The first values of each vector, and for a few texts how alike they are."""
+    """Print the first values of each vector and, for a few texts, their cosines."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

@@ -30,8 +30,8 @@ def export_onnx(
     arithmetic: Annotated[
         str | None,
         typer.Option(
-            help="Of a quantized graph: fp32 for CPUs, bf16 for GPUs; fp32 by default, but for "
-            "fp8.",
+            help="Arithmetic of a quantized graph: fp32 for CPUs, bf16 for GPUs; default: fp32, "
+            "except for fp8.",
             show_default=False,
         ),
     ] = None,
@@ -47,31 +47,33 @@ def export_onnx(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="embedding or reranker, if the files do not tell.", show_default=False),
+        typer.Option(
+            help="embedding or reranker, if the checkpoint does not declare it.", show_default=False
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)
     ] = None,
     adapter: AdapterOption = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Cut texts to so many tokens.", show_default=False)
+        int | None, typer.Option(help="Cut texts to this many tokens.", show_default=False)
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
             help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq, awq and auto; "
-            "built-in ones otherwise.",
+            "default: built-in ones.",
             show_default=False,
         ),
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="Of quantization: rtn, hqq, gptq or awq; auto takes rtn.")
+        str, typer.Option(help="Quantization algorithm: rtn, hqq, gptq or awq; auto uses rtn.")
     ] = "rtn",
     rotate: Annotated[
         bool | None,
         typer.Option(
             "--rotate/--no-rotate",
-            help="Rotate outliers away before quantizing; by default for int8.",
+            help="Rotate outliers away before quantizing; default for int8.",
             show_default=False,
         ),
     ] = None,
@@ -84,12 +86,12 @@ def export_onnx(
     ] = None,
     embedding_bits: Annotated[
         int | None,
-        typer.Option(help="Of the embedding table: 4 or 8.", show_default=False),
+        typer.Option(help="Bits of the embedding table: 4 or 8.", show_default=False),
     ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="recipe.json, or an artifact's embedport.json: quantize as it says, with the same "
+            help="A recipe.json or an artifact's embedport.json to follow; give the same "
             "--calibration.",
             show_default=False,
         ),
@@ -97,17 +99,17 @@ def export_onnx(
     min_cosine: Annotated[
         float | None,
         typer.Option(
-            help="For auto: the worst text's cosine to keep; 0.999 by default.", show_default=False
+            help="For auto: smallest cosine of any text; 0.999 by default.", show_default=False
         ),
     ] = None,
     max_ndcg_loss: Annotated[
         float | None,
-        typer.Option(help="For auto: nDCG@10 that may be lost on --retrieval.", show_default=False),
+        typer.Option(help="For auto: largest loss of nDCG@10 on --retrieval.", show_default=False),
     ] = None,
     retrieval: Annotated[
         str | None,
         typer.Option(
-            help="For auto: a retrieval set's folder (BEIR layout), or builtin.",
+            help="For auto: a retrieval set: a folder in BEIR layout, or builtin.",
             show_default=False,
         ),
     ] = None,
@@ -179,8 +181,8 @@ def _print(artifact: Artifact, seconds: float) -> None:
     line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
     console.print(line, soft_wrap=True)
     if manifest.precision in ("fp16", "bf16"):
-        kept = ", ".join(graph.kept_in_fp32) or "nothing"
-        console.print(f"Kept in fp32: {kept}")
+        fp32_parts = ", ".join(graph.kept_in_fp32) or "nothing"
+        console.print(f"Kept in fp32: {fp32_parts}")
     verb = "encode" if manifest.task == "embedding" else "rerank"
     console.print("Next:")
     texts = '"What is the capital of China?"'

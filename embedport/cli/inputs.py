@@ -1,4 +1,4 @@
-"""Where texts come from: arguments, a file, or standard input."""
+"""Inputs of the verbs: shared options, and texts from arguments, a file or standard input."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 from ..errors import InputError
 from ..pipeline import TASKS, Task
 
-# The option of commands that take a model.
+# For every command that opens a model.
 TaskOption = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="embedding or reranker, for a checkpoint whose files do not tell.",
+        help="embedding or reranker, if the checkpoint does not declare it.",
         show_default=False,
     ),
 ]
@@ -33,28 +33,28 @@ AdapterOption = Annotated[
 
 
 def check_task(task: str | None) -> Task | None:
-    """The task of the command line.
+    """Check --task.
 
     Raises:
-        InputError: It is none.
+        InputError: The task is unknown.
     """
-    for known in (None, *TASKS):
-        if task == known:
-            return known
+    for valid in (None, *TASKS):
+        if task == valid:
+            return valid
     raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
 
 
 def read_texts(arguments: list[str], file: Path | None) -> list[str]:
-    """The texts of the command line.
+    """Read the texts of the command line.
 
     Args:
         arguments: Texts given as arguments.
-        file: A .txt (one text a line) or .jsonl file ({"text": …}); "-" is standard input, one
-            text a line, which is also read when there are neither arguments nor a file and it is
-            not a terminal.
+        file: A .txt file (one text per line) or .jsonl file ({"text": …}); "-" is standard input,
+            one text per line. Standard input is also read if there are neither arguments nor a file
+            and it is not a terminal.
 
     Raises:
-        InputError: There is no source of texts, or two of them, or a file is not one.
+        InputError: There is no source of texts, or there are two, or the input is unreadable.
     """
     if arguments and file is not None:
         raise InputError("give texts as arguments or with --input, not both")
@@ -66,8 +66,8 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
         samples = read_samples(file)
         if any(sample.prompt != "document" for sample in samples):
             raise InputError(
-                f"{file} names prompts text by text, which `validate` reads; here one prompt is "
-                "for all: take them out of the file, and give --prompt"
+                f"{file} has a prompt for each text, which only `validate` reads; here all texts "
+                "share one: take the prompts out of the file, and give --prompt"
             )
         return [sample.text for sample in samples]
     if file is None and sys.stdin.isatty():

@@ -36,7 +36,7 @@ def inspect(
     task: TaskOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Show what an artifact or a checkpoint is; an artifact's files are checked.
+    """Describe an artifact or a checkpoint; an artifact's files are checked.
 
     Example: embedport inspect Qwen/Qwen3-Embedding-0.6B
     """
@@ -61,7 +61,7 @@ def inspect(
 
 
 def _artifact_facts(source: Source) -> dict[str, Any]:
-    """The manifest, and where it lies; opening it checks every file."""
+    """The manifest and the artifact's sizes; opening the artifact checks every file."""
     from ..artifact import Artifact
     from ..sizes import checkpoint_sizes, graph_sizes
 
@@ -101,8 +101,11 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         )
     if engine := facts["engine"]:
         profiles = (
-            ":".join(f"{rows}x{tokens}" for rows, tokens in (each["min"], each["opt"], each["max"]))
-            for each in engine["profiles"]
+            ":".join(
+                f"{rows}x{tokens}"
+                for rows, tokens in (profile["min"], profile["opt"], profile["max"])
+            )
+            for profile in engine["profiles"]
         )
         rows["Engine"] = (
             f"{engine['path']}: TensorRT {engine['tensorrt']} on {engine['device']['name']}; "
@@ -159,7 +162,7 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
     record = adapter_record(spec)
     facts["adapter"] = None if record is None else asdict(record)
     stored = find_stored(spec)
-    # What a library alone reads gives no weights to export.
+    # A checkpoint that only its own library can read has no weights to export.
     exports = spec.quantization is None or stored is not None
     return {
         "checkpoint": source.id,
@@ -173,7 +176,7 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
 
 
 def _weights(spec: ModelSpec) -> dict[str, Any] | None:
-    """The tensors' dtypes and shards; None where they are not on this disk."""
+    """The tensors' dtypes and shards; None if they are not on this disk."""
     from ..files import read_headers
     from ..quantize.stored import open_weights
     from ..stored import LibraryQuantization
@@ -181,7 +184,7 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
     if not any(spec.source.folder.glob("*.safetensors")):
         return None
     if isinstance(spec.quantization, LibraryQuantization):
-        tensors = read_headers(spec.source.folder)  # what should be there, its library knows
+        tensors = read_headers(spec.source.folder)  # only its library knows the expected names
     else:
         tensors = open_weights(spec).tensors
     files = sorted({info.file for info in tensors.values()})
@@ -193,7 +196,7 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
 
 
 def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
-    """About how large an artifact's weights would be, by precision."""
+    """Approximate size in bytes of an artifact's weights, by precision."""
     from ..exporters.onnx.formats import FP8, QUANTIZED, plan_formats
     from ..exporters.onnx.precision import FLOAT, PRECISIONS, Precision, weight_bytes
 
@@ -204,7 +207,7 @@ def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
     }
     float8 = plan_formats(spec, FP8, dialect="standard")
     precisions[FP8] = replace(PRECISIONS["bf16"], formats=float8)
-    return {name: weight_bytes(spec, each) for name, each in precisions.items()}
+    return {name: weight_bytes(spec, precision) for name, precision in precisions.items()}
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
@@ -229,7 +232,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _quantized(quantization: StoredQuantization | LibraryQuantization) -> str:
-    """By what and how a checkpoint is quantized, and what is done with that here."""
+    """How a checkpoint is quantized, and how it is run or exported here."""
     from ..stored import LibraryQuantization
 
     lines = [f"by {quantization.method}: {quantization.precision}"]
@@ -275,29 +278,29 @@ FORMS = {
 def _words(
     folder: Path, spec: ModelSpec | None, manifest: Manifest | None = None
 ) -> dict[str, Any]:
-    """The tokens that a tokenizer adds to a text, and those that a reranker answers with."""
+    """The tokens that a tokenizer adds to a text, and a reranker's answer tokens."""
     from ..prompts import load_tokenizer
 
     path = folder / "tokenizer.json"
-    known = spec or manifest
-    assert known is not None
-    answers = known.outputs.answers
+    model = spec or manifest
+    assert model is not None
+    answers = model.outputs.answers
     if spec is not None and spec.task == "reranker" and spec.score_rows is None:
         answers = answers or ("yes", "no")
     if not path.is_file():
         return {"tokens_added": None, "answers": answers}
     tokenizer = load_tokenizer(path)
-    added: list[str] = []
-    if known.inputs.form == "text":
-        added = tokenizer.encode("").tokens
-    names = None
+    added_tokens: list[str] = []
+    if model.inputs.form == "text":
+        added_tokens = tokenizer.encode("").tokens
+    answer_tokens = None
     if answers is not None:
-        names = [tokenizer.id_to_token(x) if isinstance(x, int) else x for x in answers]
-    return {"tokens_added": added, "answers": names}
+        answer_tokens = [tokenizer.id_to_token(x) if isinstance(x, int) else x for x in answers]
+    return {"tokens_added": added_tokens, "answers": answer_tokens}
 
 
 def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What happens before and behind the layers, as it was understood."""
+    """The steps before and after the layers, as read from the files."""
     inputs, outputs = facts["inputs"], facts["outputs"]
     texts = [FORMS[inputs["form"]]]
     if inputs["form"] == "messages":

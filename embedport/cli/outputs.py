@@ -1,4 +1,4 @@
-"""Where results go: files written whole or not at all, JSON on standard output, tables."""
+"""Outputs of the verbs: files written completely or not at all, JSON, and tables."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ STAGES = {
 
 
 def stderr_console() -> Console:
-    """A console for people, which leaves standard output to results.
+    """A console for messages, on standard error.
 
-    Without rich's markup, which a path or a text may look like.
+    Rich's markup is off, because paths and texts may contain brackets.
     """
     from rich.console import Console
 
@@ -39,7 +39,7 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """A console for results that people read; without markup too."""
+    """A console for results, on standard output; markup is off too."""
     from rich.console import Console
 
     return Console(highlight=False, markup=False)
@@ -47,7 +47,7 @@ def stdout_console() -> Console:
 
 @contextlib.contextmanager
 def stages() -> Generator[Progress]:
-    """A bar for each stage, on a terminal."""
+    """A progress callback that draws one bar per stage on a terminal."""
     console = stderr_console()
     if not console.is_terminal:
         yield lambda stage, done, total: None
@@ -60,7 +60,7 @@ def stages() -> Generator[Progress]:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                # TensorRT's builder names its own phases.
+                # TensorRT's builder reports its own phases, which STAGES does not have.
                 tasks[stage] = bars.add_task(STAGES.get(stage, stage), total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
@@ -68,7 +68,7 @@ def stages() -> Generator[Progress]:
 
 
 def size_words(size: int) -> str:
-    """Bytes for people: 812 B, 11.4 MB, 2.4 GB."""
+    """Format a number of bytes: 812 B, 11.4 MB, 2.4 GB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
@@ -76,11 +76,11 @@ def size_words(size: int) -> str:
 
 
 def check_output(path: Path | None, *suffixes: str) -> None:
-    """Refuse an output file before any work is done.
+    """Check an output file's path before any work is done.
 
     Raises:
-        InputError: The name ends with none of the suffixes, where there are some; its folder does
-            not exist or cannot be written to; or it is a folder.
+        InputError: The path has none of the given suffixes, is a folder, or lies in a folder that
+            does not exist or is not writable.
     """
     if path is None:
         return
@@ -94,7 +94,7 @@ def check_output(path: Path | None, *suffixes: str) -> None:
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON, on one line unless indented, in which NaN and infinity, which JSON lacks, are null."""
+    """Format as JSON, on one line unless indented; NaN and infinity become null."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
@@ -128,7 +128,7 @@ def write_npy(path: Path, vectors: np.ndarray) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Write an object a line."""
+    """Write one JSON object per line."""
     from ..files import written
 
     with written(path) as file:

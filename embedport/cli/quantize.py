@@ -29,7 +29,7 @@ def quantize(
         typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.", show_default=False),
     ],
     bits: Annotated[
-        int | None, typer.Option(help="Of gptq: 4 or 8; 4 by default.", show_default=False)
+        int | None, typer.Option(help="Bits for gptq: 4 or 8; 4 by default.", show_default=False)
     ] = None,
     group_size: Annotated[
         int | None,
@@ -41,25 +41,27 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for gptq and awq; built-in ones "
-            "otherwise.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for gptq and awq; default: built-in "
+            "ones.",
             show_default=False,
         ),
     ] = None,
     double_quant: Annotated[
-        bool, typer.Option("--double-quant", help="Of bnb-nf4: quantize the scales too.")
+        bool, typer.Option("--double-quant", help="For bnb-nf4: quantize the scales too.")
     ] = False,
     form: Annotated[
         str | None,
         typer.Option(
-            help="Of a reranker: causal-lm, or sequence-classification (one logit); causal-lm by "
-            "default.",
+            help="A reranker's architecture: causal-lm (the default) or sequence-classification "
+            "(one logit).",
             show_default=False,
         ),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="embedding or reranker, if the files do not tell.", show_default=False),
+        typer.Option(
+            help="embedding or reranker, if the checkpoint does not declare it.", show_default=False
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)

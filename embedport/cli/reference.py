@@ -21,13 +21,13 @@ def reference(
     checkpoint: Annotated[
         str, typer.Argument(help="A folder or hub id.", show_default=False, metavar="CHECKPOINT")
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The output file.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
     adapter: AdapterOption = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="embedding or reranker, where the checkpoint's files do not tell.",
+            help="embedding or reranker, if the checkpoint does not declare it.",
             show_default=False,
         ),
     ] = None,
@@ -35,38 +35,42 @@ def reference(
         Path | None,
         typer.Option(
             "--input",
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl); built-in ones otherwise.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl); default: built-in ones.",
             show_default=False,
         ),
     ] = None,
     retrieval: Annotated[
         str | None,
         typer.Option(
-            help="Measure retrieval too, on a folder in the BEIR layout or builtin.",
+            help="Also measure retrieval: a folder in BEIR layout, or builtin.",
             show_default=False,
         ),
     ] = None,
     max_queries: Annotated[
-        int | None, typer.Option(help="Of the retrieval set; all otherwise.", show_default=False)
+        int | None,
+        typer.Option(help="Use only so many queries of the retrieval set.", show_default=False),
     ] = None,
     candidates: Annotated[
         Path | None,
-        typer.Option(help="For a reranker, instead of the set's own.", show_default=False),
+        typer.Option(
+            help="For a reranker: candidates that replace the set's own.", show_default=False
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of an input; the checkpoint's own otherwise.", show_default=False
+            help="Cut inputs to this many tokens; default: the checkpoint's limit.",
+            show_default=False,
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Run a checkpoint by its own library, and record what `validate` compares with.
+    """Run a checkpoint in its own library and record the results that `validate` compares with.
 
-    The file goes where the artifact goes: `validate --reference FILE` needs neither torch nor the
-    checkpoint there. It holds the texts or pairs.
+    Copy the file to the artifact's machine: `validate --reference FILE` needs neither torch nor the
+    checkpoint. The file holds the texts or pairs.
 
     Example: embedport reference Qwen/Qwen3-Embedding-0.6B -o qwen3.reference
     """
@@ -120,7 +124,7 @@ def _read(
     from ..demo.samples import read_pairs, read_samples
     from ..spec import ModelSpec
 
-    kind: Any = task  # checked where it is read
+    kind: Any = task  # checked when the checkpoint is opened
     if file is None:
         return None, None, kind
     spec = ModelSpec.from_checkpoint(checkpoint, revision=revision, task=kind, adapter=adapter)

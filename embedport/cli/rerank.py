@@ -33,10 +33,10 @@ def rerank(
         typer.Option("--input", help=".txt, .jsonl, or - for standard input.", show_default=False),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Show the best only.", show_default=False)
+        int | None, typer.Option(help="Show only the best so many.", show_default=False)
     ] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="What makes a document relevant.", show_default=False)
+        str | None, typer.Option(help="Your own instruction: what is relevant.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".jsonl.", show_default=False)
@@ -48,15 +48,15 @@ def rerank(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a batch at most; by default what keeps the device busy.",
+            help="Most tokens per batch; by default as many as keep the device busy.",
             show_default=False,
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Cut pairs to so many tokens.", show_default=False)
+        int | None, typer.Option(help="Cut pairs to this many tokens.", show_default=False)
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object a document.")
+        bool, typer.Option("--json", help="Print one JSON object per document.")
     ] = False,
     task: TaskOption = None,
     adapter: AdapterOption = None,
@@ -104,7 +104,7 @@ def _print(ranking: list[Ranked]) -> None:
     table.add_column("Score", justify="right", no_wrap=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Document", overflow="ellipsis", no_wrap=True, ratio=1)
-    for rank, each in enumerate(ranking, 1):
-        document = Text(" ".join(each.document.split()))
-        table.add_row(str(rank), f"{each.score:.4f}", str(each.index), document)
+    for rank, ranked in enumerate(ranking, 1):
+        document = Text(" ".join(ranked.document.split()))
+        table.add_row(str(rank), f"{ranked.score:.4f}", str(ranked.index), document)
     stdout_console().print(table)

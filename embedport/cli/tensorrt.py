@@ -31,32 +31,35 @@ def export_tensorrt(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of a checkpoint: bf16 (the default), fp16, fp8, int8 or int4.", show_default=False
+            help="For a checkpoint: bf16 (the default), fp16, fp8, int8 or int4.",
+            show_default=False,
         ),
     ] = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="Batches to tune for, MIN:OPT:MAX in rows x tokens, like 1x1:8x128:32x512; may be "
-            "given several times.",
+            help="Batch sizes to optimize for: MIN:OPT:MAX in rows x tokens, like "
+            "1x1:8x128:32x512; repeatable.",
             show_default=False,
         ),
     ] = None,
     version_compatible: Annotated[
         bool,
         typer.Option(
-            "--version-compatible", help="Later TensorRT versions of the same major one load it."
+            "--version-compatible", help="Allow later TensorRT releases of the same major version."
         ),
     ] = False,
     hardware_compatible: Annotated[
         str,
         typer.Option(
-            help="Where it runs beside this kind of GPU: none, ampere+ or same-capability."
+            help="Other GPUs that the engine should run on: none, ampere+ or same-capability."
         ),
     ] = "none",
     task: Annotated[
         str | None,
-        typer.Option(help="embedding or reranker, if the files do not tell.", show_default=False),
+        typer.Option(
+            help="embedding or reranker, if the checkpoint does not declare it.", show_default=False
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option(help="A hub revision.", show_default=False)
@@ -65,7 +68,7 @@ def export_tensorrt(
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Build a TensorRT engine on this machine's GPU; without one, write what builds it elsewhere.
+    """Build a TensorRT engine on this machine's GPU; without a GPU, write the files to build it.
 
     Example: embedport export tensorrt Qwen/Qwen3-Embedding-0.6B -o qwen3-trt --precision fp8
     """
@@ -131,6 +134,6 @@ def _print(artifact: Artifact, reason: str | None, options: list[str], seconds: 
     for command in (
         " ".join([f"embedport export tensorrt {folder} -o OUT", *options]),
         f"{folder}/engine/build.sh   (trtexec)",
-        f"python {folder}/engine/check.py   (Polygraphy; compares its numbers too)",
+        f"python {folder}/engine/check.py   (Polygraphy; compares the results too)",
     ):
         console.print(f"  {command}", soft_wrap=True)

@@ -47,8 +47,8 @@ def validate(
         Path | None,
         typer.Option(
             "--input",
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl); otherwise a recorded reference's, "
-            "or built-in ones.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl); default: those of a recorded "
+            "reference, or built-in ones.",
             show_default=False,
         ),
     ] = None,
@@ -56,46 +56,49 @@ def validate(
         str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
     ] = "auto",
     min_cosine: Annotated[
-        float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
+        float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,
     max_score_difference: Annotated[
-        float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
+        float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,
     retrieval: Annotated[
         str | None,
         typer.Option(
-            help="Measure retrieval too, on a folder in the BEIR layout or builtin.",
+            help="Also measure retrieval: a folder in BEIR layout, or builtin.",
             show_default=False,
         ),
     ] = None,
     max_queries: Annotated[
-        int | None, typer.Option(help="Of the retrieval set; all otherwise.", show_default=False)
+        int | None,
+        typer.Option(help="Use only so many queries of the retrieval set.", show_default=False),
     ] = None,
     max_ndcg_loss: Annotated[
-        float | None, typer.Option(help="Instead of the precision's limit.", show_default=False)
+        float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,
     candidates: Annotated[
         Path | None,
-        typer.Option(help="For a reranker, instead of the set's own.", show_default=False),
+        typer.Option(
+            help="For a reranker: candidates that replace the set's own.", show_default=False
+        ),
     ] = None,
     save_run: Annotated[
         Path | None,
         typer.Option(
-            help="Write an embedder's best 50 of each query, for --candidates.",
+            help="Write an embedder's 50 best documents per query, for --candidates.",
             show_default=False,
         ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="Also write it: .html with charts, .json or .md.", show_default=False),
+        typer.Option(help="Write a report: .html with charts, .json or .md.", show_default=False),
     ] = None,
     record: Annotated[
-        bool, typer.Option(help="Put the figures into the manifest and the model card.")
+        bool, typer.Option(help="Write the figures into the manifest and the model card.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     task: TaskOption = None,
 ) -> None:
-    """Compare an artifact with its checkpoint run by its own library; exit code 1 if a gate fails.
+    """Compare an artifact with its checkpoint in its own library; exit code 1 if a gate fails.
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
@@ -104,10 +107,10 @@ def validate(
 
     check_output(report, ".html", ".json", ".md")
     check_output(save_run)
-    recorded = find_recorded(artifact) if record else None
-    kind = check_task(task)
-    texts, pairs = _read(artifact, file, kind)
-    data = _read_set(artifact, kind, retrieval, candidates, max_queries, max_ndcg_loss)
+    record_folder = find_recorded(artifact) if record else None
+    checked_task = check_task(task)
+    texts, pairs = _read(artifact, file, checked_task)
+    data = _read_set(artifact, checked_task, retrieval, candidates, max_queries, max_ndcg_loss)
     result = run(
         artifact,
         reference,
@@ -123,9 +126,9 @@ def validate(
         save_run=save_run,
         page=report if report is not None and report.suffix == ".html" else None,
         command=["embedport", *sys.argv[1:]],
-        record=recorded is not None,
+        record=record_folder is not None,
         progress=True,
-        task=kind,
+        task=checked_task,
     )
     if report is not None and report.suffix != ".html":
         write_text(report, result.to_json() if report.suffix == ".json" else result.to_markdown())
@@ -133,9 +136,9 @@ def validate(
         typer.echo(result.to_json())
     else:
         stdout_console().print(result)
-    if recorded is not None:
+    if record_folder is not None:
         stderr_console().print(
-            f"Recorded in {recorded}: embedport.json and README.md", soft_wrap=True
+            f"Recorded in {record_folder}: embedport.json and README.md", soft_wrap=True
         )
     raise typer.Exit(0 if result.passed else 1)
 
@@ -171,5 +174,7 @@ def _read_set(
     from ..runtimes import read_facts
 
     if candidates is not None and read_facts(artifact, task).task == "embedding":
-        raise InputError("an embedding model searches all documents: --candidates are a reranker's")
+        raise InputError(
+            "--candidates are for rerankers: an embedding model searches all documents"
+        )
     return read_beir(retrieval, candidates=candidates, max_queries=max_queries)

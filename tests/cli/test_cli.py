@@ -29,7 +29,7 @@ class TestErrors:
             (["encode", "{embedding}", "--input", "{here}/empty.txt"], "holds no text"),
             (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "bad.jsonl:2 should be"),
             (["encode", "{embedding}", "--input", "{here}/lone.jsonl"], "lone surrogate U+D800"),
-            (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "names prompts text by"),
+            (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "has a prompt for each"),
             (["encode", "{reranker}", "a"], "use `embedport rerank`"),
             (["rerank", "{embedding}", "q", "a"], "use `embedport encode`"),
             (["rerank", "{reranker}", "q", "a", "--top-k", "0"], "top_k should be at least 1"),

@@ -334,7 +334,7 @@ def test_command_line(job, artifact):
     assert (dotted / INDEX).is_file()
     command = [*COMMAND, artifact, "--input", "-", "-o", f"{job.output}/"]
     ended = subprocess.run(command, capture_output=True, text=True, input="text")
-    assert (ended.returncode, "its texts from a file" in ended.stderr) == (2, True)
+    assert (ended.returncode, "give the texts in a file" in ended.stderr) == (2, True)
     for options, message in (
         ((), "whose prompt was"),
         (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),
@@ -346,7 +346,7 @@ def test_command_line(job, artifact):
         assert message in ended.stderr
     ended = subprocess.run([*COMMAND, artifact, "text", "--force"], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "go with a folder" in ended.stderr
+    assert "need an output folder" in ended.stderr
 
 
 RAY = """

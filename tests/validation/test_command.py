@@ -46,4 +46,4 @@ def test_candidates_are_a_rerankers(run, folders, small_set):
         *("--retrieval", data, "--candidates", data / "mine.tsv"),
     )
     assert code == 2
-    assert "an embedding model searches all documents: --candidates are a reranker's" in err
+    assert "--candidates are for rerankers: an embedding model searches all documents" in err

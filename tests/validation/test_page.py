@@ -247,7 +247,7 @@ def test_growth_is_of_layers_that_compare_as_many_tokens():
     layers = [LayerError(i, 90, error, error, 0.9) for i, error in enumerate((0, 0.1, 0.11))]
     layers.append(LayerError(3, 8, 0.9, 0.9, 0.9))
     page = render(a_report(), some_details(layers=tuple(layers)))
-    assert "of each text's last token only (8)" in html.unescape(page)
+    assert "only each text's last token is left (8)" in html.unescape(page)
     assert "It grows most, of those before it, in layer 1." in page
 
 

@@ -148,12 +148,12 @@ def test_what_is_written_is_read(recordings, tmp_path):
 
 def test_another_checkpoint(recordings, checkpoints, tmp_path):
     other = embedport.export(checkpoints("kv2", seed=1), tmp_path / "other").folder
-    with pytest.raises(InputError, match=r"model\.safetensors has the sha256 .* record the ref"):
+    with pytest.raises(InputError, match=r"model\.safetensors has the sha256 .* record a ref"):
         validate(other, recordings("embedding").file)
     wider = embedport.export(checkpoints("kv8"), tmp_path / "wider").folder
     with pytest.raises(InputError, match=r"hidden_size and vocab_size \(128"):
         validate(wider, recordings("embedding").file)
-    with pytest.raises(InputError, match="a model for embedding, and the artifact's task is rer"):
+    with pytest.raises(InputError, match="whose task is embedding; the artifact's task is rer"):
         validate(recordings("reranker").artifact, recordings("embedding").file)
 
 
@@ -172,7 +172,7 @@ def test_a_truncated_file(recordings, tmp_path, size):
         (lambda v: [], "is safetensors, and not a recorded reference"),
         (lambda v: v | {"format_version": 9}, "format version 9, and this embedport reads 1"),
         (lambda v: v | {"inputs": [["a"]]}, "is damaged"),
-        (lambda v: v | {"inputs": [[1, 2]] * len(SAMPLES)}, "expected a text, found 1"),
+        (lambda v: v | {"inputs": [[1, 2]] * len(SAMPLES)}, "expected a string, found 1"),
         (lambda v: v | {"inputs": v["inputs"][:3]}, "tensor lengths should be int32"),
         (lambda v: v | {"arithmetics": ["fp8"]}, "should be some of fp16, bf16, fp32"),
         (lambda v: v | {"arithmetics": ["fp16"]}, r"results\.fp16"),
@@ -206,7 +206,9 @@ def test_damaged_tensors(recordings, tmp_path):
 
 def test_it_has_its_own_texts(recordings):
     made = recordings("embedding")
-    with pytest.raises(InputError, match="has the texts that it was recorded on: leave yours out"):
+    with pytest.raises(
+        InputError, match="holds the texts that it was recorded on: leave yours out"
+    ):
         validate(made.artifact, made.file, texts=["tea"])
     with pytest.raises(InputError, match="is a file and has no revision 'main'"):
         validate(made.artifact, made.file, revision="main")
@@ -250,7 +252,7 @@ def test_widths_that_were_not_recorded(folders, tmp_path, data):
     file = tmp_path / "model.reference"
     embedport.record_reference(folders("embedding").checkpoint, file, ["a"], retrieval=data)
     narrow = folders("embedding", dim=48).artifact
-    with pytest.raises(InputError, match="quality of vectors of 64, 32 values, not of 48"):
+    with pytest.raises(InputError, match="retrieval quality at 64, 32 dimensions, not at 48"):
         validate(narrow, file, retrieval=data)
     assert validate(narrow, file).comparisons
 

@@ -48,7 +48,7 @@ def test_the_hubs_cache_stays_as_it_is(folders, snapshot, monkeypatch, caplog, b
             artifact, folders("embedding").checkpoint, ["a text", "another"], device="cpu"
         )
     assert report.passed
-    assert f"{artifact} is in the hub's cache, where no figures are recorded" in caplog.text
+    assert f"{artifact} is in the hub's cache, so its figures are not recorded" in caplog.text
     assert texts_of(snapshot) == before
 
 

@@ -20,31 +20,31 @@ import serving
 
 PACKAGES = ("llama-cpp-python", "gguf")
 FILE = "model.gguf"
-# Tokens of a call, and of its cache; rows of a call.
+# Tokens per call and in its KV cache; rows per call.
 TOKENS, ROWS = 4096, 64
-# Tokens' kinds in a GGUF file.
+# Token types in a GGUF file.
 NORMAL, CONTROL = 1, 3
 
 
 def prepare(kind, checkpoint, out):
-    """Write the checkpoint as GGUF in fp16, and let llama.cpp quantize that."""
+    """Write the checkpoint as GGUF in fp16, then quantize it with llama.cpp."""
     import llama_cpp
 
-    whole = Path(out) / "f16.gguf"
-    write_gguf(Path(checkpoint), whole)
+    unquantized = Path(out) / "f16.gguf"
+    write_gguf(Path(checkpoint), unquantized)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = {
         "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
         "q4_k_m": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
     }[kind]
     quantized = str(Path(out) / FILE).encode()
-    if llama_cpp.llama_model_quantize(str(whole).encode(), quantized, ctypes.byref(options)):
-        raise SystemExit(f"llama.cpp did not quantize {whole}")
-    whole.unlink()
+    if llama_cpp.llama_model_quantize(str(unquantized).encode(), quantized, ctypes.byref(options)):
+        raise SystemExit(f"llama.cpp did not quantize {unquantized}")
+    unquantized.unlink()
 
 
 def write_gguf(checkpoint, path):
-    """The checkpoint's tensors and tokenizer under GGUF's names, architecture qwen3."""
+    """Write the checkpoint's tensors and tokenizer as GGUF, architecture qwen3."""
     import gguf
     import numpy as np
 
@@ -68,9 +68,9 @@ def write_gguf(checkpoint, path):
     for name, values in read_tensors(checkpoint):
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
-        whole = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+        full_name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
         dtype = np.float16 if values.ndim == 2 else np.float32
-        writer.add_tensor(names.get_name(whole, (".weight",)), values.astype(dtype))
+        writer.add_tensor(names.get_name(full_name, (".weight",)), values.astype(dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -78,16 +78,16 @@ def write_gguf(checkpoint, path):
 
 
 def add_tokenizer(writer, checkpoint, vocab_size):
-    """Byte-level BPE with Qwen's pre-tokenization."""
+    """Add the tokenizer: byte-level BPE with Qwen's pre-tokenization."""
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    added = {each["id"]: each["content"] for each in tokenizer["added_tokens"]}
+    added = {entry["id"]: entry["content"] for entry in tokenizer["added_tokens"]}
     tokens |= added
-    numbers = range(vocab_size)
+    ids = range(vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in numbers])
-    writer.add_token_types([CONTROL if i in added or i not in tokens else NORMAL for i in numbers])
+    writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in ids])
+    writer.add_token_types([CONTROL if i in added or i not in tokens else NORMAL for i in ids])
     merges = tokenizer["model"]["merges"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     end = next(i for i, token in added.items() if token == "<|endoftext|>")
@@ -96,7 +96,7 @@ def add_tokenizer(writer, checkpoint, vocab_size):
 
 
 def read_tensors(checkpoint):
-    """(name, fp32 or fp16 values) of all safetensors files."""
+    """Yield (name, fp32 or fp16 values) from all safetensors files."""
     import numpy as np
 
     dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -115,7 +115,7 @@ def read_tensors(checkpoint):
 
 
 def serve(kind, folder, threads):
-    """Run rows side by side as sequences of one call: nothing is padded."""
+    """Run rows as separate sequences of one call, without padding."""
     del kind
     import llama_cpp
     import numpy as np
@@ -149,8 +149,8 @@ def serve(kind, folder, threads):
         if llama_cpp.llama_decode(context, batch):
             raise SystemExit(f"llama_decode failed on {at} tokens")
         for number in range(len(rows)):
-            found = llama_cpp.llama_get_embeddings_seq(context, number)
-            vector = np.ctypeslib.as_array(found, shape=(width,)).copy()
+            pointer = llama_cpp.llama_get_embeddings_seq(context, number)
+            vector = np.ctypeslib.as_array(pointer, shape=(width,)).copy()
             yield vector / np.linalg.norm(vector)
 
     def forward(rows):

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = ["openvino==2026.4.1", "nncf", "numpy"]
 # ///
-"""The peer: OpenVINO, in bf16 or with 8-bit weights and dynamic quantization of activations.
+"""The peer: OpenVINO, in bf16 or with 8-bit weights and dynamically quantized activations.
 
 uv run --script openvino_ir.py prepare bf16|int8 ONNX_FOLDER OUT
 uv run --script openvino_ir.py serve KIND FOLDER THREADS
@@ -15,7 +15,7 @@ from pathlib import Path
 import serving
 
 PACKAGES = ("openvino", "nncf")
-# Dynamic quantization is on by default for 8-bit weights; the group is what its guide advises.
+# Dynamic quantization is on by default for 8-bit weights; its guide advises this group size.
 OPTIONS = {
     "int8": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"},
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def prepare(kind, onnx_folder, out):
-    """Convert an fp32 ONNX graph, its weights compressed to 8 or to 16 bits."""
+    """Convert an fp32 ONNX graph and compress its weights to 8 or 16 bits."""
     import nncf
     import openvino
 
@@ -34,20 +34,20 @@ def prepare(kind, onnx_folder, out):
 
 
 def serve(kind, folder, threads):
-    """Run the graph; all but the threads is OpenVINO's choice, its bf16 arithmetic included."""
+    """Run the graph with OpenVINO's defaults, except for threads, bf16 and the group size."""
     import numpy as np
     import openvino
 
-    told = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    options = told | OPTIONS[kind]
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    options = hints | OPTIONS[kind]
     model = openvino.compile_model(Path(folder) / "model.xml", "CPU", options)
     request = model.create_infer_request()
-    wanted = {port.get_any_name() for port in model.inputs}
+    input_names = {port.get_any_name() for port in model.inputs}
 
     def forward(rows):
         ids, mask = serving.pad(rows)
         feeds = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in wanted:
+        if "position_ids" in input_names:
             feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         request.infer(feeds, share_inputs=True, share_outputs=True)
         return serving.last_token(request.get_output_tensor(0).data, mask)

@@ -19,7 +19,7 @@ PACKAGES = ("optimum-onnx", "transformers", "torch", "onnxruntime", "numpy")
 
 
 def prepare(kind, source, out):
-    """Trace and write the fp32 graph; or quantize it as optimum does for AVX-512 VNNI."""
+    """Trace and write the fp32 graph, or quantize it with optimum's AVX-512 VNNI settings."""
     if kind == "fp32":
         from optimum.exporters.onnx import main_export
 
@@ -29,7 +29,7 @@ def prepare(kind, source, out):
             task="feature-extraction",
             library_name="transformers",
             device="cpu",
-            do_validation=False,  # its own check would only add to its time
+            do_validation=False,  # not needed, and slow
         )
         return
     from optimum.onnxruntime import ORTQuantizer
@@ -41,7 +41,7 @@ def prepare(kind, source, out):
 
 
 def serve(kind, folder, threads):
-    """Run the graph with onnxruntime's default session options, but for the threads."""
+    """Run the graph with onnxruntime's default session options, except for the threads."""
     import numpy as np
     import onnxruntime as ort
 
@@ -50,12 +50,12 @@ def serve(kind, folder, threads):
     session = ort.InferenceSession(
         next(Path(folder).rglob("*.onnx")), options, providers=["CPUExecutionProvider"]
     )
-    wanted = {value.name for value in session.get_inputs()}
+    input_names = {value.name for value in session.get_inputs()}
 
     def forward(rows):
         ids, mask = serving.pad(rows)
         feeds = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in wanted:
+        if "position_ids" in input_names:
             feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         return serving.last_token(session.run(["last_hidden_state"], feeds)[0], mask)
 
@@ -66,7 +66,7 @@ def serve(kind, folder, threads):
 
 def warm():
     """Install and import everything."""
-    import optimum.exporters.onnx  # noqa: F401 (its import is what is slow the first time)
+    import optimum.exporters.onnx  # noqa: F401 (slow to import the first time)
 
     serving.report(PACKAGES)
 

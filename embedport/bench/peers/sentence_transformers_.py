@@ -22,7 +22,7 @@ PACKAGES = ("sentence-transformers", "optimum-onnx", "transformers", "torch", "o
 
 
 def prepare(kind, checkpoint, out):
-    """Let the backend export the checkpoint, and save what came of it."""
+    """Export the checkpoint with the ONNX backend and save the result."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
@@ -34,7 +34,7 @@ def prepare(kind, checkpoint, out):
 
 
 def serve(kind, folder, threads):
-    """Run the model on token ids, as `encode` would behind its tokenizer."""
+    """Run the model on token ids, as `encode` does after its tokenizer."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -55,8 +55,8 @@ def serve(kind, folder, threads):
 
     def forward(rows):
         ids, mask = map(torch.from_numpy, serving.pad(rows))
-        found = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
-        return found.float().numpy()
+        vectors = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+        return vectors.float().numpy()
 
     serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), used)
 

@@ -1,4 +1,4 @@
-"""What every side of a race does alike. Needs numpy, and nothing of embedport.
+"""The serving loop and helpers shared by all sides of a race. Needs only numpy, not embedport.
 
 A request is a line {"rows": FILE.npz, "batch_rows": N, "vectors": FILE.npy} on standard input; its
 answer is a line {"seconds": S, "peak_bytes": B} on standard output.
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def count_physical_cores(topology="/sys/devices/system/cpu"):
-    """Physical cores of this machine, which onnxruntime takes a thread each of; None if unknown."""
+    """Physical cores of this machine; onnxruntime starts one thread for each. None if unknown."""
     names = ("physical_package_id", "core_id")
     try:
         cores = {
@@ -28,22 +28,22 @@ def count_physical_cores(topology="/sys/devices/system/cpu"):
 
 
 def session_threads(threads):
-    """The session option intra_op_num_threads that gives a number of threads.
+    """The value of the session option intra_op_num_threads for a number of threads.
 
-    0, onnxruntime's default, where that is the same number and nothing limits it: a number of one's
-    own, even the same, turns off its pinning of threads to cores.
+    It is 0, onnxruntime's default, if that gives the same number and OMP_NUM_THREADS is not set:
+    any explicit number turns off onnxruntime's pinning of threads to cores.
     """
     is_default = threads == count_physical_cores() and "OMP_NUM_THREADS" not in os.environ
     return 0 if is_default else threads
 
 
 def threads_of(session):
-    """The number of threads that a session of onnxruntime was told to work with."""
+    """The number of threads of an onnxruntime session."""
     return session.get_session_options().intra_op_num_threads or count_physical_cores()
 
 
 def read_rows(path):
-    """Token ids, int64 [tokens] each: "ids" one behind the other, cut where "ends" says."""
+    """Read rows of token ids, int64 [tokens] each: "ids" concatenated, split at "ends"."""
     with np.load(path) as arrays:
         return np.split(arrays["ids"], arrays["ends"][:-1])
 
@@ -58,7 +58,7 @@ def pad(rows):
 
 
 def in_batches(rows, batch_rows, forward):
-    """Rows of like length together, the longest first; their vectors in the rows' own order."""
+    """Run rows in batches of similar length, longest first; results are in the rows' order."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     vectors = [None] * len(rows)
     for start in range(0, len(order), batch_rows):
@@ -70,15 +70,15 @@ def in_batches(rows, batch_rows, forward):
 
 def last_token(hidden, mask):
     """Unit vectors of the last real tokens, float32 [rows, width]."""
-    found = hidden[np.arange(len(mask)), mask.sum(axis=1) - 1].astype(np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    states = hidden[np.arange(len(mask)), mask.sum(axis=1) - 1].astype(np.float32)
+    return states / np.linalg.norm(states, axis=1, keepdims=True)
 
 
 def serve(run, threads):
     """Answer requests until the input ends.
 
-    run: (rows, batch_rows) to float32 [rows, width], the vectors, or [rows], the scores.
-    threads: What its library says that it works with.
+    run: (rows, batch_rows) to float32 vectors [rows, width] or scores [rows].
+    threads: Number of threads that the library reports.
     """
     print(json.dumps({"threads": threads}), flush=True)
     for line in sys.stdin:
@@ -93,7 +93,7 @@ def serve(run, threads):
 
 
 def report(packages):
-    """Print which interpreter this is, and the versions of what a peer runs on."""
+    """Print the interpreter's path and the versions of a peer's packages."""
     from importlib.metadata import version
 
     versions = {name: version(name) for name in packages}
