@@ -1,12 +1,12 @@
-"""embedport: Qwen3 embedding and reranker checkpoints, made fit for production.
+"""embedport: export, quantize, validate and run Qwen3 embedding and reranker checkpoints.
 
     embedport.export("Qwen/Qwen3-Embedding-0.6B", "qwen3-fp32")
     embedder = embedport.load("qwen3-fp32")
     vectors = embedder.encode(["What is the capital of China?"], prompt="query")
     report = embedport.validate("qwen3-fp32", reference="Qwen/Qwen3-Embedding-0.6B")
 
-Folders at the repository's top level are packages of this one: `exporters/` is imported as
-`embedport.exporters`, and so on. Names below are imported when they are first used.
+The folders at the repository's top level are subpackages: `exporters/` is imported as
+`embedport.exporters`, and so on. The names below are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A LoRA adapter as PEFT saves it: adapter_config.json and adapter_model.safetensors.
 
-The authority is PEFT 0.21: `LoraConfig` for the keys, `check_target_module_exists` for the modules,
+It follows PEFT 0.21: `LoraConfig` for the keys, `check_target_module_exists` for the modules,
 `LoraLayer.update_layer` for the scaling, `PeftModel.merge_and_unload` for the result:
 
     W + scaling * B @ A,  scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
-Other methods and variants are refused. So is a file whose tensors are not those that its
-configuration asks for, of which PEFT leaves some out with a warning.
+Other methods and variants are refused, and so is a file whose tensors do not match its
+configuration. PEFT only warns about some of the mismatches.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .keys import ADAPTER_NEUTRAL, ADAPTER_NOTES, ADAPTER_READ, refuse_unknown, 
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# What PEFT puts before the name of a module.
+# PEFT's prefix of a module's name.
 PREFIX = "base_model.model."
-# The ends of a low-rank pair's names, of a linear layer and of an embedding table.
+# Suffixes of the low-rank pair's names, for a linear layer and for an embedding table.
 PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -35,27 +35,27 @@ PARTS = {
     ".lora_embedding_B": "B",
 }
 WHOLE = re.compile(r"(.+?)(?:\.base_layer)?\.(weight|bias)")
-# Initializations that leave the base as it is. PEFT repeats the others, which change the base's
-# weights, whenever it loads the adapter.
+# Initializations that leave the base unchanged. The others change the base's weights each time PEFT
+# loads the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 ALL_LINEAR = "all-linear"
 DTYPES = ("BF16", "F16", "F32")
-# Of a hostile adapter matching would not end: characters of a pattern, its parts that repeat, and
-# names or patterns of one key.
+# Limits against patterns that take forever to match: characters of a pattern, its repetitions, and
+# names or patterns under one key.
 LONGEST_PATTERN, MOST_REPEATS, MOST_NAMES = 2000, 5, 2000
-# Of one pattern; and the parts that repeat in what is put around one here.
+# Groups of a pattern; and the repetitions that this module adds around one.
 MOST_GROUPS, OWN_REPEATS = 12, 2
-# Of a rank or an alpha; NaN and infinity are beyond it.
+# Limit of a rank or an alpha; it also excludes NaN and infinity.
 LARGEST = 1e9
 
 
 @dataclass(frozen=True)
 class Lora:
-    """What is added to one matrix.
+    """The low-rank update of one matrix.
 
     Attributes:
-        a: lora_A, [rank, inputs]; of an embedding table lora_embedding_A, [rank, rows].
-        b: lora_B, [outputs, rank]; of an embedding table lora_embedding_B, [columns, rank].
+        a: lora_A, [rank, inputs]; for an embedding table lora_embedding_A, [rank, rows].
+        b: lora_B, [outputs, rank]; for an embedding table lora_embedding_B, [columns, rank].
         scaling: The factor of B @ A, which is transposed for an embedding table.
         is_table: Whether the matrix is an embedding table.
     """
@@ -68,11 +68,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Merge:
-    """What an adapter makes of its base, by the names of `ModelSpec.tensor_shapes`.
+    """An adapter's changes to its base, by the names of `ModelSpec.tensor_shapes`.
 
     Attributes:
-        added: What is added to a tensor.
-        replaced: Tensors that take the place of the base's.
+        added: Tensor name to its low-rank update.
+        replaced: Tensor name to the tensor that replaces the base's.
     """
 
     added: Mapping[str, Lora]
@@ -81,15 +81,15 @@ class Merge:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's configuration, and where its tensors are.
+    """An adapter's configuration, and the location of its tensors.
 
     Attributes:
-        folder: Where its files are.
-        values: adapter_config.json.
-        rank: r, where rank_pattern has no other.
-        alpha: lora_alpha, where alpha_pattern has no other.
-        pairs: Module, as the model it was trained on names it, to {"A": …, "B": …}.
-        whole: Tensor of that model to what is saved of it whole: modules_to_save.
+        folder: The adapter's folder.
+        values: The contents of adapter_config.json.
+        rank: r, the rank of modules that rank_pattern does not name.
+        alpha: lora_alpha, for modules that alpha_pattern does not name.
+        pairs: Module (as named in the model it was trained on) to {"A": …, "B": …}.
+        whole: Tensor name in that model to its full replacement (modules_to_save).
     """
 
     folder: Path
@@ -101,47 +101,47 @@ class Adapter:
 
     @property
     def has_prefix(self) -> bool:
-        """Whether it was trained on a model with a head, whose layers are in "model."."""
+        """Whether it was trained on a model with a head, whose names begin with "model."."""
         return any(
             name.startswith(("model.", "lm_head", "score")) for name in (*self.pairs, *self.whole)
         )
 
     @property
     def labels(self) -> int | None:
-        """Rows of the classifier's head in it; None where it has none."""
+        """Rows of its classifier head; None if it has none."""
         info = self.whole.get("score.weight")
         return None if info is None else info.shape[0]
 
     @property
     def has_lm_head(self) -> bool:
-        """Whether it has an lm_head of its own, in place of the base's."""
+        """Whether it replaces the base's lm_head."""
         return "lm_head.weight" in self.whole and "lm_head" not in self.pairs
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The modules that it changes, such as "q_proj" and "score", whatever their layer."""
+        """The modules that it changes, without layer numbers, such as "q_proj" and "score"."""
         modules = {*self.pairs, *(name.rpartition(".")[0] for name in self.whole)}
         return tuple(sorted({module.rpartition(".")[2] for module in modules}))
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]], *, embeds: bool, is_tied: bool) -> Merge:
-        """What it makes of a base, each tensor checked.
+        """Plan the merge into a base, and check each tensor.
 
         Args:
             shapes: Name to shape of the tensors of the base and of the adapter's own head.
-            embeds: Whether the model has no head: an lm_head changes nothing then.
+            embeds: Whether the model has no head, so that changes to an lm_head are ignored.
             is_tied: Whether the base's lm_head is its embedding table.
 
         Raises:
-            CheckpointError: A tensor is missing, unknown or of another shape, or PEFT would give
-                two results.
+            CheckpointError: A tensor is missing, unknown or has the wrong shape; or PEFT's result
+                is ambiguous.
         """
         self._check_pairs(shapes, embeds)
         self._check_whole(shapes, embeds)
         replaced = {_tensor(name): info for name, info in self.whole.items()}
         added = {f"{_tensor(module)}.weight": module for module in self.pairs}
-        # Merging changes both in place, also where the head is not used.
-        both = {"lm_head.weight"} if embeds else {"lm_head.weight", "embed_tokens.weight"}
-        if is_tied and both & ({*added} if embeds else {*added, *replaced}):
+        # PEFT's merge changes the shared tensor in place, even if the head is not used.
+        tied_names = {"lm_head.weight"} if embeds else {"lm_head.weight", "embed_tokens.weight"}
+        if is_tied and tied_names & ({*added} if embeds else {*added, *replaced}):
             raise CheckpointError(
                 f"{self.folder / WEIGHTS} changes embed_tokens or lm_head, which are one tensor in "
                 "the base (tie_word_embeddings): PEFT's results differ there before and after "
@@ -153,62 +153,65 @@ class Adapter:
         )
 
     def _check_pairs(self, shapes: Mapping[str, tuple[int, ...]], embeds: bool) -> None:
-        """Refuse low-rank pairs of other modules than the configuration's."""
+        """Refuse low-rank pairs that do not match the configuration's target modules."""
         modules = self._modules(shapes)
-        wanted = {module for module in modules if self._targets(module)}
-        for module in sorted(wanted ^ self.pairs.keys()):
+        targets = {module for module in modules if self._targets(module)}
+        for module in sorted(targets ^ self.pairs.keys()):
             if embeds and module == "lm_head":
                 continue
             has = module in self.pairs
-            known = "" if module in modules else ", and is no matrix of this model"
+            note = "" if module in modules else ", and is no matrix of this model"
             raise CheckpointError(
                 f"{self.folder / WEIGHTS}: {module} {'has' if has else 'should have'} lora_A and "
                 f"lora_B, and target_modules of {CONFIG} {'do not name it' if has else 'name it'}"
-                f"{known}: {shown(self.values['target_modules'])}"
+                f"{note}: {shown(self.values['target_modules'])}"
             )
 
     def _check_whole(self, shapes: Mapping[str, tuple[int, ...]], embeds: bool) -> None:
-        """Refuse whole tensors that the model does not have, or without those it should save."""
+        """Refuse replacement tensors that the model lacks, and missing ones of modules_to_save."""
         path = self.folder / WEIGHTS
-        found = {_tensor(name): info for name, info in self.whole.items()}
+        replacements = {_tensor(name): info for name, info in self.whole.items()}
         for tensor in shapes:
-            if tensor not in found and self._saves(tensor):
+            if tensor not in replacements and self._saves(tensor):
                 raise CheckpointError(
                     f"{path} lacks {PREFIX}{self._model_name(tensor)}, of the modules_to_save of "
                     f"{CONFIG}"
                 )
-        for tensor, info in found.items():
+        for tensor, info in replacements.items():
             if tensor in shapes:
                 _check(info, shapes[tensor])
             elif not (tensor.startswith("lm_head.") and (embeds or "lm_head" in self.pairs)):
                 raise CheckpointError(
-                    f"{path}: tensor {info.name} is of no module of this model; the base, or its "
-                    "task, is another than the adapter's"
+                    f"{path}: tensor {info.name} belongs to no module of this model; the adapter "
+                    "was trained on another base or task"
                 )
 
     def _saves(self, tensor: str) -> bool:
-        """Whether a tensor is in a module of modules_to_save, as PEFT's `_set_trainable` finds."""
+        """Whether a tensor is in a module of modules_to_save, as in PEFT's `_set_trainable`."""
         parts = self._model_name(tensor).split(".")[:-1]
-        places = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
         names = tuple(self.values.get("modules_to_save") or ())
-        return any(place.endswith(names) for place in places)
+        return any(module.endswith(names) for module in modules)
 
     def _model_name(self, name: str) -> str:
-        """A tensor or module as the model it was trained on names it."""
+        """A tensor's or module's name in the model that the adapter was trained on."""
         is_head = name.startswith(("lm_head", "score"))
         return f"model.{name}" if self.has_prefix and not is_head else name
 
     def _modules(self, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """The linear layers and embedding tables of the model that it was trained on."""
-        found = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2}
+        """Names of the linear layers and embedding tables of the model it was trained on."""
+        names = {key.removesuffix(".weight") for key, shape in shapes.items() if len(shape) == 2}
         if not self.has_prefix:
-            return found - {"lm_head", "score"}
-        if "score" not in found:
-            found.add("lm_head")
-        return {self._model_name(module) for module in found}
+            return names - {"lm_head", "score"}
+        if "score" not in names:
+            names.add("lm_head")
+        return {self._model_name(module) for module in names}
 
     def _targets(self, module: str) -> bool:
-        """As PEFT's `check_target_module_exists` and `_maybe_include_all_linear_layers`."""
+        """Whether the configuration targets a module.
+
+        As in PEFT's `check_target_module_exists` and `_maybe_include_all_linear_layers`.
+        """
         values = self.values
         excluded, targets = values.get("exclude_modules"), values["target_modules"]
         if excluded and self._named(module, "exclude_modules", excluded):
@@ -227,25 +230,25 @@ class Adapter:
         if isinstance(targets, str) or layers is None or layers == [] or module in targets:
             return True
         patterns = values.get("layers_pattern")
-        starts = [r".*?\.[^.]*"]
+        prefixes = [r".*?\.[^.]*"]
         if patterns:
             patterns = [patterns] if isinstance(patterns, str) else patterns
-            starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
-        for start in starts:
-            pattern = rf"{start}\.(?P<idx>\d+)\."
+            prefixes = [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
+        for prefix in prefixes:
+            pattern = rf"{prefix}\.(?P<idx>\d+)\."
             if number := self._match("layers_pattern", pattern, module):
-                found = int(number["idx"])
-                return found == layers if isinstance(layers, int) else found in layers
+                layer = int(number["idx"])
+                return layer == layers if isinstance(layers, int) else layer in layers
         return False
 
     def _named(self, module: str, key: str, names: str | Iterable[str]) -> bool:
-        """Whether a pattern is the whole of a module's name, or one of a list its end."""
+        """Whether a pattern matches a module's full name, or a listed name is its end."""
         if isinstance(names, str):
             return self._match(key, names, module, whole=True) is not None
         return any(module == name or module.endswith(f".{name}") for name in names)
 
     def _by_pattern(self, key: str, module: str, default: Any) -> Any:
-        """A module's own value in rank_pattern or alpha_pattern, as PEFT's `get_pattern_key`."""
+        """A module's value in rank_pattern or alpha_pattern, as in PEFT's `get_pattern_key`."""
         for pattern, value in (self.values.get(key) or {}).items():
             if self._match(key, rf"(.*\.)?({pattern})$", module):
                 return value
@@ -254,7 +257,7 @@ class Adapter:
     def _match(
         self, key: str, pattern: str, module: str, *, whole: bool = False
     ) -> re.Match[str] | None:
-        """A module's name matched from its beginning, or as a whole."""
+        """Match a module's name from its beginning, or as a whole."""
         try:
             compiled = _compile(pattern)
         except ValueError as error:
@@ -275,8 +278,8 @@ class Adapter:
         is_table = "lora_embedding_" in parts["A"].name
         if is_table != module.endswith("embed_tokens"):
             raise CheckpointError(
-                f"{self.folder / WEIGHTS}: tensor {parts['A'].name} should be named as that of "
-                f"{'a linear layer' if is_table else 'an embedding table'} is"
+                f"{self.folder / WEIGHTS}: tensor {parts['A'].name} should be named like that of "
+                f"{'a linear layer' if is_table else 'an embedding table'}"
             )
         outputs, inputs = reversed(shape) if is_table else shape
         _check(parts["A"], (rank, inputs))
@@ -291,10 +294,10 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_base(folder: Path) -> tuple[str, str | None]:
-    """(the base, a folder or hub id, its revision), as adapter_config.json names them.
+    """(base, revision) from adapter_config.json; the base is a folder or hub id.
 
     Raises:
-        CheckpointError: It names none.
+        CheckpointError: It names no base.
     """
     values = read_json(folder / CONFIG)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
@@ -314,8 +317,8 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's configuration, and the names and shapes of its tensors.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or it is no LoRA adapter, or of a variant
-            that is not computed.
+        CheckpointError: A file is missing or damaged, or it is not a LoRA adapter, or an
+            unsupported variant of LoRA.
     """
     path = folder / CONFIG
     values = read_json(path)
@@ -348,7 +351,7 @@ def read_adapter(folder: Path) -> Adapter:
     whole: dict[str, TensorInfo] = {}
     for stored, info in read_shard(folder / WEIGHTS).items():
         name = stored.removeprefix(PREFIX)
-        end = next((each for each in PARTS if name.endswith(each)), None)
+        end = next((suffix for suffix in PARTS if name.endswith(suffix)), None)
         tensor = WHOLE.fullmatch(name)
         if name == stored or (end is None and (tensor is None or "lora_" in name)):
             raise CheckpointError(
@@ -360,7 +363,7 @@ def read_adapter(folder: Path) -> Adapter:
         elif tensor is not None:
             whole[f"{tensor[1]}.{tensor[2]}"] = info
     for name, info in whole.items():
-        # An adapted layer keeps the base's tensors in base_layer.
+        # PEFT moves the original tensors of an adapted layer into its base_layer.
         is_adapted, in_base = name.rpartition(".")[0] in pairs, ".base_layer." in info.name
         if is_adapted != in_base:
             raise CheckpointError(
@@ -373,13 +376,13 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _check_types(path: Path, values: Mapping[str, Any]) -> None:
-    """Check what `Adapter` reads of adapter_config.json."""
+    """Check the types of the values that `Adapter` reads from adapter_config.json."""
 
     def are_names(value: object) -> bool:
         return (
             isinstance(value, list)
             and len(value) <= MOST_NAMES
-            and all(isinstance(each, str) for each in value)
+            and all(isinstance(name, str) for name in value)
         )
 
     def is_number(value: Any, *kinds: type) -> bool:
@@ -421,10 +424,10 @@ def _check_types(path: Path, values: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=4 * MOST_NAMES)
 def _compile(pattern: str) -> re.Pattern[str]:
-    """A regular expression that ends: no group repeats, and few other parts repeat or may miss.
+    """Compile a regular expression that matches in bounded time: few repetitions, none of a group.
 
     Raises:
-        ValueError: It is another, or none.
+        ValueError: It exceeds the limits, or is not a regular expression.
     """
     repeats = len(re.findall(r"[*+{]|[^*+}(]\?", pattern))
     if (
@@ -440,11 +443,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"is no regular expression ({error})") from error
+        raise ValueError(f"is not a regular expression ({error})") from error
 
 
 def _tensor(name: str) -> str:
-    """A tensor or module in the `Qwen3Model` form."""
+    """A tensor's or module's name as in `Qwen3Model`."""
     return name.removeprefix("model.")
 
 

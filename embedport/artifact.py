@@ -1,4 +1,4 @@
-"""The artifact: a folder complete by itself, its manifest, and how it comes to be.
+"""The artifact: a self-contained folder with a manifest; how it is opened and written.
 
     my-model/
       embedport.json        the manifest
@@ -6,8 +6,8 @@
       tokenizer.json, tokenizer_config.json, config.json, modules.json, 1_Pooling/, …
       README.md             the model card
 
-The folder is written beside its final place and renamed when it is complete and checked, so that
-an interrupted or failed export leaves nothing that looks like an artifact.
+The folder is written beside its final place and renamed once it is complete and checked, so an
+interrupted or failed export leaves nothing that looks like an artifact.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk whose files are what its manifest says."""
+    """An artifact on disk whose files match its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -44,7 +44,7 @@ class Artifact:
         """Read and check an artifact.
 
         Raises:
-            InputError: No such folder, or a link in it leads out of it.
+            InputError: There is no such folder, or a link leads out of it.
             ArtifactError: It is not an artifact, or a file is missing or changed.
         """
         folder = Path(folder).expanduser()
@@ -68,22 +68,22 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes of all files that the manifest lists."""
+        """Total bytes of the files that the manifest lists."""
         return sum(record.size for record in self.manifest.files.values())
 
 
 @contextlib.contextmanager
 def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
-    """A folder to write into, which becomes `output` when the block ends without an error.
+    """Yield a temporary folder that is renamed to `output` if the block ends without an error.
 
     Args:
         output: The artifact's final place.
-        force: Whether an artifact already there is replaced (another kind of folder never is).
+        force: Whether to replace an existing artifact (another kind of folder is never replaced).
         needs: Bytes that will be written, checked against the free space.
 
     Raises:
-        InputError: `output` exists, its parent cannot be written, the disk is too small or gets
-            full, or a file cannot be read or written on the way.
+        InputError: `output` exists, its parent cannot be written, the disk has too little space or
+            fills up, or a file cannot be read or written in the block.
     """
     output = output.expanduser().absolute()
     check_place(output, force)
@@ -99,11 +99,11 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{output.parent} cannot be written: {error}") from error
-    held = None
+    descriptor = None
     try:
-        held = lock(partial)
+        descriptor = lock(partial)
         yield partial
-        check_place(output, force)  # another export may have been quicker
+        check_place(output, force)  # another export may have finished first
         _put_in_place(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -114,17 +114,17 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         raise InputError(f"{output} was not written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if held is not None:
-            os.close(held)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def check_place(output: Path, force: bool) -> None:
-    """Refuse a place where something is, unless it is an artifact that may be replaced.
+    """Refuse a path that exists, unless it is an artifact and `force` allows replacing it.
 
-    What killed runs have left beside it is cleaned up first.
+    Leftovers of killed runs beside it are cleaned up first.
 
     Raises:
-        InputError: It is.
+        InputError: The path must not be written.
     """
     tidy_up(output)
     if not output.exists() and not output.is_symlink():
@@ -141,9 +141,9 @@ def _put_in_place(partial: Path, output: Path) -> None:
         partial.rename(output)
         return
     old = partial.with_name(f"{partial.name}{OLD}")
-    # Held, so that no other run takes it for what a killed one has left.
+    # Locked, so that no other run takes it for a killed run's leftover.
     try:
-        held = lock(output)
+        descriptor = lock(output)
     except BlockingIOError:
         raise InputError(f"{output} is being replaced by another run: try it again") from None
     try:
@@ -155,17 +155,17 @@ def _put_in_place(partial: Path, output: Path) -> None:
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        if held is not None:
-            os.close(held)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     """Complete an artifact: hash its files, and write the manifest and the model card.
 
     Args:
-        folder: Where it is being made.
+        folder: The folder in which the artifact is being written.
         manifest: Its manifest.
-        name: What the folder will be called.
+        name: The folder's final name.
 
     Returns:
         The manifest with `files` filled in.
@@ -184,15 +184,15 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
 
 
 def record_parity(folder: str | Path, parity: Mapping[str, Any], table: str) -> None:
-    """Put a validation's figures into an artifact's manifest and model card.
+    """Store a validation's figures in an artifact's manifest and model card.
 
     Args:
         folder: The artifact's folder.
-        parity: Figures that JSON can hold.
-        table: The same for the model card, in Markdown.
+        parity: The figures, as JSON values.
+        table: The same in Markdown, for the model card.
 
     Raises:
-        ArtifactError: It is not an artifact, or cannot be written.
+        ArtifactError: The folder is not an artifact, or cannot be written.
     """
     folder = Path(folder).expanduser()
     manifest = replace(Manifest.from_json(folder / MANIFEST), parity=dict(parity))
@@ -204,14 +204,14 @@ def record_parity(folder: str | Path, parity: Mapping[str, Any], table: str) -> 
 
 
 def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
-    """Put the ranges of an embedder's values into its manifest.
+    """Store the value ranges of an embedder's vectors in its manifest.
 
     Args:
         folder: The artifact's folder.
-        ranges: Width to the smallest and largest of each value.
+        ranges: Vector width to the minimum and maximum of each value.
 
     Raises:
-        ArtifactError: It is not an artifact, or cannot be written.
+        ArtifactError: The folder is not an artifact, or cannot be written.
     """
     path = Path(folder).expanduser() / MANIFEST
     manifest = replace(Manifest.from_json(path), ranges=dict(ranges))
@@ -222,7 +222,7 @@ def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old text or the new, never half of it."""
+    """Replace a small file atomically: a reader sees the old text or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,8 +1,8 @@
-"""Where a graph changes how it computes attention."""
+"""The row length at which a graph switches its attention kernel."""
 
 from __future__ import annotations
 
-# Tokens of a row, those that it continues counted, beyond which its attention is fused on a CPU
-# (docs/benchmarks.md has the measurement). The kernels round differently, and 8 bits make more of
-# that: a batch has short rows or long ones.
+# Rows longer than this many tokens, cached ones included, use fused attention on a CPU
+# (measured in docs/benchmarks.md). The two kernels round differently, and 8-bit quantization
+# amplifies the difference, so a batch has only short rows or only long ones.
 SHORT_ROW = 1024

@@ -1,7 +1,7 @@
 """Retrieval sets in the BEIR layout (arXiv:2104.08663).
 
-    corpus.jsonl      {"_id": …, "title": …, "text": …} a line; a title may be missing
-    queries.jsonl     {"_id": …, "text": …} a line
+    corpus.jsonl      {"_id": …, "title": …, "text": …} per line; the title is optional
+    queries.jsonl     {"_id": …, "text": …} per line
     qrels/test.tsv    a header, then query-id, corpus-id and relevance, tab-separated
     candidates.tsv    for rerankers: a header, then query-id, corpus-id and rank
 
@@ -29,15 +29,15 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries, documents, and which answers which.
+    """Queries, documents, and relevance judgments.
 
     Attributes:
-        name: What the report calls it.
-        queries: Id to text, of the queries that have a relevant document.
+        name: Its name in reports.
+        queries: Id to text, for the queries that have a relevant document.
         documents: Id to text.
-        relevance: Query id to document id to relevance, above 0 for relevant.
-        candidates: Query id to document ids, the best first: what a first stage found. Empty where
-            there is no such file.
+        relevance: Query id to document id to relevance; above 0 is relevant.
+        candidates: Query id to document ids, best first: a first stage's ranking. Empty if there
+            is no such file.
     """
 
     name: str
@@ -53,12 +53,12 @@ def read_beir(
     """Read a retrieval set.
 
     Args:
-        folder: The folder, or "builtin" for the one that embedport ships.
-        candidates: Instead of the folder's candidates.tsv.
-        max_queries: Take only so many queries, always the same ones.
+        folder: The folder, or "builtin" for embedport's built-in set.
+        candidates: A file to read instead of the folder's candidates.tsv.
+        max_queries: Use only this many queries, always the same ones.
 
     Raises:
-        InputError: A file is missing or a line of it is wrong; names both.
+        InputError: A file is missing, or a line is invalid; names both.
     """
     name = Path(folder).name
     folder = _builtin() if str(folder) == BUILTIN else Path(folder).expanduser()
@@ -72,28 +72,28 @@ def read_beir(
         if value < 0:
             raise InputError(f"{place}: relevance should be 0 or more, found {value}")
         relevance.setdefault(query, {})[document] = value
-    relevance = {query: each for query, each in relevance.items() if any(each.values())}
+    relevance = {query: judged for query, judged in relevance.items() if any(judged.values())}
     if not relevance:
         raise InputError(f"{path}: no query has a relevant document")
-    found = RetrievalSet(
+    whole = RetrievalSet(
         name,
         {query: text for query, text in queries.items() if query in relevance},
         documents,
         relevance,
         _read_candidates(folder, candidates, queries, documents),
     )
-    return found if max_queries is None else _subset(found, max_queries)
+    return whole if max_queries is None else _subset(whole, max_queries)
 
 
 def write_candidates(path: Path, ranking: Mapping[str, Iterable[str]]) -> None:
-    """Write a first stage's findings as candidates.tsv.
+    """Write a first stage's ranking as candidates.tsv.
 
     Args:
         path: The file.
-        ranking: Query id to document ids, the best first.
+        ranking: Query id to document ids, best first.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     lines = ["query-id\tcorpus-id\trank"]
     for query, documents in ranking.items():
@@ -118,8 +118,8 @@ def _subset(whole: RetrievalSet, count: int) -> RetrievalSet:
     return replace(
         whole,
         queries={query: text for query, text in whole.queries.items() if query in chosen},
-        relevance={query: each for query, each in whole.relevance.items() if query in chosen},
-        candidates={query: each for query, each in whole.candidates.items() if query in chosen},
+        relevance={query: judged for query, judged in whole.relevance.items() if query in chosen},
+        candidates={query: ranked for query, ranked in whole.candidates.items() if query in chosen},
     )
 
 
@@ -140,7 +140,7 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
         if not isinstance(text, str):
             raise InputError(f"{place}: text should be a string, found {text!r}")
         if not isinstance(key, str) or key in texts:
-            raise InputError(f"{place}: _id should be a string of its own, found {key!r} (again)")
+            raise InputError(f"{place}: _id should be a unique string, found {key!r} (again)")
         texts[key] = text
     if not texts:
         raise InputError(f"{path} holds no text")
@@ -150,7 +150,7 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
 def _read_triples(
     path: Path, queries: Mapping[str, str], documents: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str, int]]:
-    """(place, query id, document id, whole number) of each line but the header."""
+    """(place, query id, document id, integer) of each line after the header."""
     lines = _lines(path)
     place, header = next(lines, (f"{path}:1", ""))
     if header.rpartition("\t")[2].strip().isdigit():
@@ -189,7 +189,7 @@ def _read_candidates(
     ranked: dict[str, list[tuple[int, str]]] = {}
     for _, query, document, rank in _read_triples(path, queries, documents):
         ranked.setdefault(query, []).append((rank, document))
-    return {query: [document for _, document in sorted(each)] for query, each in ranked.items()}
+    return {query: [document for _, document in sorted(rows)] for query, rows in ranked.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -207,7 +207,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _decompress(data: bytes) -> bytes:
-    """As `gzip.decompress`, up to MOST_TEXT: a few bytes may stand for any number."""
+    """Like `gzip.decompress`, but limited to MOST_TEXT: a small file may expand to any size."""
     with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
         parts, size = [], 0
         while part := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""bitsandbytes imported without what it would fetch, and without its remarks."""
+"""Imports bitsandbytes without its kernel download and without its warnings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Generator
 
 @contextlib.contextmanager
 def importing_bitsandbytes() -> Generator[None]:
-    """Keep bitsandbytes, on its first import, from fetching and running a kernel off the hub.
+    """Stop bitsandbytes, on its first import, from downloading and running a kernel from the hub.
 
-    It fetches one on CPUs with bf16 wherever the package `kernels` is installed, and warns where it
-    cannot. Later it would warn of every 8-bit product of every batch that bf16 is rounded to fp16
-    on the way, as the method does.
+    It does so on CPUs with bf16 if the package `kernels` is installed, and warns if it cannot. Its
+    logger is silenced because it warns at every 8-bit product that bf16 is rounded to fp16, which
+    is part of the method.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     present = sys.modules.get("kernels")

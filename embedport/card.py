@@ -1,4 +1,4 @@
-"""The model card that lies beside an artifact: how it was made, how to run it, its parity."""
+"""Renders an artifact's model card: how it was made, how to run it, its parity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     Args:
         manifest: The artifact's manifest.
         name: The artifact folder's name.
-        parity_table: The last validation in Markdown.
+        parity_table: The last validation's table in Markdown.
     """
     source = manifest.source
     rows = {
@@ -47,15 +47,15 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
 
 
 def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
-    kept = ", ".join(f"`{part}`" for part in graph.kept_in_fp32) or "nothing"
+    parts = ", ".join(f"`{part}`" for part in graph.kept_in_fp32) or "nothing"
     return {
         "Graph": f"`{graph.path}`, {graph.dialect} dialect, ONNX opset {graph.opset}",
-        **({"Kept in fp32": kept} if precision in ("fp16", "bf16") else {}),
+        **({"Kept in fp32": parts} if precision in ("fp16", "bf16") else {}),
         "Inputs": ", ".join(
-            f"`{each}` int64 {'[1]' if each == 'prompt_length' else '[batch, sequence]'}"
-            for each in graph.inputs
+            f"`{name}` int64 {'[1]' if name == 'prompt_length' else '[batch, sequence]'}"
+            for name in graph.inputs
         ),
-        "Output": ", ".join(f"`{each}`" for each in graph.outputs),
+        "Output": ", ".join(f"`{name}`" for name in graph.outputs),
     }
 
 
@@ -70,7 +70,7 @@ def _engine_rows(engine: EngineRecord) -> dict[str, str]:
     return {
         "Engine": f"`{engine.path}`, TensorRT {engine.tensorrt}{versions}",
         "GPU": f"{engine.device}{elsewhere[engine.hardware_compatible]}",
-        "Batches": ", ".join(f"`{each}`" for each in engine.profiles),
+        "Batches": ", ".join(f"`{profile}`" for profile in engine.profiles),
     }
 
 

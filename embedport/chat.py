@@ -1,7 +1,7 @@
 """Chat templates, rendered as transformers renders them: in jinja2's sandbox.
 
-A template is text of the checkpoint's own. It sees plain values only, and has no way to files,
-modules or the clock. https://huggingface.co/docs/transformers/en/chat_templating
+A template comes from the checkpoint and is not trusted: it gets plain values only, and cannot reach
+files, modules or the clock. https://huggingface.co/docs/transformers/en/chat_templating
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .pipeline import MessageFormat
 TEMPLATE = "chat_template.jinja"
 FURTHER = "additional_chat_templates"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# What sentence-transformers takes for a sign that a message's content is a list of parts.
+# Template text by which sentence-transformers detects that a message's content is a list of parts.
 PARTS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Pairs of which the second differs from the first in the query, and the third in the document.
+# (query, document) pairs: the second changes the query of the first, the third its document.
 PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
 
 Message = Mapping[str, Any]
@@ -31,12 +31,12 @@ class ChatTemplate:
     """A folder's chat template.
 
     Args:
-        folder: The checkpoint's or artifact's.
-        message_format: Whether a message's content is its text, or a list of parts.
-        values: Further values that the template reads.
+        folder: The checkpoint's or artifact's folder.
+        message_format: Whether a message's content is a string or a list of parts.
+        values: Further variables of the template.
 
     Raises:
-        CheckpointError: The folder has no template, or it is not one.
+        CheckpointError: The folder has no template, or it is not valid.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class ChatTemplate:
         self._template = _compile(text, self.path)
 
     def text(self, text: str, prompt: str | None) -> list[Message]:
-        """The messages of a text: one by the user, behind the prompt, a system message."""
+        """The messages of a text: the prompt as a system message, then a user message."""
         return self._messages([("user", text)], prompt)
 
     def pair(self, query: str, document: str, prompt: str | None) -> list[Message]:
-        """The messages of a query and a document, of these roles, behind the prompt."""
+        """The messages of a pair: the prompt as a system message, then "query" and "document"."""
         return self._messages([("query", query), ("document", document)], prompt)
 
     def _messages(self, contents: Sequence[tuple[str, str]], prompt: str | None) -> list[Message]:
@@ -67,10 +67,10 @@ class ChatTemplate:
         ]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text that messages become.
+        """Render messages to text.
 
         Raises:
-            InputError: The template does not take them.
+            InputError: The template rejects them.
         """
         import jinja2
 
@@ -83,11 +83,11 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise InputError(
-                f"{self.path}: the chat template does not take {_shortened(messages)}: {error}"
+                f"{self.path}: the chat template rejects {_shortened(messages)}: {error}"
             ) from error
 
     def carries_pairs(self) -> bool:
-        """Whether both texts of a pair reach what is rendered."""
+        """Whether the rendered text depends on both texts of a pair."""
         try:
             plain, *changed = (self.render(self.pair(*pair, prompt=None)) for pair in PROBES)
         except InputError:
@@ -96,9 +96,10 @@ class ChatTemplate:
 
 
 def read_template(folder: Path) -> tuple[Path, str, bool]:
-    """A folder's chat template: (the file it is in, its text, whether it is one of several).
+    """Read a folder's chat template: (its file, its text, whether the folder has several).
 
-    A file of its own comes before tokenizer_config.json; of several it is the one named "default".
+    chat_template.jinja takes precedence over tokenizer_config.json; of several templates the one
+    named "default" is read.
 
     Raises:
         CheckpointError: There is none.
@@ -111,16 +112,16 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return path, text, any((folder / FURTHER).glob("*.jinja"))
     path = folder / TOKENIZER_CONFIG
-    found = read_json(path).get("chat_template") if path.exists() else None
-    several = isinstance(found, list)
+    template = read_json(path).get("chat_template") if path.exists() else None
+    several = isinstance(template, list)
     if several:
-        named = {each.get("name"): each for each in found if isinstance(each, dict)}
-        found = named.get("default", {}).get("template")
-    if not isinstance(found, str) or not found:
+        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+        template = named.get("default", {}).get("template")
+    if not isinstance(template, str) or not template:
         raise CheckpointError(
             f"{folder} has no chat template ({TEMPLATE}, or chat_template in {TOKENIZER_CONFIG})"
         )
-    return path, found, several
+    return path, template, several
 
 
 def has_template(folder: Path) -> bool:
@@ -132,22 +133,22 @@ def has_template(folder: Path) -> bool:
 
 
 def infer_format(folder: Path) -> MessageFormat:
-    """The message format as sentence-transformers infers it where none is declared."""
+    """The message format that sentence-transformers infers if none is declared."""
     _, text, several = read_template(folder)
     return "structured" if several or any(sign in text for sign in PARTS) else "flat"
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:
-    """What templates know as bos_token, eos_token and so on."""
+    """The template variables bos_token, eos_token and so on."""
     path = folder / TOKENIZER_CONFIG
     values = read_json(path) if path.exists() else {}
-    found = {}
+    tokens = {}
     for name in NAMED_TOKENS:
         token = values.get(f"{name}_token")
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
-            found[f"{name}_token"] = content
-    return found
+            tokens[f"{name}_token"] = content
+    return tokens
 
 
 def _compile(text: str, path: Path) -> Any:
@@ -160,7 +161,7 @@ def _compile(text: str, path: Path) -> Any:
         raise CheckpointError(f"{path}: a chat template that reads the date is not supported")
 
     class Generation(Extension):
-        """A block that marks what an assistant says, and changes nothing."""
+        """The {% generation %} block, which marks an assistant's text and renders it unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja's way)
 
@@ -184,9 +185,9 @@ def _compile(text: str, path: Path) -> Any:
     try:
         return environment.from_string(text)
     except (jinja2.TemplateError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the chat template is not one: {error}") from error
+        raise CheckpointError(f"{path}: the chat template is not valid: {error}") from error
 
 
 def _shortened(messages: Sequence[Message]) -> str:
     roles = ", ".join(str(message["role"]) for message in messages)
-    return f"messages of the roles {roles}"
+    return f"messages with the roles {roles}"

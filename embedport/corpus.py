@@ -1,7 +1,7 @@
-"""Texts in a file too large for memory: surveyed once, then read part by part.
+"""A text file that may be larger than memory: checked once, then read part by part.
 
-A .jsonl file holds {"text": …} a line, and perhaps a "title", which goes before the text; a .txt
-file a text a line. Blank lines are no texts.
+A .jsonl file holds one {"text": …} per line; an optional "title" goes before the text. A .txt file
+holds one text per line. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .files import check_regular, parse_json
 from .progress import progress_bar
 from .prompts import check_text
 
-# Bytes of a line; a text of the longest that a model reads has 200,000.
+# Maximum bytes of a line; the longest text that a model reads has 200,000.
 LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """Texts that stand together in a file.
+    """A run of consecutive texts in a file.
 
     Attributes:
-        first: Number of the first text in the whole file, from 0.
-        rows: How many texts.
-        offset: The byte at which the first one's line begins.
+        first: Index of its first text in the file, from 0.
+        rows: Number of texts.
+        offset: Byte offset of the first text's line.
         line: That line's number, from 1.
-        crc32: Of the bytes from there to the end of the last one's line.
+        crc32: Checksum of the bytes from `offset` to the end of the last text's line.
     """
 
     first: int
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is known of a file of texts: its size in bytes, its sha256, and its parts in order."""
+    """A text file: its size in bytes, sha256, number of texts, and parts in order."""
 
     size: int
     sha256: str
@@ -56,13 +56,13 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
 
     Args:
         path: The file.
-        part_rows: Texts of a part at most.
+        part_rows: Maximum texts per part.
         part_bytes: A part ends with the line that reaches this size.
         progress: Whether to show a progress bar on a terminal.
 
     Raises:
-        InputError: The file is missing or holds no text, or a line is not one; names the line. Or
-            its name does not say what it holds.
+        InputError: The file is missing, holds no text, has another suffix, or a line is invalid;
+            names the line.
     """
     is_jsonl(path)
     digest = hashlib.sha256()
@@ -95,10 +95,10 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
 
 
 def read_part(path: Path, part: Part) -> list[str]:
-    """The texts of a part.
+    """Read the texts of a part.
 
     Raises:
-        InputError: The file is no longer what was surveyed.
+        InputError: The file has changed since the survey.
     """
     texts: list[str] = []
     crc = 0
@@ -115,19 +115,19 @@ def read_part(path: Path, part: Part) -> list[str]:
     if len(texts) < part.rows or crc != part.crc32:
         raise InputError(
             f"{path} should hold the same {part.rows:,} texts from line {part.line:,} on as when "
-            f"the work began, found others: it has changed meanwhile"
+            f"the work began, found others: the file has changed"
         )
     return texts
 
 
 def parse_text(path: Path, number: int, line: bytes) -> str | None:
-    """The text of a line; None where it is blank.
+    """The text of a line; None if it is blank.
 
     Raises:
-        InputError: It is not valid, or names a prompt of its own.
+        InputError: The line is invalid, or names its own prompt.
     """
     try:
-        # Windows' editors begin a file with a mark.
+        # Editors on Windows begin a file with a byte order mark.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         text = text.removesuffix("\n").removesuffix("\r")
         if not text.strip():
@@ -144,35 +144,35 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
         ) from error
     if prompt != "document":
         raise InputError(
-            f"{path}:{number} names a prompt of its own; here one prompt is for all: take it out, "
-            "and give --prompt"
+            f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
+            "out, and give --prompt"
         )
     return text
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether a file of texts is one of JSON objects.
+    """Whether a text file holds JSON objects (.jsonl) rather than plain lines (.txt).
 
     Raises:
-        InputError: Its name says neither that nor a text a line.
+        InputError: It has another suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".txt", ""):  # a pipe has none
         raise InputError(
-            f'{path} should be .txt, a text a line, or .jsonl, {{"text": …}} a line, found '
-            f"{path.suffix}"
+            f'{path} should be .txt, one text per line, or .jsonl, one {{"text": …}} per line, '
+            f"found {path.suffix}"
         )
     return suffix == ".jsonl"
 
 
 def titled_text(row: Mapping[str, Any]) -> Any:
-    """The "text" of a row, behind its "title" where it has one, as BEIR defines a document."""
+    """The "text" of a row, after its "title" if it has one, as BEIR defines a document."""
     title = row.get("title")
     return " ".join((title, row["text"])).strip() if title else row["text"]
 
 
 def _lines(path: Path, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and bytes of each line from one on."""
+    """(number, offset, bytes) of each line, beginning at an offset."""
     try:
         check_regular(path)
     except ValueError as error:

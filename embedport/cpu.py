@@ -1,4 +1,4 @@
-"""The kind of CPU this process runs on: its name, and the instruction sets that change results."""
+"""The CPU that this process runs on: its name, and the instruction sets that affect results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# Linux's word for an instruction set to the one that is shown.
+# Linux's name of an instruction set to the name that is shown.
 X86 = {
     name: name
     for name in (
@@ -23,7 +23,7 @@ X86 = {
     )
 }
 ARM = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
-# A 64-bit ARM CPU has these, also where the system has no /proc/cpuinfo.
+# Every 64-bit ARM CPU has these; used on systems without /proc/cpuinfo.
 ALWAYS = {"aarch64": ("neon",), "arm64": ("neon",)}
 
 
@@ -32,8 +32,8 @@ class Cpu:
     """A kind of CPU.
 
     Attributes:
-        name: Vendor's or kernel's name of the model, such as "AMD EPYC 7763 64-Core Processor".
-        instructions: Instruction sets by which vector arithmetic and 8-bit products differ.
+        name: The model's name from the vendor or kernel, such as "AMD EPYC 7763 64-Core Processor".
+        instructions: Instruction sets that affect vector arithmetic and 8-bit products.
     """
 
     name: str
@@ -41,9 +41,10 @@ class Cpu:
 
 
 def read_cpu() -> Cpu:
-    """The CPU of this machine, from /proc/cpuinfo, or what Python's platform module knows.
+    """The CPU of this machine, from /proc/cpuinfo or else Python's platform module.
 
-    Under qemu's user emulation of x86 /proc/cpuinfo is the host's, and so is the result.
+    Under qemu's user-mode emulation of x86, /proc/cpuinfo describes the host, and so does the
+    result.
     """
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
@@ -52,8 +53,8 @@ def read_cpu() -> Cpu:
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     name = fields.get("model name") or platform.processor() or platform.machine()
-    if "CPU part" in fields:  # ARM's kernels give numbers: Cortex-A72 is part 0xd08 of 0x41
+    if "CPU part" in fields:  # on ARM, Linux gives numbers: Cortex-A72 is part 0xd08 of 0x41
         name = f"{platform.machine()} {fields.get('CPU implementer', '?')}:{fields['CPU part']}"
     flags = (fields.get("flags") or fields.get("Features") or "").split()
-    found = [shown for flag, shown in (X86 | ARM).items() if flag in flags]
-    return Cpu(name, tuple(found) or ALWAYS.get(platform.machine(), ()))
+    instructions = [shown for flag, shown in (X86 | ARM).items() if flag in flags]
+    return Cpu(name, tuple(instructions) or ALWAYS.get(platform.machine(), ()))

@@ -1,4 +1,4 @@
-"""What is known of a TensorRT engine: where it runs, and which batches it takes."""
+"""The record of a TensorRT engine: the GPUs it runs on, and the batches it takes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SHAPE = re.compile(r"(\d+)x(\d+)")
 # Compute capability of the oldest devices that "ampere+" engines run on.
 AMPERE = (8, 0)
 
-# Where else an engine runs than on the kind of GPU that it was built on: nowhere; on every one of
-# Ampere or later; on those of the same compute capability.
+# GPUs that an engine runs on besides the model it was built on: none; all of Ampere or later; those
+# of the same compute capability.
 Compatibility = Literal["none", "ampere+", "same-capability"]
 COMPATIBILITIES: tuple[Compatibility, ...] = get_args(Compatibility)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A range of batches, each (rows, tokens); the engine is tuned for `opt`.
+    """A range of batch shapes, each (rows, tokens); the engine is tuned for `opt`.
 
-    A batch of fewer tokens than `min` is padded, one of fewer rows too.
+    A batch with fewer rows or tokens than `min` is padded.
     """
 
     min: tuple[int, int]
@@ -33,10 +33,10 @@ class Profile:
 
     @classmethod
     def parse(cls, text: str) -> Profile:
-        """A profile of its text, "1x1:8x128:32x512".
+        """Parse a profile, such as "1x1:8x128:32x512".
 
         Raises:
-            InputError: It is none, or not in order.
+            InputError: The text is not a profile, or not in ascending order.
         """
         parts = [SHAPE.fullmatch(part) for part in text.split(":")]
         shapes = [(int(match[1]), int(match[2])) for match in parts if match]
@@ -54,22 +54,22 @@ class Profile:
         return ":".join(f"{rows}x{tokens}" for rows, tokens in (self.min, self.opt, self.max))
 
     def fits(self, rows: int, tokens: int) -> bool:
-        """Whether a batch of that shape, padded to `min` if need be, is in the range."""
+        """Whether a batch of this shape, padded to `min` if needed, is in the range."""
         return rows <= self.max[0] and tokens <= self.max[1]
 
     def padded(self, rows: int, tokens: int) -> tuple[int, int]:
-        """The shape in which a batch that fits is run."""
+        """The shape to which a batch that fits is padded."""
         return max(rows, self.min[0]), max(tokens, self.min[1])
 
 
 def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
-    """The number of the profile for a batch: least padding, then the tuned shape nearest in tokens.
+    """Index of the best profile for a batch: least padding, then `opt` nearest in total tokens.
 
     Raises:
-        InputError: The batch is too large for all of them.
+        InputError: The batch is too large for all profiles.
     """
-    taken = [i for i, each in enumerate(profiles) if each.fits(rows, tokens)]
-    if not taken:
+    fitting = [i for i, profile in enumerate(profiles) if profile.fits(rows, tokens)]
+    if not fitting:
         raise InputError(
             f"a batch of {rows} x {tokens} tokens is beyond the engine's profiles "
             f"({', '.join(map(str, profiles))}); build it with a larger --profile, or give a "
@@ -81,7 +81,7 @@ def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
         opt = math.prod(profiles[i].opt)
         return math.prod(profiles[i].padded(rows, tokens)), max(opt / area, area / opt)
 
-    return min(taken, key=cost)
+    return min(fitting, key=cost)
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Device:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """What is known of an artifact's engine.
+    """An artifact's TensorRT engine.
 
     Attributes:
         path: Its path in the folder.
         device: The GPU that it was built on.
-        tensorrt: The version that built it, "11.1.0.106".
-        version_compatible: Whether later versions of the same major one load it too.
-        hardware_compatible: Where else it runs.
+        tensorrt: The TensorRT version that built it, such as "11.1.0.106".
+        version_compatible: Whether later TensorRT versions with the same major number load it.
+        hardware_compatible: The other GPUs that it runs on.
         profiles: The batches that it takes.
     """
 
@@ -117,26 +117,26 @@ class EngineRecord:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EngineRecord:
-        """From what a manifest holds.
+        """Restore from a manifest's values.
 
         Raises:
-            TypeError, KeyError, ValueError: It is damaged.
+            TypeError, KeyError, ValueError: The values are damaged.
         """
         device = Device(values["device"]["name"], _pair(values["device"]["capability"]))
         profiles = tuple(
-            Profile(_pair(each["min"]), _pair(each["opt"]), _pair(each["max"]))
-            for each in values["profiles"]
+            Profile(_pair(shapes["min"]), _pair(shapes["opt"]), _pair(shapes["max"]))
+            for shapes in values["profiles"]
         )
         if values["hardware_compatible"] not in COMPATIBILITIES:
             raise ValueError(f"hardware_compatible is {values['hardware_compatible']!r}")
-        facts: dict[str, Any] = {**values, "device": device, "profiles": profiles}
-        return cls(**facts)
+        parsed: dict[str, Any] = {**values, "device": device, "profiles": profiles}
+        return cls(**parsed)
 
     def check(self, device: Device, tensorrt: str) -> None:
         """Refuse a device or a TensorRT that cannot run the engine.
 
         Raises:
-            DeviceError: With what it was built with and what is here.
+            DeviceError: It cannot; names what built the engine and what is here.
         """
         again = "build it here: embedport export tensorrt ARTIFACT -o OUT"
         if not self._runs_on(device):

@@ -1,15 +1,15 @@
-"""Everything embedport raises on purpose.
+"""All exceptions that embedport raises on purpose.
 
     EmbedportError
       InputError        the request is wrong: a text, an option, a path          exit code 2
       CheckpointError   the source checkpoint is not what it should be           exit code 2
       ArtifactError     the artifact folder is damaged, incomplete or too new    exit code 2
-      DeviceError       the device asked for cannot run the artifact here        exit code 2
+      DeviceError       the chosen device cannot run the artifact here           exit code 2
       MissingPackageError    an optional package is needed; names the install line    exit code 2
-      VerificationError what was just written does not run or gives no numbers,
-                        or an artifact does not give what it gave elsewhere      exit code 1
+      VerificationError an artifact just written does not run or gives NaN or
+                        infinity, or gives other results than where it was made  exit code 1
 
-Each message says which file and tensor, what was expected, what was found, and what to do.
+Each message names the file and tensor, what was expected, what was found, and what to do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ArtifactError(EmbedportError):
 
 
 class DeviceError(EmbedportError):
-    """The device asked for cannot run the artifact on this machine."""
+    """The chosen device cannot run the artifact on this machine."""
 
 
 class MissingPackageError(EmbedportError):
@@ -47,7 +47,7 @@ class MissingPackageError(EmbedportError):
 class VerificationError(EmbedportError):
     """An artifact just written does not load, does not run, or gives NaN or infinity.
 
-    Or an artifact gives other results here than where it was exported.
+    Or an artifact's results here differ from those where it was exported.
     """
 
     exit_code = 1
@@ -58,10 +58,10 @@ def require(module: str, extra: str) -> ModuleType:
 
     Args:
         module: The module's import name.
-        extra: The extra of embedport that brings it.
+        extra: The extra of embedport that installs it.
 
     Raises:
-        MissingPackageError: With the line that installs it.
+        MissingPackageError: It is not installed; names the command that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -1,8 +1,7 @@
 """A checkpoint's files, read strictly: JSON, the index of shards, and the shards' headers.
 
-Folders come from anywhere: only regular files are read, up to a size, and JSON up to a number of
-values, a depth and a number of digits. Every other small file goes through `read_small` and
-`parse_json` too.
+Folders may be untrusted: only regular files are read, up to a size limit, and JSON up to limits of
+values, depth and digits. All other small files are read through `read_small` and `parse_json`, too.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, InputError
 
-# An artifact's.
+# The file that makes a folder an artifact.
 MANIFEST = "embedport.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Bytes of a configuration, an index, a manifest or a shard's header: 40,000 tensors.
+# Maximum bytes of a configuration, an index, a manifest or a shard's header (40,000 tensors).
 SMALL = 4 << 20
-# Of one JSON file. Qwen3's tokenizer.json has 610,000 values.
+# Limits of one JSON file. Qwen3's tokenizer.json has 610,000 values.
 MOST_VALUES = 4_000_000
 MOST_DEPTH = 64
-# Of one number; transformers writes 10^30, with 31 digits, for "no limit".
+# Digits of one number; transformers writes 10^30, which has 31, for "no limit".
 MOST_DIGITS = 100
-# Bytes of a file of texts that is read whole.
+# Maximum bytes of a text file that is read whole.
 MOST_TEXT = 8 << 30
-# Bytes of a file's name on most file systems.
+# Maximum bytes of a file name on most file systems.
 LONGEST_NAME = 255
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -48,7 +47,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it holds; `name` as stored, `dtype` in safetensors' spelling."""
+    """A stored tensor: its file, name as stored, dtype in safetensors' spelling, and shape."""
 
     name: str
     file: Path
@@ -57,9 +56,9 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values; every dtype's name ends with its bits, as "BF16" and "F8_E4M3" do.
+        """Size of the values in bytes.
 
-        "BOOL" has none, and takes a byte.
+        The first number in the dtype's name is its bits ("BF16", "F8_E4M3"); "BOOL" takes a byte.
         """
         bits = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(bits.group()) if bits else 8) // 8
@@ -67,10 +66,10 @@ class TensorInfo:
 
 @contextlib.contextmanager
 def written(path: Path) -> Generator[IO[bytes]]:
-    """A file that takes its name only when it is complete and on the disk.
+    """Open a file for writing under a temporary name; rename it once it is complete and synced.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -80,40 +79,40 @@ def written(path: Path) -> Generator[IO[bytes]]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        # numpy says in words that the disk is full.
+        # numpy's error for a full disk has a text but no strerror.
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """Read a whole file that should be small.
+    """Read a whole file of at most `limit` bytes.
 
     Args:
         path: The file; a link is followed.
-        limit: Bytes at most.
+        limit: Maximum bytes.
 
     Raises:
         OSError: It is missing or cannot be read.
         ValueError: It is not a regular file, or larger than `limit`.
     """
     check_regular(path)
-    # Without O_NONBLOCK a FIFO that took the file's place meanwhile would be waited for.
+    # O_NONBLOCK: opening would block if a FIFO has replaced the file since the check.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:  # noqa: PTH123 (a descriptor)
         status = os.fstat(file.fileno())
         _check_kind(status)
         if status.st_size > limit:
             raise ValueError(f"it should have {limit:,} bytes at most, found {status.st_size:,}")
-        # Not a byte more than there were, whatever it has become meanwhile.
+        # The file may have grown since fstat: read no more than the size that was checked.
         return file.read(status.st_size)
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a FIFO, a device, a socket or a folder, which would be waited for or never end.
+    """Refuse a FIFO, device, socket or folder: reading one may block or never end.
 
     Raises:
-        OSError: It is missing.
+        OSError: The path is missing.
         ValueError: It is not a regular file.
     """
     _check_kind(path.stat())
@@ -126,12 +125,12 @@ def _check_kind(status: os.stat_result) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """Read JSON within bounds: `MOST_VALUES`, `MOST_DEPTH` and `MOST_DIGITS`.
+    """Parse JSON within the limits `MOST_VALUES`, `MOST_DEPTH` and `MOST_DIGITS`.
 
     Raises:
-        ValueError: It is not JSON, is beyond a bound, or holds a lone surrogate.
+        ValueError: It is not JSON, exceeds a limit, or contains a lone surrogate.
     """
-    # Each value but the first follows a comma, an opening bracket or its key.
+    # An upper bound: every value (or its key) but the first follows a comma or an opening bracket.
     values = sum(map(text.count, ",[{"))
     if values > MOST_VALUES:
         raise ValueError(f"it should hold {MOST_VALUES:,} values at most, found about {values:,}")
@@ -167,13 +166,13 @@ def _check_digits(digits: str) -> str:
 
 
 def _check_depth(parsed: object) -> None:
-    """Refuse what is nested deeply, level by level and without recursion."""
+    """Refuse values nested deeper than MOST_DEPTH; goes level by level, without recursion."""
     level = [[parsed]]
     for _ in range(MOST_DEPTH + 1):
         level = [
             value.values() if isinstance(value, dict) else value
-            for each in level
-            for value in each
+            for values in level
+            for value in values
             if isinstance(value, dict | list)
         ]
         if not level:
@@ -182,15 +181,15 @@ def _check_depth(parsed: object) -> None:
 
 
 def load_json(path: Path, limit: int = SMALL) -> Any:
-    """Read a JSON file within bounds, in UTF-8.
+    """Read a UTF-8 JSON file within the limits of `read_small` and `parse_json`.
 
     Args:
         path: The file.
-        limit: Bytes at most.
+        limit: Maximum bytes.
 
     Raises:
         OSError: It is missing or cannot be read.
-        ValueError: It is not a regular file, not JSON, or beyond a bound.
+        ValueError: It is not a regular file, not JSON, or exceeds a limit.
     """
     return parse_json(read_small(path, limit).decode("utf-8"))
 
@@ -199,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file is missing, beyond a bound, not JSON, or not an object.
+        CheckpointError: The file is missing, exceeds a limit, or does not hold a JSON object.
     """
     try:
         values = load_json(path)
@@ -213,7 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether a value from JSON can name a file beside the one that holds it."""
+    """Whether a JSON value is a plain file name: no folder part, and not too long."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -227,17 +226,17 @@ def tensor_names(folder: Path) -> set[str]:
     if not (folder / SINGLE).exists():
         if (folder / INDEX).exists():
             return set(_read_index(folder / INDEX))
-        # Only the configuration of a hub checkpoint was fetched.
+        # A hub checkpoint of which only the configuration was downloaded.
         return set()
     with open_shard(folder / SINGLE) as shard:
         return set(shard.keys())
 
 
 def check_links(folder: Path) -> None:
-    """Refuse symbolic links out of a folder; those of the hub's cache lead to its own blobs.
+    """Refuse symbolic links that lead out of a folder, except the hub cache's links to its blobs.
 
     Raises:
-        InputError: There is one, or a link that leads nowhere or back to itself.
+        InputError: There is such a link, or a broken one.
     """
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
@@ -254,14 +253,14 @@ def check_links(folder: Path) -> None:
 
 
 def check_broken_links(folder: Path, patterns: Iterable[str]) -> None:
-    """Refuse links that lead nowhere: what they stand for would be taken for absent.
+    """Refuse broken links, which would otherwise be treated like absent files.
 
     Args:
         folder: A checkpoint's folder.
-        patterns: Of the files that count.
+        patterns: Glob patterns of the files to check.
 
     Raises:
-        InputError: There is one.
+        InputError: There is a broken link.
     """
     for pattern in patterns:
         for path in folder.glob(pattern):
@@ -282,10 +281,10 @@ def _check_link(path: Path) -> None:
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint by its stored name, sharded or in a single file.
 
-    Where both are there, transformers reads the single file, and so is it here.
+    If a folder has both, the single file is read, as in transformers.
 
     Raises:
-        CheckpointError: A shard is missing or damaged, the index names a tensor that its shard
+        CheckpointError: A shard is missing or damaged; or the index names a tensor that its shard
             lacks, or a file outside the folder.
     """
     if (folder / SINGLE).exists():
@@ -336,7 +335,7 @@ def read_shard(path: Path) -> dict[str, TensorInfo]:
 
 
 def open_shard(path: Path) -> Any:
-    """Map a shard: a context manager with `keys()` and `get_slice(name)`.
+    """Memory-map a shard: a context manager with `keys()` and `get_slice(name)`.
 
     Raises:
         CheckpointError: The file is truncated or not safetensors, or its header is too large.
@@ -353,10 +352,10 @@ def open_shard(path: Path) -> Any:
 
 
 def read_octets(info: TensorInfo) -> bytes:
-    """The bytes of a tensor, of a dtype that numpy does not have.
+    """The raw bytes of a tensor, for dtypes that numpy does not have.
 
     Raises:
-        CheckpointError: The file is damaged, or has become another one.
+        CheckpointError: The file is damaged, or has changed since its header was read.
     """
     with open_shard(info.file), info.file.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

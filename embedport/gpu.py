@@ -1,7 +1,7 @@
-"""What a GPU needs, found: the CUDA runtime through cuda-bindings, and TensorRT.
+"""Access to the GPU: the CUDA runtime through cuda-bindings, and TensorRT's version.
 
-cuda-bindings and not torch: it is 20 MB where torch is gigabytes, and has all that an engine needs:
-memory, streams and CUDA graphs.
+Why not torch: cuda-bindings is 20 MB instead of gigabytes, and has all that an engine needs
+(memory, streams and CUDA graphs).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ INSTALL = "pip install tensorrt 'embedport[tensorrt]', on a machine with an NVID
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA runtime, which answers (error, results…).
+    """Call a function of the CUDA runtime, which returns (error, results…).
 
     Returns:
-        Its result, a tuple if there are several, None if there is none.
+        The result; a tuple if there are several, None if there is none.
 
     Raises:
-        DeviceError: It failed.
+        DeviceError: The call failed.
         MissingPackageError: cuda-bindings is not installed.
     """
     cuda = require("cuda.bindings.runtime", "tensorrt")
@@ -38,7 +38,7 @@ def current_device() -> Device:
     """The GPU that CUDA uses.
 
     Raises:
-        DeviceError: There is none, or its driver is missing or too old.
+        DeviceError: There is no GPU, or its driver is missing or too old.
         MissingPackageError: cuda-bindings is not installed.
     """
     try:

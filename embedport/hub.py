@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, or a Hugging Face hub id in the local cache."""
+"""Finds a model's files: a local folder, or a Hugging Face hub id downloaded to the cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .errors import CheckpointError, InputError
 from .files import MANIFEST, check_broken_links, read_json
 from .leftovers import tidy_up
 
-# A checkpoint is its configuration, tokenizer, model card and safetensors. Nothing else is fetched:
+# A checkpoint's configuration, tokenizer, model card and safetensors. Nothing else is downloaded:
 # no pickled weights, no code.
 CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json", "README.md"]
 CONFIG_PATTERNS += [f"*/{ADAPTER_CONFIG}"]
-# Files of which one makes the adapter's folder the one whose pipeline runs.
+# An adapter's folder with one of these files also provides the tokenizer and the pipeline.
 PIPELINE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 WEIGHT_PATTERNS = ["*.safetensors"]
 # A commit's folder in huggingface_hub's cache.
@@ -31,10 +31,10 @@ class Source:
     """A checkpoint's origin.
 
     Attributes:
-        id: As the user gave it.
-        revision: A commit hash if it is from the hub.
-        folder: Where config.json and the weights are.
-        adapter: The adapter that is merged into the weights.
+        id: Hub id or folder, as the user gave it.
+        revision: Commit hash if it is from the hub.
+        folder: The folder with config.json and the weights.
+        adapter: The adapter to merge into the weights.
     """
 
     id: str
@@ -44,29 +44,29 @@ class Source:
 
     @property
     def pipeline(self) -> Path:
-        """The folder of the tokenizer and of sentence-transformers' files.
+        """The folder with the tokenizer and sentence-transformers' files.
 
-        It is the adapter's where that has files of sentence-transformers, which then opens that
-        folder; otherwise the base's.
+        The adapter's folder if it has sentence-transformers' files, because sentence-transformers
+        then opens that folder; otherwise the base's.
         """
         if self.adapter is None:
             return self.folder
-        own = any((self.adapter.folder / name).exists() for name in PIPELINE)
-        return self.adapter.folder if own else self.folder
+        has_pipeline = any((self.adapter.folder / name).exists() for name in PIPELINE)
+        return self.adapter.folder if has_pipeline else self.folder
 
     @property
     def name(self) -> str:
-        """The id, and the adapter's."""
+        """The id, with the adapter's id if there is one."""
         return self.id if self.adapter is None else f"{self.id} with {self.adapter.id}"
 
     @property
     def pinned(self) -> str:
-        """What `fetch` takes for the same again, without the adapter."""
+        """Id and revision in the form that `fetch` accepts, without the adapter."""
         return pin(self.id, self.revision)
 
     @property
     def is_cached(self) -> bool:
-        """Whether the folder is the hub's cache, which is not written to, whoever named it."""
+        """Whether the folder is in the hub's cache, which must not be written to."""
         return self.revision is not None or self.folder.resolve().match(SNAPSHOT)
 
 
@@ -77,12 +77,10 @@ def fetch(
     weights: bool = True,
     adapter: str | Path | None = None,
 ) -> Source:
-    """Find a model's folder, downloading it through huggingface_hub when it is a hub id.
+    """Find a model's folder; a hub id is downloaded through huggingface_hub.
 
-    Of a folder that is an adapter the base is found too, by the name in its adapter_config.json.
-
-    A checkpoint's weights and configuration are downloaded; of an artifact all that its manifest
-    lists.
+    For an adapter, the base named in its adapter_config.json is found, too. A checkpoint's weights
+    and configuration are downloaded, and an artifact's files that its manifest lists.
 
     The hub's cache, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` are honoured.
 
@@ -90,14 +88,13 @@ def fetch(
         checkpoint: A folder of a checkpoint or an artifact, or a hub id such as
             "Qwen/Qwen3-Embedding-0.6B", perhaps with a revision: "Qwen/Qwen3-Embedding-0.6B@main".
         revision: A branch, tag or commit of the hub repository.
-        weights: Whether a checkpoint's safetensors are needed too, or its configuration only; an
-            adapter's always are.
+        weights: Whether to download a checkpoint's safetensors, too. An adapter's always are.
         adapter: The folder or hub id of an adapter to merge into the checkpoint, perhaps with a
             revision.
 
     Raises:
-        InputError: The folder does not exist or has a link that leads nowhere, or a revision is
-            given for a folder, or two; or what is to have an adapter is one, or an artifact.
+        InputError: The folder does not exist or has a broken link; a revision is given for a
+            folder, or two revisions; or an adapter is given for an adapter or an artifact.
         CheckpointError: The hub does not have it, or cannot be reached and the cache lacks it.
     """
     source = _find(checkpoint, revision, weights)
@@ -105,34 +102,34 @@ def fetch(
         if is_adapter(source.folder) or (source.folder / MANIFEST).is_file():
             kind = "an adapter itself" if is_adapter(source.folder) else "an artifact"
             raise InputError(
-                f"{checkpoint} is {kind}: --adapter goes with the checkpoint that the adapter was "
+                f"{checkpoint} is {kind}: give --adapter with the checkpoint that the adapter was "
                 "trained on"
             )
-        found = _find(adapter, None, weights=True)
-        if not (found.folder / ADAPTER_CONFIG).is_file():
-            raise InputError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}")
-        return replace(source, adapter=found)
+        adapter_source = _find(adapter, None, weights=True)
+        if not (adapter_source.folder / ADAPTER_CONFIG).is_file():
+            raise InputError(f"{adapter} is not an adapter: it has no {ADAPTER_CONFIG}")
+        return replace(source, adapter=adapter_source)
     return _with_base(source, weights) if is_adapter(source.folder) else source
 
 
 def pin(name: str, revision: str | None) -> str:
-    """A folder or hub id and its revision, as `fetch` takes them in one."""
+    """A folder or hub id and its revision in one string, as `fetch` accepts them."""
     return f"{name}@{revision}" if revision else name
 
 
 def _with_base(adapter: Source, weights: bool) -> Source:
-    """The base of an adapter, with it."""
+    """The source of an adapter's base, with the adapter."""
     base, revision = read_base(adapter.folder)
     try:
-        with contextlib.suppress(OSError, ValueError):  # which are errors of _find
-            # PEFT writes one down for a folder too, which has none.
+        with contextlib.suppress(OSError, ValueError):  # _find reports these
+            # PEFT stores a revision for a folder, too, where it means nothing.
             revision = None if Path(base).is_dir() else revision
         source = _find(base, revision, weights)
         if is_adapter(source.folder):
             raise InputError(f"{base} is an adapter too")
     except (InputError, CheckpointError) as error:
         raise CheckpointError(
-            f"{adapter.folder / ADAPTER_CONFIG}: the base, {base!r}, cannot be taken: {error}; "
+            f"{adapter.folder / ADAPTER_CONFIG}: the base, {base!r}, cannot be used: {error}; "
             f"give BASE --adapter {adapter.id}"
         ) from error
     if not weights:
@@ -141,14 +138,14 @@ def _with_base(adapter: Source, weights: bool) -> Source:
 
 
 def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source:
-    """A folder, or a hub id's snapshot."""
+    """The source of a folder or hub id, without its base or adapter."""
     try:
         folder = Path(checkpoint).expanduser()
     except RuntimeError as error:
         raise InputError(f"{str(checkpoint)[:200]!r} cannot be a folder: {error}") from error
     tidy_up(folder)
     try:
-        is_folder, is_there = folder.is_dir(), os.path.lexists(folder)
+        is_folder, exists = folder.is_dir(), os.path.lexists(folder)
     except (OSError, ValueError) as error:  # a name too long, or with a null character
         reason = getattr(error, "strerror", error)
         raise InputError(f"{str(checkpoint)[:200]!r} cannot be a folder: {reason}") from error
@@ -162,20 +159,22 @@ def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source
             )
         check_broken_links(folder, CONFIG_PATTERNS + WEIGHT_PATTERNS)
         return Source(str(checkpoint), None, folder)
-    if is_there:
-        raise InputError(f"{checkpoint} is no folder; give the checkpoint's folder")
-    name, _, at = str(checkpoint).partition("@")
+    if exists:
+        raise InputError(f"{checkpoint} is not a folder; give the checkpoint's folder")
+    name, _, named_revision = str(checkpoint).partition("@")
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{checkpoint}: no such folder, and not a hub id of the form owner/name")
-    if at and revision not in (None, at):
-        raise InputError(f"{checkpoint} names revision {at}, and {revision} is given: give one")
-    return _download(name, at or revision, weights)
+    if named_revision and revision not in (None, named_revision):
+        raise InputError(
+            f"{checkpoint} names revision {named_revision}, and {revision} is given: give one"
+        )
+    return _download(name, named_revision or revision, weights)
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
     patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     folder = _snapshot(repo_id, revision, patterns)
-    if (folder / MANIFEST).is_file():  # an artifact, which is all that its manifest lists
+    if (folder / MANIFEST).is_file():  # an artifact: download all that its manifest lists
         files = read_json(folder / MANIFEST).get("files") or {}
         folder = _snapshot(repo_id, folder.name, [*CONFIG_PATTERNS, *files])
     return Source(repo_id, folder.name, folder)
@@ -208,10 +207,10 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     except LocalEntryNotFoundError as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise CheckpointError(
-            f"{repo_id}{at}: no such folder here, not whole in the hub's cache, and the hub cannot "
-            f"be reached (HF_HUB_OFFLINE, or no network?): {cause}"
+            f"{repo_id}{at}: no such folder here, not complete in the hub's cache, and the hub "
+            f"cannot be reached (HF_HUB_OFFLINE, or no network?): {cause}"
         ) from error
-    except Exception as error:  # of the network's libraries, each with classes of its own
+    except Exception as error:  # network libraries raise their own classes
         raise CheckpointError(
             f"{repo_id}{at} could not be downloaded: {type(error).__name__}: {error}"
         ) from error

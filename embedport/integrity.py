@@ -1,7 +1,7 @@
-"""Files proven to be what a manifest says, hashed once for each state of the file.
+"""Checks files against a manifest's sha256; each file is hashed once until it changes.
 
-A file's sha256 is remembered in the user's cache folder under its device, inode, size and times of
-change, so that only the first load after a copy or a change pays for hashing gigabytes.
+The user's cache folder stores a file's sha256 under its device, inode, size, mtime and ctime, so
+only the first load after a copy or a change hashes gigabytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FileRecord:
 
 
 def record_files(paths: Iterable[Path]) -> dict[Path, FileRecord]:
-    """Hash files, two at a time, and remember the results."""
+    """Hash files, two at a time, and cache the results."""
     paths = list(paths)
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(paths, pool.map(_record, paths), strict=True))
@@ -40,7 +40,7 @@ def check_files(folder: Path, expected: dict[str, FileRecord]) -> None:
         expected: Relative posix path to record.
 
     Raises:
-        ArtifactError: A file is missing, has another size, or has changed.
+        ArtifactError: A file is missing, or its size or sha256 differs.
     """
     for name, record in expected.items():
         path = folder / name
@@ -51,19 +51,19 @@ def check_files(folder: Path, expected: dict[str, FileRecord]) -> None:
             raise ArtifactError(
                 f"{path} should have {record.size:,} bytes, found {size:,}; copy or export it again"
             )
-    found = record_files(folder / name for name in expected)
+    records = record_files(folder / name for name in expected)
     for name, record in expected.items():
-        if found[folder / name] != record:
+        if records[folder / name] != record:
             raise ArtifactError(
                 f"{folder / name} has changed since it was written: sha256 should be "
-                f"{record.sha256}, found {found[folder / name].sha256}; copy or export it again"
+                f"{record.sha256}, found {records[folder / name].sha256}; copy or export it again"
             )
 
 
 def _record(path: Path) -> FileRecord:
     status = path.stat()
     identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
-    # A changed byte changes ctime even where mtime was set back.
+    # Any write changes ctime, even if mtime is set back afterwards.
     stamp = cache_folder("sha256") / f"{identity}-{status.st_ctime_ns}"
     with contextlib.suppress(OSError, ValueError):
         sha256 = stamp.read_text(encoding="ascii")
@@ -71,7 +71,7 @@ def _record(path: Path) -> FileRecord:
             return FileRecord(status.st_size, sha256)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    # A read-only home only costs the next load its time.
+    # If the cache cannot be written, the next load hashes the file again.
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(sha256, encoding="ascii")
@@ -79,6 +79,6 @@ def _record(path: Path) -> FileRecord:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what can be made again is kept, in the user's cache folder."""
+    """The cache folder of this name, below embedport's in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "embedport" / name

@@ -1,7 +1,7 @@
-"""Keys of a checkpoint's files that change no result: all others are computed or refused.
+"""The keys of a checkpoint's files: those that are read, those without effect; others are refused.
 
-The authority is the libraries' source: transformers 5.23 and 4.57, sentence-transformers 6.2. Each
-key and what becomes of it: docs/checkpoint-files.md.
+Source: the code of transformers 5.23 and 4.57, and sentence-transformers 6.2. All keys are listed
+in docs/checkpoint-files.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import CheckpointError
 
-# config.json. Of training, generation, storage and serving; and notes that tools leave behind.
+# config.json, keys without effect: for training, generation, storage and serving, and tools' notes.
 CONFIG_NOTES = frozenset(
     [
         "_attn_implementation",
@@ -81,7 +81,7 @@ CONFIG_NOTES = frozenset(
         "use_sep_token",
     ]
 )
-# config.json. What `spec` reads.
+# config.json, keys that `spec` reads.
 CONFIG_READ = frozenset(
     [
         "architectures",
@@ -119,7 +119,7 @@ CONFIG_READ = frozenset(
         "vocab_size",
     ]
 )
-# Values that have another key's meaning taken away: the key changes nothing at this value.
+# config.json, keys that have no effect at these values.
 CONFIG_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
     "bad_words_ids": (None,),
@@ -134,7 +134,7 @@ CONFIG_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "transformers_weights": (None,),
     "use_bfloat16": (True, False),
 }
-# adapter_config.json. What `adapter` reads.
+# adapter_config.json, keys that `adapter` reads.
 ADAPTER_READ = frozenset(
     [
         "base_model_name_or_path",
@@ -154,8 +154,8 @@ ADAPTER_READ = frozenset(
         "use_rslora",
     ]
 )
-# Of training, and of layers that Qwen3 does not have. Trained biases would be tensors of the file,
-# which are read or refused as such.
+# adapter_config.json, keys without effect: for training, and for layers that Qwen3 does not have.
+# "bias" is among them because trained biases are tensors, which are read or refused themselves.
 ADAPTER_NOTES = frozenset(
     [
         "auto_mapping",
@@ -174,7 +174,7 @@ ADAPTER_NOTES = frozenset(
         "runtime_config",
     ]
 )
-# What it needs of PEFT's variants of LoRA, none of which is computed, is that they are off.
+# adapter_config.json: PEFT's variants of LoRA, none of which is supported, are off at these values.
 ADAPTER_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -190,11 +190,11 @@ ADAPTER_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-# config_sentence_transformers.json.
+# config_sentence_transformers.json, keys without effect.
 SENTENCE_TRANSFORMERS_NOTES = frozenset(("__version__", "keep_in_fp32_modules", "requirements"))
-# sentence_bert_config.json.
+# sentence_bert_config.json, keys without effect.
 TRANSFORMER_NOTES = frozenset(("unpad_inputs",))
-# Of its model_kwargs, processor_kwargs and config_kwargs.
+# The same within its model_kwargs, processor_kwargs and config_kwargs.
 LOADING_NOTES = frozenset(
     [
         "attn_implementation",
@@ -218,18 +218,18 @@ LOADING_NOTES = frozenset(
 def refuse_unknown(
     values: Mapping[str, Any], path: Path, read: Container[str], notes: Container[str] = ()
 ) -> None:
-    """Refuse a file with a key that is neither read nor known to change nothing.
+    """Refuse a file with a key that is neither read nor known to have no effect.
 
-    A key that is null says nothing.
+    Keys that are null are ignored.
 
     Args:
-        values: The file's.
+        values: The file's values.
         path: The file, for the error.
         read: Keys that are read.
-        notes: Keys that change no result.
+        notes: Keys without effect on results.
 
     Raises:
-        CheckpointError: It has one.
+        CheckpointError: The file has such a key.
     """
     for key, value in values.items():
         if key in read or key in notes or value is None:
@@ -244,6 +244,6 @@ def refuse_unknown(
 
 
 def shown(value: object) -> str:
-    """A value for a message, not longer than a line."""
+    """A value's repr for a message, shortened to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

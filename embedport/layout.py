@@ -1,4 +1,4 @@
-"""sentence-transformers' files of a folder: the source's own, or those of a plain embedder."""
+"""Writes sentence-transformers' files: copies of the source's, or those of a plain embedder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PLAIN = {
 
 
 def copy_modules(source: Path, folder: Path) -> bool:
-    """Copy what sentence-transformers reads beside a checkpoint.
+    """Copy the files that sentence-transformers reads beside a checkpoint.
 
     Args:
-        source: The checkpoint's folder; its modules.json has been read by `modules`.
-        folder: Where to write.
+        source: The checkpoint's folder; `modules` must have checked its modules.json.
+        folder: The folder to write to.
 
     Returns:
-        Whether there was any.
+        Whether the source has a modules.json.
     """
     if not (source / MODULES).is_file():
         return False
@@ -45,10 +45,10 @@ def copy_modules(source: Path, folder: Path) -> bool:
 
 
 def turn_into_classifier(folder: Path) -> None:
-    """Make the modules of a reranker with a LogitScore, if it has any, those of a classifier.
+    """Turn a LogitScore reranker's modules, if there are any, into those of a sequence classifier.
 
     Args:
-        folder: Where `copy_modules` has written them.
+        folder: The folder that `copy_modules` has written to.
     """
     if not (folder / MODULES).is_file():
         return
@@ -68,15 +68,15 @@ def write_sentence_transformers(
     prompts: Mapping[str, str],
     default_prompt: str | None = None,
 ) -> None:
-    """Write the files of an embedder with last-token pooling and vectors of unit length.
+    """Write the files of an embedder with last-token pooling and normalized vectors.
 
-    They are modules.json, 1_Pooling/config.json and config_sentence_transformers.json.
+    These are modules.json, 1_Pooling/config.json and config_sentence_transformers.json.
 
     Args:
         folder: The model's folder.
         hidden_size: Width of a vector.
-        prompts: Prompt name to the text put before an input.
-        default_prompt: The name of the prompt that is used where none is given.
+        prompts: Prompt name to the text that is put before an input.
+        default_prompt: Name of the prompt used when the caller gives none.
     """
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": kind}
@@ -107,6 +107,6 @@ def write_sentence_transformers(
 
 
 def write_json(path: Path, values: object) -> None:
-    """Write a JSON file, its folder too."""
+    """Write a JSON file, and create its folder if needed."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Folders that killed runs have left beside an artifact, and how they are cleaned up.
+"""Cleans up the folders that killed runs leave beside an artifact.
 
 An artifact is written in `.NAME.partial-XXXXXXXX`, and the one that it replaces is renamed to
-`.NAME.partial-XXXXXXXX-old` before it is deleted. Whoever works on such a folder holds a lock on
-it, which the system drops when the process ends, however it ends.
+`.NAME.partial-XXXXXXXX-old` before it is deleted. The process that works on such a folder holds a
+lock on it, which the system releases when the process ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import re
 import shutil
 from pathlib import Path
 
-# Ends the name of an artifact that is being replaced.
+# Suffix of an artifact that is being replaced.
 OLD = "-old"
 
 
 def tidy_up(output: str | Path) -> None:
-    """Delete what killed exports of an artifact have left beside it.
+    """Delete the folders that killed exports of an artifact have left beside it.
 
-    One that was killed between two renames has left the earlier artifact under its other name: it
-    gets its own back. What another process holds, or what may not be changed, stays.
+    If an export was killed between its two renames, the earlier artifact gets its name back.
+    Folders that another process has locked, or that cannot be changed, stay.
 
     Args:
-        output: The artifact's place; nothing need be there.
+        output: The artifact's path; it need not exist.
     """
     output = Path(output).expanduser().absolute()
-    ours = re.compile(rf"\.{re.escape(output.name)}\.partial-[0-9a-f]{{8}}({OLD})?")
+    leftover = re.compile(rf"\.{re.escape(output.name)}\.partial-[0-9a-f]{{8}}({OLD})?")
     with contextlib.suppress(OSError, ValueError):
         for folder in sorted(output.parent.iterdir()):
-            if not ours.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            if not leftover.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
             try:
-                held = lock(folder)
+                descriptor = lock(folder)
             except BlockingIOError:
                 continue
-            if held is None:
+            if descriptor is None:
                 continue
             try:
                 if folder.name.endswith(OLD) and not os.path.lexists(output):
@@ -44,18 +44,18 @@ def tidy_up(output: str | Path) -> None:
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
-                os.close(held)
+                os.close(descriptor)
 
 
 def lock(folder: Path) -> int | None:
-    """Hold a folder until the descriptor is closed or the process ends.
+    """Lock a folder until the descriptor is closed or the process ends.
 
     Returns:
-        The descriptor; None where locks are unknown, as on Windows: there nobody is kept out, and
-        nothing is tidied up.
+        The descriptor; None on systems without such locks, as on Windows, where no process is kept
+        out and nothing is cleaned up.
 
     Raises:
-        BlockingIOError: Another process holds it.
+        BlockingIOError: Another process has locked it.
     """
     try:
         import fcntl

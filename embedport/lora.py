@@ -1,4 +1,4 @@
-"""A checkpoint's tensors with a LoRA adapter merged into them, each as it is read."""
+"""A checkpoint's tensors with a LoRA adapter, merged tensor by tensor as they are read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .weights import Weights
 
 
 class AdaptedWeights(Weights):
-    """The tensors of a plain checkpoint and an adapter: W + scaling * B @ A, in fp32.
+    """The tensors of an unquantized checkpoint with an adapter: W + scaling * B @ A, in fp32.
 
-    A range of rows takes these rows of W and B alone. A tensor that the adapter changes is float32,
-    all others are as the base stores them.
+    Reading a range of rows reads only these rows of W and B. A tensor that the adapter changes is
+    float32; all others keep the base's dtype.
 
     Args:
         spec: The checkpoint's spec, with its `adapter`.
-        names: As of `Weights`.
+        names: As for `Weights`.
 
     Raises:
-        CheckpointError: As `Weights`; or the adapter does not go with the base.
+        CheckpointError: As for `Weights`; or the adapter does not fit the base.
     """
 
     def __init__(self, spec: ModelSpec, names: Iterable[str] | None = None) -> None:
@@ -36,13 +36,13 @@ class AdaptedWeights(Weights):
 
     @property
     def files(self) -> list[Path]:
-        """The base's shards and the adapter's two files: its configuration has the scaling."""
+        """The base's shards and the adapter's two files; the configuration has the scaling."""
         assert self.spec.adapter is not None
         folder = self.spec.adapter.folder
         return sorted({*super().files, folder / CONFIG, folder / WEIGHTS})
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """As `Weights.read`; a tensor that the adapter changes is float32."""
+        """Like `Weights.read`, but a tensor that the adapter changes is float32."""
         values, lora = super().read(name, rows), self._merge.added.get(name)
         if lora is None:
             return values
@@ -52,7 +52,7 @@ class AdaptedWeights(Weights):
 
 
 def _delta(lora: Lora, rows: slice) -> np.ndarray:
-    """Rows of scaling * B @ A, transposed for a table: float32."""
+    """Rows of scaling * B @ A (transposed for an embedding table), float32."""
     with open_shard(lora.a.file) as shard:
         a, b = shard.get_slice(lora.a.name), shard.get_slice(lora.b.name)
         if lora.is_table:
@@ -63,13 +63,13 @@ def _delta(lora: Lora, rows: slice) -> np.ndarray:
 
 
 def open_floats(spec: ModelSpec, names: Iterable[str] | None = None) -> Weights:
-    """The tensors of a checkpoint that is not quantized, its adapter merged into them.
+    """Open the tensors of an unquantized checkpoint, with its adapter merged if it has one.
 
     Args:
         spec: The checkpoint's spec.
-        names: As of `Weights`.
+        names: As for `Weights`.
 
     Raises:
-        CheckpointError: As their classes.
+        CheckpointError: As for `Weights` and `AdaptedWeights`.
     """
     return Weights(spec, names) if spec.adapter is None else AdaptedWeights(spec, names)

@@ -1,4 +1,4 @@
-"""The manifest: embedport.json, all that is known of an artifact."""
+"""The manifest: embedport.json, which describes an artifact."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class AdapterRecord:
     Attributes:
         id: Its folder or hub id.
         revision: Its commit on the hub.
-        rank: Its r.
-        alpha: Its lora_alpha.
-        targets: The modules that it changes, without their layers.
+        rank: LoRA rank (r).
+        alpha: LoRA scaling numerator (lora_alpha).
+        targets: Names of the modules that it changes, without layer numbers.
     """
 
     id: str
@@ -41,7 +41,7 @@ class AdapterRecord:
 
     @property
     def pinned(self) -> str:
-        """What `fetch` takes for the same again."""
+        """Id and revision in the form that `fetch` accepts."""
         return pin(self.id, self.revision)
 
     def __str__(self) -> str:
@@ -55,8 +55,8 @@ class SourceRecord:
     Attributes:
         id: Its folder or hub id.
         revision: Its commit on the hub.
-        files: The names of its shards, and of the adapter's files, to their sha256.
-        adapter: What was merged into its weights, if anything was.
+        files: File name to sha256, of its shards and the adapter's files.
+        adapter: The adapter that was merged into its weights, if any.
     """
 
     id: str
@@ -66,19 +66,19 @@ class SourceRecord:
 
     @property
     def pinned(self) -> str:
-        """What `fetch` takes for the same again, without the adapter."""
+        """Id and revision in the form that `fetch` accepts, without the adapter."""
         return pin(self.id, self.revision)
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What `embedport validate` is given to compare with it."""
+        """Command line options of `embedport validate` to compare with this checkpoint."""
         adapter = () if self.adapter is None else ("--adapter", self.adapter.pinned)
         return ("--reference", self.pinned, *adapter)
 
 
 @dataclass(frozen=True)
 class ContinuationRecord:
-    """The graph of rows that continue a past: its path in the folder, and the runtime it needs."""
+    """The graph for rows that continue a KV cache: its path in the folder, and its runtime."""
 
     path: str
     requires: str
@@ -86,21 +86,22 @@ class ContinuationRecord:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """What is known of an artifact's ONNX graph.
+    """An artifact's ONNX graph.
 
     Attributes:
         path: Its path in the folder.
         dialect: "ort" or "standard".
-        opset: Version of the ONNX operators.
+        opset: The ONNX opset version.
         inputs: Names of the inputs.
         outputs: Names of the outputs.
-        output: "pooled" (a vector or score a text) or "hidden" (a vector a token).
-        arithmetic: "fp32", "fp16" or "bf16": what it computes in, where it is not quantized.
-        kept_in_fp32: Parts that an fp16 graph keeps in fp32, because they would overflow.
-        masked: Whether attention takes a mask, and so all pairs of tokens of a text.
-        continuation: The same graph with a past, for rows that begin alike; None if there is none.
-        limits_pairs: Whether weights that go with 8-bit activations have codes that no CPU
-            saturates (see `quantize.pairs`); the first artifacts do not say.
+        output: "pooled" (one vector or score per text) or "hidden" (one vector per token).
+        arithmetic: "fp32", "fp16" or "bf16": the dtype of all that is not quantized.
+        kept_in_fp32: Parts that an fp16 graph computes in fp32 because fp16 would overflow.
+        masked: Whether attention takes a mask, and so a full tokens x tokens score matrix.
+        continuation: The same graph with a KV cache input, for rows with a common prefix; None if
+            there is none.
+        limits_pairs: Whether the codes of weights used with 8-bit activations are limited so that
+            no CPU saturates (see `quantize.pairs`). Early artifacts lack the field.
     """
 
     path: str
@@ -118,34 +119,33 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is known of an artifact.
+    """The contents of embedport.json.
 
     Attributes:
         task: "embedding" or "reranker".
         format: "onnx"; "tensorrt" for a graph with an engine built from it; or "checkpoint" for
             safetensors in the hub's layout.
-        precision: Of a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "fp8", or
-            "mixed" where a recipe or a search decided for each matrix. Of a checkpoint: the method
-            that quantized it, "bnb-int8", "bnb-nf4", "gptq", "gptq-8", "awq", "w8a8" or "fp8"; or
-            "fp32", "fp16" or "bf16" if none did.
-        graph: The graph; None in a checkpoint.
+        precision: For a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "fp8", or
+            "mixed" if a recipe or a search chose a format for each matrix. For a checkpoint: the
+            quantization method, "bnb-int8", "bnb-nf4", "gptq", "gptq-8", "awq", "w8a8" or "fp8";
+            or "fp32", "fp16" or "bf16" if it is not quantized.
+        graph: The graph; None for a checkpoint.
         embedding_dim: Width of a vector; None for a reranker.
-        hidden_size: Width of the model.
-        num_heads: Its query heads.
+        hidden_size: Width of the residual stream.
+        num_heads: Query heads.
         vocab_size: Token ids are below this.
-        max_length: Tokens after which a text is cut, by default.
-        max_position_embeddings: Tokens of a text at most.
+        max_length: Default limit in tokens; longer texts are truncated.
+        max_position_embeddings: Maximum tokens of a text.
         inputs: How inputs become tokens.
-        outputs: What is made of the last layer's states.
-        source: The checkpoint.
+        outputs: How the last layer's hidden states become vectors or scores.
+        source: The checkpoint that it was made from.
         requires: Runtime package and its lowest version.
-        versions: Packages that made the artifact.
-        files: Relative path to size and sha256, of every file but the manifest and the card.
-        engine: The engine of the format "tensorrt".
-        recipe: How the matrices are quantized, and on what that was calibrated; None if they
-            are not.
-        ranges: Width of vectors to the smallest and largest of each value, for vectors in 8 bits;
-            None before they are measured.
+        versions: Package to version, of the packages that made the artifact.
+        files: Relative path to size and sha256, for every file but the manifest and the card.
+        engine: The engine, for the format "tensorrt".
+        recipe: How the matrices are quantized, and the calibration data; None if they are not.
+        ranges: Vector width to the minimum and maximum of each value, for 8-bit vectors; None
+            until they are measured.
         parity: Figures of the last validation, or None.
     """
 
@@ -172,7 +172,7 @@ class Manifest:
 
     @property
     def prompts(self) -> Mapping[str, str]:
-        """Prompt name to the text put before an input."""
+        """Prompt name to the text that is put before an input."""
         return self.inputs.prompts
 
     def to_json(self) -> str:
@@ -185,8 +185,8 @@ class Manifest:
         """Read embedport.json.
 
         Raises:
-            ArtifactError: It is missing, damaged, lacks a key, has an unknown one, or has another
-                format version.
+            ArtifactError: It is missing or damaged, lacks a key, has an unknown one, or has an
+                unsupported format version.
         """
         try:
             values = load_json(path)
@@ -198,7 +198,7 @@ class Manifest:
             ) from None
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
-        if version == 4:  # of embedport 0.1 before a folder's whole pipeline was read
+        if version == 4:  # written by embedport 0.1, before it had inputs and outputs
             values |= _read_version_4(path, values)
             values.pop("prompts")
         elif version != FORMAT_VERSION:
@@ -207,17 +207,17 @@ class Manifest:
                 f"{path} has format version {version!r}, and this embedport reads "
                 f"{FORMAT_VERSION}: {'upgrade embedport' if newer else 'make the artifact again'}"
             )
-        known = {field.name for field in fields(cls)}
-        if values.keys() != known:
-            odd = ", ".join(sorted(values.keys() ^ known))
-            raise ArtifactError(f"{path}: missing or unknown keys: {odd}")
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            difference = ", ".join(sorted(values.keys() ^ names))
+            raise ArtifactError(f"{path}: missing or unknown keys: {difference}")
         if values["format"] not in get_args(Format):
             raise ArtifactError(
                 f"{path}: format should be one of {', '.join(get_args(Format))}, found "
                 f"{values['format']!r}"
             )
-        for record, having in (("graph", ("onnx", "tensorrt")), ("engine", ("tensorrt",))):
-            if bool(values[record]) != (values["format"] in having):
+        for record, formats in (("graph", ("onnx", "tensorrt")), ("engine", ("tensorrt",))):
+            if bool(values[record]) != (values["format"] in formats):
                 raise ArtifactError(
                     f"{path}: format {values['format']!r} does not go with {record} "
                     f"{values[record]!r}"
@@ -244,10 +244,10 @@ class Manifest:
 
 
 def _check_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Check what the runtimes read.
+    """Check the values that the runtimes read.
 
     Raises:
-        ArtifactError: A value is not of its type.
+        ArtifactError: A value has the wrong type, or is not one of the allowed ones.
     """
     graph, source = values["graph"], values["source"]
     texts = {key: values[key] for key in ("precision", "requires")}
@@ -256,7 +256,7 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     texts |= {"source": source.id}
     if source.adapter is not None:
         adapter = source.adapter
-        texts |= {f"adapter's {i}": each for i, each in enumerate((adapter.id, *adapter.targets))}
+        texts |= {f"adapter's {i}": text for i, text in enumerate((adapter.id, *adapter.targets))}
     maps = {"prompts": inputs.prompts, "versions": values["versions"]}
     maps |= {"source's files": source.files}
     sizes = {
@@ -282,33 +282,33 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("form of inputs", inputs.form, get_args(Form))
     ]
-    choices += [("pooling", each, POOLING_MODES) for each in outputs.pooling]
+    choices += [("pooling", mode, POOLING_MODES) for mode in outputs.pooling]
     choices += [("activation", outputs.activation, get_args(Activation))]
     choices += [("default prompt", inputs.default_prompt, (None, *ROLES, *inputs.prompts))]
     wrong += [
-        (key, each, " or ".join(map(str, known)))
-        for key, each, known in choices
-        if each not in known
+        (key, value, " or ".join(map(str, allowed)))
+        for key, value, allowed in choices
+        if value not in allowed
     ]
-    wrong += [(key, each, "a text") for key, each in texts.items() if not isinstance(each, str)]
+    wrong += [(key, text, "a text") for key, text in texts.items() if not isinstance(text, str)]
     wrong += [
-        (key, each, "a size") for key, each in sizes.items() if not _is_size(each) or not each
+        (key, size, "a size") for key, size in sizes.items() if not _is_size(size) or not size
     ]
-    for key, each in maps.items():
-        if not isinstance(each, dict) or not all(isinstance(text, str) for text in each.values()):
-            wrong.append((key, each, "texts by name"))
+    for key, named in maps.items():
+        if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+            wrong.append((key, named, "texts by name"))
     if graph is not None and len(graph.outputs) != 1:
         wrong.append(("graph's outputs", graph.outputs, "one name"))
     for key in ("recipe", "ranges", "parity"):
         if values[key] is not None and not isinstance(values[key], dict):
             wrong.append((key, values[key], "an object or null"))
     if wrong:
-        key, found, expected = wrong[0]
-        raise ArtifactError(f"{path}: {key} should be {expected}, found {found!r:.80}")
+        key, value, expected = wrong[0]
+        raise ArtifactError(f"{path}: {key} should be {expected}, found {value!r:.80}")
 
 
 def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The records that version 4 did not have: all its models were as the originals are."""
+    """The inputs and outputs that version 4 lacked: those of Qwen's own models."""
     prompts = values.get("prompts")
     if not isinstance(prompts, dict):
         raise ArtifactError(f"{path}: prompts should be texts by name, found {prompts!r:.80}")

@@ -1,4 +1,4 @@
-"""What a checkpoint's model card says the model is for: the header of its README.md."""
+"""Reads a checkpoint's task from its model card: the YAML header of README.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 CARD = "README.md"
 LONGEST = 1 << 20
-# What the hub calls the two tasks, and what people tag them with.
+# The hub's names of the two tasks, and the tags that people use for them.
 RERANKER = {"text-ranking", "reranker", "reranking", "cross-encoder"}
 EMBEDDING = {"feature-extraction", "sentence-similarity", "text-embeddings-inference", "embedding"}
 HEADER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
@@ -17,10 +17,10 @@ BASES = re.compile(r"qwen3-(reranker|embedding)", re.IGNORECASE)
 
 
 def declared_task(folder: Path) -> Literal["embedding", "reranker"] | None:
-    """The task that a model card names by pipeline_tag, tags or base_model; None where it does not.
+    """The task that a model card names by pipeline_tag, tags or base_model; None if none does.
 
     Args:
-        folder: The checkpoint's.
+        folder: The checkpoint's folder.
     """
     header = _read_header(folder / CARD)
     tag = re.search(r"^pipeline_tag:\s*['\"]?([\w-]+)", header, re.MULTILINE)
@@ -42,5 +42,5 @@ def _read_header(path: Path) -> str:
     if not path.is_file():
         return ""
     with path.open(encoding="utf-8", errors="replace") as file:
-        found = HEADER.match(file.read(LONGEST))
-    return found.group(1) if found else ""
+        header = HEADER.match(file.read(LONGEST))
+    return header.group(1) if header else ""

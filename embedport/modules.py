@@ -1,8 +1,8 @@
-"""sentence-transformers' files beside a checkpoint, read strictly: what its modules compute.
+"""sentence-transformers' files beside a checkpoint, read strictly into Inputs and Outputs.
 
-modules.json names the modules, config_sentence_transformers.json the prompts, and each module's
-folder has a config.json; the first module's is sentence_bert_config.json. What would be computed
-and is not here is refused; keys that change nothing are in `keys`.
+modules.json lists the modules, config_sentence_transformers.json has the prompts, and each module's
+folder has a config.json; the first module's is sentence_bert_config.json. Modules and settings that
+are not implemented are refused; `keys` lists the keys that do not affect results.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from .pipeline import (
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
-# Names that the same file had in early versions.
+# The same file's names in early versions.
 EARLY = tuple(
     f"sentence_{name}_config.json"
     for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 Kind = Literal["SentenceTransformer", "CrossEncoder"]
-# The task of the first module, to the kind of its output and what it calls it.
+# transformer_task of the first module, to (method_output_name, module_output_name).
 TASKS = {
     "feature-extraction": ("last_hidden_state", "token_embeddings"),
     "text-generation": ("logits", "causal_logits"),
     "sequence-classification": ("logits", "scores"),
 }
-# In the order in which several are put side by side.
+# Keys of early versions, in the order in which several poolings are concatenated.
 EARLY_POOLING: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -60,7 +60,7 @@ EARLY_POOLING: dict[str, PoolingMode] = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-# Arguments of apply_chat_template that are no value of the template's.
+# Arguments of apply_chat_template that are not template variables.
 NOT_VALUES = frozenset(
     [
         "chat_template",
@@ -84,15 +84,15 @@ NOT_VALUES = frozenset(
 
 @dataclass(frozen=True)
 class Modules:
-    """What a folder's modules are.
+    """A folder's sentence-transformers modules.
 
     Attributes:
         kind: "SentenceTransformer" or "CrossEncoder".
         inputs: How inputs become tokens.
-        outputs: What becomes of the states.
-        classifier: Whether the last module is the head of a sequence classifier.
-        activation: What a CrossEncoder's score goes through, where its settings say.
-        max_length: Tokens after which a text is cut; None where the tokenizer says.
+        outputs: How the last layer's hidden states become vectors or scores.
+        classifier: Whether the model is a sequence classifier.
+        activation: Applied to a CrossEncoder's score; None if its settings do not say.
+        max_length: Maximum tokens of a text; None if the tokenizer's own limit applies.
     """
 
     kind: Kind
@@ -110,17 +110,17 @@ class _Module:
     values: Mapping[str, Any]
 
     def refuse(self, key: str, *accepted: object) -> None:
-        """Refuse a value that is neither absent, null nor one of `accepted`."""
+        """Raise unless the value is absent, null or one of `accepted`."""
         value = self.values.get(key)
         if value is None or value in accepted:
             return
-        expected = " or ".join(repr(each) for each in accepted) or "absent"
+        expected = " or ".join(repr(option) for option in accepted) or "absent"
         raise CheckpointError(
             f"{self.path}: {key} is {shown(value)}, and only {expected} is supported"
         )
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+        """Read a positive whole number."""
         value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(
@@ -129,7 +129,7 @@ class _Module:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Read a boolean."""
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.path}: {key} should be true or false, found {value!r}")
@@ -137,14 +137,14 @@ class _Module:
 
 
 def read_modules(folder: Path, hidden_size: int) -> Modules | None:
-    """What the modules beside a checkpoint compute; None where there is no modules.json.
+    """Read a folder's modules; None if it has no modules.json.
 
     Args:
-        folder: The checkpoint's.
-        hidden_size: Values of a state.
+        folder: The checkpoint's folder.
+        hidden_size: Width of a hidden state.
 
     Raises:
-        CheckpointError: A file is damaged, or asks for what is not supported.
+        CheckpointError: A file is damaged, or asks for an unsupported feature.
     """
     path = folder / MODULES
     if not path.exists():
@@ -191,16 +191,16 @@ def _read_entries(path: Path) -> list[tuple[str, Path]]:
     """(class, folder) of each module."""
     try:
         entries = load_json(path)
-        found = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+        types = [(str(entry["type"]), str(entry["path"])) for entry in entries]
         names = [str(entry["name"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a list of modules: {error}") from error
-    if not found:
+    if not types:
         raise CheckpointError(f"{path} names no module")
     if len(set(names)) < len(names):
-        raise CheckpointError(f"{path}: each module should have a name of its own, found {names}")
+        raise CheckpointError(f"{path}: each module should have a unique name, found {names}")
     modules = []
-    for kind, place in found:
+    for kind, place in types:
         name = kind.rpartition(".")[2]
         if not kind.startswith("sentence_transformers."):
             raise CheckpointError(
@@ -214,7 +214,7 @@ def _read_entries(path: Path) -> list[tuple[str, Path]]:
         parts = PurePosixPath(place).parts
         if len(parts) > 1 or ".." in parts or place.startswith(("/", "\\")):
             raise CheckpointError(f"{path}: {place!r} should be a folder beside the file")
-        if name != "Dropout":  # which does nothing once a model is trained
+        if name != "Dropout":  # has no effect after training
             modules.append((name, path.parent / place))
     return modules
 
@@ -226,14 +226,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_order(
     path: Path, names: Sequence[str], task: str, expected: str, kind: Kind, fits: bool
 ) -> None:
-    behind = {
+    followers = {
         "SentenceTransformer": "Pooling, and then Dense and Normalize",
-        "CrossEncoder": "LogitScore, or nothing behind a sequence-classification",
+        "CrossEncoder": "LogitScore, or nothing for a sequence-classification",
     }[kind]
     allowed = {"Pooling"} if kind == "SentenceTransformer" else {"LogitScore"}
     if not fits or any(name in ("Pooling", "LogitScore") for name in names[1:]):
         raise CheckpointError(
-            f"{path}: behind the Transformer of a {kind} should be {behind}; found "
+            f"{path}: the Transformer of a {kind} should be followed by {followers}; found "
             f"{', '.join(names) or 'nothing'}"
         )
     if names and names[0] not in allowed:
@@ -308,7 +308,7 @@ def _read_inputs(
     )
 
 
-# Prompts that sentence-transformers has for every embedder, empty where none is named.
+# Prompts that sentence-transformers has for every embedder; empty unless the folder defines them.
 SENTENCE_ROLES = ("query", "document")
 
 
@@ -326,11 +326,11 @@ def _read_modalities(folder: Path, first: _Module, task: str) -> tuple[Form, Mes
             raise CheckpointError(f"{where}: {name} is not supported, only text and message are")
         if not isinstance(entry, dict):
             raise CheckpointError(f"{where}: {name} should be an object, found {shown(entry)}")
-        found = (entry.get("method"), entry.get("method_output_name"))
-        if found != ("forward", method_output):
+        entry_output = (entry.get("method"), entry.get("method_output_name"))
+        if entry_output != ("forward", method_output):
             raise CheckpointError(
-                f"{where}: {name} should take {method_output!r} of 'forward', found {found[1]!r} "
-                f"of {found[0]!r}"
+                f"{where}: {name} should take {method_output!r} of 'forward', found "
+                f"{entry_output[1]!r} of {entry_output[0]!r}"
             )
     if "message" not in modalities:
         if "text" not in modalities:
@@ -367,24 +367,24 @@ def _read_template_values(first: _Module) -> dict[str, Any]:
 
 
 def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
-    """The prompts that a folder names, and the name of the default one: without modules.json.
+    """The prompts of a folder without modules.json, and the name of the default one.
 
     Raises:
-        CheckpointError: They are not prompts.
+        CheckpointError: They do not map names to texts.
     """
     path = folder / SETTINGS
     return _read_prompts(_Module(SETTINGS, path, _read_config(path)), SENTENCE_ROLES)
 
 
 def _read_prompts(settings: _Module, roles: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    found = settings.values.get("prompts") or {}
-    if not isinstance(found, dict) or not all(
-        isinstance(prompt, str | None) for prompt in found.values()
+    texts = settings.values.get("prompts") or {}
+    if not isinstance(texts, dict) or not all(
+        isinstance(prompt, str | None) for prompt in texts.values()
     ):
         raise CheckpointError(
-            f"{settings.path}: prompts should map names to texts, found {shown(found)}"
+            f"{settings.path}: prompts should map names to texts, found {shown(texts)}"
         )
-    prompts = {name: prompt or "" for name, prompt in found.items()}
+    prompts = {name: prompt or "" for name, prompt in texts.items()}
     default = settings.values.get("default_prompt_name")
     if default is not None and default not in (*prompts, *roles):
         raise CheckpointError(
@@ -425,7 +425,7 @@ def _read_pooling(module: _Module, hidden_size: int) -> tuple[tuple[PoolingMode,
         raise CheckpointError(f"{module.path}: {sizes[1]} should be {hidden_size}, found none")
     modes = module.values.get("pooling_mode")
     if modes is None:
-        # Without any key it is the mean.
+        # Without any of these keys the default is the mean.
         modes = [mode for key, mode in EARLY_POOLING.items() if module.flag(key, False)] or ["mean"]
     elif isinstance(modes, str):
         modes = [modes]
@@ -480,7 +480,7 @@ _STEPS: Mapping[str, Callable[[_Module, int], Step]] = {
 
 
 def _check_names(module: _Module) -> None:
-    """Both ends should be the vector itself."""
+    """The module should read and write the sentence embedding."""
     for key in ("module_input_name", "module_output_name"):
         module.refuse(key, "sentence_embedding")
 
@@ -507,19 +507,19 @@ def _read_activation(settings: _Module) -> Activation | None:
 
 
 def read_activation(value: object, where: str) -> Activation:
-    """What a CrossEncoder's score goes through, by the name of torch's class.
+    """A CrossEncoder's activation from the name of its torch class.
 
     Args:
         value: The name.
-        where: The file and the key.
+        where: The file and the key, for the error.
 
     Raises:
-        CheckpointError: It is another class.
+        CheckpointError: The class is not supported.
     """
     name = str(value)
-    for known in ("Sigmoid", "Identity"):
-        if name.startswith("torch.nn.") and name.rpartition(".")[2] == known:
-            return "sigmoid" if known == "Sigmoid" else "identity"
+    for supported in ("Sigmoid", "Identity"):
+        if name.startswith("torch.nn.") and name.rpartition(".")[2] == supported:
+            return "sigmoid" if supported == "Sigmoid" else "identity"
     raise CheckpointError(
         f"{where} is {shown(value)}, and only torch.nn's Sigmoid and Identity are supported"
     )

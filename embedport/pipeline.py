@@ -1,7 +1,7 @@
-"""What a checkpoint's files declare around its layers: how texts become tokens, and what follows.
+"""Inputs and Outputs: the steps before and after a model's layers, as its files declare them.
 
-sentence-transformers calls these steps modules; see `modules` for how they are read. An artifact
-keeps both records in its manifest.
+sentence-transformers calls these steps modules; `modules` reads them. An artifact's manifest
+stores both records.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, Literal, Self, get_args
 # A text to a vector, or a pair of texts to a probability.
 Task = Literal["embedding", "reranker"]
 TASKS: tuple[Task, ...] = get_args(Task)
-# How an input is put together: "text", as the tokenizer takes a text or a pair of texts;
-# "messages", by the folder's chat template; "instruct", by the template of Qwen3-Reranker's card.
+# How an input is built: "text": the text or pair goes to the tokenizer as it is; "messages": the
+# folder's chat template; "instruct": the template on Qwen3-Reranker's model card.
 Form = Literal["text", "messages", "instruct"]
 MessageFormat = Literal["flat", "structured"]
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 POOLING_MODES: tuple[PoolingMode, ...] = get_args(PoolingMode)
 Activation = Literal["identity", "sigmoid"]
-# Classes of torch.nn that a Dense module may have behind its matrix.
+# The torch.nn classes that a Dense module may apply after its matrix.
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
-# What encode_query and encode_document of sentence-transformers take, whether or not a folder names
-# such a prompt: without one there is none.
+# Prompt names that encode_query and encode_document of sentence-transformers use. A folder need not
+# define them: an undefined one is empty.
 ROLES = ("query", "document")
 
 
@@ -32,15 +32,16 @@ class Inputs:
     """How inputs become tokens.
 
     Attributes:
-        form: How an input is put together.
-        prompts: Prompt name to text, as the folder names them.
-        default_prompt: The name of the prompt that is used where none is given.
-        lower_case: Whether texts are made lower case first.
-        split_special_tokens: Whether special tokens in a text are taken for plain text.
-        truncation_side: Which end of a text that is too long is cut.
-        message_format: Of "messages": whether a message's content is its text, or a list of parts.
-        template_values: Of "messages": further values that the template reads.
-        skipped_token: A token that a classifier passes over at the end of its input.
+        form: How an input is built.
+        prompts: The folder's prompts: name to text.
+        default_prompt: Name of the prompt used when the caller gives none.
+        lower_case: Whether texts are lowercased first.
+        split_special_tokens: Whether special tokens in a text are tokenized as plain text.
+        truncation_side: The end at which a text that is too long is cut.
+        message_format: For the form "messages": whether a message's content is a string ("flat")
+            or a list of parts ("structured").
+        template_values: For the form "messages": further variables of the template.
+        skipped_token: A classifier ignores this token at the end of its input.
     """
 
     form: Form = "text"
@@ -54,13 +55,13 @@ class Inputs:
     skipped_token: int | None = None
 
     def prompt_text(self, name: str | None) -> str | None:
-        """The text of a prompt by its name, a role or None: as sentence-transformers resolves it.
+        """Look a prompt up by its name, as sentence-transformers resolves it.
 
         Args:
             name: One of `prompts`; one of `ROLES`; None for the default prompt, if there is one.
 
         Returns:
-            The text; None where the folder has no such prompt.
+            The prompt's text; None if the folder has no such prompt.
         """
         name = self.default_prompt if name is None else name
         if name is None or (name in ROLES and name not in self.prompts):
@@ -70,15 +71,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Dense:
-    """A module that multiplies a vector by a matrix.
+    """A linear layer after pooling.
 
     Attributes:
-        path: Its folder in the checkpoint's.
-        in_features: Values it takes.
-        out_features: Values it gives.
+        path: The module's folder within the checkpoint.
+        in_features: Width of its input.
+        out_features: Width of its output.
         bias: Whether it adds a bias.
-        activation: What follows, one of `ACTIVATIONS`.
-        residual: Whether what it takes is added to what it gives.
+        activation: One of `ACTIVATIONS`, applied to the output.
+        residual: Whether the input is added to the output.
     """
 
     path: str
@@ -89,24 +90,24 @@ class Dense:
     residual: bool = False
 
 
-# What follows pooling, in order.
+# A step after pooling.
 Step = Dense | Literal["normalize"]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is made of the last layer's states.
+    """How the last layer's hidden states become vectors or scores.
 
     Attributes:
-        pooling: How a text's states become one vector; several are put side by side.
+        pooling: How the states of a text become one vector; several poolings are concatenated.
         include_prompt: Whether the prompt's tokens are pooled too.
-        steps: What follows pooling.
-        truncate: Values of a vector that are kept, not normalized again.
-        similarity: What vectors are compared by.
-        answers: Of a reranker with a vocabulary's head: the tokens whose logits are subtracted,
-            (yes, no); no is None where the score is the logit of one token. None where "yes" and
-            "no" are to be looked up.
-        activation: What a reranker's score goes through.
+        steps: The steps after pooling, in order.
+        truncate: Vectors are cut to this many values, without normalizing them again.
+        similarity: The similarity function for comparing vectors.
+        answers: For a reranker that scores with lm_head: token ids (yes, no); the score is
+            logit(yes) - logit(no), or logit(yes) alone if no is None. None: look up the tokens
+            "yes" and "no".
+        activation: Applied to a reranker's score.
     """
 
     pooling: tuple[PoolingMode, ...] = ("lasttoken",)
@@ -129,21 +130,21 @@ class Outputs:
 
     @property
     def dense(self) -> list[Dense]:
-        """The modules with weights."""
+        """The Dense modules, which have weights."""
         return [step for step in self.steps if isinstance(step, Dense)]
 
     def width(self, hidden_size: int) -> int:
-        """Values of a vector."""
+        """Width of a vector."""
         dense = self.dense
-        whole = dense[-1].out_features if dense else hidden_size * len(self.pooling)
-        return min(whole, self.truncate or whole)
+        full = dense[-1].out_features if dense else hidden_size * len(self.pooling)
+        return min(full, self.truncate or full)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `dataclasses.asdict` and JSON have made of one.
+        """Restore from the JSON form of `dataclasses.asdict`.
 
         Raises:
-            TypeError: Keys are missing or unknown, or it has another shape.
+            TypeError: Keys are missing or unknown, or a value has the wrong structure.
         """
         values = dict(record)
         values["pooling"] = tuple(values["pooling"])

@@ -1,7 +1,7 @@
-"""Token states to vectors, in numpy: pooling and the modules behind it.
+"""Hidden states to vectors, in numpy: pooling and the modules after it.
 
-The formulas are those of sentence-transformers' modules Pooling, Dense and Normalize. Graphs have
-their own in `exporters/onnx/pooling.py`.
+The formulas are those of sentence-transformers' modules Pooling, Dense and Normalize. The ONNX
+versions are in `exporters/onnx/pooling.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .files import open_shard
 from .pipeline import Dense, Outputs
 
 DENSE_FILE = "model.safetensors"
-# The floors of torch.nn.functional.normalize and of sentence-transformers' Pooling.
+# Lower bounds of a norm in torch.nn.functional.normalize, and of a token count in
+# sentence-transformers' Pooling.
 SHORTEST, FEWEST = 1e-12, 1e-9
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -36,12 +37,12 @@ def read_dense(folder: Path, dense: Dense) -> DenseWeights:
     """Read a Dense module's tensors.
 
     Args:
-        folder: The checkpoint's.
+        folder: The checkpoint's folder.
         dense: The module.
 
     Raises:
-        CheckpointError: Its file is missing or damaged, or a tensor is missing or has another
-            shape.
+        CheckpointError: Its file is missing or damaged; or a tensor is missing, has the wrong
+            shape, or holds NaN or infinity.
     """
     path = folder / dense.path / DENSE_FILE
     if not path.is_file():
@@ -49,19 +50,19 @@ def read_dense(folder: Path, dense: Dense) -> DenseWeights:
         advice = "; pytorch_model.bin is pickled and is not read, convert it" if pickled else ""
         raise CheckpointError(f"{path} is missing{advice}")
     matrix = (dense.out_features, dense.in_features)
-    wanted: dict[str, tuple[int, ...]] = {"linear.weight": matrix}
+    shapes: dict[str, tuple[int, ...]] = {"linear.weight": matrix}
     if dense.bias:
-        wanted["linear.bias"] = (dense.out_features,)
+        shapes["linear.bias"] = (dense.out_features,)
     if dense.residual and dense.in_features != dense.out_features:
-        wanted["residual.weight"] = matrix
+        shapes["residual.weight"] = matrix
     tensors = {}
     with open_shard(path) as shard:
-        if odd := set(shard.keys()) ^ set(wanted):
+        if difference := set(shard.keys()) ^ set(shapes):
             raise CheckpointError(
-                f"{path}: tensors should be {', '.join(wanted)} by its config.json; missing or "
-                f"unknown: {', '.join(sorted(odd)[:3])}"
+                f"{path}: tensors should be {', '.join(shapes)} by its config.json; missing or "
+                f"unknown: {', '.join(sorted(difference)[:3])}"
             )
-        for name, shape in wanted.items():
+        for name, shape in shapes.items():
             view = shard.get_slice(name)
             if tuple(view.get_shape()) != shape or view.get_dtype() not in FLOATS:
                 raise CheckpointError(
@@ -79,23 +80,23 @@ def read_dense(folder: Path, dense: Dense) -> DenseWeights:
 def pool(
     states: np.ndarray, attention_mask: np.ndarray, outputs: Outputs, prompt_length: int = 0
 ) -> np.ndarray:
-    """One vector a text of its tokens' states.
+    """Pool the hidden states of each text's tokens into one vector.
 
     Args:
         states: float32 [batch, sequence, hidden].
-        attention_mask: int64 [batch, sequence], 1 at real tokens, padding on either side.
-        outputs: How they are pooled.
-        prompt_length: Tokens at a text's beginning that are not pooled.
+        attention_mask: int64 [batch, sequence], 1 at real tokens; padding may be on either side.
+        outputs: The model's outputs, with the pooling modes.
+        prompt_length: Tokens of the prompt, left out unless `outputs.include_prompt`.
 
     Returns:
         float32 [batch, hidden * poolings].
     """
     first = np.argmax(attention_mask, axis=1)[:, None]
-    places = np.arange(attention_mask.shape[1])[None] - first
+    positions = np.arange(attention_mask.shape[1])[None] - first
     real = attention_mask != 0
-    pooled = real if outputs.include_prompt else real & (places >= prompt_length)
+    pooled = real if outputs.include_prompt else real & (positions >= prompt_length)
     return np.concatenate(
-        [_POOLINGS[mode](states, pooled, places + 1.0) for mode in outputs.pooling], axis=1
+        [_POOLINGS[mode](states, pooled, positions + 1.0) for mode in outputs.pooling], axis=1
     ).astype(np.float32)
 
 
@@ -130,7 +131,7 @@ def _weighted(states: np.ndarray, pooled: np.ndarray, weights: np.ndarray) -> np
 
 
 def _sum(states: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    # Where a weight is zero the state is padding's, and may be anything.
+    # States with weight zero may be padding and hold NaN: replace them, because 0 x NaN is NaN.
     return np.einsum("bsh,bs->bh", np.where(weights[:, :, None] != 0, states, 0), weights)
 
 
@@ -145,11 +146,11 @@ _POOLINGS: Mapping[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarra
 
 
 class Head:
-    """The modules behind pooling, with their weights.
+    """The modules after pooling, with their weights.
 
     Args:
-        outputs: What they are.
-        folder: Where they are.
+        outputs: The model's outputs, with the modules.
+        folder: The checkpoint's or artifact's folder.
 
     Raises:
         CheckpointError: A module's weights are missing or damaged.
@@ -157,10 +158,10 @@ class Head:
 
     def __init__(self, outputs: Outputs, folder: Path) -> None:
         self._outputs = outputs
-        self._weights = {each.path: read_dense(folder, each) for each in outputs.dense}
+        self._weights = {dense.path: read_dense(folder, dense) for dense in outputs.dense}
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """Pooled vectors, float32 [n, width], to those of the model, float32 [n, dim]."""
+        """Map pooled vectors, float32 [n, width], to the model's vectors, float32 [n, dim]."""
         for step in self._outputs.steps:
             if isinstance(step, Dense):
                 vectors = self._multiply(step, vectors)

@@ -1,4 +1,4 @@
-"""Progress bars for long work, shown on a terminal only."""
+"""Progress bars, shown on a terminal only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator
 def progress_bar(
     description: str, total: int, *, enabled: bool | Callable[[int], None] = True
 ) -> Generator[Callable[[int], None]]:
-    """A bar on standard error.
+    """Show a progress bar on standard error.
 
     Args:
-        description: What is being done.
-        total: How many steps there are.
-        enabled: Whether it is wanted; off where standard error is not a terminal all the same. Or
-            a function that is told of the steps instead.
+        description: The bar's label.
+        total: Number of steps.
+        enabled: Whether to show the bar if standard error is a terminal. Or a function that is
+            called with the number of steps instead.
 
     Yields:
         A function that advances the bar by a number of steps.

@@ -1,11 +1,11 @@
-r"""Text to token ids, as a checkpoint's files define it; without any, as Qwen's model cards do.
+r"""Text to token ids, as the checkpoint's files define it; else as Qwen's model cards do.
 
-Embedding: the prompt, then the text, then what the checkpoint's tokenizer adds, `<|endoftext|>` for
-Qwen's own. Their prompt for queries is "Instruct: {instruction}\nQuery:" with nothing after the
-colon; documents are bare.
-Reranker by the model card: prefix ids + body ids + suffix ids, each tokenized by itself; only the
-body is cut. By sentence-transformers: the folder's chat template, or the pair as the tokenizer
-joins it.
+Embedder: the prompt, the text, and the special tokens that the tokenizer adds (`<|endoftext|>` for
+Qwen's own models). Their query prompt is "Instruct: {instruction}\nQuery:" with nothing after the
+colon; documents have none.
+Reranker by the model card: prefix ids + body ids + suffix ids, each tokenized separately; only the
+body is truncated. Reranker by sentence-transformers: the folder's chat template, or the pair as the
+tokenizer joins it.
 
 Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and examples/).
 """
@@ -38,38 +38,36 @@ RERANKER_PREFIX = (
     "<|im_start|>user\n"
 )
 RERANKER_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-# Of models whose files declare nothing: texts as they are, and pairs under the card's template.
+# Inputs of models whose files declare none: plain texts, and pairs in the model card's template.
 TEXTS, INSTRUCT = Inputs(), Inputs(form="instruct")
 
 
 def query_prompt(instruction: str) -> str:
-    """The prompt that turns a text into a query under a user's own instruction."""
+    """The query prompt for your own instruction, in Qwen3-Embedding's format."""
     return f"Instruct: {instruction}\nQuery:"
 
 
 def reranker_body(query: str, document: str, instruction: str = DEFAULT_INSTRUCTION) -> str:
-    """The part of a reranker's input between its prefix and its suffix."""
+    """The part of a reranker's input between prefix and suffix."""
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
 
 
 def resolve_prompt(inputs: Inputs, prompt: str | None) -> str:
-    """The text that a prompt's name stands for, or a literal prompt itself.
+    """The text of a prompt, given by name or literally.
 
     Args:
-        inputs: The model's.
-        prompt: One of its prompts' names; "query" or "document", which stand for no prompt where
-            the model names none; a literal prompt; None for the model's default prompt, if it has
-            one.
+        inputs: The model's inputs.
+        prompt: The name of one of its prompts; "query" or "document", which are empty if the model
+            does not define them; a literal prompt; or None for the model's default prompt, if any.
 
     Raises:
-        InputError: It is no string, or one word and not a known name: a typing error would go
-            unnoticed.
+        InputError: It is not a string, or a single word that is no known name (probably a typo).
     """
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"a prompt should be a string, found {prompt!r}")
-    found = inputs.prompt_text(prompt)
-    if found is not None:
-        return found
+    named = inputs.prompt_text(prompt)
+    if named is not None:
+        return named
     assert prompt is not None
     if prompt and prompt.replace("_", "").replace("-", "").isalnum():
         names = ", ".join(sorted({*inputs.prompts, *ROLES}))
@@ -85,8 +83,8 @@ class Encoded:
     """Token ids of a list of texts.
 
     Attributes:
-        ids: One int64 array [tokens] a text, never empty.
-        truncated: Indices of the texts that were cut to the maximum length.
+        ids: One int64 array [tokens] per text, never empty.
+        truncated: Indices of the texts that were truncated to the maximum length.
     """
 
     ids: list[np.ndarray]
@@ -94,15 +92,15 @@ class Encoded:
 
 
 class _TextTokenizer:
-    """A tokenizer as a checkpoint's files set it up.
+    """A tokenizer, configured by the checkpoint's files.
 
     Args:
         path: The checkpoint's or artifact's tokenizer.json.
-        max_length: Tokens of a row at most.
+        max_length: Maximum tokens per row.
         inputs: How inputs become tokens.
 
     Raises:
-        CheckpointError: A file beside it is damaged, or asks for what is not supported.
+        CheckpointError: A tokenizer file is damaged, or asks for an unsupported feature.
     """
 
     def __init__(self, path: Path, max_length: int, inputs: Inputs) -> None:
@@ -121,10 +119,9 @@ class _TextTokenizer:
         self.tokenizer.enable_truncation(length, direction=self.inputs.truncation_side)
 
     def _encode_chats(self, chats: Sequence[tuple[Sequence[Message], str]]) -> Encoded:
-        """Token ids of messages, each with what its ending is known by: see `_ending`.
+        """Token ids of (messages, key) chats; for the key see `_ending`.
 
-        A template's end is put back where it was cut off: a model that reads the last position
-        reads that.
+        A truncated row gets the template's ending back, because the model reads the last position.
         """
         assert self.chat is not None
         texts = [check_text(i, self.chat.render(chat)) for i, (chat, _) in enumerate(chats)]
@@ -136,22 +133,22 @@ class _TextTokenizer:
         return encoded
 
     def _ending(self, key: str) -> np.ndarray:
-        """The tokens that a template puts behind the texts: those that it ends with for any.
+        """The tokens that the template puts after a text: the common ending of two renderings.
 
         Args:
-            key: The prompt; nothing else decides it.
+            key: The prompt, the only input that the ending depends on.
         """
         if key not in self._endings:
             first, second = (self._skeleton(text, key) for text in ("0", "1 2 3 4"))
             shorter = min(len(first), len(second))
             same = first[len(first) - shorter :] == second[len(second) - shorter :]
             count = shorter if same.all() else int(np.argmin(same[::-1]))
-            # All of one alike: the text went nowhere, and there is no telling where it ends.
+            # One rendering is the other's suffix: the text was not rendered, so no ending is known.
             self._endings[key] = first[len(first) - count :] if count < shorter else first[:0]
         return self._endings[key]
 
     def _skeleton(self, text: str, key: str) -> np.ndarray:
-        """Token ids of the template around a text, none cut off."""
+        """Token ids of a rendered text, without truncation."""
         assert self.chat is not None
         rendered = self.chat.render(self._messages(text, key))
         whole = self.tokenizer.encode(rendered, add_special_tokens=False)
@@ -165,11 +162,11 @@ class _TextTokenizer:
 
 
 class EmbeddingTokenizer(_TextTokenizer):
-    """Texts to ids for an embedding model, with the tokens that its tokenizer adds.
+    """Texts to token ids for an embedder, special tokens included.
 
     Args:
         path: The checkpoint's or artifact's tokenizer.json.
-        max_length: Tokens of a row at most, those that are added included; the text's end is cut.
+        max_length: Maximum tokens per row, special tokens included; the text is truncated.
         inputs: How texts become tokens.
     """
 
@@ -178,10 +175,10 @@ class EmbeddingTokenizer(_TextTokenizer):
         self._cut_to(max_length)
 
     def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
-        """Tokenize texts, each with `prompt` in front, or behind it as a system message.
+        """Tokenize texts, each after `prompt`, which a chat template gets as a system message.
 
         Raises:
-            InputError: A text is not a string or not valid Unicode, or becomes no token.
+            InputError: A text is not a string or not valid Unicode, or gives no token.
         """
         check_list(texts, "texts should be a list of strings")
         if self.chat is not None:
@@ -191,9 +188,9 @@ class EmbeddingTokenizer(_TextTokenizer):
         return _encode(self.tokenizer, inputs, special=True)
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt, as sentence-transformers counts those that are not to be pooled.
+        """Tokens of a prompt that are left out of pooling, counted as sentence-transformers does.
 
-        What the tokenizer adds at the end does not count; a system message has none.
+        A special token at the end does not count. With a chat template it is 0.
         """
         if not prompt or self.chat is not None:
             return 0
@@ -209,14 +206,14 @@ class EmbeddingTokenizer(_TextTokenizer):
 
 
 class RerankerTokenizer(_TextTokenizer):
-    """Pairs of texts to ids for a reranker.
+    """Pairs of texts to token ids for a reranker.
 
-    By the model card's template a row is prefix + body + suffix, each tokenized by itself.
+    With the model card's template a row is prefix + body + suffix, each tokenized separately.
 
     Args:
         path: The checkpoint's or artifact's tokenizer.json.
-        max_length: Tokens of a row at most; of the model card's template the body's end is cut,
-            prefix and suffix never are.
+        max_length: Maximum tokens per row. With the model card's template only the body is
+            truncated, never the prefix or suffix.
         inputs: How pairs become tokens.
     """
 
@@ -242,11 +239,11 @@ class RerankerTokenizer(_TextTokenizer):
 
         Args:
             pairs: The pairs.
-            instruction: What makes a document relevant; by default the model's own. Of a model with
-                prompts also the name of one.
+            instruction: What makes a document relevant; the model's own by default. If the model
+                has prompts, also the name of one.
 
         Raises:
-            InputError: A text is not a string or not valid Unicode, or a pair becomes no token.
+            InputError: A text is not a string or not valid Unicode, or a pair gives no token.
         """
         if instruction is not None and not isinstance(instruction, str):
             raise InputError(f"the instruction should be a string, found {instruction!r}")
@@ -261,8 +258,8 @@ class RerankerTokenizer(_TextTokenizer):
         if self.chat is not None:
             encoded = self._encode_chats([(self.chat.pair(*p, prompt), prompt) for p in checked])
         else:
-            both = [(prompt + query, document) for query, document in checked]
-            encoded = _encode(self.tokenizer, both, special=True)
+            prompted = [(prompt + query, document) for query, document in checked]
+            encoded = _encode(self.tokenizer, prompted, special=True)
         if (skipped := self.inputs.skipped_token) is None:
             return encoded
         return Encoded([_without_end(ids, skipped) for ids in encoded.ids], encoded.truncated)
@@ -280,7 +277,7 @@ class RerankerTokenizer(_TextTokenizer):
 
 
 def _lower(tokenizer: Tokenizer) -> None:
-    """Make texts lower case before all else, unless the tokenizer does."""
+    """Lowercase texts before any other normalization, unless the tokenizer already does."""
     present = tokenizer.normalizer
     if present is not None and '"Lowercase"' in present.__getstate__().decode():
         return
@@ -289,9 +286,9 @@ def _lower(tokenizer: Tokenizer) -> None:
 
 
 def _without_end(ids: np.ndarray, skipped: int) -> np.ndarray:
-    """A row up to the last token that is not `skipped`; at least its first token."""
-    kept = np.flatnonzero(ids != skipped)
-    return ids[: kept[-1] + 1 if len(kept) else 1]
+    """Cut trailing `skipped` tokens off a row; at least the first token stays."""
+    positions = np.flatnonzero(ids != skipped)
+    return ids[: positions[-1] + 1 if len(positions) else 1]
 
 
 def _check_pair(index: int, pair: tuple[str, str]) -> tuple[str, str]:
@@ -310,8 +307,8 @@ def _encode(
     for i, encoding in enumerate(encodings):
         if not encoding.ids:
             raise InputError(
-                f"input {i} becomes no token: the model's tokenizer adds none of its own, and the "
-                "text is empty"
+                f"input {i} becomes no token: the text is empty, and the model's tokenizer adds no "
+                "special token"
             )
     return Encoded(
         [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings],
@@ -320,21 +317,21 @@ def _encode(
 
 
 def check_list(values: Iterable[object], expected: str) -> None:
-    """Refuse one string for many, and what is not many.
+    """Refuse a single string, or a value that is not iterable, where a list is expected.
 
     Raises:
-        InputError: With what was expected, in words.
+        InputError: With `expected` as its text.
     """
     if isinstance(values, str) or not hasattr(values, "__iter__"):
-        found = "one string" if isinstance(values, str) else type(values).__name__
-        raise InputError(f"{expected}, found {found}")
+        kind = "one string" if isinstance(values, str) else type(values).__name__
+        raise InputError(f"{expected}, found {kind}")
 
 
 def check_text(index: int, text: str) -> str:
     """Return the text if it can be tokenized.
 
     Raises:
-        InputError: It is not a string, or holds a lone surrogate, which no tokenizer takes.
+        InputError: It is not a string, or contains a lone surrogate, which tokenizers reject.
     """
     if not isinstance(text, str):
         raise InputError(f"text {index} should be a string, found {type(text).__name__}")
@@ -349,9 +346,9 @@ def check_text(index: int, text: str) -> str:
 
 
 def append_end_of_text(tokenizer: Tokenizer, path: Path) -> int:
-    """Make the tokenizer end every text with `<|endoftext|>` if it does not, and return its id.
+    """Make the tokenizer end every text with `<|endoftext|>`, and return that token's id.
 
-    The checkpoints' first tokenizer.json did not:
+    The first published tokenizer.json did not add it:
     https://github.com/QwenLM/Qwen3-Embedding/issues/54
     """
     end_id = token_id(tokenizer, END_OF_TEXT, path)
@@ -367,12 +364,14 @@ def append_end_of_text(tokenizer: Tokenizer, path: Path) -> int:
 
 
 def find_answers(spec: ModelSpec) -> tuple[int, int | None]:
-    """The tokens whose logits make a reranker's score, (yes, no): see `Outputs.answers`.
+    """Token ids (yes, no) of the logits that a reranker's score is computed from.
+
+    See `Outputs.answers`.
 
     Raises:
         CheckpointError: "yes" or "no" is not a token.
     """
-    if spec.score_rows is not None:  # a classifier's rows are its answers
+    if spec.score_rows is not None:  # a classifier has score rows instead of token ids
         return 0, 0
     if spec.outputs.answers is not None:
         return spec.outputs.answers
@@ -382,12 +381,12 @@ def find_answers(spec: ModelSpec) -> tuple[int, int | None]:
 
 
 def token_id(tokenizer: Tokenizer, token: str, path: Path) -> int:
-    """The id of a word that must be a single token, such as "yes".
+    """Token id of a word that must be a single token, such as "yes".
 
     Raises:
         CheckpointError: The vocabulary has no such token.
     """
-    found = tokenizer.token_to_id(token)
-    if found is None:
+    id_ = tokenizer.token_to_id(token)
+    if id_ is None:
         raise CheckpointError(f"{path}: {token!r} should be a single token, found none")
-    return found
+    return id_

@@ -1,4 +1,4 @@
-"""Rankings of a retrieval set's documents, by vectors or by scores, and how good they are."""
+"""Ranks a retrieval set's documents by vectors or scores, and measures the rankings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import InputError, require
 
 NDCG = "nDCG@10"
 TOP = 100
-# Compared at once: 16 bytes each while they are sorted.
+# Scores computed at once; each takes 16 bytes while they are sorted.
 SCORES = 1 << 22
 
 Ranking = Mapping[str, Sequence[str]]
@@ -20,47 +20,47 @@ Vectors = tuple[np.ndarray, np.ndarray]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows at unit length: [n, dim] to float64 [n, dim]; a row with infinity gets NaN."""
+    """Normalize rows to unit length, float64 [n, dim]; a row with infinity becomes NaN."""
     vectors = vectors.astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinity / infinity
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
 
 
 def search(queries: np.ndarray, documents: np.ndarray, top: int = TOP) -> np.ndarray:
-    """The nearest documents of each query by cosine, all compared.
+    """Exact search: the nearest documents of each query by cosine.
 
     Args:
         queries: Unit vectors [n, dim].
         documents: Unit vectors [m, dim], at least one.
-        top: How many to find.
+        top: Number of documents per query.
 
     Returns:
-        int64 [n, min(top, m)], the best first; of equal ones the first.
+        Document indices, int64 [n, min(top, m)], best first; ties in document order.
     """
-    found = np.empty((len(queries), min(top, len(documents))), np.int64)
+    best = np.empty((len(queries), min(top, len(documents))), np.int64)
     block = max(1, SCORES // len(documents))
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ documents.T
-        found[start : start + block] = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-    return found
+        best[start : start + block] = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return best
 
 
 def measure(
     ranking: Ranking, relevance: Mapping[str, Mapping[str, int]], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Measures of each query's ranking.
+    """Compute retrieval measures for each query's ranking.
 
     Args:
-        ranking: Query id to document ids, the best first.
+        ranking: Query id to document ids, best first.
         relevance: Query id to document id to relevance.
-        names: Measures as ir-measures calls them.
+        names: Names of the measures in ir-measures.
 
     Returns:
-        Measure to float64 [queries], in the order of `ranking`.
+        Name to float64 [queries], in the order of `ranking`.
     """
     ir_measures = require("ir_measures", "retrieval")
     measures = {ir_measures.parse_measure(name): name for name in names}
-    # Ranks stand for scores: equal ones would be put in the order of their ids.
+    # Negative ranks serve as scores: ir-measures would order equal scores by id.
     run = {
         query: {document: -float(rank) for rank, document in enumerate(documents)}
         for query, documents in ranking.items()
@@ -68,8 +68,8 @@ def measure(
     qrels = {query: dict(relevance[query]) for query in ranking}
     position = {query: i for i, query in enumerate(ranking)}
     values = {name: np.zeros(len(ranking)) for name in names}
-    for each in ir_measures.iter_calc(list(measures), qrels, run):
-        values[measures[each.measure]][position[each.query_id]] = each.value
+    for result in ir_measures.iter_calc(list(measures), qrels, run):
+        values[measures[result.measure]][position[result.query_id]] = result.value
     return values
 
 
@@ -77,7 +77,7 @@ def rank_documents(
     vectors: Vectors, dim: int, data: RetrievalSet, top: int = TOP
 ) -> dict[str, list[str]]:
     """Each query's nearest documents by the first `dim` values of (queries, documents)."""
-    queries, documents = (unit(each[:, :dim]).astype(np.float32) for each in vectors)
+    queries, documents = (unit(matrix[:, :dim]).astype(np.float32) for matrix in vectors)
     ids = list(data.documents)
     best = search(np.nan_to_num(queries), np.nan_to_num(documents), top)
     return {
@@ -86,11 +86,11 @@ def rank_documents(
 
 
 def rank_candidates(before: Ranking, scores: np.ndarray) -> dict[str, list[str]]:
-    """Each query's candidates by the scores of `candidate_pairs`, [pairs], one after the other."""
+    """Reorder each query's candidates by the scores [pairs] of `candidate_pairs`."""
     ranking, start = {}, 0
     for query, documents in before.items():
-        own = scores[start : start + len(documents)]
-        ranking[query] = [documents[i] for i in np.argsort(-own, kind="stable")]
+        query_scores = scores[start : start + len(documents)]
+        ranking[query] = [documents[i] for i in np.argsort(-query_scores, kind="stable")]
         start += len(documents)
     return ranking
 
@@ -99,7 +99,7 @@ def candidate_pairs(data: RetrievalSet) -> list[tuple[str, str]]:
     """(query, document) texts of all candidates.
 
     Raises:
-        InputError: A query has none.
+        InputError: A query has no candidates.
     """
     for query in data.queries:
         if query not in data.candidates:

@@ -1,4 +1,4 @@
-"""Whether a package that is there is new enough for what a file needs."""
+"""Checks whether an installed package is new enough for a file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 
 
 def meets(requirement: str, version: str) -> bool:
-    """Whether a version is the one required or a later one.
+    """Whether a version is the required one or later.
 
     Args:
-        requirement: Like "onnxruntime>=1.32".
-        version: Like "1.32.0"; the first two numbers count.
+        requirement: For example "onnxruntime>=1.32".
+        version: For example "1.32.0"; only the first two numbers are compared.
     """
-    wanted, found = (
+    required, installed = (
         [int(number) for number in re.findall(r"\d+", text)[:2]]
         for text in (requirement.partition(">=")[2], version)
     )
-    return found >= wanted
+    return installed >= required

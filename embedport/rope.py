@@ -1,4 +1,4 @@
-"""Rotary position embedding as transformers computes it: its frequencies, scaled or not."""
+"""Rotary position embedding (RoPE): its settings and frequencies, as in transformers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NUMBERS = ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "atte
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions become angles.
+    """Settings of the rotary embedding.
 
     Attributes:
         kind: "default"; "linear", which divides positions by the factor; "yarn" (arXiv:2309.00071).
         theta: The base.
-        factor: How many times longer texts are than those trained on.
-        original: Positions that the model was trained for before it was scaled.
-        beta_fast: Rotations above which a frequency is kept.
-        beta_slow: Rotations below which a frequency is divided by the factor.
-        truncate: Whether the bounds between are made whole numbers.
-        attention_factor: What cosines and sines are multiplied by.
+        factor: Context extension: maximum length divided by `original`.
+        original: Number of positions that the model was trained for before scaling.
+        beta_fast: Frequencies with more rotations over `original` positions stay unchanged.
+        beta_slow: Frequencies with fewer rotations are divided by the factor.
+        truncate: Whether the bounds of the ramp between the two are rounded to whole numbers.
+        attention_factor: Multiplies cosines and sines.
     """
 
     kind: Kind
@@ -42,20 +42,20 @@ class Rope:
     attention_factor: float = 1.0
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """What a position is multiplied by for each pair of values: float32 [head_dim / 2].
+        """The angle per position of each pair of values: float32 [head_dim / 2].
 
-        theta^(-2i / head_dim) (RoFormer, arXiv:2104.09864, eq. 15). YaRN divides by the factor what
-        turns slowly, keeps what turns fast, and goes from one to the other in between
-        (arXiv:2309.00071, section 3.2).
+        theta^(-2i / head_dim) (RoFormer, arXiv:2104.09864, eq. 15). YaRN divides low frequencies by
+        the factor, keeps high ones, and interpolates linearly in between (arXiv:2309.00071, section
+        3.2).
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         powers = np.float32(self.theta) ** exponents
-        kept = np.float32(1) / powers
+        unscaled = np.float32(1) / powers
         if self.kind == "default":
-            return kept
+            return unscaled
         if self.kind == "linear":
-            return kept / np.float32(self.factor)
-        divided = np.float32(1) / (np.float32(self.factor) * powers)
+            return unscaled / np.float32(self.factor)
+        scaled = np.float32(1) / (np.float32(self.factor) * powers)
         low, high = (self._bound(beta, head_dim) for beta in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -64,15 +64,15 @@ class Rope:
             high += 0.001
         pairs = np.arange(head_dim // 2, dtype=np.float32)
         ramp = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
-        return divided * ramp + kept * (1 - ramp)
+        return scaled * ramp + unscaled * (1 - ramp)
 
     def _bound(self, rotations: float, head_dim: int) -> float:
-        """The pair of values that turns so many times over the original positions."""
+        """The (fractional) index of the pair that makes these rotations in `original` positions."""
         turns = math.log(self.original / (rotations * 2 * math.pi))
         return head_dim * turns / (2 * math.log(self.theta))
 
     def to_parameters(self) -> dict[str, Any]:
-        """What transformers 5 calls rope_parameters."""
+        """The settings as transformers 5's rope_parameters."""
         values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
         if self.kind != "default":
             values["factor"] = self.factor
@@ -90,8 +90,8 @@ class Rope:
 def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
     """Read the rotary embedding of a config.json.
 
-    transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling. Where both
-    stand, transformers 5 takes rope_scaling; a rope_theta in either comes before the one beside.
+    transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling. If both are
+    there, transformers 5 uses rope_scaling; a rope_theta inside either overrides the top-level one.
 
     Args:
         values: The configuration.
@@ -99,7 +99,7 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
         positions: Its max_position_embeddings.
 
     Raises:
-        CheckpointError: It is of a kind that is not computed, or not complete.
+        CheckpointError: Its type is not supported, or a value is missing or invalid.
     """
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     parameters = values.get(key) or {}
@@ -116,8 +116,8 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
     for name, value in parameters.items():
         if name not in (*known, *NUMBERS, "original_max_position_embeddings"):
             raise CheckpointError(f"{where}: {name} is not known here, found {shown(value)}")
-    for each in (values, parameters):
-        if each.get("partial_rotary_factor") not in (None, 1, 1.0):
+    for settings in (values, parameters):
+        if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise CheckpointError(f"{path}: partial_rotary_factor is not supported, only 1")
     theta = parameters.get("rope_theta")
     theta = values.get("rope_theta") if theta is None else theta
@@ -158,7 +158,7 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
 
 
 def _attention_factor(numbers: Mapping[str, float], factor: float) -> float:
-    """YaRN's, arXiv:2309.00071, eq. 22, unless it is given."""
+    """YaRN's attention factor (arXiv:2309.00071, eq. 22), unless the file gives it."""
 
     def grown(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1

@@ -1,7 +1,7 @@
-"""A written graph, run part by part: one layer's weights in memory at a time, whatever its size.
+"""Runs a written graph part by part, with one layer's weights in memory at a time.
 
-Nodes are named "{scope}/{operator}_{n}" by the exporter; a run of nodes of one scope is a segment.
-Also here: how a CPU, which has no 16-bit arithmetic to speak of, runs a 16-bit graph faithfully.
+The exporter names nodes "{scope}/{operator}_{n}"; consecutive nodes of one scope are a segment.
+`emulate_16_bits` makes a CPU round like a GPU when it runs a 16-bit graph.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
-    """Cut a model into its scopes.
+    """Split a model into one model per scope.
 
     Yields:
-        (scope, model): run in order, each takes outputs of earlier ones and the model's inputs by
-        their names, and the last gives the model's outputs. Weights stay where they are.
+        (scope, model), to be run in order: the inputs are outputs of earlier ones and inputs of
+        the whole model, by name, and the last has the whole model's outputs. Weights are not
+        copied.
     """
     graph = model.graph
     outputs = set(graph.outputs)
@@ -28,29 +29,29 @@ def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
         (scope, list(nodes))
         for scope, nodes in groupby(list(graph), key=lambda node: str(node.name).split("/")[0])
     ]
-    whole = [[inner for node in nodes for inner in _with_branches(node)] for _, nodes in parts]
-    part_of = {node: i for i, nodes in enumerate(whole) for node in nodes}
+    full = [[inner for node in nodes for inner in _with_branches(node)] for _, nodes in parts]
+    part_of = {node: i for i, nodes in enumerate(full) for node in nodes}
     for i, (scope, nodes) in enumerate(parts):
         produced = [value for node in nodes for value in node.outputs]
-        inside = {value for node in whole[i] for value in node.outputs}
-        taken = dict.fromkeys(
+        internal = {value for node in full[i] for value in node.outputs}
+        inputs = dict.fromkeys(
             value
-            for node in whole[i]
+            for node in full[i]
             for value in node.inputs
-            if value is not None and value not in inside and not value.is_initializer()
+            if value is not None and value not in internal and not value.is_initializer()
         )
-        given = [
+        exposed = [
             value
             for value in produced
             if value in outputs or any(part_of[node] != i for node, _ in value.uses())
         ]
-        part = ir.convenience.extract(graph, list(taken), given)
+        part = ir.convenience.extract(graph, list(inputs), exposed)
         functions = list(model.functions.values())
         yield scope, ir.Model(part, ir_version=model.ir_version, functions=functions)
 
 
 def _with_branches(node: ir.Node) -> Iterator[ir.Node]:
-    """A node, and those in its branches."""
+    """A node and, recursively, the nodes in its subgraphs (branches)."""
     yield node
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -59,15 +60,14 @@ def _with_branches(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def emulate_16_bits(model: ir.Model) -> bool:
-    """Make an fp16 or bf16 graph one that computes in fp32 and rounds each result to 16 bits.
+    """Make an fp16 or bf16 graph compute in fp32 and round each result to 16 bits, in place.
 
-    onnxruntime has no bf16 kernels on a CPU. It runs fp16 in fp32 there and leaves out most of the
-    rounding, so that what overflows on a GPU does not overflow. Rounding after each operation gives
-    what a GPU gives, which accumulates in fp32 and stores 16 bits. Weights stay 16 bits in their
-    file.
+    On a CPU, onnxruntime has no bf16 kernels, and it runs fp16 in fp32 without most of the
+    rounding, so values that overflow on a GPU do not overflow there. Rounding after each operation
+    matches a GPU, which accumulates in fp32 and stores 16 bits. Weights stay 16-bit in their file.
 
     Returns:
-        Whether there was anything to emulate.
+        Whether the graph had 16-bit values or weights.
     """
     graph = model.graph
     values = [value for node in graph for value in node.outputs if value.dtype in HALVES]
@@ -84,7 +84,7 @@ def emulate_16_bits(model: ir.Model) -> bool:
         _cast(rounded, FLOAT)
     for weight in weights:
         for node, index in list(weight.uses()):
-            # Rows are gathered first and widened then: a table of 150,000 rows stays 16 bits.
+            # Gather first and widen its output: a table of 150,000 rows stays 16-bit.
             if node.op_type == "Gather" and index == 0:
                 continue
             name = f"{node.name}/{weight.name}"
@@ -96,13 +96,13 @@ def emulate_16_bits(model: ir.Model) -> bool:
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Insert a cast behind a value, and give it all the value's uses."""
+    """Insert a cast after a value, and make the value's users read the cast's output."""
     node = value.producer()
     assert node is not None
     assert node.graph is not None
     users = list(value.uses())
     out = ir.Value(name=f"{value.name}:{dtype.name.lower()}", type=ir.TensorType(dtype))
-    # The value's name begins with its node's, and so with the scope.
+    # The value's name begins with its node's name, and so with the scope.
     name = f"{value.name}/{dtype.name}"
     cast = ir.node("Cast", [value], {"to": dtype}, outputs=[out], name=name)
     node.graph.insert_after(node, cast)

@@ -1,4 +1,4 @@
-"""What a model's bytes are spent on."""
+"""Measures a model's size by part (embedding table, attention, …) and dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from .files import read_headers
 
-# A tensor's name to the part of the model that it belongs to.
+# Part of the model to the names of its tensors.
 PARTS = {
     "embedding table": re.compile(r"embed_tokens\."),
     "attention": re.compile(r"layers\.\d+\.self_attn\.[qkvo]_proj\."),
@@ -23,7 +23,7 @@ REST = "output and constants"
 def graph_sizes(path: Path) -> Mapping[str, Mapping[str, int]]:
     """Bytes of a graph's weights by part of the model and by dtype ("float", "int8", …).
 
-    Scales and zero points count under the dtype they have. Only the graph's structure is read.
+    Scales and zero points count under their own dtype. Only the graph's structure is read.
     """
     tensors = []
     for name, value in ir.load(path).graph.initializers.items():
@@ -42,7 +42,7 @@ def checkpoint_sizes(folder: Path) -> Mapping[str, Mapping[str, int]]:
 
 
 def _sum(tensors: Iterable[tuple[str, str, int]]) -> Mapping[str, Mapping[str, int]]:
-    """(name, dtype, bytes) of each tensor, added up."""
+    """Add up tensors, each given as (name, dtype, bytes)."""
     sizes: dict[str, dict[str, int]] = {}
     for name, dtype, nbytes in tensors:
         part = next((part for part, names in PARTS.items() if names.match(name)), REST)

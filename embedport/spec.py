@@ -1,8 +1,8 @@
-"""ModelSpec: everything about a Qwen3 embedding or reranker checkpoint that the rest needs.
+"""ModelSpec: all that the other modules need to know about a Qwen3 embedder or reranker checkpoint.
 
-Read from the checkpoint's own files: config.json here, sentence-transformers' in `modules`, the
-tokenizer's in `tokens`. What they declare is computed, or the checkpoint is refused with the file,
-the key and what is supported: docs/checkpoint-files.md.
+This module reads config.json; `modules` reads sentence-transformers' files, and `tokens` the
+tokenizer's. A setting is either implemented, or refused with an error that names the file, the key
+and the supported values: docs/checkpoint-files.md.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ DEFAULT_PROMPTS = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a checkpoint is.
+    """A checkpoint's architecture, inputs and outputs.
 
     Attributes:
-        source: Where it came from: id, commit of the hub, folder.
+        source: The checkpoint's origin: id, hub commit, folder.
         task: "embedding" (text to vector) or "reranker" (pair of texts to probability).
         hidden_size: Width of the residual stream, and of the full embedding.
         num_layers: Number of decoder layers.
@@ -55,22 +55,22 @@ class ModelSpec:
         num_kv_heads: Key and value heads; each serves num_heads / num_kv_heads query heads.
         head_dim: Width of one head. Not hidden_size / num_heads in general.
         intermediate_size: Width of the SwiGLU.
-        vocab_size: Rows of the embedding table.
-        max_position_embeddings: Positions that the rotary embedding was trained for.
+        vocab_size: Number of rows of the embedding table.
+        max_position_embeddings: Number of positions that the model was trained for.
         rope: The rotary embedding.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         tied: Whether lm_head is the embedding table.
-        max_length: Tokens after which a text is cut, by default.
-        causal: Whether a token sees only those before it.
-        window: Of a layer with a sliding window, the tokens that a token sees, itself among them.
-        window_layers: The layers that have one.
+        max_length: Default limit in tokens; longer texts are truncated.
+        causal: Whether attention is causal.
+        window: Size of the sliding window in tokens, the token itself included.
+        window_layers: The layers with a sliding window.
         attention_bias: Whether the attention's four projections have biases.
         inputs: How inputs become tokens.
-        outputs: What is made of the last layer's states.
-        quantization: How the projections are stored, if the checkpoint is quantized already.
-        score_rows: Of a reranker in the sequence-classification form: rows of its head, 1 (yes) or
-            2 (no, yes); None where the head is a vocabulary's.
-        adapter: The adapter that is merged into the weights.
+        outputs: How the last layer's hidden states become vectors or scores.
+        quantization: How the projections are stored, if the checkpoint is already quantized.
+        score_rows: Rows of a sequence classifier's head: 1 (yes) or 2 (no, yes); None if a reranker
+            scores with lm_head, or for an embedder.
+        adapter: The adapter to merge into the weights.
     """
 
     source: Source
@@ -106,17 +106,17 @@ class ModelSpec:
         task: Task | None = None,
         adapter: str | Path | None = None,
     ) -> ModelSpec:
-        """Read the spec of a checkpoint; of a hub id only the configuration is downloaded.
+        """Read a checkpoint's spec. For a hub id, only the configuration is downloaded.
 
         Args:
             checkpoint: A folder in the hub's layout, or a hub id.
             revision: A branch, tag or commit, for a hub id.
-            task: Needed only for a checkpoint whose files do not tell.
+            task: Needed only if the checkpoint's files do not state it.
             adapter: The folder or hub id of a LoRA adapter to merge into its weights.
 
         Raises:
-            InputError: No such folder or hub id.
-            CheckpointError: It is not a Qwen3 checkpoint, or uses what is not supported.
+            InputError: There is no such folder or hub id.
+            CheckpointError: It is not a Qwen3 checkpoint, or uses an unsupported feature.
         """
         return read_spec(fetch(checkpoint, revision, weights=False, adapter=adapter), task)
 
@@ -127,31 +127,31 @@ class ModelSpec:
 
     @property
     def masked_layers(self) -> Sequence[int]:
-        """The layers whose attention is another than plain causal attention."""
+        """The layers that need an attention mask: all but those with plain causal attention."""
         return self.window_layers if self.causal else range(self.num_layers)
 
     @property
     def prompts(self) -> Mapping[str, str]:
-        """Prompt name to the text put before an input."""
+        """Prompt name to the text that is put before an input."""
         return self.inputs.prompts
 
     @property
     def embedding_dim(self) -> int:
-        """Values of a vector."""
+        """Width of a vector."""
         return self.outputs.width(self.hidden_size)
 
     @property
     def head(self) -> str:
-        """The tensor that holds a reranker's head."""
+        """Name of the tensor that holds a reranker's head."""
         if self.score_rows is not None:
             return "score.weight"
         return "embed_tokens.weight" if self.tied else "lm_head.weight"
 
     def plan_merge(self) -> Merge:
-        """What the adapter makes of the weights, which are on this disk.
+        """Plan the adapter's merge into the weights, which must be on disk.
 
         Raises:
-            CheckpointError: It does not go with them.
+            CheckpointError: The adapter does not fit the weights.
         """
         assert self.adapter is not None
         return self.adapter.plan(
@@ -161,7 +161,7 @@ class ModelSpec:
         )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name (in the `Qwen3Model` form, without "model.") to shape of every tensor needed."""
+        """The required tensors: name (as in `Qwen3Model`, without "model.") to shape."""
         hidden, wide = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (self.vocab_size, hidden)}
@@ -194,7 +194,7 @@ class ModelSpec:
 
 
 class _Config:
-    """A JSON file read strictly: each error names the file, the key and what was found."""
+    """A JSON file, read strictly: each error names the file, the key and the value found."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -216,14 +216,14 @@ class _Config:
         """Raise unless the value is absent, null or one of `accepted`."""
         value = self.values.get(key)
         if value is not None and value not in accepted:
-            expected = " or ".join(repr(each) for each in accepted) or "absent"
+            expected = " or ".join(repr(option) for option in accepted) or "absent"
             raise CheckpointError(
                 f"{self.path}: {key} is {value!r}, and only {expected} is supported"
             )
 
 
 def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
-    """Read the spec of a checkpoint that is on this disk; see `ModelSpec.from_checkpoint`."""
+    """Read the spec of a checkpoint that is on disk; see `ModelSpec.from_checkpoint`."""
     if task is not None and task not in TASKS:
         raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
     folder = source.folder
@@ -236,8 +236,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     if config.values.get("auto_map"):
         raise CheckpointError(
             f"{config.path}: auto_map names code of the checkpoint's own, "
-            f"{config.values['auto_map']!r}, which is never run: what is computed without it would "
-            "be another model"
+            f"{config.values['auto_map']!r}, which is never run; without it this would be a "
+            "different model"
         )
     refuse_unknown(config.values, config.path, CONFIG_READ, CONFIG_NOTES)
     config.refuse("hidden_act", "silu", "swish")
@@ -245,7 +245,7 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     causal = _read_causal(config)
     window, window_layers = _read_windows(config, layers, causal)
     heads = config.get("num_attention_heads", int)
-    # Absent it is transformers' default, null the number of heads.
+    # An absent key means transformers' default, 32; null means the number of heads.
     kv_heads = config.values.get("num_key_value_heads", 32)
     kv_heads = heads if kv_heads is None else config.get("num_key_value_heads", int, 32)
     if heads % kv_heads:
@@ -294,33 +294,35 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
 
 
 def with_own_head(spec: ModelSpec) -> ModelSpec:
-    """The spec with the head that its weights have, where they are on this disk.
+    """Untie the spec's head if the weights on disk contain an lm_head.
 
-    transformers ties a head to the embedding table only where the checkpoint has none of its own.
+    transformers ties the head to the embedding table only if the checkpoint stores no lm_head.
     """
     if not spec.tied or spec.task != "reranker" or spec.score_rows is not None:
         return spec
-    own = "lm_head.weight" in tensor_names(spec.source.folder)
-    own = own or (spec.adapter is not None and spec.adapter.has_lm_head)
-    return replace(spec, tied=False) if own else spec
+    has_head = "lm_head.weight" in tensor_names(spec.source.folder)
+    has_head = has_head or (spec.adapter is not None and spec.adapter.has_lm_head)
+    return replace(spec, tied=False) if has_head else spec
 
 
 def _refuse_other_adapters(source: Source) -> None:
-    """Refuse an adapter in the checkpoint's folder that is not the one to be merged."""
+    """Refuse an adapter in the checkpoint's folder if none was asked for."""
     if source.adapter is not None:
         return
-    places = ("", "*/")
-    found = [path for place in places for path in sorted(source.folder.glob(f"{place}{ADAPTER}"))]
-    if found:
+    prefixes = ("", "*/")
+    adapters = [
+        path for prefix in prefixes for path in sorted(source.folder.glob(f"{prefix}{ADAPTER}"))
+    ]
+    if adapters:
         raise CheckpointError(
-            f"{found[0]}: the checkpoint's folder holds an adapter: give --adapter "
-            f"{found[0].parent} to merge it into the weights, or take it out of the folder if they "
-            "are complete without it"
+            f"{adapters[0]}: the checkpoint's folder holds an adapter: give --adapter "
+            f"{adapters[0].parent} to merge it into the weights, or take it out of the folder if "
+            "they are complete without it"
         )
 
 
 def _check_adapted(spec: ModelSpec, adapter: Adapter) -> None:
-    """Refuse an adapter that does not go with its base."""
+    """Refuse an adapter that does not fit its base."""
     if spec.quantization is not None:
         raise CheckpointError(
             f"{spec.source.folder / 'config.json'}: the base is quantized by "
@@ -333,9 +335,9 @@ def _check_adapted(spec: ModelSpec, adapter: Adapter) -> None:
 
 
 def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
-    """Refuse a tokenizer beside an adapter that is another than the base's.
+    """Refuse an adapter folder with a tokenizer that differs from the base's.
 
-    PEFT does not read it, and sentence-transformers would, with a modules.json beside it.
+    PEFT ignores it, but sentence-transformers would use it if modules.json were beside it.
     """
     base = spec.source.folder
     ours, theirs = base / "tokenizer.json", adapter / "tokenizer.json"
@@ -347,15 +349,15 @@ def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
         same = read_template(base)[1] == read_template(adapter)[1]
     if not same:
         raise CheckpointError(
-            f"{theirs}, or its chat template, is another than the base's in {base}, and nothing "
-            "says which the model takes: put the adapter's into a copy of the base, or take it out"
+            f"{theirs}, or its chat template, differs from the base's in {base}, and nothing says "
+            "which one the model needs: put the adapter's into a copy of the base, or take it out"
         )
 
 
 def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | None, tuple[int, ...]]:
-    """(the sliding window's tokens, the layers that have it), as transformers' Qwen3Config."""
+    """(sliding window in tokens, the layers that have it), as in transformers' Qwen3Config."""
     size = None
-    # Absent a value is transformers' default.
+    # Absent keys have transformers' defaults.
     if config.get("use_sliding_window", bool, False) and (
         config.values.get("sliding_window", 4096) is not None
     ):
@@ -367,25 +369,25 @@ def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | Non
             raise CheckpointError(
                 f"{config.path}: max_window_layers should be a number of layers, found {first!r}"
             )
-        found = tuple(range(first, layers))
+        window_layers = tuple(range(first, layers))
     else:
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(known):
+        allowed = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(allowed):
             raise CheckpointError(
-                f"{config.path}: layer_types should be {layers} of {' or '.join(known)}, found "
+                f"{config.path}: layer_types should be {layers} of {' or '.join(allowed)}, found "
                 f"{shown(kinds)}"
             )
-        found = tuple(i for i, kind in enumerate(kinds) if kind == known[1])
-    if found and size is None:
+        window_layers = tuple(i for i, kind in enumerate(kinds) if kind == allowed[1])
+    if window_layers and size is None:
         raise CheckpointError(
-            f"{config.path}: layer_types has sliding_attention, and use_sliding_window and "
+            f"{config.path}: layer_types has sliding_attention, but use_sliding_window and "
             "sliding_window give no window; give both, or make all layers full_attention"
         )
-    if found and not causal:
+    if window_layers and not causal:
         raise CheckpointError(
-            f"{config.path}: a sliding window beside is_causal false is not supported"
+            f"{config.path}: a sliding window with is_causal false is not supported"
         )
-    return (size, found) if found else (None, ())
+    return (size, window_layers) if window_layers else (None, ())
 
 
 def _read_causal(config: _Config) -> bool:
@@ -394,8 +396,8 @@ def _read_causal(config: _Config) -> bool:
         raise CheckpointError(
             f"{config.path}: use_bidirectional_attention is "
             f"{config.values['use_bidirectional_attention']!r}, which transformers' Qwen3 does not "
-            "read; it reads is_causal: give false for attention to both sides, or take the key out "
-            "for causal attention"
+            "read; it reads is_causal: set that to false for bidirectional attention, or take the "
+            "key out for causal attention"
         )
     return causal
 
@@ -403,7 +405,7 @@ def _read_causal(config: _Config) -> bool:
 def _read_score_rows(
     config: _Config, modules: Modules | None, adapter: Adapter | None
 ) -> int | None:
-    """Rows of a classifier's head; None where the model is none."""
+    """Rows of a sequence classifier's head; None if the model is not one."""
     if modules is not None and not modules.classifier:
         return None
     if adapter is not None and adapter.labels is not None:
@@ -434,7 +436,7 @@ def _find_task(
     task: Task | None,
     adapter: Adapter | None,
 ) -> Task:
-    """What the files say the model does; what the caller says where they do not tell."""
+    """The task that the files state; the caller's `task` if they state none."""
     folder = source.folder
     architectures = config.values.get("architectures") or []
     if not isinstance(architectures, list):
@@ -442,12 +444,13 @@ def _find_task(
             f"{config.path}: architectures should be a list of names, found {architectures!r:.80}"
         )
     if modules is not None:
-        found: Task = "embedding" if modules.kind == "SentenceTransformer" else "reranker"
-        if task not in (None, found):
+        stated: Task = "embedding" if modules.kind == "SentenceTransformer" else "reranker"
+        if task not in (None, stated):
             raise InputError(
-                f"{folder}: task is {task!r}, and modules.json makes it a {modules.kind}: {found!r}"
+                f"{folder}: task is {task!r}, but modules.json makes it a {modules.kind}: "
+                f"{stated!r}"
             )
-        return found
+        return stated
     if len(architectures) > 1 or any(name not in ARCHITECTURES for name in architectures):
         raise CheckpointError(
             f"{config.path}: architectures should be one of {', '.join(ARCHITECTURES)}, found "
@@ -468,7 +471,7 @@ def _find_task(
     declared = declared or declared_task(folder)
     if declared is None:
         raise InputError(
-            f"{folder}: nothing in it says what the model is for: it is a language model "
+            f"{folder}: its files do not state the task: it is a language model "
             f"({', '.join(architectures) or 'no architectures'}) without modules.json, and its "
             "model card (README.md) names neither a reranker nor an embedder by pipeline_tag, tags "
             "or base_model; give --task embedding or --task reranker"
@@ -495,7 +498,7 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
         template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
         if not template.carries_pairs():
             raise CheckpointError(
-                f"{template.path}: the chat template does not carry the roles 'query' and "
+                f"{template.path}: the chat template does not render the roles 'query' and "
                 "'document', so CrossEncoder would score a text without them; put a "
                 "chat_template.jinja with both beside it (docs/checkpoint-files.md has Qwen3's)"
             )
@@ -506,17 +509,16 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
     for answer in outputs.answers or ():
         if answer is not None and answer >= spec.vocab_size:
             raise CheckpointError(
-                f"{folder}: LogitScore's token {answer} is beyond the vocabulary of "
+                f"{folder}: LogitScore's token {answer} is outside the vocabulary of "
                 f"{spec.vocab_size}"
             )
     return replace(spec, inputs=inputs, outputs=outputs)
 
 
 def _read_classifier_activation(spec: ModelSpec, config: _Config, modules: Modules | None) -> Any:
-    """As CrossEncoder finds it: its own settings, then those in config.json, then the default.
+    """The activation that CrossEncoder uses: its own settings, then config.json, then the default.
 
-    Of two labels the score is the probability of the second, whatever a single score would go
-    through.
+    With two labels the score is always the probability of the second: a sigmoid.
     """
     if spec.score_rows == 2:
         return "sigmoid"
@@ -526,7 +528,7 @@ def _read_classifier_activation(spec: ModelSpec, config: _Config, modules: Modul
     if isinstance(nested, dict) and "activation_fn" in nested:
         where = f"{config.path}: activation_fn of sentence_transformers"
         return read_activation(nested["activation_fn"], where)
-    early = config.values.get("sbert_ce_default_activation_function")
-    if early is None:
+    early_name = config.values.get("sbert_ce_default_activation_function")
+    if early_name is None:
         return "sigmoid"
-    return read_activation(early, f"{config.path}: sbert_ce_default_activation_function")
+    return read_activation(early_name, f"{config.path}: sbert_ce_default_activation_function")

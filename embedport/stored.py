@@ -1,9 +1,9 @@
-"""What a checkpoint's `quantization_config` says of its matrices.
+"""Reads a checkpoint's `quantization_config`: how its matrices are quantized and stored.
 
-Codes that are read here, matrix by matrix:
+Formats that embedport dequantizes itself, matrix by matrix:
 
-- AutoGPTQ and its successor GPTQModel: quant_method "gptq"; checkpoint_format "gptq" stores each
-  zero point less one, "gptq_v2" as it is (gptqmodel.utils.model.convert_gptq_v1_to_v2_format).
+- AutoGPTQ and its successor GPTQModel: quant_method "gptq"; checkpoint_format "gptq" stores zero
+  points minus one, "gptq_v2" unchanged (gptqmodel.utils.model.convert_gptq_v1_to_v2_format).
 - AutoAWQ: quant_method "awq", version "gemm".
 - AutoRound: quant_method "auto-round"; its packing_format "auto_round:auto_gptq" is GPTQ's "gptq",
   "auto_round" is "gptq_v2", "auto_round:auto_awq" is AWQ's (auto_round.inference.backend).
@@ -11,11 +11,11 @@ Codes that are read here, matrix by matrix:
   "naive-quantized" and "nvfp4-pack-quantized".
 - transformers' fine-grained fp8: quant_method "fp8".
 
-Where such a checkpoint's activations are quantized too, its weights are read alone.
+If such a checkpoint quantizes activations, too, only its weights are read.
 
-Formats that their own library runs: bitsandbytes, and compressed-tensors with weights and
-activations of 8 bits. Of their configuration only what is known here is handed on:
-compressed-tensors takes some names for paths of Python files, and runs them.
+Formats that run in their own library: bitsandbytes, and compressed-tensors with 8-bit weights and
+activations. Only known configuration keys are passed on to the library, because compressed-tensors
+treats some names as paths of Python files and runs them.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ BITSANDBYTES = (
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_storage",
 )
-# compressed-tensors' 8-bit weights and activations: their type and bits to the precision's name.
+# compressed-tensors with 8-bit weights and activations: (type, bits) to the precision's name.
 SCHEMES = {("int", 8): "w8a8", ("float", 8): "fp8"}
-# compressed-tensors' formats: how weights are laid out, and the types and bits they may have.
+# compressed-tensors' formats: the layout of the weights, and their possible (type, bits).
 FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
     "pack-quantized": ("packed", (("int", 4), ("int", 8))),
     "int-quantized": ("plain", (("int", 4), ("int", 8))),
@@ -62,7 +62,7 @@ FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
 }
 LIBRARY_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 UNREAD = ("sparsity_config", "transform_config", "kv_cache_scheme", "moe_sparsity_config")
-# Inputs that share a scale in a graph's own formats.
+# Group sizes (inputs that share a scale) of the graph's own formats.
 GRAPH_GROUPS = (32, 64, 128)
 LARGEST_BLOCK = 1 << 20
 INSTEAD = "give the original in bf16, fp16 or fp32"
@@ -73,11 +73,11 @@ class MatrixFormat:
     """How the codes of a matrix [out, in] are stored, and which of them share a scale.
 
     Attributes:
-        layout: How they are packed, and what the tensors are called: see `quantize.stored`.
+        layout: How codes are packed and tensors named: see `quantize.stored`.
         kind: Whether a code is an integer or a float.
-        bits: Of a code, 4 or 8.
-        block: Outputs and inputs that share a scale; None for all of them.
-        zero_point_offset: What is added to a stored zero point.
+        bits: Bits per code, 4 or 8.
+        block: (outputs, inputs) that share a scale; None for all of them.
+        zero_point_offset: Added to each stored zero point.
     """
 
     layout: Layout
@@ -92,23 +92,23 @@ class MatrixFormat:
             case (None, None):
                 return f"{kind}, one scale"
             case (1, None):
-                return f"{kind}, a scale an output"
+                return f"{kind}, one scale per output"
             case (1, columns):
-                return f"{kind}, a scale for {columns} inputs of an output"
+                return f"{kind}, one scale per {columns} inputs of an output"
             case (rows, columns):
-                return f"{kind}, a scale for {rows} outputs by {columns} inputs"
+                return f"{kind}, one scale per {rows} outputs x {columns} inputs"
 
 
 @dataclass(frozen=True)
 class StoredQuantization:
-    """How a checkpoint's projections are quantized; all else is stored as numbers.
+    """How a checkpoint's projections are quantized; all other tensors are in floating point.
 
     Attributes:
         method: "gptq", "awq", "auto-round", "compressed-tensors" or "fp8".
-        formats: Each projection that is quantized has one of them.
-        reorders: Whether inputs may be in groups in any order (act-order).
-        rounds_activations: Whether the format's own library rounds activations too, which is not
-            done where the weights are read alone.
+        formats: The formats in use; each quantized projection has one of them.
+        reorders: Whether inputs may be assigned to groups in any order (act-order).
+        rounds_activations: Whether the format's own library quantizes activations, too. Reading
+            the weights does not.
     """
 
     method: str
@@ -118,38 +118,38 @@ class StoredQuantization:
 
     @property
     def precision(self) -> str:
-        """What it is called: the precision of the coarsest format."""
-        coarsest = min(self.formats, key=lambda each: each.bits)
+        """Name of the precision, that of the coarsest format."""
+        coarsest = min(self.formats, key=lambda format_: format_.bits)
         if self.method in ("gptq", "awq"):
             return "gptq-8" if coarsest.bits == 8 else self.method
         if coarsest.kind == "float":
             return "fp8" if coarsest.bits == 8 else "nvfp4"
-        return f"w{coarsest.bits}a16"  # which algorithm found the codes is lost
+        return f"w{coarsest.bits}a16"  # the files do not say which algorithm chose the codes
 
     @property
     def graph_bits(self) -> int | None:
-        """The bits of codes that a graph takes as they are; None where it may not.
+        """Bits of the codes if a graph can use them unchanged; else None.
 
-        A graph takes integers in groups of 32, 64 or 128 inputs, in their order.
+        A graph uses integer codes in groups of 32, 64 or 128 consecutive inputs.
         """
-        kinds = {
-            each.bits
-            if each.kind == "int" and each.block[0] == 1 and each.block[1] in GRAPH_GROUPS
+        bits = {
+            format_.bits
+            if format_.kind == "int" and format_.block[0] == 1 and format_.block[1] in GRAPH_GROUPS
             else None
-            for each in self.formats
+            for format_ in self.formats
         }
-        return None if self.reorders or len(kinds) > 1 else kinds.pop()
+        return None if self.reorders or len(bits) > 1 else bits.pop()
 
 
 @dataclass(frozen=True)
 class LibraryQuantization:
-    """A checkpoint that its own library runs.
+    """The quantization of a checkpoint that runs in its own library.
 
     Attributes:
         method: "bitsandbytes" or "compressed-tensors".
         precision: "bnb-int8", "bnb-nf4", "w8a8" or "fp8".
-        values: What the library is told: a `quantization_config` without what is not known here.
-        weights: How its weights are read without their library; None where they are not.
+        values: The `quantization_config` for the library, with known keys only.
+        weights: How to read the weights without the library; None if that is not supported.
     """
 
     method: Literal["bitsandbytes", "compressed-tensors"]
@@ -161,14 +161,14 @@ class LibraryQuantization:
 def read_quantization(
     values: Mapping[str, Any] | None, path: Path
 ) -> StoredQuantization | LibraryQuantization | None:
-    """Read a `quantization_config`; None where there is none.
+    """Read a `quantization_config`; None if there is none.
 
     Args:
         values: The object in config.json.
         path: The config.json, for errors.
 
     Raises:
-        CheckpointError: It is none that is read here.
+        CheckpointError: It is not supported.
     """
     if not values:
         return None
@@ -196,13 +196,13 @@ def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     _refuse(values, where, pack_dtype=("int32",), rotation=(), is_marlin_format=())
     form = _one_of(values, where, ("checkpoint_format", "format"), tuple(ZERO_POINT_OFFSETS))
     base = _grouped("gptq", values, where, (4, 8), ZERO_POINT_OFFSETS[form])
-    # GPTQModel: a pattern of names to what is other there; "-:" before it for what is left out.
+    # GPTQModel: name pattern to overrides; a pattern that begins with "-:" is left unquantized.
     dynamic = _object(values.get("dynamic"), f"{where}: dynamic")
-    others = [other for name, other in dynamic.items() if not name.startswith("-")]
-    for other in others:
+    overrides = [override for name, override in dynamic.items() if not name.startswith("-")]
+    for override in overrides:
         place = f"{where}: dynamic"
-        _refuse(_object(other, place), place, format=(form,), method=("gptq",), activation=())
-    formats, reorders = _with_others(base, values, others, f"{where}: dynamic", "desc_act")
+        _refuse(_object(override, place), place, format=(form,), method=("gptq",), activation=())
+    formats, reorders = _with_overrides(base, values, overrides, f"{where}: dynamic", "desc_act")
     return StoredQuantization("gptq", formats, reorders, bool(values.get("activation")))
 
 
@@ -224,25 +224,25 @@ def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantizatio
     bits = (4, 8) if layout == "gptq" else (4,)
     base = _grouped(layout, values, where, bits, offset)
     extra = _object(values.get("extra_config"), f"{where}: extra_config")
-    others = []
-    for name, other in extra.items():
+    overrides = []
+    for name, override in extra.items():
         place = f"{where}: extra_config of {name}"
-        other = _object(other, place)
-        if other.get("bits") not in (16, 32):  # else it is left as it was
-            _refuse(other, place, data_type=("int",), super_bits=(), act_bits=(16, 32))
-            others.append(other)
-    formats, _ = _with_others(base, values, others, f"{where}: extra_config", None)
+        override = _object(override, place)
+        if override.get("bits") not in (16, 32):  # else the matrix is not quantized
+            _refuse(override, place, data_type=("int",), super_bits=(), act_bits=(16, 32))
+            overrides.append(override)
+    formats, _ = _with_overrides(base, values, overrides, f"{where}: extra_config", None)
     return StoredQuantization("auto-round", formats)
 
 
 def _grouped(
-    layout: Layout, values: Mapping[str, Any], where: str, known: tuple[int, ...], offset: int = 0
+    layout: Layout, values: Mapping[str, Any], where: str, allowed: tuple[int, ...], offset: int = 0
 ) -> MatrixFormat:
-    """Integers with a scale for a group of inputs, or, where group_size is -1, for all of them."""
+    """Integer codes with one scale per group of inputs; group_size -1 means one per output."""
     bits, size = values.get("bits"), values.get("group_size")
-    if not _is_integer(bits) or bits not in known:
-        words = " or ".join(map(str, known))
-        raise CheckpointError(f"{where}: bits should be {words}, found {bits!r}; {INSTEAD}")
+    if not _is_integer(bits) or bits not in allowed:
+        choices = " or ".join(map(str, allowed))
+        raise CheckpointError(f"{where}: bits should be {choices}, found {bits!r}; {INSTEAD}")
     if size != -1 and not _is_size(size):
         raise CheckpointError(
             f"{where}: group_size should be -1 or a number of inputs, found {size!r}"
@@ -250,26 +250,26 @@ def _grouped(
     return MatrixFormat(layout, "int", bits, (1, None if size == -1 else size), offset)
 
 
-def _with_others(
+def _with_overrides(
     base: MatrixFormat,
     values: Mapping[str, Any],
-    others: Iterable[Any],
+    overrides: Iterable[Any],
     where: str,
-    order: str | None,
+    order_key: str | None,
 ) -> tuple[tuple[MatrixFormat, ...], bool]:
-    """A format and those of single matrices, and whether any of them may be in another order."""
+    """(the base format and those of the overrides, whether any of them uses act-order)."""
     formats = {base: None}
-    reorders = order is not None and bool(values.get(order))
-    for other in others:
-        merged = {**values, **_object(other, where)}
+    reorders = order_key is not None and bool(values.get(order_key))
+    for override in overrides:
+        merged = {**values, **_object(override, where)}
         bits = (4,) if base.layout == "awq" else (4, 8)
         formats[_grouped(base.layout, merged, where, bits, base.zero_point_offset)] = None
-        reorders |= order is not None and bool(merged.get(order))
+        reorders |= order_key is not None and bool(merged.get(order_key))
     return tuple(formats), reorders
 
 
 def _read_fine_grained(values: Mapping[str, Any], where: str) -> StoredQuantization:
-    """A FineGrainedFP8Config of transformers: weights in blocks."""
+    """A FineGrainedFP8Config of transformers: fp8 weights, one scale per block."""
     _refuse(values, where, modules_to_convert=(), scale_fmt=("float",), fmt=("e4m3",))
     block = values.get("weight_block_size", [128, 128])
     if block is None:
@@ -278,8 +278,8 @@ def _read_fine_grained(values: Mapping[str, Any], where: str) -> StoredQuantizat
         raise CheckpointError(
             f"{where}: weight_block_size should be two numbers, found {block!r}; {INSTEAD}"
         )
-    form = MatrixFormat("fp8", "float", 8, (block[0], block[1]))
-    return StoredQuantization("fp8", (form,), rounds_activations=True)
+    format_ = MatrixFormat("fp8", "float", 8, (block[0], block[1]))
+    return StoredQuantization("fp8", (format_,), rounds_activations=True)
 
 
 def _read_bitsandbytes(values: Mapping[str, Any], where: str) -> LibraryQuantization:
@@ -299,10 +299,9 @@ def _read_bitsandbytes(values: Mapping[str, Any], where: str) -> LibraryQuantiza
 def _read_compressed_tensors(
     values: Mapping[str, Any], where: str
 ) -> StoredQuantization | LibraryQuantization:
-    """Groups of matrices, each of one scheme.
+    """Groups of matrices, one scheme per group.
 
-    Which matrix is in which group is seen by its tensors: what targets and ignore say in patterns
-    is not evaluated.
+    A matrix's tensors show its group, so the patterns in targets and ignore are not evaluated.
     """
     for key in UNREAD:
         if values.get(key):
@@ -336,7 +335,7 @@ def _read_compressed_tensors(
 
 
 def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFormat:
-    """A format from compressed_tensors.quantization.QuantizationArgs."""
+    """A group's weights (compressed_tensors.quantization.QuantizationArgs) to a format."""
     if not isinstance(form, str) or form not in FORMATS:
         raise CheckpointError(
             f"{where}: format should be one of {', '.join(FORMATS)}, found {form!r}; {INSTEAD}"
@@ -344,9 +343,9 @@ def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFo
     layout, known = FORMATS[form]
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
     if not _is_integer(bits) or (kind, bits) not in known:
-        words = " or ".join(f"{kind} of {bits} bits" for kind, bits in known)
+        choices = " or ".join(f"{kind} of {bits} bits" for kind, bits in known)
         raise CheckpointError(
-            f"{where}: weights in {form} should be {words}, found {kind!r} of {bits!r}; {INSTEAD}"
+            f"{where}: weights in {form} should be {choices}, found {kind!r} of {bits!r}; {INSTEAD}"
         )
     if weights.get("dynamic"):
         raise CheckpointError(
@@ -359,7 +358,7 @@ def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFo
 
 
 def _read_block(weights: Mapping[str, Any], where: str) -> tuple[int | None, int | None]:
-    """Outputs and inputs that share a scale, by strategy, or where it is absent by group_size."""
+    """(outputs, inputs) that share a scale, from strategy, or from group_size without one."""
     size, structure = weights.get("group_size"), weights.get("block_structure")
     strategy = weights.get("strategy")
     if strategy is None:
@@ -370,9 +369,9 @@ def _read_block(weights: Mapping[str, Any], where: str) -> tuple[int | None, int
         return 1, None
     if strategy in ("group", "tensor_group") and _is_size(size):
         return 1, size
-    if strategy == "block" and isinstance(structure, str):  # "128x128", as it once was written
-        digits = structure.split("x")
-        structure = [int(each) if each.isdecimal() and len(each) < 9 else 0 for each in digits]
+    if strategy == "block" and isinstance(structure, str):  # "128x128", the older notation
+        sizes = structure.split("x")
+        structure = [int(text) if text.isdecimal() and len(text) < 9 else 0 for text in sizes]
     if strategy == "block" and isinstance(structure, list) and len(structure) == 2:
         height, width = structure
         if _is_size(height) and _is_size(width):
@@ -386,22 +385,22 @@ def _read_block(weights: Mapping[str, Any], where: str) -> tuple[int | None, int
 def _run_by_library(
     values: Mapping[str, Any], group: Mapping[str, Any], stored: StoredQuantization, where: str
 ) -> LibraryQuantization | None:
-    """Weights and activations of 8 bits alike, which compressed-tensors runs; None if not."""
+    """8-bit weights and activations of the same type, run by compressed-tensors; None if not."""
     if values.get("format") not in LIBRARY_FORMATS:
         return None
     kinds = [
-        (each.get("type"), each.get("num_bits")) if isinstance(each, dict) else None
-        for each in (group["weights"], group.get("input_activations"))
+        (args.get("type"), args.get("num_bits")) if isinstance(args, dict) else None
+        for args in (group["weights"], group.get("input_activations"))
     ]
     if kinds[0] != kinds[1] or kinds[0] not in SCHEMES:
         return None
-    names, targets = values.get("ignore") or [], group.get("targets")
-    for each in (names, targets):
-        if not isinstance(each, list) or not all(isinstance(name, str) for name in each):
+    ignored, targets = values.get("ignore") or [], group.get("targets")
+    for names in (ignored, targets):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(
-                f"{where}: ignore and targets should be lists of names, found {each!r}"
+                f"{where}: ignore and targets should be lists of names, found {names!r}"
             )
-    told = {key: group.get(key) for key in ("targets", "weights", "input_activations", "format")}
+    known = {key: group.get(key) for key in ("targets", "weights", "input_activations", "format")}
     return LibraryQuantization(
         "compressed-tensors",
         SCHEMES[kinds[0]],
@@ -409,8 +408,8 @@ def _run_by_library(
             "quant_method": "compressed-tensors",
             "format": values["format"],
             "quantization_status": "compressed",
-            "ignore": names,
-            "config_groups": {"group_0": told},
+            "ignore": ignored,
+            "config_groups": {"group_0": known},
         },
         stored,
     )
@@ -419,13 +418,13 @@ def _run_by_library(
 def _one_of(
     values: Mapping[str, Any], where: str, keys: tuple[str, ...], known: tuple[str, ...]
 ) -> str:
-    """The name of a layout, which may stand under several keys; without any the first known."""
-    said = {key: values[key] for key in keys if values.get(key) is not None}
-    names = {name.lower() if isinstance(name, str) else repr(name) for name in said.values()}
+    """The layout named under any of several keys; the first known one if none is there."""
+    given = {key: values[key] for key in keys if values.get(key) is not None}
+    names = {name.lower() if isinstance(name, str) else repr(name) for name in given.values()}
     if len(names) > 1 or not names <= {*known}:
         raise CheckpointError(
-            f"{where}: {' and '.join(said)} should be {' or '.join(map(repr, known))}, found "
-            f"{' and '.join(map(repr, said.values()))}; {INSTEAD}"
+            f"{where}: {' and '.join(given)} should be {' or '.join(map(repr, known))}, found "
+            f"{' and '.join(map(repr, given.values()))}; {INSTEAD}"
         )
     return names.pop() if names else known[0]
 
@@ -447,7 +446,7 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _refuse(values: Mapping[str, Any], where: str, **known: tuple[Any, ...]) -> None:
-    """Refuse keys with values other than those known; null and what is empty says nothing."""
+    """Refuse keys with values other than those known; null and empty values are ignored."""
     for key, allowed in known.items():
         if (value := values.get(key)) and value not in allowed:
             words = " or ".join(map(repr, allowed)) or "absent"

@@ -1,9 +1,9 @@
-"""A tokenizer.json, checked before the tokenizers library reads it.
+"""Loads a tokenizer.json, which is checked before the tokenizers library reads it.
 
-The library trusts the file: some structures end the process (a normalizer that makes a text longer
-and longer, an id far beyond the vocabulary), and no Python handler sees that. So what can grow is
-bounded here. What the library itself notices while it reads, or when a short text goes through, it
-raises as an Exception or, from a Rust panic, as a BaseException; both become a CheckpointError.
+The library trusts the file: some structures kill the process (a normalizer that lengthens a text
+without end, an id far beyond the vocabulary), and Python cannot catch that. So everything that can
+grow is limited here. Errors that the library detects on loading, or on tokenizing a short text,
+are an Exception or, from a Rust panic, a BaseException; both become a CheckpointError.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from .errors import CheckpointError
 from .files import parse_json, read_small
 from .integrity import cache_folder
 
-# Bytes; Qwen3's has 11 MB.
+# Maximum bytes of the file; Qwen3's has 11 MB.
 LARGEST = 64 << 20
-# Ids are below this: the library visits each one up to the largest when it writes a vocabulary.
+# Ids are below this: the library visits every id up to the largest when it writes a vocabulary.
 MOST_IDS = 1 << 22
-# Characters of all added tokens together, from which it builds an automaton.
+# Maximum characters of all added tokens together: the library builds an automaton from them.
 ADDED_CHARACTERS = 1 << 20
-# Bytes, as JSON, of all but the vocabulary, the merges and the added tokens.
+# Maximum bytes, as JSON, of all but the vocabulary, the merges and the added tokens.
 RULES_BYTES = 64 << 10
-# Times that normalizer and pre-tokenizer may lengthen a text.
+# Maximum factor by which normalizer and pre-tokenizer may lengthen a text.
 GROWTH = 256
-# Ids that the post-processor may add.
+# Maximum ids that the post-processor may add.
 MOST_ADDED = 1000
-# Models whose vocabulary is an object; a Unigram's takes some hundred bytes a character in memory.
+# Models with an object as vocabulary. Unigram is left out: it takes some hundred bytes of memory
+# per character.
 MODELS = ("BPE", "WordPiece", "WordLevel")
-# Counts in the name under which a checked file is remembered.
+# Version of the checks, part of a checked file's cache name.
 CHECKS = "1"
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer.json, with no padding and no truncation set.
+    """Read a tokenizer.json, without padding and truncation.
 
-    Its structure is checked once for each content: that it was good is remembered in the user's
-    cache folder, as hashes of files are.
+    The structure is checked once per file content; the user's cache folder remembers the files that
+    passed.
 
     Raises:
-        CheckpointError: The file is missing, damaged, or beyond a bound.
+        CheckpointError: The file is missing, damaged, or exceeds a limit.
     """
     if not path.exists():
         raise CheckpointError(f"{path} is missing; the checkpoint needs its fast tokenizer")
@@ -71,33 +72,33 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def tokenizing(name: object) -> Generator[None]:
-    """Turn what the library raises, a Rust panic too, into an error.
+    """Turn exceptions of the library, Rust panics included, into CheckpointError.
 
     Args:
-        name: What the error calls the tokenizer, its path if that is known.
+        name: The tokenizer's name in the error: its path if known.
 
     Raises:
-        CheckpointError: The library raised something.
+        CheckpointError: The library raised an exception.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, CheckpointError):
         raise
-    except BaseException as error:  # a panic is no Exception
+    except BaseException as error:  # a Rust panic is not an Exception
         raise CheckpointError(f"{name} is not a tokenizer that works: {error}") from error
 
 
 def check_ids(ids: Iterable[int], rows: int, path: Path, of: str) -> None:
-    """Refuse ids that the embedding table has no row for.
+    """Refuse token ids for which the embedding table has no row.
 
     Args:
         ids: Token ids.
-        rows: The table's.
-        path: The tokenizer.json.
-        of: Where the ids are from, for the error.
+        rows: Number of rows of the table.
+        path: The tokenizer.json, for the error.
+        of: Description of the ids, for the error.
 
     Raises:
-        CheckpointError: One is beyond the table.
+        CheckpointError: An id has no row.
     """
     largest = max(ids, default=0)
     if largest >= rows:
@@ -108,13 +109,13 @@ def check_ids(ids: Iterable[int], rows: int, path: Path, of: str) -> None:
 
 
 def check_structure(values: object) -> None:
-    """Check what the library would take on trust.
+    """Check all that the library does not check itself.
 
     Args:
         values: The JSON of a tokenizer.json.
 
     Raises:
-        ValueError: Something is beyond a bound, or not what it should be.
+        ValueError: A value is invalid or exceeds a limit.
     """
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ValueError("it should be an object with a model")
@@ -124,11 +125,11 @@ def check_structure(values: object) -> None:
         raise ValueError(
             f"model should be {', '.join(MODELS)} with an object of tokens and ids, found {kind!r}"
         )
-    if not isinstance(added, list) or not all(isinstance(each, dict) for each in added):
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
         raise ValueError("added_tokens should be a list of objects")
     _check_range(vocabulary.values(), "an id of the vocabulary")
-    _check_range((each.get("id") for each in added), "an added token's id")
-    if sum(len(str(each.get("content"))) for each in added) > ADDED_CHARACTERS:
+    _check_range((token.get("id") for token in added), "an added token's id")
+    if sum(len(str(token.get("content"))) for token in added) > ADDED_CHARACTERS:
         raise ValueError(f"added tokens should have {ADDED_CHARACTERS:,} characters at most")
     rules = {key: value for key, value in values.items() if key not in ("model", "added_tokens")}
     rules["model"] = {k: value for k, value in model.items() if k not in ("vocab", "merges")}
@@ -142,13 +143,13 @@ def check_structure(values: object) -> None:
 
 
 def _check_range(ids: Iterable[Any], noun: str) -> None:
-    for each in ids:
-        if type(each) is not int or not 0 <= each < MOST_IDS:
-            raise ValueError(f"{noun} should be from 0 to {MOST_IDS - 1:,}, found {each!r}")
+    for id_ in ids:
+        if type(id_) is not int or not 0 <= id_ < MOST_IDS:
+            raise ValueError(f"{noun} should be from 0 to {MOST_IDS - 1:,}, found {id_!r}")
 
 
 def _check_growth(rules: Mapping[str, Any]) -> None:
-    """Each rule may multiply the length of what the one before it gave."""
+    """Limit the product of the factors by which the rules may lengthen a text."""
     factors = [1]
     for key in ("normalizer", "pre_tokenizer"):
         for rule in _components(rules.get(key), key):
@@ -173,9 +174,9 @@ def _check_post_processor(rules: object) -> None:
         single, special = rule.get("single"), rule.get("special_tokens")
         if not isinstance(single, list) or not isinstance(special, dict):
             raise ValueError("post_processor should have a list single, an object special_tokens")
-        kinds = [tuple(each) if isinstance(each, dict) else None for each in single]
-        known = {("Sequence",), ("SpecialToken",)}
-        if not known.issuperset(kinds) or kinds.count(("Sequence",)) > 1:
+        kinds = [tuple(piece) if isinstance(piece, dict) else None for piece in single]
+        allowed = {("Sequence",), ("SpecialToken",)}
+        if not allowed.issuperset(kinds) or kinds.count(("Sequence",)) > 1:
             raise ValueError(
                 "post_processor: single should be special tokens and the text once, found "
                 f"{single!r:.200}"
@@ -193,7 +194,7 @@ def _check_post_processor(rules: object) -> None:
 
 
 def _components(rule: object, name: str) -> Iterator[dict[str, Any]]:
-    """A rule, and those that it is a sequence of."""
+    """A rule and, if it is a sequence, its components, recursively."""
     if rule is None:
         return
     if not isinstance(rule, dict) or not isinstance(rule.get("type"), str):

@@ -1,4 +1,4 @@
-"""What a tokenizer's files declare beside its vocabulary, as transformers reads them."""
+"""The tokenizer's settings beside its vocabulary, as transformers reads them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from .errors import CheckpointError
 from .files import read_json
 from .keys import shown
 
-# Classes that take tokenizer.json as it is, and those that have a normalizer and a pre-tokenizer of
-# their own, which are Qwen's.
+# Classes that use tokenizer.json unchanged, and classes that replace its normalizer and
+# pre-tokenizer with Qwen's.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-# Named in tokenizer_config.json, or <|endoftext|>.
+# Tokens that default to <|endoftext|> if tokenizer_config.json does not name them.
 QWEN_DEFAULTS = ("unk_token", "eos_token", "pad_token")
 QWEN_END = "<|endoftext|>"
-# Files of earlier versions, and keys that hold several tokens.
+# Files of earlier versions.
 TOKEN_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+# Keys that hold several tokens.
 FURTHER = ("additional_special_tokens", "extra_special_tokens")
-# What decides where an added token is found in a text.
+# Flags that decide where an added token matches in a text.
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -49,10 +50,10 @@ PRE_TOKENIZER = {
 
 
 def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
-    """(whether special tokens in a text are plain text, the end that is cut) of a tokenizer.
+    """(split_special_tokens, truncation_side) of a tokenizer.
 
     Raises:
-        CheckpointError: tokenizer_config.json asks for what is not supported.
+        CheckpointError: tokenizer_config.json asks for an unsupported feature.
     """
     path = folder / TOKENIZER_CONFIG
     values = read_json(path) if path.exists() else {}
@@ -80,15 +81,15 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
 
 
 def read_length(folder: Path, positions: int, declared: int | None) -> int:
-    """Tokens after which a text is cut.
+    """Maximum tokens of a text; longer texts are truncated.
 
     Args:
-        folder: The checkpoint's.
-        positions: What the model has.
-        declared: max_seq_length of sentence-transformers, which comes before the tokenizer's own.
+        folder: The checkpoint's folder.
+        positions: The model's max_position_embeddings.
+        declared: sentence-transformers' max_seq_length, which overrides the tokenizer's own.
 
     Raises:
-        CheckpointError: It is more than the model has positions.
+        CheckpointError: `declared` exceeds `positions`.
     """
     if declared is not None:
         if declared > positions:
@@ -98,7 +99,7 @@ def read_length(folder: Path, positions: int, declared: int | None) -> int:
             )
         return declared
     path = folder / TOKENIZER_CONFIG
-    # transformers writes 1e30 for "no limit": any number may stand here.
+    # Any number may stand here: transformers writes 1e30 for "no limit".
     value = read_json(path).get("model_max_length") if path.exists() else None
     if isinstance(value, int | float) and value >= 1:
         return int(min(value, positions))
@@ -106,14 +107,14 @@ def read_length(folder: Path, positions: int, declared: int | None) -> int:
 
 
 def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuse a tokenizer of which transformers would make another than its file says.
+    """Refuse a tokenizer that transformers would load differently than its tokenizer.json says.
 
     The class Qwen2Tokenizer takes the vocabulary, the merges and the post-processor from
-    tokenizer.json; normalizer, pre-tokenizer and the flags of named tokens are its own. Every class
+    tokenizer.json, but has its own normalizer, pre-tokenizer and flags of named tokens. Every class
     adds the tokens that the other files name.
 
     Raises:
-        CheckpointError: It would.
+        CheckpointError: transformers would load it differently.
     """
     path = folder / TOKENIZER_CONFIG
     values = read_json(path) if path.exists() else {}
@@ -132,21 +133,21 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     for file, key, name in named:
         if name not in added:
             raise CheckpointError(
-                f"{file}: {key} names {shown(name)}, which is no added token of tokenizer.json: "
+                f"{file}: {key} names {shown(name)}, not an added token of tokenizer.json: "
                 "transformers would add it"
             )
     declared = values.get("added_tokens_decoder")
     for token in declared.values() if isinstance(declared, dict) else ():
         for flag in FLAGS if isinstance(token, dict) and token.get("content") in added else ():
-            found = getattr(added[token["content"]], flag)
-            if token.get(flag, found) != found:
+            actual = getattr(added[token["content"]], flag)
+            if token.get(flag, actual) != actual:
                 raise CheckpointError(
                     f"{path}: added_tokens_decoder says that {flag} of {shown(token['content'])} "
-                    f"is {shown(token[flag])}, and tokenizer.json {found}"
+                    f"is {shown(token[flag])}, but tokenizer.json says {actual}"
                 )
     if not is_qwen:
         return
-    # Absent they are the class's defaults.
+    # Tokens that are not named have the class's default.
     names = {name for _, key, name in named if key.endswith("_token") or key in FURTHER}
     names |= {QWEN_END for key in QWEN_DEFAULTS if key not in values}
     for name in sorted(names):
@@ -154,65 +155,65 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _check_flags(token: AddedToken | None, name: str, path: Path) -> None:
-    """Refuse a named token that transformers' Qwen2Tokenizer would add, or give other flags."""
+    """Refuse a named token that transformers' Qwen2Tokenizer would add or give other flags."""
     if token is None:
         raise CheckpointError(
-            f"{path}: {shown(name)} is no added token, and transformers' Qwen2Tokenizer would add "
-            f"it; name the tokens that take its place in {TOKENIZER_CONFIG}: "
+            f"{path}: {shown(name)} is not an added token, and transformers' Qwen2Tokenizer would "
+            f"add it; name the tokens that take its place in {TOKENIZER_CONFIG}: "
             f"{', '.join(QWEN_DEFAULTS)}"
         )
-    for flag, wanted in {**dict.fromkeys(FLAGS, False), "special": True}.items():
-        if getattr(token, flag) != wanted:
+    for flag, expected in {**dict.fromkeys(FLAGS, False), "special": True}.items():
+        if getattr(token, flag) != expected:
             raise CheckpointError(
                 f"{path}: {flag} of the added token {shown(name)} is {getattr(token, flag)}, and "
-                f"transformers' Qwen2Tokenizer makes it {wanted}; give tokenizer_class "
+                f"transformers' Qwen2Tokenizer makes it {expected}; give tokenizer_class "
                 f"PreTrainedTokenizerFast in {TOKENIZER_CONFIG} if the file is right"
             )
 
 
 def _check_qwen(tokenizer: Tokenizer, path: Path) -> None:
     model = tokenizer.model
-    found: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    checks: dict[str, tuple[Any, tuple[Any, ...]]] = {  # key to (value, accepted values)
         "model's type": (type(model).__name__, ("BPE",)),
-        **{f"model's {key}": (getattr(model, key, None), each) for key, each in QWEN_MODEL.items()},
+        **{f"model's {key}": (getattr(model, key, None), ok) for key, ok in QWEN_MODEL.items()},
     }
-    for key, wanted in (("normalizer", NORMALIZER), ("pre_tokenizer", PRE_TOKENIZER)):
+    for key, expected in (("normalizer", NORMALIZER), ("pre_tokenizer", PRE_TOKENIZER)):
         part = getattr(tokenizer, key)
         values = None if part is None else json.loads(part.__getstate__())
-        for each in values.get("pretokenizers", ()) if values else ():
-            each.pop("trim_offsets", None)  # which moves no token
-        found[key] = (values, (wanted,))
-    for key, (value, accepted) in found.items():
+        for component in values.get("pretokenizers", ()) if values else ():
+            component.pop("trim_offsets", None)  # does not affect tokens
+        checks[key] = (values, (expected,))
+    for key, (value, accepted) in checks.items():
         if value not in accepted:
             raise CheckpointError(
-                f"{path}: {key} is {shown(value)}, and transformers' Qwen2Tokenizer has another, "
+                f"{path}: {key} is {shown(value)}, but that of transformers' Qwen2Tokenizer is "
                 f"{shown(accepted[0])}; give tokenizer_class PreTrainedTokenizerFast in "
                 f"{TOKENIZER_CONFIG} if the file is right"
             )
 
 
 def _named(values: dict[str, Any], folder: Path) -> Iterable[tuple[Path, str, str]]:
-    """(file, key, token) of every token that a file beside tokenizer.json names."""
+    """(file, key, token) of every token named in a file beside tokenizer.json."""
     path = folder / TOKENIZER_CONFIG
-    further = list(_pairs(values, path))
+    entries = list(_pairs(values, path))
     declared = values.get("added_tokens_decoder")
     if isinstance(declared, dict):
-        further += [(path, "added_tokens_decoder", each) for each in declared.values()]
-    else:  # only then transformers reads these
-        further += _pairs(_read(folder / TOKEN_MAP), folder / TOKEN_MAP)
-        further += [(folder / ADDED, ADDED, each) for each in _read(folder / ADDED)]
-    for file, key, token in further:
+        entries += [(path, "added_tokens_decoder", token) for token in declared.values()]
+    else:  # transformers reads these only without added_tokens_decoder
+        entries += _pairs(_read(folder / TOKEN_MAP), folder / TOKEN_MAP)
+        entries += [(folder / ADDED, ADDED, token) for token in _read(folder / ADDED)]
+    for file, key, token in entries:
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str):
             yield file, key, content
 
 
 def _pairs(values: dict[str, Any], path: Path) -> Iterable[tuple[Path, str, Any]]:
-    """(file, key, token) of keys that name tokens: bos_token, image_token, …; and their lists."""
+    """(file, key, token) of keys that name tokens (bos_token, …) or lists of tokens."""
     for key, value in values.items():
         if key in FURTHER and isinstance(value, list | dict):
-            each = value.values() if isinstance(value, dict) else value
-            yield from ((path, key, token) for token in each)
+            tokens = value.values() if isinstance(value, dict) else value
+            yield from ((path, key, token) for token in tokens)
         elif key.endswith("_token") and not key.startswith("add_"):
             yield path, key, value
 

@@ -1,8 +1,8 @@
 """Lazy, memory-mapped access to a checkpoint's safetensors.
 
-Nothing is held: each read maps the shard, copies the rows asked for, and lets the map go, so the
-process never holds more than the caller keeps. Both naming schemes are read: `Qwen3Model`
-("layers.0…", embedding checkpoints) and `Qwen3ForCausalLM` ("model.layers.0…", rerankers).
+Each read maps the shard, copies the requested rows and unmaps it, so only the rows that the caller
+keeps stay in memory. Both naming schemes are read: `Qwen3Model` ("layers.0…", embedders) and
+`Qwen3ForCausalLM` ("model.layers.0…", rerankers).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 class Weights:
-    """The tensors of a checkpoint by their `Qwen3Model` names, checked against the spec at once.
+    """A checkpoint's tensors by their `Qwen3Model` names; checked against the spec when opened.
 
     Args:
         spec: The checkpoint's spec.
-        names: The tensors of `spec.tensor_shapes()` that must be there; all of them by default.
+        names: The required tensors of `spec.tensor_shapes()`; all of them by default.
 
     Raises:
-        CheckpointError: A shard is missing or truncated, or a tensor is missing, has another
+        CheckpointError: A shard is missing or truncated; or a tensor is missing, has the wrong
             shape, or a dtype other than bf16, fp16 and fp32.
     """
 
-    # A checkpoint's own states need no rotation back: see quantize.source.
+    # Plain weights are not rotated, so outputs need no rotation back: see quantize.source.
     output_rotation: np.ndarray | None = None
 
     def __init__(self, spec: ModelSpec, names: Iterable[str] | None = None) -> None:
@@ -66,37 +66,37 @@ class Weights:
 
     @property
     def files(self) -> list[Path]:
-        """The shards that hold the tensors, in order of name."""
+        """The shards that hold the tensors, sorted by name."""
         return sorted({info.file for info in self.tensors.values()})
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Copy a tensor, or a range of its rows, out of its shard.
 
         Returns:
-            The stored dtype (bfloat16 is `ml_dtypes.bfloat16`), shape as stored.
+            An array of the stored dtype (bfloat16 is `ml_dtypes.bfloat16`) and shape.
         """
         info = self.tensors[name]
         with open_shard(info.file) as shard:
             return shard.get_slice(info.name)[rows]
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """As `read`, converted to float32, which holds all three stored dtypes exactly."""
+        """Like `read`, converted to float32, which represents all three stored dtypes exactly."""
         return self.read(name, rows).astype(np.float32)
 
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
-        """W_yes - W_no of a reranker's head, the embedding table where it is tied.
+        """The row W_yes - W_no of a reranker's head (the embedding table if the head is tied).
 
-        The softmax over two logits is the sigmoid of their difference, so one row does it.
+        One row suffices: the softmax over two logits is the sigmoid of their difference.
 
         Args:
-            yes: The token's id.
-            no: The token's id; None where the score is the logit of one token.
+            yes: Token id of "yes".
+            no: Token id of "no"; None if the score is the logit of `yes` alone.
 
         Returns:
             float32 [hidden].
 
         Raises:
-            CheckpointError: The head has no row for one of them.
+            CheckpointError: The head has no row for one of the ids.
         """
         spec = self.spec
         if spec.score_rows is not None:

@@ -1,14 +1,13 @@
-"""The witness of an artifact: what it gave where it was exported, so that any machine can compare.
+"""The witness: an artifact's results where it was exported, for comparison on any machine.
 
     witness.safetensors
-      input_ids   int32 [tokens], the token ids of up to 16 texts or pairs, one after the other
-      lengths     int32 [rows], the tokens of each
-      queries     int32 [rows], which rows have one query; of a reranker only
+      input_ids   int32 [tokens], the token ids of up to 16 texts or pairs, concatenated
+      lengths     int32 [rows], the number of tokens of each
+      queries     int32 [rows], the number of each row's query; for a reranker only
       results     float32 [rows, dim], vectors, or float32 [rows], scores
-      metadata    "machine": where that was, a JSON object (`Machine`)
+      metadata    "machine": the machine that computed them, a JSON object (`Machine`)
 
-Ids and not texts: what is compared is arithmetic, which needs neither the tokenizer nor the
-checkpoint.
+It holds token ids because it compares arithmetic only, without the tokenizer or the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,28 +29,28 @@ if TYPE_CHECKING:
     import numpy as np
 
 WITNESS = "witness.safetensors"
-# Of the built-in texts: five queries and eleven documents in English, Chinese, Arabic, Hindi and
-# mixed languages, prose, a table and code. With Qwen3's tokenizer two rows have over 128 tokens,
-# and all of them 650: a 0.6B model computes them in half a second to two.
+# Built-in texts: five queries and eleven documents in English, Chinese, Arabic, Hindi and mixed
+# languages: prose, a table and code. With Qwen3's tokenizer two rows have over 128 tokens, and all
+# together 650, which take a 0.6B model half a second to two seconds.
 SAMPLES = (0, 5, 7, 12, 17, 20, 21, 25, 35, 38, 40, 46, 50, 53, 56, 62)
-# Of the built-in pairs: four queries (English, code, German, Chinese) with four documents each.
+# Built-in pairs: four queries (English, code, German, Chinese) with four documents each.
 PAIRS = (0, 1, 3, 5, 6, 7, 9, 11, 24, 25, 26, 28, 30, 31, 33, 35)
-# Tokens of a text, and of a pair beside the template, at most. Rows beyond SHORT_ROW would make the
-# comparison, and an export of a large model, more than twice as long.
+# Maximum tokens of a text, and of a pair without the template. Rows longer than SHORT_ROW would
+# more than double the time of the comparison, and of a large model's export.
 MAX_TOKENS, MAX_BODY = 144, 96
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where results were computed.
+    """The machine that computed results.
 
     Attributes:
         cpu: The CPU's name.
-        instructions: Its instruction sets that matter: see `read_cpu`.
-        kernels: Instruction set of the package's kernels that ran, "avx512", "avx2" or "neon"; None
-            where onnxruntime's operators ran alone.
-        onnxruntime: Its version.
-        embedport: The version of this package.
+        instructions: The CPU's instruction sets that affect results: see `read_cpu`.
+        kernels: Instruction set of embedport's kernels that ran, "avx512", "avx2" or "neon"; None
+            if only onnxruntime's operators ran.
+        onnxruntime: Version of onnxruntime.
+        embedport: Version of embedport.
     """
 
     cpu: str
@@ -71,13 +70,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Witness:
-    """Rows of token ids, and what they gave.
+    """Rows of token ids, and their results.
 
     Attributes:
         rows: Token ids, int64 [tokens] each.
-        queries: For a reranker the number of each row's query; None for an embedder.
+        queries: For a reranker, the number of each row's query; None for an embedder.
         results: float32 [rows, dim], vectors of unit length, or float32 [rows], scores.
-        machine: Where they were computed.
+        machine: The machine that computed the results.
     """
 
     rows: list[np.ndarray]
@@ -87,10 +86,10 @@ class Witness:
 
 
 def describe_machine(*, kernels: str | None) -> Machine:
-    """This machine.
+    """Describe this machine.
 
     Args:
-        kernels: The package's kernels that run in the graph in question.
+        kernels: Instruction set of embedport's kernels that run in the graph; None without them.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -103,17 +102,17 @@ def describe_machine(*, kernels: str | None) -> Machine:
 def choose_rows(
     folder: Path, task: Task, inputs: Inputs, max_length: int, vocab_size: int
 ) -> tuple[list[np.ndarray], list[int] | None]:
-    """The token ids of a witness.
+    """Tokenize the texts or pairs of a witness.
 
     Args:
-        folder: Where tokenizer.json is.
+        folder: The folder with tokenizer.json.
         task: The model's task.
-        inputs: How texts become tokens.
-        max_length: Tokens of a row at most.
-        vocab_size: Rows with an id that the model's table lacks are left out.
+        inputs: How inputs become tokens.
+        max_length: Maximum tokens per row.
+        vocab_size: Rows with an id outside the embedding table are left out.
 
     Returns:
-        (int64 [tokens] each, the number of each row's query or None).
+        (rows, int64 [tokens] each; the number of each row's query, or None for an embedder).
     """
     path = folder / "tokenizer.json"
     if task == "reranker":
@@ -125,23 +124,23 @@ def choose_rows(
             tail = len(tokenizer.suffix)
             most = len(tokenizer.prefix) + MAX_BODY + tail
         numbers = {query: i for i, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
-        found = [
+        numbered = [
             (_cut(row, most, tail), numbers[pair.query])
             for row, pair in zip(ids, pairs, strict=True)
             if row.max() < vocab_size
         ]
-        return [row for row, _ in found], [query for _, query in found]
+        return [row for row, _ in numbered], [query for _, query in numbered]
     samples = [builtin_samples()[i] for i in SAMPLES]
     embedding = EmbeddingTokenizer(path, min(max_length, MAX_TOKENS), inputs)
     rows = [
-        embedding.encode([each.text], resolve_prompt(inputs, each.prompt)).ids[0]
-        for each in samples
+        embedding.encode([sample.text], resolve_prompt(inputs, sample.prompt)).ids[0]
+        for sample in samples
     ]
     return [row for row in rows if row.max() < vocab_size], None
 
 
 def _cut(ids: np.ndarray, most: int, tail: int) -> np.ndarray:
-    """At most so many ids, the last `tail` of them kept."""
+    """Cut a row to `most` ids, and keep its last `tail` ids."""
     import numpy as np
 
     return ids if len(ids) <= most else np.concatenate([ids[: most - tail], ids[-tail:]])
@@ -151,7 +150,7 @@ def write_witness(path: Path, witness: Witness) -> None:
     """Write a witness.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     import numpy as np
     from safetensors.numpy import save
@@ -170,15 +169,15 @@ def read_witness(path: Path) -> Witness:
     """Read a witness.
 
     Raises:
-        ArtifactError: It is missing, damaged, or not a witness.
+        ArtifactError: The file is missing, damaged, or not a witness.
     """
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise ArtifactError(
-            f"{path} is missing: nothing to compare with was kept when this was exported; export "
-            "it again with `embedport export onnx`"
+            f"{path} is missing: the export stored no results to compare with; export it again "
+            "with `embedport export onnx`"
         )
     try:
         with safe_open(path, framework="numpy") as file:

@@ -1,4 +1,4 @@
-"""The main job on the two trained checkpoints that ship: export, search, rerank, validate."""
+"""The demo: export the two built-in checkpoints, search, rerank, and validate."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "int8")
 QUERIES = ("happy, joyful", "a boat with sails", "to speak very quietly")
 SHOWN = 3
-# What the reranker gets to see of the search.
+# Search results that the reranker scores.
 CANDIDATES = 50
-# On how many queries reranking is measured, fifty pairs each, every one with the whole template.
-# In fp32 the order is the reference's; in int8 the noise of fewer would be near the limit.
+# Number of queries on which reranking is measured, fifty pairs each, every one with the whole
+# template. fp32 gives the reference's order; with fewer queries, int8's noise would come close to
+# the limit.
 RERANKED_QUERIES = {"reranker-fp32": 50, "reranker-int8": 200}
 MARKER = "demo.txt"
 NEEDED = ("ir_measures", "jinja2", "matplotlib")
@@ -35,12 +36,12 @@ NEEDED = ("ir_measures", "jinja2", "matplotlib")
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for a query, the best first.
+    """The results for a query, best first.
 
     Attributes:
         query: The query.
-        found: By cosine among all documents.
-        reranked: By the reranker's score among the first 50 of them.
+        found: The best of all documents by cosine.
+        reranked: The best of the first 50 by the reranker's score.
     """
 
     query: str
@@ -50,15 +51,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made and found.
+    """The demo's artifacts and results.
 
     Attributes:
-        artifacts: What was exported, each task in each precision.
-        documents: How many documents were searched.
+        artifacts: Folders of the exported artifacts, one per task and precision.
+        documents: Number of documents searched.
         answers: One for each of `QUERIES`.
-        reports: The validations, against what the checkpoints' own libraries gave; empty where a
+        reports: The validations against the results of the checkpoints' own libraries; empty if a
             package that they need is not installed.
-        pages: Their HTML pages.
+        pages: The reports' HTML pages.
     """
 
     artifacts: list[Path]
@@ -94,9 +95,9 @@ def _builtin(name: str) -> Path:
 
 
 def builtin_reference(checkpoint: Path) -> Path:
-    """The recorded reference of one of the two: what its own library gave for the built-in texts.
+    """The recorded reference of a built-in checkpoint: its own library's results.
 
-    Made by `embedport reference CHECKPOINT -o FILE --device cpu --retrieval builtin`; of the
+    Made by `embedport reference CHECKPOINT -o FILE --device cpu --retrieval builtin`; for the
     reranker with `--max-queries 200`.
     """
     return checkpoint.with_name(f"{checkpoint.name}.reference")
@@ -106,14 +107,14 @@ def run_demo(folder: Path, say: Callable[[str], None], *, live: bool = False) ->
     """Export both models, search, rerank, validate.
 
     Args:
-        folder: Made, or replaced if an earlier demo made it.
+        folder: The output folder; it is created, or replaced if an earlier demo made it.
         say: Called with a line before each step.
-        live: Whether the checkpoints' own libraries run now, in torch, instead of what they gave
-            when it was recorded.
+        live: Whether to run the checkpoints' own libraries, in torch, as the reference, instead of
+            using their recorded results.
 
     Raises:
         InputError: The folder exists and is not an earlier demo's.
-        MissingPackageError: What runs a reference is not installed.
+        MissingPackageError: `live`, and a package that runs the reference is not installed.
     """
     if live:
         for package in ("torch", "transformers", "sentence_transformers"):
@@ -131,7 +132,7 @@ def run_demo(folder: Path, say: Callable[[str], None], *, live: bool = False) ->
 
 
 def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]]:
-    """Search the built-in documents and rerank what is found, in int8."""
+    """Search the built-in documents and rerank the results, in int8."""
     embedder, reranker = load(folder / "embedding-int8"), load(folder / "reranker-int8")
     assert isinstance(embedder, Embedder)
     assert isinstance(reranker, Reranker)
@@ -141,16 +142,16 @@ def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]
     answers = []
     for query, row in zip(QUERIES, scores, strict=True):
         best = np.argsort(-row, kind="stable")[:CANDIDATES]
-        found = [Ranked(int(i), float(row[i]), documents[i]) for i in best]
-        reranked = reranker.rank(query, [each.document for each in found], top_k=SHOWN)
-        answers.append(Answer(query, found[:SHOWN], reranked))
+        results = [Ranked(int(i), float(row[i]), documents[i]) for i in best]
+        reranked = reranker.rank(query, [ranked.document for ranked in results], top_k=SHOWN)
+        answers.append(Answer(query, results[:SHOWN], reranked))
     return len(documents), answers
 
 
 def _validate(
     artifacts: dict[Path, Path], folder: Path, say: Callable[[str], None], live: bool
 ) -> tuple[list[Report], list[Path]]:
-    """Each artifact against its checkpoint, retrieval included, with a page each."""
+    """Validate each artifact against its checkpoint, retrieval included, and write its page."""
     if not all(find_spec(name) for name in NEEDED):
         return [], []
     from ..validation import validate

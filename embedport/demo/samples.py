@@ -1,4 +1,4 @@
-"""Real texts: the built-in ones, and the user's own from .txt and .jsonl files."""
+"""Texts and pairs: the built-in ones, and the user's own from .txt and .jsonl files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..errors import InputError
 from ..files import MOST_TEXT, parse_json, read_small
 
 T = TypeVar("T")
-# Characters of a short text, at least and at most.
+# Minimum and maximum characters of a short text.
 SHORT = (20, 200)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A text and its prompt: a name, "query" or "document", the text itself, or the default one.
+    """A text and its prompt.
 
     Attributes:
         text: The text.
-        prompt: None is what `encode` takes where it is given no prompt.
+        prompt: A prompt's name, "query", "document" or a literal prompt; None for the model's
+            default prompt.
     """
 
     text: str
@@ -33,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a reranker judges."""
+    """A query and a document for a reranker to score."""
 
     query: str
     document: str
@@ -46,12 +47,14 @@ def builtin_samples() -> list[Sample]:
 
 
 def prompted_samples(prompts: Iterable[str]) -> list[Sample]:
-    """A few short built-in texts under each prompt but the two that have built-in texts anyway.
+    """A few short built-in texts for each prompt of a model, the default one included.
+
+    "query" and "document" are left out because `builtin_samples` covers them.
 
     Args:
-        prompts: The names of a model's prompts; texts without any are there whatever they are.
+        prompts: The names of a model's prompts.
     """
-    short = [each.text for each in builtin_samples() if SHORT[0] <= len(each.text) <= SHORT[1]]
+    short = [row.text for row in builtin_samples() if SHORT[0] <= len(row.text) <= SHORT[1]]
     names = [None, *sorted(set(prompts) - {"query", "document"})]
     return [Sample(text, name) for i, name in enumerate(names) for text in short[i % 4 :: 4][:3]]
 
@@ -67,14 +70,14 @@ def _builtin(name: str) -> list[dict[str, Any]]:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """Read texts: one a line of a .txt file, or {"text": …, "prompt": …} a line of a .jsonl file.
+    """Read texts: lines of a .txt file, or {"text": …, "prompt": …} lines of a .jsonl file.
 
-    A "title" goes before the text. Without a prompt a text is a document; with null it takes the
-    model's default prompt.
+    A "title" goes before the text. Without "prompt" a text is a document; null means the model's
+    default prompt.
 
     Raises:
-        InputError: The file is missing, empty or malformed; names the line. Or its name does not
-            say what it holds.
+        InputError: The file is missing, empty, has another suffix, or a line is invalid; names the
+            line.
     """
     path = Path(path)
     if is_jsonl(path):
@@ -85,7 +88,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read pairs: {"query": …, "document": …} a line of a .jsonl file.
+    """Read pairs: {"query": …, "document": …} lines of a .jsonl file.
 
     Raises:
         InputError: The file is missing, empty or malformed; names the line.
@@ -99,7 +102,7 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
         try:
             row = make(parse_json(line))
             values = dict(vars(row))
-            if values.get("prompt", "") is None:  # the model's default one
+            if values.get("prompt", "") is None:  # the model's default prompt
                 del values["prompt"]
             if not all(isinstance(value, str) for value in values.values()):
                 raise TypeError("a value is not a string")
@@ -115,12 +118,12 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank."""
     try:
-        # A pipe is what a shell's <(command) gives.
+        # A shell's <(command) is a FIFO.
         data = path.read_bytes() if path.is_fifo() else read_small(path, MOST_TEXT)
         text = data.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    # Not splitlines(): U+2028 and its like may stand inside a text.
+    # Not splitlines(): a text may contain U+2028 and other line separators.
     lines = text.replace("\r\n", "\n").split("\n")
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 

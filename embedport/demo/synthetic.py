@@ -1,8 +1,8 @@
-"""Checkpoints with seeded random weights, in the hub's exact layout.
+"""Checkpoints with seeded random weights, in the hub's exact layout, for tests and benchmarks.
 
-They have no meaning, but the architecture, the files and (at a model's own geometry) the size and
-speed are the real ones: for the demo, the tests and the benchmarks. Written shard by shard, so the
-8B geometry needs no more memory than one shard.
+Their results are meaningless, but the architecture and files are real, and at a real model's
+geometry, so are size and speed. They are written shard by shard, so the 8B geometry needs no more
+memory than one shard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..prompts import append_end_of_text
 from ..spec import DEFAULT_PROMPTS, ModelSpec, Task
 from ..tokens import SPLIT
 
-# Qwen's special tokens in the order of their ids (tokenizer.json of Qwen3).
+# Qwen's special tokens in the order of their ids (Qwen3's tokenizer.json).
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED_TOKENS = ["<think>", "</think>"]
 STORED: dict[str, Any] = {
@@ -74,21 +74,21 @@ def write_checkpoint(
     """Write a checkpoint with random weights.
 
     Args:
-        folder: Made, or emptied of an earlier checkpoint by being overwritten file by file.
+        folder: The output folder; it is created, and existing files are overwritten.
         geometry: The model's sizes.
-        task: Decides the tensors' names (`Qwen3Model` or `Qwen3ForCausalLM`) and the files beside,
-            the model card's header among them.
-        tokenizer: Saved as tokenizer.json; ends texts with `<|endoftext|>` for embeddings.
+        task: Decides the tensors' names (`Qwen3Model` or `Qwen3ForCausalLM`) and the other files,
+            including the model card's header.
+        tokenizer: Saved as tokenizer.json; for an embedder it ends texts with `<|endoftext|>`.
         dtype: The stored dtype.
-        shard_bytes: A new shard begins once one holds this many bytes.
-        seed: Of the random weights.
+        shard_bytes: Maximum bytes per shard, unless one tensor is larger.
+        seed: Seed of the random weights.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    # An embedder's tokenizer ends texts; a reranker's must not: its reference would end the body.
+    # Only an embedder's tokenizer adds <|endoftext|>: a reranker's would add it after the body.
     tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
     if task == "embedding":
         append_end_of_text(tokenizer, folder / "tokenizer.json")
@@ -122,13 +122,13 @@ def write_checkpoint(
 
 
 def plant_outliers(folder: Path, *, magnitude: float = 3000.0, seed: int = 0) -> None:
-    """Give a checkpoint of one shard the outliers that Qwen models have, in place.
+    """Add outliers like those of Qwen models to a single-shard checkpoint, in place.
 
-    Outlier channels: in every layer four channels behind each RMSNorm are `magnitude` times the
-    others, and the weights that read them as much smaller. Outlier tokens: one token in thirteen
-    makes one SwiGLU channel of every layer about `magnitude` times the median, and down_proj
-    reads that channel with small weights. The function stays one that fp32 computes well; a scale
-    for a whole tensor leaves nothing of the rest.
+    Outlier channels: in every layer, four channels after each RMSNorm are `magnitude` times larger
+    than the others, and the weights that read them smaller by the same factor. Outlier tokens: one
+    token in thirteen makes one SwiGLU channel of every layer about `magnitude` times the median,
+    and down_proj reads that channel with small weights. fp32 still computes the function well, but
+    with one scale per tensor, quantization loses all other values.
     """
     spec = ModelSpec.from_checkpoint(folder)
     prefix = "model." if spec.task == "reranker" else ""
@@ -149,7 +149,7 @@ def plant_outliers(folder: Path, *, magnitude: float = 3000.0, seed: int = 0) ->
         "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
     }
     for layer in range(spec.num_layers):
-        # The token's channel: a pair of rows that read the direction, undone by down_proj.
+        # The outlier tokens' channel: gate and up rows read the direction, down_proj undoes it.
         width = spec.hidden_size**0.5
         row = int(generator.integers(spec.intermediate_size))
         reading = direction * (magnitude**0.5 / width)
@@ -166,7 +166,7 @@ def plant_outliers(folder: Path, *, magnitude: float = 3000.0, seed: int = 0) ->
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:
-    """A small byte-level BPE with Qwen's pre-tokenization, in which "yes" and "no" are tokens."""
+    """Train a small byte-level BPE with Qwen's pre-tokenization and the tokens "yes" and "no"."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = NFC()
     tokenizer.pre_tokenizer = PreTokenizers(
@@ -182,7 +182,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Words that must be one token are made frequent.
+    # "yes" and "no" are repeated so that each becomes a single token.
     tokenizer.train_from_iterator([*texts, *["yes", "no"] * 1000], trainer)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.add_tokens(ADDED_TOKENS)
@@ -256,7 +256,7 @@ def _group(
 
 
 def _random(generator: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """RMSNorm gains around 1, matrices with the standard deviation of Qwen's initializer."""
+    """Random RMSNorm gains around 1, or a matrix with the standard deviation of Qwen's init."""
     if len(shape) == 1:
         return (1 + 0.1 * generator.standard_normal(shape, np.float32)).astype(dtype)
     tensor = np.empty(shape, dtype)

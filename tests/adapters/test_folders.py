@@ -88,7 +88,7 @@ def test_a_tokenizer_that_is_not_the_bases(bases, adapters, copied):
     (adapter / "tokenizer.json").write_text(json.dumps(json.loads(text), indent=1))
     ModelSpec.from_checkpoint(bases(), adapter=adapter)
     (adapter / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|other|>"))
-    with pytest.raises(CheckpointError, match="is another than the base's"):
+    with pytest.raises(CheckpointError, match="differs from the base's"):
         ModelSpec.from_checkpoint(bases(), adapter=adapter)
 
 
@@ -174,7 +174,7 @@ def test_a_wrong_scaling_is_noticed(bases, adapters, tmp_path, monkeypatch, task
         ({"r": 8}, r"lora_A.weight should be BF16, F16, F32 of shape \[8, 64\]"),
         ({"lora_alpha": [1]}, "lora_alpha should be a positive number"),
         ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern should be ranks by pattern"),
-        ({"rank_pattern": {"(": 4}}, "rank_pattern is no regular expression"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern is not a regular expression"),
         ({"target_modules": r"(.*)*q"}, "target_modules should have patterns of"),
         ({"target_modules": ".*" * 9}, "target_modules should have patterns of"),
         ({"target_modules": None}, "target_modules should be names, or a pattern, found None"),
@@ -208,7 +208,7 @@ TENSORS = {
     "layer beyond": (lambda x: rename(x, "layers.2.self_attn.q", "layers.7.self_attn.q"), "q_proj"),
     "whole, of no module": (
         lambda x: x.update({"base_model.model.dense.weight": np.ones((2, 2), np.float32)}),
-        "dense.weight is of no module of this model",
+        "dense.weight belongs to no module of this model",
     ),
     "whole, of an adapted module": (
         lambda x: x.update(
@@ -220,7 +220,7 @@ TENSORS = {
         lambda x: x.update(
             {"base_model.model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)}
         ),
-        "o_proj.bias is of no module",
+        "o_proj.bias belongs to no module",
     ),
     "integers": (lambda x: x.update({n: v.astype(np.int32) for n, v in x.items()}), "found I32"),
 }
@@ -243,11 +243,11 @@ def test_folders_refused(bases, adapters, copied, quantized, tmp_path):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"adapter_model.bin is not read, save it as safet"):
         ModelSpec.from_checkpoint(bases(), adapter=adapter)
-    with pytest.raises(InputError, match="is no adapter: it has no adapter_config"):
+    with pytest.raises(InputError, match="is not an adapter: it has no adapter_config"):
         ModelSpec.from_checkpoint(bases(), adapter=bases())
-    with pytest.raises(InputError, match="is an adapter itself: --adapter goes with the"):
+    with pytest.raises(InputError, match="is an adapter itself: give --adapter with the"):
         ModelSpec.from_checkpoint(adapter, adapter=adapter)
-    with pytest.raises(InputError, match="is an artifact: --adapter goes with the checkpoint"):
+    with pytest.raises(InputError, match="is an artifact: give --adapter with the checkpoint"):
         embedport.load(quantized("gptq"), adapter=adapter, device="cpu")
 
 

@@ -340,7 +340,7 @@ def test_fp8_is_quantized_again(compressed, tmp_path, caplog):
     folder, _ = compressed("FP8_BLOCK")
     with caplog.at_level(logging.WARNING):
         embedport.export(folder, tmp_path / "int8", precision="int8")
-    assert "(float8, a scale for 16 outputs by 32 inputs) are unpacked and" in caplog.text
+    assert "(float8, one scale per 16 outputs x 32 inputs) are unpacked and" in caplog.text
 
 
 @pytest.mark.parametrize("block", [[16, 32], None])
@@ -488,7 +488,7 @@ def test_inspect(compressed, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     said = " ".join(capsys.readouterr().out.split())
-    assert "quantized by compressed-tensors: nvfp4 float4, a scale for 16 inputs of an" in said
+    assert "quantized by compressed-tensors: nvfp4 float4, one scale per 16 inputs of an" in said
     assert "weights unpacked: its library rounds activations too, which is not done here" in said
 
 

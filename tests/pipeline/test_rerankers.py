@@ -179,7 +179,7 @@ def test_a_template_without_the_two_roles_is_refused(classifier):
     )
     with pytest.raises(ValueError, match="cannot carry a 'query'/'document' pair"):
         cross_encoder(folder).predict(PAIRS)
-    with pytest.raises(CheckpointError, match="does not carry the roles 'query' and 'document'"):
+    with pytest.raises(CheckpointError, match="does not render the roles 'query' and 'document'"):
         ModelSpec.from_checkpoint(folder)
 
 
@@ -213,7 +213,7 @@ def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
 def test_a_plain_language_model_asks_for_the_task(descend):
     folder = descend("reranker")
     (folder / "README.md").write_text("---\npipeline_tag: text-generation\n---\nA model.\n")
-    with pytest.raises(InputError, match=r"nothing in it says what the model is for.*--task"):
+    with pytest.raises(InputError, match=r"its files do not state the task.*--task"):
         ModelSpec.from_checkpoint(folder)
     with pytest.raises(InputError, match="--task embedding or --task reranker"):
         embedport.load(folder, device="cpu")
@@ -227,14 +227,14 @@ def test_a_plain_language_model_asks_for_the_task(descend):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("1_LogitScore/config.json", {"true_token_id": 5000}, "5000 is beyond the vocabulary"),
+        ("1_LogitScore/config.json", {"true_token_id": 5000}, "5000 is outside the vocabulary"),
         ("1_LogitScore/config.json", {"true_token_id": "yes"}, "should be a token's id"),
         ("1_LogitScore/config.json", {"module_input_name": "scores"}, "module_input_name"),
         ("1_LogitScore/config.json", {"temperature": 2}, "'temperature' is not known here"),
         (
             "config_sentence_transformers.json",
             {"model_type": "SentenceTransformer"},
-            "LogitScore does not go with a SentenceTransformer|should be Pooling",
+            "LogitScore does not go with a SentenceTransformer|should be followed by Pooling",
         ),
         ("config_sentence_transformers.json", {"activation_fn": "my.Own"}, "only torch.nn's Sigm"),
         (

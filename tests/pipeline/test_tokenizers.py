@@ -23,7 +23,7 @@ TEXTS = [
 EXTRA = "<extra>"
 # Of transformers' Qwen2Tokenizer, which takes neither from the file.
 OWN = r"transformers' Qwen2Tokenizer"
-ADDS = "'<extra>', which is no added token of tokenizer.json: transformers would add it"
+ADDS = "'<extra>', not an added token of tokenizer.json: transformers would add it"
 
 
 def model(**values):

@@ -253,7 +253,7 @@ def test_another_model(job, checkpoints, tmp_path):
         (b'{"text": "a"}\n{"text": 3}', "corpus.jsonl:2 should be"),
         (b'{"text": "\\ud83d"}', "corpus.jsonl:1 .*lone surrogate"),
         (b'{"text": "\xff"}', "corpus.jsonl:1 should be UTF-8"),
-        (b'{"text": "a", "prompt": "query"}', "corpus.jsonl:1 names a prompt"),
+        (b'{"text": "a", "prompt": "query"}', "corpus.jsonl:1 names its own prompt"),
     ],
 )
 def test_bad_lines_before_any_work(job, content, message):
@@ -289,7 +289,7 @@ def test_an_input_that_changes_meanwhile(job, change):
         job.input.write_text(changed, encoding="utf-8")
         run_here(job, shards, advance)
 
-    with pytest.raises(InputError, match="it has changed meanwhile"):
+    with pytest.raises(InputError, match="the file has changed"):
         encode_corpus(job, run)
 
 

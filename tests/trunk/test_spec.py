@@ -126,7 +126,7 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "give no window; give both"),
         (
             {"use_sliding_window": True, "max_window_layers": 0, "is_causal": False},
-            "a sliding window beside is_causal false is not supported",
+            "a sliding window with is_causal false is not supported",
         ),
         ({"is_causal": "no"}, "is_causal should be bool, found 'no'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True, which"),
@@ -218,7 +218,7 @@ class TestHub:
             fetch(name)
 
     def test_not_in_the_cache(self, cached):
-        with pytest.raises(CheckpointError, match=r"not whole in the hub's cache.*offline mode"):
+        with pytest.raises(CheckpointError, match=r"not complete in the hub's cache.*offline mode"):
             ModelSpec.from_checkpoint("Qwen/Qwen3-Embedding-4B")
 
     def test_a_library_s_own_error(self, monkeypatch):
