@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 import onnx_ir as ir
 
-from embedport.runtimes.compiled import register_kernels
+from embedport.runtimes.ort_custom_ops import register_kernels
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from embedport.runtimes.compiled import NONE, VARIABLE, register_kernels
+from embedport.runtimes.ort_custom_ops import NONE, VARIABLE, register_kernels
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from embedport.bench.machine import PRODUCTS, measure_peak
-from embedport.runtimes.compiled import register_kernels
+from embedport.runtimes.ort_custom_ops import register_kernels
 from embedport.spec import ModelSpec
 
 from .checkpoint import CACHE, checkpoint

@@ -24,8 +24,8 @@ from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown, shown
 from .modelcard import declared_task
 from .modules import Modules, read_activation, read_modules, read_prompts
 from .pipeline import TASKS, Inputs, Outputs, Task
+from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
 from .rope import Rope, read_rope
-from .stored import LibraryQuantization, StoredQuantization, read_quantization
 from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 

@@ -10,8 +10,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..files import TensorInfo, open_shard, read_headers, read_octets
 from ..lora import open_floats
-from ..spec import ModelSpec
-from ..stored import (
+from ..quantization_config import (
     GRAPH_GROUPS,
     INSTEAD,
     Layout,
@@ -19,6 +18,7 @@ from ..stored import (
     MatrixFormat,
     StoredQuantization,
 )
+from ..spec import ModelSpec
 from ..weights import DTYPES, Weights
 from .schemes import QuantizedTensor, QuantScheme
 from .unpacking import float_values, shift, unpack, unpack_awq, unpack_pairs
@@ -64,7 +64,9 @@ _WEIGHT = "weight"
 
 
 class StoredWeights(Weights):
-    """The tensors of a checkpoint quantized by another tool; formats as in `embedport.stored`.
+    """The tensors of a checkpoint quantized by another tool.
+
+    Its formats are those of `embedport.quantization_config`.
 
     A quantized matrix is dequantized when it is read, one matrix in memory at a time. A projection
     that the checkpoint left in floating point is read as it is.

@@ -1,11 +1,12 @@
 """Load a checkpoint as transformers' Qwen3Model, without running code that comes with it.
 
-Plain checkpoints, and quantized formats that embedport reads itself (`embedport.stored`), are read
-tensor by tensor into a model on device "meta", which has no memory of its own: the process holds
-the model and one more tensor. Quantized matrices are unpacked, so the model takes as much memory as
-an unquantized one. bitsandbytes, and compressed-tensors with 8-bit weights and activations, are
-loaded by transformers and computed by those libraries: bitsandbytes keeps 8 and 4 bits in memory;
-compressed-tensors unpacks the weights and rounds each token's activations as servers' kernels do.
+Plain checkpoints, and quantized formats that embedport reads itself
+(`embedport.quantization_config`), are read tensor by tensor into a model on device "meta", which
+has no memory of its own: the process holds the model and one more tensor. Quantized matrices are
+unpacked, so the model takes as much memory as an unquantized one. bitsandbytes, and compressed-
+tensors with 8-bit weights and activations, are loaded by transformers and computed by those
+libraries: bitsandbytes keeps 8 and 4 bits in memory; compressed-tensors unpacks the weights and
+rounds each token's activations as servers' kernels do.
 
 The configuration is built from the ModelSpec. Nothing else in config.json is read, so no code, name
 or path in it is followed. Weights are safetensors only, in files beside their index.
@@ -26,10 +27,10 @@ from safetensors import safe_open
 from ..bitsandbytes_ import importing_bitsandbytes
 from ..errors import CheckpointError, MissingPackageError, require
 from ..files import TensorInfo, read_headers
+from ..quantization_config import LibraryQuantization
 from ..quantize.stored import open_weights, warn_of_activations
 from ..requirements import meets
 from ..spec import ModelSpec
-from ..stored import LibraryQuantization
 from ..weights import DTYPES, Weights
 
 # The first transformers that reads is_causal.

@@ -11,8 +11,8 @@ from ..errors import ArtifactError, InputError, require
 from ..manifest import Manifest
 from ..spec import Task
 from ..witness import WITNESS, Machine, describe_machine, read_witness
-from .compiled import register_kernels
 from .embedder import Embedder
+from .ort_custom_ops import register_kernels
 from .reranker import Reranker
 
 

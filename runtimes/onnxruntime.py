@@ -19,8 +19,8 @@ from ..files import MANIFEST
 from ..pooling import Head, pool
 from ..requirements import meets
 from .batching import core_limit, count_cores
-from .compiled import register_kernels
 from .exact import make_exact
+from .ort_custom_ops import register_kernels
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, describe_nonfinite
 from .facts import Model, ModelFacts
 from .onnxruntime import OnnxModel
-from .sharing import group_rows, run_groups
+from .prefix_cache import group_rows, run_groups
 from .torch import TorchModel
 
 logger = logging.getLogger(__name__)

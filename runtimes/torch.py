@@ -1,6 +1,6 @@
 """The torch backend: a checkpoint as it is, on the CPU or a CUDA device.
 
-On CUDA the layers are embedport's own, without padding: see packed.py. On a CPU, and for formats
+On CUDA the layers are embedport's own, without padding: see varlen.py. On a CPU, and for formats
 that only a library computes, they are transformers'. These get right-padded rows: no real token
 follows a padding token, so causal attention needs no mask.
 """
@@ -24,9 +24,9 @@ from ..lora import open_floats
 from ..pipeline import Outputs
 from ..pooling import Head, pool
 from ..prompts import find_answers
+from ..quantization_config import LibraryQuantization
 from ..requirements import meets
 from ..spec import ModelSpec
-from ..stored import LibraryQuantization
 from .batching import pad
 from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, open_readers
 from .facts import stored_float
@@ -236,7 +236,7 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
 
 def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) -> Any:
     """Open a checkpoint as `PackedLayers` on the CUDA device; only if `why_padded` gives None."""
-    from .packed import PackedLayers
+    from .varlen import PackedLayers
 
     torch = require("torch", "torch")
     dtype = getattr(torch, DTYPE_NAMES[arithmetic])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import embedport
-from embedport.runtimes.compiled import find_library
+from embedport.runtimes.ort_custom_ops import find_library
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("exporters", "quantize", "runtimes", "validation")

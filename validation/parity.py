@@ -18,10 +18,10 @@ from ..beir import RetrievalSet, read_beir, write_candidates
 from ..demo.samples import Pair, Sample
 from ..errors import InputError, require
 from ..files import written
+from ..quantization_config import LibraryQuantization
 from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import ModelFacts, load
 from ..spec import Task
-from ..stored import LibraryQuantization
 from .details import collect_details
 from .invariance import run_suite
 from .layers import layer_errors

@@ -15,7 +15,7 @@ import numpy as np
 from ..cpu import read_cpu
 from ..errors import require
 from ..runtimes.batching import count_cores
-from ..runtimes.compiled import register_kernels
+from ..runtimes.ort_custom_ops import register_kernels
 
 PACKAGES = ("embedport", "onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx-ir")
 # onnxruntime's product of 8-bit integers.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from ..hub import Source
     from ..manifest import Manifest
+    from ..quantization_config import LibraryQuantization, StoredQuantization
     from ..spec import ModelSpec, Task
-    from ..stored import LibraryQuantization, StoredQuantization
 
 
 def inspect(
@@ -178,8 +178,8 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
 def _weights(spec: ModelSpec) -> dict[str, Any] | None:
     """The tensors' dtypes and shards; None if they are not on this disk."""
     from ..files import read_headers
+    from ..quantization_config import LibraryQuantization
     from ..quantize.stored import open_weights
-    from ..stored import LibraryQuantization
 
     if not any(spec.source.folder.glob("*.safetensors")):
         return None
@@ -233,7 +233,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 def _quantized(quantization: StoredQuantization | LibraryQuantization) -> str:
     """How a checkpoint is quantized, and how it is run or exported here."""
-    from ..stored import LibraryQuantization
+    from ..quantization_config import LibraryQuantization
 
     lines = [f"by {quantization.method}: {quantization.precision}"]
     place = "here"

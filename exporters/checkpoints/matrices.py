@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CheckpointError
-from ...quantize.balance import balanced
 from ...quantize.hqq import quantize_hqq
 from ...quantize.rtn import quantize_rtn
+from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
 from ...weights import Weights
-from ..onnx.calibrated import quantize_layers, scale_layers
 from ..onnx.formats import Format, matrices
+from ..onnx.gptq_awq import quantize_layers, scale_layers
 from .methods import Plan, numpy_dtype
 from .packing import (
     Parts,
@@ -29,7 +29,7 @@ from .packing import (
 Quantize = Callable[[str], Parts]
 
 
-def carry_out(
+def apply_plan(
     weights: Weights,
     plan: Plan,
     rows: Sequence[np.ndarray],

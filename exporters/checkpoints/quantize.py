@@ -22,15 +22,15 @@ from ...quantize.source import WeightSource
 from ...spec import ModelSpec, Task
 from ...weights import Weights
 from ..configuration import fetch_weights, read_configuration
-from ..onnx.calibrated import kept_bytes, kept_layers
+from ..onnx.apply_recipe import CHUNK_VALUES, describe_calibration
 from ..onnx.companions import write_companions
 from ..onnx.formats import matrices
-from ..onnx.quantization import CHUNK_VALUES, describe_calibration
+from ..onnx.gptq_awq import kept_bytes, kept_layers
 from ..onnx.recipe import Recipe
 from ..onnx.texts import reranker_head, tokenize_samples
 from ..provenance import Progress, counted, source_record, versions
 from .config import FORMS, Form, checkpoint_config, gptq_config
-from .matrices import Quantize, carry_out, check_finite
+from .matrices import Quantize, apply_plan, check_finite
 from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
 from .serving import write_serving_files
 from .shards import ShardWriter
@@ -127,7 +127,7 @@ def quantize_checkpoint(
         staged(output, force=force, needs=needed_bytes) as folder,
     ):
         advance = counted(progress, "quantize", spec.num_layers)
-        source, quantize = carry_out(weights, plan, rows, layers, advance)
+        source, quantize = apply_plan(weights, plan, rows, layers, advance)
         write_companions(spec, folder)
         write_json(folder / "config.json", checkpoint_config(spec, plan, form))
         if plan.method.library == "gptq":

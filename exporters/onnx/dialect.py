@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ...spec import ModelSpec
 from .builder import GraphBuilder
-from .quantized import Float8Matrix, QuantizedMatrix
+from .initializers import Float8Matrix, QuantizedMatrix
 
 MICROSOFT = "com.microsoft"
 BOOL, FLOAT, FLOAT16, BFLOAT16, INT8, UINT8, INT64, FLOAT8 = (

@@ -28,21 +28,21 @@ from ...spec import ModelSpec, Task
 from ...weights import Weights
 from ..configuration import fetch_weights, read_configuration
 from ..provenance import Progress, counted, source_record, versions
-from .calibrated import kept_bytes, kept_layers
-from .calibration import choose_fp16, measure_activations
-from .companions import write_companions
-from .continuation import plan_continuation, write_continuation
-from .dialects import find_dialect
-from .formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
-from .graph import Design, build_model
-from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
-from .quantization import (
-    carry_out,
+from .apply_recipe import (
+    apply_recipe,
     describe_calibration,
     quantize_rows,
     rotated,
     stored_recipe,
 )
+from .companions import write_companions
+from .continuation import plan_continuation, write_continuation
+from .dialect_table import find_dialect
+from .formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
+from .fp16_overflow import choose_fp16, measure_activations
+from .gptq_awq import kept_bytes, kept_layers
+from .graph import Design, build_model
+from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
 from .recipe import CALIBRATED, STORED, Recipe
 from .search import RankingTarget, Search, search_formats
 from .texts import reranker_head, tokenize_retrieval, tokenize_samples
@@ -216,7 +216,7 @@ def export_onnx(
             dtypes = _choose_precision(spec, precision_name, plan, dialect)
         if plan is not None:
             advance = counted(progress, "quantize", spec.num_layers)
-            source, matrices = carry_out(weights, plan, dtypes.formats, rows, layers, advance)
+            source, matrices = apply_recipe(weights, plan, dtypes.formats, rows, layers, advance)
         elif dtypes.compute == FLOAT16:
             dtypes = _calibrate(weights, rows, folder, progress)
         head = reranker_head(source) if spec.task == "reranker" else None

@@ -34,10 +34,10 @@ from ...spec import ModelSpec
 from .builder import GraphBuilder
 from .dialect import FLOAT8, INT8, Dialect, Heads, LayerPast, Positions, Product, settle
 from .formats import TABLE
+from .initializers import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .masked import Sight, attend_masked, describe_sight
 from .pooling import describe_steps, normalize, pool, shorten
 from .precision import Precision
-from .quantized import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .tensors import CheckpointTensor
 
 BOOL = ir.DataType.BOOL

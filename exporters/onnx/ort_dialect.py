@@ -29,7 +29,7 @@ from .dialect import (
     row_scales,
     settle,
 )
-from .quantized import Float8Matrix, QuantizedMatrix
+from .initializers import Float8Matrix, QuantizedMatrix
 
 ZERO_POINT = 128
 # MatMulNBits quantizes activations to int8, with one scale per block of a token.

@@ -26,9 +26,9 @@ from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...ranking import NDCG, measure, rank_candidates, rank_documents
 from .formats import TABLE, Format, matrices
 from .graph import Design
+from .initializers import QuantizedMatrices
 from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_layer
 from .precision import Precision, weight_bytes
-from .quantized import QuantizedMatrices
 
 # Fewest bytes first; "fp32" is a matrix without a format.
 LEVELS = ("int4/64", "int8/128s", "fp32")

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...errors import require
-from ...runtimes.compiled import register_kernels
+from ...runtimes.ort_custom_ops import register_kernels
 
 
 def open_session(model: ir.Model, folder: Path, *, pack: bool, kernels: bool = False) -> Any:

@@ -20,7 +20,7 @@ from .dialect import (
     row_scales,
     settle,
 )
-from .quantized import Float8Matrix, QuantizedMatrix
+from .initializers import Float8Matrix, QuantizedMatrix
 
 
 class StandardDialect:

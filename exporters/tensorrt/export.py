@@ -28,7 +28,7 @@ from ...manifest import GraphRecord, Manifest
 from ...prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...spec import Task
 from ...witness import WITNESS
-from ..onnx.dialects import find_dialect
+from ..onnx.dialect_table import find_dialect
 from ..onnx.export import PACKAGES, export_onnx
 from ..onnx.formats import FP8, QUANTIZED
 from ..onnx.graph import INPUTS

@@ -43,7 +43,7 @@ def write_unlimited(checkpoint: Path, output: Path, *, dialect: str) -> None:
 
     with (
         mock.patch("embedport.exporters.onnx.formats.QuantScheme", unlimited),
-        mock.patch("embedport.exporters.onnx.packing.check_pairs"),
+        mock.patch("embedport.exporters.onnx.code_layouts.check_pairs"),
     ):
         embedport.export(checkpoint, output, precision="int8", dialect=dialect)
     path = output / MANIFEST

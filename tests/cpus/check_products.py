@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from embedport.runtimes.compiled import register_kernels
+from embedport.runtimes.ort_custom_ops import register_kernels
 
 # onnxruntime's kernels for a single row, for a few and for many are not the same ones.
 ROWS = (1, 2, 3, 7, 33)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from embedport.runtimes.compiled import find_library, register_kernels
+from embedport.runtimes.ort_custom_ops import find_library, register_kernels
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

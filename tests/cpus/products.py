@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from embedport.exporters.onnx.builder import GraphBuilder
 from embedport.exporters.onnx.dialect import FLOAT, INT8, UINT8, Product, Rows, settle
-from embedport.exporters.onnx.dialects import find_dialect
+from embedport.exporters.onnx.dialect_table import find_dialect
 from embedport.exporters.onnx.formats import Format
-from embedport.exporters.onnx.quantized import QuantizedMatrices, QuantizedMatrix
+from embedport.exporters.onnx.initializers import QuantizedMatrices, QuantizedMatrix
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantizedTensor
 from embedport.segments import emulate_16_bits

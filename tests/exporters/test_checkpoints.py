@@ -13,8 +13,8 @@ import embedport
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
-from embedport.exporters.onnx.calibrated import quantize_layers
 from embedport.exporters.onnx.formats import Format, matrices
+from embedport.exporters.onnx.gptq_awq import quantize_layers
 from embedport.exporters.onnx.texts import tokenize_samples
 from embedport.files import read_headers
 from embedport.prompts import RerankerTokenizer

@@ -17,9 +17,9 @@ from embedport.cli import main
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import Geometry, write_checkpoint
 from embedport.errors import CheckpointError
+from embedport.quantization_config import LibraryQuantization, StoredQuantization
 from embedport.quantize.stored import StoredWeights
 from embedport.spec import ModelSpec
-from embedport.stored import LibraryQuantization, StoredQuantization
 from tests.conftest import DATA
 
 TEXTS = [sample.text for sample in builtin_samples()][:8]

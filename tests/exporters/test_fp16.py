@@ -8,7 +8,7 @@ import embedport
 from embedport.demo.samples import builtin_samples
 from embedport.errors import CheckpointError, VerificationError
 from embedport.exporters.onnx import export as export_module
-from embedport.exporters.onnx.calibration import LIMIT, choose_fp16
+from embedport.exporters.onnx.fp16_overflow import LIMIT, choose_fp16
 from embedport.exporters.onnx.precision import PRECISIONS, RESIDUAL
 from embedport.files import SINGLE
 

@@ -6,8 +6,8 @@ import pytest
 import embedport
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.demo.synthetic import plant_outliers
-from embedport.quantize.balance import balanced
 from embedport.quantize.rotation import RotatedWeights, orthogonal
+from embedport.quantize.smoothquant import balanced
 from embedport.spec import ModelSpec
 from embedport.weights import Weights
 

@@ -16,7 +16,7 @@ from embedport.artifact import Artifact, write_manifest
 from embedport.errors import ArtifactError, InputError, VerificationError
 from embedport.manifest import Manifest
 from embedport.runtimes import Reranker, comparison
-from embedport.runtimes.compiled import VARIABLE
+from embedport.runtimes.ort_custom_ops import VARIABLE
 from embedport.witness import WITNESS, read_witness, write_witness
 
 WITNESSES = True

@@ -12,10 +12,10 @@ import embedport
 from embedport.attention import SHORT_ROW
 from embedport.exporters.onnx.builder import GraphBuilder
 from embedport.exporters.onnx.dialect import FLOAT, INT8, Product
+from embedport.exporters.onnx.initializers import QuantizedMatrices, QuantizedMatrix
 from embedport.exporters.onnx.ort_dialect import OrtDialect
-from embedport.exporters.onnx.quantized import QuantizedMatrices, QuantizedMatrix
 from embedport.quantize.schemes import QuantizedTensor, QuantScheme
-from embedport.runtimes.compiled import VARIABLE, register_kernels
+from embedport.runtimes.ort_custom_ops import VARIABLE, register_kernels
 
 DIALECT = OrtDialect()
 EPS = 1e-6
@@ -373,7 +373,9 @@ def test_a_package_without_kernels(exported, monkeypatch, caplog):
 
     expected = encode()
     for found, reason in ((None, "built without kernels"), (folder / "none.so", "do not run here")):
-        monkeypatch.setattr("embedport.runtimes.compiled.find_library", lambda found=found: found)
+        monkeypatch.setattr(
+            "embedport.runtimes.ort_custom_ops.find_library", lambda found=found: found
+        )
         with caplog.at_level(logging.INFO, "embedport"):
             vectors = encode()
         assert reason in caplog.text

@@ -12,8 +12,8 @@ from embedport.attention import SHORT_ROW
 from embedport.demo.samples import builtin_pairs
 from embedport.errors import ArtifactError
 from embedport.runtimes.batching import pad
-from embedport.runtimes.compiled import register_kernels
-from embedport.runtimes.sharing import SHARED_TOKENS, group_rows, shared_length
+from embedport.runtimes.ort_custom_ops import register_kernels
+from embedport.runtimes.prefix_cache import SHARED_TOKENS, group_rows, shared_length
 
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
 QUERY = "How do plants turn sunlight into sugar?"

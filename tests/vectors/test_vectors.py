@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from embedport.runtimes.compiled import find_library, register_kernels
+from embedport.runtimes.ort_custom_ops import find_library, register_kernels
 from tests.vectors import compare, record
 
 CASES = [(task, precision) for task in record.CHECKPOINTS for precision in compare.LIMITS]

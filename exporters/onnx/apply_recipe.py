@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ...quantize.balance import balanced
 from ...quantize.hqq import quantize_hqq
 from ...quantize.rotation import RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights
 from ...weights import Weights
-from .calibrated import quantize_layers, scale_layers
 from .formats import TABLE, Format, matrices
-from .quantized import QuantizedMatrices
+from .gptq_awq import quantize_layers, scale_layers
+from .initializers import QuantizedMatrices
 from .recipe import STORED, Recipe
 
 # Matrices are quantized in ranges of rows: a table of 150,000 is never whole in memory in fp32.
@@ -30,7 +30,7 @@ CHUNK_VALUES = 16 << 20
 Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
 
 
-def carry_out(
+def apply_recipe(
     weights: Weights,
     recipe: Recipe,
     formats: Mapping[str, Format],

@@ -37,10 +37,10 @@ from ...version import __version__
 from ...weights import Weights
 from .formats import Format, matrices
 from .graph import Design
+from .initializers import QuantizedMatrices
 from .layerwise import Layer, embed_rows, run_layer
 from .ort_dialect import OrtDialect
 from .precision import PRECISIONS
-from .quantized import QuantizedMatrices
 
 REQUEST = "request.txt"
 LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"

@@ -38,10 +38,10 @@ def packed(monkeypatch):
 
     if torch.cuda.is_available():
         pytest.skip("test_on_a_gpu runs the kernels themselves")
-    from embedport.runtimes import packed
+    from embedport.runtimes import varlen
 
-    monkeypatch.setattr(packed, "varlen_attn", attention)
-    return packed
+    monkeypatch.setattr(varlen, "varlen_attn", attention)
+    return varlen
 
 
 def attention(query, key, value, starts, _, longest, __, *, window_size, enable_gqa=True):
@@ -169,7 +169,7 @@ def test_attention_is_chosen_for_the_batch_only(packed, checkpoints):
 
 
 def test_short_texts_attend_together():
-    from embedport.runtimes.packed import LONG_TEXT, attend_alone
+    from embedport.runtimes.varlen import LONG_TEXT, attend_alone
 
     assert attend_alone(np.array([LONG_TEXT] * 3)) == []
     assert attend_alone(np.array([7, LONG_TEXT + 1])) == [slice(0, 7), slice(7, LONG_TEXT + 8)]
@@ -241,7 +241,7 @@ def close(rows, expected, dtype):
 def test_add_norm(device, dtype, width):
     import torch
 
-    from embedport.runtimes.fused import add_norm
+    from embedport.runtimes.triton_kernels import add_norm
 
     kind = getattr(torch, dtype)
     states, delta, gains = random(device, (5, width), (5, width), (width,))
@@ -261,7 +261,7 @@ def test_add_norm(device, dtype, width):
 def test_norm_rope(device, dtype, heads, half):
     import torch
 
-    from embedport.runtimes.fused import norm_rope
+    from embedport.runtimes.triton_kernels import norm_rope
 
     kind, rotated = getattr(torch, dtype), sum(heads)
     qkv, *gains, angles = random(
@@ -285,7 +285,7 @@ def test_norm_rope(device, dtype, heads, half):
 def test_silu_mul(device, dtype):
     import torch
 
-    from embedport.runtimes.fused import silu_mul
+    from embedport.runtimes.triton_kernels import silu_mul
 
     kind = getattr(torch, dtype)
     gate_up = random(device, (5, 96))[0].to(kind)
@@ -296,7 +296,7 @@ def test_silu_mul(device, dtype):
 def test_to_fp8(device):
     import torch
 
-    from embedport.runtimes.fused import E4M3, to_fp8
+    from embedport.runtimes.triton_kernels import E4M3, to_fp8
 
     values = random(device, (5, 96))[0].bfloat16()
     values[2] = 0
@@ -328,7 +328,7 @@ def rms_norm(values, gains):
 
 
 def test_sizes_come_back():
-    from embedport.runtimes.packed import GRAPH_TOKENS, pack, round_sizes
+    from embedport.runtimes.varlen import GRAPH_TOKENS, pack, round_sizes
 
     for tokens in range(1, GRAPH_TOKENS + 100, 7):
         rounded, texts, longest = round_sizes(tokens, 3, 5)
@@ -414,7 +414,7 @@ def test_fp8_in_blocks_of_16_only(checkpoints, tmp_path):
 def test_a_product_in_fp8(packed):
     import torch
 
-    from embedport.runtimes.fused import E4M3, Rows
+    from embedport.runtimes.triton_kernels import E4M3, Rows
 
     values, weight = (each.to(E4M3) for each in random("cpu", (5, 32), (48, 32)))
     row_scales, out_scales = (each.abs() for each in random("cpu", (5, 1), (1, 48)))

@@ -12,9 +12,9 @@ import embedport
 from embedport.demo.samples import builtin_samples
 from embedport.demo.synthetic import plant_outliers
 from embedport.errors import CheckpointError, InputError
-from embedport.exporters.onnx import calibrated
-from embedport.exporters.onnx.calibrated import kept_layers, quantize_layers, scale_layers
+from embedport.exporters.onnx import gptq_awq
 from embedport.exporters.onnx.formats import plan_formats
+from embedport.exporters.onnx.gptq_awq import kept_layers, quantize_layers, scale_layers
 from embedport.exporters.onnx.graph import Design
 from embedport.exporters.onnx.layerwise import Layer, embed_rows
 from embedport.exporters.onnx.ort_dialect import OrtDialect
@@ -87,9 +87,9 @@ def test_awq_takes_tokens_from_all_places():
 
     rows = [np.arange(40)] * 600
     layer: Any = Fake()
-    (found,) = calibrated._samples(layer, rows, rows).values()
+    (found,) = gptq_awq._samples(layer, rows, rows).values()
     places, counts = np.unique(found, return_counts=True)
-    assert len(found) == -(-600 * 40 // (600 * 40 // calibrated.SAMPLE))
+    assert len(found) == -(-600 * 40 // (600 * 40 // gptq_awq.SAMPLE))
     assert len(places) >= 20
     assert counts.max() < 2 * counts.mean()
 
@@ -165,7 +165,7 @@ def test_awq_opens_each_layer_once(checkpoints, tmp_path, monkeypatch):
             opened.append(layer)
             super().__init__(design, layer, folder)
 
-    monkeypatch.setattr(calibrated, "Layer", Counted)
+    monkeypatch.setattr(gptq_awq, "Layer", Counted)
     scale_layers(weights, weights, formats, ROWS, tmp_path / "layers", lambda: None)
     assert opened == [0, 1, 2]
 
@@ -201,24 +201,24 @@ def test_only_what_a_run_goes_on_from_is_kept(tmp_path):
         (tmp_path / "layer-002.partial").write_bytes(b"")
         (tmp_path / "tmpx").mkdir()
         (tmp_path / "tmpx" / "part.onnx_data").write_bytes(b"")
-        calibrated._prepare(tmp_path, "a request")
-        assert (tmp_path / calibrated.REQUEST).read_text() == "a request"
-        return {path.name for path in tmp_path.iterdir()} - {calibrated.REQUEST}
+        gptq_awq._prepare(tmp_path, "a request")
+        assert (tmp_path / gptq_awq.REQUEST).read_text() == "a request"
+        return {path.name for path in tmp_path.iterdir()} - {gptq_awq.REQUEST}
 
     assert left() == set()
     resumed = {"layer-000.safetensors", "layer-001.safetensors", "states-001.safetensors"}
     assert left() == resumed
     for damaged in (b"", b"a requ", b"\xff"):
-        (tmp_path / calibrated.REQUEST).write_bytes(damaged)
+        (tmp_path / gptq_awq.REQUEST).write_bytes(damaged)
         assert left() == set()
 
 
 def test_another_version_begins_anew(checkpoints, monkeypatch):
     weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
-    before = calibrated._request(weights, weights, {}, ROWS)
-    assert calibrated._request(weights, weights, {}, ROWS) == before
-    monkeypatch.setattr(calibrated, "__version__", "99")
-    assert calibrated._request(weights, weights, {}, ROWS) != before
+    before = gptq_awq._request(weights, weights, {}, ROWS)
+    assert gptq_awq._request(weights, weights, {}, ROWS) == before
+    monkeypatch.setattr(gptq_awq, "__version__", "99")
+    assert gptq_awq._request(weights, weights, {}, ROWS) != before
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
@@ -226,13 +226,13 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
     formats = plan_formats(weights.spec, "int4", dialect="ort")
     del formats["embed_tokens"]
     quantized = []
-    real = calibrated.quantize_gptq
+    real = gptq_awq.quantize_gptq
 
     def counted(*arguments):
         quantized.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(calibrated, "quantize_gptq", counted)
+    monkeypatch.setattr(gptq_awq, "quantize_gptq", counted)
 
     def run(folder, layers=None):
         done = iter(range(layers or 99))

@@ -1,8 +1,9 @@
 """A checkpoint on a CUDA device without padding: a batch's texts are concatenated (varlen).
 
 Matrices that read the same input are concatenated. Each step between matrices is one kernel
-(fused.py). The residual stream is fp32. After the last attention, only each text's last token is
-computed. fp8 matrices are multiplied as stored; each token is rounded with a scale of its own.
+(triton_kernels.py). The residual stream is fp32. After the last attention, only each text's last
+token is computed. fp8 matrices are multiplied as stored; each token is rounded with a scale of its
+own.
 
 Launches cost more than the work of small batches, so sizes that repeat become CUDA graphs. Sizes
 are rounded up for that; the extra tokens belong to no text. Long texts attend one at a time,
@@ -29,7 +30,7 @@ from torch.nn.functional import ScalingType
 from ..errors import InputError
 from ..spec import ModelSpec
 from .checkpoint import ATTENTION_CHOICE, Read
-from .fused import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_fp8
+from .triton_kernels import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_fp8
 
 logger = logging.getLogger(__name__)
 

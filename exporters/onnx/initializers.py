@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
-from . import packing
+from . import code_layouts
 from .tensors import transposed
 
 INT8, INT4, UINT8 = (
@@ -90,13 +90,13 @@ class QuantizedMatrix:
         """int8 or int4 [in, out], around zero.
 
         Codes without groups are multiplied with 8-bit activations, so they are checked when they
-        are written: see `packing.check_pairs`.
+        are written: see `code_layouts.check_pairs`.
         """
 
         def make(tensor: QuantizedTensor) -> np.ndarray:
             if tensor.scheme.group_size is None:
-                packing.check_pairs(self.name, tensor)
-            return packing.signed_transposed(tensor)
+                code_layouts.check_pairs(self.name, tensor)
+            return code_layouts.signed_transposed(tensor)
 
         dtype = INT8 if self.scheme.bits == 8 else INT4
         return self._part("codes", make, dtype, self.shape[::-1])
@@ -105,17 +105,17 @@ class QuantizedMatrix:
         """uint8 [out, groups, group_size * bits / 8]."""
         assert self.scheme.group_size is not None
         size = self.scheme.group_size * self.scheme.bits // 8
-        return self._part("codes", packing.blocks, UINT8, (self.shape[0], self.groups, size))
+        return self._part("codes", code_layouts.blocks, UINT8, (self.shape[0], self.groups, size))
 
     def codes_as_table(self) -> QuantizedPart:
         """uint8 [out, in * bits / 8]."""
         width = self.shape[1] * self.scheme.bits // 8
-        return self._part("codes", packing.table, UINT8, (self.shape[0], width))
+        return self._part("codes", code_layouts.table, UINT8, (self.shape[0], width))
 
     def codes_signed(self) -> QuantizedPart:
         """int8 [out, in], around zero."""
         assert self.scheme.bits == 8
-        return self._part("codes", packing.signed, INT8, self.shape)
+        return self._part("codes", code_layouts.signed, INT8, self.shape)
 
     def scales(self, dtype: ir.DataType) -> QuantizedPart:
         """[out, groups] in a floating dtype."""
@@ -134,7 +134,7 @@ class QuantizedMatrix:
         if self.scheme.symmetric:
             return None
         width = -(-self.groups * self.scheme.bits // 8)
-        return self._part("zero_points", packing.zero_points, UINT8, (self.shape[0], width))
+        return self._part("zero_points", code_layouts.zero_points, UINT8, (self.shape[0], width))
 
     def _scales(
         self,
