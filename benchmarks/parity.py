@@ -10,7 +10,7 @@ import numpy as np
 
 import embedport
 from embedport.spec import Task
-from embedport.validation.live import open_live
+from embedport.validation.opening import open_live
 from embedport.validation.tasks import EmbeddingTask, RerankerTask, choose_inputs
 
 from .checkpoint import CACHE, make

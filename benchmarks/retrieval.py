@@ -117,7 +117,7 @@ def _embedders(
     """Quality of each variant; with `reference`, also of transformers and narrower vectors."""
     import embedport
     from embedport.ranking import rank_documents
-    from embedport.validation.live import open_live
+    from embedport.validation.opening import open_live
     from embedport.validation.retrieval import encode_set
 
     qualities: dict[str, Quality] = {}
@@ -157,7 +157,7 @@ def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
     import embedport
     from embedport.demo.pipeline import builtin_reranker
     from embedport.ranking import rank_candidates
-    from embedport.validation.live import open_live
+    from embedport.validation.opening import open_live
     from embedport.validation.retrieval import score_set
 
     before = {query: data.candidates[query] for query in data.queries}

@@ -12,6 +12,7 @@ Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class Encoded:
     truncated: list[int]
 
 
-class _TextTokenizer:
+class _TextTokenizer(ABC):
     """A tokenizer, configured by the checkpoint's files.
 
     Args:
@@ -157,8 +158,9 @@ class _TextTokenizer:
             parts.reverse()
         return np.asarray([i for part in parts for i in part.ids], np.int64)
 
+    @abstractmethod
     def _messages(self, text: str, key: str) -> Sequence[Message]:
-        raise NotImplementedError
+        """The messages around a text, for a prompt."""
 
 
 class EmbeddingTokenizer(_TextTokenizer):
@@ -239,7 +241,7 @@ class RerankerTokenizer(_TextTokenizer):
 
         Args:
             pairs: The pairs.
-            instruction: What makes a document relevant; the model's own by default. If the model
+            instruction: The criterion of relevance; the model's own by default. If the model
                 has prompts, also the name of one.
 
         Raises:

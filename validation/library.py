@@ -17,13 +17,12 @@ import numpy as np
 from ..demo.samples import Pair, Sample
 from ..errors import CheckpointError, require
 from ..files import read_json
-from ..spec import ModelSpec
+from ..spec import CLASSIFIER, ModelSpec
 from .live import LiveReference, choose_dtype, no_loading_bar, place
 from .reference import Arithmetic, Inputs
 
 # Inputs tokenized in one call.
 CHUNK = 256
-CLASSIFIER = "Qwen3ForSequenceClassification"
 
 
 def is_library_model(spec: ModelSpec) -> bool:

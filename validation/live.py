@@ -19,15 +19,14 @@ import numpy as np
 
 from ..beir import RetrievalSet
 from ..demo.samples import Pair, Sample
-from ..errors import CheckpointError, DeviceError, InputError, require
-from ..hub import fetch
+from ..errors import DeviceError, InputError, require
 from ..integrity import record_files
 from ..lora import open_floats
 from ..progress import progress_bar
 from ..ranking import Vectors, candidate_pairs
 from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..runtimes.facts import stored_float
-from ..spec import ModelSpec, Task, read_spec
+from ..spec import ModelSpec
 from .adapted import ReferenceFolder, merge_adapter
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
@@ -232,48 +231,6 @@ class LiveReference(ABC):
     def final_norm(self) -> np.ndarray:
         """The gains of the final norm, float32 [hidden_size]."""
         return open_floats(self.spec, ["norm.weight"]).read_fp32("norm.weight")
-
-
-def open_live(
-    checkpoint: str | Path,
-    *,
-    task: Task | None = None,
-    max_length: int | None = None,
-    revision: str | None = None,
-    device: str = "auto",
-    adapter: str | Path | None = None,
-) -> LiveReference:
-    """Find a checkpoint, check its weights' names and shapes, and choose the library that runs it.
-
-    Args:
-        checkpoint: A folder, or a hub id.
-        task: "embedding" or "reranker"; None if its files declare the task.
-        max_length: Tokens after which an input is cut; None for the library's own limit.
-        revision: A branch, tag or commit, for a hub id.
-        device: As for the artifact: "cpu", or else torch's GPU if there is one.
-        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
-
-    Raises:
-        InputError: No such folder or hub id.
-        CheckpointError: It is not a Qwen3 checkpoint, or it is incomplete or quantized.
-        MissingPackageError: torch, transformers or sentence-transformers is not installed, or PEFT
-            for an adapter.
-    """
-    from .card import CardReference
-    from .library import LibraryReference, is_library_model
-
-    for package in ("torch", "transformers", "sentence_transformers"):
-        require(package, "torch")
-    spec = read_spec(fetch(checkpoint, revision, adapter=adapter), task)
-    if spec.adapter is not None:
-        require("peft", "torch")
-    if spec.quantization is not None:
-        raise CheckpointError(
-            f"{spec.source.folder / 'config.json'}: a reference should be the original in bf16, "
-            f"fp16 or fp32, found one quantized by {spec.quantization.method!r}"
-        )
-    kind = LibraryReference if is_library_model(spec) else CardReference
-    return kind(spec, max_length, find_device(device))
 
 
 def find_device(device: str) -> str:

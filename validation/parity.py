@@ -290,7 +290,7 @@ def _open_live(
     revision: str | None,
     device: str,
 ) -> Reference:
-    from .live import open_live  # needs torch, which a recorded reference does not
+    from .opening import open_live  # needs torch, which a recorded reference does not
 
     return open_live(
         reference,

@@ -17,7 +17,8 @@ from ..prompts import check_text
 from ..ranking import candidate_pairs
 from ..spec import Task
 from .layers import sample_rows
-from .live import LiveReference, open_live
+from .live import LiveReference
+from .opening import open_live
 from .recorded import Layers, RecordedReference, describe_set, write_recorded
 from .retrieval import choose_dims
 from .tasks import choose_inputs

@@ -28,7 +28,7 @@ class Gate:
         sense: Whether the value must be at least or at most the limit.
         limit: The threshold.
         detail: Where the worst value is; may quote an input.
-        basis: What the value was measured on, or why it was not measured; quotes no input.
+        basis: The inputs that the value was measured on, or why it was not; quotes no input.
     """
 
     name: str

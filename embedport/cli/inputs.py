@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
 from ..pipeline import TASKS, Task
+
+if TYPE_CHECKING:
+    from ..beir import RetrievalSet
+    from ..demo.samples import Pair, Sample
 
 # For every command that opens a model.
 TaskOption = Annotated[
@@ -20,13 +25,36 @@ TaskOption = Annotated[
         show_default=False,
     ),
 ]
-
-
 AdapterOption = Annotated[
     str | None,
     typer.Option(
         "--adapter",
         help="A LoRA adapter's folder, or hub id, to merge into the checkpoint's weights.",
+        show_default=False,
+    ),
+]
+
+
+# For the commands that measure retrieval.
+RetrievalOption = Annotated[
+    str | None,
+    typer.Option(
+        "--retrieval",
+        help="Also measure retrieval: a folder in BEIR layout, or builtin.",
+        show_default=False,
+    ),
+]
+MaxQueriesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-queries", help="Use only so many queries of the retrieval set.", show_default=False
+    ),
+]
+CandidatesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--candidates",
+        help="For a reranker: candidates that replace the set's own.",
         show_default=False,
     ),
 ]
@@ -42,6 +70,61 @@ def check_task(task: str | None) -> Task | None:
         if task == valid:
             return valid
     raise InputError(f"task should be one of {', '.join(TASKS)}, found {task!r}")
+
+
+def read_own(
+    file: Path | None, find_task: Callable[[], Task]
+) -> tuple[list[Sample] | None, list[Pair] | None]:
+    """Read --input of the commands that take texts or pairs, as the model's task is.
+
+    Args:
+        file: The file; None for the built-in inputs.
+        find_task: Finds the model's task; called only if there is a file.
+
+    Returns:
+        (texts, pairs): one of them, or neither without a file.
+
+    Raises:
+        InputError: The file is missing, empty or malformed.
+    """
+    if file is None:
+        return None, None
+    from ..demo.samples import read_pairs, read_samples
+
+    if find_task() == "reranker":
+        return None, read_pairs(file)
+    return read_samples(file), None
+
+
+def read_set(
+    retrieval: str | None,
+    candidates: Path | None,
+    max_queries: int | None,
+    find_task: Callable[[], Task],
+) -> RetrievalSet | None:
+    """Read --retrieval, with --candidates and --max-queries.
+
+    Args:
+        retrieval: A folder in BEIR layout, or "builtin"; None for no set.
+        candidates: A reranker's candidates, instead of the set's own.
+        max_queries: The number of queries to use.
+        find_task: Finds the model's task; called only if there are candidates.
+
+    Raises:
+        InputError: The set is incomplete; or there are candidates or a number of queries without a
+            set, or candidates for an embedder.
+    """
+    if retrieval is None:
+        if candidates is not None or max_queries is not None:
+            raise InputError("--candidates and --max-queries go with --retrieval FOLDER")
+        return None
+    from ..beir import read_beir
+
+    if candidates is not None and find_task() == "embedding":
+        raise InputError(
+            "--candidates are for rerankers: an embedding model searches all documents"
+        )
+    return read_beir(retrieval, candidates=candidates, max_queries=max_queries)
 
 
 def read_texts(arguments: list[str], file: Path | None) -> list[str]:

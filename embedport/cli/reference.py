@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption
+from .inputs import (
+    AdapterOption,
+    CandidatesOption,
+    MaxQueriesOption,
+    RetrievalOption,
+    TaskOption,
+    check_task,
+    read_own,
+    read_set,
+)
 from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
-    from ..demo.samples import Pair, Sample
     from ..spec import Task
     from ..validation.recorded import RecordedReference
 
@@ -24,13 +32,7 @@ def reference(
     out: Annotated[Path, typer.Option("-o", "--out", help="The output file.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
     adapter: AdapterOption = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="embedding or reranker, if the checkpoint does not declare it.",
-            show_default=False,
-        ),
-    ] = None,
+    task: TaskOption = None,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -39,23 +41,9 @@ def reference(
             show_default=False,
         ),
     ] = None,
-    retrieval: Annotated[
-        str | None,
-        typer.Option(
-            help="Also measure retrieval: a folder in BEIR layout, or builtin.",
-            show_default=False,
-        ),
-    ] = None,
-    max_queries: Annotated[
-        int | None,
-        typer.Option(help="Use only so many queries of the retrieval set.", show_default=False),
-    ] = None,
-    candidates: Annotated[
-        Path | None,
-        typer.Option(
-            help="For a reranker: candidates that replace the set's own.", show_default=False
-        ),
-    ] = None,
+    retrieval: RetrievalOption = None,
+    max_queries: MaxQueriesOption = None,
+    candidates: CandidatesOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_length: Annotated[
         int | None,
@@ -74,21 +62,29 @@ def reference(
 
     Example: embedport reference Qwen/Qwen3-Embedding-0.6B -o qwen3.reference
     """
+    from ..spec import ModelSpec
     from ..validation import record_reference
 
     check_output(out)
-    texts, pairs, kind = _read(checkpoint, revision, task, adapter, file)
+    checked_task = check_task(task)
+
+    def find_task() -> Task:
+        return ModelSpec.from_checkpoint(
+            checkpoint, revision=revision, task=checked_task, adapter=adapter
+        ).task
+
+    texts, pairs = read_own(file, find_task)
     recorded = record_reference(
         checkpoint,
         out,
         texts,
         pairs,
-        task=kind,
+        task=checked_task,
         adapter=adapter,
         revision=revision,
         device=device,
         max_length=max_length,
-        retrieval=_read_set(retrieval, candidates, max_queries),
+        retrieval=read_set(retrieval, candidates, max_queries, find_task),
         force=force,
         progress=True,
     )
@@ -112,36 +108,6 @@ def reference(
             soft_wrap=True,
         )
     console.print(f"Next: embedport validate ARTIFACT --reference {out}", soft_wrap=True)
-
-
-def _read(
-    checkpoint: str,
-    revision: str | None,
-    task: str | None,
-    adapter: str | None,
-    file: Path | None,
-) -> tuple[list[Sample] | None, list[Pair] | None, Task | None]:
-    from ..demo.samples import read_pairs, read_samples
-    from ..spec import ModelSpec
-
-    kind: Any = task  # checked when the checkpoint is opened
-    if file is None:
-        return None, None, kind
-    spec = ModelSpec.from_checkpoint(checkpoint, revision=revision, task=kind, adapter=adapter)
-    if spec.task == "reranker":
-        return None, read_pairs(file), kind
-    return read_samples(file), None, kind
-
-
-def _read_set(retrieval: str | None, candidates: Path | None, max_queries: int | None) -> Any:
-    from ..beir import read_beir
-    from ..errors import InputError
-
-    if retrieval is None:
-        if candidates is not None or max_queries is not None:
-            raise InputError("--candidates and --max-queries go with --retrieval FOLDER")
-        return None
-    return read_beir(retrieval, candidates=candidates, max_queries=max_queries)
 
 
 def _facts(recorded: RecordedReference) -> dict[str, Any]:

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .inputs import TaskOption, check_task
+from .inputs import (
+    CandidatesOption,
+    MaxQueriesOption,
+    RetrievalOption,
+    TaskOption,
+    check_task,
+    read_own,
+    read_set,
+)
 from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
-    from ..beir import RetrievalSet
-    from ..demo.samples import Pair, Sample
     from ..spec import Task
 
 
@@ -61,26 +67,12 @@ def validate(
     max_score_difference: Annotated[
         float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,
-    retrieval: Annotated[
-        str | None,
-        typer.Option(
-            help="Also measure retrieval: a folder in BEIR layout, or builtin.",
-            show_default=False,
-        ),
-    ] = None,
-    max_queries: Annotated[
-        int | None,
-        typer.Option(help="Use only so many queries of the retrieval set.", show_default=False),
-    ] = None,
+    retrieval: RetrievalOption = None,
+    max_queries: MaxQueriesOption = None,
     max_ndcg_loss: Annotated[
         float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,
-    candidates: Annotated[
-        Path | None,
-        typer.Option(
-            help="For a reranker: candidates that replace the set's own.", show_default=False
-        ),
-    ] = None,
+    candidates: CandidatesOption = None,
     save_run: Annotated[
         Path | None,
         typer.Option(
@@ -102,6 +94,7 @@ def validate(
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
+    from ..runtimes import read_facts
     from ..validation import validate as run
     from ..validation.recording import find_recorded
 
@@ -109,8 +102,14 @@ def validate(
     check_output(save_run)
     record_folder = find_recorded(artifact) if record else None
     checked_task = check_task(task)
-    texts, pairs = _read(artifact, file, checked_task)
-    data = _read_set(artifact, checked_task, retrieval, candidates, max_queries, max_ndcg_loss)
+
+    def find_task() -> Task:
+        return read_facts(artifact, checked_task).task
+
+    if retrieval is None and max_ndcg_loss is not None:
+        raise InputError("--max-ndcg-loss goes with --retrieval FOLDER")
+    texts, pairs = read_own(file, find_task)
+    data = read_set(retrieval, candidates, max_queries, find_task)
     result = run(
         artifact,
         reference,
@@ -141,40 +140,3 @@ def validate(
             f"Recorded in {record_folder}: embedport.json and README.md", soft_wrap=True
         )
     raise typer.Exit(0 if result.passed else 1)
-
-
-def _read(
-    artifact: Path, file: Path | None, task: Task | None
-) -> tuple[list[Sample] | None, list[Pair] | None]:
-    if file is None:
-        return None, None
-    from ..demo.samples import read_pairs, read_samples
-    from ..runtimes import read_facts
-
-    if read_facts(artifact, task).task == "reranker":
-        return None, read_pairs(file)
-    return read_samples(file), None
-
-
-def _read_set(
-    artifact: Path,
-    task: Task | None,
-    retrieval: str | None,
-    candidates: Path | None,
-    max_queries: int | None,
-    max_ndcg_loss: float | None,
-) -> RetrievalSet | None:
-    if retrieval is None:
-        if candidates is not None or max_queries is not None or max_ndcg_loss is not None:
-            raise InputError(
-                "--candidates, --max-queries and --max-ndcg-loss go with --retrieval FOLDER"
-            )
-        return None
-    from ..beir import read_beir
-    from ..runtimes import read_facts
-
-    if candidates is not None and read_facts(artifact, task).task == "embedding":
-        raise InputError(
-            "--candidates are for rerankers: an embedding model searches all documents"
-        )
-    return read_beir(retrieval, candidates=candidates, max_queries=max_queries)

@@ -129,7 +129,7 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     """Build the whole graph; its initializers read the checkpoint when they are written.
 
     Args:
-        design: What to build.
+        design: The graph's design.
         continues: Whether rows continue a shared prefix. The graph then has the inputs `past`,
             `kept` and `short` of `Past`, and the output `present`: like `past`, with `kept` tokens.
     """
@@ -178,7 +178,7 @@ def describe_inputs(
 
     Args:
         g: The graph.
-        design: What to build.
+        design: The graph's design.
         input_ids: int64 [batch, sequence].
         attention_mask: int64 [batch, sequence].
         even: Whether to pad rows to an even number of tokens. onnxruntime's kernels for weights in
@@ -263,7 +263,7 @@ def describe_layer(
 
     Args:
         g: The graph.
-        design: What to build.
+        design: The graph's design.
         layer: Its number.
         stream: Residual stream and the output to add, [batch, size, hidden_size].
         batch: The batch's values.

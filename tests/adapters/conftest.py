@@ -61,14 +61,14 @@ def merged(base, kind, adapter, **options):
 
 
 def vectors(model, prompt=None, **options):
-    """Of the texts, by an embedder on the CPU."""
+    """Vectors of the texts, by an embedder on the CPU."""
     found = embedport.load(model, device="cpu", **options)
     assert isinstance(found, embedport.Embedder)
     return found.encode(TEXTS, prompt=prompt)
 
 
 def scores(model, **options):
-    """Of the pairs, by a reranker on the CPU."""
+    """Scores of the pairs, by a reranker on the CPU."""
     found = embedport.load(model, device="cpu", **options)
     assert isinstance(found, embedport.Reranker)
     return found.score(PAIRS)

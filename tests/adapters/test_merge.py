@@ -1,4 +1,4 @@
-"""What an adapter makes of its base, against PeftModel.merge_and_unload()."""
+"""Merged weights and their results, against PeftModel.merge_and_unload()."""
 
 from typing import Any
 

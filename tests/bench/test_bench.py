@@ -205,7 +205,7 @@ def test_a_side_that_ends_says_why():
 
 
 def test_a_side_that_ends_is_left_out():
-    """Of that work only: it starts again."""
+    """It is left out of that work only, and starts again for the next."""
     frail = SCRIPT.replace("time.sleep(0.01)", "assert len(rows[0]) < 20")
     parts = tuple((np.full(n, 7),) for n in (5, 30))
     with Race([fake("first"), fake("frail", script=frail)], 1, lambda stage: None) as race:

@@ -1,4 +1,4 @@
-"""What every test of the command line needs."""
+"""Fixtures of the command line's tests."""
 
 import re
 import sys

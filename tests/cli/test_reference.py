@@ -55,6 +55,7 @@ def test_a_broken_file(run, checkpoints, tmp_path, texts):
         (("--task", "other"), "task should be one of embedding, reranker"),
         (("--input", "nothing.txt"), "cannot be read"),
         (("--retrieval", "nothing"), "no such folder"),
+        (("--retrieval", "builtin", "--candidates", "x.tsv"), "--candidates are for rerankers"),
     ],
 )
 def test_wrong_requests(run, checkpoints, tmp_path, options, message):

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 
 
 def options_of(folder: Path) -> dict[str, Any]:
-    """What from_pretrained is given: activations rounded as servers do, and GPTQ on any CPU."""
+    """Arguments of from_pretrained: activations rounded as servers do, and GPTQ on any CPU."""
     import transformers
 
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
@@ -64,14 +64,14 @@ def computing_in(model: Any, dtype: str) -> Any:
 
 
 def vectors(folder: Path, rows: list[list[int]], dtype: str) -> torch.Tensor:
-    """Of transformers' AutoModel."""
+    """Vectors of transformers' AutoModel."""
     model = load("AutoModel", folder, dtype)
     found = [model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows]
     return torch.nn.functional.normalize(torch.stack(found).float(), dim=1)
 
 
 def causal_logits(folder: Path, rows: list[list[int]], dtype: str) -> torch.Tensor:
-    """Of AutoModelForCausalLM, whose head is still the table where it was."""
+    """Scores of AutoModelForCausalLM; a tied head is still the table."""
     model = load("AutoModelForCausalLM", folder, dtype)
     if model.config.tie_word_embeddings:
         assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -82,13 +82,13 @@ def causal_logits(folder: Path, rows: list[list[int]], dtype: str) -> torch.Tens
 
 
 def classifier_logits(folder: Path, rows: list[list[int]], dtype: str) -> torch.Tensor:
-    """Of AutoModelForSequenceClassification."""
+    """Scores of AutoModelForSequenceClassification."""
     model = load("AutoModelForSequenceClassification", folder, dtype)
     return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in rows]).float()
 
 
 def sentence_vectors(folder: Path, texts: list[str], dtype: str) -> torch.Tensor:
-    """Of queries in sentence-transformers, opened without a word about quantization."""
+    """Query vectors of sentence-transformers, opened without a quantization argument."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
@@ -107,7 +107,7 @@ def rounded_sentence_vectors(folder: Path, texts: list[str], dtype: str) -> torc
 
 
 def cross_encoder_logits(folder: Path, pairs: list[list[str]], dtype: str) -> torch.Tensor:
-    """Of sentence-transformers' CrossEncoder, which renders the folder's template."""
+    """Scores of sentence-transformers' CrossEncoder, which renders the folder's template."""
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": dtype})

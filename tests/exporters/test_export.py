@@ -358,7 +358,7 @@ class TestVerification:
 
 
 def test_a_long_text_is_not_run_whole(checkpoints, tmp_path, monkeypatch):
-    """Of 8,192 tokens, the standard dialect's scores are gigabytes a layer."""
+    """At 8,192 tokens the standard dialect's scores are gigabytes per layer."""
     texts = tmp_path / "texts.txt"
     texts.write_text("tea " * 300)
     lengths = []

@@ -98,7 +98,7 @@ def assert_alike(found, expected, limit=0.99999):
 
 @pytest.mark.parametrize(("library", "case"), RECORDED)
 def test_recorded(with_matrix, library, case):
-    """What GPTQModel, AutoRound and an older compressed-tensors unpacked, bit for bit."""
+    """Numbers that GPTQModel, AutoRound and an older compressed-tensors unpacked, bit for bit."""
     config, parts, expected = recorded(library, case)
     folder = with_matrix(parts, config)
     weights = StoredWeights(ModelSpec.from_checkpoint(folder))
@@ -142,7 +142,7 @@ def test_act_order_is_quantized_again(with_matrix, tmp_path, caplog):
 
 
 def test_static_groups_are_taken(with_matrix, tmp_path):
-    """Of act-order whose groups are in order after all (static_groups) the codes are taken."""
+    """Codes are kept if act-order leaves the groups in order (static_groups)."""
     config, parts, _ = recorded("gptqmodel", "ordered")
     folder = with_matrix(parts, config | {"desc_act": True, "static_groups": True})
     artifact = embedport.export(folder, tmp_path / "int4", precision="int4")

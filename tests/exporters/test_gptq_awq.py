@@ -195,7 +195,7 @@ def test_what_an_earlier_run_left_goes_with_the_next(checkpoints, tmp_path):
 
 def test_only_what_a_run_goes_on_from_is_kept(tmp_path):
     def left():
-        """What a killed run may leave, and then what is there when the next has prepared."""
+        """Files that a killed run may leave; returns those left once the next run has prepared."""
         for name in ("layer-000", "layer-001", "states-000", "states-001"):
             (tmp_path / f"{name}.safetensors").write_bytes(b"")
         (tmp_path / "layer-002.partial").write_bytes(b"")

@@ -225,7 +225,7 @@ def test_bad_recipes(checkpoints, tmp_path, recipe, message):
 
 
 def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):
-    """Of a width of 96, groups of 64 would be read as groups of 48."""
+    """At a width of 96, groups of 64 would be read as groups of 48."""
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"formats": {"embed_tokens": "int8/64s"}}))
     with pytest.raises(InputError, match="groups of 64 should divide the width, 96"):

@@ -45,7 +45,7 @@ def job(key, loader, folder, rows):
 
 @pytest.fixture(scope="session")
 def reloaded(short, quantized, tmp_path_factory):
-    """What transformers and sentence-transformers give, all from one fresh process."""
+    """The results of transformers and sentence-transformers, all from one fresh process."""
     jobs = []
     for method in METHODS:
         embedder, reranker = quantized(method), quantized(method, "reranker")
@@ -178,7 +178,7 @@ def smallest_cosine(a, b):
 
 
 def largest_difference(a, b):
-    """Of the probabilities of two lists of logits."""
+    """The largest difference between the probabilities of two lists of logits."""
     return float(np.abs(1 / (1 + np.exp(-a)) - 1 / (1 + np.exp(-b))).max())
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its results against the same model's on the CPU.
+"""A GPU's results against the same model's on the CPU.
 
 docs/gpu.md says which of it has run, and where.
 """

@@ -1,4 +1,4 @@
-"""What `quantize` writes of descendants, opened by the checkpoints' own libraries."""
+"""Quantized descendants, opened by the checkpoints' own libraries."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the tokenizer's files say besides the vocabulary: transformers' tokens, or a refusal."""
+"""Tokenizer files besides the vocabulary: transformers' tokens, or a refusal."""
 
 import json
 from typing import Any

@@ -49,7 +49,7 @@ def run(graph, feeds, *, kernels):
 
 
 def both(graph, feeds):
-    """What a graph gives without kernels, and with them."""
+    """A graph's results without kernels, and with them."""
     return [run(graph, feeds, kernels=kernels) for kernels in (False, True)]
 
 

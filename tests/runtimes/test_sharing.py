@@ -1,4 +1,4 @@
-"""What a reranker's rows share is computed once, and changes no score."""
+"""The prefix that a reranker's rows share is computed once, and changes no score."""
 
 import json
 from typing import Any
@@ -107,7 +107,7 @@ def test_what_is_shared_runs_once(rerankers, monkeypatch):
 
 
 def test_long_rows_share_among_themselves(rerankers, monkeypatch):
-    """What they continue was computed as the rows are."""
+    """The prefix was computed in the same way as the rows."""
     reranker = rerankers()
     read, reads = reranker.model.read, []
 

@@ -18,7 +18,7 @@ from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import torch as adapter
 from embedport.spec import ModelSpec, read_spec
 from embedport.validation.card import CardReference
-from embedport.validation.live import open_live
+from embedport.validation.opening import open_live
 
 TEXTS = [sample.text for sample in builtin_samples() if len(sample.text) < 500] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < 500]

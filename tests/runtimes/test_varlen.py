@@ -45,7 +45,7 @@ def packed(monkeypatch):
 
 
 def attention(query, key, value, starts, _, longest, __, *, window_size, enable_gqa=True):
-    """What FlashAttention does, and something else for tokens of no text."""
+    """FlashAttention's result, and another value for tokens of no text."""
     import torch
 
     assert window_size == (-1, 0)
@@ -347,7 +347,7 @@ def test_sizes_come_back():
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """Of what `why_padded` asks only the checkpoint is left."""
+    """Every condition of `why_padded` holds but the checkpoint's."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

@@ -45,7 +45,7 @@ class Cuda(ModuleType):
         self._recording = None
 
     def submit(self, operation):
-        """What a stream does with an operation: run it, or record it during a capture."""
+        """Run an operation on a stream, or record it during a capture."""
         if self._recording is None:
             operation()
         else:
@@ -122,7 +122,7 @@ class Cuda(ModuleType):
 
 
 class Layer:
-    """Of a network: `type`, until code gives it its own class."""
+    """A layer of a network: `type`, until code gives it its own class."""
 
     def __init__(self, kind, attention):
         self.type = kind

@@ -1,4 +1,4 @@
-"""What a build is asked for, and what is written with an engine and without."""
+"""A build's arguments, and the files written with an engine and without."""
 
 import runpy
 import shutil

@@ -10,7 +10,7 @@ from embedport.artifact import Artifact
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.runtimes import read_facts
 from embedport.validation.layers import layer_errors
-from embedport.validation.live import open_live
+from embedport.validation.opening import open_live
 
 METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 300]

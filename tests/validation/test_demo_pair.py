@@ -120,7 +120,7 @@ def test_the_recorded_scores_are_the_rerankers(unseen, tmp_path):
 
 
 def test_reranking_improves_the_order(unseen):
-    """Of words, of definitions, and of both together, by the recorded scores of all pairs.
+    """nDCG@10 of words, definitions and both together, by the recorded scores of all pairs.
 
     A sample of the queries would not do: what reranking gains is less than the noise of a few
     hundred.

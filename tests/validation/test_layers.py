@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.runtimes import read_facts
 from embedport.validation.layers import TEXTS, TOKENS, layer_errors, sample_rows
-from embedport.validation.live import open_live
+from embedport.validation.opening import open_live
 
 
 def errors_of(folders, task):

@@ -13,7 +13,7 @@ from embedport.errors import CheckpointError
 from embedport.exporters.checkpoints.serving import pair_template
 from embedport.prompts import query_prompt
 from embedport.validation.card import CardReference
-from embedport.validation.live import open_live
+from embedport.validation.opening import open_live
 from embedport.validation.tasks import RerankerTask
 
 SAMPLES = [

@@ -25,7 +25,7 @@ from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.errors import InputError
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
-from embedport.validation.live import open_live
+from embedport.validation.opening import open_live
 from embedport.validation.recorded import KEY, describe_set, read_recorded, write_recorded
 from embedport.validation.tasks import choose_inputs
 
@@ -301,7 +301,7 @@ def test_the_demos_recording_is_what_its_library_gives(checkpoint):
 
 
 def test_the_demos_recorded_quality():
-    """Of the reranker on a few queries, and of what is recorded in docs of the embedder."""
+    """The reranker's on a few queries, and the embedder's as docs/ give it."""
     recorded = read_recorded(builtin_reference(builtin_reranker()))
     data = read_beir("builtin", max_queries=2)
     found = recorded.measure(data, (0,), "fp32")

@@ -17,7 +17,8 @@ from embedport.errors import CheckpointError, DeviceError, InputError, MissingPa
 from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer, query_prompt
 from embedport.validation import live as module
 from embedport.validation.card import CardReference
-from embedport.validation.live import find_device, open_live
+from embedport.validation.live import find_device
+from embedport.validation.opening import open_live
 
 ODD = ["", " \n", "e\u0301", "<|im_end|> inside", "👩‍👩‍👧‍👦", "a" * 3000]
 SAMPLES = [*builtin_samples(), *map(Sample, ODD), Sample("x", query_prompt("Find the statute"))]
@@ -211,7 +212,7 @@ def test_where_and_in_what(monkeypatch, opened):
 
 
 def test_memory_that_torch_keeps_counts_as_free(monkeypatch, opened):
-    """Of a model that is gone, and that only the collector finds."""
+    """The memory of a deleted model that only the garbage collector finds."""
     import torch
 
     class Model:

@@ -226,7 +226,7 @@ def test_what_is_not_measured_is_said(folders, tmp_path):
 
 
 def test_lengths_are_the_references():
-    """Of a model without Normalize; one that normalizes is another."""
+    """Vectors of a model without Normalize keep their length; normalized ones fail."""
     generator = np.random.default_rng(0)
     expected = (8 * generator.standard_normal((5, 64))).astype(np.float32)
     task = EmbeddingTask(SAMPLES[:5])
@@ -554,7 +554,7 @@ def test_another_models_checkpoint(folders, checkpoints):
 
 
 def test_other_weights_than_it_was_made_of(folders, checkpoints, caplog):
-    """Of the same geometry: only the hashes tell."""
+    """The geometry is the same: only the hashes tell."""
     artifact = folders("embedding").artifact
     for options, warned in (({}, False), ({"dtype": "float32"}, True)):
         embedport.validate(
