@@ -11,7 +11,6 @@ from tempfile import mkdtemp
 from typing import Any
 
 from ..adapter import CONFIG, WEIGHTS, Adapter
-from ..bitsandbytes_ import importing_bitsandbytes
 from ..errors import CheckpointError, require
 from ..files import read_json
 from ..spec import CLASSIFIER, ModelSpec
@@ -89,8 +88,7 @@ def merge_adapter(model: Any, adapter: Adapter) -> Any:
 
 def _merge(model: Any, adapter: Adapter) -> Any:
     peft = require("peft", "torch")
-    # PEFT imports bitsandbytes where it is installed.
-    with importing_bitsandbytes(), warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             merged = peft.PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()

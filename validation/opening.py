@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..bitsandbytes_ import importing_bitsandbytes
 from ..errors import CheckpointError, require
 from ..hub import fetch
 from ..spec import Task, read_spec
@@ -37,11 +38,14 @@ def open_live(
         MissingPackageError: torch, transformers or sentence-transformers is not installed, or PEFT
             for an adapter.
     """
-    for package in ("torch", "transformers", "sentence_transformers"):
-        require(package, "torch")
+    # sentence-transformers imports PEFT, and PEFT bitsandbytes, where they are installed.
+    with importing_bitsandbytes():
+        for package in ("torch", "transformers", "sentence_transformers"):
+            require(package, "torch")
     spec = read_spec(fetch(checkpoint, revision, adapter=adapter), task)
     if spec.adapter is not None:
-        require("peft", "torch")
+        with importing_bitsandbytes():
+            require("peft", "torch")
     if spec.quantization is not None:
         raise CheckpointError(
             f"{spec.source.folder / 'config.json'}: a reference should be the original in bf16, "

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from embedport.errors import CheckpointError, InputError
 from embedport.lora import AdaptedWeights
 from embedport.manifest import Manifest
 from embedport.spec import ModelSpec
-from embedport.validation.adapted import merge_adapter
 
 from .conftest import PAIRS, TEXTS, cosines, edit, save_with_adapter, scores, vectors
 
@@ -416,20 +413,3 @@ def test_hub_ids(bases, adapters, tmp_path, monkeypatch):
         *("--reference", f"me/base@{commits['me/base']}"),
         *("--adapter", f"me/adapter@{commits['me/adapter']}"),
     )
-
-
-def test_peft_brings_no_kernel_off_the_hub(monkeypatch):
-    """It imports bitsandbytes, which would fetch one where the package `kernels` is installed."""
-    import peft
-
-    seen = []
-
-    def merge(model, folder):
-        seen.append(sys.modules.get("kernels", "importable"))
-        return SimpleNamespace(merge_and_unload=lambda: model)
-
-    monkeypatch.setattr(peft.PeftModel, "from_pretrained", merge)
-    adapter: Any = SimpleNamespace(folder="adapter", has_prefix=True)
-    model: Any = SimpleNamespace(lm_head=None)
-    assert merge_adapter(model, adapter) is model
-    assert seen == [None]

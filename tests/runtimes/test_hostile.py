@@ -205,6 +205,26 @@ def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
     assert not trap.exists()
 
 
+def test_a_reference_fetches_no_kernel(checkpoints, tmp_path, trap):
+    """sentence-transformers imports PEFT, and PEFT bitsandbytes, also of a plain checkpoint."""
+    (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {code(trap)}")
+    program = (
+        "import sys\n"
+        "from embedport.validation.opening import open_live\n"
+        "open_live(sys.argv[1], device='cpu')\n"
+        "print('bitsandbytes' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(checkpoints("kv1"))],
+        env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (result.stdout, result.stderr) == ("True\n", "")
+    assert not trap.exists()
+
+
 def test_damage_is_an_error_of_ours(folder):
     """Shapes that do not fit, which torch would meet too late."""
     tensors = load_file(folder / "model.safetensors")
