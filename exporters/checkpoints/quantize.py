@@ -10,25 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from ...artifact import Artifact, check_place, staged, write_manifest
+from ...artifact.folder import Artifact, check_place, staged, write_manifest
+from ...artifact.layout import turn_into_classifier, write_json
+from ...artifact.manifest import Manifest
 from ...bitsandbytes_ import importing_bitsandbytes
+from ...checkpoint.lora import open_floats
+from ...checkpoint.spec import ModelSpec, Task
+from ...checkpoint.weights import Weights
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
-from ...layout import turn_into_classifier, write_json
-from ...lora import open_floats
-from ...manifest import Manifest
+from ...quantize.formats import matrices
+from ...quantize.recipe import Recipe
 from ...quantize.schemes import ScaleDtype
-from ...quantize.source import WeightSource
-from ...spec import ModelSpec, Task
-from ...weights import Weights
+from ...quantize.source import WeightSource, row_ranges
+from ..calibration.gptq_awq import kept_bytes, kept_layers
+from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
-from ..onnx.apply_recipe import CHUNK_VALUES, describe_calibration
-from ..onnx.companions import write_companions
-from ..onnx.formats import matrices
-from ..onnx.gptq_awq import kept_bytes, kept_layers
-from ..onnx.recipe import Recipe
-from ..onnx.texts import reranker_head, tokenize_samples
 from ..provenance import Progress, counted, source_record, versions
+from ..texts import describe_calibration, reranker_head, tokenize_samples
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
 from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
@@ -208,11 +207,9 @@ def _write_tensors(
 def _pieces(
     source: WeightSource, name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """A tensor in ranges of rows, so that a table of 150,000 is never whole in memory."""
-    step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        rows = source.read_fp32(name, slice(start, min(start + step, shape[0])))
-        yield check_finite(source, name, rows.astype(dtype))
+    """A tensor in ranges of rows."""
+    for rows in row_ranges(shape):
+        yield check_finite(source, name, source.read_fp32(name, rows).astype(dtype))
 
 
 def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:
