@@ -9,7 +9,7 @@ DEMO = $(UV) run --frozen --no-dev --extra cpu --extra report --extra retrieval
 # The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
 
-.PHONY: demo test test-cpus lint format bench vectors gpu
+.PHONY: demo test test-cpus lint format docs bench vectors gpu
 
 demo: $(UV)
 	$(DEMO) embedport demo
@@ -29,6 +29,11 @@ lint: $(UV)
 format: $(UV)
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
+
+# The reference of the command line, and the site in site/.
+docs: $(UV)
+	$(RUN) python -m typer embedport.cli.app utils docs --name embedport --output docs/cli.md
+	$(RUN) mkdocs build --strict
 
 bench: $(UV)
 	$(RUN) python -m benchmarks
