@@ -1,6 +1,8 @@
-"""The TensorRT backend: an artifact's engine on the GPU that it was built for.
+"""The TensorRT backend: an artifact's engine on a GPU that it was built for.
 
-Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.gpu.
+Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.gpu. An
+engine of TensorRT for RTX is compiled to device code here: its kernels are kept in the user's cache
+folder, and it makes its own CUDA graphs, since kernels for a shape replace more general ones later.
 """
 
 from __future__ import annotations
@@ -8,24 +10,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+import re
 import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..artifact import Artifact
+from ..cached import read_cached, write_cached
 from ..engine import EngineRecord, choose_profile
 from ..errors import ArtifactError, DeviceError, InputError, require
-from ..gpu import call, current_device, tensorrt_version
+from ..gpu import call, current_device, driver_version, load_tensorrt, make_logger
+from ..integrity import cache_folder
 from .buffers import Buffer, allocate
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Sequences are padded to a multiple of this: kernels run faster, and shapes repeat more often.
 ALIGNMENT = 8
@@ -56,8 +63,8 @@ class TensorRTModel:
 
     Raises:
         DeviceError: There is no GPU, or the engine was built for another GPU or TensorRT.
-        MissingPackageError: TensorRT or cuda-bindings is missing.
-        ArtifactError: TensorRT does not load the engine.
+        MissingPackageError: The engine's library or cuda-bindings is missing.
+        ArtifactError: The library does not load the engine.
     """
 
     device = "cuda"
@@ -69,7 +76,14 @@ class TensorRTModel:
         self._record = manifest.engine
         self.precision = manifest.precision
         self._lock = threading.Lock()
-        self._engine = _load_engine(artifact, self._record)
+        self._errors: list[str] = []
+        self._trt, self._engine = load_engine(
+            artifact.folder / self._record.path, self._record, self._errors
+        )
+        self._kernels = None
+        if self._record.library == "tensorrt-rtx":
+            sha256 = manifest.files[self._record.path].sha256
+            self._kernels = _Kernels(self._trt, self._engine, _kernels_file(sha256, self._trt))
         self._stream = int(call("cudaStreamCreate"))
         _destroy_with(self, "cudaStreamDestroy", self._stream)
         # Batches run one at a time, so all contexts share one scratch buffer.
@@ -130,10 +144,15 @@ class TensorRTModel:
             padded[:rows, :tokens] = array
         self._execute(number, shape)
         call("cudaStreamSynchronize", self._stream)
+        if self._kernels is not None:
+            self._kernels.count_batch()
         return self._output.host((shape[0], *self._width))[:rows].copy()
 
     def _execute(self, number: int, shape: tuple[int, int]) -> None:
         """Put a batch on the stream, as a CUDA graph if its shape repeats."""
+        if self._kernels is not None:
+            self._enqueue(self._contexts[number], shape)
+            return
         key = (number, shape)
         if key in self._graphs:
             captured = self._graphs[key]
@@ -159,7 +178,7 @@ class TensorRTModel:
         try:
             self._enqueue(context, shape)
         except DeviceError:
-            logger.warning("TensorRT cannot capture %s x %s tokens in a CUDA graph", *shape)
+            log.warning("TensorRT cannot capture %s x %s tokens in a CUDA graph", *shape)
             with contextlib.suppress(DeviceError):
                 call("cudaGraphDestroy", call("cudaStreamEndCapture", self._stream))
             return _Captured(context, None)
@@ -177,22 +196,70 @@ class TensorRTModel:
                 raise DeviceError(f"TensorRT does not take {name} of {shape[0]} x {shape[1]}")
             buffer.upload(shape, self._stream)
         if not context.execute_async_v3(self._stream):
-            raise DeviceError("TensorRT could not run a batch; its log is above")
+            raise DeviceError(f"TensorRT could not run a batch{_reasons(self._errors)}")
         self._output.download((shape[0], *self._width), self._stream)
 
     def _make_context(self, profile: int) -> trt.IExecutionContext:
-        import tensorrt as trt
-
-        context = self._engine.create_execution_context(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._kernels is not None:
+            strategy = self._kernels.configure(strategy)
+        context = self._engine.create_execution_context(strategy)
         if context is None:
-            raise DeviceError("TensorRT could not make an execution context; its log is above")
+            raise DeviceError(
+                f"TensorRT could not make an execution context{_reasons(self._errors)}"
+            )
         context.set_device_memory(self._scratch, self._scratch_size)
         context.set_optimization_profile_async(profile, self._stream)
         for name, buffer in (*self._inputs.items(), (self._output_name, self._output)):
             context.set_tensor_address(name, buffer.device)
         return context
+
+
+class _Kernels:
+    """The kernels that TensorRT for RTX compiles here, kept in a file for the next process.
+
+    Args:
+        trt: The library's module.
+        engine: The engine.
+        path: The file.
+    """
+
+    def __init__(self, trt: ModuleType, engine: Any, path: Path) -> None:
+        self._path = path
+        self._batches = 0
+        self._config = engine.create_runtime_config()
+        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = self._config.create_runtime_cache()
+        self._kept = read_cached(path)
+        # The library checks that the kernels are for this device, driver and version.
+        if self._kept is not None and not self._cache.deserialize(self._kept):
+            log.info("%s is not for this machine: its kernels are compiled again", path)
+        self._config.set_runtime_cache(self._cache)
+
+    def configure(self, strategy: Any) -> Any:
+        """The configuration of an execution context with an allocation strategy."""
+        self._config.set_execution_context_allocation_strategy(strategy)
+        return self._config
+
+    def count_batch(self) -> None:
+        """Keep the kernels, after the first, second, fourth, eighth, … batch.
+
+        New shapes have new kernels, some of which are compiled while the batches go on.
+        """
+        self._batches += 1
+        if self._batches & (self._batches - 1):
+            return
+        kernels = memoryview(self._cache.serialize())
+        if kernels != self._kept:
+            write_cached(self._path, kernels)
+            self._kept = bytes(kernels)
+
+
+def _kernels_file(sha256: str, trt: ModuleType) -> Path:
+    """The file of an engine's kernels, for this device, driver and version of the library."""
+    machine = f"{current_device()} {driver_version()} {trt.__version__}"
+    name = re.sub(r"\W+", "-", machine).lower()
+    return cache_folder("tensorrt-rtx") / f"{sha256[:32]}-{name}.kernels"
 
 
 def _destroy_with(owner: object, function: str, handle: Any) -> None:
@@ -202,23 +269,42 @@ def _destroy_with(owner: object, function: str, handle: Any) -> None:
     finalizer.atexit = False
 
 
-def _load_engine(artifact: Artifact, record: EngineRecord) -> Any:
-    path = artifact.folder / record.path
-    version = tensorrt_version()
+def load_engine(path: Path, record: EngineRecord, errors: list[str]) -> tuple[ModuleType, Any]:
+    """Load an engine on this machine's GPU.
+
+    Args:
+        path: The engine's file.
+        record: What is known of it.
+        errors: Takes the library's error messages, now and later.
+
+    Returns:
+        The module of its library, and an `ICudaEngine`.
+
+    Raises:
+        DeviceError: There is no GPU, or the engine is not for it.
+        MissingPackageError: Its library or cuda-bindings is missing.
+        ArtifactError: The library does not take it.
+    """
+    trt = load_tensorrt(record.library)
     try:
-        record.check(current_device(), version)
+        record.check(current_device(), trt.__version__)
     except DeviceError as error:
         raise DeviceError(f"{path}: {error}") from error
-    import tensorrt as trt
-
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    logger = make_logger(
+        trt, lambda message, is_error: errors.append(message) if is_error else None
+    )
+    runtime = trt.Runtime(logger)
     # A version-compatible engine contains its own runtime as code.
     runtime.engine_host_code_allowed = record.version_compatible
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ArtifactError(
-            f"{path}: TensorRT {version} does not take the engine; its log is above. Build it "
-            "again: embedport export tensorrt ARTIFACT -o OUT"
+            f"{path}: {record.builder} does not take the engine{_reasons(errors)}. Build it again: "
+            "embedport export tensorrt ARTIFACT -o OUT"
         )
-    return engine
+    return trt, engine
+
+
+def _reasons(errors: list[str]) -> str:
+    return "".join(f"; {error}" for error in errors)
