@@ -118,9 +118,8 @@ def build_engine(
     if relay.failure is not None:
         raise relay.failure
     if not built:
-        raise VerificationError(
-            f"{graph.name}: {version} could not build an engine: {'; '.join(log.errors) or 'it says no reason'}"
-        )
+        reasons = "; ".join(log.errors) or "it gives no reason"
+        raise VerificationError(f"{graph.name}: {version} could not build an engine: {reasons}")
     if timings is not None:
         write_cached(timings, config.get_timing_cache().serialize())
     return EngineRecord(
@@ -157,15 +156,19 @@ def parse(trt: ModuleType, library: Library, builder: Any, logger: Any, graph: P
     # parse_from_file finds the external data beside the graph.
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reasons = dict.fromkeys(
-            f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors
-        )
+        reasons = dict.fromkeys(map(_describe, errors))
         raise VerificationError(
             f"{graph.name}: {LIBRARIES[library]} {trt.__version__} does not take the graph: "
             f"{'; '.join(reasons)}"
         )
     allow_decomposition(trt, network)
     return network
+
+
+def _describe(error: Any) -> str:
+    """A parser's error in words; the description alone may be as short as "false"."""
+    kind = error.code().name.replace("_", " ").lower()
+    return f"{error.node_name()} ({error.node_operator()}): {kind}: {error.desc()}"
 
 
 def _count_products(graph: Path, model: ir.Model, layers: str, version: str) -> dict[str, int]:
