@@ -141,8 +141,9 @@ class EngineRecord:
         library: The library that built it.
         capabilities: Compute capabilities of the GPUs that it runs on, if it was built ahead of
             time.
-        products: Number of matrix products by the type that they are computed in, as the library
-            says of the engine's layers; empty if it does not say.
+        products: Number of matrix products by the type that they are computed in, or by "a
+            generated kernel" if they are a part of one, as the library says of the engine's
+            layers; empty if it does not say.
     """
 
     path: str
