@@ -21,6 +21,8 @@ import embedport
 from embedport.artifact import write_manifest
 from embedport.engine import Device, Profile
 
+PROFILES = ("1x1:2x8:4x64", "8x128:8x128:8x128")
+
 
 class Cuda(ModuleType):
     """cuda.bindings.runtime.
@@ -316,7 +318,7 @@ def engines(tmp_path_factory, graphs, rtx):
         if task not in made:
             folder = tmp_path_factory.mktemp(task) / "engine"
             made[task] = embedport.export(
-                graphs(task).folder, folder, format="tensorrt", target="rtx"
+                graphs(task).folder, folder, format="tensorrt", target="rtx", profiles=PROFILES
             )
         return made[task]
 

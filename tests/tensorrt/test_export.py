@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.engine import Profile
 from embedport.errors import DeviceError, InputError
 from embedport.exporters.tensorrt import obstacle
+from embedport.exporters.tensorrt.export import _choose_library
+from embedport.exporters.tensorrt.options import EngineOptions
 from embedport.manifest import Manifest
 from embedport.runtimes import read_facts
 
@@ -20,10 +23,8 @@ PROFILES = ["1x1:2x8:4x64", "2x16:8x64:16x128"]
 TIMINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def test_the_folder(graphs, rtx, tmp_path):
-    artifact = embedport.export(
-        graphs().folder, tmp_path / "out", format="tensorrt", profiles=PROFILES
-    )
+def test_the_folder(graphs, engines, rtx):
+    artifact = engines()
     manifest = artifact.manifest
     assert {"engine/model.plan", "engine/build.sh", "engine/check.py", "engine/check.npz"} <= set(
         manifest.files
@@ -43,14 +44,14 @@ def test_the_folder(graphs, rtx, tmp_path):
     assert "| Products | 14 in fp32 |" in card
 
 
-def test_default_profiles_are_no_longer_than_the_model(graphs, copied, tmp_path):
+def test_default_profiles_are_no_longer_than_the_model(graphs, without, copied, tmp_path):
     folder = copied(graphs().folder)
     path = folder / "embedport.json"
     path.write_text(path.read_text().replace(": 32768", ": 256"))
-    artifact = embedport.export(folder, tmp_path / "out", format="tensorrt")
-    engine = artifact.manifest.engine
-    assert engine is not None
-    assert list(map(str, engine.profiles)) == ["1x1:1x32:8x256", "1x1:32x128:256x256"]
+    embedport.export(folder, tmp_path / "out", format="tensorrt")
+    script = (tmp_path / "out" / "engine" / "build.sh").read_text()
+    assert "--maxShapes=input_ids:8x256,attention_mask:8x256" in script
+    assert "--maxShapes=input_ids:256x256,attention_mask:256x256" in script
 
 
 def test_no_room_for_the_engine(checkpoints, rtx, tmp_path, monkeypatch):
@@ -67,19 +68,16 @@ def test_no_room_for_the_engine(checkpoints, rtx, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@TIMINGS
-def test_a_gpu_of_this_machine_comes_first(tensorrt, rtx, graphs, tmp_path):
+def test_a_gpu_of_this_machine_comes_first(tensorrt, rtx):
     """Where both libraries can build, the other one has to be asked for."""
     tensorrt()
-    for options, library in [({}, "tensorrt"), ({"compute_capabilities": ["8.9"]}, "tensorrt-rtx")]:
-        artifact = embedport.export(
-            graphs().folder,
-            tmp_path / library,
-            format="tensorrt",
-            profiles=["1x1:1x1:1x1"],
-            **options,
-        )
-        assert artifact.manifest.requires.startswith(f"{library}==")
+    for options, library in [
+        ({}, "tensorrt"),
+        ({"target": "rtx"}, "tensorrt-rtx"),
+        ({"capabilities": ((8, 9),)}, "tensorrt-rtx"),
+    ]:
+        options = EngineOptions((Profile.parse("1x1:1x1:1x1"),), **options)
+        assert _choose_library(options) == library
 
 
 @pytest.fixture
@@ -254,5 +252,5 @@ def test_inspect(engines, rtx, capsys, monkeypatch):
     shown = " ".join(capsys.readouterr().out.split())
     assert (
         f"engine/model.plan: TensorRT for RTX {rtx.__version__}; GPUs of compute capability 8.0, "
-        "8.6, 8.9, 12.0, 12.1; batches 1x1:1x32:8x8192, 1x1:32x128:256x512"
+        "8.6, 8.9, 12.0, 12.1; batches 1x1:2x8:4x64, 8x128:8x128:8x128"
     ) in shown
