@@ -59,6 +59,7 @@ def everything(context: typer.Context) -> None:
         levels.of_matmulnbits()
         profiling.of_int8()
         openvino.runs_the_standard_dialect()
+        engines.of_rtx(["demo", "0.6b"])
         parity.against_transformers()
         reranking.shared_against_plain(3)
         bulk.many_short_texts()
@@ -181,7 +182,7 @@ def _engines(
     out: Out = RESULTS,
 ) -> None:
     """Engines of TensorRT for RTX, built without a GPU: layers, time, memory, size."""
-    engines.of_rtx(geometry or ["demo", "0.6b"], precision or list(engines.PRECISIONS), out)
+    engines.of_rtx(geometry or ["demo", "0.6b"], precision, out)
 
 
 @app.command("openvino")

@@ -32,18 +32,20 @@ INPUTS = ("input_ids", "attention_mask")
 SPACE = {"8b": 50_000_000_000, "0.6b": 5_000_000_000}
 
 
-def of_rtx(geometries: list[str], precisions: list[str], results: Path = RESULTS) -> None:
+def of_rtx(
+    geometries: list[str], precisions: list[str] | None = None, results: Path = RESULTS
+) -> None:
     """Export and build each precision of each geometry; figures of earlier runs are kept.
 
     Args:
         geometries: "demo", or geometries of `checkpoint`.
-        precisions: Some of `PRECISIONS`.
+        precisions: All by default.
         results: Folder of the results.
     """
     path = results / f"{NAME}.json"
     rows = read_kept(path, lambda saved: [saved["machine"]]).get("builds", {})
     for geometry in geometries:
-        for precision in precisions:
+        for precision in precisions or PRECISIONS:
             rows[f"{geometry} {precision}"] = _build(geometry, precision)
             save(NAME, {"profiles": PROFILES, "builds": rows}, results)
     _print(rows)

@@ -71,12 +71,12 @@ def test_no_room_for_the_engine(checkpoints, rtx, tmp_path, monkeypatch):
 def test_a_gpu_of_this_machine_comes_first(tensorrt, rtx):
     """Where both libraries can build, the other one has to be asked for."""
     tensorrt()
+    profiles = (Profile.parse("1x1:1x1:1x1"),)
     for options, library in [
-        ({}, "tensorrt"),
-        ({"target": "rtx"}, "tensorrt-rtx"),
-        ({"capabilities": ((8, 9),)}, "tensorrt-rtx"),
+        (EngineOptions(profiles), "tensorrt"),
+        (EngineOptions(profiles, target="rtx"), "tensorrt-rtx"),
+        (EngineOptions(profiles, capabilities=((8, 9),)), "tensorrt-rtx"),
     ]:
-        options = EngineOptions((Profile.parse("1x1:1x1:1x1"),), **options)
         assert _choose_library(options) == library
 
 
