@@ -249,8 +249,9 @@ class _Kernels:
         self._batches += 1
         if self._batches & (self._batches - 1):
             return
-        kernels = memoryview(self._cache.serialize())
-        if kernels != self._kept:
+        serialized = self._cache.serialize()
+        kernels = b"" if serialized is None else memoryview(serialized)
+        if kernels and kernels != self._kept:
             write_cached(self._path, kernels)
             self._kept = bytes(kernels)
 
