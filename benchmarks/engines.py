@@ -15,12 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from embedport.engine import Profile
 from embedport.exporters.tensorrt import PROFILES
 from embedport.exporters.tensorrt.build import build_engine, parse
 from embedport.exporters.tensorrt.export import PRECISIONS
 from embedport.exporters.tensorrt.options import EngineOptions
-from embedport.gpu import load_tensorrt, make_logger
+from embedport.machine.engine import Profile
+from embedport.machine.gpu import load_tensorrt, make_logger
 
 from .checkpoint import CACHE, checkpoint, require_space
 from .machine import RESULTS, print_table, read_kept, save

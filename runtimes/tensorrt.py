@@ -1,6 +1,6 @@
 """The TensorRT backend: an artifact's engine on a GPU that it was built for.
 
-Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.gpu. An
+Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.machine.gpu. An
 engine of TensorRT for RTX is compiled to device code here: its kernels are kept in the user's cache
 folder, and it makes its own CUDA graphs, since kernels for a shape replace more general ones later.
 """
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
 from ..cached import read_cached, write_cached
-from ..engine import EngineRecord, choose_profile
 from ..errors import ArtifactError, DeviceError, InputError, require
-from ..gpu import call, current_device, driver_version, load_tensorrt, make_logger
 from ..integrity import cache_folder
+from ..machine.engine import EngineRecord, choose_profile
+from ..machine.gpu import call, current_device, driver_version, load_tensorrt, make_logger
 from .buffers import Buffer, allocate
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..engine import LIBRARIES
+from ..machine.engine import LIBRARIES
 from .inputs import AdapterOption
 from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
+    from ..artifact.folder import Artifact
 
 
 def export_tensorrt(

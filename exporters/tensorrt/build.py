@@ -12,10 +12,10 @@ from typing import IO, Any
 import onnx_ir as ir
 
 from ...cached import read_cached, write_cached
-from ...engine import LIBRARIES, Device, EngineRecord, Library
 from ...errors import DeviceError, MissingPackageError, VerificationError
-from ...gpu import current_device, load_tensorrt, make_logger, tensorrt_version
 from ...integrity import cache_folder
+from ...machine.engine import LIBRARIES, Device, EngineRecord, Library
+from ...machine.gpu import current_device, load_tensorrt, make_logger, tensorrt_version
 from ..provenance import Progress
 from .layers import (
     HEADER,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ...engine import COMPATIBILITIES, Capability, Compatibility, Library, Profile
 from ...errors import InputError
+from ...machine.engine import COMPATIBILITIES, Capability, Compatibility, Library, Profile
 
 # For which GPUs an engine is built: those of RTX, ahead of time; or the one of this machine.
 Target = Literal["rtx", "this-gpu"]

@@ -13,14 +13,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from ...engine import (
-    LIBRARIES,
-    Capability,
-    Compatibility,
-    Library,
-    format_capability,
-)
 from ...errors import DeviceError, InputError
+from ...machine.engine import LIBRARIES, Capability, Compatibility, Library, format_capability
 
 # RMSNormalization and RotaryEmbedding came with TensorRT 10.15, Attention with 10.14
 # (docs/Changelog.md of onnx-tensorrt). Of TensorRT for RTX, 1.7 is the oldest that was tried.

@@ -5,11 +5,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from embedport.demo.samples import builtin_samples
 from embedport.errors import InputError
 from embedport.exporters.tensorrt.build import parse
-from embedport.gpu import make_logger
+from embedport.machine.gpu import make_logger
 from embedport.runtimes.batching import pad
+from embedport.texts.samples import builtin_samples
 
 TEXTS = [sample.text for sample in builtin_samples()[:8]] + [""]
 BF16 = {"arithmetic": "bf16"}

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.artifact import write_manifest
-from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.artifact.folder import write_manifest
 from embedport.errors import ArtifactError, DeviceError
 from embedport.exporters.tensorrt import obstacle
-from embedport.gpu import call, current_device
 from embedport.integrity import cache_folder
+from embedport.machine.gpu import call, current_device
 from embedport.runtimes.buffers import Buffer
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 pytestmark = pytest.mark.gpu
 

@@ -18,8 +18,8 @@ import onnxruntime
 import pytest
 
 import embedport
-from embedport.artifact import write_manifest
-from embedport.engine import Device, Profile
+from embedport.artifact.folder import write_manifest
+from embedport.machine.engine import Device, Profile
 
 PROFILES = ("1x1:2x8:4x64", "8x128:8x128:8x128")
 

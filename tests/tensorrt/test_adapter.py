@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from embedport.artifact import write_manifest
+from embedport.artifact.folder import write_manifest
 from embedport.cached import read_cached
 from embedport.cli import main
-from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.engine import LIBRARIES, EngineRecord, Profile
 from embedport.errors import ArtifactError, DeviceError, InputError, MissingPackageError
+from embedport.machine.engine import LIBRARIES, EngineRecord, Profile
 from embedport.runtimes import tensorrt as adapter
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PROFILES = ["1x1:1x8:2x512", "4x16:8x64:16x512"]

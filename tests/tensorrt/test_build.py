@@ -12,8 +12,6 @@ import onnx_ir as ir
 import pytest
 
 import embedport
-from embedport.demo.synthetic import Geometry, write_checkpoint
-from embedport.engine import Device, Profile
 from embedport.errors import InputError, VerificationError
 from embedport.exporters.tensorrt import build as build_module
 from embedport.exporters.tensorrt.build import build_engine, parse
@@ -21,7 +19,9 @@ from embedport.exporters.tensorrt.export import PRECISIONS
 from embedport.exporters.tensorrt.export import PROFILES as DEFAULT
 from embedport.exporters.tensorrt.layers import claimed_products
 from embedport.exporters.tensorrt.options import EngineOptions
-from embedport.gpu import make_logger
+from embedport.machine.engine import Device, Profile
+from embedport.machine.gpu import make_logger
+from tests.synthetic import Geometry, write_checkpoint
 
 SINGLE = ("8x128:8x128:8x128",)
 FULL = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))

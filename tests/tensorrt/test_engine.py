@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from embedport.engine import (
+from embedport.errors import DeviceError, InputError
+from embedport.machine.engine import (
     Device,
     EngineRecord,
     Profile,
@@ -13,7 +14,6 @@ from embedport.engine import (
     format_capability,
     parse_capability,
 )
-from embedport.errors import DeviceError, InputError
 
 H100, A100 = Device("NVIDIA H100", (9, 0)), Device("NVIDIA A100", (8, 0))
 H200, T4 = Device("NVIDIA H200", (9, 0)), Device("Tesla T4", (7, 5))

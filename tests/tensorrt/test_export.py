@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.engine import Profile
+from embedport.artifact.manifest import Manifest
 from embedport.errors import DeviceError, InputError
 from embedport.exporters.tensorrt import obstacle
 from embedport.exporters.tensorrt.export import _choose_library
 from embedport.exporters.tensorrt.options import EngineOptions
-from embedport.manifest import Manifest
+from embedport.machine.engine import Profile
 from embedport.runtimes import read_facts
 
 PROFILES = ["1x1:2x8:4x64", "2x16:8x64:16x128"]
