@@ -1,8 +1,9 @@
 """The TensorRT backend: an artifact's engine on a GPU that it was built for.
 
-Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.machine.gpu. An
-engine of TensorRT for RTX is compiled to device code here: its kernels are kept in the user's cache
-folder, and it makes its own CUDA graphs, since kernels for a shape replace more general ones later.
+Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.machine.gpu.
+An engine of TensorRT for RTX is compiled to device code here: its kernels are kept in the user's
+cache folder, and it makes its own CUDA graphs, since kernels for a shape replace more general ones
+later.
 """
 
 from __future__ import annotations
