@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ...cached import read_cached, write_cached
 from ...errors import DeviceError, MissingPackageError, VerificationError
 from ...integrity import cache_folder
-from ...machine.engine import LIBRARIES, Device, EngineRecord, Library
+from ...machine.engine import LIBRARIES, Capability, Device, EngineRecord, Library
 from ...machine.gpu import current_device, load_tensorrt, make_logger, tensorrt_version
 from ..provenance import Progress
 from .layers import (
@@ -81,27 +81,9 @@ def build_engine(
     logger = make_logger(trt, log.take)
     builder = trt.Builder(logger)
     network = parse(trt, library, builder, logger, graph)
-    config = builder.create_builder_config()
-    # The graph keeps fp32 where it is needed: TF32's 10-bit mantissa would be too short.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    # The builder logs the engine's layers; the engine itself does not change.
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    log.errors.clear()  # notes of a parser that found a way
     model = ir.load(graph)
-    capabilities = ()
-    if library == "tensorrt":
-        set_compatibility(trt, config, options.version_compatible, options.hardware_compatible)
-    else:
-        has_fp8 = any(
-            value.dtype == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values()
-        )
-        capabilities = set_capabilities(trt, config, options.capabilities, has_fp8)
-    for profile in options.profiles:
-        shapes = builder.create_optimization_profile()
-        for name in inputs:
-            shapes.set_shape(
-                name, *(trt.Dims([*shape]) for shape in (profile.min, profile.opt, profile.max))
-            )
-        config.add_optimization_profile(shapes)
+    config, capabilities = _configure(trt, library, builder, model, inputs, options)
     timings = None
     if device is not None:
         timings = _timings_file(trt.__version__, device)
@@ -112,12 +94,13 @@ def build_engine(
     plan.parent.mkdir(exist_ok=True)
     with plan.open("wb") as file:
         writer = _writer(trt, file, relay)
-        log.errors.clear()  # the parser's notes
         built = builder.build_serialized_network_to_stream(network, config, writer)
     del monitor, writer  # TensorRT holds no references to them
     if relay.failure is not None:
         raise relay.failure
-    if not built:
+    # RTX gives an engine even for a profile that it calls inconsistent. TensorRT also logs errors of
+    # kernels that it then leaves out.
+    if not built or (log.errors and library == "tensorrt-rtx"):
         reasons = "; ".join(log.errors) or "it gives no reason"
         raise VerificationError(f"{graph.name}: {version} could not build an engine: {reasons}")
     if timings is not None:
@@ -163,6 +146,38 @@ def parse(trt: ModuleType, library: Library, builder: Any, logger: Any, graph: P
         )
     allow_decomposition(trt, network)
     return network
+
+
+def _configure(
+    trt: ModuleType,
+    library: Library,
+    builder: Any,
+    model: ir.Model,
+    inputs: Sequence[str],
+    options: EngineOptions,
+) -> tuple[Any, tuple[Capability, ...]]:
+    """The builder's configuration, and the compute capabilities that RTX engines run on."""
+    config = builder.create_builder_config()
+    # The graph keeps fp32 where it is needed: TF32's 10-bit mantissa would be too short.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    # The builder logs the engine's layers; the engine itself does not change.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    capabilities = ()
+    if library == "tensorrt":
+        set_compatibility(trt, config, options.version_compatible, options.hardware_compatible)
+    else:
+        has_fp8 = any(
+            value.dtype == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values()
+        )
+        capabilities = set_capabilities(trt, config, options.capabilities, has_fp8)
+    for profile in options.profiles:
+        shapes = builder.create_optimization_profile()
+        for name in inputs:
+            shapes.set_shape(
+                name, *(trt.Dims([*shape]) for shape in (profile.min, profile.opt, profile.max))
+            )
+        config.add_optimization_profile(shapes)
+    return config, capabilities
 
 
 def _describe(error: Any) -> str:

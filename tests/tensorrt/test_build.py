@@ -266,6 +266,13 @@ class TestRefused:
             )
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_profile_beyond_the_library(self, graphs, build):
+        """It logs an error and gives an engine all the same."""
+        with pytest.raises(
+            VerificationError, match="could not build an engine: Profile kMAX values"
+        ):
+            build(graphs().graph, profiles=["1x1:8x128:1048576x1048576"])
+
     def test_a_lost_product(self, artifacts, build, monkeypatch):
         """The graph asks for int8; an engine that multiplies in bf16 is not written."""
         graph = artifacts(HEADS["embedding"], "int8").graph
