@@ -35,6 +35,9 @@ from .versions import (
 )
 
 
+PROFILE_WARNING = "Profile k"
+
+
 def obstacle(library: Library) -> str | None:
     """The reason why a library can build no engine on this machine; None if it can."""
     try:
@@ -98,8 +101,7 @@ def build_engine(
     del monitor, writer  # TensorRT holds no references to them
     if relay.failure is not None:
         raise relay.failure
-    # RTX gives an engine even for a profile that it calls inconsistent. TensorRT also logs errors of
-    # kernels that it then leaves out.
+    # TensorRT logs errors of kernels that it then leaves out, and RTX has none at this point.
     if not built or (log.errors and library == "tensorrt-rtx"):
         reasons = "; ".join(log.errors) or "it gives no reason"
         raise VerificationError(f"{graph.name}: {version} could not build an engine: {reasons}")
@@ -285,8 +287,10 @@ class _Log:
     layers: str = ""
 
     def take(self, message: str, is_error: bool) -> None:
+        # RTX warns of a profile that is beyond it, and gives an engine all the same.
+        refused_profile = message.startswith(PROFILE_WARNING)
         # After an error, without a GPU, the library also says that it has no driver.
-        if is_error and "catchCudaError" not in message:
+        if refused_profile or (is_error and "catchCudaError" not in message):
             self.errors.append(message)
         elif message.startswith(HEADER):
             self.layers = message

@@ -267,7 +267,7 @@ class TestRefused:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_profile_beyond_the_library(self, graphs, build):
-        """It logs an error and gives an engine all the same."""
+        """It warns, and gives an engine all the same."""
         with pytest.raises(
             VerificationError, match="could not build an engine: Profile kMAX values"
         ):
