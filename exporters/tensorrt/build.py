@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import IO, Any
 
 import onnx_ir as ir
@@ -33,7 +36,6 @@ from .versions import (
     set_capabilities,
     set_compatibility,
 )
-
 
 PROFILE_WARNING = "Profile k"
 
@@ -95,13 +97,13 @@ def build_engine(
     relay = _Watch(progress)
     config.progress_monitor = monitor = _monitor(trt, relay)
     plan.parent.mkdir(exist_ok=True)
-    with plan.open("wb") as file:
+    with plan.open("wb") as file, _interrupts(relay):
         writer = _writer(trt, file, relay)
         built = builder.build_serialized_network_to_stream(network, config, writer)
     del monitor, writer  # TensorRT holds no references to them
     if relay.failure is not None:
         raise relay.failure
-    # TensorRT logs errors of kernels that it then leaves out, and RTX has none at this point.
+    # TensorRT also logs errors of kernels that it then leaves out.
     if not built or (log.errors and library == "tensorrt-rtx"):
         reasons = "; ".join(log.errors) or "it gives no reason"
         raise VerificationError(f"{graph.name}: {version} could not build an engine: {reasons}")
@@ -209,6 +211,23 @@ def _timings_file(version: str, device: Device) -> Path:
     """The file of the kernels' timings, for a TensorRT version and a device."""
     name = re.sub(r"\W+", "-", f"{device.name} {version}").lower()
     return cache_folder("tensorrt") / f"{name}.timings"
+
+
+@contextlib.contextmanager
+def _interrupts(relay: _Watch) -> Iterator[None]:
+    """Let Ctrl-C stop the build by `relay`: raised in one of its callbacks it would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        relay.failure = relay.failure or KeyboardInterrupt()
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @dataclass

@@ -6,6 +6,7 @@ Each precision, task and number of heads; geometries; what the builder says of i
 import io
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -295,6 +296,10 @@ class TestRefused:
             build(lost)
 
 
+def _raise():
+    raise KeyboardInterrupt
+
+
 class TestProgress:
     def test_phases(self, graphs, build):
         seen = []
@@ -304,16 +309,21 @@ class TestProgress:
         assert started
         assert started == finished
 
-    def test_interrupted(self, graphs, tmp_path):
-        def progress(stage, done, total):
-            if stage not in ("check", "layers") and done:
-                raise KeyboardInterrupt
+    @pytest.mark.parametrize("interrupt", [_raise, lambda: signal.raise_signal(signal.SIGINT)])
+    def test_interrupted(self, graphs, tmp_path, interrupt):
+        """By an exception of the progress bar's, or by Ctrl-C at any moment."""
 
+        def progress(stage, done, total):
+            if done:
+                interrupt()
+
+        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             embedport.export(
                 graphs().folder, tmp_path / "out", format="tensorrt", progress=progress
             )
         assert list(tmp_path.iterdir()) == []
+        assert signal.getsignal(signal.SIGINT) is before
 
     @pytest.mark.parametrize("failing", [0, 1, 2])
     def test_no_exception_goes_through_tensorrt(self, rtx, failing):
