@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-import re
 import threading
 import weakref
 from collections import Counter
@@ -23,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artifact.folder import Artifact
-from ..cached import read_cached, write_cached
 from ..errors import ArtifactError, DeviceError, InputError, require
-from ..integrity import cache_folder
 from ..machine.engine import EngineRecord, choose_profile
-from ..machine.gpu import call, current_device, driver_version, load_tensorrt, make_logger
+from ..machine.gpu import call, current_device, load_tensorrt, make_logger
 from .buffers import Buffer, allocate
+from .kernel_cache import KernelCache
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -84,7 +82,7 @@ class TensorRTModel:
         self._kernels = None
         if self._record.library == "tensorrt-rtx":
             sha256 = manifest.files[self._record.path].sha256
-            self._kernels = _Kernels(self._trt, self._engine, _kernels_file(sha256, self._trt))
+            self._kernels = KernelCache(self._trt, self._engine, sha256)
         self._stream = int(call("cudaStreamCreate"))
         _destroy_with(self, "cudaStreamDestroy", self._stream)
         # Batches run one at a time, so all contexts share one scratch buffer.
@@ -202,9 +200,9 @@ class TensorRTModel:
 
     def _make_context(self, profile: int) -> trt.IExecutionContext:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._kernels is not None:
-            strategy = self._kernels.configure(strategy)
-        context = self._engine.create_execution_context(strategy)
+        context = self._engine.create_execution_context(
+            strategy if self._kernels is None else self._kernels.configure(strategy)
+        )
         if context is None:
             raise DeviceError(
                 f"TensorRT could not make an execution context{_reasons(self._errors)}"
@@ -214,54 +212,6 @@ class TensorRTModel:
         for name, buffer in (*self._inputs.items(), (self._output_name, self._output)):
             context.set_tensor_address(name, buffer.device)
         return context
-
-
-class _Kernels:
-    """The kernels that TensorRT for RTX compiles here, kept in a file for the next process.
-
-    Args:
-        trt: The library's module.
-        engine: The engine.
-        path: The file.
-    """
-
-    def __init__(self, trt: ModuleType, engine: Any, path: Path) -> None:
-        self._path = path
-        self._batches = 0
-        self._config = engine.create_runtime_config()
-        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._cache = self._config.create_runtime_cache()
-        self._kept = read_cached(path)
-        # The library checks that the kernels are for this device, driver and version.
-        if self._kept is not None and not self._cache.deserialize(self._kept):
-            log.info("%s is not for this machine: its kernels are compiled again", path)
-        self._config.set_runtime_cache(self._cache)
-
-    def configure(self, strategy: Any) -> Any:
-        """The configuration of an execution context with an allocation strategy."""
-        self._config.set_execution_context_allocation_strategy(strategy)
-        return self._config
-
-    def count_batch(self) -> None:
-        """Keep the kernels, after the first, second, fourth, eighth, … batch.
-
-        New shapes have new kernels, some of which are compiled while the batches go on.
-        """
-        self._batches += 1
-        if self._batches & (self._batches - 1):
-            return
-        serialized = self._cache.serialize()
-        kernels = b"" if serialized is None else memoryview(serialized)
-        if kernels and kernels != self._kept:
-            write_cached(self._path, kernels)
-            self._kept = bytes(kernels)
-
-
-def _kernels_file(sha256: str, trt: ModuleType) -> Path:
-    """The file of an engine's kernels, for this device, driver and version of the library."""
-    machine = f"{current_device()} {driver_version()} {trt.__version__}"
-    name = re.sub(r"\W+", "-", machine).lower()
-    return cache_folder("tensorrt-rtx") / f"{sha256[:32]}-{name}.kernels"
 
 
 def _destroy_with(owner: object, function: str, handle: Any) -> None:

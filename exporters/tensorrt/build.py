@@ -6,7 +6,7 @@ import contextlib
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -214,7 +214,7 @@ def _timings_file(version: str, device: Device) -> Path:
 
 
 @contextlib.contextmanager
-def _interrupts(relay: _Watch) -> Iterator[None]:
+def _interrupts(relay: _Watch) -> Generator[None]:
     """Let Ctrl-C stop the build by `relay`: raised in one of its callbacks it would be lost."""
     if threading.current_thread() is not threading.main_thread():
         yield
