@@ -13,6 +13,7 @@ from . import (
     batches,
     bulk,
     checkpoints,
+    engines,
     export,
     gpu,
     kernels,
@@ -58,6 +59,7 @@ def everything(context: typer.Context) -> None:
         levels.of_matmulnbits()
         profiling.of_int8()
         openvino.runs_the_standard_dialect()
+        engines.of_rtx(["demo", "0.6b"])
         parity.against_transformers()
         reranking.shared_against_plain(3)
         bulk.many_short_texts()
@@ -169,6 +171,18 @@ def _kernels(rounds: Rounds = 7, out: Out = RESULTS) -> None:
 def _profile(out: Out = RESULTS) -> None:
     """Where the time of the int8 graph goes."""
     profiling.of_int8(out)
+
+
+@app.command("engines")
+def _engines(
+    geometry: Annotated[
+        list[str] | None, typer.Option(help="demo, 0.6b, 8b, or 8b-4 for four layers of it.")
+    ] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Engines of TensorRT for RTX, built without a GPU: layers, time, memory, size."""
+    engines.of_rtx(geometry or ["demo", "0.6b"], precision, out)
 
 
 @app.command("openvino")
