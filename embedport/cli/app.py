@@ -22,6 +22,7 @@ from . import (
     quantize,
     reference,
     rerank,
+    serve,
     tensorrt,
     validate,
 )
@@ -69,6 +70,7 @@ app.add_typer(export_app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
+app.command("serve")(serve.serve)
 app.command("check")(check.check)
 app.command("validate")(validate.validate)
 app.command("reference")(reference.reference)
