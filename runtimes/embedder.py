@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
-from .torch import TorchModel
+from .reopening import reopen, reopening
 from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ class Embedder:
             f"Embedder({self.facts.name!r}, dim={self.dim}, device={self.device!r}, "
             f"precision={self.precision!r})"
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the recipe that opens the model again from its folder."""
+        recipe = reopening(self.facts, self.device, self.tokenizer.max_length)
+        return reopen, (recipe, self.ranges)
 
     def encode(
         self,
@@ -88,8 +93,6 @@ class Embedder:
                 the precision needs ranges that were not measured; or a text gives NaN or infinity,
                 which only "float32" can represent.
         """
-        if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
-            self.model.check_process()
         check_options(self.dim, dim, precision)
         check_ranges(precision, dim or self.dim, self.ranges)
         text = self.prompt_text(prompt)

@@ -58,7 +58,6 @@ app = typer.Typer(
     cls=_Verbs,
     help="Take a Qwen3-Embedding or Qwen3-Reranker checkpoint to ONNX, run it, and prove how close "
     "it stays to the reference.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

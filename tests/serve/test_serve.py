@@ -82,10 +82,6 @@ class TestEmbeddings:
         assert sum(gated.batches) == 61
         assert max(gated.batches) > 4
 
-
-DOCUMENTS = ["tea is a leaf", "Paris", "a boat with sails", "a " * 40]
-
-
     def test_a_query_does_not_wait_for_a_large_request(self, gated):
         with running(lambda: {"embedding": gated}) as client, ThreadPoolExecutor() as pool:
             gated.block(client, pool)
@@ -98,6 +94,9 @@ DOCUMENTS = ["tea is a leaf", "Paris", "a boat with sails", "a " * 40]
             assert quick.result().status == 200
             assert not slow.done()
             assert len(vectors(slow.result())) == 2000
+
+
+DOCUMENTS = ["tea is a leaf", "Paris", "a boat with sails", "a " * 40]
 
 
 class TestRerank:
