@@ -28,6 +28,7 @@ TOP = (
     "embedport/bench/",
     "embedport/cli/",
     "embedport/demo/pipeline.py",
+    "embedport/deploy/",
     "embedport/serve/",
 )
 

@@ -16,6 +16,7 @@ from . import (
     bench,
     check,
     demo,
+    deploy,
     encode,
     export,
     inspect,
@@ -70,6 +71,11 @@ app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
 app.command("serve")(serve.serve)
+deploy_app = typer.Typer(help="Make what other software deploys.", no_args_is_help=True)
+deploy_app.command("triton")(deploy.triton)
+deploy_app.command("docker")(deploy.docker)
+deploy_app.command("vespa")(deploy.vespa)
+app.add_typer(deploy_app, name="deploy")
 app.command("check")(check.check)
 app.command("validate")(validate.validate)
 app.command("reference")(reference.reference)
