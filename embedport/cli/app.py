@@ -20,6 +20,7 @@ from . import (
     encode,
     export,
     inspect,
+    push,
     quantize,
     reference,
     rerank,
@@ -77,6 +78,7 @@ deploy_app.command("docker")(deploy.docker)
 deploy_app.command("vespa")(deploy.vespa)
 app.add_typer(deploy_app, name="deploy")
 app.command("check")(check.check)
+app.command("push")(push.push)
 app.command("validate")(validate.validate)
 app.command("reference")(reference.reference)
 app.command("inspect")(inspect.inspect)
