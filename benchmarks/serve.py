@@ -87,8 +87,8 @@ def under_load(
         RuntimeError: An answer is missing, or is another text's.
     """
     import embedport
-    from embedport.beir import read_beir
     from embedport.demo.pipeline import builtin_embedder
+    from embedport.texts.beir import read_beir
 
     texts = list(read_beir("builtin").documents.values())
     CACHE.mkdir(parents=True, exist_ok=True)

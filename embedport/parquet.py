@@ -11,11 +11,11 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from .corpus import Corpus, Part, Row, titled_text
 from .errors import InputError, require
 from .progress import progress_bar
-from .prompts import check_text
 from .storage import Place, open_to_read
+from .texts.corpus import Corpus, Part, Row, titled_text
+from .texts.prompts import check_text
 
 COLUMNS = ("_id", "id", "title", "text", "prompt")
 READ_ROWS = 1024
@@ -25,7 +25,7 @@ BUFFER = 1 << 20
 def survey_parquet(
     path: Place, part_rows: int, part_bytes: int, *, progress: bool = False
 ) -> Corpus:
-    """Check every row of a file, and cut it into parts: as `embedport.corpus.survey`.
+    """Check every row of a file, and cut it into parts: as `embedport.texts.corpus.survey`.
 
     Raises:
         InputError: The file is missing or damaged, has no texts, or a row is invalid.

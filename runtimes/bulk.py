@@ -26,16 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import CONFIG as ADAPTER_CONFIG
-from ..adapter import WEIGHTS as ADAPTER_WEIGHTS
-from ..corpus import Part
+from ..checkpoint.adapter import CONFIG as ADAPTER_CONFIG
+from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from ..checkpoint.spec import Task
 from ..errors import InputError, require
 from ..files import load_json, parse_json
 from ..integrity import record_files
 from ..progress import progress_bar
-from ..spec import Task
 from ..storage import ObjectPath, Place, open_to_read, writing
 from ..text_files import read_part, survey
+from ..texts.corpus import Part
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard

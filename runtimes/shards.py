@@ -14,8 +14,8 @@ from typing import IO
 
 import numpy as np
 
-from ..corpus import Part, Row
 from ..errors import require
+from ..texts.corpus import Part, Row
 from .tables import make_table, write_table
 
 SHARD_FORMATS = ("npy", "parquet")

@@ -9,11 +9,11 @@ from collections.abc import Generator, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from ..artifact import Artifact, staged
+from ..artifact.folder import Artifact, staged
+from ..artifact.manifest import GraphRecord
+from ..checkpoint.hub import fetch
 from ..errors import InputError
 from ..files import MANIFEST
-from ..hub import fetch
-from ..manifest import GraphRecord
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # Bytes of what is written beside copies of artifacts.

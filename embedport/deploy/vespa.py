@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from ..artifact.manifest import Manifest
 from ..errors import InputError
-from ..manifest import Manifest
 from .packages import copy_graph, deployment, open_artifact, pooled_graph, render, write
 
 

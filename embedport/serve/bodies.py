@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from ..prompts import query_prompt
+from ..texts.prompts import query_prompt
 from .errors import RequestError
 from .limits import TEXT_CHARACTERS, Limits
 

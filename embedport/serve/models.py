@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..prompts import Encoded
 from ..runtimes import Embedder, Reranker
 from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..runtimes.embedder import check_encoded
+from ..texts.prompts import Encoded
 from .errors import RequestError
 
 # Batches' worth of waiting tokens from which one batch of similar lengths is chosen.

@@ -9,10 +9,10 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
+from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
+from ...quantize.formats import GROUP_SIZES, matrices
 from ...quantize.schemes import QuantScheme, ScaleDtype
-from ...spec import ModelSpec
-from ..onnx.formats import GROUP_SIZES, matrices
 
 Algorithm = Literal["gptq", "awq", "rtn"]
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.artifact.sizes import graph_sizes
 from embedport.attention import SHORT_ROW
 from embedport.demo.pipeline import builtin_embedder
-from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.demo.synthetic import plant_outliers
 from embedport.errors import InputError
-from embedport.exporters.onnx.formats import Format
-from embedport.sizes import graph_sizes
+from embedport.quantize.formats import Format
+from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation import validate
+from tests.synthetic import plant_outliers
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import embedport
-from embedport.artifact import record_parity
+from embedport.artifact.folder import record_parity
 
 COMMIT = "a" * 40
 

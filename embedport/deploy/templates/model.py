@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from embedport.artifact.manifest import Manifest
 from embedport.errors import EmbedportError
-from embedport.manifest import Manifest
-from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 from embedport.runtimes.batching import make_batches, pad
+from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 
 # Tokens of a batch of the graph, padding included.
 BATCH_TOKENS = 16_384
