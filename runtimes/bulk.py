@@ -34,8 +34,8 @@ from ..files import load_json, parse_json
 from ..integrity import record_files
 from ..progress import progress_bar
 from ..storage import ObjectPath, Place, open_to_read, writing
-from ..text_files import read_part, survey
 from ..texts.corpus import Part
+from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
@@ -73,7 +73,7 @@ class Job:
 
     Attributes:
         model: An embedding model, as for `load`.
-        input: The file of texts, as `embedport.text_files` reads it.
+        input: The file of texts, as `embedport.texts.text_files` reads it.
         output: The folder for the vectors.
         format: The shards' format, "npy" or "parquet".
         with_text: Whether Parquet shards have the texts, too.

@@ -221,7 +221,7 @@ def _read(
     texts: list[str], file: str | None, source: Place | None, with_ids: bool
 ) -> tuple[list[str], list[str]]:
     """The texts, and an id for each: the file's own if it is read for them, or the number."""
-    from ..text_files import PARQUET, read_rows
+    from ..texts.text_files import PARQUET, read_rows
 
     streamed = with_ids or not isinstance(source, Path) or source.suffix.lower() == PARQUET
     if texts or source is None or not streamed:

@@ -29,8 +29,8 @@ def push(
 
     Example: embedport push qwen3-int8 me/qwen3-int8
     """
-    from ..push import has_token, prepare
-    from ..push import push as send
+    from ..artifact.push import has_token, prepare
+    from ..artifact.push import push as send
 
     publication = prepare(artifact, repository, license=license)
     sends = not dry_run and has_token()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,13 +17,11 @@ from ...quantize.rotation import RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.smoothquant import balanced
-from ...quantize.source import WeightSource
+from ...quantize.source import WeightSource, row_ranges
 from ...quantize.stored import StoredWeights
 from ..calibration.gptq_awq import quantize_layers, scale_layers
 from ..graph.initializers import QuantizedMatrices
 
-# Matrices are quantized in ranges of rows: a table of 150,000 is never whole in memory in fp32.
-CHUNK_VALUES = 16 << 20
 Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
 
 
@@ -115,9 +110,9 @@ def quantize_rows(
 ) -> QuantizedTensor:
     """Quantize a matrix, one range of rows at a time."""
     shape = source.spec.tensor_shapes()[f"{name}.weight"]
-    step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
-    ranges = [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
-    parts = [quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in ranges]
+    parts = [
+        quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in row_ranges(shape)
+    ]
     if len(parts) == 1:
         return parts[0]
     return QuantizedTensor(
@@ -126,24 +121,3 @@ def quantize_rows(
         np.concatenate([part.scales for part in parts]),
         np.concatenate([part.zero_points for part in parts]),
     )
-
-
-def describe_calibration(
-    rows: Sequence[np.ndarray], calibration: str | Path | None
-) -> dict[str, Any]:
-    """The manifest's record of the calibration texts: their hash, not the texts.
-
-    Args:
-        rows: Token ids, int64 [tokens] each.
-        calibration: The texts' file; None for the built-in texts.
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(np.int64(len(row)).tobytes())
-        digest.update(np.ascontiguousarray(row, np.int64).tobytes())
-    return {
-        "source": Path(calibration).name if calibration else "built-in",
-        "texts": len(rows),
-        "tokens": sum(map(len, rows)),
-        "sha256": digest.hexdigest(),
-    }

@@ -1,6 +1,8 @@
 """The kernels in C compute what a graph's functions say, and are not missed where they are not."""
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import embedport
 from embedport.attention import SHORT_ROW
 from embedport.exporters.graph.builder import GraphBuilder
-from embedport.exporters.graph.dialect import FLOAT, INT8, Product
+from embedport.exporters.graph.dialect import FLOAT, INT8, ScaledTensor
 from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.quantize.schemes import QuantizedTensor, QuantScheme
@@ -75,19 +77,16 @@ def rounded(width):
     return model_of(describe, width)
 
 
-def fused(g, value):
-    """The codes and scales that the function before has given for its value."""
-    rows = g.once((value, INT8), lambda: pytest.fail("there are no codes"))
-    return [rows.codes, rows.scales]
-
-
 def normed(width):
     """A graph that adds, norms and rounds rows."""
     gains = ir.tensor(random(width, seed=1), name="gains")
 
     def describe(g, residual, x, scales):
-        normed, total = DIALECT.add_norm(g, residual, Product(x, scales), g.initializer(gains), EPS)
-        return [total, normed, *fused(g, normed)]
+        normed, total = DIALECT.add_norm(
+            g, residual, ScaledTensor(x, scales), g.initializer(gains), EPS
+        )
+        rows = normed.rows[INT8]
+        return [total, normed.value, rows.codes, rows.scales]
 
     return model_of(describe, width, width, 1)
 
@@ -96,8 +95,9 @@ def gated(width):
     """A graph that gates and rounds rows."""
 
     def describe(g, gate, scales, up):
-        product = DIALECT.swiglu(g, Product(gate, scales), up, width, FLOAT)
-        return [product, *fused(g, product)]
+        product = DIALECT.swiglu(g, ScaledTensor(gate, scales), up, width, FLOAT)
+        rows = product.rows[INT8]
+        return [product.value, rows.codes, rows.scales]
 
     return model_of(describe, width, 1, width)
 
@@ -108,10 +108,8 @@ def plain(width):
 
     def describe(g, x, more):
         weight = g.initializer(gains)
-        return [
-            DIALECT.norm(g, x, weight, EPS),
-            *DIALECT.add_norm(g, x, Product(more), weight, EPS),
-        ]
+        normed, total = DIALECT.add_norm(g, x, ScaledTensor(more), weight, EPS)
+        return [DIALECT.norm(g, x, weight, EPS), normed.value, total]
 
     return model_of(describe, width, width)
 
@@ -119,7 +117,9 @@ def plain(width):
 def activated(width):
     """A graph that gates rows."""
     return model_of(
-        lambda g, gate, up: [DIALECT.swiglu(g, Product(gate), up, width, FLOAT)], width, width
+        lambda g, gate, up: [DIALECT.swiglu(g, ScaledTensor(gate), up, width, FLOAT).value],
+        width,
+        width,
     )
 
 
@@ -361,6 +361,33 @@ def test_batches_and_pasts_change_no_bit(exported, precision):
         for ids in map(np.asarray, rows)
     ]
     assert reranker.score(pairs).tolist() == alone
+
+
+def operators_run(artifact, folder, *, kernels):
+    """The operators of the domain embedport that onnxruntime ran, by its own profile."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / f"{kernels}")
+    if kernels:
+        register_kernels(options)
+    session = onnxruntime.InferenceSession(
+        artifact.graph, options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, batch(5, 9))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    run_names = {event["args"]["op_name"] for event in events if event["cat"] == "Node"}
+    return run_names & {name for _, name, _ in ir.load(artifact.graph).functions}
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_every_function_is_run_by_its_kernel(exported, tmp_path, precision):
+    """Without kernels onnxruntime inlines the functions: comparisons alone would pass then too."""
+    artifact = exported("kv8", precision=precision)
+    functions = {name for _, name, _ in ir.load(artifact.graph).functions}
+    assert "RotaryAttention" in functions
+    assert operators_run(artifact, tmp_path, kernels=True) == functions
+    assert operators_run(artifact, tmp_path, kernels=False) == set()
 
 
 def test_a_package_without_kernels(exported, monkeypatch, caplog):

@@ -11,11 +11,11 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from .errors import InputError, require
-from .progress import progress_bar
-from .storage import Place, open_to_read
-from .texts.corpus import Corpus, Part, Row, titled_text
-from .texts.prompts import check_text
+from ..errors import InputError, require
+from ..progress import progress_bar
+from ..storage import Place, open_to_read
+from .corpus import Corpus, Part, Row, titled_text
+from .prompts import check_text
 
 COLUMNS = ("_id", "id", "title", "text", "prompt")
 READ_ROWS = 1024

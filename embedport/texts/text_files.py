@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from ..storage import Place
+from . import corpus
+from .corpus import Corpus, Part, Row
 from .parquet import read_parquet_part, survey_parquet
-from .storage import Place
-from .texts import corpus
-from .texts.corpus import Corpus, Part, Row
 
 PARQUET = ".parquet"
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artifact.folder import CARD, Artifact
-from .artifact.manifest import Manifest
-from .checkpoint.hub import HUB_ID
-from .errors import InputError
-from .files import MANIFEST
+from ..checkpoint.hub import HUB_ID
+from ..errors import InputError
+from ..files import MANIFEST
+from .folder import CARD, Artifact
+from .manifest import Manifest
 
 PIPELINES = {"embedding": "sentence-similarity", "reranker": "text-ranking"}
 UNQUANTIZED = ("fp32", "fp16", "bf16")
