@@ -186,6 +186,7 @@ class TestObjectStores:
         path = ObjectPath("s3://bucket/a/?region=eu") / "b.npy"
         assert (str(path), path.name, path.suffix) == ("s3://bucket/a/b.npy", "b.npy", ".npy")
 
+    @pytest.mark.slow
     @pytest.mark.skipif(MOTO is None, reason="needs an S3 server: pip install 'moto[server]'")
     def test_s3_kill_9(self, embedder, tmp_path):
         """Killed in the middle, the same command goes on: every row once, none lost."""
