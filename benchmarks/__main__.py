@@ -25,6 +25,7 @@ from . import (
     profiling,
     reranking,
     retrieval,
+    serve,
     speed,
 )
 from .machine import RESULTS
@@ -63,6 +64,7 @@ def everything(context: typer.Context) -> None:
         parity.against_transformers()
         reranking.shared_against_plain(3)
         bulk.many_short_texts()
+        serve.under_load()
         backend.in_sentence_transformers()
 
 
@@ -215,6 +217,19 @@ def _reranking(
 def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
     """A corpus of short texts: memory over time, and a resume after kill -9."""
     bulk.many_short_texts(out, texts)
+
+
+@app.command("serve")
+def _serve(
+    precision: str = "fp32",
+    infinity: Annotated[
+        Path | None, typer.Option(help="infinity_emb of another environment, to compare with.")
+    ] = None,
+    rounds: Rounds = 3,
+    out: Out = RESULTS,
+) -> None:
+    """The server: 200 clients, 20,000 requests, every answer checked; memory and latency."""
+    serve.under_load(out, precision=precision, infinity=infinity, rounds=rounds)
 
 
 @app.command("backend")

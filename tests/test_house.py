@@ -37,6 +37,8 @@ TOP = (
     "embedport/bench/",
     "embedport/cli/",
     "embedport/demo/",
+    "embedport/deploy/",
+    "embedport/serve/",
 )
 
 

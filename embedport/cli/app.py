@@ -16,12 +16,15 @@ from . import (
     bench,
     check,
     demo,
+    deploy,
     encode,
     export,
     inspect,
+    push,
     quantize,
     reference,
     rerank,
+    serve,
     tensorrt,
     validate,
 )
@@ -57,7 +60,6 @@ app = typer.Typer(
     cls=_Verbs,
     help="Take a Qwen3-Embedding or Qwen3-Reranker checkpoint to ONNX, run it, and prove how close "
     "it stays to the reference.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -69,7 +71,14 @@ app.add_typer(export_app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
+app.command("serve")(serve.serve)
+deploy_app = typer.Typer(help="Make what other software deploys.", no_args_is_help=True)
+deploy_app.command("triton")(deploy.triton)
+deploy_app.command("docker")(deploy.docker)
+deploy_app.command("vespa")(deploy.vespa)
+app.add_typer(deploy_app, name="deploy")
 app.command("check")(check.check)
+app.command("push")(push.push)
 app.command("validate")(validate.validate)
 app.command("reference")(reference.reference)
 app.command("inspect")(inspect.inspect)

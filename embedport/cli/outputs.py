@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
     from ..exporters.provenance import Progress
@@ -108,16 +107,6 @@ def write_text(path: Path, text: str) -> None:
 
     with written(path) as file:
         file.write(text.encode("utf-8"))
-
-
-def write_npy(path: Path, vectors: np.ndarray) -> None:
-    """Write vectors [n, dim] as .npy."""
-    import numpy as np
-
-    from ..files import written
-
-    with written(path) as file:
-        np.save(file, vectors)
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
