@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import CheckpointError
-from .hqq import quantize_hqq
+from .mse import quantize_mse
 from .pairs import room
 from .schemes import QuantizedTensor, QuantScheme
 
@@ -38,7 +38,7 @@ def quantize_gptq(
         raise CheckpointError("the calibration's activations are not finite")
     columns = weight.shape[1]
     diagonal = np.diag(hessian).astype(np.float64)
-    base = quantize_hqq(weight, scheme, np.maximum(diagonal, 1e-12).astype(np.float32))
+    base = quantize_mse(weight, scheme, np.maximum(diagonal, 1e-12).astype(np.float32))
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(columns)
     upper = _inverse_root(hessian[np.ix_(order, order)].astype(np.float64))
     groups = order // (scheme.group_size or columns)

@@ -67,7 +67,7 @@ def export_onnx(
         ),
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="Quantization algorithm: rtn, hqq, gptq or awq; auto uses rtn.")
+        str, typer.Option(help="Quantization algorithm: rtn, mse, gptq or awq; auto uses rtn.")
     ] = "rtn",
     rotate: Annotated[
         bool | None,

@@ -49,6 +49,9 @@ def quantize(
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="For bnb-nf4: quantize the scales too.")
     ] = False,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="For awq: no zero points, for readers without.")
+    ] = False,
     form: Annotated[
         str | None,
         typer.Option(
@@ -88,6 +91,7 @@ def quantize(
             bits=bits,
             group_size=group_size,
             double_quant=double_quant,
+            symmetric=symmetric,
             form=form,  # ty: ignore[invalid-argument-type] (checked there)
             calibration=calibration,
             force=force,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CheckpointError
-from ...quantize.hqq import quantize_hqq
+from ...quantize.mse import quantize_mse
 from ...quantize.rtn import quantize_rtn
 from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
@@ -65,7 +65,7 @@ def apply_plan(
             folded, importance = scale_layers(weights, weights, formats, rows, layers, advance)
             scaled = folded.rounded(dtype)
             return scaled, lambda name: packed_parts(
-                quantize_hqq(read(scaled, name), scheme, importance(name))
+                quantize_mse(read(scaled, name), scheme, importance(name))
             )
         case "w8a8":
             smooth = balanced(weights).rounded(dtype)

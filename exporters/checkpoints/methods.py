@@ -29,6 +29,7 @@ class Method:
         algorithm: The algorithm that computes codes.
         format: compressed-tensors' name of the storage format; empty for the others.
         preset: compressed-tensors' name of the scheme; empty for the others.
+        zero_points: Whether the format can store zero points; they are then the default.
     """
 
     library: str
@@ -38,6 +39,7 @@ class Method:
     algorithm: Algorithm = "rtn"
     format: str = ""
     preset: str = ""
+    zero_points: bool = False
 
     @property
     def requires(self) -> str:
@@ -55,8 +57,8 @@ READERS = {
     "gptq": "GPTQModel, vLLM, or embedport",
     "compressed-tensors": "transformers with compressed-tensors, vLLM, or embedport",
 }
-# No method has zero points: servers' fast kernels take none, AutoGPTQ's format cannot store 0,
-# and transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
+# AutoGPTQ's format has no zero points here: its version 1 cannot store 0, and vLLM's Marlin kernel
+# for it takes symmetric codes only.
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
     "bnb-nf4": Method("bitsandbytes", 4),
@@ -67,7 +69,8 @@ METHODS = {
         group_size=128,
         algorithm="awq",
         format="pack-quantized",
-        preset="W4A16",
+        preset="W4A16_ASYM",
+        zero_points=True,
     ),
     "w8a8": Method("compressed-tensors", 8, format="int-quantized", preset="W8A8"),
     "fp8": Method("compressed-tensors", 8, format="float-quantized", preset="FP8_DYNAMIC"),
@@ -85,6 +88,7 @@ class Plan:
         group_size: Inputs that share a scale; None for one scale per output row, or for
             bitsandbytes' own blocks.
         double_quant: Whether bitsandbytes quantizes its scales too.
+        symmetric: Whether codes have no zero points.
         dtype: "bfloat16" or "float16", the dtype of unquantized tensors and of computation; set
             from the weights once they are read.
     """
@@ -94,6 +98,7 @@ class Plan:
     bits: int
     group_size: int | None
     double_quant: bool
+    symmetric: bool = True
     dtype: ScaleDtype = "bfloat16"
 
     @property
@@ -106,7 +111,7 @@ class Plan:
         """The scheme to quantize a matrix by."""
         # AutoGPTQ's format always has fp16 scales.
         scales = "float16" if self.method.library == "gptq" else self.dtype
-        return QuantScheme(self.bits, self.group_size, symmetric=True, scale_dtype=scales)
+        return QuantScheme(self.bits, self.group_size, self.symmetric, scale_dtype=scales)
 
     def __str__(self) -> str:
         """A matrix's format in a manifest."""
@@ -114,7 +119,7 @@ class Plan:
             return self.name + (" double" if self.double_quant else "")
         if self.group_size is None:
             return f"int{self.bits}"
-        return f"int{self.bits}/{self.group_size}s"
+        return f"int{self.bits}/{self.group_size}{'s' if self.symmetric else ''}"
 
 
 def plan_method(
@@ -124,6 +129,7 @@ def plan_method(
     bits: int | None = None,
     group_size: int | None = None,
     double_quant: bool = False,
+    symmetric: bool = False,
 ) -> Plan:
     """Check the options against the model.
 
@@ -144,7 +150,17 @@ def plan_method(
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if double_quant and name != "bnb-nf4":
         raise InputError(f"--double-quant goes with --method bnb-nf4, not with {name}")
-    plan = Plan(name, method, bits or method.bits, group_size or method.group_size, double_quant)
+    if symmetric and not method.zero_points:
+        having = ", ".join(key for key, entry in METHODS.items() if entry.zero_points)
+        raise InputError(f"--method {name} has no zero points: --symmetric goes with {having}")
+    plan = Plan(
+        name,
+        method,
+        bits or method.bits,
+        group_size or method.group_size,
+        double_quant,
+        symmetric or not method.zero_points,
+    )
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
         if plan.group_size is not None and columns % plan.group_size:

@@ -60,6 +60,7 @@ def quantize_checkpoint(
     bits: int | None = None,
     group_size: int | None = None,
     double_quant: bool = False,
+    symmetric: bool = False,
     form: Form | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
@@ -82,6 +83,7 @@ def quantize_checkpoint(
         bits: A weight's bits, 4 or 8, for "gptq"; 4 by default.
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
+        symmetric: Whether "awq" stores no zero points, for readers that take none.
         form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
@@ -105,7 +107,14 @@ def quantize_checkpoint(
             f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
             f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
         )
-    plan = plan_method(spec, method, bits=bits, group_size=group_size, double_quant=double_quant)
+    plan = plan_method(
+        spec,
+        method,
+        bits=bits,
+        group_size=group_size,
+        double_quant=double_quant,
+        symmetric=symmetric,
+    )
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
         raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")

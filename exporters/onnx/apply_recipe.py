@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ...quantize.hqq import quantize_hqq
+from ...quantize.mse import quantize_mse
 from ...quantize.rotation import RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
@@ -54,8 +54,8 @@ def apply_recipe(
     source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
     if recipe.balance:
         source = balanced(source)
-    # The table has no input activations to calibrate with: HQQ is the best algorithm without any.
-    quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
+    # The table has no input activations to calibrate with.
+    quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_mse
     read_quantized: Callable[[str], QuantizedTensor] | None = None
     importance: Callable[[str], np.ndarray] | None = None
     projections = {name: format for name, format in formats.items() if name != TABLE}
@@ -71,7 +71,7 @@ def apply_recipe(
             return read_quantized(name)
         rounding = quantize
         if importance is not None and name != TABLE:
-            rounding = partial(quantize_hqq, importance=importance(name))
+            rounding = partial(quantize_mse, importance=importance(name))
         return quantize_rows(source, name, formats[name].scheme, rounding)
 
     return source, QuantizedMatrices(quantize_matrix)

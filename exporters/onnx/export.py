@@ -117,7 +117,7 @@ def export_onnx(
             model's own limit.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
-        algorithm: The quantization algorithm: "rtn", "hqq", "gptq" or "awq"; "auto" takes "rtn".
+        algorithm: The quantization algorithm: "rtn", "mse", "gptq" or "awq"; "auto" takes "rtn".
         rotate: Whether to rotate the residual stream before quantizing, to spread outliers.
             Default: only for "int8".
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".

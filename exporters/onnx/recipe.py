@@ -10,7 +10,9 @@ from typing import Any
 from ...errors import InputError
 from ...files import load_json
 
-ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
+ALGORITHMS = ("rtn", "mse", "gptq", "awq")
+# Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
+RENAMED = {"hqq": "mse"}
 CALIBRATED = ("gptq", "awq")
 # No fp16: products may overflow it before their per-token scales are applied.
 ARITHMETIC = ("fp32", "bf16")
@@ -27,9 +29,9 @@ class Recipe:
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
             matrix without an entry is not quantized, and is in `arithmetic`.
-        algorithm: "rtn", "hqq", "gptq" or "awq"; or "stored", the codes of an already quantized
+        algorithm: "rtn", "mse", "gptq" or "awq"; or "stored", the codes of an already quantized
             checkpoint. The embedding table cannot be calibrated and no checkpoint stores codes of
-            it: all algorithms but "rtn" quantize it with "hqq".
+            it: all algorithms but "rtn" quantize it with "mse".
         rotate: Whether the residual stream and the attention's values are rotated.
         balance: Whether outlier channels are moved from activations into weights (see
             quantize.balance); for "int8", which quantizes activations.
@@ -101,4 +103,6 @@ class Recipe:
                 f"{path}: calibration should be null or an artifact's record with source and "
                 f"sha256, found {calibration!r}"
             )
+        if values.get("algorithm") in RENAMED:
+            values["algorithm"] = RENAMED[values["algorithm"]]
         return cls(**values)

@@ -116,24 +116,26 @@ def test_gptq_packing_round_trip(bits, symmetric):
     np.testing.assert_array_equal(parts["scales"].T, tensor.scales)
 
 
-def test_compressed_tensors_unpacks_the_same_numbers():
+@pytest.mark.parametrize("preset_name", ["W4A16", "W4A16_ASYM"])
+def test_compressed_tensors_unpacks_the_same_numbers(preset_name):
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    scheme = QuantScheme(4, 32, symmetric=True, scale_dtype="bfloat16")
-    weight = np.random.default_rng(0).standard_normal((16, 96), np.float32)
+    scheme = QuantScheme(4, 32, symmetric=preset_name == "W4A16", scale_dtype="bfloat16")
+    weight = np.random.default_rng(0).standard_normal((16, 96), np.float32) + 0.5
     tensor = quantize_rtn(weight, scheme)
     parts: dict[str, torch.Tensor | None] = {
         # torch cannot take numpy's bfloat16; the scales are its values in fp32 as well.
         name: torch.from_numpy(each.astype(np.float32) if name == "weight_scale" else each)
         for name, each in packed_parts(tensor).items()
     }
-    preset = preset_name_to_scheme("W4A16", ["Linear"])
+    preset = preset_name_to_scheme(preset_name, ["Linear"])
     assert preset.weights is not None
     preset.weights.group_size = 32
     found = PackedQuantizationCompressor.decompress(parts, preset)["weight"]
     assert found is not None
     np.testing.assert_array_equal(found.numpy(), tensor.dequantize())
+    assert parts.keys() == set(PackedQuantizationCompressor.compression_param_names(preset))
 
 
 @pytest.mark.parametrize("method", ["bnb-int8", "bnb-nf4", "bnb-nf4 double"])
@@ -269,6 +271,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
             {"method": "gptq"},
             "q_proj of 192 x 64 .*groups of 128; use --group-",
         ),
+        ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "--symmetric goes with awq"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
         ("embedding", "kv8", {"method": "fp8", "calibration": "x.txt"}, "runs no texts"),

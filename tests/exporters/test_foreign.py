@@ -138,7 +138,7 @@ def test_act_order_is_quantized_again(with_matrix, tmp_path, caplog):
     same = embedport.export(reference, tmp_path / "plain", precision="int4")
     assert_alike(vectors(artifact.folder), vectors(same.folder))
     # Its configuration promises no codes, so another algorithm may be asked for.
-    embedport.export(folder, tmp_path / "hqq", precision="int4", algorithm="hqq")
+    embedport.export(folder, tmp_path / "mse", precision="int4", algorithm="mse")
 
 
 def test_static_groups_are_taken(with_matrix, tmp_path):

@@ -12,6 +12,7 @@ from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.demo.synthetic import plant_outliers
 from embedport.errors import InputError
 from embedport.exporters.onnx.formats import Format
+from embedport.exporters.onnx.recipe import Recipe
 from embedport.sizes import graph_sizes
 from embedport.validation import validate
 
@@ -173,11 +174,11 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ({"precision": "int8", "group_size": 32}, "--group-size goes with int8-weight and int4"),
         ({"precision": "int4", "group_size": 48}, "group_size should be one of"),
         ({"precision": "int4", "embedding_bits": 3}, "embedding_bits should be 4 or 8"),
-        ({"precision": "int4", "algorithm": "best"}, "algorithm should be one of rtn, hqq"),
+        ({"precision": "int4", "algorithm": "best"}, "algorithm should be one of rtn, mse"),
         ({"precision": "fp16", "rotate": True}, "takes none of --algorithm, --rotate"),
         ({"precision": "fp32", "min_cosine": 0.9}, "--min-cosine goes with --precision auto"),
         ({"precision": "auto", "dialect": "standard"}, "--dialect ort"),
-        ({"precision": "auto", "algorithm": "hqq"}, "it takes no --algorithm hqq"),
+        ({"precision": "auto", "algorithm": "mse"}, "it takes no --algorithm mse"),
         ({"precision": "auto", "algorithm": "gptq"}, "it takes no --algorithm gptq"),
         ({"precision": "bf16", "group_size": 0}, "takes none of --algorithm, --rotate"),
         ({"embedding_bits": 0}, "takes none of --algorithm, --rotate"),
@@ -222,6 +223,13 @@ def test_bad_recipes(checkpoints, tmp_path, recipe, message):
     with pytest.raises(InputError, match=message):
         embedport.export(checkpoints("kv8"), tmp_path / "out", recipe=path)
     assert not (tmp_path / "out").exists()
+
+
+def test_older_recipes_name_the_range_search_hqq(tmp_path):
+    path = tmp_path / "embedport.json"
+    recipe = {"formats": {"embed_tokens": "int4/64"}, "algorithm": "hqq", "search": None}
+    path.write_text(json.dumps({"format_version": 1, "recipe": recipe}))
+    assert Recipe.from_file(path).algorithm == "mse"
 
 
 def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):

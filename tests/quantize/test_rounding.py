@@ -6,7 +6,7 @@ import pytest
 from embedport.errors import CheckpointError, InputError
 from embedport.quantize.awq import search_factors
 from embedport.quantize.gptq import quantize_gptq
-from embedport.quantize.hqq import quantize_hqq
+from embedport.quantize.mse import quantize_mse
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantizedTensor, QuantScheme
 
@@ -46,7 +46,7 @@ def test_a_code_stands_for_its_value():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("quantize", [quantize_rtn, quantize_hqq])
+@pytest.mark.parametrize("quantize", [quantize_rtn, quantize_mse])
 def test_what_is_quantized_already_stays(scheme, quantize, weight):
     once = quantize_rtn(weight, scheme).dequantize()
     np.testing.assert_allclose(quantize(once, scheme).dequantize(), once, atol=1e-5)
@@ -66,7 +66,7 @@ def test_rounding_errs_by_half_a_step(scheme, weight):
 
 def test_zeros_stay_zeros():
     for scheme in SCHEMES:
-        assert not quantize_hqq(np.zeros((2, 96), np.float32), scheme).dequantize().any()
+        assert not quantize_mse(np.zeros((2, 96), np.float32), scheme).dequantize().any()
 
 
 @pytest.mark.parametrize("scheme", [each for each in SCHEMES if each.bits == 4])
@@ -78,7 +78,7 @@ def test_each_algorithm_is_better_than_the_one_before(scheme, weight, inputs):
         return (((tensor.dequantize() - weight) @ inputs.T) ** 2).sum()
 
     hessian = inputs.T @ inputs / len(inputs)
-    rounded, ranged = quantize_rtn(weight, scheme), quantize_hqq(weight, scheme)
+    rounded, ranged = quantize_rtn(weight, scheme), quantize_mse(weight, scheme)
     assert weight_error(ranged) < 0.98 * weight_error(rounded)
     plain = quantize_gptq(weight, hessian, scheme, act_order=False)
     ordered = quantize_gptq(weight, hessian, scheme)
@@ -95,7 +95,7 @@ def test_importance_decides_what_is_kept():
     def error(tensor):
         return ((tensor.dequantize() - values)[:, :4] ** 2).sum()
 
-    assert error(quantize_hqq(values, scheme, importance)) < error(quantize_hqq(values, scheme))
+    assert error(quantize_mse(values, scheme, importance)) < error(quantize_mse(values, scheme))
 
 
 def test_awq_spares_the_channels_that_matter(weight, inputs):
@@ -107,8 +107,8 @@ def test_awq_spares_the_channels_that_matter(weight, inputs):
     def output_error(tensor, undo):
         return (((tensor.dequantize() / undo - weight) @ inputs.T) ** 2).sum()
 
-    scaled = output_error(quantize_hqq(weight * factors, scheme), factors)
-    assert scaled < 0.5 * output_error(quantize_hqq(weight, scheme), 1)
+    scaled = output_error(quantize_mse(weight * factors, scheme), factors)
+    assert scaled < 0.5 * output_error(quantize_mse(weight, scheme), 1)
 
 
 def test_dead_inputs_are_no_obstacle(weight, inputs):

@@ -1,10 +1,7 @@
 """Search each group's range for the least squared error, without calibration.
 
-HQQ (half-quadratic quantization, Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog)
-optimizes a real-valued zero point per group. Runtimes require integer zero points, so this module
-optimizes the group's range instead. Each group tries narrower ranges, which clip a little but have
-finer steps, and keeps the one with the least squared error. With limited pairs it also tries wider
-ranges.
+Each group tries narrower ranges, which clip a little but have finer steps, and keeps the one with
+the least squared error. With limited pairs it also tries wider ranges.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ SHARES = np.linspace(1.0, 0.6, 17, dtype=np.float32)[1:]
 CHUNK_VALUES = 1 << 22
 
 
-def quantize_hqq(
+def quantize_mse(
     weight: np.ndarray, scheme: QuantScheme, importance: np.ndarray | None = None
 ) -> QuantizedTensor:
     """Round to nearest within each group's best range.
