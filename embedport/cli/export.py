@@ -67,8 +67,17 @@ def export_onnx(
         ),
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="Quantization algorithm: rtn, mse, gptq or awq; auto uses rtn.")
-    ] = "rtn",
+        str | None,
+        typer.Option(
+            help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, awq+gptq or awq+gptaq; "
+            "default: gptaq for int4 and auto, otherwise rtn.",
+            show_default=False,
+        ),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="For int4: round to nearest; seconds, not minutes, and worse."),
+    ] = False,
     rotate: Annotated[
         bool | None,
         typer.Option(
@@ -138,6 +147,7 @@ def export_onnx(
             max_length=max_length,
             calibration=calibration,
             algorithm=algorithm,
+            fast=fast,
             rotate=rotate,
             group_size=group_size,
             embedding_bits=embedding_bits,

@@ -52,6 +52,10 @@ def quantize(
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="For awq: no zero points, for readers without.")
     ] = False,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="For gptq and awq: that algorithm alone; quicker, and worse."),
+    ] = False,
     form: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +96,7 @@ def quantize(
             group_size=group_size,
             double_quant=double_quant,
             symmetric=symmetric,
+            fast=fast,
             form=form,  # ty: ignore[invalid-argument-type] (checked there)
             calibration=calibration,
             force=force,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -13,9 +12,6 @@ from ...errors import InputError
 from ...quantize.schemes import QuantScheme, ScaleDtype
 from ...spec import ModelSpec
 from ..onnx.formats import GROUP_SIZES, matrices
-
-Algorithm = Literal["gptq", "awq", "rtn"]
-
 
 @dataclass(frozen=True)
 class Method:
@@ -26,7 +22,8 @@ class Method:
         bits: A weight's bits by default.
         choices: The bits that can be chosen; empty if there is no choice.
         group_size: Inputs that share a scale by default; None if groups cannot be chosen.
-        algorithm: The algorithm that computes codes.
+        algorithm: The algorithm that computes codes: see `Recipe`.
+        fast: The algorithm of a quicker, worse result.
         format: compressed-tensors' name of the storage format; empty for the others.
         preset: compressed-tensors' name of the scheme; empty for the others.
         zero_points: Whether the format can store zero points; they are then the default.
@@ -36,7 +33,8 @@ class Method:
     bits: int
     choices: tuple[int, ...] = ()
     group_size: int | None = None
-    algorithm: Algorithm = "rtn"
+    algorithm: str = "rtn"
+    fast: str = ""
     format: str = ""
     preset: str = ""
     zero_points: bool = False
@@ -49,7 +47,7 @@ class Method:
     @property
     def is_calibrated(self) -> bool:
         """Whether the algorithm runs calibration texts."""
-        return self.algorithm in ("gptq", "awq")
+        return self.algorithm != "rtn"
 
 
 READERS = {
@@ -62,12 +60,13 @@ READERS = {
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
     "bnb-nf4": Method("bitsandbytes", 4),
-    "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptq"),
+    "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptaq", fast="gptq"),
     "awq": Method(
         "compressed-tensors",
         4,
         group_size=128,
-        algorithm="awq",
+        algorithm="awq+gptaq",
+        fast="awq",
         format="pack-quantized",
         preset="W4A16_ASYM",
         zero_points=True,
@@ -89,6 +88,8 @@ class Plan:
             bitsandbytes' own blocks.
         double_quant: Whether bitsandbytes quantizes its scales too.
         symmetric: Whether codes have no zero points.
+        algorithm: The algorithm that computes codes.
+        rotate_heads: Whether the attention's values are rotated: see `RotatedHeads`.
         dtype: "bfloat16" or "float16", the dtype of unquantized tensors and of computation; set
             from the weights once they are read.
     """
@@ -99,6 +100,8 @@ class Plan:
     group_size: int | None
     double_quant: bool
     symmetric: bool = True
+    algorithm: str = "rtn"
+    rotate_heads: bool = True
     dtype: ScaleDtype = "bfloat16"
 
     @property
@@ -130,6 +133,7 @@ def plan_method(
     group_size: int | None = None,
     double_quant: bool = False,
     symmetric: bool = False,
+    fast: bool = False,
 ) -> Plan:
     """Check the options against the model.
 
@@ -153,6 +157,9 @@ def plan_method(
     if symmetric and not method.zero_points:
         having = ", ".join(key for key, entry in METHODS.items() if entry.zero_points)
         raise InputError(f"--method {name} has no zero points: --symmetric goes with {having}")
+    if fast and not method.fast:
+        calibrated = ", ".join(key for key, entry in METHODS.items() if entry.fast)
+        raise InputError(f"--method {name} is fast: --fast goes with {calibrated}")
     plan = Plan(
         name,
         method,
@@ -160,6 +167,8 @@ def plan_method(
         group_size or method.group_size,
         double_quant,
         symmetric or not method.zero_points,
+        method.fast if fast else method.algorithm,
+        rotate_heads=not fast,
     )
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]

@@ -61,6 +61,7 @@ def quantize_checkpoint(
     group_size: int | None = None,
     double_quant: bool = False,
     symmetric: bool = False,
+    fast: bool = False,
     form: Form | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
@@ -84,6 +85,8 @@ def quantize_checkpoint(
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
         symmetric: Whether "awq" stores no zero points, for readers that take none.
+        fast: Whether "gptq" and "awq" are those algorithms alone: quicker, and worse. By default
+            "gptq" is GPTAQ, and "awq" is AWQ's scaling with GPTAQ's rounding.
         form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
@@ -114,6 +117,7 @@ def quantize_checkpoint(
         group_size=group_size,
         double_quant=double_quant,
         symmetric=symmetric,
+        fast=fast,
     )
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
@@ -129,13 +133,14 @@ def quantize_checkpoint(
     weights = open_floats(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
     needed_bytes = _needed_bytes(spec, plan)
-    if plan.method.algorithm == "gptq":
+    if "gpt" in plan.algorithm:
         needed_bytes += kept_bytes(spec, rows)
     with (
         kept_layers(output, used=plan.method.is_calibrated) as layers,
         staged(output, force=force, needs=needed_bytes) as folder,
     ):
-        advance = counted(progress, "quantize", spec.num_layers)
+        passes = len(plan.algorithm.split("+"))
+        advance = counted(progress, "quantize", spec.num_layers * passes)
         source, quantize = apply_plan(weights, plan, rows, layers, advance)
         write_companions(spec, folder)
         write_json(folder / "config.json", checkpoint_config(spec, plan, form))
@@ -257,7 +262,8 @@ def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) 
         recipe={
             **Recipe(
                 dict.fromkeys(matrices(spec), str(plan)),
-                plan.method.algorithm,
+                plan.algorithm,
+                rotate_heads=plan.rotate_heads,
                 balance=plan.name == "w8a8",
             ).to_record(),
             "calibration": calibration,

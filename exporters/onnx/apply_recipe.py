@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...quantize.mse import quantize_mse
-from ...quantize.rotation import RotatedWeights
+from ...quantize.rotation import RotatedHeads, RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.smoothquant import balanced
@@ -45,36 +45,87 @@ def apply_recipe(
         recipe: How to quantize.
         formats: The recipe's formats, parsed.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        folder: Where finished layers are kept, for "gptq" and "awq": see `kept_layers`.
-        advance: Called after each layer, for "gptq" and "awq".
+        folder: Where finished layers are kept, if the recipe is calibrated: see `kept_layers`.
+        advance: Called after each layer, if the recipe is calibrated; twice a layer if channels are
+            scaled and errors compensated.
 
     Returns:
         (the weights that are not quantized, the quantized matrices).
     """
-    source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
+    source = rotated(weights, recipe)
     if recipe.balance:
         source = balanced(source)
+    read_quantized: Callable[[str], QuantizedTensor] | None = None
+    if recipe.is_calibrated:
+        source, read_quantized = calibrate(
+            weights, source, recipe.algorithm, formats, rows, folder, advance
+        )
+    if recipe.algorithm == STORED:
+        projections = {name: format for name, format in formats.items() if name != TABLE}
+        read_quantized = _stored(weights, projections)
     # The table has no input activations to calibrate with.
     quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_mse
-    read_quantized: Callable[[str], QuantizedTensor] | None = None
-    importance: Callable[[str], np.ndarray] | None = None
-    projections = {name: format for name, format in formats.items() if name != TABLE}
-    if recipe.algorithm == "awq":
-        source, importance = scale_layers(weights, source, projections, rows, folder, advance)
-    if recipe.algorithm == "gptq":
-        read_quantized = quantize_layers(weights, source, projections, rows, folder, advance)
-    if recipe.algorithm == STORED:
-        read_quantized = _stored(weights, projections)
 
     def quantize_matrix(name: str) -> QuantizedTensor:
         if read_quantized is not None and name != TABLE:
             return read_quantized(name)
-        rounding = quantize
-        if importance is not None and name != TABLE:
-            rounding = partial(quantize_mse, importance=importance(name))
-        return quantize_rows(source, name, formats[name].scheme, rounding)
+        return quantize_rows(source, name, formats[name].scheme, quantize)
 
     return source, QuantizedMatrices(quantize_matrix)
+
+
+def calibrate(
+    weights: Weights,
+    source: WeightSource,
+    algorithm: str,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+    dtype: np.dtype | None = None,
+) -> tuple[WeightSource, Callable[[str], QuantizedTensor]]:
+    """Run calibration texts: scale channels, then round, each as the algorithm says.
+
+    Args:
+        weights: The checkpoint, for its identity.
+        source: The weights to quantize: the checkpoint's, or transformed ones.
+        algorithm: A calibrated algorithm of `recipe.ALGORITHMS`.
+        formats: The matrices' formats.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        folder: Where finished layers are kept: see `kept_layers`.
+        advance: Called after each layer; twice a layer if channels are scaled and errors
+            compensated.
+        dtype: Scaled norms are representable in this dtype; None for float32.
+
+    Returns:
+        (the weights that are not quantized, a function from a projection's name to its codes).
+    """
+    recipe = Recipe({}, algorithm)
+    projections = {name: format for name, format in formats.items() if name != TABLE}
+    importance: Callable[[str], np.ndarray] | None = None
+    if recipe.scales:
+        folded, importance = scale_layers(
+            weights, source, projections, rows, folder / "factors", advance
+        )
+        source = folded if dtype is None else folded.rounded(dtype)
+    if recipe.compensation is not None:
+        return source, quantize_layers(
+            weights,
+            source,
+            projections,
+            rows,
+            folder / "codes",
+            advance,
+            table=formats.get(TABLE),
+            follows=recipe.compensation == "gptaq",
+        )
+    assert importance is not None
+
+    def in_ranges(name: str) -> QuantizedTensor:
+        rounding = partial(quantize_mse, importance=importance(name))
+        return quantize_rows(source, name, formats[name].scheme, rounding)
+
+    return source, in_ranges
 
 
 def stored_recipe(weights: StoredWeights, plan: Recipe) -> Recipe:
@@ -105,9 +156,11 @@ def _stored(weights: Weights, formats: Mapping[str, Format]) -> Callable[[str], 
     return weights.read_quantized
 
 
-def rotated(weights: Weights, *, rotate: bool, seed: int = 0) -> WeightSource:
-    """The checkpoint's weights, rotated if `rotate` is set."""
-    return RotatedWeights(weights, seed) if rotate else weights
+def rotated(weights: Weights, recipe: Recipe) -> WeightSource:
+    """The checkpoint's weights, rotated as the recipe says."""
+    if recipe.rotate:
+        return RotatedWeights(weights, recipe.seed)
+    return RotatedHeads.seeded(weights, recipe.seed) if recipe.rotate_heads else weights
 
 
 def quantize_rows(

@@ -43,7 +43,7 @@ from .fp16_overflow import choose_fp16, measure_activations
 from .gptq_awq import kept_bytes, kept_layers
 from .graph import Design, build_model
 from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
-from .recipe import CALIBRATED, STORED, Recipe
+from .recipe import STORED, Recipe
 from .search import RankingTarget, Search, search_formats
 from .texts import reranker_head, tokenize_retrieval, tokenize_samples
 from .verify import verify_continuation, verify_graph
@@ -76,7 +76,8 @@ def export_onnx(
     dim: int | None = None,
     max_length: int | None = None,
     calibration: str | Path | None = None,
-    algorithm: str = "rtn",
+    algorithm: str | None = None,
+    fast: bool = False,
     rotate: bool | None = None,
     group_size: int | None = None,
     embedding_bits: int | None = None,
@@ -117,9 +118,12 @@ def export_onnx(
             model's own limit.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
-        algorithm: The quantization algorithm: "rtn", "mse", "gptq" or "awq"; "auto" takes "rtn".
-        rotate: Whether to rotate the residual stream before quantizing, to spread outliers.
-            Default: only for "int8".
+        algorithm: The quantization algorithm: "rtn", "mse", "gptq", "gptaq", "awq", "awq+gptq" or
+            "awq+gptaq". Default: "gptaq" for "int4" and "auto", otherwise "rtn".
+        fast: For "int4": round to nearest in smaller groups, in seconds instead of minutes.
+        rotate: Whether to rotate the residual stream and attention heads before quantizing, to
+            spread outliers. Default: both for "int8", heads alone for "int8-weight", "int4" and
+            "auto", where they cost nothing.
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
         embedding_bits: The embedding table's bits, 4 or 8.
         recipe: Path of a recipe.json, or of the embedport.json of an artifact to reproduce.
@@ -139,11 +143,6 @@ def export_onnx(
         VerificationError: The written graph does not run or outputs NaN.
     """
     output = Path(output).expanduser().absolute()
-    if precision == AUTO and algorithm != "rtn":
-        raise InputError(
-            "--precision auto measures matrices that are rounded to nearest: it takes no "
-            f"--algorithm {algorithm}; leave it out, or use it with --precision int4"
-        )
     # Weights may be gigabytes to download: first check everything that does not need them.
     spec = read_configuration(checkpoint, revision, task, adapter)
     check_readable(spec)
@@ -157,17 +156,18 @@ def export_onnx(
         recipe,
         arithmetic=arithmetic,
         algorithm=algorithm,
+        fast=fast,
         rotate=rotate,
         group_size=group_size,
         embedding_bits=embedding_bits,
     )
     # The precision's name in the manifest.
     precision_name = MIXED if recipe is not None or precision == AUTO else precision
-    runs_texts = plan is not None and plan.algorithm in CALIBRATED
+    runs_texts = plan is not None and plan.is_calibrated
     if calibration is not None and not runs_texts and precision not in ("fp16", AUTO):
         raise InputError(
             f"this export in {precision_name} runs no texts: --calibration goes with --precision "
-            f"fp16 and auto, and with --algorithm {' and '.join(CALIBRATED)}"
+            "fp16 and auto, and with --algorithm gptq, gptaq and awq"
         )
     max_length = max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, calibration)
@@ -181,7 +181,7 @@ def export_onnx(
     weights = open_weights(spec)
     warn_of_activations(spec)
     if isinstance(weights, StoredWeights):
-        requantizes = algorithm != "rtn" or rotate is not None or group_size is not None
+        requantizes = any(option is not None for option in (algorithm, rotate, group_size))
         bits = STORED_BITS.get(precision)
         if plan is not None and bits is not None and not requantizes and weights.gives_codes(bits):
             plan = stored_recipe(weights, plan)
@@ -189,7 +189,7 @@ def export_onnx(
         if precision == AUTO or (plan is not None and plan.algorithm != STORED):
             _warn_of_second_rounding(weights, precision_name)
     needed_bytes = weight_bytes(spec, dtypes) + _file_sizes(spec, ".json") + (64 << 20)
-    if plan is not None and plan.algorithm == "gptq":
+    if plan is not None and plan.compensation is not None:
         needed_bytes += kept_bytes(spec, rows)
     with (
         kept_layers(output, used=runs_texts) as layers,
@@ -215,7 +215,8 @@ def export_onnx(
             plan = Recipe(search.formats, rotate=bool(rotate))
             dtypes = _choose_precision(spec, precision_name, plan, dialect)
         if plan is not None:
-            advance = counted(progress, "quantize", spec.num_layers)
+            passes = plan.scales + (plan.compensation is not None)
+            advance = counted(progress, "quantize", spec.num_layers * passes)
             source, matrices = apply_recipe(weights, plan, dtypes.formats, rows, layers, advance)
         elif dtypes.compute == FLOAT16:
             dtypes = _calibrate(weights, rows, folder, progress)
@@ -295,7 +296,7 @@ def _recipe_record(
 ) -> dict[str, Any] | None:
     if plan is None:
         return None
-    runs_texts = search is not None or plan.algorithm in CALIBRATED
+    runs_texts = search is not None or plan.is_calibrated
     return {
         **plan.to_record(),
         "calibration": describe_calibration(rows, calibration) if runs_texts else None,
@@ -343,7 +344,8 @@ def _plan_recipe(
     recipe: str | Path | None,
     *,
     arithmetic: str | None,
-    algorithm: str,
+    algorithm: str | None,
+    fast: bool,
     rotate: bool | None,
     group_size: int | None,
     embedding_bits: int | None,
@@ -356,7 +358,7 @@ def _plan_recipe(
     Raises:
         InputError: Options conflict, or the recipe's file is not a recipe.
     """
-    sets_algorithm = algorithm != "rtn" or rotate is not None
+    sets_algorithm = algorithm is not None or rotate is not None or fast
     sets_format = any(option is not None for option in (arithmetic, group_size, embedding_bits))
     if recipe is not None:
         if sets_algorithm or sets_format or precision != "fp32":
@@ -371,13 +373,17 @@ def _plan_recipe(
             dialect=dialect,
             group_size=group_size,
             embedding_bits=embedding_bits,
+            fast=fast,
         )
+        if algorithm is None:
+            algorithm = "gptaq" if precision == "int4" and not fast else "rtn"
         # Only GPUs multiply float8, so the rest computes in 16 bits.
         default = "bf16" if precision == FP8 else "fp32"
         plan = Recipe(
             {name: str(format) for name, format in formats.items()},
             algorithm,
             rotate=precision == "int8" if rotate is None else rotate,
+            rotate_heads=rotate is None and precision in STORED_BITS,
             balance=precision == "int8",
             arithmetic=default if arithmetic is None else arithmetic,
         )

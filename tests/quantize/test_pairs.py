@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedport.errors import InputError
-from embedport.quantize.gptq import quantize_gptq
+from embedport.quantize.gptq import Curvature, quantize_gptq
 from embedport.quantize.mse import quantize_mse
 from embedport.quantize.pairs import SHARES, find_excess
 from embedport.quantize.rtn import quantize_rtn
@@ -24,8 +24,10 @@ ROUNDINGS = {
     "mse by importance": partial(
         quantize_mse, importance=np.linspace(0, 9, WIDTH, dtype=np.float32)
     ),
-    "gptq": lambda weight, scheme: quantize_gptq(weight, HESSIAN, scheme),
-    "gptq in order": lambda weight, scheme: quantize_gptq(weight, HESSIAN, scheme, act_order=False),
+    "gptq": lambda weight, scheme: quantize_gptq(weight, Curvature(HESSIAN), scheme),
+    "gptq in order": lambda weight, scheme: quantize_gptq(
+        weight, Curvature(HESSIAN, act_order=False), scheme
+    ),
 }
 WEIGHTS = {
     "the largest everywhere": np.ones((3, WIDTH)),
