@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import embedport
-from embedport.demo.samples import builtin_samples
+from embedport.texts.samples import builtin_samples
 
 from .checkpoint import checkpoint
 from .machine import print_table, save

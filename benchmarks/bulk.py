@@ -83,7 +83,7 @@ def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = 
 
 def write_corpus(path: Path, texts: int) -> Path:
     """Write distinct texts of one to four WordNet definitions each."""
-    from embedport.beir import read_beir
+    from embedport.texts.beir import read_beir
 
     definitions = list(read_beir("builtin").documents.values())
     generator = np.random.default_rng(0)

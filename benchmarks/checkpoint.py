@@ -51,7 +51,7 @@ def make(geometry: str, folder: str, task: str) -> None:
     """Write a checkpoint with random weights and Qwen3's own tokenizer."""
     from tokenizers import Tokenizer
 
-    from embedport.demo import synthetic
+    from tests import synthetic
 
     sizes = {
         "0.6b": synthetic.QWEN3_0_6B,

@@ -33,8 +33,8 @@ NEEDED_BYTES = 4_000_000_000
 def on_the_demo_pair(results: Path = RESULTS) -> None:
     """Validate every method for both tasks against the fp32 reference, including retrieval."""
     import embedport
-    from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
+    from embedport.texts.beir import BUILTIN, read_beir
 
     _read(results)
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from embedport.errors import DeviceError, MissingPackageError, require
-from embedport.gpu import call, current_device
+from embedport.machine.gpu import call, current_device
 from embedport.validation.measures import cosines
 
 from .checkpoint import CACHE, ROOT, checkpoint
@@ -103,8 +103,8 @@ def _machine() -> dict[str, Any]:
 
 def _write_inputs(source: Path, folder: Path) -> Path:
     """Write token ids of real texts: full batches, texts for parity, and a mix of lengths."""
-    from embedport.demo.samples import builtin_pairs, builtin_samples
-    from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer
+    from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer
+    from embedport.texts.samples import builtin_pairs, builtin_samples
 
     samples = [sample.text for sample in builtin_samples()]
     texts = EmbeddingTokenizer(source / "tokenizer.json", 32768).encode(samples).ids

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 import embedport
+from embedport.checkpoint.spec import Task
 from embedport.errors import DeviceError, MissingPackageError
 from embedport.exporters.tensorrt import obstacle
-from embedport.gpu import call
+from embedport.machine.gpu import call
 from embedport.runtimes.batching import run_batches
-from embedport.spec import Task
 
 # (input_ids, attention_mask), int64 [rows, tokens], right-padded, to float32 [rows, dim].
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -251,7 +251,7 @@ def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str
 
 def _run_pair(name: str, arrays: Any, folder: Path) -> None:
     """Save vectors and scores of the demo pair; the reference uses the model cards' own code."""
-    from embedport.spec import ModelSpec
+    from embedport.checkpoint.spec import ModelSpec
     from embedport.validation.card import CardReference
 
     for task, checkpoint in PAIR.items():

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 import embedport
+from embedport.checkpoint.spec import Task
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
-from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.spec import Task
+from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.measures import cosines
 
 from .checkpoint import CACHE, ROOT, checkpoint

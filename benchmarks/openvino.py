@@ -24,7 +24,7 @@ def runs_the_standard_dialect(results: Path = RESULTS) -> None:
 
     import embedport
     from embedport.demo.pipeline import builtin_embedder
-    from embedport.demo.samples import builtin_samples
+    from embedport.texts.samples import builtin_samples
 
     texts = [sample.text for sample in builtin_samples()]
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def _child(verb: str, *arguments: str) -> np.ndarray:
 
 
 def _texts() -> list[str]:
-    from embedport.demo.samples import builtin_samples
+    from embedport.texts.samples import builtin_samples
 
     return [sample.text for sample in builtin_samples() if len(sample.text) <= LONGEST]
 
@@ -105,7 +105,7 @@ def _dynamic(folder: str, path: str) -> None:
 
 
 def _plant(folder: str) -> None:
-    from embedport.demo.synthetic import plant_outliers
+    from tests.synthetic import plant_outliers
 
     plant_outliers(Path(folder), magnitude=MAGNITUDE)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import embedport
-from embedport.spec import Task
+from embedport.checkpoint.spec import Task
 from embedport.validation.opening import open_live
 from embedport.validation.tasks import EmbeddingTask, RerankerTask, choose_inputs
 

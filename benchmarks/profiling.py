@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from embedport.bench.machine import PRODUCTS, measure_peak
+from embedport.checkpoint.spec import ModelSpec
 from embedport.runtimes.ort_custom_ops import register_kernels
-from embedport.spec import ModelSpec
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
@@ -80,8 +80,8 @@ def _limit(spec: ModelSpec, batch: int, size: int, peak: dict[str, float]) -> di
 
 
 def _measure(folder: Path) -> dict[str, Any]:
-    from embedport.demo.samples import builtin_samples
-    from embedport.prompts import EmbeddingTokenizer
+    from embedport.texts.prompts import EmbeddingTokenizer
+    from embedport.texts.samples import builtin_samples
 
     tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", 32768)
     ids = np.concatenate(tokenizer.encode([each.text for each in builtin_samples()]).ids)

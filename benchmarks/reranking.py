@@ -66,11 +66,11 @@ def shared_against_plain(
 
 def serve_plain(folder: str) -> None:
     """Serve the artifact without its second graph, which continues from a shared prefix."""
-    from embedport.artifact import Artifact
+    from embedport.artifact.folder import Artifact
     from embedport.bench.peers import serving
-    from embedport.prompts import RerankerTokenizer
     from embedport.runtimes import Reranker
     from embedport.runtimes.onnxruntime import OnnxModel
+    from embedport.texts.prompts import RerankerTokenizer
 
     artifact = Artifact.open(folder)
     assert artifact.manifest.graph is not None

@@ -16,7 +16,7 @@ from .machine import RESULTS, print_table, save
 
 if TYPE_CHECKING:
     from embedport import Artifact
-    from embedport.beir import RetrievalSet
+    from embedport.texts.beir import RetrievalSet
 
 # Name of each variant to its export options.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -61,9 +61,9 @@ Quality = dict[str, Any]
 
 def on_the_held_out_set(results: Path = RESULTS) -> None:
     """Measure retrievers, rerankers and their variants on queries held out from training."""
-    from embedport.beir import BUILTIN, read_beir
     from embedport.demo.pipeline import builtin_embedder
-    from embedport.demo.synthetic import plant_outliers
+    from embedport.texts.beir import BUILTIN, read_beir
+    from tests.synthetic import plant_outliers
 
     retrieval_set = read_beir(BUILTIN)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def on_the_held_out_set(results: Path = RESULTS) -> None:
 
 def quality(ranking: Mapping[str, Sequence[str]], data: RetrievalSet) -> Quality:
     """Mean measures over all queries, nDCG@10 by kind of query, and nDCG@10 query by query."""
-    from embedport.ranking import measure
+    from embedport.texts.ranking import measure
 
     values = measure(ranking, data.relevance, ("nDCG@10", "R@100", "RR"))
     kinds = np.array([query.partition("-")[0] for query in ranking])
@@ -116,7 +116,7 @@ def _embedders(
 ) -> dict[str, Quality]:
     """Quality of each variant; with `reference`, also of transformers and narrower vectors."""
     import embedport
-    from embedport.ranking import rank_documents
+    from embedport.texts.ranking import rank_documents
     from embedport.validation.opening import open_live
     from embedport.validation.retrieval import encode_set
 
@@ -156,7 +156,7 @@ def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
     """Quality of the embedder's top 50 in their given order, and reranked by each variant."""
     import embedport
     from embedport.demo.pipeline import builtin_reranker
-    from embedport.ranking import rank_candidates
+    from embedport.texts.ranking import rank_candidates
     from embedport.validation.opening import open_live
     from embedport.validation.retrieval import score_set
 

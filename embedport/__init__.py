@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .artifact import Artifact
+    from .artifact.folder import Artifact
+    from .checkpoint.spec import ModelSpec
     from .errors import EmbedportError
     from .exporters import export, quantize_checkpoint
-    from .prompts import query_prompt
     from .runtimes import Check, Embedder, Ranked, Reranker, check, load
-    from .spec import ModelSpec
+    from .texts.prompts import query_prompt
     from .validation import Report, record_reference, validate
 
 _HOMES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
 from ..errors import InputError
 from .checkpoints import quantize_checkpoint
 from .onnx import export_onnx

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoint.hub import fetch
+from ..checkpoint.modelcard import declared_task
+from ..checkpoint.spec import ModelSpec, Task, read_spec, with_own_head
 from ..files import INDEX
-from ..hub import fetch
-from ..modelcard import declared_task
-from ..spec import ModelSpec, Task, read_spec, with_own_head
 
 
 def read_configuration(

@@ -6,10 +6,10 @@ import platform
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 
+from ..artifact.manifest import AdapterRecord, SourceRecord
+from ..checkpoint.spec import ModelSpec
+from ..checkpoint.weights import Weights
 from ..integrity import record_files
-from ..manifest import AdapterRecord, SourceRecord
-from ..spec import ModelSpec
-from ..weights import Weights
 
 # Called with (stage, done, total).
 Progress = Callable[[str, int, int], None]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..spec import ModelSpec
+from ..checkpoint.spec import ModelSpec
 from .source import WeightSource
 
 LAYER = re.compile(r"(layers\.\d+)\.(.+)\.weight")

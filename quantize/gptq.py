@@ -68,9 +68,7 @@ class Curvature:
         return shift
 
 
-def quantize_gptq(
-    weight: np.ndarray, inputs: Curvature, scheme: QuantScheme
-) -> QuantizedTensor:
+def quantize_gptq(weight: np.ndarray, inputs: Curvature, scheme: QuantScheme) -> QuantizedTensor:
     """Quantize a matrix so that its products with real inputs change least.
 
     Args:
@@ -104,9 +102,7 @@ def quantize_gptq(
             errors[i] = (block[i] - (rounded - zero) * scale) / row[0]
             block[i + 1 :] -= row[1:, None] * errors[i]
         remaining[end:] -= inputs.upper[start:end, end:].T @ errors
-    return QuantizedTensor(
-        scheme, np.ascontiguousarray(codes.T), base.scales, base.zero_points
-    )
+    return QuantizedTensor(scheme, np.ascontiguousarray(codes.T), base.scales, base.zero_points)
 
 
 def _inverse_root(hessian: np.ndarray) -> np.ndarray:

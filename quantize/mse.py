@@ -84,9 +84,7 @@ def _search_pairs(
     return QuantizedTensor(scheme, codes, scales, best.zero_points)
 
 
-def _sum(
-    squared: np.ndarray, scheme: QuantScheme, importance: np.ndarray | None
-) -> np.ndarray:
+def _sum(squared: np.ndarray, scheme: QuantScheme, importance: np.ndarray | None) -> np.ndarray:
     """Each group's summed squared error: float32 [out, groups]; `squared` is overwritten."""
     if importance is not None:
         squared[:, : len(importance)] *= importance

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..spec import ModelSpec
+from ..checkpoint.spec import ModelSpec
 from .fold import LAYER, MAKERS
 from .source import WeightSource
 

@@ -6,11 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from ..spec import ModelSpec
+from ..checkpoint.spec import ModelSpec
 
 
 class WeightSource(Protocol):
-    """The tensors of a model by their `Qwen3Model` names; `embedport.weights.Weights` is one.
+    """The tensors of a model by their `Qwen3Model` names; `embedport.checkpoint.weights.Weights` is one.
 
     Attributes:
         spec: The checkpoint's spec.

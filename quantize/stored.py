@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import CheckpointError
-from ..files import TensorInfo, open_shard, read_headers, read_octets
-from ..lora import open_floats
-from ..quantization_config import (
+from ..checkpoint.lora import open_floats
+from ..checkpoint.quantization_config import (
     GRAPH_GROUPS,
     INSTEAD,
     Layout,
@@ -18,8 +16,10 @@ from ..quantization_config import (
     MatrixFormat,
     StoredQuantization,
 )
-from ..spec import ModelSpec
-from ..weights import DTYPES, Weights
+from ..checkpoint.spec import ModelSpec
+from ..checkpoint.weights import DTYPES, Weights
+from ..errors import CheckpointError
+from ..files import TensorInfo, open_shard, read_headers, read_octets
 from .schemes import QuantizedTensor, QuantScheme
 from .unpacking import float_values, shift, unpack, unpack_awq, unpack_pairs
 
@@ -66,7 +66,7 @@ _WEIGHT = "weight"
 class StoredWeights(Weights):
     """The tensors of a checkpoint quantized by another tool.
 
-    Its formats are those of `embedport.quantization_config`.
+    Its formats are those of `embedport.checkpoint.quantization_config`.
 
     A quantized matrix is dequantized when it is read, one matrix in memory at a time. A projection
     that the checkpoint left in floating point is read as it is.

@@ -8,11 +8,11 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
+from ..checkpoint.spec import Task
+from ..checkpoint.tokenizer import check_ids
 from ..errors import VerificationError
-from ..prompts import EmbeddingTokenizer, RerankerTokenizer
-from ..spec import Task
-from ..tokenizer import check_ids
+from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from .comparison import Check, compare_witness
 from .embedder import Embedder
 from .facts import Model, ModelFacts, choose_length, read_facts

@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 
 from ..errors import require
-from ..gpu import call
+from ..machine.gpu import call
 
 FREE = {"cudaMalloc": "cudaFree", "cudaMallocHost": "cudaFreeHost"}
 

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter import CONFIG as ADAPTER_CONFIG
-from ..adapter import WEIGHTS as ADAPTER_WEIGHTS
-from ..corpus import Part, read_part, survey
+from ..checkpoint.adapter import CONFIG as ADAPTER_CONFIG
+from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from ..checkpoint.spec import Task
 from ..errors import InputError
 from ..files import load_json, written
 from ..integrity import record_files
 from ..progress import progress_bar
-from ..spec import Task
+from ..texts.corpus import Part, read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
 from .vectors import IN_8_BITS, check_ranges, quantize_vectors
@@ -66,7 +66,7 @@ class Job:
 
     Attributes:
         model: An embedding model, as for `load`.
-        input: The file of texts, as `embedport.corpus` reads it.
+        input: The file of texts, as `embedport.texts.corpus` reads it.
         output: The folder for the vectors.
         prompt: As for `Embedder.encode`.
         dim: As for `Embedder.encode`.

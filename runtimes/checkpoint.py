@@ -1,7 +1,7 @@
 """Load a checkpoint as transformers' Qwen3Model, without running code that comes with it.
 
 Plain checkpoints, and quantized formats that embedport reads itself
-(`embedport.quantization_config`), are read tensor by tensor into a model on device "meta", which
+(`embedport.checkpoint.quantization_config`), are read tensor by tensor into a model on device "meta", which
 has no memory of its own: the process holds the model and one more tensor. Quantized matrices are
 unpacked, so the model takes as much memory as an unquantized one. bitsandbytes, and compressed-
 tensors with 8-bit weights and activations, are loaded by transformers and computed by those
@@ -25,13 +25,13 @@ import numpy as np
 from safetensors import safe_open
 
 from ..bitsandbytes_ import importing_bitsandbytes
+from ..checkpoint.quantization_config import LibraryQuantization
+from ..checkpoint.spec import ModelSpec
+from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError, MissingPackageError, require
 from ..files import TensorInfo, read_headers
-from ..quantization_config import LibraryQuantization
 from ..quantize.stored import open_weights, warn_of_activations
 from ..requirements import meets
-from ..spec import ModelSpec
-from ..weights import DTYPES, Weights
 
 # The first transformers that reads is_causal.
 BIDIRECTIONAL = "transformers>=5.2"

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..artifact.manifest import Manifest
+from ..artifact.witness import WITNESS, Machine, describe_machine, read_witness
+from ..checkpoint.spec import Task
 from ..errors import ArtifactError, InputError, require
-from ..manifest import Manifest
-from ..spec import Task
-from ..witness import WITNESS, Machine, describe_machine, read_witness
 from .embedder import Embedder
 from .ort_custom_ops import register_kernels
 from .reranker import Reranker

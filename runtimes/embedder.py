@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from ..artifact import record_ranges
+from ..artifact.folder import record_ranges
 from ..errors import InputError
-from ..prompts import EmbeddingTokenizer, Encoded, resolve_prompt
+from ..texts.prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
 from .torch import TorchModel

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
 from ..errors import require
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
+from ..artifact.manifest import Manifest
+from ..checkpoint.hub import Source, fetch
+from ..checkpoint.pipeline import Inputs, Outputs
+from ..checkpoint.spec import ModelSpec, Task, read_spec
+from ..checkpoint.weights import Weights
 from ..errors import InputError
 from ..files import MANIFEST, check_links
-from ..hub import Source, fetch
-from ..manifest import Manifest
-from ..pipeline import Inputs, Outputs
-from ..spec import ModelSpec, Task, read_spec
-from ..weights import Weights
 
 CONFIG = "config.json"
 # safetensors' floating-point dtypes to the names of precisions.

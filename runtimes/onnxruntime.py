@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
 from ..attention import SHORT_ROW
+from ..checkpoint.pooling import Head, pool
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..files import MANIFEST
-from ..pooling import Head, pool
 from ..requirements import meets
 from .batching import core_limit, count_cores
 from .exact import make_exact
@@ -363,7 +363,7 @@ def _is_emulated(artifact: Artifact, device: str) -> bool:
 def _emulated(path: Path) -> bytes:
     import onnx_ir as ir
 
-    from ..segments import emulate_16_bits
+    from ..artifact.segments import emulate_16_bits
 
     model = ir.load(path)
     emulate_16_bits(model)

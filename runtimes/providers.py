@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
 from ..integrity import cache_folder
 
 PROVIDERS = {

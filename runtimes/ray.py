@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..corpus import Part
 from ..errors import EmbedportError, InputError, require
+from ..texts.corpus import Part
 from .batching import count_cores
 from .bulk import Job, encode_shard, open_embedder
 from .embedder import Embedder

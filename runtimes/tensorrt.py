@@ -1,6 +1,6 @@
 """The TensorRT backend: an artifact's engine on the GPU that it was built for.
 
-Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.gpu.
+Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.machine.gpu.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..artifact import Artifact
-from ..engine import EngineRecord, choose_profile
+from ..artifact.folder import Artifact
 from ..errors import ArtifactError, DeviceError, InputError, require
-from ..gpu import call, current_device, tensorrt_version
+from ..machine.engine import EngineRecord, choose_profile
+from ..machine.gpu import call, current_device, tensorrt_version
 from .buffers import Buffer, allocate
 
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import AMPERE
+from ..checkpoint.lora import open_floats
+from ..checkpoint.pipeline import Outputs
+from ..checkpoint.pooling import Head, pool
+from ..checkpoint.quantization_config import LibraryQuantization
+from ..checkpoint.spec import ModelSpec
 from ..errors import DeviceError, InputError, require
-from ..lora import open_floats
-from ..pipeline import Outputs
-from ..pooling import Head, pool
-from ..prompts import find_answers
-from ..quantization_config import LibraryQuantization
+from ..machine.engine import AMPERE
 from ..requirements import meets
-from ..spec import ModelSpec
+from ..texts.prompts import find_answers
 from .batching import pad
 from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, open_readers
 from .facts import stored_float

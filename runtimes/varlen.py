@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import ScalingType
 
+from ..checkpoint.spec import ModelSpec
 from ..errors import InputError
-from ..spec import ModelSpec
 from .checkpoint import ATTENTION_CHOICE, Read
 from .triton_kernels import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_fp8
 

@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 
 import embedport
-from embedport.beir import read_beir, write_candidates
-from embedport.demo.samples import builtin_samples
-from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
+from embedport.texts.beir import read_beir, write_candidates
+from embedport.texts.samples import builtin_samples
+from tests.synthetic import Geometry, train_tokenizer, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):

@@ -29,9 +29,9 @@ from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.cli import main
-from embedport.demo.synthetic import Geometry, write_checkpoint
 from embedport.errors import EmbedportError
 from embedport.files import SINGLE
+from tests.synthetic import Geometry, write_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FIFOs, signals and /proc")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from ..adapter import CONFIG, WEIGHTS, Adapter
+from ..checkpoint.adapter import CONFIG, WEIGHTS, Adapter
+from ..checkpoint.spec import CLASSIFIER, ModelSpec
 from ..errors import CheckpointError, require
 from ..files import read_json
-from ..spec import CLASSIFIER, ModelSpec
 
 
 class ReferenceFolder:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from ..demo.samples import Pair, Sample
+from ..checkpoint.spec import ModelSpec
 from ..errors import CheckpointError, require
 from ..files import read_json
-from ..spec import ModelSpec
+from ..texts.samples import Pair, Sample
 from .live import LiveReference, choose_dtype, no_loading_bar, place
 from .reference import Arithmetic, Inputs
 

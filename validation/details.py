@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..adapter import WEIGHTS
+from ..checkpoint.adapter import WEIGHTS
 from ..files import read_headers
 from ..integrity import record_files
 from ..runtimes import ModelFacts

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..artifact import Artifact
+from ..artifact.folder import Artifact
+from ..artifact.segments import emulate_16_bits, segments
 from ..errors import require
 from ..runtimes import ModelFacts
 from ..runtimes.exact import make_exact
-from ..segments import emulate_16_bits, segments
 from .measures import cosines
 from .reference import Reference
 

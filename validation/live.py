@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ..beir import RetrievalSet
-from ..demo.samples import Pair, Sample
+from ..checkpoint.lora import open_floats
+from ..checkpoint.spec import ModelSpec
 from ..errors import DeviceError, InputError, require
 from ..integrity import record_files
-from ..lora import open_floats
 from ..progress import progress_bar
-from ..ranking import Vectors, candidate_pairs
 from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..runtimes.facts import stored_float
-from ..spec import ModelSpec
+from ..texts.beir import RetrievalSet
+from ..texts.ranking import Vectors, candidate_pairs
+from ..texts.samples import Pair, Sample
 from .adapted import ReferenceFolder, merge_adapter
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..ranking import unit
+from ..texts.ranking import unit
 
 TOP_K = 10
 # Largest error of a unit vector's length in 16 bits.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..bitsandbytes_ import importing_bitsandbytes
+from ..checkpoint.hub import fetch
+from ..checkpoint.spec import Task, read_spec
 from ..errors import CheckpointError, require
-from ..hub import fetch
-from ..spec import Task, read_spec
 from .card import CardReference
 from .library import LibraryReference, is_library_model
 from .live import LiveReference, find_device

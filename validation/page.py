@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.spec import Task
 from ..errors import require
-from ..spec import Task
 from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
 from .layers import LayerError

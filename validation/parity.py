@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import record_parity
-from ..beir import RetrievalSet, read_beir, write_candidates
-from ..demo.samples import Pair, Sample
+from ..artifact.folder import record_parity
+from ..checkpoint.quantization_config import LibraryQuantization
+from ..checkpoint.spec import Task
 from ..errors import InputError, require
 from ..files import written
-from ..quantization_config import LibraryQuantization
-from ..ranking import candidate_pairs, rank_documents
 from ..runtimes import ModelFacts, load
-from ..spec import Task
+from ..texts.beir import RetrievalSet, read_beir, write_candidates
+from ..texts.ranking import candidate_pairs, rank_documents
+from ..texts.samples import Pair, Sample
 from .details import collect_details
 from .invariance import run_suite
 from .layers import layer_errors

@@ -21,11 +21,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..beir import RetrievalSet
-from ..demo.samples import Pair, Sample
+from ..checkpoint.spec import TASKS, Task
 from ..errors import InputError
 from ..files import parse_json, written
-from ..spec import TASKS, Task
+from ..texts.beir import RetrievalSet
+from ..texts.samples import Pair, Sample
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..beir import RetrievalSet, read_beir
-from ..demo.samples import Pair, Sample
+from ..checkpoint.spec import Task
 from ..errors import InputError, require
-from ..prompts import check_text
-from ..ranking import candidate_pairs
-from ..spec import Task
+from ..texts.beir import RetrievalSet, read_beir
+from ..texts.prompts import check_text
+from ..texts.ranking import candidate_pairs
+from ..texts.samples import Pair, Sample
 from .layers import sample_rows
 from .live import LiveReference
 from .opening import open_live

@@ -6,9 +6,9 @@ import logging
 import os
 from pathlib import Path
 
+from ..checkpoint.hub import fetch
 from ..errors import ArtifactError
 from ..files import MANIFEST
-from ..hub import fetch
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ..beir import RetrievalSet
-from ..demo.samples import Pair, Sample
-from ..spec import Task
+from ..checkpoint.spec import Task
+from ..texts.beir import RetrievalSet
+from ..texts.samples import Pair, Sample
 from .retrieval import SetQuality
 
 Arithmetic = Literal["fp16", "bf16", "fp32"]

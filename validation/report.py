@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..spec import Task
+from ..checkpoint.spec import Task
 from .retrieval import RetrievalReport
 
 EXCERPT = 60

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..beir import RetrievalSet
-from ..ranking import NDCG, Vectors, candidate_pairs, measure, rank_candidates, rank_documents
 from ..runtimes import Embedder, Reranker
 from ..runtimes.vectors import MRL_DIMS
+from ..texts.beir import RetrievalSet
+from ..texts.ranking import NDCG, Vectors, candidate_pairs, measure, rank_candidates, rank_documents
 from .measures import finite_rows
 
 EMBEDDER_MEASURES = (NDCG, "R@100", "RR")

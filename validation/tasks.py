@@ -9,22 +9,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..beir import RetrievalSet
-from ..demo.samples import Pair, Sample, builtin_pairs, builtin_samples, prompted_samples
+from ..checkpoint.spec import Task
 from ..errors import InputError
-from ..prompts import Encoded, check_text
-from ..ranking import Vectors, unit
 from ..runtimes import Embedder, Reranker
 from ..runtimes.embedder import check_encoded, describe_nonfinite
 from ..runtimes.vectors import MRL_DIMS
-from ..spec import Task
-from .measures import (
-    cosine_figures,
-    cosines,
-    difference_figures,
-    finite_rows,
-    rank_figures,
-)
+from ..texts.beir import RetrievalSet
+from ..texts.prompts import Encoded, check_text
+from ..texts.ranking import Vectors, unit
+from ..texts.samples import Pair, Sample, builtin_pairs, builtin_samples, prompted_samples
+from .measures import cosine_figures, cosines, difference_figures, finite_rows, rank_figures
 from .report import Comparison, Gate, Sense
 from .retrieval import SetQuality, choose_dims, encode_set, score_quality, score_set, vector_quality
 from .thresholds import Thresholds

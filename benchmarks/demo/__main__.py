@@ -15,8 +15,7 @@ import torch
 import typer
 from tokenizers import Tokenizer
 
-from embedport.demo.synthetic import train_tokenizer
-from embedport.prompts import (
+from embedport.texts.prompts import (
     RERANKER_PREFIX,
     RERANKER_SUFFIX,
     EmbeddingTokenizer,
@@ -24,6 +23,7 @@ from embedport.prompts import (
     append_end_of_text,
     reranker_body,
 )
+from tests.synthetic import train_tokenizer
 
 from .answers import mine, train_answers
 from .embedder import PROMPT, Corpus, train_embedder

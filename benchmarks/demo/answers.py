@@ -15,7 +15,7 @@ from torch.nn.functional import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Qwen3Model
 
-from embedport.prompts import RerankerTokenizer
+from embedport.texts.prompts import RerankerTokenizer
 
 from .embedder import TEMPERATURE, Corpus, encode
 from .model import compile_parts

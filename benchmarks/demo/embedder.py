@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers import Qwen3Model
 
-from embedport.prompts import DEFAULT_INSTRUCTION, query_prompt
+from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 from .model import GEOMETRY, compile_parts, last_states, make_model
 from .optimizer import Optimizer

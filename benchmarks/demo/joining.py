@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Model
 
-from embedport.prompts import RerankerTokenizer
+from embedport.texts.prompts import RerankerTokenizer
 
 from .model import GEOMETRY
 from .reranker import HALF, LAYERS, MARKS, WIDTH, answer_of, answers_of, last_layer

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
-from embedport.demo.synthetic import Geometry, write_checkpoint
-from embedport.spec import Task
+from embedport.checkpoint.spec import Task
+from tests.synthetic import Geometry, write_checkpoint
 
 CHUNK = 64
 # Recompilations per compiled part, for inputs of other ranks and dtypes.

@@ -11,20 +11,12 @@ from tokenizers import Tokenizer
 from torch.nn.functional import normalize
 from transformers import Qwen3Model
 
-from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer
+from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 
 from .embedder import PROMPT
 from .model import chunk_states, common_prefix, compile_parts, split_prefix
 from .optimizer import Optimizer
-from .reranker import (
-    DOCUMENT_PLACE,
-    HALF,
-    MARKS,
-    QUERY_PLACE,
-    encode_pairs,
-    last_layer,
-    token_of,
-)
+from .reranker import DOCUMENT_PLACE, HALF, MARKS, QUERY_PLACE, encode_pairs, last_layer, token_of
 
 END_OF_MESSAGE = "<|im_end|>"
 MARK = 4.0

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from embedport.prompts import END_OF_TEXT, RerankerTokenizer
+from embedport.texts.prompts import END_OF_TEXT, RerankerTokenizer
 
 from .model import GEOMETRY, last_states, make_model, split_prefix
 

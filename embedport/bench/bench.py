@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.spec import ModelSpec, Task
 from ..errors import InputError
 from ..integrity import cache_folder
 from ..runtimes import read_facts
-from ..spec import ModelSpec, Task
 from .checks import check_models, check_request, check_space, check_work, read_checkpoint
 from .machine import describe, measure_peak
 from .race import Race, Result, start_cold

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoint.hub import fetch
+from ..checkpoint.spec import ModelSpec, read_spec
+from ..checkpoint.weights import Weights
 from ..errors import InputError
-from ..hub import fetch
 from ..runtimes.facts import ModelFacts
-from ..spec import ModelSpec, read_spec
-from ..weights import Weights
 from .sides import PEERS, Peer, with_sources
 from .work import Work
 

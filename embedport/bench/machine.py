@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cpu import read_cpu
 from ..errors import require
+from ..machine.cpu import read_cpu
 from ..runtimes.batching import count_cores
 from ..runtimes.ort_custom_ops import register_kernels
 

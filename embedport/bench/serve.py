@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..checkpoint.spec import Task
 from ..errors import EmbedportError
 from ..runtimes import Reranker, load
-from ..spec import Task
 from .peers import serving
 from .threads import choose_threads
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..demo.samples import builtin_samples
 from ..errors import InputError
-from ..prompts import EmbeddingTokenizer, RerankerTokenizer
+from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer
+from ..texts.samples import builtin_samples
 
 SHAPES = ((1, 32), (1, 512), (8, 128), (1, 4096))
 QUICK_SHAPES = ((1, 32), (1, 512), (8, 128))

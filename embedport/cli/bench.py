@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .inputs import TaskOption, check_task
-from .outputs import (
-    check_output,
-    size_words,
-    stderr_console,
-    stdout_console,
-    to_json,
-    write_text,
-)
+from .outputs import check_output, size_words, stderr_console, stdout_console, to_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table

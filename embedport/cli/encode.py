@@ -204,7 +204,7 @@ def _choose_prompt(prompt: str | None, instruction: str | None) -> str | None:
         return prompt
     if prompt not in (None, "query"):
         raise InputError("--instruction makes a prompt for queries: leave --prompt out")
-    from ..prompts import query_prompt
+    from ..texts.prompts import query_prompt
 
     return query_prompt(instruction)
 

@@ -14,7 +14,7 @@ from .inputs import AdapterOption
 from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
+    from ..artifact.folder import Artifact
 
 
 def export_onnx(

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..checkpoint.pipeline import TASKS, Task
 from ..errors import InputError
-from ..pipeline import TASKS, Task
 
 if TYPE_CHECKING:
-    from ..beir import RetrievalSet
-    from ..demo.samples import Pair, Sample
+    from ..texts.beir import RetrievalSet
+    from ..texts.samples import Pair, Sample
 
 # For every command that opens a model.
 TaskOption = Annotated[
@@ -89,7 +89,7 @@ def read_own(
     """
     if file is None:
         return None, None
-    from ..demo.samples import read_pairs, read_samples
+    from ..texts.samples import read_pairs, read_samples
 
     if find_task() == "reranker":
         return None, read_pairs(file)
@@ -118,7 +118,7 @@ def read_set(
         if candidates is not None or max_queries is not None:
             raise InputError("--candidates and --max-queries go with --retrieval FOLDER")
         return None
-    from ..beir import read_beir
+    from ..texts.beir import read_beir
 
     if candidates is not None and find_task() == "embedding":
         raise InputError(
@@ -144,7 +144,7 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
     if arguments:
         return arguments
     if file is not None and str(file) != "-":
-        from ..demo.samples import read_samples
+        from ..texts.samples import read_samples
 
         samples = read_samples(file)
         if any(sample.prompt != "document" for sample in samples):

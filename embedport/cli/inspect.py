@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..hub import Source
-    from ..manifest import Manifest
-    from ..quantization_config import LibraryQuantization, StoredQuantization
-    from ..spec import ModelSpec, Task
+    from ..artifact.manifest import Manifest
+    from ..checkpoint.hub import Source
+    from ..checkpoint.quantization_config import LibraryQuantization, StoredQuantization
+    from ..checkpoint.spec import ModelSpec, Task
 
 
 def inspect(
@@ -40,9 +40,9 @@ def inspect(
 
     Example: embedport inspect Qwen/Qwen3-Embedding-0.6B
     """
+    from ..checkpoint.hub import fetch
     from ..errors import ArtifactError
     from ..files import MANIFEST
-    from ..hub import fetch
 
     source = fetch(target, revision, weights=False, adapter=adapter)
     if (source.folder / MANIFEST).is_file():
@@ -62,8 +62,8 @@ def inspect(
 
 def _artifact_facts(source: Source) -> dict[str, Any]:
     """The manifest and the artifact's sizes; opening the artifact checks every file."""
-    from ..artifact import Artifact
-    from ..sizes import checkpoint_sizes, graph_sizes
+    from ..artifact.folder import Artifact
+    from ..artifact.sizes import checkpoint_sizes, graph_sizes
 
     artifact = Artifact.open(source.folder)
     is_graph = artifact.manifest.graph is not None
@@ -152,9 +152,9 @@ def _verdict(parity: Mapping[str, Any] | None) -> str:
 
 
 def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
+    from ..checkpoint.spec import read_spec
     from ..exporters.provenance import adapter_record
     from ..quantize.stored import find_stored
-    from ..spec import read_spec
 
     spec = read_spec(source, task)
     facts = asdict(replace(spec, adapter=None)) | _words(spec.source.pipeline, spec)
@@ -177,8 +177,8 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
 
 def _weights(spec: ModelSpec) -> dict[str, Any] | None:
     """The tensors' dtypes and shards; None if they are not on this disk."""
+    from ..checkpoint.quantization_config import LibraryQuantization
     from ..files import read_headers
-    from ..quantization_config import LibraryQuantization
     from ..quantize.stored import open_weights
 
     if not any(spec.source.folder.glob("*.safetensors")):
@@ -197,8 +197,8 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
 
 def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
     """Approximate size in bytes of an artifact's weights, by precision."""
-    from ..exporters.onnx.formats import FP8, QUANTIZED, plan_formats
-    from ..exporters.onnx.precision import FLOAT, PRECISIONS, Precision, weight_bytes
+    from ..exporters.graph.precision import FLOAT, PRECISIONS, Precision, weight_bytes
+    from ..quantize.formats import FP8, QUANTIZED, plan_formats
 
     precisions = PRECISIONS | {
         name: Precision(FLOAT, FLOAT, formats=plan_formats(spec, name, dialect="ort"))
@@ -233,7 +233,7 @@ def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 def _quantized(quantization: StoredQuantization | LibraryQuantization) -> str:
     """How a checkpoint is quantized, and how it is run or exported here."""
-    from ..quantization_config import LibraryQuantization
+    from ..checkpoint.quantization_config import LibraryQuantization
 
     lines = [f"by {quantization.method}: {quantization.precision}"]
     place = "here"
@@ -279,7 +279,7 @@ def _words(
     folder: Path, spec: ModelSpec | None, manifest: Manifest | None = None
 ) -> dict[str, Any]:
     """The tokens that a tokenizer adds to a text, and a reranker's answer tokens."""
-    from ..prompts import load_tokenizer
+    from ..texts.prompts import load_tokenizer
 
     path = folder / "tokenizer.json"
     model = spec or manifest
@@ -325,7 +325,7 @@ def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         rows["Similarity"] = outputs["similarity"]
     else:
         rows["Head"] = _head(facts)
-    from ..manifest import AdapterRecord
+    from ..artifact.manifest import AdapterRecord
 
     adapter = facts["adapter"] if "rope" in facts else facts["source"].get("adapter")
     rows["Adapter"] = "none" if adapter is None else str(AdapterRecord(**adapter))

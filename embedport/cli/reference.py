@@ -21,7 +21,7 @@ from .inputs import (
 from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
-    from ..spec import Task
+    from ..checkpoint.spec import Task
     from ..validation.recorded import RecordedReference
 
 
@@ -62,7 +62,7 @@ def reference(
 
     Example: embedport reference Qwen/Qwen3-Embedding-0.6B -o qwen3.reference
     """
-    from ..spec import ModelSpec
+    from ..checkpoint.spec import ModelSpec
     from ..validation import record_reference
 
     check_output(out)

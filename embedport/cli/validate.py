@@ -21,7 +21,7 @@ from .inputs import (
 from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
-    from ..spec import Task
+    from ..checkpoint.spec import Task
 
 
 def validate(

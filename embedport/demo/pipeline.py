@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..beir import BUILTIN, read_beir
+from ..checkpoint.spec import TASKS
 from ..errors import InputError, require
 from ..exporters import export
 from ..runtimes import Embedder, Ranked, Reranker, load
-from ..spec import TASKS
+from ..texts.beir import BUILTIN, read_beir
 
 if TYPE_CHECKING:
     from ..validation import Report

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ...checkpoint.spec import ModelSpec
 from ...files import read_json
-from ...prompts import END_OF_TEXT, find_answers, load_tokenizer, token_id
 from ...quantize.gptq import DAMPING
-from ...spec import ModelSpec
+from ...texts.prompts import END_OF_TEXT, find_answers, load_tokenizer, token_id
 from ...version import __version__
 from .methods import Plan
 

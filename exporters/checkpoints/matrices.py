@@ -7,23 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from ...checkpoint.weights import Weights
 from ...errors import CheckpointError
+from ...quantize.formats import Format, matrices
 from ...quantize.rotation import RotatedHeads
 from ...quantize.rtn import quantize_rtn
 from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
-from ...weights import Weights
 from ..onnx.apply_recipe import calibrate
-from ..onnx.formats import Format, matrices
 from .methods import Plan, numpy_dtype
-from .packing import (
-    Parts,
-    bitsandbytes_parts,
-    fp8_parts,
-    gptq_parts,
-    int8_parts,
-    packed_parts,
-)
+from .packing import Parts, bitsandbytes_parts, fp8_parts, gptq_parts, int8_parts, packed_parts
 
 # A function from a matrix's name, without ".weight", to its stored tensors.
 Quantize = Callable[[str], Parts]

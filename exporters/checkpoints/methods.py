@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
+from ...quantize.formats import GROUP_SIZES, matrices
 from ...quantize.schemes import QuantScheme, ScaleDtype
-from ...spec import ModelSpec
-from ..onnx.formats import GROUP_SIZES, matrices
+
 
 @dataclass(frozen=True)
 class Method:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
-from ..onnx.code_layouts import signed
+from ..graph.code_layouts import signed
 from .methods import Plan, numpy_dtype
 
 Parts = dict[str, np.ndarray]

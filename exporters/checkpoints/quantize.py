@@ -10,25 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from ...artifact import Artifact, check_place, staged, write_manifest
+from ...artifact.folder import Artifact, check_place, staged, write_manifest
+from ...artifact.layout import turn_into_classifier, write_json
+from ...artifact.manifest import Manifest
 from ...bitsandbytes_ import importing_bitsandbytes
+from ...checkpoint.lora import open_floats
+from ...checkpoint.spec import ModelSpec, Task
+from ...checkpoint.weights import Weights
 from ...errors import CheckpointError, InputError, VerificationError, require
 from ...files import read_headers
-from ...layout import turn_into_classifier, write_json
-from ...lora import open_floats
-from ...manifest import Manifest
+from ...quantize.formats import matrices
+from ...quantize.recipe import Recipe
 from ...quantize.schemes import ScaleDtype
 from ...quantize.source import WeightSource
-from ...spec import ModelSpec, Task
-from ...weights import Weights
+from ..calibration.gptq_awq import kept_bytes, kept_layers
+from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
 from ..onnx.apply_recipe import CHUNK_VALUES, describe_calibration
-from ..onnx.companions import write_companions
-from ..onnx.formats import matrices
-from ..onnx.gptq_awq import kept_bytes, kept_layers
-from ..onnx.recipe import Recipe
-from ..onnx.texts import reranker_head, tokenize_samples
 from ..provenance import Progress, counted, source_record, versions
+from ..texts import reranker_head, tokenize_samples
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
 from .methods import Plan, numpy_dtype, plan_method, quantized_bytes

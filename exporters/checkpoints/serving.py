@@ -6,8 +6,8 @@ import json
 import shlex
 from pathlib import Path
 
-from ...prompts import DEFAULT_INSTRUCTION, RERANKER_PREFIX, RERANKER_SUFFIX
-from ...spec import ModelSpec
+from ...checkpoint.spec import ModelSpec
+from ...texts.prompts import DEFAULT_INSTRUCTION, RERANKER_PREFIX, RERANKER_SUFFIX
 from .config import Form, vllm_overrides
 
 TEMPLATE = "chat_template.jinja"

@@ -16,8 +16,8 @@ from typing import BinaryIO, TypedDict
 
 import numpy as np
 
+from ...artifact.layout import write_json
 from ...files import INDEX, SINGLE
-from ...layout import write_json
 
 SHARD_BYTES = 4 << 30
 DTYPES = {

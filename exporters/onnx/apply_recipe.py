@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from ...checkpoint.weights import Weights
 from ...errors import InputError
+from ...quantize.formats import TABLE, Format, matrices
 from ...quantize.mse import quantize_mse
+from ...quantize.recipe import STORED, Recipe
 from ...quantize.rotation import RotatedHeads, RotatedWeights
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights
-from ...weights import Weights
-from .formats import TABLE, Format, matrices
-from .gptq_awq import quantize_layers, scale_layers
-from .initializers import QuantizedMatrices
-from .recipe import STORED, Recipe
+from ..calibration.gptq_awq import quantize_layers, scale_layers
+from ..graph.initializers import QuantizedMatrices
 
 # Matrices are quantized in ranges of rows: a table of 150,000 is never whole in memory in fp32.
 CHUNK_VALUES = 16 << 20

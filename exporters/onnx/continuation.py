@@ -14,10 +14,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ...artifact.manifest import ContinuationRecord
 from ...errors import require
-from ...manifest import ContinuationRecord
 from ...requirements import meets
-from .graph import Design, build_model
+from ..graph.qwen3 import Design, build_model
 
 CONTINUATION = "onnx/continuation.onnx"
 

@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...artifact import Artifact, check_place, staged, write_manifest
+from ...artifact.folder import Artifact, check_place, staged, write_manifest
+from ...artifact.manifest import GraphRecord, Manifest
+from ...checkpoint.spec import ModelSpec, Task
+from ...checkpoint.weights import Weights
 from ...errors import EmbedportError, InputError, require
 from ...integrity import record_files
-from ...manifest import GraphRecord, Manifest
+from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
+from ...quantize.recipe import STORED, Recipe
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import (
@@ -24,28 +28,18 @@ from ...quantize.stored import (
     open_weights,
     warn_of_activations,
 )
-from ...spec import ModelSpec, Task
-from ...weights import Weights
+from ..calibration.fp16_overflow import choose_fp16, measure_activations
+from ..calibration.gptq_awq import kept_bytes, kept_layers
+from ..calibration.search import RankingTarget, Search, search_formats
+from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
+from ..graph.dialect_table import find_dialect
+from ..graph.precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
+from ..graph.qwen3 import Design, build_model
 from ..provenance import Progress, counted, source_record, versions
-from .apply_recipe import (
-    apply_recipe,
-    describe_calibration,
-    quantize_rows,
-    rotated,
-    stored_recipe,
-)
-from .companions import write_companions
+from ..texts import reranker_head, tokenize_retrieval, tokenize_samples
+from .apply_recipe import apply_recipe, describe_calibration, quantize_rows, rotated, stored_recipe
 from .continuation import plan_continuation, write_continuation
-from .dialect_table import find_dialect
-from .formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
-from .fp16_overflow import choose_fp16, measure_activations
-from .gptq_awq import kept_bytes, kept_layers
-from .graph import Design, build_model
-from .precision import FLOAT, FLOAT16, Precision, find_precision, weight_bytes
-from .recipe import STORED, Recipe
-from .search import RankingTarget, Search, search_formats
-from .texts import reranker_head, tokenize_retrieval, tokenize_samples
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
 

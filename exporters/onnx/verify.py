@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ...artifact.segments import emulate_16_bits, segments
 from ...attention import SHORT_ROW
 from ...errors import MissingPackageError, VerificationError
-from ...segments import emulate_16_bits, segments
-from .dialect import MICROSOFT
-from .graph import PROMPT_LENGTH
-from .session import open_session
+from ..calibration.session import open_session
+from ..graph.dialect import MICROSOFT
+from ..graph.qwen3 import PROMPT_LENGTH
 
 # Largest allowed difference of scores: weights and the rounding of activations are the same.
 MOST_APART = 1e-4

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ...manifest import Manifest
-from ...pooling import Head, pool
+from ...artifact.manifest import Manifest
+from ...artifact.segments import emulate_16_bits
+from ...artifact.witness import WITNESS, Witness, choose_rows, describe_machine, write_witness
+from ...checkpoint.pooling import Head, pool
 from ...runtimes.batching import choose_batch_tokens, make_batches, pad
 from ...runtimes.comparison import find_kernels
-from ...segments import emulate_16_bits
-from ...witness import WITNESS, Witness, choose_rows, describe_machine, write_witness
-from .graph import PROMPT_LENGTH
+from ..graph.qwen3 import PROMPT_LENGTH
 from .verify import run_parts
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...engine import Device, EngineRecord
 from ...errors import DeviceError, MissingPackageError, VerificationError
-from ...gpu import current_device, tensorrt_version
 from ...integrity import cache_folder
+from ...machine.engine import Device, EngineRecord
+from ...machine.gpu import current_device, tensorrt_version
 from ..provenance import Progress
 from .options import EngineOptions
 from .versions import allow_decomposition, check_version, hardware_level, network_flags

@@ -19,19 +19,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx_ir as ir
 
-from ...artifact import CARD, Artifact, staged, write_manifest
-from ...demo.samples import builtin_pairs, builtin_samples
-from ...engine import Compatibility, Profile
+from ...artifact.folder import CARD, Artifact, staged, write_manifest
+from ...artifact.manifest import GraphRecord, Manifest
+from ...artifact.witness import WITNESS
+from ...checkpoint.spec import Task
 from ...errors import InputError, VerificationError
 from ...files import MANIFEST
-from ...manifest import GraphRecord, Manifest
-from ...prompts import EmbeddingTokenizer, RerankerTokenizer
-from ...spec import Task
-from ...witness import WITNESS
-from ..onnx.dialect_table import find_dialect
+from ...machine.engine import Compatibility, Profile
+from ...quantize.formats import FP8, QUANTIZED
+from ...texts.prompts import EmbeddingTokenizer, RerankerTokenizer
+from ...texts.samples import builtin_pairs, builtin_samples
+from ..graph.dialect_table import find_dialect
+from ..graph.qwen3 import INPUTS
 from ..onnx.export import PACKAGES, export_onnx
-from ..onnx.formats import FP8, QUANTIZED
-from ..onnx.graph import INPUTS
 from ..onnx.verify import verify_graph
 from ..onnx.witness import make_witness
 from ..provenance import Progress, counted, versions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...engine import COMPATIBILITIES, Compatibility, Profile
 from ...errors import InputError
+from ...machine.engine import COMPATIBILITIES, Compatibility, Profile
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from ...engine import Compatibility, Profile
+from ...machine.engine import Compatibility, Profile
 from .options import EngineOptions
 
 LEVELS: dict[Compatibility, str] = {

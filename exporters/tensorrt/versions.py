@@ -14,7 +14,7 @@ from ...errors import DeviceError
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from ...engine import Compatibility
+    from ...machine.engine import Compatibility
 
 # RMSNormalization and RotaryEmbedding came with 10.15, Attention with 10.14
 # (docs/Changelog.md of onnx-tensorrt).

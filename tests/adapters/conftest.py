@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.demo.synthetic import Geometry, write_checkpoint
+from tests.synthetic import Geometry, write_checkpoint
 
 GEOMETRY = Geometry(64, 3, 4, 2, 16, 128, tied=True)
 TEXTS = [

@@ -11,12 +11,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import embedport
-from embedport.adapter import Adapter
+from embedport.artifact.manifest import Manifest
+from embedport.checkpoint.adapter import Adapter
+from embedport.checkpoint.lora import AdaptedWeights
+from embedport.checkpoint.spec import ModelSpec
 from embedport.cli.app import app
 from embedport.errors import CheckpointError, InputError
-from embedport.lora import AdaptedWeights
-from embedport.manifest import Manifest
-from embedport.spec import ModelSpec
 
 from .conftest import PAIRS, TEXTS, cosines, edit, save_with_adapter, scores, vectors
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import embedport
-from embedport.lora import AdaptedWeights
-from embedport.spec import ModelSpec
+from embedport.checkpoint.lora import AdaptedWeights
+from embedport.checkpoint.spec import ModelSpec
 
 from .conftest import PAIRS, TEXTS, cosines, merged, scores, vectors
 
@@ -111,9 +111,9 @@ def test_embedder(bases, adapters, tmp_path, kind, config):
 
 def peft_scores(base, adapter, pairs):
     """Probabilities of the merged model by the model card's code, in transformers."""
-    from embedport.demo.samples import Pair
-    from embedport.hub import fetch
-    from embedport.spec import read_spec
+    from embedport.checkpoint.hub import fetch
+    from embedport.checkpoint.spec import read_spec
+    from embedport.texts.samples import Pair
     from embedport.validation.card import CardReference
 
     reference = CardReference(read_spec(fetch(base)), None, "cpu")

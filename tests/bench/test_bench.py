@@ -17,8 +17,8 @@ from embedport.bench.peers import serving
 from embedport.bench.race import Race, start_cold
 from embedport.cli import main
 from embedport.errors import ArtifactError, CheckpointError, InputError, VerificationError
-from embedport.prompts import EmbeddingTokenizer
 from embedport.runtimes import read_facts
+from embedport.texts.prompts import EmbeddingTokenizer
 
 # A peer that gives each row the vector of its own length, and takes a while.
 SCRIPT = """

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from embedport.artifact import write_manifest
-from embedport.manifest import Manifest
-from embedport.witness import WITNESS, read_witness, write_witness
+from embedport.artifact.folder import write_manifest
+from embedport.artifact.manifest import Manifest
+from embedport.artifact.witness import WITNESS, read_witness, write_witness
 
 WITNESSES = True
 

@@ -6,7 +6,7 @@ import pytest
 
 import embedport
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker, run_demo
-from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def small(monkeypatch, small_set):
     monkeypatch.setattr("embedport.validation.tasks.builtin_samples", lambda: short)
     monkeypatch.setattr("embedport.validation.tasks.builtin_pairs", lambda: pairs)
     data = small_set(every=200, others=60)
-    monkeypatch.setattr("embedport.beir._builtin", lambda: data)
+    monkeypatch.setattr("embedport.texts.beir._builtin", lambda: data)
 
 
 def test_demo(run, tmp_path, monkeypatch, small):

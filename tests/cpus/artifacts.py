@@ -17,9 +17,9 @@ import numpy as np
 
 import embedport
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
-from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.files import MANIFEST
 from embedport.quantize.schemes import QuantScheme
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 
 def write_artifacts(folder: Path) -> None:
@@ -42,8 +42,8 @@ def write_unlimited(checkpoint: Path, output: Path, *, dialect: str) -> None:
         return QuantScheme(*arguments, **options)  # ty: ignore[invalid-argument-type]
 
     with (
-        mock.patch("embedport.exporters.onnx.formats.QuantScheme", unlimited),
-        mock.patch("embedport.exporters.onnx.code_layouts.check_pairs"),
+        mock.patch("embedport.quantize.formats.QuantScheme", unlimited),
+        mock.patch("embedport.exporters.graph.code_layouts.check_pairs"),
     ):
         embedport.export(checkpoint, output, precision="int8", dialect=dialect)
     path = output / MANIFEST

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 
 import embedport
-from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 TEXTS, PAIRS, LENGTH = 6, 2, 120
 # Where there are no kernels sums are in another order, of which rounding to 8 bits makes more.

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from embedport.exporters.onnx.builder import GraphBuilder
-from embedport.exporters.onnx.dialect import FLOAT, INT8, UINT8, Product, Rows, settle
-from embedport.exporters.onnx.dialect_table import find_dialect
-from embedport.exporters.onnx.formats import Format
-from embedport.exporters.onnx.initializers import QuantizedMatrices, QuantizedMatrix
+from embedport.artifact.segments import emulate_16_bits
+from embedport.exporters.graph.builder import GraphBuilder
+from embedport.exporters.graph.dialect import FLOAT, INT8, UINT8, Product, Rows, settle
+from embedport.exporters.graph.dialect_table import find_dialect
+from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
+from embedport.quantize.formats import Format
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantizedTensor
-from embedport.segments import emulate_16_bits
 
 WIDTH = 512
 # Pairs of int8 codes at the limit, of equal and of opposite signs.

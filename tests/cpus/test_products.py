@@ -13,7 +13,7 @@ import pytest
 
 import embedport
 from embedport.errors import VerificationError
-from embedport.exporters.onnx.formats import Format
+from embedport.quantize.formats import Format
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.runtimes.exact import saturates

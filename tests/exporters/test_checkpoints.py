@@ -10,20 +10,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import embedport
+from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
+from embedport.exporters.calibration.gptq_awq import quantize_layers
 from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
-from embedport.exporters.onnx.formats import Format, matrices
-from embedport.exporters.onnx.gptq_awq import quantize_layers
-from embedport.exporters.onnx.texts import tokenize_samples
+from embedport.exporters.texts import tokenize_samples
 from embedport.files import read_headers
-from embedport.prompts import RerankerTokenizer
+from embedport.quantize.formats import Format, matrices
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
 from embedport.quantize.unpacking import unpack
-from embedport.spec import ModelSpec
-from embedport.weights import Weights
+from embedport.texts.prompts import RerankerTokenizer
 
 METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
 PREFIX = {"embedding": "", "reranker": "model."}

@@ -14,17 +14,13 @@ import onnx
 import pytest
 
 import embedport
-from embedport.artifact import Artifact, record_parity, staged
-from embedport.errors import (
-    CheckpointError,
-    InputError,
-    VerificationError,
-)
+from embedport.artifact.folder import Artifact, record_parity, staged
+from embedport.artifact.manifest import Manifest
+from embedport.checkpoint.hub import fetch
+from embedport.errors import CheckpointError, InputError, VerificationError
 from embedport.exporters.onnx import export as export_module
 from embedport.exporters.onnx import verify
-from embedport.hub import fetch
 from embedport.leftovers import lock
-from embedport.manifest import Manifest
 
 WITNESSES = True
 
@@ -383,7 +379,7 @@ def test_parity_is_recorded(artifacts, copied):
 
 def test_large_tensors_are_streamed(checkpoints, tmp_path, monkeypatch):
     """In pieces of a few rows, a tensor is written as it is in one."""
-    from embedport.exporters.onnx import tensors
+    from embedport.exporters.graph import tensors
 
     embedport.export(checkpoints("kv2"), tmp_path / "whole")
     monkeypatch.setattr(tensors, "CHUNK_BYTES", 4 * 64 * 7)

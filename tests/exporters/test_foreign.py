@@ -13,14 +13,14 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import embedport
+from embedport.checkpoint.quantization_config import LibraryQuantization, StoredQuantization
+from embedport.checkpoint.spec import ModelSpec
 from embedport.cli import main
-from embedport.demo.samples import builtin_samples
-from embedport.demo.synthetic import Geometry, write_checkpoint
 from embedport.errors import CheckpointError
-from embedport.quantization_config import LibraryQuantization, StoredQuantization
 from embedport.quantize.stored import StoredWeights
-from embedport.spec import ModelSpec
+from embedport.texts.samples import builtin_samples
 from tests.conftest import DATA
+from tests.synthetic import Geometry, write_checkpoint
 
 TEXTS = [sample.text for sample in builtin_samples()][:8]
 GEOMETRY = Geometry(32, 1, 2, 2, 16, 128)

@@ -9,19 +9,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
-from embedport.demo.samples import builtin_samples
-from embedport.demo.synthetic import plant_outliers
+from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
-from embedport.exporters.onnx import gptq_awq
-from embedport.exporters.onnx.formats import plan_formats
-from embedport.exporters.onnx.gptq_awq import kept_layers, quantize_layers, scale_layers
-from embedport.exporters.onnx.graph import Design
-from embedport.exporters.onnx.layerwise import Layer, embed_rows
-from embedport.exporters.onnx.ort_dialect import OrtDialect
-from embedport.exporters.onnx.precision import PRECISIONS
+from embedport.exporters.calibration import gptq_awq
+from embedport.exporters.calibration.gptq_awq import kept_layers, quantize_layers, scale_layers
+from embedport.exporters.calibration.layerwise import Layer, embed_rows
+from embedport.exporters.graph.ort_dialect import OrtDialect
+from embedport.exporters.graph.precision import PRECISIONS
+from embedport.exporters.graph.qwen3 import Design
 from embedport.files import SINGLE
-from embedport.spec import ModelSpec
-from embedport.weights import Weights
+from embedport.quantize.formats import plan_formats
+from embedport.texts.samples import builtin_samples
+from tests.synthetic import plant_outliers
 
 TEXTS = [sample.text for sample in builtin_samples()]
 ROWS = [np.random.default_rng(i).integers(0, 1000, 30) for i in range(4)]

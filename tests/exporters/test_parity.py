@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 
 from embedport.attention import SHORT_ROW
-from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.exporters.onnx.ort_dialect import SMALL_ROW
+from embedport.exporters.graph.ort_dialect import SMALL_ROW
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.artifact.sizes import graph_sizes
 from embedport.attention import SHORT_ROW
 from embedport.demo.pipeline import builtin_embedder
-from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.demo.synthetic import plant_outliers
 from embedport.errors import InputError
-from embedport.exporters.onnx.formats import Format
-from embedport.exporters.onnx.recipe import Recipe
-from embedport.sizes import graph_sizes
+from embedport.quantize.formats import Format
+from embedport.quantize.recipe import Recipe
+from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation import validate
+from tests.synthetic import plant_outliers
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
@@ -212,7 +212,10 @@ def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message
         ({"formats": {"embed_tokens": "int8"}}, "not a format of a table"),
         ({"formats": {}, "rotate": "no"}, "rotate should be bool, found 'no'"),
         ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
-        ({"formats": {}, "algorithm": "stored", "rotate": True}, "should be false, found True, False and F"),
+        (
+            {"formats": {}, "algorithm": "stored", "rotate": True},
+            "should be false, found True, False and F",
+        ),
         ({"formats": {}, "algorithm": "stored", "balance": True}, "found False, False and True"),
         ({"formats": {}, "calibration": "my.txt"}, "calibration should be null or an artifact's"),
     ],

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from embedport.prompts import RerankerTokenizer
+from embedport.texts.prompts import RerankerTokenizer
 
 SCRIPT = Path(__file__).with_name("reload.py")
 METHODS = ("bnb-int8", "bnb-nf4", "awq", "w8a8", "fp8")

@@ -7,10 +7,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from embedport.demo.samples import builtin_samples
 from embedport.errors import InputError
 from embedport.exporters.tensorrt.operators import read_table, unsupported
 from embedport.runtimes.batching import pad
+from embedport.texts.samples import builtin_samples
 
 TEXTS = [sample.text for sample in builtin_samples()[:8]] + [""]
 BF16 = {"arithmetic": "bf16"}

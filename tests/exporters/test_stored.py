@@ -8,12 +8,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
-from embedport.demo.samples import builtin_samples
+from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
-from embedport.spec import ModelSpec
+from embedport.texts.samples import builtin_samples
 from embedport.validation import validate
 
 TEXTS = [sample.text for sample in builtin_samples()]

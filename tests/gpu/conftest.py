@@ -3,7 +3,7 @@
 import pytest
 
 from embedport.errors import DeviceError, MissingPackageError
-from embedport.gpu import current_device
+from embedport.machine.gpu import current_device
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.errors import DeviceError
 from embedport.exporters.tensorrt import obstacle
-from embedport.gpu import call
+from embedport.machine.gpu import call
 from embedport.runtimes.buffers import Buffer
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 pytestmark = pytest.mark.gpu
 

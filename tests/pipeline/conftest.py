@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
 import embedport
-from embedport.demo.synthetic import Geometry, write_checkpoint
+from tests.synthetic import Geometry, write_checkpoint
 
 GEOMETRY = Geometry(64, 3, 4, 2, 16, 160, tied=True)
 TYPES = {

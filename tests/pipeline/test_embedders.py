@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 import embedport
+from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError
-from embedport.spec import ModelSpec
 
 from .conftest import TEXTS, TYPES, change_tensors, edit, open_embedder, template, write_json
 
@@ -53,7 +53,7 @@ def check(folder, tmp_path, expected=None, atol=1e-5, **options):
 @pytest.mark.parametrize("end", [None, "<|im_end|>", "<|endoftext|>"])
 def test_tokens_as_the_tokenizer_gives_them(tmp_path, real_tokenizer, end):
     """Qwen3's own vocabulary, with each ending and with none."""
-    from embedport.demo.synthetic import Geometry, write_checkpoint
+    from tests.synthetic import Geometry, write_checkpoint
 
     folder = tmp_path / "model"
     write_checkpoint(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.spec import ModelSpec
+from embedport.checkpoint.spec import ModelSpec
 
 from .conftest import PAIRS, TEXTS, edit, open_embedder, open_reranker
 from .test_rerankers import with_score  # noqa: F401 (a fixture)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError
-from embedport.spec import ModelSpec
 
 from .conftest import (
     PAIRS,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError
-from embedport.prompts import EmbeddingTokenizer
-from embedport.spec import ModelSpec
+from embedport.texts.prompts import EmbeddingTokenizer
 
 from .conftest import edit
 

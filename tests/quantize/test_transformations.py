@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.demo.samples import builtin_pairs, builtin_samples
-from embedport.demo.synthetic import plant_outliers
+from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.weights import Weights
 from embedport.quantize.rotation import RotatedWeights, orthogonal
 from embedport.quantize.smoothquant import balanced
-from embedport.spec import ModelSpec
-from embedport.weights import Weights
+from embedport.texts.samples import builtin_pairs, builtin_samples
+from tests.synthetic import plant_outliers
 
 TEXTS = [sample.text for sample in builtin_samples()]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]

@@ -12,12 +12,12 @@ import pytest
 from onnx import numpy_helper
 
 import embedport
-from embedport.artifact import Artifact, write_manifest
+from embedport.artifact.folder import Artifact, write_manifest
+from embedport.artifact.manifest import Manifest
+from embedport.artifact.witness import WITNESS, read_witness, write_witness
 from embedport.errors import ArtifactError, InputError, VerificationError
-from embedport.manifest import Manifest
 from embedport.runtimes import Reranker, comparison
 from embedport.runtimes.ort_custom_ops import VARIABLE
-from embedport.witness import WITNESS, read_witness, write_witness
 
 WITNESSES = True
 

@@ -10,10 +10,10 @@ import pytest
 
 import embedport
 from embedport.attention import SHORT_ROW
-from embedport.exporters.onnx.builder import GraphBuilder
-from embedport.exporters.onnx.dialect import FLOAT, INT8, Product
-from embedport.exporters.onnx.initializers import QuantizedMatrices, QuantizedMatrix
-from embedport.exporters.onnx.ort_dialect import OrtDialect
+from embedport.exporters.graph.builder import GraphBuilder
+from embedport.exporters.graph.dialect import FLOAT, INT8, Product
+from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
+from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.quantize.schemes import QuantizedTensor, QuantScheme
 from embedport.runtimes.ort_custom_ops import VARIABLE, register_kernels
 

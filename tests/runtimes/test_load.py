@@ -10,7 +10,7 @@ import pytest
 import embedport
 from embedport import runtimes
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError
-from embedport.prompts import DEFAULT_INSTRUCTION, query_prompt
+from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_lone_surrogate(embedder):
 
 def test_token_beyond_the_table(tmp_path, checkpoints, copied, small_tokenizer):
     """Some checkpoints' tokenizers know special tokens that their table has no row for."""
-    from embedport.demo.synthetic import Geometry, write_checkpoint
+    from tests.synthetic import Geometry, write_checkpoint
 
     size = small_tokenizer.get_vocab_size() - 1
     geometry = Geometry(64, 1, 4, 2, 32, 160, vocab_size=size)
@@ -303,8 +303,8 @@ class TestDamagedArtifact:
                 embedport.load(folder, device="cpu")
 
     def test_graph_that_onnxruntime_does_not_take(self, folder):
-        from embedport.artifact import write_manifest
-        from embedport.manifest import Manifest
+        from embedport.artifact.folder import write_manifest
+        from embedport.artifact.manifest import Manifest
 
         (folder / "onnx/model.onnx").write_bytes(b"not a graph")
         write_manifest(folder, Manifest.from_json(folder / "embedport.json"), "artifact")

@@ -9,11 +9,11 @@ import pytest
 
 import embedport
 from embedport.attention import SHORT_ROW
-from embedport.demo.samples import builtin_pairs
 from embedport.errors import ArtifactError
 from embedport.runtimes.batching import pad
 from embedport.runtimes.ort_custom_ops import register_kernels
 from embedport.runtimes.prefix_cache import SHARED_TOKENS, group_rows, shared_length
+from embedport.texts.samples import builtin_pairs
 
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
 QUERY = "How do plants turn sunlight into sugar?"

@@ -9,14 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
-from embedport.demo.samples import Pair, builtin_pairs, builtin_samples
+from embedport.checkpoint.hub import Source
+from embedport.checkpoint.spec import ModelSpec, read_spec
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
 from embedport.exporters.checkpoints.serving import pair_template
-from embedport.hub import Source
-from embedport.prompts import load_tokenizer
 from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import torch as adapter
-from embedport.spec import ModelSpec, read_spec
+from embedport.texts.prompts import load_tokenizer
+from embedport.texts.samples import Pair, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.opening import open_live
 

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import embedport
+from embedport.checkpoint.hub import Source
+from embedport.checkpoint.spec import read_spec
 from embedport.errors import InputError
-from embedport.hub import Source
 from embedport.runtimes import torch as adapter
 from embedport.runtimes.checkpoint import has_fp8_matrices, open_readers
-from embedport.spec import read_spec
 
 # The interpreter takes its time.
 LENGTHS = (3, 1, 6)

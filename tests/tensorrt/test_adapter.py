@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.errors import ArtifactError, DeviceError, InputError, MissingPackageError
 from embedport.runtimes import tensorrt as adapter
+from embedport.texts.samples import builtin_pairs, builtin_samples
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PROFILES = ["1x1:1x8:2x512", "4x16:8x64:16x512"]

@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from embedport.engine import Device, EngineRecord, Profile, choose_profile
 from embedport.errors import DeviceError, InputError
+from embedport.machine.engine import Device, EngineRecord, Profile, choose_profile
 
 H100, A100 = Device("NVIDIA H100", (9, 0)), Device("NVIDIA A100", (8, 0))
 H200, T4 = Device("NVIDIA H200", (9, 0)), Device("Tesla T4", (7, 5))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.engine import Device
+from embedport.artifact.manifest import Manifest
 from embedport.errors import InputError, VerificationError
 from embedport.exporters.tensorrt import build as build_module
 from embedport.exporters.tensorrt import obstacle
 from embedport.integrity import cache_folder
-from embedport.manifest import Manifest
+from embedport.machine.engine import Device
 from embedport.runtimes import read_facts
 
 PROFILES = ["1x1:2x8:4x64", "2x16:8x64:16x128"]

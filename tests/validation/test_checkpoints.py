@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 import embedport
-from embedport.artifact import Artifact
-from embedport.demo.samples import builtin_pairs, builtin_samples
+from embedport.artifact.folder import Artifact
 from embedport.runtimes import read_facts
+from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.layers import layer_errors
 from embedport.validation.opening import open_live
 

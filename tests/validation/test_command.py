@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from embedport.beir import write_candidates
 from embedport.cli import main
+from embedport.texts.beir import write_candidates
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.beir import read_beir
+from embedport.checkpoint.spec import ModelSpec
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
-from embedport.ranking import measure, rank_candidates, rank_documents
-from embedport.spec import ModelSpec
+from embedport.texts.beir import read_beir
+from embedport.texts.ranking import measure, rank_candidates, rank_documents
 from embedport.validation.retrieval import encode_set, score_set
 
 QUERIES = 400

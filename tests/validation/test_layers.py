@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.runtimes import read_facts
+from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.layers import TEXTS, TOKENS, layer_errors, sample_rows
 from embedport.validation.opening import open_live
 

@@ -8,10 +8,10 @@ import pytest
 import sentence_transformers
 from torch.nn import Identity
 
-from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.errors import CheckpointError
 from embedport.exporters.checkpoints.serving import pair_template
-from embedport.prompts import query_prompt
+from embedport.texts.prompts import query_prompt
+from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.opening import open_live
 from embedport.validation.tasks import RerankerTask

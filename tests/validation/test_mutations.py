@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
 import embedport
-from embedport.demo.samples import Pair, Sample
 from embedport.errors import CheckpointError
 from embedport.exporters.checkpoints.serving import pair_template
-from embedport.prompts import Encoded
+from embedport.texts.prompts import Encoded
+from embedport.texts.samples import Pair, Sample
 
 SAMPLES = [
     *(Sample(text, "query") for text in ("What is TEA?", "a boat with sails")),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.demo.samples import Pair, Sample
+from embedport.texts.samples import Pair, Sample
 from embedport.validation.charts import POINTS, choose_points
 from embedport.validation.details import Details, Machine
 from embedport.validation.layers import LayerError

@@ -14,15 +14,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import embedport
-from embedport.beir import read_beir
 from embedport.demo.pipeline import (
     RERANKED_QUERIES,
     builtin_embedder,
     builtin_reference,
     builtin_reranker,
 )
-from embedport.demo.samples import builtin_pairs, builtin_samples
 from embedport.errors import InputError
+from embedport.texts.beir import read_beir
+from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.opening import open_live

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import embedport
+from embedport.checkpoint.hub import Source
 from embedport.errors import ArtifactError
-from embedport.hub import Source
 from embedport.validation import parity, recording
 from embedport.validation.recording import find_recorded
 

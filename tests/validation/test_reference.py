@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
-from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
-from embedport.prompts import EmbeddingTokenizer, RerankerTokenizer, query_prompt
+from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer, query_prompt
+from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation import live as module
 from embedport.validation.card import CardReference
 from embedport.validation.live import find_device
@@ -135,7 +135,7 @@ def test_fp32_is_on_weights_rounded_to_fp16_unless_they_are_fp32(
     from safetensors.torch import load_file, save_file
     from transformers import AutoModel
 
-    from embedport.demo.synthetic import TINY, write_checkpoint
+    from tests.synthetic import TINY, write_checkpoint
 
     folder = write_checkpoint(tmp_path / "small", TINY, "embedding", small_tokenizer, dtype=dtype)
     path = folder / "model.safetensors"
@@ -267,7 +267,7 @@ def test_the_users_progress_bars_come_back(opened):
 
 def test_shards_and_reranker_names(tmp_path, small_tokenizer):
     """The hub's other layout: several shards."""
-    from embedport.demo.synthetic import TINY, write_checkpoint
+    from tests.synthetic import TINY, write_checkpoint
 
     folder = write_checkpoint(
         tmp_path / "sharded", TINY, "reranker", small_tokenizer, shard_bytes=100_000

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport import ranking
-from embedport.beir import RetrievalSet, read_beir, write_candidates
 from embedport.errors import InputError
-from embedport.ranking import candidate_pairs, measure, search
+from embedport.texts import ranking
+from embedport.texts.beir import RetrievalSet, read_beir, write_candidates
+from embedport.texts.ranking import candidate_pairs, measure, search
 from embedport.validation.library import LibraryReference
 from embedport.validation.retrieval import (
     bootstrap,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.artifact import Artifact
-from embedport.demo.samples import Pair, Sample, builtin_pairs, builtin_samples
+from embedport.artifact.folder import Artifact
 from embedport.errors import InputError
-from embedport.prompts import Encoded, query_prompt
+from embedport.texts.prompts import Encoded, query_prompt
+from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation import parity
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 import embedport
+from embedport.artifact.witness import choose_rows
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
-from embedport.demo.samples import builtin_samples
 from embedport.runtimes import Embedder, Reranker
-from embedport.witness import choose_rows
+from embedport.texts.samples import builtin_samples
 
 from .compare import LIMITS, REFERENCE, apart
 

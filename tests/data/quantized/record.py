@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer
 
-from embedport.demo.samples import builtin_samples
-from embedport.demo.synthetic import Geometry, train_tokenizer, write_checkpoint
+from embedport.texts.samples import builtin_samples
+from tests.synthetic import Geometry, train_tokenizer, write_checkpoint
 
 HERE = Path(__file__).parent
 GEOMETRY = Geometry(32, 1, 2, 2, 16, 128)

@@ -1,0 +1,1 @@
+"""An artifact's folder: manifest, model card, witness, graph files."""

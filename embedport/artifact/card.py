@@ -1,0 +1,100 @@
+"""Renders an artifact's model card: how it was made, how to run it, its parity."""
+
+from __future__ import annotations
+
+from ..machine.engine import EngineRecord
+from .manifest import GraphRecord, Manifest
+
+NOT_VALIDATED = "Not validated yet: `embedport validate {name} {options}`"
+
+
+def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -> str:
+    """Render README.md.
+
+    Args:
+        manifest: The artifact's manifest.
+        name: The artifact folder's name.
+        parity_table: The last validation's table in Markdown.
+    """
+    source = manifest.source
+    rows = {
+        "Source": f"`{source.pinned}`",
+        **({"Adapter": f"`{source.adapter.pinned}`, merged"} if source.adapter else {}),
+        "Task": manifest.task,
+        "Precision": manifest.precision,
+        **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
+        **(_engine_rows(manifest.engine) if manifest.engine else {}),
+        "Longest text": f"{manifest.max_length:,} tokens",
+        "Runtime": manifest.requires,
+        "Made with": ", ".join(f"{key} {value}" for key, value in manifest.versions.items()),
+    }
+    if manifest.embedding_dim:
+        rows["Dimensions"] = str(manifest.embedding_dim)
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    parity = parity_table or NOT_VALIDATED.format(name=name, options=" ".join(source.options))
+    kinds = {
+        "onnx": "An ONNX export",
+        "tensorrt": "A TensorRT engine",
+        "checkpoint": "A quantized checkpoint",
+    }
+    return (
+        f"# {name}\n\n"
+        f"{kinds[manifest.format]} of a Qwen3 {manifest.task} model by embedport.\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
+        f"## Parity with the reference\n\n{parity}\n"
+    )
+
+
+def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
+    parts = ", ".join(f"`{part}`" for part in graph.kept_in_fp32) or "nothing"
+    return {
+        "Graph": f"`{graph.path}`, {graph.dialect} dialect, ONNX opset {graph.opset}",
+        **({"Kept in fp32": parts} if precision in ("fp16", "bf16") else {}),
+        "Inputs": ", ".join(
+            f"`{name}` int64 {'[1]' if name == 'prompt_length' else '[batch, sequence]'}"
+            for name in graph.inputs
+        ),
+        "Output": ", ".join(f"`{name}`" for name in graph.outputs),
+    }
+
+
+def _engine_rows(engine: EngineRecord) -> dict[str, str]:
+    major = engine.tensorrt.partition(".")[0]
+    versions = f" and later {major}.x" if engine.version_compatible else ""
+    elsewhere = {
+        "none": "",
+        "ampere+": ", and every GPU of Ampere or later",
+        "same-capability": ", and every GPU of that capability",
+    }
+    return {
+        "Engine": f"`{engine.path}`, TensorRT {engine.tensorrt}{versions}",
+        "GPU": f"{engine.device}{elsewhere[engine.hardware_compatible]}",
+        "Batches": ", ".join(f"`{profile}`" for profile in engine.profiles),
+    }
+
+
+def _serving(manifest: Manifest) -> str:
+    return "\nIn vLLM: [vllm.md](vllm.md).\n" if "vllm.md" in manifest.files else ""
+
+
+def _usage(manifest: Manifest, name: str) -> str:
+    if manifest.graph is not None and manifest.graph.output == "hidden":
+        return (
+            "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+            f'model = SentenceTransformer("{name}", backend="onnx")\n```\n'
+        )
+    if manifest.task == "reranker":
+        return (
+            "```python\nimport embedport\n\n"
+            f'reranker = embedport.load("{name}")\n'
+            'reranker.rank("What is the capital of China?", ["Beijing is.", "Paris."], top_k=1)\n'
+            "```\n"
+        )
+    return (
+        "```python\nimport embedport\n\n"
+        f'embedder = embedport.load("{name}")\n'
+        'queries = embedder.encode(["What is the capital of China?"], prompt="query")\n'
+        'documents = embedder.encode(["The capital of China is Beijing."], prompt="document")\n'
+        "```\n"
+    )

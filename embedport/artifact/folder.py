@@ -1,0 +1,228 @@
+"""The artifact: a self-contained folder with a manifest; how it is opened and written.
+
+    my-model/
+      embedport.json        the manifest
+      onnx/model.onnx       the graph, its weights in onnx/model.onnx_data; or model*.safetensors
+      tokenizer.json, tokenizer_config.json, config.json, modules.json, 1_Pooling/, …
+      README.md             the model card
+
+The folder is written beside its final place and renamed once it is complete and checked, so an
+interrupted or failed export leaves nothing that looks like an artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError, InputError
+from ..files import MANIFEST, check_links
+from ..integrity import check_files, record_files
+from ..leftovers import OLD, lock, tidy_up
+from .card import model_card
+from .manifest import Manifest
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk whose files match its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Artifact:
+        """Read and check an artifact.
+
+        Raises:
+            InputError: There is no such folder, or a link leads out of it.
+            ArtifactError: It is not an artifact, or a file is missing or changed.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
+        manifest = Manifest.from_json(folder / MANIFEST)
+        check_links(folder)
+        check_files(folder, dict(manifest.files))
+        return cls(folder, manifest)
+
+    @property
+    def graph(self) -> Path:
+        """The graph's path.
+
+        Raises:
+            ArtifactError: The artifact is a checkpoint.
+        """
+        if self.manifest.graph is None:
+            raise ArtifactError(f"{self.folder} is a checkpoint and has no ONNX graph")
+        return self.folder / self.manifest.graph.path
+
+    @property
+    def size(self) -> int:
+        """Total bytes of the files that the manifest lists."""
+        return sum(record.size for record in self.manifest.files.values())
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
+    """Yield a temporary folder that is renamed to `output` if the block ends without an error.
+
+    Args:
+        output: The artifact's final place.
+        force: Whether to replace an existing artifact (another kind of folder is never replaced).
+        needs: Bytes that will be written, checked against the free space.
+
+    Raises:
+        InputError: `output` exists, its parent cannot be written, the disk has too little space or
+            fills up, or a file cannot be read or written in the block.
+    """
+    output = output.expanduser().absolute()
+    check_place(output, force)
+    partial = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+        if free < needs:
+            raise InputError(
+                f"{output.parent} has {free / 1e9:.2f} GB free, and the artifact needs "
+                f"{needs / 1e9:.2f} GB"
+            )
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(f"{output.parent} cannot be written: {error}") from error
+    descriptor = None
+    try:
+        descriptor = lock(partial)
+        yield partial
+        check_place(output, force)  # another export may have finished first
+        _put_in_place(partial, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{output.parent}: disk full while writing; the artifact needs "
+                f"{needs / 1e9:.2f} GB, and {output.name} was not written"
+            ) from error
+        raise InputError(f"{output} was not written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def check_place(output: Path, force: bool) -> None:
+    """Refuse a path that exists, unless it is an artifact and `force` allows replacing it.
+
+    Leftovers of killed runs beside it are cleaned up first.
+
+    Raises:
+        InputError: The path must not be written.
+    """
+    tidy_up(output)
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise InputError(f"{output} exists; choose another place or replace it with --force")
+    if output.is_dir() and not output.is_symlink() and (output / MANIFEST).is_file():
+        return
+    raise InputError(f"{output} is not an artifact, and is not replaced; choose another place")
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    if not output.exists():
+        partial.rename(output)
+        return
+    old = partial.with_name(f"{partial.name}{OLD}")
+    # Locked, so that no other run takes it for a killed run's leftover.
+    try:
+        descriptor = lock(output)
+    except BlockingIOError:
+        raise InputError(f"{output} is being replaced by another run: try it again") from None
+    try:
+        output.rename(old)
+        try:
+            partial.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
+    """Complete an artifact: hash its files, and write the manifest and the model card.
+
+    Args:
+        folder: The folder in which the artifact is being written.
+        manifest: Its manifest.
+        name: The folder's final name.
+
+    Returns:
+        The manifest with `files` filled in.
+    """
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in (folder / MANIFEST, folder / CARD)
+    ]
+    records = record_files(paths)
+    files = {path.relative_to(folder).as_posix(): records[path] for path in paths}
+    manifest = replace(manifest, files=files)
+    _write(folder / MANIFEST, manifest.to_json())
+    _write(folder / CARD, model_card(manifest, name))
+    return manifest
+
+
+def record_parity(folder: str | Path, parity: Mapping[str, Any], table: str) -> None:
+    """Store a validation's figures in an artifact's manifest and model card.
+
+    Args:
+        folder: The artifact's folder.
+        parity: The figures, as JSON values.
+        table: The same in Markdown, for the model card.
+
+    Raises:
+        ArtifactError: The folder is not an artifact, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    manifest = replace(Manifest.from_json(folder / MANIFEST), parity=dict(parity))
+    try:
+        _write(folder / CARD, model_card(manifest, folder.resolve().name, table))
+        _write(folder / MANIFEST, manifest.to_json())
+    except OSError as error:
+        raise ArtifactError(f"{folder}: the figures cannot be recorded: {error}") from error
+
+
+def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
+    """Store the value ranges of an embedder's vectors in its manifest.
+
+    Args:
+        folder: The artifact's folder.
+        ranges: Vector width to the minimum and maximum of each value.
+
+    Raises:
+        ArtifactError: The folder is not an artifact, or cannot be written.
+    """
+    path = Path(folder).expanduser() / MANIFEST
+    manifest = replace(Manifest.from_json(path), ranges=dict(ranges))
+    try:
+        _write(path, manifest.to_json())
+    except OSError as error:
+        raise ArtifactError(f"{path}: the ranges cannot be recorded: {error}") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file atomically: a reader sees the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,112 @@
+"""Writes sentence-transformers' files: copies of the source's, or those of a plain embedder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from ..checkpoint.modules import MODULES, SETTINGS, TRANSFORMER
+from ..checkpoint.pooling import DENSE_FILE
+from ..files import load_json
+
+PLAIN = {
+    "": "sentence_transformers.models.Transformer",
+    "1_Pooling": "sentence_transformers.models.Pooling",
+    "2_Normalize": "sentence_transformers.models.Normalize",
+}
+
+
+def copy_modules(source: Path, folder: Path) -> bool:
+    """Copy the files that sentence-transformers reads beside a checkpoint.
+
+    Args:
+        source: The checkpoint's folder; `modules` must have checked its modules.json.
+        folder: The folder to write to.
+
+    Returns:
+        Whether the source has a modules.json.
+    """
+    if not (source / MODULES).is_file():
+        return False
+    for name in (MODULES, SETTINGS, TRANSFORMER):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for entry in load_json(source / MODULES):
+        place = PurePosixPath(entry["path"])
+        if not place.parts:
+            continue
+        for name in ("config.json", DENSE_FILE):
+            if (source / place / name).is_file():
+                (folder / place).mkdir(exist_ok=True)
+                shutil.copyfile(source / place / name, folder / place / name)
+    return True
+
+
+def turn_into_classifier(folder: Path) -> None:
+    """Turn a LogitScore reranker's modules, if there are any, into those of a sequence classifier.
+
+    Args:
+        folder: The folder that `copy_modules` has written to.
+    """
+    if not (folder / MODULES).is_file():
+        return
+    first, *rest = load_json(folder / MODULES)
+    for entry in rest:
+        shutil.rmtree(folder / PurePosixPath(entry["path"]), ignore_errors=True)
+    write_json(folder / MODULES, [first])
+    path = folder / TRANSFORMER
+    settings = load_json(path) if path.is_file() else {}
+    changes = {"transformer_task": "sequence-classification", "module_output_name": "scores"}
+    write_json(path, settings | changes)
+
+
+def write_sentence_transformers(
+    folder: Path,
+    hidden_size: int,
+    prompts: Mapping[str, str],
+    default_prompt: str | None = None,
+) -> None:
+    """Write the files of an embedder with last-token pooling and normalized vectors.
+
+    These are modules.json, 1_Pooling/config.json and config_sentence_transformers.json.
+
+    Args:
+        folder: The model's folder.
+        hidden_size: Width of a vector.
+        prompts: Prompt name to the text that is put before an input.
+        default_prompt: Name of the prompt used when the caller gives none.
+    """
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": kind}
+        for i, (path, kind) in enumerate(PLAIN.items())
+    ]
+    write_json(folder / MODULES, modules)
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": False,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+            "pooling_mode_weightedmean_tokens": False,
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        },
+    )
+    write_json(
+        folder / SETTINGS,
+        {
+            "prompts": dict(prompts),
+            "default_prompt_name": default_prompt,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a JSON file, and create its folder if needed."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,340 @@
+"""The manifest: embedport.json, which describes an artifact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..checkpoint.hub import pin
+from ..checkpoint.pipeline import POOLING_MODES, ROLES, Activation, Form, Inputs, Outputs
+from ..checkpoint.spec import TASKS, Task
+from ..errors import ArtifactError
+from ..files import is_file_name, load_json
+from ..integrity import FileRecord
+from ..machine.engine import EngineRecord
+
+FORMAT_VERSION = 5
+
+Format = Literal["onnx", "tensorrt", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """The adapter that was merged into a checkpoint's weights.
+
+    Attributes:
+        id: Its folder or hub id.
+        revision: Its commit on the hub.
+        rank: LoRA rank (r).
+        alpha: LoRA scaling numerator (lora_alpha).
+        targets: Names of the modules that it changes, without layer numbers.
+    """
+
+    id: str
+    revision: str | None
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def pinned(self) -> str:
+        """Id and revision in the form that `fetch` accepts."""
+        return pin(self.id, self.revision)
+
+    def __str__(self) -> str:
+        return f"{self.pinned}: rank {self.rank}, alpha {self.alpha:g}, {', '.join(self.targets)}"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The checkpoint an artifact was made from.
+
+    Attributes:
+        id: Its folder or hub id.
+        revision: Its commit on the hub.
+        files: File name to sha256, of its shards and the adapter's files.
+        adapter: The adapter that was merged into its weights, if any.
+    """
+
+    id: str
+    revision: str | None
+    files: Mapping[str, str]
+    adapter: AdapterRecord | None = None
+
+    @property
+    def pinned(self) -> str:
+        """Id and revision in the form that `fetch` accepts, without the adapter."""
+        return pin(self.id, self.revision)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Command line options of `embedport validate` to compare with this checkpoint."""
+        adapter = () if self.adapter is None else ("--adapter", self.adapter.pinned)
+        return ("--reference", self.pinned, *adapter)
+
+
+@dataclass(frozen=True)
+class ContinuationRecord:
+    """The graph for rows that continue a KV cache: its path in the folder, and its runtime."""
+
+    path: str
+    requires: str
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """An artifact's ONNX graph.
+
+    Attributes:
+        path: Its path in the folder.
+        dialect: "ort" or "standard".
+        opset: The ONNX opset version.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        output: "pooled" (one vector or score per text) or "hidden" (one vector per token).
+        arithmetic: "fp32", "fp16" or "bf16": the dtype of all that is not quantized.
+        kept_in_fp32: Parts that an fp16 graph computes in fp32 because fp16 would overflow.
+        masked: Whether attention takes a mask, and so a full tokens x tokens score matrix.
+        continuation: The same graph with a KV cache input, for rows with a common prefix; None if
+            there is none.
+        limits_pairs: Whether the codes of weights used with 8-bit activations are limited so that
+            no CPU saturates (see `quantize.pairs`). Early artifacts lack the field.
+    """
+
+    path: str
+    dialect: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    output: str
+    arithmetic: str
+    kept_in_fp32: tuple[str, ...]
+    masked: bool = False
+    continuation: ContinuationRecord | None = None
+    limits_pairs: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of embedport.json.
+
+    Attributes:
+        task: "embedding" or "reranker".
+        format: "onnx"; "tensorrt" for a graph with an engine built from it; or "checkpoint" for
+            safetensors in the hub's layout.
+        precision: For a graph: "fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "fp8", or
+            "mixed" if a recipe or a search chose a format for each matrix. For a checkpoint: the
+            quantization method, "bnb-int8", "bnb-nf4", "gptq", "gptq-8", "awq", "w8a8" or "fp8";
+            or "fp32", "fp16" or "bf16" if it is not quantized.
+        graph: The graph; None for a checkpoint.
+        embedding_dim: Width of a vector; None for a reranker.
+        hidden_size: Width of the residual stream.
+        num_heads: Query heads.
+        vocab_size: Token ids are below this.
+        max_length: Default limit in tokens; longer texts are truncated.
+        max_position_embeddings: Maximum tokens of a text.
+        inputs: How inputs become tokens.
+        outputs: How the last layer's hidden states become vectors or scores.
+        source: The checkpoint that it was made from.
+        requires: Runtime package and its lowest version.
+        versions: Package to version, of the packages that made the artifact.
+        files: Relative path to size and sha256, for every file but the manifest and the card.
+        engine: The engine, for the format "tensorrt".
+        recipe: How the matrices are quantized, and the calibration data; None if they are not.
+        ranges: Vector width to the minimum and maximum of each value, for 8-bit vectors; None
+            until they are measured.
+        parity: Figures of the last validation, or None.
+    """
+
+    task: Task
+    format: Format
+    precision: str
+    graph: GraphRecord | None
+    embedding_dim: int | None
+    hidden_size: int
+    num_heads: int
+    vocab_size: int
+    max_length: int
+    max_position_embeddings: int
+    inputs: Inputs
+    outputs: Outputs
+    source: SourceRecord
+    requires: str
+    versions: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    engine: EngineRecord | None = None
+    recipe: Mapping[str, Any] | None = None
+    ranges: Mapping[str, Any] | None = None
+    parity: Mapping[str, Any] | None = None
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text that is put before an input."""
+        return self.inputs.prompts
+
+    def to_json(self) -> str:
+        """The text of embedport.json."""
+        values = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Manifest:
+        """Read embedport.json.
+
+        Raises:
+            ArtifactError: It is missing or damaged, lacks a key, has an unknown one, or has an
+                unsupported format version.
+        """
+        try:
+            values = load_json(path)
+            version = values.pop("format_version")
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path} is missing: {path.parent} is not an artifact; make one with "
+                "`embedport export onnx`"
+            ) from None
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
+        if version == 4:  # written by embedport 0.1, before it had inputs and outputs
+            values |= _read_version_4(path, values)
+            values.pop("prompts")
+        elif version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            raise ArtifactError(
+                f"{path} has format version {version!r}, and this embedport reads "
+                f"{FORMAT_VERSION}: {'upgrade embedport' if newer else 'make the artifact again'}"
+            )
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            difference = ", ".join(sorted(values.keys() ^ names))
+            raise ArtifactError(f"{path}: missing or unknown keys: {difference}")
+        if values["format"] not in get_args(Format):
+            raise ArtifactError(
+                f"{path}: format should be one of {', '.join(get_args(Format))}, found "
+                f"{values['format']!r}"
+            )
+        for record, formats in (("graph", ("onnx", "tensorrt")), ("engine", ("tensorrt",))):
+            if bool(values[record]) != (values["format"] in formats):
+                raise ArtifactError(
+                    f"{path}: format {values['format']!r} does not go with {record} "
+                    f"{values[record]!r}"
+                )
+        try:
+            values["graph"] = values["graph"] and _read_graph(values["graph"])
+            values["engine"] = values["engine"] and EngineRecord.from_json(values["engine"])
+            values["inputs"] = Inputs(**values["inputs"])
+            values["outputs"] = Outputs.from_record(values["outputs"])
+            values["source"] = _read_source(values["source"])
+            values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
+        _check_values(path, values)
+        graph: GraphRecord | None = values["graph"]
+        records = [graph, graph.continuation if graph else None, values["engine"]]
+        parts = [record.path for record in records if record]
+        for name in (*parts, *values["files"]):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
+            if not all(map(is_file_name, name.split("/"))):
+                raise ArtifactError(f"{path}: {name[:100]!r} cannot be a file's name")
+        return cls(**values)
+
+
+def _check_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Check the values that the runtimes read.
+
+    Raises:
+        ArtifactError: A value has the wrong type, or is not one of the allowed ones.
+    """
+    graph, source = values["graph"], values["source"]
+    texts = {key: values[key] for key in ("precision", "requires")}
+    inputs: Inputs = values["inputs"]
+    outputs: Outputs = values["outputs"]
+    texts |= {"source": source.id}
+    if source.adapter is not None:
+        adapter = source.adapter
+        texts |= {f"adapter's {i}": text for i, text in enumerate((adapter.id, *adapter.targets))}
+    maps = {"prompts": inputs.prompts, "versions": values["versions"]}
+    maps |= {"source's files": source.files}
+    sizes = {
+        key: values[key]
+        for key in ("hidden_size", "num_heads", "vocab_size", "max_length")
+        + ("max_position_embeddings",)
+        + ("embedding_dim",) * (values["embedding_dim"] is not None)
+    }
+    if graph is not None:
+        for key in ("path", "dialect", "output", "arithmetic"):
+            texts[f"graph's {key}"] = getattr(graph, key)
+        for key in ("inputs", "outputs", "kept_in_fp32"):
+            texts |= {f"graph's {key}": name for name in getattr(graph, key)}
+        if graph.continuation is not None:
+            texts["continuation's path"] = graph.continuation.path
+            texts["continuation's requires"] = graph.continuation.requires
+    for name, record in values["files"].items():
+        texts[f"sha256 of {name[:100]!r}"] = record.sha256
+        sizes[f"size of {name[:100]!r}"] = max(record.size, 1) if _is_size(record.size) else None
+    wrong: list[tuple[str, Any, str]] = []
+    if values["task"] not in TASKS:
+        wrong.append(("task", values["task"], " or ".join(TASKS)))
+    choices: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("form of inputs", inputs.form, get_args(Form))
+    ]
+    choices += [("pooling", mode, POOLING_MODES) for mode in outputs.pooling]
+    choices += [("activation", outputs.activation, get_args(Activation))]
+    choices += [("default prompt", inputs.default_prompt, (None, *ROLES, *inputs.prompts))]
+    wrong += [
+        (key, value, " or ".join(map(str, allowed)))
+        for key, value, allowed in choices
+        if value not in allowed
+    ]
+    wrong += [(key, text, "a text") for key, text in texts.items() if not isinstance(text, str)]
+    wrong += [
+        (key, size, "a size") for key, size in sizes.items() if not _is_size(size) or not size
+    ]
+    for key, named in maps.items():
+        if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+            wrong.append((key, named, "texts by name"))
+    if graph is not None and len(graph.outputs) != 1:
+        wrong.append(("graph's outputs", graph.outputs, "one name"))
+    for key in ("recipe", "ranges", "parity"):
+        if values[key] is not None and not isinstance(values[key], dict):
+            wrong.append((key, values[key], "an object or null"))
+    if wrong:
+        key, value, expected = wrong[0]
+        raise ArtifactError(f"{path}: {key} should be {expected}, found {value!r:.80}")
+
+
+def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs and outputs that version 4 lacked: those of Qwen's own models."""
+    prompts = values.get("prompts")
+    if not isinstance(prompts, dict):
+        raise ArtifactError(f"{path}: prompts should be texts by name, found {prompts!r:.80}")
+    if values.get("task") == "embedding":
+        inputs, outputs = Inputs(prompts=prompts), Outputs()
+    else:
+        inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
+    return {"inputs": asdict(inputs), "outputs": asdict(outputs)}
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _read_source(values: Mapping[str, Any]) -> SourceRecord:
+    source = SourceRecord(**values)
+    if not values.get("adapter"):
+        return source
+    adapter = AdapterRecord(**values["adapter"])
+    return replace(source, adapter=replace(adapter, targets=tuple(adapter.targets)))
+
+
+def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
+    read = dict(values)
+    for key in ("inputs", "outputs", "kept_in_fp32"):
+        read[key] = tuple(read[key])
+    if read.get("continuation"):
+        read["continuation"] = ContinuationRecord(**read["continuation"])
+    return GraphRecord(**read)

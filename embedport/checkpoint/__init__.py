@@ -1,0 +1,1 @@
+"""A checkpoint's files: configuration, pipeline, tokenizer, weights, adapter."""

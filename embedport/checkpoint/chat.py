@@ -1,0 +1,193 @@
+"""Chat templates, rendered as transformers renders them: in jinja2's sandbox.
+
+A template comes from the checkpoint and is not trusted: it gets plain values only, and cannot reach
+files, modules or the clock. https://huggingface.co/docs/transformers/en/chat_templating
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, InputError
+from ..files import read_json, read_small
+from .pipeline import MessageFormat
+
+TEMPLATE = "chat_template.jinja"
+FURTHER = "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Template text by which sentence-transformers detects that a message's content is a list of parts.
+PARTS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# (query, document) pairs: the second changes the query of the first, the third its document.
+PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplate:
+    """A folder's chat template.
+
+    Args:
+        folder: The checkpoint's or artifact's folder.
+        message_format: Whether a message's content is a string or a list of parts.
+        values: Further variables of the template.
+
+    Raises:
+        CheckpointError: The folder has no template, or it is not valid.
+    """
+
+    def __init__(
+        self, folder: Path, message_format: MessageFormat, values: Mapping[str, Any]
+    ) -> None:
+        self.path, text, _ = read_template(folder)
+        self._structured = message_format == "structured"
+        self._values = {**_named_tokens(folder), **values}
+        self._template = _compile(text, self.path)
+
+    def text(self, text: str, prompt: str | None) -> list[Message]:
+        """The messages of a text: the prompt as a system message, then a user message."""
+        return self._messages([("user", text)], prompt)
+
+    def pair(self, query: str, document: str, prompt: str | None) -> list[Message]:
+        """The messages of a pair: the prompt as a system message, then "query" and "document"."""
+        return self._messages([("query", query), ("document", document)], prompt)
+
+    def _messages(self, contents: Sequence[tuple[str, str]], prompt: str | None) -> list[Message]:
+        if prompt:
+            contents = [("system", prompt), *contents]
+        return [
+            {
+                "role": role,
+                "content": [{"type": "text", "text": text}] if self._structured else text,
+            }
+            for role, text in contents
+        ]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Render messages to text.
+
+        Raises:
+            InputError: The template rejects them.
+        """
+        import jinja2
+
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                **{"add_generation_prompt": False, **self._values},
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            raise InputError(
+                f"{self.path}: the chat template rejects {_shortened(messages)}: {error}"
+            ) from error
+
+    def carries_pairs(self) -> bool:
+        """Whether the rendered text depends on both texts of a pair."""
+        try:
+            plain, *changed = (self.render(self.pair(*pair, prompt=None)) for pair in PROBES)
+        except InputError:
+            return False
+        return plain not in changed
+
+
+def read_template(folder: Path) -> tuple[Path, str, bool]:
+    """Read a folder's chat template: (its file, its text, whether the folder has several).
+
+    chat_template.jinja takes precedence over tokenizer_config.json; of several templates the one
+    named "default" is read.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = folder / TEMPLATE
+    if path.exists():
+        try:
+            text = read_small(path).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return path, text, any((folder / FURTHER).glob("*.jinja"))
+    path = folder / TOKENIZER_CONFIG
+    template = read_json(path).get("chat_template") if path.exists() else None
+    several = isinstance(template, list)
+    if several:
+        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+        template = named.get("default", {}).get("template")
+    if not isinstance(template, str) or not template:
+        raise CheckpointError(
+            f"{folder} has no chat template ({TEMPLATE}, or chat_template in {TOKENIZER_CONFIG})"
+        )
+    return path, template, several
+
+
+def has_template(folder: Path) -> bool:
+    """Whether a folder has a chat template."""
+    path = folder / TOKENIZER_CONFIG
+    if (folder / TEMPLATE).exists():
+        return True
+    return path.exists() and bool(read_json(path).get("chat_template"))
+
+
+def infer_format(folder: Path) -> MessageFormat:
+    """The message format that sentence-transformers infers if none is declared."""
+    _, text, several = read_template(folder)
+    return "structured" if several or any(sign in text for sign in PARTS) else "flat"
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """The template variables bos_token, eos_token and so on."""
+    path = folder / TOKENIZER_CONFIG
+    values = read_json(path) if path.exists() else {}
+    tokens = {}
+    for name in NAMED_TOKENS:
+        token = values.get(f"{name}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            tokens[f"{name}_token"] = content
+    return tokens
+
+
+def _compile(text: str, path: Path) -> Any:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if "strftime_now" in text:
+        raise CheckpointError(f"{path}: a chat template that reads the date is not supported")
+
+    class Generation(Extension):
+        """The {% generation %} block, which marks an assistant's text and renders it unchanged."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja's way)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, *, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    named: dict[str, Any] = environment.globals
+    named["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(text)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the chat template is not valid: {error}") from error
+
+
+def _shortened(messages: Sequence[Message]) -> str:
+    roles = ", ".join(str(message["role"]) for message in messages)
+    return f"messages with the roles {roles}"

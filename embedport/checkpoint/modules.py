@@ -1,0 +1,525 @@
+"""sentence-transformers' files beside a checkpoint, read strictly into Inputs and Outputs.
+
+modules.json lists the modules, config_sentence_transformers.json has the prompts, and each module's
+folder has a config.json; the first module's is sentence_bert_config.json. Modules and settings that
+are not implemented are refused; `keys` lists the keys that do not affect results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args
+
+from ..errors import CheckpointError
+from ..files import load_json, read_json
+from .chat import has_template, infer_format
+from .keys import (
+    LOADING_NOTES,
+    SENTENCE_TRANSFORMERS_NOTES,
+    TRANSFORMER_NOTES,
+    refuse_unknown,
+    shown,
+)
+from .pipeline import (
+    ACTIVATIONS,
+    POOLING_MODES,
+    Activation,
+    Dense,
+    Form,
+    Inputs,
+    MessageFormat,
+    Outputs,
+    PoolingMode,
+    Step,
+)
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+TRANSFORMER = "sentence_bert_config.json"
+# The same file's names in early versions.
+EARLY = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+Kind = Literal["SentenceTransformer", "CrossEncoder"]
+# transformer_task of the first module, to (method_output_name, module_output_name).
+TASKS = {
+    "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "text-generation": ("logits", "causal_logits"),
+    "sequence-classification": ("logits", "scores"),
+}
+# Keys of early versions, in the order in which several poolings are concatenated.
+EARLY_POOLING: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# Arguments of apply_chat_template that are not template variables.
+NOT_VALUES = frozenset(
+    [
+        "chat_template",
+        "continue_final_message",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_dict",
+        "restore_suffix",
+        "return_assistant_tokens_mask",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A folder's sentence-transformers modules.
+
+    Attributes:
+        kind: "SentenceTransformer" or "CrossEncoder".
+        inputs: How inputs become tokens.
+        outputs: How the last layer's hidden states become vectors or scores.
+        classifier: Whether the model is a sequence classifier.
+        activation: Applied to a CrossEncoder's score; None if its settings do not say.
+        max_length: Maximum tokens of a text; None if the tokenizer's own limit applies.
+    """
+
+    kind: Kind
+    inputs: Inputs
+    outputs: Outputs
+    classifier: bool
+    activation: Activation | None
+    max_length: int | None
+
+
+@dataclass(frozen=True)
+class _Module:
+    name: str
+    path: Path
+    values: Mapping[str, Any]
+
+    def refuse(self, key: str, *accepted: object) -> None:
+        """Raise unless the value is absent, null or one of `accepted`."""
+        value = self.values.get(key)
+        if value is None or value in accepted:
+            return
+        expected = " or ".join(repr(option) for option in accepted) or "absent"
+        raise CheckpointError(
+            f"{self.path}: {key} is {shown(value)}, and only {expected} is supported"
+        )
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """Read a positive whole number."""
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"{self.path}: {key} should be a positive whole number, found {shown(value)}"
+            )
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Read a boolean."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {key} should be true or false, found {value!r}")
+        return value
+
+
+def read_modules(folder: Path, hidden_size: int) -> Modules | None:
+    """Read a folder's modules; None if it has no modules.json.
+
+    Args:
+        folder: The checkpoint's folder.
+        hidden_size: Width of a hidden state.
+
+    Raises:
+        CheckpointError: A file is damaged, or asks for an unsupported feature.
+    """
+    path = folder / MODULES
+    if not path.exists():
+        return None
+    entries = _read_entries(path)
+    settings = _read_settings(folder)
+    kind: Kind = settings.values.get("model_type") or "SentenceTransformer"
+    name, module_folder = entries[0]
+    if name != "Transformer" or module_folder != folder:
+        raise CheckpointError(
+            f"{path}: the first module should be a Transformer with the path '', found {name} in "
+            f"{module_folder.name!r}"
+        )
+    names = [name for name, _ in entries[1:]]
+    modules = [
+        _Module(name, place / "config.json", _read_config(place / "config.json"))
+        for name, place in entries[1:]
+    ]
+    first = _read_transformer(folder)
+    task = first.values.get("transformer_task") or "feature-extraction"
+    if task not in TASKS:
+        raise CheckpointError(
+            f"{first.path}: transformer_task should be one of {', '.join(TASKS)}, found {task!r}"
+        )
+    inputs = _read_inputs(folder, first, task, settings, is_pair=kind == "CrossEncoder")
+    length = first.values.get("max_seq_length")
+    max_length = None if length is None else first.whole("max_seq_length")
+    activation = None
+    if kind == "SentenceTransformer":
+        _check_order(path, names, task, "feature-extraction", kind, names[:1] == ["Pooling"])
+        outputs = _read_vectors(modules, settings, hidden_size)
+    else:
+        activation = _read_activation(settings)
+        outputs = Outputs(steps=(), activation=activation or "sigmoid")
+        classifies = not names
+        expected = "sequence-classification" if classifies else "text-generation"
+        _check_order(path, names, task, expected, kind, classifies or names == ["LogitScore"])
+        if not classifies:
+            outputs = replace(outputs, answers=_read_answers(modules[0]))
+    return Modules(kind, inputs, outputs, task == "sequence-classification", activation, max_length)
+
+
+def _read_entries(path: Path) -> list[tuple[str, Path]]:
+    """(class, folder) of each module."""
+    try:
+        entries = load_json(path)
+        types = [(str(entry["type"]), str(entry["path"])) for entry in entries]
+        names = [str(entry["name"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a list of modules: {error}") from error
+    if not types:
+        raise CheckpointError(f"{path} names no module")
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{path}: each module should have a unique name, found {names}")
+    modules = []
+    for kind, place in types:
+        name = kind.rpartition(".")[2]
+        if not kind.startswith("sentence_transformers."):
+            raise CheckpointError(
+                f"{path}: module {kind} is code of the checkpoint's own, which is never run"
+            )
+        if name not in ("Transformer", "Pooling", "Dense", "Normalize", "Dropout", "LogitScore"):
+            raise CheckpointError(
+                f"{path}: module {name} is not supported, only Transformer, Pooling, Dense, "
+                "Normalize, Dropout and LogitScore are"
+            )
+        parts = PurePosixPath(place).parts
+        if len(parts) > 1 or ".." in parts or place.startswith(("/", "\\")):
+            raise CheckpointError(f"{path}: {place!r} should be a folder beside the file")
+        if name != "Dropout":  # has no effect after training
+            modules.append((name, path.parent / place))
+    return modules
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _check_order(
+    path: Path, names: Sequence[str], task: str, expected: str, kind: Kind, fits: bool
+) -> None:
+    followers = {
+        "SentenceTransformer": "Pooling, and then Dense and Normalize",
+        "CrossEncoder": "LogitScore, or nothing for a sequence-classification",
+    }[kind]
+    allowed = {"Pooling"} if kind == "SentenceTransformer" else {"LogitScore"}
+    if not fits or any(name in ("Pooling", "LogitScore") for name in names[1:]):
+        raise CheckpointError(
+            f"{path}: the Transformer of a {kind} should be followed by {followers}; found "
+            f"{', '.join(names) or 'nothing'}"
+        )
+    if names and names[0] not in allowed:
+        raise CheckpointError(f"{path}: {names[0]} does not go with a {kind} ({SETTINGS})")
+    if task != expected:
+        raise CheckpointError(
+            f"{path.parent / TRANSFORMER}: transformer_task should be {expected!r} with these "
+            f"modules, found {task!r}"
+        )
+
+
+def _read_settings(folder: Path) -> _Module:
+    path = folder / SETTINGS
+    settings = _Module(SETTINGS, path, _read_config(path))
+    read = (
+        "activation_fn",
+        "default_prompt_name",
+        "model_type",
+        "prompts",
+        "similarity_fn_name",
+        "truncate_dim",
+    )
+    refuse_unknown(settings.values, path, read, SENTENCE_TRANSFORMERS_NOTES)
+    settings.refuse("model_type", *get_args(Kind))
+    return settings
+
+
+def _read_transformer(folder: Path) -> _Module:
+    for name in EARLY:
+        if (folder / name).exists() and not (folder / TRANSFORMER).exists():
+            raise CheckpointError(f"{folder / name}: name it {TRANSFORMER}: no other is read")
+    first = _Module("Transformer", folder / TRANSFORMER, _read_config(folder / TRANSFORMER))
+    loading = [
+        f"{part}_{kind}"
+        for part in ("model", "processor", "tokenizer", "config")
+        for kind in ("args", "kwargs")
+    ]
+    read = (
+        "do_lower_case",
+        "max_seq_length",
+        "modality_config",
+        "module_output_name",
+        "processing_kwargs",
+        "transformer_task",
+        *loading,
+    )
+    refuse_unknown(first.values, first.path, read, TRANSFORMER_NOTES)
+    for key in loading:
+        values = first.values.get(key)
+        if not isinstance(values or {}, dict):
+            raise CheckpointError(f"{first.path}: {key} should be an object, found {values!r}")
+        for name, value in (values or {}).items():
+            if name not in LOADING_NOTES and value is not None:
+                raise CheckpointError(
+                    f"{first.path}: {key} sets {name} to {shown(value)}, which is not supported"
+                )
+    return first
+
+
+def _read_inputs(
+    folder: Path, first: _Module, task: str, settings: _Module, *, is_pair: bool
+) -> Inputs:
+    form, message_format = _read_modalities(folder, first, task)
+    prompts, default = _read_prompts(settings, SENTENCE_ROLES if not is_pair else ())
+    return Inputs(
+        form=form,
+        prompts=prompts,
+        default_prompt=default,
+        lower_case=first.flag("do_lower_case", False),
+        message_format=message_format,
+        template_values=_read_template_values(first),
+    )
+
+
+# Prompts that sentence-transformers has for every embedder; empty unless the folder defines them.
+SENTENCE_ROLES = ("query", "document")
+
+
+def _read_modalities(folder: Path, first: _Module, task: str) -> tuple[Form, MessageFormat]:
+    method_output, output = TASKS[task]
+    first.refuse("module_output_name", output)
+    modalities = first.values.get("modality_config")
+    if modalities is None:
+        return "text", "flat"
+    where = f"{first.path}: modality_config"
+    if not isinstance(modalities, dict):
+        raise CheckpointError(f"{where} should be an object, found {shown(modalities)}")
+    for name, entry in modalities.items():
+        if name not in ("text", "message"):
+            raise CheckpointError(f"{where}: {name} is not supported, only text and message are")
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{where}: {name} should be an object, found {shown(entry)}")
+        entry_output = (entry.get("method"), entry.get("method_output_name"))
+        if entry_output != ("forward", method_output):
+            raise CheckpointError(
+                f"{where}: {name} should take {method_output!r} of 'forward', found "
+                f"{entry_output[1]!r} of {entry_output[0]!r}"
+            )
+    if "message" not in modalities:
+        if "text" not in modalities:
+            raise CheckpointError(f"{where} should have text or message, found none")
+        return "text", "flat"
+    style = modalities["message"].get("format", "auto")
+    if style == "auto":
+        style = infer_format(folder)
+    if style not in get_args(MessageFormat):
+        raise CheckpointError(
+            f"{where}: the format of message should be one of auto, "
+            f"{', '.join(get_args(MessageFormat))}, found {style!r}"
+        )
+    if not has_template(folder):
+        raise CheckpointError(f"{where} has message, and the folder has no chat template")
+    return "messages", style
+
+
+def _read_template_values(first: _Module) -> dict[str, Any]:
+    settings = first.values.get("processing_kwargs") or {}
+    where = f"{first.path}: processing_kwargs"
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{where} should be an object, found {shown(settings)}")
+    for key, value in settings.items():
+        if key != "chat_template" and value:
+            raise CheckpointError(f"{where}: {key} is not supported, only chat_template is")
+    values = settings.get("chat_template") or {}
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: chat_template should be an object, found {shown(values)}")
+    for key in values:
+        if key in NOT_VALUES:
+            raise CheckpointError(f"{where}: {key} of chat_template is not supported")
+    return values
+
+
+def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """The prompts of a folder without modules.json, and the name of the default one.
+
+    Raises:
+        CheckpointError: They do not map names to texts.
+    """
+    path = folder / SETTINGS
+    return _read_prompts(_Module(SETTINGS, path, _read_config(path)), SENTENCE_ROLES)
+
+
+def _read_prompts(settings: _Module, roles: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    texts = settings.values.get("prompts") or {}
+    if not isinstance(texts, dict) or not all(
+        isinstance(prompt, str | None) for prompt in texts.values()
+    ):
+        raise CheckpointError(
+            f"{settings.path}: prompts should map names to texts, found {shown(texts)}"
+        )
+    prompts = {name: prompt or "" for name, prompt in texts.items()}
+    default = settings.values.get("default_prompt_name")
+    if default is not None and default not in (*prompts, *roles):
+        raise CheckpointError(
+            f"{settings.path}: default_prompt_name is {default!r}, and the prompts are "
+            f"{', '.join(prompts) or 'none'}"
+        )
+    return prompts, default
+
+
+def _read_vectors(modules: Sequence[_Module], settings: _Module, hidden_size: int) -> Outputs:
+    modes, include_prompt = _read_pooling(modules[0], hidden_size)
+    settings.refuse("activation_fn")
+    settings.refuse("similarity_fn_name", *SIMILARITIES)
+    steps: list[Step] = []
+    width = hidden_size * len(modes)
+    for module in modules[1:]:
+        step = _STEPS[module.name](module, width)
+        if isinstance(step, Dense):
+            width = step.out_features
+        steps.append(step)
+    truncate = settings.values.get("truncate_dim")
+    return Outputs(
+        pooling=modes,
+        include_prompt=include_prompt,
+        steps=tuple(steps),
+        truncate=None if truncate is None else settings.whole("truncate_dim"),
+        similarity=settings.values.get("similarity_fn_name") or "cosine",
+    )
+
+
+def _read_pooling(module: _Module, hidden_size: int) -> tuple[tuple[PoolingMode, ...], bool]:
+    sizes = ("word_embedding_dimension", "embedding_dimension")
+    read = (*sizes, "pooling_mode", "include_prompt", *EARLY_POOLING)
+    refuse_unknown(module.values, module.path, read)
+    for key in sizes:
+        module.refuse(key, hidden_size)
+    if all(module.values.get(key) is None for key in sizes):
+        raise CheckpointError(f"{module.path}: {sizes[1]} should be {hidden_size}, found none")
+    modes = module.values.get("pooling_mode")
+    if modes is None:
+        # Without any of these keys the default is the mean.
+        modes = [mode for key, mode in EARLY_POOLING.items() if module.flag(key, False)] or ["mean"]
+    elif isinstance(modes, str):
+        modes = [modes]
+    if not isinstance(modes, list) or not modes or not set(modes) <= set(POOLING_MODES):
+        raise CheckpointError(
+            f"{module.path}: pooling_mode should be one or more of {', '.join(POOLING_MODES)}, "
+            f"found {shown(modes)}"
+        )
+    return tuple(modes), module.flag("include_prompt", True)
+
+
+def _read_normalize(module: _Module, width: int) -> Step:
+    _check_names(module)
+    refuse_unknown(module.values, module.path, ("module_input_name", "module_output_name"))
+    return "normalize"
+
+
+def _read_dense(module: _Module, width: int) -> Step:
+    _check_names(module)
+    read = (
+        "in_features",
+        "out_features",
+        "bias",
+        "activation_function",
+        "module_input_name",
+        "module_output_name",
+        "use_residual",
+    )
+    refuse_unknown(module.values, module.path, read)
+    module.refuse("in_features", width)
+    name = module.values.get("activation_function", "torch.nn.modules.activation.Tanh")
+    activation = str(name).rpartition(".")[2]
+    if not str(name).startswith("torch.") or activation not in ACTIVATIONS:
+        raise CheckpointError(
+            f"{module.path}: activation_function should be one of torch.nn's "
+            f"{', '.join(ACTIVATIONS)}, found {name!r}"
+        )
+    return Dense(
+        path=module.path.parent.name,
+        in_features=module.whole("in_features"),
+        out_features=module.whole("out_features"),
+        bias=module.flag("bias", True),
+        activation=activation,
+        residual=module.flag("use_residual", False),
+    )
+
+
+_STEPS: Mapping[str, Callable[[_Module, int], Step]] = {
+    "Dense": _read_dense,
+    "Normalize": _read_normalize,
+}
+
+
+def _check_names(module: _Module) -> None:
+    """The module should read and write the sentence embedding."""
+    for key in ("module_input_name", "module_output_name"):
+        module.refuse(key, "sentence_embedding")
+
+
+def _read_answers(module: _Module) -> tuple[int, int | None]:
+    keys = ("true_token_id", "false_token_id", "module_input_name")
+    refuse_unknown(module.values, module.path, keys)
+    module.refuse("module_input_name", "causal_logits")
+
+    def token(key: str) -> int:
+        value = module.values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"{module.path}: {key} should be a token's id, found {value!r}")
+        return value
+
+    has_false = module.values.get("false_token_id") is not None
+    return token("true_token_id"), token("false_token_id") if has_false else None
+
+
+def _read_activation(settings: _Module) -> Activation | None:
+    settings.refuse("truncate_dim")
+    value = settings.values.get("activation_fn")
+    return None if value is None else read_activation(value, f"{settings.path}: activation_fn")
+
+
+def read_activation(value: object, where: str) -> Activation:
+    """A CrossEncoder's activation from the name of its torch class.
+
+    Args:
+        value: The name.
+        where: The file and the key, for the error.
+
+    Raises:
+        CheckpointError: The class is not supported.
+    """
+    name = str(value)
+    for supported in ("Sigmoid", "Identity"):
+        if name.startswith("torch.nn.") and name.rpartition(".")[2] == supported:
+            return "sigmoid" if supported == "Sigmoid" else "identity"
+    raise CheckpointError(
+        f"{where} is {shown(value)}, and only torch.nn's Sigmoid and Identity are supported"
+    )

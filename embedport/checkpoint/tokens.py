@@ -1,0 +1,222 @@
+"""The tokenizer's settings beside its vocabulary, as transformers reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken, Tokenizer
+
+from ..errors import CheckpointError
+from ..files import read_json
+from .chat import TOKENIZER_CONFIG
+from .keys import shown
+
+# Classes that use tokenizer.json unchanged, and classes that replace its normalizer and
+# pre-tokenizer with Qwen's.
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+QWEN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# Tokens that default to <|endoftext|> if tokenizer_config.json does not name them.
+QWEN_DEFAULTS = ("unk_token", "eos_token", "pad_token")
+QWEN_END = "<|endoftext|>"
+# Files of earlier versions.
+TOKEN_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+# Keys that hold several tokens.
+FURTHER = ("additional_special_tokens", "extra_special_tokens")
+# Flags that decide where an added token matches in a text.
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_MODEL: dict[str, tuple[Any, ...]] = {
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "fuse_unk": (False,),
+    "byte_fallback": (False,),
+    "ignore_merges": (False,),
+}
+NORMALIZER = {"type": "NFC"}
+PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
+
+
+def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
+    """(split_special_tokens, truncation_side) of a tokenizer.
+
+    Raises:
+        CheckpointError: tokenizer_config.json asks for an unsupported feature.
+    """
+    path = folder / TOKENIZER_CONFIG
+    values = read_json(path) if path.exists() else {}
+    if values.get("auto_map"):
+        raise CheckpointError(
+            f"{path}: auto_map names code of the checkpoint's own, which is never run"
+        )
+    kind = values.get("tokenizer_class")
+    if kind not in (None, *PLAIN_CLASSES, *QWEN_CLASSES):
+        raise CheckpointError(
+            f"{path}: tokenizer_class should be one of {', '.join(QWEN_CLASSES + PLAIN_CLASSES)}, "
+            f"found {shown(kind)}"
+        )
+    split = values.get("split_special_tokens", False)
+    if split not in (None, True, False):
+        raise CheckpointError(
+            f"{path}: split_special_tokens should be true or false, found {shown(split)}"
+        )
+    side = values.get("truncation_side") or "right"
+    if side not in ("left", "right"):
+        raise CheckpointError(
+            f"{path}: truncation_side should be 'left' or 'right', found {shown(side)}"
+        )
+    return bool(split), side
+
+
+def read_length(folder: Path, positions: int, declared: int | None) -> int:
+    """Maximum tokens of a text; longer texts are truncated.
+
+    Args:
+        folder: The checkpoint's folder.
+        positions: The model's max_position_embeddings.
+        declared: sentence-transformers' max_seq_length, which overrides the tokenizer's own.
+
+    Raises:
+        CheckpointError: `declared` exceeds `positions`.
+    """
+    if declared is not None:
+        if declared > positions:
+            raise CheckpointError(
+                f"{folder / 'sentence_bert_config.json'}: max_seq_length is {declared}, and the "
+                f"model has {positions} positions (max_position_embeddings)"
+            )
+        return declared
+    path = folder / TOKENIZER_CONFIG
+    # Any number may stand here: transformers writes 1e30 for "no limit".
+    value = read_json(path).get("model_max_length") if path.exists() else None
+    if isinstance(value, int | float) and value >= 1:
+        return int(min(value, positions))
+    return positions
+
+
+def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
+    """Refuse a tokenizer that transformers would load differently than its tokenizer.json says.
+
+    The class Qwen2Tokenizer takes the vocabulary, the merges and the post-processor from
+    tokenizer.json, but has its own normalizer, pre-tokenizer and flags of named tokens. Every class
+    adds the tokens that the other files name.
+
+    Raises:
+        CheckpointError: transformers would load it differently.
+    """
+    path = folder / TOKENIZER_CONFIG
+    values = read_json(path) if path.exists() else {}
+    is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
+    if values.get("add_prefix_space"):
+        raise CheckpointError(f"{path}: add_prefix_space is true, and only false is supported")
+    if getattr(tokenizer.model, "dropout", None):
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: the model has a dropout of {tokenizer.model.dropout}, "
+            "which would give a text other tokens each time; take it out"
+        )
+    if is_qwen:
+        _check_qwen(tokenizer, folder / "tokenizer.json")
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    named = list(_named(values, folder))
+    for file, key, name in named:
+        if name not in added:
+            raise CheckpointError(
+                f"{file}: {key} names {shown(name)}, not an added token of tokenizer.json: "
+                "transformers would add it"
+            )
+    declared = values.get("added_tokens_decoder")
+    for token in declared.values() if isinstance(declared, dict) else ():
+        for flag in FLAGS if isinstance(token, dict) and token.get("content") in added else ():
+            actual = getattr(added[token["content"]], flag)
+            if token.get(flag, actual) != actual:
+                raise CheckpointError(
+                    f"{path}: added_tokens_decoder says that {flag} of {shown(token['content'])} "
+                    f"is {shown(token[flag])}, but tokenizer.json says {actual}"
+                )
+    if not is_qwen:
+        return
+    # Tokens that are not named have the class's default.
+    names = {name for _, key, name in named if key.endswith("_token") or key in FURTHER}
+    names |= {QWEN_END for key in QWEN_DEFAULTS if key not in values}
+    for name in sorted(names):
+        _check_flags(added.get(name), name, folder / "tokenizer.json")
+
+
+def _check_flags(token: AddedToken | None, name: str, path: Path) -> None:
+    """Refuse a named token that transformers' Qwen2Tokenizer would add or give other flags."""
+    if token is None:
+        raise CheckpointError(
+            f"{path}: {shown(name)} is not an added token, and transformers' Qwen2Tokenizer would "
+            f"add it; name the tokens that take its place in {TOKENIZER_CONFIG}: "
+            f"{', '.join(QWEN_DEFAULTS)}"
+        )
+    for flag, expected in {**dict.fromkeys(FLAGS, False), "special": True}.items():
+        if getattr(token, flag) != expected:
+            raise CheckpointError(
+                f"{path}: {flag} of the added token {shown(name)} is {getattr(token, flag)}, and "
+                f"transformers' Qwen2Tokenizer makes it {expected}; give tokenizer_class "
+                f"PreTrainedTokenizerFast in {TOKENIZER_CONFIG} if the file is right"
+            )
+
+
+def _check_qwen(tokenizer: Tokenizer, path: Path) -> None:
+    model = tokenizer.model
+    checks: dict[str, tuple[Any, tuple[Any, ...]]] = {  # key to (value, accepted values)
+        "model's type": (type(model).__name__, ("BPE",)),
+        **{f"model's {key}": (getattr(model, key, None), ok) for key, ok in QWEN_MODEL.items()},
+    }
+    for key, expected in (("normalizer", NORMALIZER), ("pre_tokenizer", PRE_TOKENIZER)):
+        part = getattr(tokenizer, key)
+        values = None if part is None else json.loads(part.__getstate__())
+        for component in values.get("pretokenizers", ()) if values else ():
+            component.pop("trim_offsets", None)  # does not affect tokens
+        checks[key] = (values, (expected,))
+    for key, (value, accepted) in checks.items():
+        if value not in accepted:
+            raise CheckpointError(
+                f"{path}: {key} is {shown(value)}, but that of transformers' Qwen2Tokenizer is "
+                f"{shown(accepted[0])}; give tokenizer_class PreTrainedTokenizerFast in "
+                f"{TOKENIZER_CONFIG} if the file is right"
+            )
+
+
+def _named(values: dict[str, Any], folder: Path) -> Iterable[tuple[Path, str, str]]:
+    """(file, key, token) of every token named in a file beside tokenizer.json."""
+    path = folder / TOKENIZER_CONFIG
+    entries = list(_pairs(values, path))
+    declared = values.get("added_tokens_decoder")
+    if isinstance(declared, dict):
+        entries += [(path, "added_tokens_decoder", token) for token in declared.values()]
+    else:  # transformers reads these only without added_tokens_decoder
+        entries += _pairs(_read(folder / TOKEN_MAP), folder / TOKEN_MAP)
+        entries += [(folder / ADDED, ADDED, token) for token in _read(folder / ADDED)]
+    for file, key, token in entries:
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            yield file, key, content
+
+
+def _pairs(values: dict[str, Any], path: Path) -> Iterable[tuple[Path, str, Any]]:
+    """(file, key, token) of keys that name tokens (bos_token, …) or lists of tokens."""
+    for key, value in values.items():
+        if key in FURTHER and isinstance(value, list | dict):
+            tokens = value.values() if isinstance(value, dict) else value
+            yield from ((path, key, token) for token in tokens)
+        elif key.endswith("_token") and not key.startswith("add_"):
+            yield path, key, value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

@@ -1,0 +1,112 @@
+"""Lazy, memory-mapped access to a checkpoint's safetensors.
+
+Each read maps the shard, copies the requested rows and unmaps it, so only the rows that the caller
+keeps stay in memory. Both naming schemes are read: `Qwen3Model` ("layers.0…", embedders) and
+`Qwen3ForCausalLM` ("model.layers.0…", rerankers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..files import TensorInfo, open_shard, read_headers
+from .spec import ModelSpec
+
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+class Weights:
+    """A checkpoint's tensors by their `Qwen3Model` names; checked against the spec when opened.
+
+    Args:
+        spec: The checkpoint's spec.
+        names: The required tensors of `spec.tensor_shapes()`; all of them by default.
+
+    Raises:
+        CheckpointError: A shard is missing or truncated; or a tensor is missing, has the wrong
+            shape, or a dtype other than bf16, fp16 and fp32.
+    """
+
+    # Plain weights are not rotated, so outputs need no rotation back: see quantize.source.
+    output_rotation: np.ndarray | None = None
+
+    def __init__(self, spec: ModelSpec, names: Iterable[str] | None = None) -> None:
+        self.spec = spec
+        shapes = spec.tensor_shapes()
+        tensors = read_headers(spec.source.folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in shapes if names is None else names:
+            shape = shapes[name]
+            info = self._find(name, tensors)
+            if info is None:
+                raise CheckpointError(
+                    f"{spec.source.folder}: tensor {name} (or model.{name}) of shape {list(shape)} "
+                    f"is missing from {', '.join(sorted({t.file.name for t in tensors.values()}))}"
+                )
+            self._check_tensor(info, shape)
+            self.tensors[name] = info
+
+    def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
+        return headers.get(name) or headers.get(f"model.{name}")
+
+    def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should have shape {list(shape)} by "
+                f"config.json, found {list(info.shape)}"
+            )
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found {info.dtype}"
+            )
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards that hold the tensors, sorted by name."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Copy a tensor, or a range of its rows, out of its shard.
+
+        Returns:
+            An array of the stored dtype (bfloat16 is `ml_dtypes.bfloat16`) and shape.
+        """
+        info = self.tensors[name]
+        with open_shard(info.file) as shard:
+            return shard.get_slice(info.name)[rows]
+
+    def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Like `read`, converted to float32, which represents all three stored dtypes exactly."""
+        return self.read(name, rows).astype(np.float32)
+
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
+        """The row W_yes - W_no of a reranker's head (the embedding table if the head is tied).
+
+        One row suffices: the softmax over two logits is the sigmoid of their difference.
+
+        Args:
+            yes: Token id of "yes".
+            no: Token id of "no"; None if the score is the logit of `yes` alone.
+
+        Returns:
+            float32 [hidden].
+
+        Raises:
+            CheckpointError: The head has no row for one of the ids.
+        """
+        spec = self.spec
+        if spec.score_rows is not None:
+            rows = self.read_fp32("score.weight")
+            return rows[-1] - rows[0] if spec.score_rows == 2 else rows[0]
+        rows = self.tensors[spec.head].shape[0]
+        if max(yes, -1 if no is None else no) >= rows:
+            raise CheckpointError(
+                f"{self.tensors[spec.head].file}: tensor {spec.head} should have rows for the "
+                f"answer tokens {yes} and {no}, found {rows} rows"
+            )
+        row = self.read_fp32(spec.head, slice(yes, yes + 1))[0]
+        return row if no is None else row - self.read_fp32(spec.head, slice(no, no + 1))[0]

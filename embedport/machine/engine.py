@@ -1,0 +1,171 @@
+"""The record of a TensorRT engine: the GPUs it runs on, and the batches it takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..errors import DeviceError, InputError
+
+SHAPE = re.compile(r"(\d+)x(\d+)")
+# Compute capability of the oldest devices that "ampere+" engines run on.
+AMPERE = (8, 0)
+
+# GPUs that an engine runs on besides the model it was built on: none; all of Ampere or later; those
+# of the same compute capability.
+Compatibility = Literal["none", "ampere+", "same-capability"]
+COMPATIBILITIES: tuple[Compatibility, ...] = get_args(Compatibility)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A range of batch shapes, each (rows, tokens); the engine is tuned for `opt`.
+
+    A batch with fewer rows or tokens than `min` is padded.
+    """
+
+    min: tuple[int, int]
+    opt: tuple[int, int]
+    max: tuple[int, int]
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """Parse a profile, such as "1x1:8x128:32x512".
+
+        Raises:
+            InputError: The text is not a profile, or not in ascending order.
+        """
+        parts = [SHAPE.fullmatch(part) for part in text.split(":")]
+        shapes = [(int(match[1]), int(match[2])) for match in parts if match]
+        if len(parts) != 3 or len(shapes) != 3:
+            raise InputError(
+                "a profile should be MIN:OPT:MAX, each rows x tokens, like 1x1:8x128:32x512; "
+                f"found {text!r}"
+            )
+        least, best, most = shapes
+        if not all(1 <= a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
+            raise InputError(f"profile {text!r} should grow from MIN over OPT to MAX, from 1x1 on")
+        return cls(least, best, most)
+
+    def __str__(self) -> str:
+        return ":".join(f"{rows}x{tokens}" for rows, tokens in (self.min, self.opt, self.max))
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        """Whether a batch of this shape, padded to `min` if needed, is in the range."""
+        return rows <= self.max[0] and tokens <= self.max[1]
+
+    def padded(self, rows: int, tokens: int) -> tuple[int, int]:
+        """The shape to which a batch that fits is padded."""
+        return max(rows, self.min[0]), max(tokens, self.min[1])
+
+
+def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
+    """Index of the best profile for a batch: least padding, then `opt` nearest in total tokens.
+
+    Raises:
+        InputError: The batch is too large for all profiles.
+    """
+    fitting = [i for i, profile in enumerate(profiles) if profile.fits(rows, tokens)]
+    if not fitting:
+        raise InputError(
+            f"a batch of {rows} x {tokens} tokens is beyond the engine's profiles "
+            f"({', '.join(map(str, profiles))}); build it with a larger --profile, or give a "
+            "smaller batch_tokens or max_length"
+        )
+    area = rows * tokens
+
+    def cost(i: int) -> tuple[int, float]:
+        opt = math.prod(profiles[i].opt)
+        return math.prod(profiles[i].padded(rows, tokens)), max(opt / area, area / opt)
+
+    return min(fitting, key=cost)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its name and its compute capability."""
+
+    name: str
+    capability: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """An artifact's TensorRT engine.
+
+    Attributes:
+        path: Its path in the folder.
+        device: The GPU that it was built on.
+        tensorrt: The TensorRT version that built it, such as "11.1.0.106".
+        version_compatible: Whether later TensorRT versions with the same major number load it.
+        hardware_compatible: The other GPUs that it runs on.
+        profiles: The batches that it takes.
+    """
+
+    path: str
+    device: Device
+    tensorrt: str
+    version_compatible: bool
+    hardware_compatible: Compatibility
+    profiles: tuple[Profile, ...]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EngineRecord:
+        """Restore from a manifest's values.
+
+        Raises:
+            TypeError, KeyError, ValueError: The values are damaged.
+        """
+        device = Device(values["device"]["name"], _pair(values["device"]["capability"]))
+        profiles = tuple(
+            Profile(_pair(shapes["min"]), _pair(shapes["opt"]), _pair(shapes["max"]))
+            for shapes in values["profiles"]
+        )
+        if values["hardware_compatible"] not in COMPATIBILITIES:
+            raise ValueError(f"hardware_compatible is {values['hardware_compatible']!r}")
+        parsed: dict[str, Any] = {**values, "device": device, "profiles": profiles}
+        return cls(**parsed)
+
+    def check(self, device: Device, tensorrt: str) -> None:
+        """Refuse a device or a TensorRT that cannot run the engine.
+
+        Raises:
+            DeviceError: It cannot; names what built the engine and what is here.
+        """
+        again = "build it here: embedport export tensorrt ARTIFACT -o OUT"
+        if not self._runs_on(device):
+            raise DeviceError(
+                f"the engine was built on {self.device} and is hardware-compatible with "
+                f"{self.hardware_compatible!r}; here is {device}: {again}"
+            )
+        built, here = _version(self.tensorrt), _version(tensorrt)
+        later = self.version_compatible and here[0] == built[0] and here >= built
+        if here != built and not later:
+            kind = "a version-compatible engine" if self.version_compatible else "an engine"
+            raise DeviceError(
+                f"{kind} was built with TensorRT {self.tensorrt}; here is {tensorrt}: {again}"
+            )
+
+    def _runs_on(self, device: Device) -> bool:
+        match self.hardware_compatible:
+            case "ampere+":
+                return device.capability >= AMPERE
+            case "same-capability":
+                return device.capability == self.device.capability
+            case _:
+                return device == self.device
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)

@@ -1,0 +1,1 @@
+"""Texts: prompts, corpora, retrieval sets, rankings."""

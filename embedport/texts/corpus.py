@@ -1,0 +1,189 @@
+"""A text file that may be larger than memory: checked once, then read part by part.
+
+A .jsonl file holds one {"text": …} per line; an optional "title" goes before the text. A .txt file
+holds one text per line. Blank lines are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import check_regular, parse_json
+from ..progress import progress_bar
+from .prompts import check_text
+
+# Maximum bytes of a line; the longest text that a model reads has 200,000.
+LONGEST_LINE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of consecutive texts in a file.
+
+    Attributes:
+        first: Index of its first text in the file, from 0.
+        rows: Number of texts.
+        offset: Byte offset of the first text's line.
+        line: That line's number, from 1.
+        crc32: Checksum of the bytes from `offset` to the end of the last text's line.
+    """
+
+    first: int
+    rows: int
+    offset: int
+    line: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text file: its size in bytes, sha256, number of texts, and parts in order."""
+
+    size: int
+    sha256: str
+    rows: int
+    parts: tuple[Part, ...]
+
+
+def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = False) -> Corpus:
+    """Check every line of a file, and cut it into parts.
+
+    Args:
+        path: The file.
+        part_rows: Maximum texts per part.
+        part_bytes: A part ends with the line that reaches this size.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        InputError: The file is missing, holds no text, has another suffix, or a line is invalid;
+            names the line.
+    """
+    is_jsonl(path)
+    digest = hashlib.sha256()
+    parts: list[Part] = []
+    rows = size = crc = 0
+    open_part: Part | None = None
+    try:
+        total = path.stat().st_size
+        with progress_bar("Reading", total, enabled=progress) as advance:
+            for number, offset, line in _lines(path, 0, 1):
+                digest.update(line)
+                size += len(line)
+                advance(len(line))
+                crc = zlib.crc32(line, crc) if open_part else zlib.crc32(line)
+                if parse_text(path, number, line) is None:
+                    continue
+                open_part = open_part or Part(rows, 0, offset, number, 0)
+                open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
+                rows += 1
+                if open_part.rows == part_rows or size - open_part.offset >= part_bytes:
+                    parts.append(open_part)
+                    open_part = None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if open_part is not None:
+        parts.append(open_part)
+    if not parts:
+        raise InputError(f"{path} holds no text")
+    return Corpus(size, digest.hexdigest(), rows, tuple(parts))
+
+
+def read_part(path: Path, part: Part) -> list[str]:
+    """Read the texts of a part.
+
+    Raises:
+        InputError: The file has changed since the survey.
+    """
+    texts: list[str] = []
+    crc = 0
+    try:
+        for number, _, line in _lines(path, part.offset, part.line):
+            crc = zlib.crc32(line, crc)
+            text = parse_text(path, number, line)
+            if text is not None:
+                texts.append(text)
+            if len(texts) == part.rows:
+                break
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if len(texts) < part.rows or crc != part.crc32:
+        raise InputError(
+            f"{path} should hold the same {part.rows:,} texts from line {part.line:,} on as when "
+            f"the work began, found others: the file has changed"
+        )
+    return texts
+
+
+def parse_text(path: Path, number: int, line: bytes) -> str | None:
+    """The text of a line; None if it is blank.
+
+    Raises:
+        InputError: The line is invalid, or names its own prompt.
+    """
+    try:
+        # Editors on Windows begin a file with a byte order mark.
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        text = text.removesuffix("\n").removesuffix("\r")
+        if not text.strip():
+            return None
+        if not is_jsonl(path):
+            return text
+        row = parse_json(text)
+        text, prompt = titled_text(row), row.get("prompt", "document")
+        check_text(number, text)
+    except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(
+            f'{path}:{number} should be UTF-8 text, in a .jsonl file {{"text": …}}; found '
+            f"{line[:80]!r} ({error})"
+        ) from error
+    if prompt != "document":
+        raise InputError(
+            f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
+            "out, and give --prompt"
+        )
+    return text
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a text file holds JSON objects (.jsonl) rather than plain lines (.txt).
+
+    Raises:
+        InputError: It has another suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".txt", ""):  # a pipe has none
+        raise InputError(
+            f'{path} should be .txt, one text per line, or .jsonl, one {{"text": …}} per line, '
+            f"found {path.suffix}"
+        )
+    return suffix == ".jsonl"
+
+
+def titled_text(row: Mapping[str, Any]) -> Any:
+    """The "text" of a row, after its "title" if it has one, as BEIR defines a document."""
+    title = row.get("title")
+    return " ".join((title, row["text"])).strip() if title else row["text"]
+
+
+def _lines(path: Path, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
+    """(number, offset, bytes) of each line, beginning at an offset."""
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    with path.open("rb") as file:
+        file.seek(offset)
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise InputError(
+                    f"{path}:{number} should have {LONGEST_LINE:,} bytes at most, found more"
+                )
+            yield number, offset, line
+            number += 1
+            offset += len(line)

@@ -1,0 +1,134 @@
+"""Texts and pairs: the built-in ones, and the user's own from .txt and .jsonl files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import InputError
+from ..files import MOST_TEXT, parse_json, read_small
+from .corpus import is_jsonl, titled_text
+
+T = TypeVar("T")
+# Minimum and maximum characters of a short text.
+SHORT = (20, 200)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text and its prompt.
+
+    Attributes:
+        text: The text.
+        prompt: A prompt's name, "query", "document" or a literal prompt; None for the model's
+            default prompt.
+    """
+
+    text: str
+    prompt: str | None = "document"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query and a document for a reranker to score."""
+
+    query: str
+    document: str
+
+
+def builtin_samples() -> list[Sample]:
+    """The built-in texts: queries, passages and code in several languages, 1 to 700 words."""
+    rows = _builtin("texts.jsonl")
+    return [Sample(row["text"], "query" if row["kind"] == "query" else "document") for row in rows]
+
+
+def prompted_samples(prompts: Iterable[str]) -> list[Sample]:
+    """A few short built-in texts for each prompt of a model, the default one included.
+
+    "query" and "document" are left out because `builtin_samples` covers them.
+
+    Args:
+        prompts: The names of a model's prompts.
+    """
+    short = [row.text for row in builtin_samples() if SHORT[0] <= len(row.text) <= SHORT[1]]
+    names = [None, *sorted(set(prompts) - {"query", "document"})]
+    return [Sample(text, name) for i, name in enumerate(names) for text in short[i % 4 :: 4][:3]]
+
+
+def builtin_pairs() -> list[Pair]:
+    """The built-in pairs: six queries with six documents each, of mixed relevance."""
+    return [Pair(row["query"], row["document"]) for row in _builtin("pairs.jsonl")]
+
+
+def _builtin(name: str) -> list[dict[str, Any]]:
+    text = (files("embedport") / "demo" / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Read texts: lines of a .txt file, or {"text": …, "prompt": …} lines of a .jsonl file.
+
+    A "title" goes before the text. Without "prompt" a text is a document; null means the model's
+    default prompt.
+
+    Raises:
+        InputError: The file is missing, empty, has another suffix, or a line is invalid; names the
+            line.
+    """
+    path = Path(path)
+    if is_jsonl(path):
+        return _read_jsonl(
+            path, lambda row: Sample(titled_text(row), row.get("prompt", "document"))
+        )
+    return _nonempty(path, [Sample(line) for _, line in _lines(path)])
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read pairs: {"query": …, "document": …} lines of a .jsonl file.
+
+    Raises:
+        InputError: The file is missing, empty or malformed; names the line.
+    """
+    return _read_jsonl(Path(path), lambda row: Pair(row["query"], row["document"]))
+
+
+def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
+    rows = []
+    for number, line in _lines(path):
+        try:
+            row = make(parse_json(line))
+            values = dict(vars(row))
+            if values.get("prompt", "") is None:  # the model's default prompt
+                del values["prompt"]
+            if not all(isinstance(value, str) for value in values.values()):
+                raise TypeError("a value is not a string")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f'{path}:{number} should be an object like {{"text": …}} or {{"query": …, '
+                f'"document": …}}, found {line[:80]!r} ({error})'
+            ) from error
+        rows.append(row)
+    return _nonempty(path, rows)
+
+
+def _lines(path: Path) -> Iterable[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank."""
+    try:
+        # A shell's <(command) is a FIFO.
+        data = path.read_bytes() if path.is_fifo() else read_small(path, MOST_TEXT)
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    # Not splitlines(): a text may contain U+2028 and other line separators.
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _nonempty(path: Path, rows: list[T]) -> list[T]:
+    if not rows:
+        raise InputError(f"{path} holds no text")
+    return rows

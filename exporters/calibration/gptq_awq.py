@@ -1,0 +1,438 @@
+"""GPTQ, GPTAQ and AWQ layer by layer, on onnxruntime's operators in fp32.
+
+In GPTQ a matrix's inputs come from the quantized matrices before it, in its own layer too. GPTAQ
+compares them with those of the original model, and compensates for the difference.
+Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes);
+in GPTAQ also the layer's original inputs.
+Finished layers are saved, and an interrupted run resumes from them. GPTQ also saves the states
+after a layer and continues from these; AWQ takes inputs from the fp32 model, so it runs the texts
+through the layers again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ...checkpoint.spec import ModelSpec
+from ...checkpoint.weights import Weights
+from ...errors import CheckpointError, InputError
+from ...files import written
+from ...leftovers import lock
+from ...quantize.awq import search_factors
+from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
+from ...quantize.formats import Format, matrices
+from ...quantize.gptq import Curvature, quantize_gptq
+from ...quantize.mse import quantize_mse
+from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.source import WeightSource
+from ...version import __version__
+from ..graph.initializers import QuantizedMatrices
+from ..graph.ort_dialect import OrtDialect
+from ..graph.precision import PRECISIONS
+from ..graph.qwen3 import Design
+from .layerwise import Layer, embed_rows, run_layer
+
+REQUEST = "request.txt"
+LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
+# How often a text's last token counts in GPTAQ, where it alone reaches the result.
+LAST = 10
+# Tokens that AWQ measures its factors on.
+SAMPLE = 512
+PARTS = ("codes", "scales", "zero_points")
+
+
+@contextlib.contextmanager
+def kept_layers(output: Path, *, used: bool) -> Generator[Path]:
+    """Lock the folder beside an artifact where finished layers are kept, until the block ends.
+
+    The folder is deleted if the block ends without an error; otherwise the next run resumes from
+    it.
+
+    Args:
+        output: The artifact's final path.
+        used: Whether layers will be kept. If not, only an earlier run's leftovers are deleted.
+
+    Raises:
+        InputError: Another process holds the lock, or the folder cannot be created.
+    """
+    folder = output.with_name(f".{output.name}.layers")
+    try:
+        if used:
+            folder.mkdir(parents=True, exist_ok=True)
+        lock_descriptor = lock(folder) if folder.is_dir() else None
+    except BlockingIOError:
+        if used:
+            raise InputError(
+                f"{folder} is locked by another run that writes {output.name}: wait for it to end, "
+                "or choose another output"
+            ) from None
+        lock_descriptor = None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from error
+    owned = used or lock_descriptor is not None
+    try:
+        yield folder
+        if owned:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        # There is nothing to resume from in an empty folder.
+        with contextlib.suppress(OSError):
+            if owned:
+                folder.rmdir()
+        if lock_descriptor is not None:
+            os.close(lock_descriptor)
+
+
+class CalibratedMatrices:
+    """Matrices quantized by GPTQ, one file per layer.
+
+    Args:
+        folder: The folder that `quantize_layers` wrote to.
+        schemes: Each matrix's scheme, by name.
+    """
+
+    def __init__(self, folder: Path, schemes: Mapping[str, QuantScheme]) -> None:
+        self._folder = folder
+        self._schemes = schemes
+
+    def __call__(self, name: str) -> QuantizedTensor:
+        """Read a matrix from its layer's file."""
+        stored = load_file(_layer_file(self._folder, int(name.split(".")[1])))
+        parts = (stored[f"{name}.{part}"] for part in PARTS)
+        return QuantizedTensor(self._schemes[name], *parts)
+
+
+def quantize_layers(
+    weights: Weights,
+    source: WeightSource,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+    *,
+    table: Format | None = None,
+    follows: bool = True,
+) -> CalibratedMatrices:
+    """Quantize a model's projections by GPTQ or GPTAQ.
+
+    Args:
+        weights: The checkpoint, for its identity.
+        source: The weights to quantize: the checkpoint's, or transformed ones.
+        formats: The projections' formats, without the embedding table.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        folder: Where finished layers are kept: see `kept_layers`.
+        advance: Called after each layer.
+        table: The embedding table's format; None if it is not quantized.
+        follows: Whether products follow those of the original model (GPTAQ), or those of the
+            original matrix with the quantized layers' inputs (GPTQ).
+
+    Raises:
+        CheckpointError: An activation is not finite, or a Hessian cannot be inverted.
+        InputError: A layer cannot be written.
+    """
+    name = "gptaq" if follows else "gptq"
+    _prepare(folder, f"{_request(weights, source, formats, rows)} {name} {table}")
+    schemes = {name: format.scheme for name, format in formats.items()}
+    matrices_of_layers = CalibratedMatrices(folder, schemes)
+    fp32 = Design(source, OrtDialect(), PRECISIONS["fp32"])
+    outputs = source.spec.outputs
+    last = LAST if follows and (source.spec.task == "reranker" or outputs.last_token) else 1
+    finished = sorted(folder.glob(STATES))
+    originals: list[np.ndarray] = []
+    if finished:
+        stored = load_file(finished[-1])
+        states = [stored[str(i)] for i in range(len(rows))]
+        originals = [stored[f"original.{i}"] for i in range(len(rows) if follows else 0)]
+        first = int(finished[-1].stem.partition("-")[2]) + 1
+    else:
+        states, first = embed_rows(source, rows), 0
+        originals = list(states) if follows else []
+        _check_finite(source, "embed_tokens gives", states)
+        if table is not None:
+            states = [quantize_mse(each[0], table.scheme).dequantize()[None] for each in states]
+    for _ in range(first):
+        advance()
+    for number in range(first, source.spec.num_layers):
+        file, states_file = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
+        with Layer(fp32, number, folder) as layer:
+            stages = layer.inputs
+            expected = _run_original(layer, rows, originals)
+        done: dict[str, QuantizedTensor] = {}
+
+        def with_done(done: dict[str, QuantizedTensor] = done) -> Design:
+            precision = replace(fp32.precision, formats={name: formats[name] for name in done})
+            return replace(fp32, precision=precision, matrices=QuantizedMatrices(done.__getitem__))
+
+        for stage, names in enumerate(stages):
+            names = [name for name in names if name in formats]
+            if not names:
+                continue
+            with Layer(with_done(), number, folder, stage) as layer:
+                wanted = expected[stage] if follows else None
+                hessian, cross = _moments(layer, rows, states, wanted, last)
+            with _named(source, names[0]):
+                inputs = Curvature(hessian)
+                del hessian
+                shift = None if cross is None else inputs.shift(cross)
+                for name in names:
+                    weight = source.read_fp32(f"{name}.weight")
+                    if shift is not None:
+                        weight = weight + weight @ shift
+                    done[name] = quantize_gptq(weight, inputs, schemes[name])
+        _save(
+            {f"{name}.{part}": getattr(done[name], part) for name in done for part in PARTS}, file
+        )
+        with Layer(with_done(), number, folder) as layer:
+            run_layer(layer, rows, states)
+        _check_finite(source, f"layer {number} gives", states)
+        kept = {str(i): state for i, state in enumerate(states)}
+        _save(kept | {f"original.{i}": state for i, state in enumerate(originals)}, states_file)
+        (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
+        advance()
+    return matrices_of_layers
+
+
+def scale_layers(
+    weights: Weights,
+    source: WeightSource,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    advance: Callable[[], None],
+) -> tuple[FoldedWeights, Callable[[str], np.ndarray]]:
+    """Find AWQ's factors; arguments as for `quantize_layers`.
+
+    Returns:
+        (the weights with the factors folded in; a function from a quantized projection's name to
+        the mean square of each of its scaled inputs, float32 [in]).
+
+    Raises:
+        CheckpointError: An activation is not finite.
+        InputError: A layer cannot be written.
+    """
+    # The suffix names the files' contents: files with other contents are not reused.
+    _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares, spread")
+    design = Design(source, OrtDialect(), PRECISIONS["fp32"])
+    states = embed_rows(source, rows)
+    _check_finite(source, "embed_tokens gives", states)
+    factors: dict[tuple[str, str], np.ndarray] = {}
+    squares: dict[tuple[str, str], np.ndarray] = {}
+    for number in range(source.spec.num_layers):
+        file, prefix = _layer_file(folder, number), f"layers.{number}"
+        finished = file.is_file()
+        with Layer(design, number, folder) as layer:
+            samples = {} if finished else _samples(layer, rows, states)
+            run_layer(layer, rows, states)
+        for name, inputs in samples.items():
+            _check_finite(source, f"{name} takes", [inputs])
+        _check_finite(source, f"layer {number} gives", states)
+        if not finished:
+            stored = {}
+            for maker, readers in READERS.items():
+                names = [f"{prefix}.{reader}" for reader in readers]
+                quantized = [name for name in names if name in formats]
+                if quantized:
+                    inputs = samples[names[0]]
+                    stored[f"{maker}.factors"] = _search_factors(source, quantized, inputs, formats)
+                    stored[f"{maker}.squares"] = np.square(inputs).mean(axis=0)
+            _save(stored, file)
+        for name, values in load_file(file).items():
+            maker, _, kind = name.rpartition(".")
+            (factors if kind == "factors" else squares)[prefix, maker] = values
+        advance()
+
+    def find_factors(layer: str, maker: str) -> np.ndarray:
+        # A tensor that no quantized matrix reads is not scaled.
+        shape = source.spec.tensor_shapes()[f"{layer}.{maker}.weight"]
+        return factors.get((layer, maker), np.ones(shape[0], np.float32))
+
+    def importance(name: str) -> np.ndarray:
+        layer, number, part = name.split(".", 2)
+        key = f"{layer}.{number}", MAKERS[part]
+        return squares[key] / widen(source.spec, part, factors[key]) ** 2
+
+    return FoldedWeights(source, find_factors), importance
+
+
+def _check_finite(source: WeightSource, what: str, values: Iterable[np.ndarray]) -> None:
+    if not all(np.isfinite(array).all() for array in values):
+        raise CheckpointError(
+            f"{source.spec.source.folder}: {what} NaN or infinity on the calibration texts; the "
+            "checkpoint is damaged, download it again"
+        )
+
+
+@contextlib.contextmanager
+def _named(source: WeightSource, name: str) -> Generator[None]:
+    """Add the checkpoint and the matrix to an error."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.spec.source.folder}: {name}: {error}") from error
+
+
+def _run_original(
+    layer: Layer, rows: Sequence[np.ndarray], originals: list[np.ndarray]
+) -> list[list[np.ndarray]]:
+    """Run the original model's texts through a layer; `originals` are replaced in the list.
+
+    Returns:
+        For each shared input of the layer, float32 [tokens, in] for each text.
+    """
+    expected: list[list[np.ndarray]] = [[] for _ in layer.inputs]
+    for i, state in enumerate(originals):
+        originals[i], inputs = layer.run_with_inputs(rows[i], state)
+        for found, x in zip(expected, inputs, strict=True):
+            found.append(x)
+    return expected
+
+
+def _samples(
+    layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A sample of each projection's inputs, spread over all texts: float32 [tokens, in] by name."""
+    samples: list[list[np.ndarray]] = [[] for _ in layer.inputs]
+    step, first = max(1, sum(map(len, rows)) // SAMPLE), 0
+    for ids, state in zip(rows, states, strict=True):
+        for sample, x in zip(samples, layer.run_inputs(ids, state), strict=True):
+            sample.append(x[first::step])
+        # Steps continue from text to text: restarted, they would take every text's first token.
+        first = (first - len(ids)) % step
+    return {
+        name: np.concatenate(sample)
+        for names, sample in zip(layer.inputs, samples, strict=True)
+        for name in names
+    }
+
+
+def _search_factors(
+    source: WeightSource, names: list[str], inputs: np.ndarray, formats: Mapping[str, Format]
+) -> np.ndarray:
+    """AWQ's factors for the output channels of the tensor that the named matrices read."""
+    matrices = [source.read_fp32(f"{name}.weight") for name in names]
+    schemes = [formats[name].scheme for name in names]
+    reader = names[0].split(".", 2)[2]
+    return narrow(source.spec, reader, search_factors(matrices, inputs, schemes))
+
+
+def _moments(
+    layer: Layer,
+    rows: Sequence[np.ndarray],
+    states: Sequence[np.ndarray],
+    expected: list[np.ndarray] | None,
+    last: int,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Second moments of a stage's inputs y: mean y y^T, and mean (x - y) y^T for x expected.
+
+    Args:
+        layer: The layer, with that stage.
+        rows: Token ids, int64 [tokens] each.
+        states: Each text's states before the layer.
+        expected: The original model's inputs, float32 [tokens, in] each; emptied, text by text.
+        last: How often a text's last token counts.
+
+    Returns:
+        (float32 [in, in], the same or None without `expected`).
+    """
+    hessian = cross = None
+    for number, (ids, state) in enumerate(zip(rows, states, strict=True)):
+        (y,) = layer.run_inputs(ids, state)
+        weighted = y.copy()
+        weighted[-1] *= last
+        # Added in place: at 12,288 inputs a Hessian takes 0.6 GB.
+        product = weighted.T @ y
+        hessian = product if hessian is None else np.add(hessian, product, out=hessian)
+        if expected is not None:
+            product = (expected[number] - y).T @ weighted
+            cross = product if cross is None else np.add(cross, product, out=cross)
+            expected[number] = y[:0]
+    assert hessian is not None
+    count = sum(len(ids) + last - 1 for ids in rows)
+    return hessian / count, None if cross is None else cross / count
+
+
+def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
+    """Bytes that `quantize_layers` keeps on disk: a byte per code, and two layers' states.
+
+    GPTAQ keeps the states of the original model too.
+    """
+    codes = sum(math.prod(spec.tensor_shapes()[f"{name}.weight"]) for name in matrices(spec))
+    return codes + 2 * 2 * 4 * spec.hidden_size * sum(map(len, rows))
+
+
+def _layer_file(folder: Path, number: int) -> Path:
+    return folder / f"layer-{number:03}.safetensors"
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write a file atomically.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} cannot be written: {error}; the same command resumes from the layers in "
+            f"{path.parent}, which may be deleted"
+        ) from error
+
+
+def _request(
+    weights: Weights,
+    source: WeightSource,
+    formats: Mapping[str, Format],
+    rows: Sequence[np.ndarray],
+) -> str:
+    """A hash of everything that determines the result."""
+    digest = hashlib.sha256(f"{__version__}\n".encode())
+    for path in weights.files:
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    # Every transformation of the weights changes one of these.
+    for name in (
+        "norm.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.0.self_attn.v_proj.weight",
+        "layers.0.mlp.up_proj.weight",
+    ):
+        digest.update(source.read_fp32(name).tobytes())
+    digest.update(json.dumps({name: repr(format) for name, format in formats.items()}).encode())
+    for row in rows:
+        digest.update(np.ascontiguousarray(row, np.int64).tobytes() + b"\n")
+    return digest.hexdigest()
+
+
+def _prepare(folder: Path, request: str) -> None:
+    """Keep the finished layers of the same request, to resume from; delete everything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / REQUEST
+    kept: set[Path] = set()
+    # An unreadable request counts as another request.
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if state.read_text(encoding="utf-8") == request:
+            kept = {state, *folder.glob(LAYERS), *sorted(folder.glob(STATES))[-1:]}
+    for path in set(folder.iterdir()) - kept:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if not kept:
+        with written(state) as file:
+            file.write(request.encode())

@@ -1,0 +1,201 @@
+"""Run a model layer by layer with onnxruntime, before there is an artifact.
+
+Each layer is an ONNX graph of its own in a temporary folder, with the design's operators. Memory
+holds one layer and the texts' hidden states.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...checkpoint.pooling import Head, pool
+from ...quantize.source import WeightSource
+from ..graph.builder import GraphBuilder
+from ..graph.dialect import settle
+from ..graph.precision import FLOAT
+from ..graph.qwen3 import INPUTS, Design, Stream, describe_inputs, describe_layer, embed
+from .session import open_session
+
+DATA = "part.onnx_data"
+
+
+def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
+    """Run texts through a layer.
+
+    Args:
+        layer: The layer, open.
+        rows: Token ids, int64 [tokens] each.
+        states: Each text's states before the layer, float32 [1, tokens, hidden_size]; replaced in
+            the list by those after it.
+    """
+    for i, ids in enumerate(rows):
+        states[i] = layer.run(ids, states[i])
+
+
+class Layer(AbstractContextManager["Layer"]):
+    """One layer in a session; `with` closes it and deletes its graph.
+
+    Args:
+        design: The model.
+        layer: The layer's number.
+        folder: Where the graph may be written while it runs.
+        stage: Compute only the stage-th shared input, from 0, and nothing behind it; by default
+            the whole layer.
+
+    Attributes:
+        probes: Names of the magnitudes that `run_probed` returns.
+        inputs: For each input that `run_inputs` returns, the names of the projections that share
+            it.
+    """
+
+    def __init__(self, design: Design, layer: int, folder: Path, stage: int | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(dir=folder)
+        g = GraphBuilder()
+        ids, mask = _inputs()
+        stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
+        batch = describe_inputs(g, design, ids, mask)
+        out = describe_layer(g, design, layer, Stream(stream, None), batch)
+        assert out.pending is not None
+        outputs = [g.op("Add", out.residual, settle(g, out.pending))]
+        self.probes = list(g.probes)
+        for value in g.probes.values():
+            outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))
+        shared: dict[ir.Value, list[str]] = {}
+        for name, value in g.inputs.items():
+            shared.setdefault(value, []).append(name)
+        if stage is not None:
+            outputs, shared = [], dict([list(shared.items())[stage]])
+        self.inputs = list(shared.values())
+        self._session = _open(
+            design,
+            g,
+            [ids, mask, stream],
+            [*outputs, *shared],
+            Path(self._temporary.name),
+            f"layer_{layer}",
+        )
+        self._outputs = [value.name for value in outputs]
+        self._inputs = [value.name for value in shared]
+
+    def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """The residual stream after the layer: float32 [1, tokens, hidden_size], like `state`."""
+        return self._session.run(self._outputs[:1], _feeds(ids) | {"stream": state})[0]
+
+    def run_probed(
+        self, ids: np.ndarray, state: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Like `run`, plus the largest magnitude of each watched value, by name."""
+        out, *magnitudes = self._session.run(self._outputs, _feeds(ids) | {"stream": state})
+        return out, dict(zip(self.probes, magnitudes, strict=True))
+
+    def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
+        """The shared input of each group in `inputs`: float32 [tokens, in] each."""
+        inputs = self._session.run(self._inputs, _feeds(ids) | {"stream": state})
+        return [x[0] for x in inputs]
+
+    def run_with_inputs(
+        self, ids: np.ndarray, state: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What `run` and `run_inputs` return, in one run."""
+        names = [self._outputs[0], *self._inputs]
+        out, *inputs = self._session.run(names, _feeds(ids) | {"stream": state})
+        return out, [x[0] for x in inputs]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # The variable of `with` outlives the block: else this session and the next would be open.
+        del self._session
+        self._temporary.cleanup()
+
+
+def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each text's embeddings in fp32, [1, tokens, hidden_size]; only the rows needed are read."""
+    name = "embed_tokens.weight"
+    needed_ids = np.unique(np.concatenate(rows))
+    table = {i: weights.read_fp32(name, slice(int(i), int(i) + 1))[0] for i in needed_ids}
+    return [np.stack([table[i] for i in ids])[None] for ids in rows]
+
+
+def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
+    """Each text's embeddings from the design's own, possibly quantized, table."""
+    g = GraphBuilder()
+    ids, mask = _inputs()
+    out = embed(g, design, describe_inputs(g, design, ids, mask)).residual
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        session = _open(design, g, [ids, mask], [out], Path(temporary), "embed_tokens")
+        return [session.run(None, _feeds(row))[0] for row in rows]
+
+
+def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
+    """The texts' vectors, float32 [texts, dim]; a reranker's last states, [texts, hidden_size].
+
+    They are taken after the final norm and, for an embedder, pooling over all tokens and the
+    modules after it.
+    """
+    spec, outputs = design.spec, design.spec.outputs
+    gains, rotation = design.weights.read_fp32("norm.weight"), design.weights.output_rotation
+    only_last = spec.task == "reranker" or outputs.last_token
+    vectors = []
+    for state in states:
+        pooled_states = state[:, -1:] if only_last else state
+        scale = np.sqrt(np.mean(pooled_states**2, axis=2, keepdims=True) + spec.rms_norm_eps)
+        normed = pooled_states / scale * gains
+        normed = normed if rotation is None else normed @ rotation
+        if only_last:
+            vectors.append(normed[:, 0])
+        else:
+            vectors.append(pool(normed, np.ones(normed.shape[:2], np.int64), outputs))
+    result = np.concatenate(vectors)
+    return result if spec.task == "reranker" else Head(outputs, spec.source.pipeline)(result)
+
+
+def _remove_unused(graph: ir.Graph) -> None:
+    """Remove what no output depends on; onnx-ir's own pass removes optional outputs too."""
+    wanted = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value in wanted or value.uses() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+
+
+def _inputs() -> list[ir.Value]:
+    return [ir.val(name, dtype=ir.DataType.INT64, shape=("batch", "sequence")) for name in INPUTS]
+
+
+def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
+    return {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+
+
+def _open(
+    design: Design,
+    g: GraphBuilder,
+    inputs: list[ir.Value],
+    outputs: list[ir.Value],
+    folder: Path,
+    name: str,
+) -> Any:
+    model = g.model(
+        inputs,
+        outputs,
+        opsets=design.dialect.opsets,
+        ir_version=design.dialect.ir_version,
+        name=name,
+    )
+    _remove_unused(model.graph)
+    path = folder / "part.onnx"
+    ir.save(model, path, external_data=DATA)
+    return open_session(ir.load(path), folder, pack=True)

@@ -1,0 +1,1 @@
+"""The Qwen3 graph in ONNX: layers, dialects, pooling, initializers."""

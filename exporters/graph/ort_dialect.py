@@ -1,0 +1,366 @@
+"""The dialect `ort`: onnxruntime's fused operators (domain com.microsoft)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from ...attention import SHORT_ROW
+from ...checkpoint.spec import ModelSpec
+from . import ort_attention
+from .builder import GraphBuilder
+from .dialect import (
+    BFLOAT16,
+    BOOL,
+    FLOAT,
+    FLOAT16,
+    INT8,
+    INT64,
+    MICROSOFT,
+    UINT8,
+    Heads,
+    LayerPast,
+    Positions,
+    Product,
+    Rows,
+    attention_scale,
+    number_positions,
+    row_scales,
+    settle,
+)
+from .initializers import Float8Matrix, QuantizedMatrix
+
+ZERO_POINT = 128
+# MatMulNBits quantizes activations to int8, with one scale per block of a token.
+ACCURACY_LEVEL = 4
+# Up to this many tokens, a row's attention is computed in one part.
+SMALL_ROW = 128
+
+
+class OrtDialect:
+    """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime."""
+
+    name = "ort"
+    # Adds the input query_seqlens; without it a past works only for a batch of one row.
+    continues: str | None = "onnxruntime>=1.32"
+    opsets = {"": 23, MICROSOFT: 1}  # noqa: RUF012 (read only)
+    ir_version = 11
+    # Earlier, GatherBlockQuantized reads wrong rows if a row has an odd number of 4-bit groups.
+    requires = "onnxruntime>=1.27"
+
+    def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
+        """The lengths and positions that attention takes, in this order.
+
+        - fp32: whether rows are small, whether rows are short: bool scalars
+        - fp32 and bf16: position_ids, int64 [batch, size], for a RotaryEmbedding before attention
+        - seqlens_k, int32 [batch], length - 1; total_sequence_length, int32 scalar; both include
+          the past
+        - with a past: query_seqlens, int32 [batch], the rows' lengths
+        """
+        last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
+        arange = positions.arange
+        if positions.past is not None:
+            last, total, arange = (
+                g.op("Add", count, positions.past) for count in (last, total, arange)
+            )
+
+        def per_row(count: ir.Value) -> ir.Value:
+            return g.op("Squeeze", g.cast(count, ir.DataType.INT32), g.constant([1]))
+
+        values = [per_row(last), g.cast(total, ir.DataType.INT32)]
+        if positions.past is not None:
+            values.append(per_row(positions.lengths))
+        if compute == FLOAT16:
+            return values
+        values = [number_positions(g, positions, arange), *values]
+        if compute == BFLOAT16:
+            return values
+        short = positions.short
+        if short is None:
+            short = g.op("LessOrEqual", total, g.constant(SHORT_ROW), dtype=BOOL)
+        small = g.op("LessOrEqual", positions.size, g.constant(SMALL_ROW), dtype=BOOL)
+        small = g.op("And", short, small)
+        return [small, short, *values]
+
+    def cos_sin(
+        self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
+    ) -> tuple[ir.Value, ir.Value]:
+        """Cos and Sin; in fp32, for CPUs, as a function with a custom kernel."""
+
+        def describe(f: GraphBuilder, angles: ir.Value) -> list[ir.Value]:
+            return [f.op("Cos", angles), f.op("Sin", angles)]
+
+        if compute != FLOAT:
+            return g.op("Cos", angles), g.op("Sin", angles)
+        cosines, sines = g.call(
+            "CosSin", angles, dtypes=[FLOAT] * 2, describe=describe, opsets=self.opsets
+        )
+        return cosines, sines
+
+    def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """SimplifiedLayerNormalization; in fp32 as a function with a custom kernel."""
+        if x.dtype != FLOAT:
+            return _norm(g, x, weight, eps)
+        return g.call(
+            "Norm",
+            x,
+            weight,
+            dtypes=[FLOAT],
+            describe=lambda f, x, weight: [_norm(f, x, weight, eps)],
+            opsets=self.opsets,
+            epsilon=eps,
+        )[0]
+
+    def add_norm(
+        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
+    ) -> tuple[ir.Value, ir.Value]:
+        """SkipSimplifiedLayerNormalization; after an 8-bit product it also quantizes for the next.
+
+        In fp32 it is a function with a custom kernel.
+        """
+        dtype = residual.dtype or FLOAT
+        if dtype != FLOAT or (x.scales is None and x.value.dtype != FLOAT):
+            return _add_norm(g, residual, g.cast(settle(g, x), dtype), weight, eps)
+        if x.scales is None:
+            normed, total = g.call(
+                "AddNorm",
+                residual,
+                weight,
+                x.value,
+                dtypes=[FLOAT, FLOAT],
+                describe=lambda f, residual, weight, x: _add_norm(f, residual, x, weight, eps),
+                opsets=self.opsets,
+                epsilon=eps,
+            )
+            return normed, total
+
+        def describe(f: GraphBuilder, residual: ir.Value, *x: ir.Value) -> list[ir.Value]:
+            *product, weight = x
+            normed, total = _add_norm(f, residual, settle(f, Product(*product)), weight, eps)
+            return [total, normed, *_round_rows(f, normed)]
+
+        assert weight.shape is not None
+        (width,) = weight.shape.numpy()
+        total, normed, *rows = g.call(
+            "AddNormQuantize",
+            residual,
+            x.value,
+            x.scales,
+            weight,
+            dtypes=[FLOAT, FLOAT, UINT8, FLOAT],
+            describe=describe,
+            opsets=self.opsets,
+            epsilon=eps,
+            width=width,
+        )
+        g.once((normed, INT8), lambda: Rows(*rows))
+        return normed, total
+
+    def swiglu(
+        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> ir.Value:
+        """QuickGelu with alpha 1 is silu; between 8-bit products it also quantizes for the next.
+
+        In fp32 it is a function with a custom kernel.
+        """
+        plain = gate.value.dtype == up.dtype == FLOAT
+        if dtype != FLOAT or (gate.scales is None and not plain):
+            return _swiglu(g, g.cast(settle(g, gate), dtype), g.cast(up, dtype))
+        if gate.scales is None:
+            return g.call(
+                "Swiglu",
+                gate.value,
+                up,
+                dtypes=[FLOAT],
+                describe=lambda f, gate, up: [_swiglu(f, gate, up)],
+                opsets=self.opsets,
+            )[0]
+
+        def describe(
+            f: GraphBuilder, gate: ir.Value, scales: ir.Value, up: ir.Value
+        ) -> list[ir.Value]:
+            product = _swiglu(f, settle(f, Product(gate, scales)), up)
+            return [product, *_round_rows(f, product)]
+
+        product, *rows = g.call(
+            "SwigluQuantize",
+            gate.value,
+            gate.scales,
+            up,
+            dtypes=[FLOAT, UINT8, FLOAT],
+            describe=describe,
+            opsets=self.opsets,
+            width=width,
+        )
+        g.once((product, INT8), lambda: Rows(*rows))
+        return product
+
+    def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
+        """Uint8 around 128: on x86 onnxruntime multiplies it thirty times as fast as int8."""
+        rows = g.call(
+            "QuantizeRows",
+            x,
+            dtypes=[UINT8, FLOAT],
+            describe=_round_rows,
+            opsets=self.opsets,
+            width=width,
+        )
+        return Rows(*rows)
+
+    def matmul_rows(
+        self,
+        g: GraphBuilder,
+        rows: Rows,
+        matrix: QuantizedMatrix | Float8Matrix,
+        compute: ir.DataType,
+    ) -> ir.Value:
+        """MatMulIntegerToFloat with a row scale of 1; on CPUs and in fp32 only."""
+        return g.op(
+            "MatMulIntegerToFloat",
+            rows.codes,
+            g.initializer(matrix.codes_transposed()),
+            g.constant(1, FLOAT),
+            g.initializer(matrix.scales_flat(FLOAT)),
+            g.constant(ZERO_POINT, UINT8),
+            dtype=FLOAT,
+            domain=MICROSOFT,
+        )
+
+    def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+        """MatMulNBits; in fp32, for CPUs, as a function with a custom kernel."""
+        zero_points = matrix.zero_points()
+        inputs = [
+            x,
+            g.initializer(matrix.codes_in_blocks()),
+            g.initializer(matrix.scales(x.dtype or FLOAT)),
+        ]
+        if zero_points is not None:
+            inputs.append(g.initializer(zero_points))
+        attributes = {
+            "K": matrix.shape[1],
+            "N": matrix.shape[0],
+            "bits": matrix.scheme.bits,
+            "block_size": matrix.scheme.group_size or matrix.shape[1],
+        }
+        # The kernel's 8-bit weights are int8; less a zero point, a code would need 9 bits.
+        if x.dtype != FLOAT or (matrix.scheme.bits == 8 and zero_points is not None):
+            return _matmul_groups(g, *inputs, **attributes)
+
+        def describe(f: GraphBuilder, *inputs: ir.Value) -> list[ir.Value]:
+            given = {name: ir.RefAttr(name, name, ir.AttributeType.INT) for name in attributes}
+            return [_matmul_groups(f, *inputs, **given)]
+
+        return g.call(
+            "MatMulSymmetricGroups" if zero_points is None else "MatMulGroups",
+            *inputs,
+            dtypes=[FLOAT],
+            describe=describe,
+            opsets=self.opsets,
+            **attributes,
+        )[0]
+
+    def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+        """GatherBlockQuantized."""
+        zero_points = matrix.zero_points()
+        return g.op(
+            "GatherBlockQuantized",
+            g.initializer(matrix.codes_as_table()),
+            ids,
+            g.initializer(matrix.scales(FLOAT)),
+            None if zero_points is None else g.initializer(zero_points),
+            dtype=FLOAT,
+            domain=MICROSOFT,
+            gather_axis=0,
+            quantize_axis=1,
+            bits=matrix.scheme.bits,
+            block_size=matrix.scheme.group_size,
+        )
+
+    def attention(
+        self,
+        g: GraphBuilder,
+        spec: ModelSpec,
+        heads: Heads,
+        rotary: list[ir.Value],
+        cache: tuple[ir.Value, ir.Value],
+        compute: ir.DataType,
+        past: LayerPast | None,
+    ) -> list[ir.Value]:
+        """In fp32, for CPUs, a function with a custom kernel; in 16 bits GroupQueryAttention."""
+        if compute != FLOAT:
+            assert past is None
+            return [ort_attention.fused(g, _norm, spec, heads, rotary, cache, compute)]
+        v, scales = heads.v
+        return g.call(
+            "RotaryAttention",
+            heads.q,
+            heads.k,
+            v,
+            g.constant([[[1]]], FLOAT) if scales is None else scales,
+            heads.q_norm,
+            heads.k_norm,
+            *cache,
+            *rotary,
+            *(past or ()),
+            dtypes=[FLOAT] * (1 if past is None else 3),
+            describe=lambda f, *inputs: ort_attention.chosen_by_length(f, _norm, spec, *inputs),
+            opsets=self.opsets,
+            epsilon=spec.rms_norm_eps,
+            scale=attention_scale(spec),
+            num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
+        )
+
+
+def _matmul_groups(g: GraphBuilder, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    """MatMulNBits with 8-bit activations."""
+    return g.op(
+        "MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=ACCURACY_LEVEL, **attributes
+    )
+
+
+def _norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
+    return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
+
+
+def _add_norm(
+    g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
+) -> tuple[ir.Value, ir.Value]:
+    """SkipSimplifiedLayerNormalization; its fourth output is the sum."""
+    normed, _, _, total = g.op_outputs(
+        "SkipSimplifiedLayerNormalization",
+        residual,
+        x,
+        weight,
+        dtypes=[None, FLOAT, FLOAT, None],
+        domain=MICROSOFT,
+        epsilon=eps,
+    )
+    return normed, total
+
+
+def _swiglu(g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+    """QuickGelu with alpha 1 is silu, in one pass; bf16 values are computed in fp32.
+
+    CUDA rounds each step and computes a negative value's sigmoid as 1 - y, which cancels to zero
+    in bf16's 8-bit mantissa.
+    """
+    dtype = gate.dtype or FLOAT
+    gate = g.cast(gate, FLOAT) if dtype == BFLOAT16 else gate
+    silu = g.op("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)
+    return g.op("Mul", g.cast(silu, dtype), up)
+
+
+def _round_rows(f: GraphBuilder, x: ir.Value) -> list[ir.Value]:
+    """Quantize rows, in a function with the attribute `width`: codes and scales.
+
+    QuantizeLinear's block is a whole token, so one pass does it, without a division before.
+    """
+    scales = row_scales(f, x, INT8)
+    shape = f.op("Shape", scales, dtype=INT64)
+    zero_points = f.op("Expand", f.constant(ZERO_POINT, UINT8), shape)
+    width = ir.RefAttr("block_size", "width", ir.AttributeType.INT)
+    codes = f.op("QuantizeLinear", x, scales, zero_points, dtype=UINT8, axis=-1, block_size=width)
+    return [codes, scales]

@@ -1,0 +1,172 @@
+"""Pooling and the modules after it, in a graph; `embedport.checkpoint.pooling` has them in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from ...checkpoint.pipeline import Dense, Outputs
+from ...checkpoint.pooling import FEWEST, SHORTEST, DenseWeights
+from .builder import GraphBuilder
+from .dialect import BOOL, FLOAT, INT64, Positions
+
+# Excluded tokens get the lowest float32 value: the verification would refuse an infinity.
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def pool(
+    g: GraphBuilder,
+    states: ir.Value,
+    positions: Positions,
+    outputs: Outputs,
+    prompt_length: ir.Value | None,
+) -> ir.Value:
+    """Pool each text to one vector: float32 [batch, size, n] to [batch, n * poolings].
+
+    Rows begin with their first real token.
+
+    Args:
+        g: The graph.
+        states: All tokens' states after the final norm.
+        positions: The batch's positions.
+        outputs: How to pool.
+        prompt_length: int64 [1], tokens at a row's beginning to exclude.
+    """
+    places = g.op("Unsqueeze", positions.arange, g.constant([0]))
+    real = g.op("Less", places, positions.lengths, dtype=BOOL)
+    if prompt_length is not None:
+        after = g.op("GreaterOrEqual", places, prompt_length, dtype=BOOL)
+        real = g.op("And", real, after)
+    pooled = [_POOLINGS[mode](g, states, real, places) for mode in outputs.pooling]
+    return pooled[0] if len(pooled) == 1 else g.op("Concat", *pooled, axis=1)
+
+
+def _token(g: GraphBuilder, states: ir.Value, index: ir.Value) -> ir.Value:
+    """The token at an index, int64 [batch, 1]: [batch, size, n] to [batch, n]."""
+    return g.op("GatherND", states, index, batch_dims=1)
+
+
+def _cls(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
+    first = g.op("ArgMax", g.cast(real, INT64), axis=1, keepdims=1)
+    return _token(g, states, first)
+
+
+def _last(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
+    marked = g.op("Mul", g.cast(real, INT64), places)
+    return _token(g, states, g.op("ReduceMax", marked, g.constant([1]), keepdims=1))
+
+
+def _max(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
+    mask = g.op("Unsqueeze", real, g.constant([2]))
+    masked = g.op("Where", mask, states, g.constant(LOWEST, FLOAT), dtype=FLOAT)
+    return g.op("ReduceMax", masked, g.constant([1]), keepdims=0)
+
+
+def _mean(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
+    weights = g.cast(real, FLOAT)
+    return g.op("Div", _sum(g, states, real, weights), _total(g, weights))
+
+
+def _mean_sqrt(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
+    weights = g.cast(real, FLOAT)
+    return g.op("Div", _sum(g, states, real, weights), g.op("Sqrt", _total(g, weights)))
+
+
+def _weighted(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
+    numbers = g.cast(g.op("Add", places, g.constant(1)), FLOAT)
+    weights = g.op("Mul", g.cast(real, FLOAT), numbers)
+    return g.op("Div", _sum(g, states, real, weights), _total(g, weights))
+
+
+def _sum(g: GraphBuilder, states: ir.Value, real: ir.Value, weights: ir.Value) -> ir.Value:
+    # Padding is set to zero: a weight of zero is not enough, 0 x infinity is NaN.
+    mask = g.op("Unsqueeze", real, g.constant([2]))
+    masked = g.op("Where", mask, states, g.constant(0, FLOAT), dtype=FLOAT)
+    rows = g.op("MatMul", g.op("Unsqueeze", weights, g.constant([1])), masked)
+    return g.op("Squeeze", rows, g.constant([1]))
+
+
+def _total(g: GraphBuilder, weights: ir.Value) -> ir.Value:
+    total = g.op("ReduceSum", weights, g.constant([1]), keepdims=1)
+    return g.op("Max", total, g.constant(FEWEST, FLOAT))
+
+
+_Pooling = Callable[[GraphBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
+_POOLINGS: Mapping[str, _Pooling] = {
+    "cls": _cls,
+    "lasttoken": _last,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _mean_sqrt,
+    "weightedmean": _weighted,
+}
+
+
+def describe_steps(
+    g: GraphBuilder,
+    vectors: ir.Value,
+    outputs: Outputs,
+    read: Callable[[Dense], DenseWeights],
+) -> ir.Value:
+    """Add the modules after pooling: float32 [batch, width] to [batch, dim].
+
+    Args:
+        g: The graph.
+        vectors: The pooled vectors.
+        outputs: The modules.
+        read: Reads a Dense module's tensors.
+    """
+    for step in outputs.steps:
+        if isinstance(step, Dense):
+            vectors = _multiply(g, vectors, step, read)
+        else:
+            vectors = normalize(g, vectors)
+    return vectors if outputs.truncate is None else shorten(g, vectors, outputs.truncate)
+
+
+def normalize(g: GraphBuilder, vectors: ir.Value) -> ir.Value:
+    """Scale vectors to length 1: float32 [batch, dim]."""
+    length = g.op("ReduceL2", vectors, g.constant([1]), keepdims=1)
+    return g.op("Div", vectors, g.op("Max", length, g.constant(SHORTEST, FLOAT)))
+
+
+def shorten(g: GraphBuilder, vectors: ir.Value, dim: int) -> ir.Value:
+    """The first `dim` values of each vector."""
+    return g.op("Slice", vectors, g.constant([0]), g.constant([dim]), g.constant([1]))
+
+
+def _multiply(
+    g: GraphBuilder, x: ir.Value, dense: Dense, read: Callable[[Dense], DenseWeights]
+) -> ir.Value:
+    def weight(part: str, pick: Callable[[DenseWeights], np.ndarray | None]) -> ir.Value:
+        size = (dense.in_features, dense.out_features)
+        shape = ir.Shape(size if part != "bias" else size[1:])
+
+        def tensor() -> ir.TensorProtocol:
+            array = pick(read(dense))
+            assert array is not None
+            return ir.tensor(np.ascontiguousarray(array.T), dtype=FLOAT)
+
+        return g.initializer(ir.LazyTensor(tensor, FLOAT, shape, name=f"{dense.path}.{part}"))
+
+    y = g.op("MatMul", x, weight("weight", lambda weights: weights.weight))
+    if dense.bias:
+        y = g.op("Add", y, weight("bias", lambda weights: weights.bias))
+    y = _ACTIVATIONS[dense.activation](g, y)
+    if not dense.residual:
+        return y
+    if dense.in_features != dense.out_features:
+        x = g.op("MatMul", x, weight("residual", lambda weights: weights.residual))
+    return g.op("Add", y, x)
+
+
+_ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, ir.Value], ir.Value]] = {
+    "Identity": lambda g, x: x,
+    "Tanh": lambda g, x: g.op("Tanh", x),
+    "ReLU": lambda g, x: g.op("Relu", x),
+    "GELU": lambda g, x: g.op("Gelu", x),
+    "Sigmoid": lambda g, x: g.op("Sigmoid", x),
+    "SiLU": lambda g, x: g.op("Mul", x, g.op("Sigmoid", x)),
+}

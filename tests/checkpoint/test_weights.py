@@ -1,0 +1,119 @@
+"""Weights: every way a checkpoint stores them, and every way it can be damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from embedport import ModelSpec
+from embedport.checkpoint.weights import Weights
+from embedport.errors import CheckpointError
+from embedport.files import INDEX, SINGLE
+
+
+def open_weights(folder):
+    return Weights(ModelSpec.from_checkpoint(folder))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("shard_bytes", [2 << 30, 100_000])
+def test_reads_what_was_written(checkpoints, dtype, task, shard_bytes):
+    folder = checkpoints("kv2", task, dtype=dtype, shard_bytes=shard_bytes)
+    weights = open_weights(folder)
+    assert (folder / INDEX).exists() == (shard_bytes == 100_000)
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    prefix = "model." if task == "reranker" else ""
+    name = "layers.1.mlp.down_proj.weight"
+    expected = stored[prefix + name]
+    found = weights.read(name)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(weights.read(name, slice(3, 7)), expected[3:7])
+    assert weights.read_fp32(name).dtype == np.float32
+    head = "embed_tokens.weight" if weights.spec.tied else "lm_head.weight"
+    if task == "reranker":
+        rows = stored[head if head.startswith("lm_head") else prefix + head].astype(np.float32)
+        np.testing.assert_array_equal(weights.answer_row(9, 4), rows[9] - rows[4])
+
+
+def test_bare_names_of_a_reranker_and_prefixed_names_of_an_embedding(checkpoints, copied):
+    folder = copied(checkpoints())
+    tensors = load_file(folder / SINGLE)
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, folder / SINGLE)
+    assert open_weights(folder).tensors["norm.weight"].name == "model.norm.weight"
+
+
+class TestDamage:
+    """Each error names the file and the tensor, what was expected and what was found."""
+
+    @pytest.fixture
+    def folder(self, checkpoints, copied):
+        return copied(checkpoints(shard_bytes=100_000))
+
+    @pytest.fixture
+    def single(self, checkpoints, copied):
+        return copied(checkpoints())
+
+    def test_truncated_shard(self, folder):
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=f"{shard} is not a whole safetensors file"):
+            open_weights(folder)
+
+    def test_missing_shard(self, folder):
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(CheckpointError, match=f"{shard} is missing; {INDEX} names it"):
+            open_weights(folder)
+
+    def test_index_names_a_missing_tensor(self, folder):
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"]["layers.9.extra"] = sorted(folder.glob("*.safetensors"))[0].name
+        (folder / INDEX).write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"lacks tensor layers\.9\.extra"):
+            open_weights(folder)
+
+    @pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", 7])
+    def test_index_points_outside(self, folder, file):
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"]["norm.weight"] = file
+        (folder / INDEX).write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="should be in a file beside the index"):
+            open_weights(folder)
+
+    def change(self, folder, **changes):
+        tensors = load_file(folder / SINGLE)
+        for name, tensor in changes.items():
+            tensors.pop(name)
+            if tensor is not None:
+                tensors[name] = tensor
+        save_file(tensors, folder / SINGLE)
+
+    def test_missing_tensor(self, single):
+        self.change(single, **{"layers.0.self_attn.q_norm.weight": None})
+        with pytest.raises(
+            CheckpointError,
+            match=r"layers\.0\.self_attn\.q_norm\.weight .* of shape \[48\] is missing",
+        ):
+            open_weights(single)
+
+    def test_wrong_shape(self, single):
+        self.change(single, **{"norm.weight": np.ones(63, np.float32)})
+        with pytest.raises(
+            CheckpointError, match=r"norm\.weight should have shape \[64\].*found \[63\]"
+        ):
+            open_weights(single)
+
+    def test_wrong_dtype(self, single):
+        self.change(single, **{"norm.weight": np.ones(64, np.int8)})
+        with pytest.raises(CheckpointError, match=r"norm\.weight should be BF16.*found I8"):
+            open_weights(single)
+
+    def test_pickled_only(self, single):
+        (single / SINGLE).rename(single / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="is pickled and is not read"):
+            open_weights(single)
