@@ -21,24 +21,35 @@ if TYPE_CHECKING:
     from .checkpoint.spec import ModelSpec
     from .errors import EmbedportError
     from .exporters import export, quantize_checkpoint
-    from .runtimes import Check, Embedder, Ranked, Reranker, check, load
+    from .runtimes import (
+        Check,
+        Embedder,
+        Ranked,
+        Reranker,
+        check,
+        load,
+        load_embedder,
+        load_reranker,
+    )
     from .texts.prompts import query_prompt
     from .validation import Report, record_reference, validate
 
 _HOMES = {
-    "Artifact": "artifact",
+    "Artifact": "artifact.folder",
     "Check": "runtimes",
     "EmbedportError": "errors",
     "Embedder": "runtimes",
-    "ModelSpec": "spec",
+    "ModelSpec": "checkpoint.spec",
     "Ranked": "runtimes",
     "Report": "validation",
     "Reranker": "runtimes",
     "check": "runtimes",
     "export": "exporters",
     "load": "runtimes",
+    "load_embedder": "runtimes",
+    "load_reranker": "runtimes",
     "quantize_checkpoint": "exporters",
-    "query_prompt": "prompts",
+    "query_prompt": "texts.prompts",
     "record_reference": "validation",
     "validate": "validation",
 }
@@ -56,6 +67,8 @@ __all__ = [
     "check",
     "export",
     "load",
+    "load_embedder",
+    "load_reranker",
     "quantize_checkpoint",
     "query_prompt",
     "record_reference",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,3 +87,24 @@ def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> l
         names = sorted(spec.prompts)
         prompt = names[sum(sample.text.encode()) % len(names)]
     return tokenizer.encode([sample.text], resolve_prompt(spec.inputs, prompt)).ids
+
+
+def describe_calibration(
+    rows: Sequence[np.ndarray], calibration: str | Path | None
+) -> dict[str, Any]:
+    """The manifest's record of the calibration texts: their hash, not the texts.
+
+    Args:
+        rows: Token ids, int64 [tokens] each.
+        calibration: The texts' file; None for the built-in texts.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.int64(len(row)).tobytes())
+        digest.update(np.ascontiguousarray(row, np.int64).tobytes())
+    return {
+        "source": Path(calibration).name if calibration else "built-in",
+        "texts": len(rows),
+        "tokens": sum(map(len, rows)),
+        "sha256": digest.hexdigest(),
+    }

@@ -79,9 +79,14 @@ class Recipe:
         return last if last in ("gptq", "gptaq") else None
 
     @property
+    def passes(self) -> int:
+        """How often calibration texts run through the layers."""
+        return self.scales + (self.compensation is not None)
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether calibration texts are run."""
-        return self.scales or self.compensation is not None
+        return self.passes > 0
 
     def to_record(self) -> dict[str, Any]:
         """The recipe as a manifest or recipe.json holds it."""

@@ -81,6 +81,10 @@ class QuantizedTensor:
             self.scales
         )
 
+    def signed_codes(self) -> np.ndarray:
+        """Symmetric codes around zero: int8 [out, in]; 4-bit codes are in -8..7."""
+        return (self.codes - np.uint8(self.scheme.middle)).view(np.int8)
+
     def _widen(self, groups: np.ndarray) -> np.ndarray:
         columns = self.codes.shape[1]
         return np.repeat(groups, self.scheme.group_size or columns, axis=1)[:, :columns]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
 
+# Values of a range of rows: a table of 150,000 is never whole in memory in fp32.
+CHUNK_VALUES = 16 << 20
+
 
 class WeightSource(Protocol):
-    """The tensors of a model by their `Qwen3Model` names; `embedport.checkpoint.weights.Weights` is one.
+    """The tensors of a model by their `Qwen3Model` names; `checkpoint.weights.Weights` is one.
 
     Attributes:
         spec: The checkpoint's spec.
@@ -28,3 +32,9 @@ class WeightSource(Protocol):
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no for the final norm's output: float32 [hidden]."""
         ...
+
+
+def row_ranges(shape: tuple[int, ...]) -> list[slice]:
+    """Cut a tensor of this shape into ranges of rows, of 16 million values at most."""
+    step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]

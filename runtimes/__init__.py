@@ -1,28 +1,10 @@
-"""Load artifacts and checkpoints, and run them behind one interface."""
+"""Run artifacts and checkpoints behind one interface."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from threading import Event
-from typing import TypeVar
-
-from ..artifact.folder import Artifact
-from ..checkpoint.spec import Task
-from ..checkpoint.tokenizer import check_ids
-from ..errors import VerificationError
-from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer
-from .comparison import Check, compare_witness
+from .comparison import Check
 from .embedder import Embedder
-from .facts import Model, ModelFacts, choose_length, read_facts
-from .onnxruntime import OnnxModel, check_device
+from .facts import ModelFacts, read_facts
+from .loading import check, load, load_embedder, load_reranker
 from .reranker import Ranked, Reranker
-from .tensorrt import TensorRTModel
-from .torch import TorchModel
-
-Tokenizer = TypeVar("Tokenizer")
-TOKENIZER = "tokenizer.json"
 
 __all__ = [
     "Check",
@@ -32,134 +14,7 @@ __all__ = [
     "Reranker",
     "check",
     "load",
+    "load_embedder",
+    "load_reranker",
     "read_facts",
 ]
-
-
-def load(
-    model: str | Path,
-    *,
-    device: str = "auto",
-    max_length: int | None = None,
-    check: bool = False,
-    task: Task | None = None,
-    adapter: str | Path | None = None,
-) -> Embedder | Reranker:
-    """Load an artifact, or a Qwen3 checkpoint as it is.
-
-    ONNX graphs run in onnxruntime; checkpoints, quantized or in fp32, fp16 or bf16, run in torch.
-    Code that comes with a model is not run. The one exception is a version-compatible TensorRT
-    engine, which contains code; its manifest says so.
-
-    Args:
-        model: The folder of an artifact or of a checkpoint in the hub's layout, or a hub id,
-            optionally with a revision ("owner/name@revision").
-        device: "cpu", "cuda", "tensorrt" (graphs only), or "auto": CUDA where it works, otherwise
-            the CPU. The result's `device` says which one was chosen. A TensorRT engine runs on the
-            GPU it was built for; with "cpu", its graph runs instead.
-        max_length: Texts are cut to this many tokens; the model's own limit by default.
-        check: Whether to require that an artifact reproduces the results of its export: see
-            `check`.
-        task: "embedding" or "reranker", needed if a checkpoint's files do not say which.
-        adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
-
-    Returns:
-        An Embedder or a Reranker, depending on the model's task.
-
-    Raises:
-        InputError: There is no such folder or hub id, or `max_length` exceeds the model's
-            positions.
-        ArtifactError: A file of the artifact is missing or changed.
-        CheckpointError: It is not a Qwen3 checkpoint, is incomplete, or has an unsupported format.
-        DeviceError: The requested device is not available.
-        MissingPackageError: The runtime it needs is not installed.
-        VerificationError: With `check`, the results differ from those of the export.
-    """
-    runner = _load(model, device, max_length, task, adapter)
-    if check and not (result := compare_witness(runner)).passed:
-        why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
-        raise VerificationError(f"{runner.facts.folder}: {result} ({why})")
-    return runner
-
-
-def check(artifact: str | Path, *, device: str = "auto") -> Check:
-    """Compare an artifact's results on this machine with those of its export.
-
-    The export stores the token ids of 16 texts (or pairs) with their vectors (or scores). Neither
-    torch nor the checkpoint is needed.
-
-    Args:
-        artifact: The folder of an artifact, or a hub id.
-        device: As for `load`.
-
-    Returns:
-        The comparison; `passed` says whether all rows are within the precision's limit.
-
-    Raises:
-        InputError: It is a checkpoint, or `load` refuses it.
-        ArtifactError: A file is missing or changed, or the artifact was exported without a witness.
-        DeviceError: The requested device is not available.
-        MissingPackageError: The runtime it needs is not installed.
-    """
-    return compare_witness(_load(artifact, device, None, None, None))
-
-
-def _load(
-    model: str | Path,
-    device: str,
-    max_length: int | None,
-    task: Task | None,
-    adapter: str | Path | None,
-) -> Embedder | Reranker:
-    facts = read_facts(model, task, adapter)
-    length = choose_length(facts, max_length)
-    if facts.task == "embedding":
-        return Embedder(facts, *_open(facts, device, lambda: _embedding_tokenizer(facts, length)))
-    return Reranker(facts, *_open(facts, device, lambda: _reranker_tokenizer(facts, length)))
-
-
-def _embedding_tokenizer(facts: ModelFacts, max_length: int) -> EmbeddingTokenizer:
-    path = facts.folder / TOKENIZER
-    tokenizer = EmbeddingTokenizer(path, max_length, facts.inputs)
-    # These are the ids that every text gets.
-    check_ids(tokenizer.encode(["."]).ids[0], facts.vocab_size, path, "ids put around a text")
-    return tokenizer
-
-
-def _reranker_tokenizer(facts: ModelFacts, max_length: int) -> RerankerTokenizer:
-    path = facts.folder / TOKENIZER
-    tokenizer = RerankerTokenizer(path, max_length, facts.inputs)
-    ids = tokenizer.encode([(".", ".")]).ids[0]
-    check_ids(ids, facts.vocab_size, path, "ids put around a pair")
-    return tokenizer
-
-
-def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:
-    """Open the model and its tokenizer; `read` reads the tokenizer."""
-    if facts.checkpoint is not None:
-        tokenizer = read()
-        return TorchModel(facts.checkpoint, facts.precision, device), tokenizer
-    assert facts.artifact is not None
-    # An artifact with an engine also contains the engine's graph.
-    if facts.artifact.manifest.engine is None or device == "cpu":
-        return _open_graph(facts.artifact, device, read)
-    check_device(device)
-    tokenizer = read()
-    return TensorRTModel(facts.artifact), tokenizer
-
-
-def _open_graph(
-    artifact: Artifact, device: str, read: Callable[[], Tokenizer]
-) -> tuple[Model, Tokenizer]:
-    """Open a graph's session and its tokenizer at the same time: they take most of the start.
-
-    Reading a tokenizer holds the interpreter lock. So it starts only when the session has parsed
-    its graph and no longer needs the interpreter.
-    """
-    parsed = Event()
-    with ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(OnnxModel, artifact, device, parsed.set)
-        opening.add_done_callback(lambda _: parsed.set())
-        parsed.wait()
-        tokenizer = read()
-        return opening.result(), tokenizer

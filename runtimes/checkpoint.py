@@ -1,7 +1,7 @@
 """Load a checkpoint as transformers' Qwen3Model, without running code that comes with it.
 
 Plain checkpoints, and quantized formats that embedport reads itself
-(`embedport.checkpoint.quantization_config`), are read tensor by tensor into a model on device "meta", which
+(`checkpoint.quantization_config`), are read tensor by tensor into a model on device "meta", which
 has no memory of its own: the process holds the model and one more tensor. Quantized matrices are
 unpacked, so the model takes as much memory as an unquantized one. bitsandbytes, and compressed-
 tensors with 8-bit weights and activations, are loaded by transformers and computed by those

@@ -86,29 +86,54 @@ class Embedder:
         Raises:
             InputError: A text is not valid Unicode; the model does not have this `prompt` or `dim`;
                 the precision needs ranges that were not measured; or a text gives NaN or infinity,
-                which only "float32" can represent.
+                which would stay in an index for ever (`embed_texts` returns them).
+        """
+        check_options(self.dim, dim, precision)
+        check_ranges(precision, dim or self.dim, self.ranges)
+        vectors = self.embed_texts(
+            texts, prompt=prompt, batch_tokens=batch_tokens, progress=progress, first=first
+        )
+        if problem := describe_nonfinite(vectors, self.precision, "text", first):
+            raise InputError(problem)
+        if dim is not None:
+            vectors = shorten(vectors, dim, unit_length=self.facts.outputs.unit_length)
+        return quantize_vectors(vectors, precision, self.ranges)
+
+    def embed_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        prompt: str | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | Callable[[int], None] = False,
+        first: int = 0,
+    ) -> np.ndarray:
+        """Embed texts as `encode` does, but return NaN and infinity where the model gives them.
+
+        Args:
+            texts: As for `encode`.
+            prompt: As for `encode`.
+            batch_tokens: As for `encode`.
+            progress: As for `encode`.
+            first: As for `encode`.
+
+        Returns:
+            float32 [len(texts), dim].
+
+        Raises:
+            InputError: A text is not valid Unicode, or the model does not have this `prompt`.
         """
         if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
             self.model.check_process()
-        check_options(self.dim, dim, precision)
-        check_ranges(precision, dim or self.dim, self.ranges)
         text = self.prompt_text(prompt)
         encoded = self.tokenizer.encode(texts, text)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text", first)
-        vectors = self.embed_rows(
+        return self.embed_rows(
             encoded.ids,
             prompt_length=self.prompt_length(text),
             batch_tokens=batch_tokens,
             progress=progress,
         )
-        problem = describe_nonfinite(vectors, self.precision, "text", first)
-        if problem and precision != "float32":
-            raise InputError(f"{problem}; {precision} cannot represent these")
-        if problem:
-            logger.error(problem)
-        if dim is not None:
-            vectors = shorten(vectors, dim, unit_length=self.facts.outputs.unit_length)
-        return quantize_vectors(vectors, precision, self.ranges)
 
     def embed_rows(
         self,
@@ -127,7 +152,7 @@ class Embedder:
             progress: As for `encode`.
 
         Returns:
-            float32 [rows, dim], in the order of `rows`.
+            float32 [rows, dim], in the order of `rows`; NaN and infinity are not looked for.
         """
         model = self.model
         if not self.facts.outputs.include_prompt:
@@ -161,8 +186,6 @@ class Embedder:
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
         vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
-        if problem := describe_nonfinite(vectors, self.precision, "text"):
-            raise InputError(f"{problem}; no ranges were kept")
         self.ranges = measure_ranges(vectors, unit_length=self.facts.outputs.unit_length)
         if self.keeps_ranges:
             record_ranges(self.facts.folder, self.ranges)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from .facts import Model, ModelFacts
 from .onnxruntime import OnnxModel
 from .prefix_cache import group_rows, run_groups
 from .torch import TorchModel
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,36 @@ class Reranker:
             if the model's files name no Sigmoid.
 
         Raises:
+            InputError: A pair is not two strings of valid Unicode, or gives NaN or infinity
+                (`score_pairs` returns them).
+        """
+        scores = self.score_pairs(
+            pairs, instruction=instruction, batch_tokens=batch_tokens, progress=progress
+        )
+        if problem := describe_nonfinite(scores, self.precision, "pair"):
+            raise InputError(problem)
+        return scores
+
+    def score_pairs(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        instruction: str | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Score pairs as `score` does, but return NaN and infinity where the model gives them.
+
+        Args:
+            pairs: As for `score`.
+            instruction: As for `score`.
+            batch_tokens: As for `score`.
+            progress: As for `score`.
+
+        Returns:
+            float32 [len(pairs)].
+
+        Raises:
             InputError: A pair is not two strings of valid Unicode.
         """
         if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
@@ -87,10 +114,7 @@ class Reranker:
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]
-        scores = self.score_rows(encoded.ids, queries, batch_tokens=batch_tokens, progress=progress)
-        if problem := describe_nonfinite(scores, self.precision, "pair"):
-            logger.error(problem)
-        return scores
+        return self.score_rows(encoded.ids, queries, batch_tokens=batch_tokens, progress=progress)
 
     def score_rows(
         self,
@@ -109,7 +133,7 @@ class Reranker:
             progress: As for `score`.
 
         Returns:
-            float32 [rows], as for `score`.
+            float32 [rows], as for `score`; NaN and infinity are not looked for.
         """
         options = {
             "batch_tokens": choose_batch_tokens(batch_tokens, self.device),
@@ -145,7 +169,7 @@ class Reranker:
             The ranked documents, best first; equal scores keep the order of `documents`.
 
         Raises:
-            InputError: A text is not valid Unicode, or `top_k` is below 1.
+            InputError: A text is not valid Unicode or gives NaN, or `top_k` is below 1.
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k should be at least 1, found {top_k}")

@@ -183,14 +183,14 @@ def compare_quality(
 def encode_set(embedder: Embedder, data: RetrievalSet, *, progress: bool) -> Vectors:
     """The artifact's vectors: (queries [n, dim], documents [m, dim])."""
     return (
-        embedder.encode(list(data.queries.values()), prompt="query", progress=progress),
-        embedder.encode(list(data.documents.values()), prompt="document", progress=progress),
+        embedder.embed_texts(list(data.queries.values()), prompt="query", progress=progress),
+        embedder.embed_texts(list(data.documents.values()), prompt="document", progress=progress),
     )
 
 
 def score_set(reranker: Reranker, data: RetrievalSet, *, progress: bool) -> np.ndarray:
     """The artifact's scores of all candidates, [pairs]."""
-    return reranker.score(candidate_pairs(data), progress=progress)
+    return reranker.score_pairs(candidate_pairs(data), progress=progress)
 
 
 def _row(

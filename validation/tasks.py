@@ -238,7 +238,7 @@ class RerankerTask:
 
     def run(self, reranker: Reranker, *, progress: bool) -> np.ndarray:
         """The artifact's scores: float32 [pairs]."""
-        return reranker.score(self._tuples(), progress=progress)
+        return reranker.score_pairs(self._tuples(), progress=progress)
 
     def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The absolute score differences: [n] and [n] to float64 [n]."""

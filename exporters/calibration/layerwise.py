@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ...checkpoint.pooling import Head, pool
 from ...quantize.source import WeightSource
 from ..graph.builder import GraphBuilder
-from ..graph.dialect import settle
+from ..graph.dialect import apply_scales
 from ..graph.precision import FLOAT
 from ..graph.qwen3 import INPUTS, Design, Stream, describe_inputs, describe_layer, embed
 from .session import open_session
@@ -62,14 +62,14 @@ class Layer(AbstractContextManager["Layer"]):
         ids, mask = _inputs()
         stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
         batch = describe_inputs(g, design, ids, mask)
-        out = describe_layer(g, design, layer, Stream(stream, None), batch)
+        out, taps = describe_layer(g, design, layer, Stream(stream, None), batch)
         assert out.pending is not None
-        outputs = [g.op("Add", out.residual, settle(g, out.pending))]
-        self.probes = list(g.probes)
-        for value in g.probes.values():
+        outputs = [g.op("Add", out.residual, apply_scales(g, out.pending))]
+        self.probes = list(taps.probes)
+        for value in taps.probes.values():
             outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))
         shared: dict[ir.Value, list[str]] = {}
-        for name, value in g.inputs.items():
+        for name, value in taps.inputs.items():
             shared.setdefault(value, []).append(name)
         if stage is not None:
             outputs, shared = [], dict([list(shared.items())[stage]])

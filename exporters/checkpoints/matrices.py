@@ -14,7 +14,7 @@ from ...quantize.rotation import RotatedHeads
 from ...quantize.rtn import quantize_rtn
 from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
-from ..onnx.apply_recipe import calibrate
+from ..calibration.calibrate import calibrate
 from .methods import Plan, numpy_dtype
 from .packing import Parts, bitsandbytes_parts, fp8_parts, gptq_parts, int8_parts, packed_parts
 

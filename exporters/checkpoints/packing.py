@@ -18,7 +18,6 @@ import numpy as np
 
 from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
-from ..graph.code_layouts import signed
 from .methods import Plan, numpy_dtype
 
 Parts = dict[str, np.ndarray]
@@ -51,7 +50,7 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    words = pack_to_int32(torch.from_numpy(signed(tensor)), tensor.scheme.bits)
+    words = pack_to_int32(torch.from_numpy(tensor.signed_codes()), tensor.scheme.bits)
     parts = {
         "weight_packed": words.numpy(),
         "weight_scale": _stored_scales(tensor),
@@ -65,7 +64,7 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
 def int8_parts(tensor: QuantizedTensor) -> Parts:
     """compressed-tensors' "int-quantized"."""
     return {
-        "weight": signed(tensor),
+        "weight": tensor.signed_codes(),
         "weight_scale": _stored_scales(tensor),
     }
 

@@ -22,13 +22,12 @@ from ...files import read_headers
 from ...quantize.formats import matrices
 from ...quantize.recipe import Recipe
 from ...quantize.schemes import ScaleDtype
-from ...quantize.source import WeightSource
+from ...quantize.source import WeightSource, row_ranges
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
-from ..onnx.apply_recipe import CHUNK_VALUES, describe_calibration
 from ..provenance import Progress, counted, source_record, versions
-from ..texts import reranker_head, tokenize_samples
+from ..texts import describe_calibration, reranker_head, tokenize_samples
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
 from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
@@ -222,11 +221,9 @@ def _write_tensors(
 def _pieces(
     source: WeightSource, name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[np.ndarray]:
-    """A tensor in ranges of rows, so that a table of 150,000 is never whole in memory."""
-    step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
-    for start in range(0, shape[0], step):
-        rows = source.read_fp32(name, slice(start, min(start + step, shape[0])))
-        yield check_finite(source, name, rows.astype(dtype))
+    """A tensor in ranges of rows."""
+    for rows in row_ranges(shape):
+        yield check_finite(source, name, source.read_fp32(name, rows).astype(dtype))
 
 
 def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:

@@ -19,20 +19,13 @@ class GraphBuilder:
     Attributes:
         scope: The part of the model being described; nodes are named "{scope}/{operator}_{n}".
             embedport.artifact.segments cuts a graph into parts by these names.
-        probes: Values to watch, by name; a calibration graph reads them.
-        inputs: Each projection's input, by the projection's name.
-        kept: Keys and values, layer by layer, that the graph returns.
     """
 
     def __init__(self) -> None:
         self.scope = ""
-        self.probes: dict[str, ir.Value] = {}
-        self.inputs: dict[str, ir.Value] = {}
-        self.kept: list[ir.Value] = []
         self._tape = ir.tape.Tape()
         self._outermost = self._tape
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
-        self._shared: dict[Any, Any] = {}
         self._functions: dict[str, ir.Function] = {}
         self._count = 0
 
@@ -130,12 +123,6 @@ class GraphBuilder:
         if value.dtype == dtype:
             return value
         return self.op("Cast", value, dtype=dtype, to=dtype)
-
-    def once(self, key: Any, make: Callable[[], T]) -> T:
-        """Return `make()`, called only once per key: for values that several nodes share."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
 
     def constant(self, value: Any, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """A small constant, added once for each value and dtype."""

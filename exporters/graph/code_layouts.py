@@ -11,14 +11,9 @@ from ...quantize.schemes import QuantizedTensor
 from .tensors import transposed
 
 
-def signed(tensor: QuantizedTensor) -> np.ndarray:
-    """Symmetric codes around zero: int8 [out, in]; 4-bit codes are in -8..7."""
-    return (tensor.codes - np.uint8(tensor.scheme.middle)).view(np.int8)
-
-
 def signed_transposed(tensor: QuantizedTensor) -> np.ndarray:
     """Codes for MatMul and MatMulIntegerToFloat: int8 or int4 [in, out]."""
-    codes = transposed(signed(tensor))
+    codes = transposed(tensor.signed_codes())
     return codes if tensor.scheme.bits == 8 else codes.astype(ml_dtypes.int4)
 
 
@@ -32,7 +27,7 @@ def check_pairs(name: str, tensor: QuantizedTensor) -> None:
     Raises:
         VerificationError: A pair of codes is beyond the limit of `quantize.pairs`.
     """
-    codes = signed(tensor)
+    codes = tensor.signed_codes()
     excess = find_excess(codes)
     if excess is not None:
         row, column = excess

@@ -8,8 +8,9 @@ Rows are right-padded here, so causal attention needs no mask: no real token fol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -72,7 +73,27 @@ class Rows:
     scales: ir.Value
 
 
-class Product(NamedTuple):
+class AttentionValues(NamedTuple):
+    """The values of a batch that each layer's attention takes, in the order of its inputs.
+
+    Attributes:
+        small: bool scalar, whether rows are small enough for attention in one part.
+        short: bool scalar, whether rows are short: see `SHORT_ROW`.
+        position_ids: int64 [batch, size].
+        last: int32 [batch], each row's length less 1; the past counts too.
+        total: int32 scalar, the tokens of the longest row, the past included.
+        lengths: int32 [batch], with a past: the rows' lengths without it.
+    """
+
+    small: ir.Value | None = None
+    short: ir.Value | None = None
+    position_ids: ir.Value | None = None
+    last: ir.Value | None = None
+    total: ir.Value | None = None
+    lengths: ir.Value | None = None
+
+
+class ScaledTensor(NamedTuple):
     """A product with a scale per token, float32 [batch, size, 1], that is not applied yet.
 
     A scale is skipped where the next norm cancels it; otherwise it is applied as late as possible,
@@ -81,6 +102,22 @@ class Product(NamedTuple):
 
     value: ir.Value
     scales: ir.Value | None = None
+
+
+class Activations(NamedTuple):
+    """A projection's input.
+
+    Attributes:
+        value: [batch, size, n].
+        scales: A scale per token, float32 [batch, size, 1], that is not applied yet; None if there
+            is none.
+        rows: The value quantized to 8 bits, by the dtype of the codes, as far as an operator has
+            done it already.
+    """
+
+    value: ir.Value
+    scales: ir.Value | None = None
+    rows: Mapping[ir.DataType, Rows] = MappingProxyType({})
 
 
 class Heads(NamedTuple):
@@ -97,7 +134,7 @@ class Heads(NamedTuple):
 
     q: ir.Value
     k: ir.Value
-    v: Product
+    v: ScaledTensor
     q_norm: ir.Value
     k_norm: ir.Value
 
@@ -134,7 +171,9 @@ class Dialect(Protocol):
     ir_version: int
     requires: str
 
-    def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
+    def attention_values(
+        self, g: GraphBuilder, positions: Positions, compute: ir.DataType
+    ) -> AttentionValues:
         """Compute once the values of a batch that each layer's `attention` takes.
 
         Args:
@@ -161,18 +200,17 @@ class Dialect(Protocol):
         ...
 
     def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
-    ) -> tuple[ir.Value, ir.Value]:
+        self, g: GraphBuilder, residual: ir.Value, x: ScaledTensor, weight: ir.Value, eps: float
+    ) -> tuple[Activations, ir.Value]:
         """(RMSNorm(residual + x), residual + x), in the dtype of `residual`.
 
-        If the operator also quantizes the norm's output, the codes are stored in `g.once`, under
-        the key that `graph.linear` looks up before it calls `quantize_rows`. The same for `swiglu`.
+        An operator that also quantizes the norm's output gives `rows`; the same for `swiglu`.
         """
         ...
 
     def swiglu(
-        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
-    ) -> ir.Value:
+        self, g: GraphBuilder, gate: ScaledTensor, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> Activations:
         """silu(gate) * up, [batch, size, width] in `dtype`."""
         ...
 
@@ -217,7 +255,7 @@ class Dialect(Protocol):
         g: GraphBuilder,
         spec: ModelSpec,
         heads: Heads,
-        rotary: list[ir.Value],
+        values: AttentionValues,
         cache: tuple[ir.Value, ir.Value],
         compute: ir.DataType,
         past: LayerPast | None,
@@ -228,7 +266,7 @@ class Dialect(Protocol):
             g: The graph.
             spec: The model.
             heads: Queries, keys and values.
-            rotary: From `rotary`.
+            values: From `attention_values`.
             cache: Cosines and sines, each [past + size, head_dim / 2], in the dtype to rotate in.
             compute: The dtype of attention.
             past: The shared prefix; only in a dialect that `continues`.
@@ -251,7 +289,7 @@ def number_positions(g: GraphBuilder, positions: Positions, arange: ir.Value) ->
     return g.op("Expand", arange, g.op("Concat", positions.batch, size, axis=0))
 
 
-def settle(g: GraphBuilder, product: Product) -> ir.Value:
+def apply_scales(g: GraphBuilder, product: ScaledTensor) -> ir.Value:
     """Apply a product's scales."""
     if product.scales is None:
         return product.value

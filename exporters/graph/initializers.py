@@ -115,7 +115,7 @@ class QuantizedMatrix:
     def codes_signed(self) -> QuantizedPart:
         """int8 [out, in], around zero."""
         assert self.scheme.bits == 8
-        return self._part("codes", code_layouts.signed, INT8, self.shape)
+        return self._part("codes", QuantizedTensor.signed_codes, INT8, self.shape)
 
     def scales(self, dtype: ir.DataType) -> QuantizedPart:
         """[out, groups] in a floating dtype."""

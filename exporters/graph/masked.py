@@ -17,10 +17,10 @@ from .dialect import (
     Dialect,
     Heads,
     Positions,
+    apply_scales,
     attention_scale,
     norm_heads,
     number_positions,
-    settle,
 )
 
 
@@ -89,7 +89,7 @@ def attend_masked(
         return g.cast(g.op("RotaryEmbedding", heads_first(x), *cache, sight.position_ids), compute)
 
     q, k = norm_heads(g, dialect.norm, spec, heads, cache[0].dtype)
-    v = g.cast(settle(g, heads.v), compute)
+    v = g.cast(apply_scales(g, heads.v), compute)
     values = heads_first(g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim])))
     scale = attention_scale(spec)
     attended = g.op("Attention", rotated(q), rotated(k), values, sight.mask, scale=scale)

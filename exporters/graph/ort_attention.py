@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -13,13 +14,14 @@ from .dialect import (
     FLOAT16,
     INT64,
     MICROSOFT,
+    AttentionValues,
     Heads,
     LayerPast,
     Norm,
-    Product,
+    ScaledTensor,
+    apply_scales,
     attention_scale,
     norm_heads,
-    settle,
 )
 
 # Parts that a longer row's attention is computed in.
@@ -28,12 +30,38 @@ PARTS = 4
 Inputs = tuple[ir.Value, ir.Value, ir.Value]
 
 
+class KernelInputs(NamedTuple):
+    """The inputs of the function RotaryAttention, which its kernel reads by position.
+
+    The order is that of `Heads` (the scales of `v` after it), the cache, `AttentionValues` and
+    `LayerPast`; `enum` in runtimes/kernels/register.c repeats it.
+    """
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    v_scales: ir.Value
+    q_norm: ir.Value
+    k_norm: ir.Value
+    cosines: ir.Value
+    sines: ir.Value
+    small: ir.Value
+    short: ir.Value
+    position_ids: ir.Value
+    last: ir.Value
+    total: ir.Value
+    lengths: ir.Value | None = None
+    states: ir.Value | None = None
+    indices: ir.Value | None = None
+    kept: ir.Value | None = None
+
+
 def fused(
     g: GraphBuilder,
     norm: Norm,
     spec: ModelSpec,
     heads: Heads,
-    rotary: list[ir.Value],
+    values: AttentionValues,
     cache: tuple[ir.Value, ir.Value],
     compute: ir.DataType,
 ) -> ir.Value:
@@ -44,20 +72,19 @@ def fused(
         norm: The dialect's norm.
         spec: The model.
         heads: Queries, keys and values.
-        rotary: From the dialect's `rotary`.
+        values: From the dialect's `attention_values`.
         cache: Cosines and sines.
         compute: FLOAT16 or BFLOAT16.
     """
     rows = _rows(g, norm, spec, heads, cache[0].dtype, compute)
     if compute == FLOAT16:
-        return _fused_attention(g, spec, rows, rotary, cache, None)[0]
-    position_ids, *counts = rotary
-    rotated = _rotate(g, spec, rows, position_ids, cache)
-    return _fused_attention(g, spec, rotated, counts, None, None)[0]
+        return _fused_attention(g, spec, rows, values, cache, None)[0]
+    rotated = _rotate(g, spec, rows, values.position_ids, cache)
+    return _fused_attention(g, spec, rotated, values, None, None)[0]
 
 
 def chosen_by_length(
-    g: GraphBuilder, norm: Norm, spec: ModelSpec, *inputs: ir.Value
+    g: GraphBuilder, norm: Norm, spec: ModelSpec, *parameters: ir.Value
 ) -> list[ir.Value]:
     """Attention in fp32, as a function: onnxruntime's fastest CPU operator for the rows' length.
 
@@ -69,32 +96,32 @@ def chosen_by_length(
         g: The function.
         norm: The dialect's norm.
         spec: The model.
-        inputs: The values of `Heads` (the scales of `v` after it), the cache, the dialect's
-            `rotary` and, with a past, `LayerPast`. The kernel reads them by position.
+        parameters: The values of `KernelInputs`; the last four only with a past.
     """
-    q, k, v, scales, q_norm, k_norm, cosines, sines, small, short, position_ids, *rest = inputs
-    # With a past, query_seqlens is a third count.
-    counts, layer_past = (rest, None) if len(rest) == 2 else (rest[:3], LayerPast(*rest[3:]))
-    heads = Heads(q, k, Product(v, scales), q_norm, k_norm)
+    x = KernelInputs(*parameters)
+    heads = Heads(x.q, x.k, ScaledTensor(x.v, x.v_scales), x.q_norm, x.k_norm)
     rows = _rows(g, norm, spec, heads, FLOAT, FLOAT)
-    past = None if layer_past is None else _for_each_row(g, layer_past, q)
-    cache = (cosines, sines)
+    values = AttentionValues(x.small, x.short, x.position_ids, x.last, x.total, x.lengths)
+    cache, past = (x.cosines, x.sines), None
+    if x.states is not None and x.indices is not None and x.kept is not None:
+        past = _for_each_row(g, LayerPast(x.states, x.indices, x.kept), x.q)
 
     def in_parts(parts: int) -> list[ir.Value]:
-        return _plain_attention(g, spec, _rotate(g, spec, rows, position_ids, cache), past, parts)
+        rotated = _rotate(g, spec, rows, x.position_ids, cache)
+        return _plain_attention(g, spec, rotated, past, parts)
 
     attended, *states = g.choose(
-        small,
+        x.small,
         lambda: in_parts(1),
         lambda: g.choose(
-            short,
+            x.short,
             lambda: in_parts(PARTS),
-            lambda: _fused_attention(g, spec, rows, counts, cache, past),
+            lambda: _fused_attention(g, spec, rows, values, cache, past),
         ),
     )
-    if layer_past is None:
+    if x.kept is None:
         return [attended]
-    ends = g.op("Concat", g.constant([1]), layer_past.kept, axis=0)
+    ends = g.op("Concat", g.constant([1]), x.kept, axis=0)
     first_row = [g.op("Slice", x, g.constant([0, 0]), ends, g.constant([0, 2])) for x in states]
     return [attended, *first_row]
 
@@ -120,14 +147,14 @@ def _rows(
     q, k = norm_heads(g, norm, spec, heads, rotary)
     queries = g.op("Reshape", q, g.constant([0, 0, spec.num_heads * spec.head_dim]))
     keys = g.op("Reshape", k, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
-    return queries, keys, g.cast(settle(g, heads.v), compute)
+    return queries, keys, g.cast(apply_scales(g, heads.v), compute)
 
 
 def _rotate(
     g: GraphBuilder,
     spec: ModelSpec,
     rows: Inputs,
-    position_ids: ir.Value,
+    position_ids: ir.Value | None,
     cache: tuple[ir.Value, ir.Value],
 ) -> Inputs:
     """Rotate queries and keys, and cast them to the values' dtype."""
@@ -145,7 +172,7 @@ def _fused_attention(
     g: GraphBuilder,
     spec: ModelSpec,
     inputs: Inputs,
-    counts: list[ir.Value],
+    counts: AttentionValues,
     cache: tuple[ir.Value, ir.Value] | None,
     past: tuple[ir.Value, ir.Value] | None,
 ) -> list[ir.Value]:
@@ -158,19 +185,17 @@ def _fused_attention(
     queries, keys, values = inputs
     # Before 1.31, values of unknown shape count as missing, and the queries as packed QKV.
     values = g.op("Reshape", values, g.constant([0, 0, spec.num_kv_heads * spec.head_dim]))
-    seqlens_k, total, *query_seqlens = counts
     # position_ids, attention_bias, head_sink, the keys' scales and norms are not given.
-    unused = [None] * 7 if query_seqlens else []
+    query_seqlens = [] if counts.lengths is None else [*[None] * 7, counts.lengths]
     outputs = g.op_outputs(
         "GroupQueryAttention",
         queries,
         keys,
         values,
         *(past or (None, None)),
-        seqlens_k,
-        total,
+        counts.last,
+        counts.total,
         *(cache or (None, None)),
-        *unused,
         *query_seqlens,
         dtypes=[None, None, None],
         domain=MICROSOFT,

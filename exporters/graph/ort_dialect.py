@@ -19,15 +19,17 @@ from .dialect import (
     INT64,
     MICROSOFT,
     UINT8,
+    Activations,
+    AttentionValues,
     Heads,
     LayerPast,
     Positions,
-    Product,
     Rows,
+    ScaledTensor,
+    apply_scales,
     attention_scale,
     number_positions,
     row_scales,
-    settle,
 )
 from .initializers import Float8Matrix, QuantizedMatrix
 
@@ -49,14 +51,12 @@ class OrtDialect:
     # Earlier, GatherBlockQuantized reads wrong rows if a row has an odd number of 4-bit groups.
     requires = "onnxruntime>=1.27"
 
-    def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
-        """The lengths and positions that attention takes, in this order.
+    def attention_values(
+        self, g: GraphBuilder, positions: Positions, compute: ir.DataType
+    ) -> AttentionValues:
+        """Lengths, and position_ids in fp32 and bf16, which rotate before attention.
 
-        - fp32: whether rows are small, whether rows are short: bool scalars
-        - fp32 and bf16: position_ids, int64 [batch, size], for a RotaryEmbedding before attention
-        - seqlens_k, int32 [batch], length - 1; total_sequence_length, int32 scalar; both include
-          the past
-        - with a past: query_seqlens, int32 [batch], the rows' lengths
+        `small` and `short` are in fp32 only, `lengths` only with a past.
         """
         last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
         arange = positions.arange
@@ -68,12 +68,12 @@ class OrtDialect:
         def per_row(count: ir.Value) -> ir.Value:
             return g.op("Squeeze", g.cast(count, ir.DataType.INT32), g.constant([1]))
 
-        values = [per_row(last), g.cast(total, ir.DataType.INT32)]
+        values = AttentionValues(last=per_row(last), total=g.cast(total, ir.DataType.INT32))
         if positions.past is not None:
-            values.append(per_row(positions.lengths))
+            values = values._replace(lengths=per_row(positions.lengths))
         if compute == FLOAT16:
             return values
-        values = [number_positions(g, positions, arange), *values]
+        values = values._replace(position_ids=number_positions(g, positions, arange))
         if compute == BFLOAT16:
             return values
         short = positions.short
@@ -81,7 +81,7 @@ class OrtDialect:
             short = g.op("LessOrEqual", total, g.constant(SHORT_ROW), dtype=BOOL)
         small = g.op("LessOrEqual", positions.size, g.constant(SMALL_ROW), dtype=BOOL)
         small = g.op("And", short, small)
-        return [small, short, *values]
+        return values._replace(small=small, short=short)
 
     def cos_sin(
         self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
@@ -113,15 +113,16 @@ class OrtDialect:
         )[0]
 
     def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
-    ) -> tuple[ir.Value, ir.Value]:
+        self, g: GraphBuilder, residual: ir.Value, x: ScaledTensor, weight: ir.Value, eps: float
+    ) -> tuple[Activations, ir.Value]:
         """SkipSimplifiedLayerNormalization; after an 8-bit product it also quantizes for the next.
 
         In fp32 it is a function with a custom kernel.
         """
         dtype = residual.dtype or FLOAT
         if dtype != FLOAT or (x.scales is None and x.value.dtype != FLOAT):
-            return _add_norm(g, residual, g.cast(settle(g, x), dtype), weight, eps)
+            normed, total = _add_norm(g, residual, g.cast(apply_scales(g, x), dtype), weight, eps)
+            return Activations(normed), total
         if x.scales is None:
             normed, total = g.call(
                 "AddNorm",
@@ -133,11 +134,13 @@ class OrtDialect:
                 opsets=self.opsets,
                 epsilon=eps,
             )
-            return normed, total
+            return Activations(normed), total
 
         def describe(f: GraphBuilder, residual: ir.Value, *x: ir.Value) -> list[ir.Value]:
             *product, weight = x
-            normed, total = _add_norm(f, residual, settle(f, Product(*product)), weight, eps)
+            normed, total = _add_norm(
+                f, residual, apply_scales(f, ScaledTensor(*product)), weight, eps
+            )
             return [total, normed, *_round_rows(f, normed)]
 
         assert weight.shape is not None
@@ -154,33 +157,33 @@ class OrtDialect:
             epsilon=eps,
             width=width,
         )
-        g.once((normed, INT8), lambda: Rows(*rows))
-        return normed, total
+        return Activations(normed, rows={INT8: Rows(*rows)}), total
 
     def swiglu(
-        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
-    ) -> ir.Value:
+        self, g: GraphBuilder, gate: ScaledTensor, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> Activations:
         """QuickGelu with alpha 1 is silu; between 8-bit products it also quantizes for the next.
 
         In fp32 it is a function with a custom kernel.
         """
         plain = gate.value.dtype == up.dtype == FLOAT
         if dtype != FLOAT or (gate.scales is None and not plain):
-            return _swiglu(g, g.cast(settle(g, gate), dtype), g.cast(up, dtype))
+            return Activations(_swiglu(g, g.cast(apply_scales(g, gate), dtype), g.cast(up, dtype)))
         if gate.scales is None:
-            return g.call(
+            (product,) = g.call(
                 "Swiglu",
                 gate.value,
                 up,
                 dtypes=[FLOAT],
                 describe=lambda f, gate, up: [_swiglu(f, gate, up)],
                 opsets=self.opsets,
-            )[0]
+            )
+            return Activations(product)
 
         def describe(
             f: GraphBuilder, gate: ir.Value, scales: ir.Value, up: ir.Value
         ) -> list[ir.Value]:
-            product = _swiglu(f, settle(f, Product(gate, scales)), up)
+            product = _swiglu(f, apply_scales(f, ScaledTensor(gate, scales)), up)
             return [product, *_round_rows(f, product)]
 
         product, *rows = g.call(
@@ -193,8 +196,7 @@ class OrtDialect:
             opsets=self.opsets,
             width=width,
         )
-        g.once((product, INT8), lambda: Rows(*rows))
-        return product
+        return Activations(product, rows={INT8: Rows(*rows)})
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
         """Uint8 around 128: on x86 onnxruntime multiplies it thirty times as fast as int8."""
@@ -282,7 +284,7 @@ class OrtDialect:
         g: GraphBuilder,
         spec: ModelSpec,
         heads: Heads,
-        rotary: list[ir.Value],
+        values: AttentionValues,
         cache: tuple[ir.Value, ir.Value],
         compute: ir.DataType,
         past: LayerPast | None,
@@ -290,10 +292,10 @@ class OrtDialect:
         """In fp32, for CPUs, a function with a custom kernel; in 16 bits GroupQueryAttention."""
         if compute != FLOAT:
             assert past is None
-            return [ort_attention.fused(g, _norm, spec, heads, rotary, cache, compute)]
+            return [ort_attention.fused(g, _norm, spec, heads, values, cache, compute)]
         v, scales = heads.v
-        return g.call(
-            "RotaryAttention",
+        # In the order of `ort_attention.KernelInputs`.
+        inputs = (
             heads.q,
             heads.k,
             v,
@@ -301,8 +303,12 @@ class OrtDialect:
             heads.q_norm,
             heads.k_norm,
             *cache,
-            *rotary,
+            *values,
             *(past or ()),
+        )
+        return g.call(
+            "RotaryAttention",
+            *(value for value in inputs if value is not None),
             dtypes=[FLOAT] * (1 if past is None else 3),
             describe=lambda f, *inputs: ort_attention.chosen_by_length(f, _norm, spec, *inputs),
             opsets=self.opsets,

@@ -1,4 +1,4 @@
-"""Pooling and the modules after it, in a graph; `embedport.checkpoint.pooling` has them in numpy."""
+"""Pooling and the modules after it, in a graph; `checkpoint.pooling` has them in numpy."""
 
 from __future__ import annotations
 

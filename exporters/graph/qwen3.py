@@ -22,6 +22,7 @@ Source of the architecture: Qwen3 Technical Report, arXiv:2505.09388, and transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +34,18 @@ from ...checkpoint.spec import ModelSpec
 from ...quantize.formats import TABLE
 from ...quantize.source import WeightSource
 from .builder import GraphBuilder
-from .dialect import FLOAT8, INT8, Dialect, Heads, LayerPast, Positions, Product, settle
+from .dialect import (
+    FLOAT8,
+    INT8,
+    Activations,
+    AttentionValues,
+    Dialect,
+    Heads,
+    LayerPast,
+    Positions,
+    ScaledTensor,
+    apply_scales,
+)
 from .initializers import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .masked import Sight, attend_masked, describe_sight
 from .pooling import describe_steps, normalize, pool, shorten
@@ -92,7 +104,7 @@ class Stream(NamedTuple):
     """The residual stream between layers, and the output to add to it (None at the start)."""
 
     residual: ir.Value
-    pending: Product | None
+    pending: ScaledTensor | None
 
 
 class Past(NamedTuple):
@@ -111,6 +123,20 @@ class Past(NamedTuple):
     short: ir.Value
 
 
+class Taps(NamedTuple):
+    """The values within a layer that something besides the next layer reads.
+
+    Attributes:
+        probes: The values whose magnitudes decide what stays in fp32, by name.
+        inputs: Each projection's input, by the projection's name.
+        states: With a past: the first row's rotated keys and its values.
+    """
+
+    probes: dict[str, ir.Value]
+    inputs: dict[str, ir.Value]
+    states: list[ir.Value]
+
+
 class Batch(NamedTuple):
     """Values computed once for a batch: see `describe_inputs`."""
 
@@ -119,7 +145,7 @@ class Batch(NamedTuple):
     width: ir.Value
     even: bool
     positions: Positions
-    rotary: list[ir.Value]
+    attention: AttentionValues
     cache: tuple[ir.Value, ir.Value]
     past: Past | None
     sight: Sight | None
@@ -147,14 +173,16 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
         past = Past(states, kept, short)
     batch = describe_inputs(g, design, *inputs, even=design.precision.has_groups, past=past)
     stream = embed(g, design, batch)
+    states = []
     for layer in range(spec.num_layers):
         last_only = layer == spec.num_layers - 1 and design.last_only
-        stream = describe_layer(g, design, layer, stream, batch, last_only=last_only)
+        stream, taps = describe_layer(g, design, layer, stream, batch, last_only=last_only)
+        states += taps.states
     outputs = []
     if past is not None:
         g.scope = PRESENT
         shape = (2 * spec.num_layers, spec.num_kv_heads, "kept", spec.head_dim)
-        outputs.append(named(g.op("Concat", *g.kept, axis=0), PRESENT, shape))
+        outputs.append(named(g.op("Concat", *states, axis=0), PRESENT, shape))
     outputs.append(describe_output(g, design, stream, batch, prompt_length))
     return g.model(
         [*inputs, *([] if prompt_length is None else [prompt_length]), *(past or ())],
@@ -214,7 +242,7 @@ def describe_inputs(
         width=width,
         even=even,
         positions=positions,
-        rotary=design.dialect.rotary(g, positions, design.precision.compute),
+        attention=design.dialect.attention_values(g, positions, design.precision.compute),
         cache=rotary_cache(g, design, all_positions),
         past=past,
         sight=describe_sight(g, design.spec, positions),
@@ -258,7 +286,7 @@ def describe_layer(
     batch: Batch,
     *,
     last_only: bool = False,
-) -> Stream:
+) -> tuple[Stream, Taps]:
     """One decoder layer.
 
     Args:
@@ -268,34 +296,36 @@ def describe_layer(
         stream: Residual stream and the output to add, [batch, size, hidden_size].
         batch: The batch's values.
         last_only: Whether to keep each row's last token only, [batch, 1, hidden_size].
+
+    Returns:
+        (the stream after the layer, the values within it).
     """
     prefix = f"layers.{layer}"
     g.scope = prefix
+    taps = Taps({}, {}, [])
     normed, residual = add_norm(g, design, f"{prefix}.input_layernorm.weight", stream)
-    g.probes[f"{prefix}.residual"] = residual
-    attended = describe_attention(g, design, layer, normed, batch)
+    taps.probes[f"{prefix}.residual"] = residual
+    attended = describe_attention(g, design, layer, normed, batch, taps)
     if last_only:
         attended, residual = (last_token(g, x, batch) for x in (attended, residual))
-    projected = attention_linear(g, design, f"{prefix}.self_attn.o_proj", Product(attended))
+    (projected,) = linears(g, design, [f"{prefix}.self_attn.o_proj"], Activations(attended), taps)
     stream = Stream(residual, projected)
     normed, residual = add_norm(g, design, f"{prefix}.post_attention_layernorm.weight", stream)
-    g.probes[f"{prefix}.mlp.residual"] = residual
-    return Stream(residual, describe_mlp(g, design, f"{prefix}.mlp", normed))
+    taps.probes[f"{prefix}.mlp.residual"] = residual
+    return Stream(residual, describe_mlp(g, design, f"{prefix}.mlp", normed, taps)), taps
 
 
 def describe_attention(
-    g: GraphBuilder, design: Design, layer: int, x: ir.Value, batch: Batch
+    g: GraphBuilder, design: Design, layer: int, x: Activations, batch: Batch, taps: Taps
 ) -> ir.Value:
     """Projections, then the dialect's attention or masked attention."""
     prefix = f"layers.{layer}.self_attn"
 
-    def projected(name: str) -> Product:
-        return attention_linear(g, design, f"{prefix}.{name}_proj", Product(x))
-
     def gains(name: str, dtype: ir.DataType | None) -> ir.Value:
         return norm_weight(g, design, f"{prefix}.{name}_norm.weight", dtype)
 
-    q, k, v = (projected(name) for name in "qkv")
+    names = [f"{prefix}.{name}_proj" for name in "qkv"]
+    q, k, v = linears(g, design, names, x, taps)
     heads = Heads(q.value, k.value, v, gains("q", q.value.dtype), gains("k", k.value.dtype))
     if layer in design.spec.masked_layers:
         assert batch.sight is not None
@@ -308,59 +338,77 @@ def describe_attention(
         indices = g.constant([2 * layer, 2 * layer + 1])
         past = LayerPast(past.states, indices, past.kept)
     attended, *states = design.dialect.attention(
-        g, design.spec, heads, batch.rotary, batch.cache, design.precision.compute, past
+        g, design.spec, heads, batch.attention, batch.cache, design.precision.compute, past
     )
-    g.kept += states
+    taps.states.extend(states)
     return attended
 
 
-def attention_linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
-    """As `linear`, plus the projection's bias if the model's attention has biases."""
-    product = linear(g, design, name, x)
-    if not design.spec.attention_bias:
-        return product
-    value = settle(g, product)
-    bias = CheckpointTensor(f"{name}.bias", design.weights, value.dtype or FLOAT)
-    return Product(g.op("Add", value, g.initializer(bias)))
-
-
-def describe_mlp(g: GraphBuilder, design: Design, prefix: str, x: ir.Value) -> Product:
+def describe_mlp(
+    g: GraphBuilder, design: Design, prefix: str, x: Activations, taps: Taps
+) -> ScaledTensor:
     """SwiGLU, arXiv:2002.05202: down(silu(gate(x)) * up(x))."""
     down = f"{prefix}.down_proj"
     dtype = design.precision.dtype_of(down)
-    gate = linear(g, design, f"{prefix}.gate_proj", Product(x))
-    up = linear(g, design, f"{prefix}.up_proj", Product(x))
+    gate, up = linears(g, design, [f"{prefix}.gate_proj", f"{prefix}.up_proj"], x, taps)
     width = design.spec.intermediate_size
     product = design.dialect.swiglu(g, gate, up.value, width, dtype)
-    g.probes[f"{down}.input"] = product
+    taps.probes[f"{down}.input"] = product.value
     # The scales of `up` are applied later, to the narrower output of `down`.
-    return linear(g, design, down, Product(product, up.scales))
+    (out,) = linears(g, design, [down], product._replace(scales=up.scales), taps)
+    return out
 
 
-def linear(g: GraphBuilder, design: Design, name: str, x: Product) -> Product:
-    """Multiply x by a projection's matrix, in the format that the precision gives it."""
+def linears(
+    g: GraphBuilder, design: Design, names: Sequence[str], x: Activations, taps: Taps
+) -> list[ScaledTensor]:
+    """Multiply x by projections' matrices, each in the format that the precision gives it.
+
+    Projections that take 8-bit activations share them.
+    """
+    rows = dict(x.rows)
+    products = []
+    for name in names:
+        taps.inputs[name] = x.value
+        format = design.precision.formats.get(name)
+        if format is not None and format.activations:
+            codes = FLOAT8 if format.float8 else INT8
+            if codes not in rows:
+                value = g.cast(x.value, FLOAT)
+                width = design.spec.tensor_shapes()[f"{name}.weight"][1]
+                rows[codes] = design.dialect.quantize_rows(g, value, width, codes)
+        product = linear(g, design, name, x._replace(rows=rows), taps)
+        products.append(add_bias(g, design, name, product))
+    return products
+
+
+def linear(g: GraphBuilder, design: Design, name: str, x: Activations, taps: Taps) -> ScaledTensor:
+    """Multiply x, quantized already if the projection takes 8-bit activations, by one matrix."""
     precision, dialect = design.precision, design.dialect
-    g.inputs[name] = x.value
     format = precision.formats.get(name)
     if format is None:
         dtype = precision.dtype_of(name)
         tensor = CheckpointTensor(f"{name}.weight", design.weights, dtype, transpose=True)
-        out = Product(g.op("MatMul", g.cast(x.value, dtype), g.initializer(tensor)), x.scales)
-        g.probes[name] = out.value
+        out = ScaledTensor(g.op("MatMul", g.cast(x.value, dtype), g.initializer(tensor)), x.scales)
+        taps.probes[name] = out.value
         return out
     compute = precision.compute
     if not format.activations:
         value = g.cast(x.value, compute)
-        return Product(dialect.matmul_groups(g, value, quantized(design, name)), x.scales)
+        return ScaledTensor(dialect.matmul_groups(g, value, quantized(design, name)), x.scales)
     matrix = float8(design, name) if format.float8 else quantized(design, name)
-    codes = FLOAT8 if format.float8 else INT8
-    width = matrix.shape[1]
-    rows = g.once(
-        (x.value, codes),
-        lambda: dialect.quantize_rows(g, g.cast(x.value, FLOAT), width, codes),
-    )
+    rows = x.rows[FLOAT8 if format.float8 else INT8]
     scales = rows.scales if x.scales is None else g.op("Mul", rows.scales, x.scales)
-    return Product(dialect.matmul_rows(g, rows, matrix, compute), scales)
+    return ScaledTensor(dialect.matmul_rows(g, rows, matrix, compute), scales)
+
+
+def add_bias(g: GraphBuilder, design: Design, name: str, product: ScaledTensor) -> ScaledTensor:
+    """Add a projection's bias, in a model whose attention has biases."""
+    if not design.spec.attention_bias or ".self_attn." not in name:
+        return product
+    value = apply_scales(g, product)
+    bias = CheckpointTensor(f"{name}.bias", design.weights, value.dtype or FLOAT)
+    return ScaledTensor(g.op("Add", value, g.initializer(bias)))
 
 
 def quantized(design: Design, name: str) -> QuantizedMatrix:
@@ -379,12 +427,12 @@ def float8(design: Design, name: str) -> Float8Matrix:
 
 def add_norm(
     g: GraphBuilder, design: Design, weight_name: str, stream: Stream
-) -> tuple[ir.Value, ir.Value]:
+) -> tuple[Activations, ir.Value]:
     """Add the pending output to the stream; return (the stream's RMSNorm, the stream)."""
     dialect, eps = design.dialect, design.spec.rms_norm_eps
     weight = norm_weight(g, design, weight_name, stream.residual.dtype)
     if stream.pending is None:
-        return dialect.norm(g, stream.residual, weight, eps), stream.residual
+        return Activations(dialect.norm(g, stream.residual, weight, eps)), stream.residual
     return dialect.add_norm(g, stream.residual, stream.pending, weight, eps)
 
 
@@ -413,9 +461,9 @@ def describe_output(
     spec, outputs = design.spec, design.spec.outputs
     assert stream.pending is not None  # a model has at least one layer
     # Usually one row per text: fusing would gain nothing.
-    pending = Product(g.cast(settle(g, stream.pending), FLOAT))
+    pending = ScaledTensor(g.cast(apply_scales(g, stream.pending), FLOAT))
     stream = Stream(g.cast(stream.residual, FLOAT), pending)
-    normed, _ = add_norm(g, design, "norm.weight", stream)
+    (normed, *_), _ = add_norm(g, design, "norm.weight", stream)
     rotation = design.weights.output_rotation
     # For a reranker, the rotation is in the head instead.
     plain = outputs.steps == ("normalize",) and outputs.last_token and outputs.truncate is None

@@ -9,16 +9,18 @@ from .builder import GraphBuilder
 from .dialect import (
     FLOAT,
     INT8,
+    Activations,
+    AttentionValues,
     Heads,
     LayerPast,
     Positions,
-    Product,
     Rows,
+    ScaledTensor,
+    apply_scales,
     attention_scale,
     norm_heads,
     number_positions,
     row_scales,
-    settle,
 )
 from .initializers import Float8Matrix, QuantizedMatrix
 
@@ -32,9 +34,11 @@ class StandardDialect:
     ir_version = 11
     requires = "onnxruntime>=1.23"
 
-    def rotary(self, g: GraphBuilder, positions: Positions, compute: ir.DataType) -> list[ir.Value]:
-        """position_ids, int64 [batch, size]."""
-        return [number_positions(g, positions, positions.arange)]
+    def attention_values(
+        self, g: GraphBuilder, positions: Positions, compute: ir.DataType
+    ) -> AttentionValues:
+        """position_ids."""
+        return AttentionValues(position_ids=number_positions(g, positions, positions.arange))
 
     def cos_sin(
         self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
@@ -47,18 +51,19 @@ class StandardDialect:
         return g.op("RMSNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
 
     def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: Product, weight: ir.Value, eps: float
-    ) -> tuple[ir.Value, ir.Value]:
+        self, g: GraphBuilder, residual: ir.Value, x: ScaledTensor, weight: ir.Value, eps: float
+    ) -> tuple[Activations, ir.Value]:
         """Add, then RMSNormalization."""
-        total = g.op("Add", residual, g.cast(settle(g, x), residual.dtype or FLOAT))
-        return self.norm(g, total, weight, eps), total
+        total = g.op("Add", residual, g.cast(apply_scales(g, x), residual.dtype or FLOAT))
+        return Activations(self.norm(g, total, weight, eps)), total
 
     def swiglu(
-        self, g: GraphBuilder, gate: Product, up: ir.Value, width: int, dtype: ir.DataType
-    ) -> ir.Value:
+        self, g: GraphBuilder, gate: ScaledTensor, up: ir.Value, width: int, dtype: ir.DataType
+    ) -> Activations:
         """Gate times its sigmoid, times up."""
-        x = g.cast(settle(g, gate), dtype)
-        return g.op("Mul", g.op("Mul", x, g.op("Sigmoid", x)), g.cast(up, dtype))
+        x = g.cast(apply_scales(g, gate), dtype)
+        silu = g.op("Mul", x, g.op("Sigmoid", x))
+        return Activations(g.op("Mul", silu, g.cast(up, dtype)))
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
         """Divide rows by their scales first: 8-bit engines need one constant scale."""
@@ -112,14 +117,14 @@ class StandardDialect:
         g: GraphBuilder,
         spec: ModelSpec,
         heads: Heads,
-        rotary: list[ir.Value],
+        values: AttentionValues,
         cache: tuple[ir.Value, ir.Value],
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
         """Attention with heads first, as TensorRT's parser takes it; only the causal mask."""
         assert past is None
-        (position_ids,) = rotary
+        position_ids = values.position_ids
 
         def heads_first(x: ir.Value) -> ir.Value:
             return g.op("Transpose", x, perm=[0, 2, 1, 3])
@@ -129,12 +134,10 @@ class StandardDialect:
             return g.cast(result, compute)
 
         q, k = norm_heads(g, self.norm, spec, heads, cache[0].dtype)
-        v = g.cast(settle(g, heads.v), compute)
+        v = g.cast(apply_scales(g, heads.v), compute)
         v = g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim]))
-        values = heads_first(v)
+        v = heads_first(v)
         queries, keys = rotated(q), rotated(k)
-        attended = g.op(
-            "Attention", queries, keys, values, is_causal=1, scale=attention_scale(spec)
-        )
+        attended = g.op("Attention", queries, keys, v, is_causal=1, scale=attention_scale(spec))
         width = spec.num_heads * spec.head_dim
         return [g.op("Reshape", heads_first(attended), g.constant([0, 0, width]))]

@@ -245,66 +245,106 @@ INLINE void weigh(float *scores, ptrdiff_t width, ptrdiff_t seen, struct softmax
     softmax->sum += sum(weights);
 }
 
-TARGET static void attend(const struct attention *a, size_t task) {
-    /* The last queries attend to most keys: they come first, so that threads finish together. */
-    ptrdiff_t blocks = ceiling(a->size, QUERIES), rows = a->batch * a->heads;
-    ptrdiff_t first = (blocks - 1 - (ptrdiff_t)task / rows) * QUERIES;
-    ptrdiff_t row = (ptrdiff_t)task % rows / a->heads, head = (ptrdiff_t)task % a->heads;
-    ptrdiff_t dim = a->head_dim, padded = a->padded_dim, kv_head = head * a->kv_heads / a->heads;
-    ptrdiff_t inside = minimum(QUERIES, a->size - first);
-    /* Padding tokens attend to nothing. */
-    ptrdiff_t count = minimum(inside, a->last[row] + 1 - a->past - first);
+/* One task's queries: QUERIES consecutive ones of a row and a head, fewer at the row's end. */
+struct block {
+    ptrdiff_t row, head, kv_head;
+    ptrdiff_t first;  /* the first query's token in the row */
+    ptrdiff_t inside; /* queries, padding included */
+    ptrdiff_t count;  /* queries that are real tokens; padding attends to nothing */
+    ptrdiff_t start;  /* the first query's position, the past included */
     float queries[QUERIES * MAX_HEAD_DIM], attended[QUERIES * MAX_HEAD_DIM];
     float scores[QUERIES * KEYS];
     struct softmax softmax[QUERIES];
-    float *out = a->attended + ((row * a->size + first) * a->heads + head) * dim;
-    for (ptrdiff_t i = 0; i < count; i++) {
-        const float *q = a->q + ((row * a->size + first + i) * a->heads + head) * dim;
-        if (i + AHEAD < count) prefetch(q + AHEAD * a->heads * dim, dim);
-        float *query = queries + i * padded;
-        norm_rotate(a, q, a->q_gains, a->past + first + i, a->scale, query);
-        clear(attended + i * padded, padded);
-        softmax[i] = (struct softmax){-__builtin_inff(), 0};
+};
+
+INLINE void find_block(const struct attention *a, size_t task, struct block *b) {
+    /* The last queries attend to most keys: they come first, so that threads finish together. */
+    ptrdiff_t blocks = ceiling(a->size, QUERIES), rows = a->batch * a->heads;
+    b->first = (blocks - 1 - (ptrdiff_t)task / rows) * QUERIES;
+    b->row = (ptrdiff_t)task % rows / a->heads;
+    b->head = (ptrdiff_t)task % a->heads;
+    b->kv_head = b->head * a->kv_heads / a->heads;
+    b->inside = minimum(QUERIES, a->size - b->first);
+    b->count = minimum(b->inside, a->last[b->row] + 1 - a->past - b->first);
+    b->start = a->past + b->first;
+}
+
+/* 1. Norm, rotate and scale the queries; nothing is attended to yet. */
+INLINE void prepare_queries(const struct attention *a, struct block *b) {
+    for (ptrdiff_t i = 0; i < b->count; i++) {
+        ptrdiff_t token = b->row * a->size + b->first + i;
+        const float *q = a->q + (token * a->heads + b->head) * a->head_dim;
+        if (i + AHEAD < b->count) prefetch(q + AHEAD * a->heads * a->head_dim, a->head_dim);
+        norm_rotate(a, q, a->q_gains, b->start + i, a->scale, b->queries + i * a->padded_dim);
+        clear(b->attended + i * a->padded_dim, a->padded_dim);
+        b->softmax[i] = (struct softmax){-__builtin_inff(), 0};
     }
-    ptrdiff_t start = a->past + first; /* the first query's position */
-    for (ptrdiff_t key = 0; count > 0 && key < start + count; key += KEYS) {
-        for (ptrdiff_t panel = key; panel < minimum(key + KEYS, start + count); panel += PANEL) {
-            const float *keys = find_keys(a, row, kv_head, panel / PANEL);
-            for (ptrdiff_t i = 0; i < count; i += TILE_ROWS) {
-                ptrdiff_t tile = minimum(TILE_ROWS, count - i);
-                ptrdiff_t width = minimum(PANEL, start + i + tile - panel);
-                if (width > 0)
-                    multiply((int)tile, (int)ceiling(width, LANES), 0, padded,
-                             queries + i * padded, padded, keys, PANEL,
-                             scores + i * KEYS + panel - key, KEYS);
-            }
-        }
-        for (ptrdiff_t i = 0; i < count; i += TILE_ROWS) {
-            ptrdiff_t tile = minimum(TILE_ROWS, count - i);
-            ptrdiff_t width = minimum(KEYS, start + i + tile - key);
-            if (width <= 0) continue;
-            ptrdiff_t whole = LANES * ceiling(width, LANES);
-            for (ptrdiff_t j = i; j < i + tile; j++) {
-                float *weights = scores + j * KEYS;
-                weigh(weights, whole, minimum(width, start + j + 1 - key), softmax + j,
-                      attended + j * padded, padded);
-            }
-            /* The prefix's values and the row's own are stored apart. */
-            ptrdiff_t shared = minimum(width, a->shared_panels * PANEL - key), end;
-            for (ptrdiff_t from = 0; from < width; from = end) {
-                const float *values = find_values(a, row, kv_head, (key + from) / PANEL);
-                end = from < shared ? shared : width;
-                for (ptrdiff_t j = 0; j < padded; j += 4 * LANES)
-                    multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, end - from,
-                             scores + i * KEYS + from, KEYS, values + j, padded, attended + i * padded + j, padded);
-            }
+}
+
+/* 2. The queries' scores for the keys from `key` on, KEYS at most, as far as one of a tile attends to them. */
+INLINE void score_keys(const struct attention *a, struct block *b, ptrdiff_t key) {
+    ptrdiff_t padded = a->padded_dim, end = minimum(key + KEYS, b->start + b->count);
+    for (ptrdiff_t panel = key; panel < end; panel += PANEL) {
+        const float *keys = find_keys(a, b->row, b->kv_head, panel / PANEL);
+        for (ptrdiff_t i = 0; i < b->count; i += TILE_ROWS) {
+            ptrdiff_t tile = minimum(TILE_ROWS, b->count - i);
+            ptrdiff_t width = minimum(PANEL, b->start + i + tile - panel);
+            if (width > 0)
+                multiply((int)tile, (int)ceiling(width, LANES), 0, padded, b->queries + i * padded,
+                         padded, keys, PANEL, b->scores + i * KEYS + panel - key, KEYS);
         }
     }
-    for (ptrdiff_t i = 0; i < inside; i++) {
-        vec factor = set(i < count ? 1 / softmax[i].sum : 0);
+}
+
+/* 3. Turn a tile's scores into weights; each query attends up to its own position. */
+INLINE void weigh_tile(const struct attention *a, struct block *b, ptrdiff_t key, ptrdiff_t i,
+                       ptrdiff_t tile, ptrdiff_t width) {
+    ptrdiff_t whole = LANES * ceiling(width, LANES);
+    for (ptrdiff_t j = i; j < i + tile; j++)
+        weigh(b->scores + j * KEYS, whole, minimum(width, b->start + j + 1 - key), b->softmax + j,
+              b->attended + j * a->padded_dim, a->padded_dim);
+}
+
+/* 4. Add a tile's weighted values. The prefix's values and the row's own are stored apart. */
+INLINE void add_values(const struct attention *a, struct block *b, ptrdiff_t key, ptrdiff_t i,
+                       ptrdiff_t tile, ptrdiff_t width) {
+    ptrdiff_t padded = a->padded_dim, shared = minimum(width, a->shared_panels * PANEL - key), end;
+    for (ptrdiff_t from = 0; from < width; from = end) {
+        const float *values = find_values(a, b->row, b->kv_head, (key + from) / PANEL);
+        end = from < shared ? shared : width;
+        for (ptrdiff_t j = 0; j < padded; j += 4 * LANES)
+            multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, end - from,
+                     b->scores + i * KEYS + from, KEYS, values + j, padded,
+                     b->attended + i * padded + j, padded);
+    }
+}
+
+/* 5. Divide by the sums of weights; padding tokens get zeros. */
+INLINE void write_block(const struct attention *a, const struct block *b) {
+    ptrdiff_t dim = a->head_dim, step = a->heads * dim;
+    float *out = a->attended + ((b->row * a->size + b->first) * a->heads + b->head) * dim;
+    for (ptrdiff_t i = 0; i < b->inside; i++) {
+        vec factor = set(i < b->count ? 1 / b->softmax[i].sum : 0);
         for (ptrdiff_t j = 0; j < dim; j += LANES) {
-            vec x = i < count ? load(attended + i * padded + j) : factor;
-            store_part(out + i * a->heads * dim + j, dim - j, times(x, factor));
+            vec x = i < b->count ? load(b->attended + i * a->padded_dim + j) : factor;
+            store_part(out + i * step + j, dim - j, times(x, factor));
         }
     }
+}
+
+TARGET static void attend(const struct attention *a, size_t task) {
+    struct block b;
+    find_block(a, task, &b);
+    prepare_queries(a, &b);
+    for (ptrdiff_t key = 0; b.count > 0 && key < b.start + b.count; key += KEYS) {
+        score_keys(a, &b, key);
+        for (ptrdiff_t i = 0; i < b.count; i += TILE_ROWS) {
+            ptrdiff_t tile = minimum(TILE_ROWS, b.count - i);
+            ptrdiff_t width = minimum(KEYS, b.start + i + tile - key);
+            if (width <= 0) continue;
+            weigh_tile(a, &b, key, i, tile, width);
+            add_values(a, &b, key, i, tile, width);
+        }
+    }
+    write_block(a, &b);
 }

@@ -1,6 +1,6 @@
 /* Register the kernels as onnxruntime operators (domain "embedport") on its CPU provider and its threads.
 
-   A graph also defines each operator as a function of onnxruntime's own operators (exporters/onnx/).
+   A graph also defines each operator as a function of onnxruntime's own operators (exporters/graph/).
    onnxruntime uses the function if this library is not registered. */
 
 #include <stdlib.h>
@@ -228,8 +228,9 @@ static OrtStatus *run_tasks_of(const struct node *node, OrtKernelContext *contex
 
 static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     const struct node *node = kernel;
-    enum { Q, K, V, V_SCALES, Q_GAINS, K_GAINS, COSINES, SINES, LAST = 11,
-           STATES = 14, INDICES, KEPT };
+    /* As KernelInputs in exporters/graph/ort_attention.py; onnxruntime's operators alone read some of them. */
+    enum { Q, K, V, V_SCALES, Q_GAINS, K_GAINS, COSINES, SINES, SMALL, SHORT, POSITION_IDS, LAST, TOTAL, LENGTHS,
+           STATES, INDICES, KEPT };
     struct tensor in[MAX_VALUES];
     for (size_t i = 0; i < MAX_VALUES; i++) TRY(read(node, context, i, in + i));
     struct attention a = {

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from embedport.artifact.segments import emulate_16_bits
 from embedport.exporters.graph.builder import GraphBuilder
-from embedport.exporters.graph.dialect import FLOAT, INT8, UINT8, Product, Rows, settle
+from embedport.exporters.graph.dialect import FLOAT, INT8, UINT8, Rows, ScaledTensor, apply_scales
 from embedport.exporters.graph.dialect_table import find_dialect
 from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
 from embedport.quantize.formats import Format
@@ -118,7 +118,7 @@ def by_rows(name: str, tensor: QuantizedTensor) -> Iterator[Case]:
         def describe(g: GraphBuilder, x: ir.Value, chosen=chosen, compute=compute) -> ir.Value:
             rows = chosen.quantize_rows(g, x, WIDTH, INT8)
             value = chosen.matmul_rows(g, rows, matrix_of(tensor), compute)
-            return settle(g, Product(value, rows.scales))
+            return apply_scales(g, ScaledTensor(value, rows.scales))
 
         graph = graph_of(describe, dialect, emulated=compute != FLOAT)
         x = activations()

@@ -11,7 +11,7 @@ import pytest
 import embedport
 from embedport.attention import SHORT_ROW
 from embedport.exporters.graph.builder import GraphBuilder
-from embedport.exporters.graph.dialect import FLOAT, INT8, Product
+from embedport.exporters.graph.dialect import FLOAT, INT8, ScaledTensor
 from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.quantize.schemes import QuantizedTensor, QuantScheme
@@ -75,19 +75,16 @@ def rounded(width):
     return model_of(describe, width)
 
 
-def fused(g, value):
-    """The codes and scales that the function before has given for its value."""
-    rows = g.once((value, INT8), lambda: pytest.fail("there are no codes"))
-    return [rows.codes, rows.scales]
-
-
 def normed(width):
     """A graph that adds, norms and rounds rows."""
     gains = ir.tensor(random(width, seed=1), name="gains")
 
     def describe(g, residual, x, scales):
-        normed, total = DIALECT.add_norm(g, residual, Product(x, scales), g.initializer(gains), EPS)
-        return [total, normed, *fused(g, normed)]
+        normed, total = DIALECT.add_norm(
+            g, residual, ScaledTensor(x, scales), g.initializer(gains), EPS
+        )
+        rows = normed.rows[INT8]
+        return [total, normed.value, rows.codes, rows.scales]
 
     return model_of(describe, width, width, 1)
 
@@ -96,8 +93,9 @@ def gated(width):
     """A graph that gates and rounds rows."""
 
     def describe(g, gate, scales, up):
-        product = DIALECT.swiglu(g, Product(gate, scales), up, width, FLOAT)
-        return [product, *fused(g, product)]
+        product = DIALECT.swiglu(g, ScaledTensor(gate, scales), up, width, FLOAT)
+        rows = product.rows[INT8]
+        return [product.value, rows.codes, rows.scales]
 
     return model_of(describe, width, 1, width)
 
@@ -108,10 +106,8 @@ def plain(width):
 
     def describe(g, x, more):
         weight = g.initializer(gains)
-        return [
-            DIALECT.norm(g, x, weight, EPS),
-            *DIALECT.add_norm(g, x, Product(more), weight, EPS),
-        ]
+        normed, total = DIALECT.add_norm(g, x, ScaledTensor(more), weight, EPS)
+        return [DIALECT.norm(g, x, weight, EPS), normed.value, total]
 
     return model_of(describe, width, width)
 
@@ -119,7 +115,9 @@ def plain(width):
 def activated(width):
     """A graph that gates rows."""
     return model_of(
-        lambda g, gate, up: [DIALECT.swiglu(g, Product(gate), up, width, FLOAT)], width, width
+        lambda g, gate, up: [DIALECT.swiglu(g, ScaledTensor(gate), up, width, FLOAT).value],
+        width,
+        width,
     )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport import runtimes
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError
+from embedport.runtimes import loading
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 
@@ -43,7 +43,7 @@ def test_the_tokenizer_is_read_while_the_graph_opens(folders, monkeypatch):
     """Not before, and not behind it: opening ends only when reading has begun."""
     asked, reading = Event(), Event()
 
-    class Opening(runtimes.OnnxModel):
+    class Opening(loading.OnnxModel):
         def __init__(self, artifact, device, parsed):
             def told():
                 asked.set()
@@ -52,14 +52,14 @@ def test_the_tokenizer_is_read_while_the_graph_opens(folders, monkeypatch):
 
             super().__init__(artifact, device, told)
 
-    class Read(runtimes.EmbeddingTokenizer):
+    class Read(loading.EmbeddingTokenizer):
         def __init__(self, *arguments):
             assert asked.is_set()
             reading.set()
             super().__init__(*arguments)
 
-    monkeypatch.setattr(runtimes, "OnnxModel", Opening)
-    monkeypatch.setattr(runtimes, "EmbeddingTokenizer", Read)
+    monkeypatch.setattr(loading, "OnnxModel", Opening)
+    monkeypatch.setattr(loading, "EmbeddingTokenizer", Read)
     model = embedport.load(folders / "embedding", device="cpu")
     assert isinstance(model, embedport.Embedder)
     assert model.encode(["a"]).shape == (1, 64)
@@ -146,10 +146,18 @@ def test_token_beyond_the_table(tmp_path, checkpoints, copied, small_tokenizer):
         embedder.encode(["fine", "</think>"])
 
 
-def test_nan_is_said(embedder, caplog, monkeypatch):
+def test_nan_is_refused(embedder, reranker, monkeypatch):
+    """A row of NaN would stay in an index for ever."""
     monkeypatch.setattr(embedder, "model", lambda ids, mask: np.full((len(ids), 64), np.nan, "f4"))
-    embedder.encode(["a", "b"])
-    assert "2 of 2 texts gave NaN or infinity in fp32, the first is text 0" in caplog.text
+    with pytest.raises(InputError, match=r"2 of 2 texts gave NaN or infinity in fp32, .* text 0"):
+        embedder.encode(["a", "b"])
+    assert np.isnan(embedder.embed_texts(["a", "b"])).all()
+    scores = np.array([0.5, np.inf], np.float32)
+    monkeypatch.setattr(reranker, "score_rows", lambda *_, **options: scores)
+    pairs = [("a", "b"), ("a", "c")]
+    with pytest.raises(InputError, match=r"1 of 2 pairs gave NaN or infinity in fp32, .* pair 1"):
+        reranker.score(pairs)
+    assert reranker.score_pairs(pairs) is scores
 
 
 def test_devices(folders):

@@ -1,0 +1,358 @@
+"""Plan an export: which options go together, and what they decide before any weight is read."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...checkpoint.spec import ModelSpec
+from ...checkpoint.weights import Weights
+from ...errors import InputError
+from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
+from ...quantize.recipe import STORED, Recipe
+from ...quantize.stored import StoredWeights, check_readable, find_stored
+from ...texts.beir import RetrievalSet
+from ..calibration.search import Search
+from ..graph.dialect import Dialect
+from ..graph.dialect_table import find_dialect
+from ..graph.precision import FLOAT, Precision, find_precision
+from ..texts import describe_calibration, tokenize_retrieval, tokenize_samples
+from .apply_recipe import stored_recipe
+
+logger = logging.getLogger(__name__)
+
+MIN_COSINE = 0.999
+# Precisions that take a quantized checkpoint's codes unchanged, by the codes' bits.
+STORED_BITS = {"int4": 4, "int8-weight": 8}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `export_onnx` that decide what is in the graph; named and explained there."""
+
+    precision: str
+    arithmetic: str | None
+    dialect: str
+    outputs: str
+    dim: int | None
+    max_length: int | None
+    calibration: str | Path | None
+    algorithm: str | None
+    fast: bool
+    rotate: bool | None
+    group_size: int | None
+    embedding_bits: int | None
+    recipe: str | Path | None
+    min_cosine: float | None
+    max_ndcg_loss: float | None
+    retrieval: str | Path | None
+
+    @property
+    def sets_algorithm(self) -> bool:
+        """Whether an algorithm or a rotation is asked for."""
+        return self.algorithm is not None or self.rotate is not None or self.fast
+
+    @property
+    def sets_format(self) -> bool:
+        """Whether a part of the formats is asked for."""
+        return any(
+            option is not None for option in (self.arithmetic, self.group_size, self.embedding_bits)
+        )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a search of formats keeps.
+
+    Attributes:
+        min_cosine: The smallest allowed cosine of a text; None if only retrieval counts.
+        max_ndcg_loss: The largest allowed loss of nDCG@10 on `ranking`.
+        ranking: The retrieval set and its token ids, int64 [tokens] each.
+        rotate: Whether the weights are rotated.
+    """
+
+    min_cosine: float | None
+    max_ndcg_loss: float | None
+    ranking: tuple[RetrievalSet, list[np.ndarray]] | None
+    rotate: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export's decisions.
+
+    Attributes:
+        spec: The checkpoint's spec.
+        dialect: The graph's operators.
+        name: The precision's name in the manifest.
+        precision: The graph's dtypes and formats.
+        recipe: How the matrices are quantized; None if they are not, or not before the search.
+        target: What the search keeps; None without a search.
+        stored_bits: The bits of a quantized checkpoint whose codes the graph takes unchanged; None
+            if it takes none.
+        outputs: "pooled" or "hidden".
+        dim: Leading values of the embedding to keep; None for all.
+        max_length: Tokens after which a text is truncated.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        calibration: The calibration texts' file; None for the built-in texts.
+    """
+
+    spec: ModelSpec
+    dialect: Dialect
+    name: str
+    precision: Precision
+    recipe: Recipe | None
+    target: Target | None
+    stored_bits: int | None
+    outputs: str
+    dim: int | None
+    max_length: int
+    rows: list[np.ndarray]
+    calibration: str | Path | None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether GPTQ or AWQ runs the calibration texts."""
+        return self.recipe is not None and self.recipe.is_calibrated
+
+    def quantized_by(self, recipe: Recipe) -> Plan:
+        """The same plan with a recipe, and the dtypes and formats that it gives.
+
+        Raises:
+            InputError: The recipe does not fit the model or the dialect.
+        """
+        precision = _quantized_precision(self.spec, self.name, recipe, self.dialect.name)
+        return replace(self, recipe=recipe, precision=precision)
+
+    def recipe_record(self, search: Search | None) -> dict[str, Any] | None:
+        """The manifest's record of the recipe, with what the search found."""
+        if self.recipe is None:
+            return None
+        runs_texts = search is not None or self.is_calibrated
+        return {
+            **self.recipe.to_record(),
+            "calibration": describe_calibration(self.rows, self.calibration)
+            if runs_texts
+            else None,
+            "search": None if search is None else search.to_record(),
+        }
+
+
+def plan_export(spec: ModelSpec, options: Options) -> Plan:
+    """Check the options together, and decide all that the weights themselves do not.
+
+    Args:
+        spec: The checkpoint's spec; its weights need not be on disk.
+        options: The options of `export_onnx`.
+
+    Raises:
+        InputError: An option is wrong, or does not go with another or with the checkpoint.
+        CheckpointError: The checkpoint is quantized in a way that is not read, or its tokenizer
+            gives ids beyond the embedding table.
+        MissingPackageError: ir-measures is not installed, for `retrieval`.
+    """
+    check_readable(spec)
+    find_precision(options.precision)  # refuses an unknown name
+    dialect = find_dialect(options.dialect)
+    _check_outputs(spec, options)
+    searches = options.precision == AUTO
+    _check_search(options)
+    recipe = _choose_recipe(spec, options)
+    # A recipe names its formats itself.
+    name = MIXED if options.recipe is not None or searches else options.precision
+    runs_texts = recipe is not None and recipe.is_calibrated
+    if options.calibration is not None and not (
+        runs_texts or searches or options.precision == "fp16"
+    ):
+        raise InputError(
+            f"this export in {name} runs no texts: --calibration goes with --precision fp16 and "
+            "auto, and with --algorithm gptq, gptaq and awq"
+        )
+    max_length = options.max_length or spec.max_length
+    rows = tokenize_samples(spec, max_length, options.calibration)
+    if recipe is None:
+        precision = find_precision(name)
+    else:
+        precision = _quantized_precision(spec, name, recipe, dialect.name)
+        if runs_texts:
+            _check_texts(recipe, rows, options.calibration)
+    takes_codes = not (options.sets_algorithm or options.group_size is not None)
+    return Plan(
+        spec=spec,
+        dialect=dialect,
+        name=name,
+        precision=precision,
+        recipe=recipe,
+        target=_choose_target(spec, options, max_length) if searches else None,
+        stored_bits=STORED_BITS.get(options.precision) if takes_codes else None,
+        outputs=options.outputs,
+        dim=options.dim,
+        max_length=max_length,
+        rows=rows,
+        calibration=options.calibration,
+    )
+
+
+def adopt_codes(plan: Plan, weights: Weights) -> Plan:
+    """Take a quantized checkpoint's own codes if the plan keeps them; otherwise warn.
+
+    Args:
+        plan: The plan, made from the checkpoint's configuration.
+        weights: The checkpoint's weights.
+    """
+    if not isinstance(weights, StoredWeights):
+        return plan
+    recipe, bits = plan.recipe, plan.stored_bits
+    if recipe is not None and bits is not None and weights.gives_codes(bits):
+        plan = plan.quantized_by(stored_recipe(weights, recipe))
+    is_rounded_again = plan.target is not None or (
+        plan.recipe is not None and plan.recipe.algorithm != STORED
+    )
+    if is_rounded_again and weights.formats:
+        logger.warning(
+            "%s: its matrices (%s) are unpacked and quantized again, to %s, which adds a second "
+            "rounding error; give the original checkpoint, or --precision fp32, fp16 or bf16, "
+            "which add none",
+            weights.spec.source.id,
+            " and ".join(weights.describe()),
+            AUTO if plan.target is not None else plan.name,
+        )
+    return plan
+
+
+def _check_outputs(spec: ModelSpec, options: Options) -> None:
+    outputs, dim, max_length = options.outputs, options.dim, options.max_length
+    if outputs not in ("pooled", "hidden"):
+        raise InputError(f"output should be pooled or hidden, found {outputs!r}")
+    if spec.task == "reranker" and (outputs == "hidden" or dim is not None):
+        raise InputError("a reranker gives scores: it takes neither --output hidden nor --dim")
+    if outputs == "hidden" and dim is not None:
+        raise InputError("--dim shortens the pooled embedding; --output hidden has none")
+    if dim is not None and not 1 <= dim <= spec.embedding_dim:
+        raise InputError(f"dim should be from 1 to {spec.embedding_dim}, found {dim}")
+    if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
+        raise InputError(
+            f"max_length should be from 1 to {spec.max_position_embeddings}, found {max_length}"
+        )
+
+
+def _check_search(options: Options) -> None:
+    precision = options.precision
+    if precision == AUTO and options.algorithm != "rtn":
+        raise InputError(
+            "--precision auto measures matrices that are rounded to nearest: it takes no "
+            f"--algorithm {options.algorithm}; leave it out, or use it with --precision int4"
+        )
+    if precision == AUTO and options.dialect != "ort" and not options.sets_format:
+        raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
+    min_cosine, max_loss = options.min_cosine, options.max_ndcg_loss
+    for name, value in (
+        ("--min-cosine", min_cosine),
+        ("--max-ndcg-loss", max_loss),
+        ("--retrieval", options.retrieval),
+    ):
+        if value is not None and precision != AUTO:
+            raise InputError(f"{name} goes with --precision auto, not with {precision}")
+    if (max_loss is None) != (options.retrieval is None):
+        raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
+    if min_cosine is not None and not 0 < min_cosine <= 1:
+        raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
+    if max_loss is not None and not 0 <= max_loss <= 1:
+        raise InputError(f"max_ndcg_loss should be from 0 to 1, found {max_loss}")
+
+
+def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target:
+    min_cosine, ranking = options.min_cosine, None
+    if options.retrieval is not None:
+        ranking = tokenize_retrieval(spec, max_length, options.retrieval)
+    elif min_cosine is None:
+        min_cosine = MIN_COSINE
+    return Target(min_cosine, options.max_ndcg_loss, ranking, bool(options.rotate))
+
+
+def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
+    """How the graph is quantized; None if it is not, or if a search will decide it.
+
+    If a quantized checkpoint keeps its own codes, the recipe is for everything else: see
+    `stored_recipe`.
+    """
+    precision = options.precision
+    if options.recipe is not None:
+        if options.sets_algorithm or options.sets_format or precision != "fp32":
+            raise InputError("a recipe decides everything: give no other option of quantization")
+        return Recipe.from_file(Path(options.recipe))
+    if precision == MIXED:
+        raise InputError("precision mixed comes from a recipe or --precision auto: use one of them")
+    if precision not in QUANTIZED:
+        if options.sets_format or (options.sets_algorithm and precision != AUTO):
+            raise InputError(
+                f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
+                "--embedding-bits and --arithmetic: leave them out, or use them with --precision "
+                f"{', '.join(QUANTIZED)}"
+            )
+        return None
+    formats = plan_formats(
+        spec,
+        precision,
+        dialect=options.dialect,
+        group_size=options.group_size,
+        embedding_bits=options.embedding_bits,
+        fast=options.fast,
+    )
+    algorithm = "gptaq" if precision == "int4" and not options.fast else "rtn"
+    # Only GPUs multiply float8, so the rest computes in 16 bits.
+    default = "bf16" if precision == FP8 else "fp32"
+    recipe = Recipe(
+        {name: str(format) for name, format in formats.items()},
+        options.algorithm or algorithm,
+        rotate=precision == "int8" if options.rotate is None else options.rotate,
+        rotate_heads=precision in STORED_BITS and options.rotate is None,
+        balance=precision == "int8",
+        arithmetic=default if options.arithmetic is None else options.arithmetic,
+    )
+    if _gives_codes(spec, precision) and (options.sets_algorithm or options.group_size is not None):
+        raise InputError(
+            f"{spec.source.id} is quantized to {STORED_BITS[precision]} bits already, and its "
+            "own codes are taken: give none of --algorithm, --rotate and --group-size"
+        )
+    return recipe
+
+
+def _gives_codes(spec: ModelSpec, precision: str) -> bool:
+    """Whether a precision takes the checkpoint's codes unchanged, by the checkpoint's config."""
+    stored, bits = find_stored(spec), STORED_BITS.get(precision)
+    return stored is not None and bits is not None and stored.graph_bits == bits
+
+
+def _quantized_precision(spec: ModelSpec, name: str, recipe: Recipe, dialect: str) -> Precision:
+    """The dtypes and formats of a quantized graph."""
+    precision = find_precision(name, recipe.arithmetic)
+    precision = replace(precision, formats=parse_formats(spec, recipe.formats, dialect))
+    formats = precision.formats.values()
+    if any(format.float8 for format in formats) and recipe.algorithm != "rtn":
+        raise InputError(f"fp8 is rounded to nearest: it takes no --algorithm {recipe.algorithm}")
+    if (
+        dialect == "ort"
+        and precision.compute != FLOAT
+        and any(format.activations for format in formats)
+    ):
+        raise InputError(
+            "onnxruntime multiplies int8 activations on CPUs only: --precision int8 with "
+            "--arithmetic bf16 goes with --dialect standard"
+        )
+    return precision
+
+
+def _check_texts(recipe: Recipe, rows: list[np.ndarray], calibration: str | Path | None) -> None:
+    """Refuse calibration texts that differ from those that the recipe was made with."""
+    recorded, current = recipe.calibration, describe_calibration(rows, calibration)
+    if recorded is not None and recorded["sha256"] != current["sha256"]:
+        raise InputError(
+            f"the recipe was calibrated on texts from {recorded['source']}, and those from "
+            f"{current['source']} give other tokens: give the same with --calibration and, if it "
+            'was given, --max-length; or take "calibration" out of the recipe to calibrate anew'
+        )
