@@ -122,6 +122,17 @@ def export_onnx(
             show_default=False,
         ),
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(help="For auto: most bytes of the weights.", show_default=False),
+    ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="For auto: the same, as bits for each weight, scales included.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -155,6 +166,8 @@ def export_onnx(
             min_cosine=min_cosine,
             max_ndcg_loss=max_ndcg_loss,
             retrieval=retrieval,
+            max_bytes=max_bytes,
+            average_bits=average_bits,
             force=force,
             progress=progress,
         )

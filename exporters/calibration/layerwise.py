@@ -86,19 +86,24 @@ class Layer(AbstractContextManager["Layer"]):
         self._inputs = [value.name for value in shared]
 
     def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """The residual stream after the layer: float32 [1, tokens, hidden_size], like `state`."""
-        return self._session.run(self._outputs[:1], _feeds(ids) | {"stream": state})[0]
+        """The residual stream after the layer: float32 [n, tokens, hidden_size], like `state`.
+
+        Args:
+            ids: int64 [tokens].
+            state: The stream before the layer; n states of the same text are run at once.
+        """
+        return self._session.run(self._outputs[:1], _feeds(ids, state))[0]
 
     def run_probed(
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Like `run`, plus the largest magnitude of each watched value, by name."""
-        out, *magnitudes = self._session.run(self._outputs, _feeds(ids) | {"stream": state})
+        out, *magnitudes = self._session.run(self._outputs, _feeds(ids, state))
         return out, dict(zip(self.probes, magnitudes, strict=True))
 
     def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
         """The shared input of each group in `inputs`: float32 [tokens, in] each."""
-        inputs = self._session.run(self._inputs, _feeds(ids) | {"stream": state})
+        inputs = self._session.run(self._inputs, _feeds(ids, state))
         return [x[0] for x in inputs]
 
     def run_with_inputs(
@@ -106,7 +111,7 @@ class Layer(AbstractContextManager["Layer"]):
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """What `run` and `run_inputs` return, in one run."""
         names = [self._outputs[0], *self._inputs]
-        out, *inputs = self._session.run(names, _feeds(ids) | {"stream": state})
+        out, *inputs = self._session.run(names, _feeds(ids, state))
         return out, [x[0] for x in inputs]
 
     def __exit__(
@@ -176,8 +181,10 @@ def _inputs() -> list[ir.Value]:
     return [ir.val(name, dtype=ir.DataType.INT64, shape=("batch", "sequence")) for name in INPUTS]
 
 
-def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
-    return {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+def _feeds(ids: np.ndarray, state: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    rows = np.tile(ids, (1 if state is None else len(state), 1))
+    feeds = {"input_ids": rows, "attention_mask": np.ones_like(rows)}
+    return feeds if state is None else feeds | {"stream": state}
 
 
 def _open(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ...artifact.folder import Artifact, check_place, staged, write_manifest
@@ -15,13 +16,12 @@ from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
 from ...errors import EmbedportError, require
 from ...integrity import record_files
-from ...quantize.recipe import Recipe
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
 from ..calibration.gptq_awq import kept_bytes, kept_layers
-from ..calibration.search import RankingTarget, Search, search_formats
+from ..calibration.search import FP32, RankingTarget, Search, Targets, search_formats
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
 from ..graph.initializers import QuantizedMatrices
@@ -66,6 +66,8 @@ def export_onnx(
     min_cosine: float | None = None,
     max_ndcg_loss: float | None = None,
     retrieval: str | Path | None = None,
+    max_bytes: int | None = None,
+    average_bits: float | None = None,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -110,10 +112,13 @@ def export_onnx(
         recipe: Path of a recipe.json, or of the embedport.json of an artifact to reproduce.
             Replaces `precision` and all quantization options.
         min_cosine: For "auto": the smallest allowed cosine of a text to the fp32 model. Default:
-            0.999 if `max_ndcg_loss` is not given.
+            0.999 if no other target is given.
         max_ndcg_loss: For "auto": the largest allowed loss of nDCG@10 against the fp32 model, on
             `retrieval`.
         retrieval: A folder in the BEIR layout, or "builtin". A reranker needs candidates in it.
+        max_bytes: For "auto": the most bytes of the graph's weights; without another target, the
+            best choice within them.
+        average_bits: The same, as bits for each of the model's weights, scales included.
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
@@ -143,6 +148,8 @@ def export_onnx(
         min_cosine=min_cosine,
         max_ndcg_loss=max_ndcg_loss,
         retrieval=retrieval,
+        max_bytes=max_bytes,
+        average_bits=average_bits,
     )
     plan = plan_export(spec, options)
     require("onnxruntime", "cpu")
@@ -202,7 +209,7 @@ def _prepare(
     search = None
     if plan.target is not None:
         search = _search(plan, weights, folder, progress)
-        plan = plan.quantized_by(Recipe(search.formats, rotate=plan.target.rotate))
+        plan = plan.quantized_by(replace(plan.target.recipe, formats=search.formats))
     if plan.recipe is not None:
         source, matrices = apply_recipe(
             weights,
@@ -229,16 +236,26 @@ def _prepare(
 def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Search:
     target = plan.target
     assert target is not None
-    source, ranking = rotated(weights, Recipe({}, rotate=target.rotate)), None
+    source, ranking = rotated(weights, target.recipe), None
     if target.ranking is not None and target.max_ndcg_loss is not None:
         head = reranker_head(weights) if plan.spec.task == "reranker" else None
         ranking = RankingTarget(*target.ranking, head, target.max_ndcg_loss)
+
+    def apply(texts: Mapping[str, str], rows: Sequence[np.ndarray], folder: Path) -> Design:
+        formats = {name: text for name, text in texts.items() if text != FP32}
+        trial = plan.quantized_by(replace(target.recipe, formats=formats))
+        assert trial.recipe is not None
+        trial_source, matrices = apply_recipe(
+            weights, trial.recipe, trial.precision.formats, rows, folder, lambda: None
+        )
+        return Design(trial_source, plan.dialect, trial.precision, matrices=matrices)
+
     return search_formats(
         Design(source, plan.dialect, plan.precision),
         lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
+        apply,
         plan.rows,
-        target.min_cosine,
-        ranking,
+        Targets(target.min_cosine, ranking, target.max_bytes),
         folder,
         counted(progress, "search", plan.spec.num_layers),
     )
