@@ -169,7 +169,8 @@ def plan_method(
         double_quant,
         symmetric or not method.zero_points,
         method.fast if fast else method.algorithm,
-        rotate_heads=not fast,
+        # A float's small values have small steps: rotation would only spread the large ones.
+        rotate_heads=not fast and name != "fp8",
     )
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]

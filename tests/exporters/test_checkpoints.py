@@ -19,6 +19,7 @@ from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
 from embedport.files import read_headers
 from embedport.quantize.formats import Format, matrices
+from embedport.quantize.rotation import RotatedHeads
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
@@ -139,7 +140,9 @@ def test_compressed_tensors_unpacks_the_same_numbers(preset_name):
 
 
 @pytest.mark.parametrize("method", ["bnb-int8", "bnb-nf4", "bnb-nf4 double"])
-def test_bitsandbytes_tensors_are_transformers_own(quantized, checkpoints, tmp_path, method):
+def test_bitsandbytes_tensors_are_transformers_own(
+    quantized, checkpoints, copied, tmp_path, method
+):
     from transformers import AutoModel, BitsAndBytesConfig
 
     name, _, double = method.partition(" ")
@@ -153,9 +156,15 @@ def test_bitsandbytes_tensors_are_transformers_own(quantized, checkpoints, tmp_p
             bnb_4bit_use_double_quant=bool(double),
             bnb_4bit_compute_dtype="bfloat16",
         )
-    model = AutoModel.from_pretrained(
-        checkpoints("kv8"), quantization_config=config, dtype=torch.bfloat16
-    )
+    # What is quantized: the checkpoint with its attention heads rotated.
+    source = copied(checkpoints("kv8"))
+    rotated = RotatedHeads.seeded(Weights(ModelSpec.from_checkpoint(source)))
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("v_proj.weight", "o_proj.weight")):
+            tensors[name] = torch.from_numpy(rotated.read_fp32(name)).bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModel.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
     found = load_file(folder / "model.safetensors")

@@ -104,7 +104,7 @@ def test_another_dialect_is_refused(artifacts):
     [
         ("blocks", {"precision": "int8-weight", "group_size": 64}, "INT8 has blocks"),
         ("blocks", {"precision": "int4", "group_size": 32}, "blocks of 64 or 128, found 32"),
-        ("kv2", {"precision": "int4"}, "blocks of 64 do not divide the 160 inputs"),
+        ("kv2", {"precision": "int4", "fast": True}, "blocks of 64 do not divide the 160 inputs"),
     ],
 )
 def test_what_tensorrt_has_no_kernels_for(artifacts, geometry, options, reason):
