@@ -14,10 +14,21 @@ import numpy as np
 from .checkpoint import CACHE
 from .machine import RESULTS, print_table, save
 
-ALGORITHMS = ("rtn", "mse", "awq", "gptq", "gptaq", "awq+gptaq")
-# Groups as in a format's text: "s" is without zero points.
-GROUPS = ("128", "128s", "32")
-TABLE = "int8/128s"
+# (groups as in a format's text, algorithm, whether attention heads are rotated); "s" is without
+# zero points.
+CASES = [
+    *(
+        (group, algorithm, rotate)
+        for group in ("128", "128s")
+        for rotate, algorithms in (
+            (False, ("rtn", "mse", "awq", "gptq", "gptaq")),
+            (True, ("rtn", "gptq", "gptaq", "awq+gptaq")),
+        )
+        for algorithm in algorithms
+    ),
+    *(("32", algorithm, True) for algorithm in ("rtn", "gptq", "gptaq")),
+]
+TABLE_FORMAT = "int8/128s"
 # Rows with options of their own.
 ONNX: dict[str, dict[str, Any]] = {
     "--precision int4": {"precision": "int4"},
@@ -56,8 +67,6 @@ def of_the_demo_pair(results: Path = RESULTS) -> None:
     pairs are; with their labels left out, they are what the reranker's gate is measured on.
     """
     import embedport
-    from embedport.quantize.formats import TABLE as TABLE_NAME
-    from embedport.quantize.formats import matrices
 
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
@@ -71,24 +80,10 @@ def of_the_demo_pair(results: Path = RESULTS) -> None:
             )
             print_table(["", *COLUMNS], [_cells(name, figures[name])])
 
-        for group in GROUPS:
-            for algorithm in ALGORITHMS:
-                for rotate in (False, True):
-                    name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
-
-                    def make(source: Path, out: Path, *, rotate: bool = rotate) -> Any:
-                        spec = next(s for s in pair.specs.values() if s.source.folder == source)
-                        formats = dict.fromkeys(matrices(spec), f"int4/{group}")
-                        recipe = {
-                            "formats": {TABLE_NAME: TABLE} | formats,
-                            "algorithm": algorithm,
-                            "rotate_heads": rotate,
-                        }
-                        path = Path(temporary) / "recipe.json"
-                        path.write_text(json.dumps(recipe))
-                        return embedport.export(source, out, recipe=path)
-
-                    row(name, make)
+        for group, algorithm, rotate in CASES:
+            name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
+            recipe = {"algorithm": algorithm, "rotate_heads": rotate}
+            row(name, _by_recipe(f"int4/{group}", recipe, Path(temporary) / "recipe.json"))
         for name, options in ONNX.items():
             row(name, lambda source, out, o=options: embedport.export(source, out, **o))
         for name, options in CHECKPOINTS.items():
@@ -98,6 +93,20 @@ def of_the_demo_pair(results: Path = RESULTS) -> None:
             )
     print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
     save("rounding-demo", {"rows": figures}, results)
+
+
+def _by_recipe(text: str, recipe: dict[str, Any], path: Path) -> Any:
+    """A function that exports with all projections in one format, and a table of 8 bits."""
+    import embedport
+    from embedport.checkpoint.spec import ModelSpec
+    from embedport.quantize.formats import TABLE, matrices
+
+    def make(source: Path, out: Path) -> Any:
+        formats = dict.fromkeys(matrices(ModelSpec.from_checkpoint(source)), text)
+        path.write_text(json.dumps(recipe | {"formats": {TABLE: TABLE_FORMAT} | formats}))
+        return embedport.export(source, out, recipe=path)
+
+    return make
 
 
 class _DemoPair:
