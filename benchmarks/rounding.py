@@ -141,7 +141,7 @@ class _DemoPair:
             folder = make(task).folder
             if task == "embedding":
                 found["seconds"] = round(time.monotonic() - start, 1)
-                weights = (*folder.rglob("*.onnx_data"), *folder.rglob("*.safetensors"))
+                weights = (*folder.rglob("model.onnx_data"), *folder.glob("model*.safetensors"))
                 found["bytes"] = sum(path.stat().st_size for path in weights)
                 vectors, ndcg = self._embed(folder)
                 cosines = (vectors * self.vectors).sum(axis=1)

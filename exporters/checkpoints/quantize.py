@@ -26,6 +26,7 @@ from ...quantize.source import WeightSource, row_ranges
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
+from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import describe_calibration, reranker_head, tokenize_samples
 from .config import FORMS, Form, checkpoint_config, gptq_config
@@ -45,6 +46,8 @@ NEEDED = {
 }
 # Most tensors per matrix: bitsandbytes' double quantization has six.
 PARTS = 6
+# Disk for everything but weights.
+SPARE_BYTES = 64 << 20
 HEADS = ("lm_head.weight", "score.weight")
 
 
@@ -104,11 +107,6 @@ def quantize_checkpoint(
     output = Path(output).expanduser().absolute()
     # Weights may be gigabytes to download: first check everything that does not need them.
     spec = read_configuration(checkpoint, revision, task, adapter)
-    if spec.quantization is not None:
-        raise CheckpointError(
-            f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
-            f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
-        )
     plan = plan_method(
         spec,
         method,
@@ -118,15 +116,7 @@ def quantize_checkpoint(
         symmetric=symmetric,
         fast=fast,
     )
-    form = _choose_form(spec, form)
-    if calibration is not None and not plan.method.is_calibrated:
-        raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
-    with importing_bitsandbytes():
-        for package in NEEDED[plan.method.library]:
-            require(package, "quantize")
-    if plan.method.is_calibrated:
-        require("onnxruntime", "cpu")
-    rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
+    form, rows = _check(spec, plan, form, calibration)
     check_place(output, force)
     spec = fetch_weights(spec)
     weights = open_floats(spec)
@@ -155,6 +145,71 @@ def quantize_checkpoint(
             output.name,
         )
     return Artifact.open(output)
+
+
+def estimate_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    method: str,
+    revision: str | None = None,
+    task: Task | None = None,
+    adapter: str | Path | None = None,
+    form: Form | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Estimate:
+    """Plan a quantization, and estimate what it would take; nothing is written.
+
+    Args:
+        checkpoint: As for `quantize_checkpoint`, and so are all others.
+        output: The artifact's folder.
+        method: The quantization method.
+        revision: A branch, tag or commit.
+        task: "embedding" or "reranker".
+        adapter: A LoRA adapter.
+        form: A reranker's form.
+        calibration: Texts or pairs.
+        force: Whether an existing artifact may be replaced.
+        **options: The options of the method.
+
+    Raises:
+        InputError, CheckpointError, MissingPackageError: As `quantize_checkpoint`.
+    """
+    spec = read_configuration(checkpoint, revision, task, adapter)
+    plan = plan_method(spec, method, **options)
+    _, rows = _check(spec, plan, form, calibration)
+    check_place(Path(output).expanduser().absolute(), force)
+    recipe, size = _recipe(spec, plan), _needed_bytes(spec, plan) - SPARE_BYTES
+    steps = [f"{spec.source.id}: {spec.task}, {method}, for {plan.method.requires}"]
+    return Estimate(
+        (*steps, *describe_recipe(recipe, rows)),
+        size,
+        estimate_memory(spec, recipe, rows, torch="torch" in NEEDED[plan.method.library]),
+        estimate_seconds(spec, recipe, rows, size),
+    )
+
+
+def _check(
+    spec: ModelSpec, plan: Plan, form: Form | None, calibration: str | Path | None
+) -> tuple[Form | None, list[np.ndarray]]:
+    """Check what does not need the weights; return the form and the calibration texts' ids."""
+    if spec.quantization is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
+            f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
+        )
+    form = _choose_form(spec, form)
+    if calibration is not None and not plan.method.is_calibrated:
+        raise InputError(f"--method {plan.name} runs no texts: --calibration goes with gptq, awq")
+    with importing_bitsandbytes():
+        for package in NEEDED[plan.method.library]:
+            require(package, "quantize")
+    if not plan.method.is_calibrated:
+        return form, []
+    require("onnxruntime", "cpu")
+    return form, tokenize_samples(spec, spec.max_length, calibration)
 
 
 def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
@@ -227,7 +282,7 @@ def _pieces(
 
 
 def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:
-    total = 64 << 20
+    total = SPARE_BYTES
     quantized = set(matrices(spec))
     for name, shape in spec.tensor_shapes().items():
         if name.removesuffix(".weight") in quantized:
@@ -257,13 +312,17 @@ def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) 
         versions=versions(PACKAGES),
         files={},
         recipe={
-            **Recipe(
-                dict.fromkeys(matrices(spec), str(plan)),
-                plan.algorithm,
-                rotate_heads=plan.rotate_heads,
-                balance=plan.name == "w8a8",
-            ).to_record(),
+            **_recipe(spec, plan).to_record(),
             "calibration": calibration,
             "search": None,
         },
+    )
+
+
+def _recipe(spec: ModelSpec, plan: Plan) -> Recipe:
+    return Recipe(
+        dict.fromkeys(matrices(spec), str(plan)),
+        plan.algorithm,
+        rotate_heads=plan.rotate_heads,
+        balance=plan.name == "w8a8",
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,9 +22,10 @@ from ...quantize.source import WeightSource
 from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
 from ..calibration.gptq_awq import kept_bytes, kept_layers
-from ..calibration.search import FP32, RankingTarget, Search, Targets, search_formats
+from ..calibration.search import FP32, TRIALS, RankingTarget, Search, Targets, search_formats
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
+from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
 from ..graph.initializers import QuantizedMatrices
 from ..graph.precision import FLOAT16, Precision, weight_bytes
 from ..graph.qwen3 import Design, build_model
@@ -181,6 +183,52 @@ def export_onnx(
         make_witness(folder, manifest, lambda scope: advance())
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
+
+
+def estimate_onnx(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    task: Task | None = None,
+    adapter: str | Path | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Estimate:
+    """Plan an export, and estimate what it would take; nothing is written or downloaded but JSON.
+
+    Args:
+        checkpoint: As for `export_onnx`, and so are all others.
+        output: The artifact's folder.
+        revision: A branch, tag or commit.
+        task: "embedding" or "reranker".
+        adapter: A LoRA adapter.
+        force: Whether an existing artifact may be replaced.
+        **options: The options of `export_onnx` that decide what is in the graph.
+
+    Raises:
+        InputError, CheckpointError, MissingPackageError: As `export_onnx`.
+    """
+    spec = read_configuration(checkpoint, revision, task, adapter)
+    plan = plan_export(spec, Options(**options))
+    require("onnxruntime", "cpu")
+    check_place(Path(output).expanduser().absolute(), force)
+    recipe, size = plan.recipe, weight_bytes(spec, plan.precision)
+    steps = [f"{spec.source.id}: {spec.task}, {plan.name}, {plan.dialect.name} dialect"]
+    if plan.target is not None:
+        recipe, size = plan.target.recipe, plan.target.max_bytes or size
+        steps.append("measure each matrix in 4 bits, and choose 4, 8 or 32 bits for each")
+        if plan.target.min_cosine is not None or plan.target.ranking is not None:
+            steps.append(f"quantize and run up to {TRIALS} whole models")
+    if recipe is not None:
+        steps += describe_recipe(recipe, plan.rows)
+    seconds = estimate_seconds(spec, recipe, plan.rows, size)
+    return Estimate(
+        tuple(steps),
+        size if plan.target is None or plan.target.max_bytes is not None else None,
+        estimate_memory(spec, recipe, plan.rows),
+        seconds * (1 if plan.target is None else 2),
+    )
 
 
 def _needed_bytes(plan: Plan) -> int:

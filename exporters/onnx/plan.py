@@ -35,24 +35,24 @@ STORED_BITS = {"int4": 4, "int8-weight": 8}
 class Options:
     """The options of `export_onnx` that decide what is in the graph; named and explained there."""
 
-    precision: str
-    arithmetic: str | None
-    dialect: str
-    outputs: str
-    dim: int | None
-    max_length: int | None
-    calibration: str | Path | None
-    algorithm: str | None
-    fast: bool
-    rotate: bool | None
-    group_size: int | None
-    embedding_bits: int | None
-    recipe: str | Path | None
-    min_cosine: float | None
-    max_ndcg_loss: float | None
-    retrieval: str | Path | None
-    max_bytes: int | None
-    average_bits: float | None
+    precision: str = "fp32"
+    arithmetic: str | None = None
+    dialect: str = "ort"
+    outputs: str = "pooled"
+    dim: int | None = None
+    max_length: int | None = None
+    calibration: str | Path | None = None
+    algorithm: str | None = None
+    fast: bool = False
+    rotate: bool | None = None
+    group_size: int | None = None
+    embedding_bits: int | None = None
+    recipe: str | Path | None = None
+    min_cosine: float | None = None
+    max_ndcg_loss: float | None = None
+    retrieval: str | Path | None = None
+    max_bytes: int | None = None
+    average_bits: float | None = None
 
     @property
     def sets_algorithm(self) -> bool:
