@@ -26,6 +26,7 @@ from . import (
     reranking,
     retrieval,
     serve,
+    rounding,
     speed,
 )
 from .machine import RESULTS
@@ -158,9 +159,16 @@ def _loaders(
 
 
 @app.command("levels")
-def _levels(out: Out = RESULTS) -> None:
-    """MatMulNBits' accuracy levels: speed, error, and whether a row depends on its batch."""
-    levels.of_matmulnbits(out)
+def _levels(
+    kernels: Annotated[bool, typer.Option(help="MatMulNBits' accuracy levels, 0.6B.")] = True,
+    demo: Annotated[bool, typer.Option(help="Algorithms and groups on the demo pair.")] = True,
+    out: Out = RESULTS,
+) -> None:
+    """4 bits: what MatMulNBits' accuracy levels cost, and what each algorithm keeps."""
+    if demo:
+        rounding.of_the_demo_pair(out)
+    if kernels:
+        levels.of_matmulnbits(out)
 
 
 @app.command("kernels")

@@ -25,7 +25,7 @@ CASES = [
     ("embedding", {}),
     ("embedding", {"precision": "int8"}),
     ("embedding", {"precision": "int8-weight"}),
-    ("embedding", {"precision": "int4"}),
+    ("embedding", {"precision": "int4", "fast": True}),
     ("embedding", {"precision": "fp16"}),
     ("embedding", {"precision": "bf16"}),
     ("embedding", {"precision": "fp8", "dialect": "standard"}),
@@ -36,7 +36,7 @@ CASES = [
     ("embedding", {"max_length": 8}),
     ("reranker", {}),
     ("reranker", {"precision": "int8"}),
-    ("reranker", {"precision": "int4"}),
+    ("reranker", {"precision": "int4", "fast": True}),
     ("reranker", {"precision": "bf16", "dialect": "standard"}),
 ]
 
