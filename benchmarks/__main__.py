@@ -25,8 +25,8 @@ from . import (
     profiling,
     reranking,
     retrieval,
-    serve,
     rounding,
+    serve,
     speed,
 )
 from .machine import RESULTS
