@@ -127,13 +127,13 @@ def plan_formats(
     """
     if group_size is not None and precision in ("int8", FP8):
         raise InputError(
-            f"{precision} has one scale an output channel: --group-size goes with int8-weight and "
+            f"{precision} has one scale an output channel: `group_size` goes with int8-weight and "
             "int4"
         )
     if precision == FP8 and dialect != "standard":
-        raise InputError("fp8 is for engines such as TensorRT: it goes with --dialect standard")
+        raise InputError("fp8 is for engines such as TensorRT: it goes with `dialect` standard")
     if fast and precision != "int4":
-        raise InputError(f"{precision} is fast: --fast goes with int4")
+        raise InputError(f"{precision} is fast: `fast` goes with int4")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if embedding_bits not in (None, 4, 8):
@@ -149,7 +149,7 @@ def plan_formats(
     formats = dict.fromkeys(matrices(spec), format)
     if dialect == "standard":
         if embedding_bits is not None:
-            raise InputError("the standard dialect keeps its table: --embedding-bits goes with ort")
+            raise InputError("the standard dialect keeps its table: `embedding_bits` goes with ort")
         return formats
     bits = embedding_bits or (4 if fast else 8)
     return {TABLE: Format(QuantScheme(bits, TABLE_GROUPS[bits], symmetric=bits == 8))} | formats
@@ -173,10 +173,10 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> di
         if dialect == "standard" and not format.scheme.symmetric:
             raise InputError(
                 f"{name}: {format} has zero points, and the standard dialect's engines take none; "
-                f"use {format}s or --dialect ort"
+                f"use {format}s or `dialect` ort"
             )
         if format.float8 and dialect != "standard":
-            raise InputError(f"{name}: {format} goes with --dialect standard")
+            raise InputError(f"{name}: {format} goes with `dialect` standard")
         if name == TABLE and (
             format.activations or (dialect, format.scheme.bits) == ("standard", 4)
         ):

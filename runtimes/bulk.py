@@ -389,7 +389,7 @@ def _check_same(output: Place, existing: Index, index: Index) -> None:
             was = "another" if name == "shards" else f"{old!r}, and is {new!r} now"
             raise InputError(
                 f"{output} holds vectors of another job, whose {name} was {was}; choose another "
-                "folder, or begin anew with --force"
+                "folder, or begin anew with `force`"
             )
 
 

@@ -28,6 +28,7 @@ from . import (
     tensorrt,
     validate,
 )
+from .flags import FlagFormatter, with_flags
 
 
 class _StoppedError(Exception):
@@ -108,13 +109,16 @@ def main() -> None:
 
     If the reader of standard output goes away, typer exits silently with code 1.
     """
-    logging.basicConfig(format="embedport: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    command = typer.main.get_command(app)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FlagFormatter("embedport: %(message)s", command))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        app()
+        command()
     except _StoppedError:
         _fail("interrupted", 130)
     except EmbedportError as error:
-        _fail(str(error), error.exit_code)
+        _fail(with_flags(str(error), command), error.exit_code)
     except Exception as error:
         _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
 

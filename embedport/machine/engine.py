@@ -87,7 +87,7 @@ def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
     if not fitting:
         raise InputError(
             f"a batch of {rows} x {tokens} tokens is beyond the engine's profiles "
-            f"({', '.join(map(str, profiles))}); build it with a larger --profile, or give a "
+            f"({', '.join(map(str, profiles))}); build it with a larger `profiles`, or give a "
             "smaller batch_tokens or max_length"
         )
     area = rows * tokens

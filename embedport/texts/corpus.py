@@ -161,7 +161,7 @@ def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
     if prompt != "document":
         raise InputError(
             f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
-            "out, and give --prompt"
+            "out, and give `prompt`"
         )
     return Row(name if given is None else str(given), text)
 

@@ -117,7 +117,7 @@ def _row(path: Place, number: int, values: dict[str, Any]) -> Row:
     if values.get("prompt") not in (None, "document"):
         raise InputError(
             f"{path}, row {number} names its own prompt, but all texts get the same one here: take "
-            "the column out, and give --prompt"
+            "the column out, and give `prompt`"
         )
     try:
         text = check_text(number, titled_text(values))

@@ -147,20 +147,20 @@ def plan_method(
     method = METHODS[name]
     if bits is not None and bits not in (method.choices or (method.bits,)):
         allowed = " or ".join(map(str, method.choices or (method.bits,)))
-        raise InputError(f"--method {name} has {allowed} bits, found --bits {bits}")
+        raise InputError(f"`method` {name} has {allowed} bits, found `bits` {bits}")
     if group_size is not None and method.group_size is None:
         grouped = ", ".join(key for key, entry in METHODS.items() if entry.group_size)
-        raise InputError(f"--method {name} has no groups: --group-size goes with {grouped}")
+        raise InputError(f"`method` {name} has no groups: `group_size` goes with {grouped}")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if double_quant and name != "bnb-nf4":
-        raise InputError(f"--double-quant goes with --method bnb-nf4, not with {name}")
+        raise InputError(f"`double_quant` goes with `method` bnb-nf4, not with {name}")
     if symmetric and not method.zero_points:
         having = ", ".join(key for key, entry in METHODS.items() if entry.zero_points)
-        raise InputError(f"--method {name} has no zero points: --symmetric goes with {having}")
+        raise InputError(f"`method` {name} has no zero points: `symmetric` goes with {having}")
     if fast and not method.fast:
         calibrated = ", ".join(key for key, entry in METHODS.items() if entry.fast)
-        raise InputError(f"--method {name} is fast: --fast goes with {calibrated}")
+        raise InputError(f"`method` {name} is fast: `fast` goes with {calibrated}")
     plan = Plan(
         name,
         method,
@@ -176,7 +176,7 @@ def plan_method(
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
         if plan.group_size is not None and columns % plan.group_size:
             fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
-            advice = f"--group-size {' or '.join(fitting)}" if fitting else "another --method"
+            advice = f"`group_size` {' or '.join(fitting)}" if fitting else "another `method`"
             raise InputError(
                 f"{matrix} of {rows} x {columns} cannot be in groups of {plan.group_size}; "
                 f"use {advice}"
@@ -184,7 +184,7 @@ def plan_method(
         if plan.group_size is not None and rows % (32 // plan.bits):
             raise InputError(
                 f"{matrix} of {rows} x {columns} cannot be packed: its rows should be a multiple "
-                f"of {32 // plan.bits}; use --method w8a8, fp8, bnb-int8 or bnb-nf4"
+                f"of {32 // plan.bits}; use `method` w8a8, fp8, bnb-int8 or bnb-nf4"
             )
     return plan
 

@@ -206,7 +206,7 @@ def _check(
         )
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
-        raise InputError(f"--method {plan.name} runs no texts: --calibration goes with gptq, awq")
+        raise InputError(f"`method` {plan.name} runs no texts: `calibration` goes with gptq, awq")
     with importing_bitsandbytes():
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")
@@ -219,20 +219,20 @@ def _check(
 def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
     if spec.task == "embedding":
         if form is not None:
-            raise InputError(f"an embedding checkpoint has one form: leave --form {form} out")
+            raise InputError(f"an embedding checkpoint has one form: leave `form` {form} out")
         return None
     if form not in (None, *FORMS):
         raise InputError(f"form should be one of {', '.join(FORMS)}, found {form!r}")
     if spec.score_rows is not None:
         if form == "causal-lm":
             raise InputError(
-                f"{spec.source.id} is a classifier and has no head for words: leave --form out"
+                f"{spec.source.id} is a classifier and has no head for words: leave `form` out"
             )
         return "sequence-classification"
     if form == "sequence-classification" and spec.inputs.form == "text":
         raise InputError(
             f"{spec.source.id} joins pairs in its tokenizer, and a classifier would look for their "
-            "end at another token: leave --form out"
+            "end at another token: leave `form` out"
         )
     return form or "causal-lm"
 

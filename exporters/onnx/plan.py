@@ -181,8 +181,8 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         runs_texts or searches or options.precision == "fp16"
     ):
         raise InputError(
-            f"this export in {name} runs no texts: --calibration goes with --precision fp16 and "
-            "auto, and with --algorithm gptq, gptaq and awq"
+            f"this export in {name} runs no texts: `calibration` goes with `precision` fp16 and "
+            "auto, and with `algorithm` gptq, gptaq and awq"
         )
     max_length = options.max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, options.calibration)
@@ -227,7 +227,7 @@ def adopt_codes(plan: Plan, weights: Weights) -> Plan:
     if is_rounded_again and weights.formats:
         logger.warning(
             "%s: its matrices (%s) are unpacked and quantized again, to %s, which adds a second "
-            "rounding error; give the original checkpoint, or --precision fp32, fp16 or bf16, "
+            "rounding error; give the original checkpoint, or `precision` fp32, fp16 or bf16, "
             "which add none",
             weights.spec.source.id,
             " and ".join(weights.describe()),
@@ -241,9 +241,9 @@ def _check_outputs(spec: ModelSpec, options: Options) -> None:
     if outputs not in ("pooled", "hidden"):
         raise InputError(f"output should be pooled or hidden, found {outputs!r}")
     if spec.task == "reranker" and (outputs == "hidden" or dim is not None):
-        raise InputError("a reranker gives scores: it takes neither --output hidden nor --dim")
+        raise InputError("a reranker gives scores: it takes neither `outputs` hidden nor `dim`")
     if outputs == "hidden" and dim is not None:
-        raise InputError("--dim shortens the pooled embedding; --output hidden has none")
+        raise InputError("`dim` shortens the pooled embedding; `outputs` hidden has none")
     if dim is not None and not 1 <= dim <= spec.embedding_dim:
         raise InputError(f"dim should be from 1 to {spec.embedding_dim}, found {dim}")
     if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
@@ -255,25 +255,25 @@ def _check_outputs(spec: ModelSpec, options: Options) -> None:
 def _check_search(options: Options) -> None:
     precision = options.precision
     if precision == AUTO and options.dialect != "ort" and not options.sets_format:
-        raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
+        raise InputError("`precision` auto measures with onnxruntime's operators: `dialect` ort")
     min_cosine, max_loss = options.min_cosine, options.max_ndcg_loss
     for name, value in (
-        ("--min-cosine", min_cosine),
-        ("--max-ndcg-loss", max_loss),
-        ("--retrieval", options.retrieval),
-        ("--max-bytes", options.max_bytes),
-        ("--average-bits", options.average_bits),
+        ("`min_cosine`", min_cosine),
+        ("`max_ndcg_loss`", max_loss),
+        ("`retrieval`", options.retrieval),
+        ("`max_bytes`", options.max_bytes),
+        ("`average_bits`", options.average_bits),
     ):
         if value is not None and precision != AUTO:
-            raise InputError(f"{name} goes with --precision auto, not with {precision}")
+            raise InputError(f"{name} goes with `precision` auto, not with {precision}")
     if (max_loss is None) != (options.retrieval is None):
-        raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
+        raise InputError("`max_ndcg_loss` and `retrieval` go together: give both or neither")
     if min_cosine is not None and not 0 < min_cosine <= 1:
         raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
     if max_loss is not None and not 0 <= max_loss <= 1:
         raise InputError(f"max_ndcg_loss should be from 0 to 1, found {max_loss}")
     if options.max_bytes is not None and options.average_bits is not None:
-        raise InputError("--max-bytes and --average-bits say the same: give one of them")
+        raise InputError("`max_bytes` and `average_bits` say the same: give one of them")
     for name, limit in (("max_bytes", options.max_bytes), ("average_bits", options.average_bits)):
         if limit is not None and not 0 < limit < math.inf:
             raise InputError(f"{name} should be above 0, found {limit}")
@@ -304,12 +304,12 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
             raise InputError("a recipe decides everything: give no other option of quantization")
         return Recipe.from_file(Path(options.recipe))
     if precision == MIXED:
-        raise InputError("precision mixed comes from a recipe or --precision auto: use one of them")
+        raise InputError("precision mixed comes from a recipe or `precision` auto: use one of them")
     if precision not in QUANTIZED:
         if options.sets_format or (options.sets_algorithm and precision != AUTO):
             raise InputError(
-                f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
-                "--embedding-bits and --arithmetic: leave them out, or use them with --precision "
+                f"precision {precision!r} takes none of `algorithm`, `rotate`, `group_size`, "
+                "`embedding_bits` and `arithmetic`: leave them out, or use them with `precision` "
                 f"{', '.join(QUANTIZED)}"
             )
         return None
@@ -335,7 +335,7 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
     if _gives_codes(spec, precision) and (options.sets_algorithm or options.group_size is not None):
         raise InputError(
             f"{spec.source.id} is quantized to {STORED_BITS[precision]} bits already, and its "
-            "own codes are taken: give none of --algorithm, --rotate and --group-size"
+            "own codes are taken: give none of `algorithm`, `rotate` and `group_size`"
         )
     return recipe
 
@@ -352,15 +352,15 @@ def _quantized_precision(spec: ModelSpec, name: str, recipe: Recipe, dialect: st
     precision = replace(precision, formats=parse_formats(spec, recipe.formats, dialect))
     formats = precision.formats.values()
     if any(format.float8 for format in formats) and recipe.algorithm != "rtn":
-        raise InputError(f"fp8 is rounded to nearest: it takes no --algorithm {recipe.algorithm}")
+        raise InputError(f"fp8 is rounded to nearest: it takes no `algorithm` {recipe.algorithm}")
     if (
         dialect == "ort"
         and precision.compute != FLOAT
         and any(format.activations for format in formats)
     ):
         raise InputError(
-            "onnxruntime multiplies int8 activations on CPUs only: --precision int8 with "
-            "--arithmetic bf16 goes with --dialect standard"
+            "onnxruntime multiplies int8 activations on CPUs only: `precision` int8 with "
+            "`arithmetic` bf16 goes with `dialect` standard"
         )
     return precision
 
@@ -371,6 +371,6 @@ def _check_texts(recipe: Recipe, rows: list[np.ndarray], calibration: str | Path
     if recorded is not None and recorded["sha256"] != current["sha256"]:
         raise InputError(
             f"the recipe was calibrated on texts from {recorded['source']}, and those from "
-            f"{current['source']} give other tokens: give the same with --calibration and, if it "
-            'was given, --max-length; or take "calibration" out of the recipe to calibrate anew'
+            f"{current['source']} give other tokens: give the same with `calibration` and, if it "
+            'was given, `max_length`; or take "calibration" out of the recipe to calibrate anew'
         )

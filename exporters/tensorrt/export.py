@@ -161,7 +161,7 @@ def _choose_library(options: EngineOptions) -> Library | None:
         if reason is None:
             return library
     if options.target is not None:
-        raise DeviceError(f"--for {options.target}: {reasons[0]}")
+        raise DeviceError(f"`target` {options.target}: {reasons[0]}")
     return None
 
 
@@ -198,7 +198,7 @@ def _open(
     if precision or revision or task or adapter:
         raise InputError(
             f"{source} is an artifact in {artifact.manifest.precision}: it takes none of "
-            "--precision, --revision, --task and --adapter"
+            "`precision`, `revision`, `task` and `adapter`"
         )
     if graph.dialect != "standard" or graph.output != "pooled":
         raise InputError(

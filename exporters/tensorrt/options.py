@@ -35,7 +35,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if not self.profiles:
-            raise InputError("an engine needs at least one --profile")
+            raise InputError("an engine needs at least one profile: give `profiles`")
         if self.hardware_compatible not in COMPATIBILITIES:
             raise InputError(
                 f"hardware_compatible should be one of {', '.join(COMPATIBILITIES)}, found "
@@ -45,9 +45,9 @@ class EngineOptions:
             raise InputError(f"for should be one of {', '.join(TARGETS)}, found {self.target!r}")
         if not self.libraries:
             raise InputError(
-                "--compute-capability is for engines that TensorRT for RTX builds ahead of time "
-                "(--for rtx), --version-compatible and --hardware-compatible for those that "
-                "TensorRT builds on their GPU (--for this-gpu)"
+                "`compute_capability` is for engines that TensorRT for RTX builds ahead of time "
+                "(`target` rtx), `version_compatible` and `hardware_compatible` for those that "
+                "TensorRT builds on their GPU (`target` this-gpu)"
             )
 
     @property

@@ -160,3 +160,19 @@ def test_help_brings_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stderr.strip() == "[]"
+
+
+def test_options_are_spelled_as_flags(run, folders, tmp_path, checkpoints):
+    """The library names them as keywords, since it is called from Python too."""
+    with pytest.raises(InputError, match="^int8 has one scale .*: `group_size` goes with int8-w"):
+        embedport.export(checkpoints("kv2"), tmp_path / "a", precision="int8", group_size=32)
+    export = ("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "a")
+    for options, flags in (
+        (("--precision", "int8", "--group-size", "32"), "--group-size goes with int8-weight"),
+        (("--output", "hidden", "--dim", "8"), "--dim shortens the pooled .* --output hidden has"),
+        (("--max-ndcg-loss", "0.1"), "--max-ndcg-loss goes with --precision auto"),
+    ):
+        code, _, err = run(*export, *options)
+        assert code == 2
+        assert re.search(flags, err)
+        assert "`" not in err

@@ -264,15 +264,15 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
     ("task", "geometry", "options", "message"),
     [
         ("embedding", "kv8", {"method": "gguf"}, "method should be one of bnb-int8, .* 'gguf'"),
-        ("embedding", "kv8", {"method": "awq", "bits": 8}, "awq has 4 bits, found --bits 8"),
+        ("embedding", "kv8", {"method": "awq", "bits": 8}, "awq has 4 bits, found `bits` 8"),
         ("embedding", "kv8", {"method": "gptq", "bits": 3}, "gptq has 4 or 8 bits"),
-        ("embedding", "kv8", {"method": "fp8", "group_size": 64}, "--group-size goes with gptq, a"),
+        ("embedding", "kv8", {"method": "fp8", "group_size": 64}, "`group_size` goes with gptq, a"),
         ("embedding", "kv8", {"method": "gptq", "group_size": 48}, "group_size should be one of"),
         (
             "embedding",
             "kv8",
             {"method": "gptq", "double_quant": True},
-            "goes with --method bnb-nf4",
+            "goes with `method` bnb-nf4",
         ),
         (
             "embedding",
@@ -280,7 +280,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
             {"method": "gptq"},
             "q_proj of 192 x 64 .*groups of 128; use --group-",
         ),
-        ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "--symmetric goes with awq"),
+        ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "`symmetric` goes with awq"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
         ("embedding", "kv8", {"method": "fp8", "calibration": "x.txt"}, "runs no texts"),

@@ -126,7 +126,7 @@ def test_recorded_runs(with_matrix, tmp_path, library, case):
 
 
 def test_act_order_is_quantized_again(with_matrix, tmp_path, caplog):
-    """--precision int4 of codes that a graph cannot take: rounded anew, which is said."""
+    """`precision` int4 of codes that a graph cannot take: rounded anew, which is said."""
     config, parts, expected = recorded("gptqmodel", "act-order")
     folder = with_matrix(parts, config)
     with caplog.at_level(logging.WARNING):

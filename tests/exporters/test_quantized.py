@@ -199,24 +199,24 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8", "group_size": 32}, "--group-size goes with int8-weight and int4"),
+        ({"precision": "int8", "group_size": 32}, "`group_size` goes with int8-weight and int4"),
         ({"precision": "int4", "group_size": 48}, "group_size should be one of"),
         ({"precision": "int4", "embedding_bits": 3}, "embedding_bits should be 4 or 8"),
         ({"precision": "int4", "algorithm": "best"}, "algorithm should be one of rtn, mse"),
-        ({"precision": "fp16", "rotate": True}, "takes none of --algorithm, --rotate"),
-        ({"precision": "fp32", "min_cosine": 0.9}, "--min-cosine goes with --precision auto"),
-        ({"precision": "auto", "dialect": "standard"}, "--dialect ort"),
-        ({"precision": "int8", "fast": True}, "int8 is fast: --fast goes with int4"),
-        ({"precision": "int4", "max_bytes": 9}, "--max-bytes goes with --precision auto"),
+        ({"precision": "fp16", "rotate": True}, "takes none of `algorithm`, `rotate`"),
+        ({"precision": "fp32", "min_cosine": 0.9}, "`min_cosine` goes with `precision` auto"),
+        ({"precision": "auto", "dialect": "standard"}, "`dialect` ort"),
+        ({"precision": "int8", "fast": True}, "int8 is fast: `fast` goes with int4"),
+        ({"precision": "int4", "max_bytes": 9}, "`max_bytes` goes with `precision` auto"),
         ({"precision": "auto", "max_bytes": 9, "average_bits": 4}, "say the same"),
         ({"precision": "auto", "average_bits": float("nan")}, "average_bits should be above 0"),
         ({"precision": "auto", "max_bytes": 9}, "the smallest choice takes .* is 9; allow more"),
-        ({"precision": "bf16", "group_size": 0}, "takes none of --algorithm, --rotate"),
-        ({"embedding_bits": 0}, "takes none of --algorithm, --rotate"),
+        ({"precision": "bf16", "group_size": 0}, "takes none of `algorithm`, `rotate`"),
+        ({"embedding_bits": 0}, "takes none of `algorithm`, `rotate`"),
         ({"recipe": "recipe.json", "embedding_bits": 0}, "a recipe decides everything"),
         ({"precision": "int4", "arithmetic": ""}, "arithmetic should be fp32 or bf16"),
-        ({"precision": "mixed"}, "comes from a recipe or --precision auto"),
-        ({"precision": "int8", "calibration": "my.txt"}, "runs no texts: --calibration goes with"),
+        ({"precision": "mixed"}, "comes from a recipe or `precision` auto"),
+        ({"precision": "int8", "calibration": "my.txt"}, "runs no texts: `calibration` goes with"),
         ({"calibration": "my.txt"}, "this export in fp32 runs no texts"),
         (
             {"precision": "int8", "dialect": "standard", "embedding_bits": 8},
@@ -315,7 +315,7 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path):
 
 def test_targets_go_with_auto(checkpoints, tmp_path):
     folder = checkpoints("kv8")
-    with pytest.raises(InputError, match="--max-ndcg-loss goes with --precision auto"):
+    with pytest.raises(InputError, match="`max_ndcg_loss` goes with `precision` auto"):
         embedport.export(folder, tmp_path / "a", max_ndcg_loss=0.1, retrieval="builtin")
     with pytest.raises(InputError, match="go together"):
         embedport.export(folder, tmp_path / "a", precision="auto", max_ndcg_loss=0.1)

@@ -98,13 +98,13 @@ class TestOptions:
     def test_fp8_is_for_engines(self, checkpoints, artifacts):
         with pytest.raises(InputError, match="fp8 is for engines such as TensorRT: it goes with"):
             artifacts("blocks", precision="fp8")
-        with pytest.raises(InputError, match="fp8 is rounded to nearest: it takes no --algorithm"):
+        with pytest.raises(InputError, match="fp8 is rounded to nearest: it takes no `algorithm`"):
             artifacts("blocks", precision="fp8", dialect="standard", algorithm="gptq")
         with pytest.raises(InputError, match="fp8 has one scale an output channel"):
             artifacts("blocks", precision="fp8", dialect="standard", group_size=64)
 
     def test_arithmetic(self, artifacts):
-        with pytest.raises(InputError, match=r"takes none of .* and --arithmetic"):
+        with pytest.raises(InputError, match=r"takes none of .* and `arithmetic`"):
             artifacts("blocks", precision="bf16", arithmetic="bf16")
         with pytest.raises(InputError, match="arithmetic should be fp32 or bf16, found 'fp16'"):
             artifacts("blocks", precision="int4", arithmetic="fp16")

@@ -302,7 +302,7 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
         ("sentence_bert_config.json", MESSAGES, "has message, and the folder has no chat templ"),
         ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class should"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "a.B"}}, "auto_map names code"),
-        ("checkpoint-9/adapter_config.json", {"r": 8}, "folder holds an adapter: give --adapter"),
+        ("checkpoint-9/adapter_config.json", {"r": 8}, "folder holds an adapter: give `adapter`"),
     ],
 )
 def test_refused(with_modules, file, changes, message):

@@ -201,7 +201,7 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
 
     with pytest.raises(InputError, match=r"precision should be one of fp16, bf16, .*'fp32'"):
         export(checkpoints("blocks"), precision="fp32")
-    with pytest.raises(InputError, match="at least one --profile"):
+    with pytest.raises(InputError, match="at least one profile: give `profiles`"):
         export(checkpoints("blocks"), profiles=[])
     with pytest.raises(InputError, match=r"should be one of none, ampere\+, same-capability"):
         export(checkpoints("blocks"), hardware_compatible="all")
@@ -214,9 +214,9 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
         {"target": "this-gpu", "compute_capabilities": ["8.9"]},
         {"compute_capabilities": ["8.9"], "hardware_compatible": "ampere+"},
     ):
-        with pytest.raises(InputError, match="--compute-capability is for engines that TensorRT"):
+        with pytest.raises(InputError, match="`compute_capability` is for engines that TensorRT"):
             export(checkpoints("blocks"), **options)
-    with pytest.raises(InputError, match="is an artifact in fp32: it takes none of --precision"):
+    with pytest.raises(InputError, match="is an artifact in fp32: it takes none of `precision`"):
         export(graphs().folder, precision="bf16")
     with pytest.raises(InputError, match="the pooled output in the ort dialect, and TensorRT"):
         export(artifacts_of_other_dialects)
@@ -228,9 +228,9 @@ def test_what_was_asked_for_and_cannot_be(graphs, without, tmp_path):
     for target, reason in [
         (
             "rtx",
-            r"--for rtx: TensorRT for RTX is not installed: pip install 'embedport\[tensorrt-rtx",
+            r"`target` rtx: TensorRT for RTX is not installed: pip install 'embedport\[tensorrt",
         ),
-        ("this-gpu", "--for this-gpu: TensorRT is not installed"),
+        ("this-gpu", "`target` this-gpu: TensorRT is not installed"),
     ]:
         with pytest.raises(DeviceError, match=reason):
             embedport.export(graphs().folder, tmp_path / "out", format="tensorrt", target=target)
