@@ -1,11 +1,13 @@
 """The command line as a person and as a program meet it: errors, version, help."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 import embedport
+from embedport.errors import InputError
 
 
 class TestErrors:
@@ -164,7 +166,7 @@ def test_help_brings_nothing_heavy():
 
 def test_options_are_spelled_as_flags(run, folders, tmp_path, checkpoints):
     """The library names them as keywords, since it is called from Python too."""
-    with pytest.raises(InputError, match="^int8 has one scale .*: `group_size` goes with int8-w"):
+    with pytest.raises(InputError, match=r"^int8 has one scale .*: `group_size` goes with int8-w"):
         embedport.export(checkpoints("kv2"), tmp_path / "a", precision="int8", group_size=32)
     export = ("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "a")
     for options, flags in (
