@@ -62,13 +62,19 @@ def artifacts(tmp_path_factory, sources, rtx):
     def make(geometry, precision, task="embedding", *, config=None, profiles=SINGLE):
         key = (geometry, precision, task, str(config))
         if key not in made:
+            source, options = sources(geometry, task, **(config or {})), {"precision": precision}
+            folder = tmp_path_factory.mktemp(precision)
+            if precision == "int4":  # calibration would change no type
+                options = {"fast": True, "arithmetic": "bf16", "dialect": "standard", **options}
+                embedport.export(source, folder / "graph", **options)
+                source, options = folder / "graph", {}
             made[key] = embedport.export(
-                sources(geometry, task, **(config or {})),
-                tmp_path_factory.mktemp(precision) / "engine",
+                source,
+                folder / "engine",
                 format="tensorrt",
-                precision=precision,
                 target="rtx",
                 profiles=profiles,
+                **options,
             )
         return made[key]
 
