@@ -277,7 +277,7 @@ def test_an_adapter_in_the_checkpoints_folder(bases, adapters, copied, tmp_path,
     (base / place).mkdir(exist_ok=True)
     for path in adapters(bases()).glob("adapter_*"):
         (base / place / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match=r"give the base, and .*model as `adapter`"):
+    with pytest.raises(CheckpointError, match=r"give `adapter` .*model"):
         ModelSpec.from_checkpoint(base)
     spec = ModelSpec.from_checkpoint(base, adapter=base / place)
     assert len(spec.plan_merge().added) == 6
