@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -62,7 +63,8 @@ def artifacts(tmp_path_factory, sources, rtx):
     def make(geometry, precision, task="embedding", *, config=None, profiles=SINGLE):
         key = (geometry, precision, task, str(config))
         if key not in made:
-            source, options = sources(geometry, task, **(config or {})), {"precision": precision}
+            source = sources(geometry, task, **(config or {}))
+            options: Any = {"precision": precision}
             folder = tmp_path_factory.mktemp(precision)
             if precision == "int4":  # calibration would change no type
                 options = {"fast": True, "arithmetic": "bf16", "dialect": "standard", **options}
