@@ -227,9 +227,14 @@ class TestCapabilities:
             (12, 0),
         )
 
-    def test_unknown_to_the_library(self, graphs, build):
+    def test_unknown_to_the_library(self, checkpoints, tmp_path, rtx):
         with pytest.raises(InputError, match=r"for compute capability 7.5, 8.0, .*, found 9.0$"):
-            build(graphs().graph, capabilities=((9, 0),))
+            embedport.export(
+                checkpoints("blocks"),
+                tmp_path / "out",
+                format="tensorrt",
+                compute_capabilities=["8.9", "9.0"],
+            )
 
     def test_fp8_on_ampere(self, artifacts, build):
         """The builder's own reason is in the message: this is why fp8's default is 8.9."""
