@@ -9,13 +9,17 @@ DEMO = $(UV) run --frozen --no-dev --extra cpu --extra report --extra retrieval
 # The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
 
-.PHONY: demo test test-cpus lint format bench vectors gpu
+.PHONY: demo test test-all test-cpus lint format docs bench vectors gpu
 
 demo: $(UV)
 	$(DEMO) embedport demo
 
+# All but the cases marked slow: ten minutes on two cores.
 test: $(UV)
-	$(RUN) pytest
+	$(RUN) pytest -m "not slow"
+
+test-all: $(UV)
+	$(RUN) pytest --durations=40
 
 # On CPUs that are not at hand, under qemu-user: see tests/cpus/run.py.
 test-cpus: $(UV)
@@ -29,6 +33,11 @@ lint: $(UV)
 format: $(UV)
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
+
+# The reference of the command line, and the site in site/.
+docs: $(UV)
+	$(RUN) python -m typer embedport.cli.app utils docs --name embedport --output docs/cli.md
+	$(RUN) mkdocs build --strict
 
 bench: $(UV)
 	$(RUN) python -m benchmarks

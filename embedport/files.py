@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -178,6 +178,17 @@ def _check_depth(parsed: object) -> None:
         if not level:
             return
     raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value for JSON, which has no NaN and no infinity: they become None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return value
 
 
 def load_json(path: Path, limit: int = SMALL) -> Any:

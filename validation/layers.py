@@ -11,16 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..artifact.folder import Artifact
 from ..artifact.segments import emulate_16_bits, segments
-from ..errors import require
 from ..runtimes import ModelFacts
-from ..runtimes.exact import make_exact
+from ..runtimes.part_session import open_session
 from .measures import cosines
 from .reference import Reference
 
@@ -157,7 +155,7 @@ def _artifact_states(
         in_stream = scope == EMBEDDING or scope.startswith(LAYER)
         if streams[0] and not in_stream:
             return  # what follows is the final norm and the head
-        session = _open_session(part, artifact)
+        session = open_session(part, artifact.graph.parent, pack=True, artifact=artifact)
         output_names = [value.name for value in session.get_outputs()]
         input_names = [value.name for value in session.get_inputs()]
         for values, stream in zip(inputs, streams, strict=True):
@@ -178,19 +176,6 @@ def _artifact_states(
 def _total(residual: np.ndarray, *product: np.ndarray) -> np.ndarray:
     """Add a layer's product, if any, times its per-token scales, if any, to the residual stream."""
     return residual + math.prod(product) if product else residual
-
-
-def _open_session(model: ir.Model, artifact: Artifact) -> Any:
-    ort = require("onnxruntime", "cpu")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # it would hold on to the peak memory
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(artifact.graph.parent)
-    )
-    make_exact(options, artifact)
-    graph = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _compare(layer: int, found: np.ndarray, expected: np.ndarray) -> LayerError:

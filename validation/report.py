@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..checkpoint.spec import Task
+from ..files import without_nan
 from .retrieval import RetrievalReport
 
 EXCERPT = 60
@@ -153,7 +154,7 @@ class Report:
 
     def _values(self) -> dict[str, Any]:
         gates = [{**asdict(gate), "passed": gate.passed} for gate in self.gates]
-        return _without_nan({"passed": self.passed, **asdict(self), "gates": gates})
+        return without_nan({"passed": self.passed, **asdict(self), "gates": gates})
 
     def to_markdown(self) -> str:
         """The report for a model card, without any input texts."""
@@ -304,13 +305,3 @@ def excerpt(text: str) -> str:
 def _markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -98,15 +97,9 @@ def to_json(value: object, indent: int | None = None) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
-        return json.dumps(_without_nan(value), ensure_ascii=False, indent=indent)
+        from ..files import without_nan
 
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(without_nan(value), ensure_ascii=False, indent=indent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,11 +18,11 @@ import onnx_ir as ir
 
 from ...checkpoint.pooling import Head, pool
 from ...quantize.source import WeightSource
+from ...runtimes.part_session import open_session
 from ..graph.builder import GraphBuilder
 from ..graph.dialect import apply_scales
 from ..graph.precision import FLOAT
 from ..graph.qwen3 import INPUTS, Design, Stream, describe_inputs, describe_layer, embed
-from .session import open_session
 
 DATA = "part.onnx_data"
 

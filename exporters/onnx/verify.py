@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ...artifact.segments import emulate_16_bits, segments
 from ...attention import SHORT_ROW
 from ...errors import MissingPackageError, VerificationError
-from ..calibration.session import open_session
+from ...runtimes.part_session import open_session
 from ..graph.dialect import MICROSOFT
 from ..graph.qwen3 import PROMPT_LENGTH
 

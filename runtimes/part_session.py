@@ -1,4 +1,4 @@
-"""onnxruntime sessions that use no more memory than their graph's weights, and release it."""
+"""CPU sessions of parts of a graph, which use no more memory than their weights and release it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...errors import require
-from ...runtimes.ort_custom_ops import register_kernels
+from ..artifact.folder import Artifact
+from ..errors import require
+from .exact import make_exact
+from .ort_custom_ops import register_kernels
 
 
-def open_session(model: ir.Model, folder: Path, *, pack: bool, kernels: bool = False) -> Any:
+def open_session(
+    model: ir.Model,
+    folder: Path,
+    *,
+    pack: bool,
+    kernels: bool = False,
+    artifact: Artifact | None = None,
+) -> Any:
     """Open a CPU session of a graph with external weights.
 
     Args:
@@ -20,6 +29,8 @@ def open_session(model: ir.Model, folder: Path, *, pack: bool, kernels: bool = F
         pack: Whether to copy weights into the layout that multiplies fastest, which pays off after
             many runs. Otherwise weights stay memory-mapped and the graph is not optimized.
         kernels: Whether to use the package's kernels, if they run here, as `embedport.load` does.
+        artifact: The artifact that the graph is from, if its products may saturate on this CPU:
+            they are then computed exactly, as `embedport.load` does.
     """
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
@@ -34,5 +45,7 @@ def open_session(model: ir.Model, folder: Path, *, pack: bool, kernels: bool = F
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if kernels:
         register_kernels(options)
+    if artifact is not None:
+        make_exact(options, artifact)
     graph = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
