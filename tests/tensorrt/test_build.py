@@ -105,10 +105,10 @@ def test_each_precision(artifacts, rtx, precision, task):
 @pytest.mark.parametrize(
     ("geometry", "precision"),
     [
-        ("kv1", "bf16"),
+        pytest.param("kv1", "bf16", marks=pytest.mark.slow),
         ("kv1", "int8"),
         ("kv2", "fp16"),
-        ("kv8", "fp8"),
+        pytest.param("kv8", "fp8", marks=pytest.mark.slow),
         ("kv8", "int4"),
         (LIKE_0_6B, "bf16"),
     ],
@@ -121,7 +121,7 @@ def test_geometries(artifacts, geometry, precision):
     )
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("heads", [16, 32])
 def test_heads_of_128_with_a_mask(artifacts, heads, precision):
     """A sliding window gives attention a mask of its own beside the causal one."""
