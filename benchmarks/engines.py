@@ -27,6 +27,7 @@ from .machine import RESULTS, print_table, read_kept, save
 from .process import ours, run
 
 NAME = "engines-rtx"
+COLUMNS = ("seconds", "cpu_seconds", "peak_gb", "weights_gb", "engine_gb")
 INPUTS = ("input_ids", "attention_mask")
 # Bytes of the checkpoint, its graph and its engine in bf16.
 SPACE = {"8b": 50_000_000_000, "0.6b": 5_000_000_000}
@@ -83,13 +84,13 @@ def _build(geometry: str, precision: str) -> dict[str, Any]:
 
 def _print(rows: dict[str, Any]) -> None:
     print_table(
-        ["", "layers", "products", "s", "peak GB", "weights GB", "engine GB"],
+        ["", "layers", "products", "s", "CPU s", "peak GB", "weights GB", "engine GB"],
         [
             [
                 name,
                 row["layers"],
                 ", ".join(f"{count} {kind}" for kind, count in row["products"].items()),
-                *(row[key] for key in ("seconds", "peak_gb", "weights_gb", "engine_gb")),
+                *(row[key] for key in COLUMNS),
             ]
             for name, row in rows.items()
         ],
@@ -103,7 +104,7 @@ def build(graph: Path, plan: Path) -> dict[str, Any]:
     layers = parse(trt, "tensorrt-rtx", builder, logger, graph).num_layers
     del builder
     options = EngineOptions(tuple(map(Profile.parse, PROFILES)))
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     record = build_engine(
         "tensorrt-rtx", graph, plan, plan.name, INPUTS, options, lambda phase, done, total: None
     )
@@ -111,6 +112,7 @@ def build(graph: Path, plan: Path) -> dict[str, Any]:
         "library": record.builder,
         "layers": layers,
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
         "products": dict(record.products),
     }
 

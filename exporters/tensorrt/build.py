@@ -73,7 +73,6 @@ def build_engine(
 
     Raises:
         DeviceError: There is no GPU, and the library needs one.
-        InputError: The library does not build for a compute capability.
         MissingPackageError: The library or cuda-bindings is missing.
         VerificationError: The library rejects the graph, or the engine would multiply in other
             types than the graph.

@@ -26,6 +26,7 @@ from ...checkpoint.spec import Task
 from ...errors import DeviceError, InputError
 from ...files import MANIFEST
 from ...machine.engine import Compatibility, Library, Profile, parse_capability
+from ...machine.gpu import load_tensorrt
 from ...quantize.formats import FP8, QUANTIZED
 from ...texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...texts.samples import builtin_pairs, builtin_samples
@@ -38,6 +39,7 @@ from ..provenance import Progress, counted, versions
 from .build import build_engine, obstacle
 from .options import EngineOptions, Target
 from .scripts import polygraphy_script, trtexec_script
+from .versions import check_capabilities
 
 PLAN = "engine/model.plan"
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
@@ -155,10 +157,13 @@ def _choose_library(options: EngineOptions) -> Library | None:
 
     Raises:
         DeviceError: A target is given, and its library cannot build here.
+        InputError: The library does not build for a compute capability.
     """
     reasons = [obstacle(library) for library in options.libraries]
     for library, reason in zip(options.libraries, reasons, strict=True):
         if reason is None:
+            if options.capabilities:
+                check_capabilities(load_tensorrt(library), options.capabilities)
             return library
     if options.target is not None:
         raise DeviceError(f"`target` {options.target}: {reasons[0]}")

@@ -10,6 +10,7 @@ hardware compatibility, and times no kernels. Source: its Python module, 1.7.1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,21 @@ def set_compatibility(
     }[hardware_compatible]
 
 
+def check_capabilities(trt: ModuleType, wanted: Iterable[Capability]) -> None:
+    """Refuse compute capabilities that TensorRT for RTX does not build for.
+
+    Raises:
+        InputError: It does not build for one of them.
+    """
+    known = _capabilities(trt)
+    for capability in wanted:
+        if capability not in known:
+            raise InputError(
+                f"TensorRT for RTX {trt.__version__} builds for compute capability "
+                f"{', '.join(map(format_capability, known))}, found {format_capability(capability)}"
+            )
+
+
 def set_capabilities(
     trt: ModuleType, config: Any, wanted: tuple[Capability, ...], has_fp8: bool
 ) -> tuple[Capability, ...]:
@@ -72,30 +88,26 @@ def set_capabilities(
 
     Returns:
         The compute capabilities that the engine runs on.
-
-    Raises:
-        InputError: The library does not build for a compute capability.
     """
-    known: dict[Capability, Any] = {
-        (int(name[2:-1]), int(name[-1])): member
-        for name, member in trt.ComputeCapability.__members__.items()
-        if name.startswith("SM")
-    }
+    known = _capabilities(trt)
     if not wanted:
         # Without any set, the engine runs on all that the library supports from Ampere on.
         lowest = LOWEST_FP8_CAPABILITY if has_fp8 else LOWEST_CAPABILITY
         return tuple(capability for capability in known if capability >= lowest)
-    for capability in wanted:
-        if capability not in known:
-            raise InputError(
-                f"TensorRT for RTX {trt.__version__} builds for compute capability "
-                f"{', '.join(map(format_capability, known))}, found {format_capability(capability)}"
-            )
     targets = tuple(sorted(set(wanted)))
     config.num_compute_capabilities = len(targets)
     for i, capability in enumerate(targets):
         config.set_compute_capability(known[capability], i)
     return targets
+
+
+def _capabilities(trt: ModuleType) -> dict[Capability, Any]:
+    """Compute capability to the library's constant."""
+    return {
+        (int(name[2:-1]), int(name[-1])): member
+        for name, member in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
 
 
 def allow_decomposition(trt: ModuleType, network: Any) -> None:
