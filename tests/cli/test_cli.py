@@ -1,5 +1,6 @@
 """The command line as a person and as a program meet it: errors, version, help."""
 
+import os
 import re
 import subprocess
 import sys
@@ -150,6 +151,27 @@ def test_version_and_help():
     for verb in ("export", "encode", "rerank", "validate", "inspect", "demo"):
         assert verb in shown("--help")
     assert "--precision" in shown("export", "onnx", "--help")
+
+
+def test_completion():
+    environment = os.environ | {
+        "_EMBEDPORT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "embedport ser",
+        "COMP_CWORD": "1",
+    }
+    command = [sys.executable, "-c", "from embedport.cli import main; main()"]
+    command[2] = "import sys; sys.argv[0] = 'embedport'; " + command[2]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["serve"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}])
+def test_no_color(variables):
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color"} | variables
+    command = [sys.executable, "-m", "embedport", "encode", "--help"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    colors = re.findall(r"\x1b\[(?:\d+;)*3\dm", shown.stdout)
+    assert bool(colors) == (not variables)
 
 
 def test_help_brings_nothing_heavy():
