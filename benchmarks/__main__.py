@@ -162,11 +162,12 @@ def _loaders(
 def _levels(
     kernels: Annotated[bool, typer.Option(help="MatMulNBits' accuracy levels, 0.6B.")] = True,
     demo: Annotated[bool, typer.Option(help="Algorithms and groups on the demo pair.")] = True,
+    only: Annotated[str, typer.Option(help="Rows of the demo pair that contain this.")] = "",
     out: Out = RESULTS,
 ) -> None:
     """4 bits: what MatMulNBits' accuracy levels cost, and what each algorithm keeps."""
     if demo:
-        rounding.of_the_demo_pair(out)
+        rounding.of_the_demo_pair(out, only)
     if kernels:
         levels.of_matmulnbits(out)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import CACHE
-from .machine import RESULTS, print_table, save
+from .machine import RESULTS, print_table, read_kept, save
 
 # (groups as in a format's text, algorithm, whether attention heads are rotated); "s" is without
 # zero points.
@@ -47,6 +47,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "awq --fast": {"method": "awq", "fast": True},
     "bnb-nf4": {"method": "bnb-nf4"},
 }
+NAME = "rounding-demo"
 COLUMNS = (
     "MB",
     "minimum cosine",
@@ -60,11 +61,15 @@ COLUMNS = (
 )
 
 
-def of_the_demo_pair(results: Path = RESULTS) -> None:
+def of_the_demo_pair(results: Path = RESULTS, only: str = "") -> None:
     """Cosines and the loss of nDCG@10 on the held-out set; scores on the built-in pairs.
 
     The built-in texts calibrate, so the held-out set is not what was calibrated on. The built-in
-    pairs are; with their labels left out, they are what the reranker's gate is measured on.
+    pairs are, and they are what the reranker's gate is measured on.
+
+    Args:
+        results: Where the figures are kept; rows of earlier runs stay.
+        only: Run the rows whose names contain this.
     """
     import embedport
 
@@ -72,13 +77,17 @@ def of_the_demo_pair(results: Path = RESULTS) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         out = Path(temporary) / "out"
         pair = _DemoPair(Path(temporary))
-        figures: dict[str, dict[str, Any]] = {}
+        kept = read_kept(results / f"{NAME}.json", lambda saved: [saved["machine"]])
+        figures: dict[str, dict[str, Any]] = kept.get("rows", {})
 
         def row(name: str, make: Any) -> None:
+            if only not in name:
+                return
             figures[name] = pair.figures(
                 lambda task: make(pair.specs[task].source.folder, out), out
             )
-            print_table(["", *COLUMNS], [_cells(name, figures[name])])
+            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+            save(NAME, {"rows": figures}, results)
 
         for group, algorithm, rotate in CASES:
             name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
@@ -91,8 +100,6 @@ def of_the_demo_pair(results: Path = RESULTS) -> None:
                 f"--method {name}",
                 lambda source, out, o=options: embedport.quantize_checkpoint(source, out, **o),
             )
-    print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
-    save("rounding-demo", {"rows": figures}, results)
 
 
 def _by_recipe(text: str, recipe: dict[str, Any], path: Path) -> Any:

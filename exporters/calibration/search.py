@@ -5,8 +5,8 @@
 2. Order: upgrades to more bits, by the error that they remove per byte. Eight bits have a sixteenth
    of the step, so a 256th of the error.
 3. Choose: within a size, as many upgrades as fit. For a quality, find the fewest upgrades with
-   which whole models keep it, quantized by the algorithm of the result. Trials are calibrated on
-   three texts of four, and judged by the others.
+   which whole models keep it, quantized by the algorithm of the result. If that runs texts, trials
+   are calibrated on three texts of four, and judged by the others.
 
 All steps run the operators that the artifact will have.
 """
@@ -113,11 +113,13 @@ class Targets:
         min_cosine: Smallest cosine of a text's vector to that of the fp32 model.
         ranking: Retrieval quality to keep.
         max_bytes: Most bytes of the graph's weights.
+        holds_out: Whether texts that judge trials do not calibrate them.
     """
 
     min_cosine: float | None
     ranking: RankingTarget | None
     max_bytes: int | None
+    holds_out: bool
 
 
 @dataclass(frozen=True)
@@ -246,8 +248,11 @@ class _Judge:
         folder: Path,
     ) -> None:
         self._design, self._apply, self._targets, self._folder = design, apply, targets, folder
-        self._calibration = [row for i, row in enumerate(rows) if i % JUDGES] or list(rows)
-        self._rows = _select_texts(rows[::JUDGES], TOKENS)
+        self._calibration, judges = rows, rows
+        if targets.holds_out and len(rows) > 1:
+            self._calibration = [row for i, row in enumerate(rows) if i % JUDGES]
+            judges = rows[::JUDGES]
+        self._rows = _select_texts(judges, TOKENS)
         self._expected = _run_model(design, self._rows, folder)
         self._ndcg = 0.0
         if targets.ranking is not None:

@@ -303,7 +303,7 @@ def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> S
         lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
         apply,
         plan.rows,
-        Targets(target.min_cosine, ranking, target.max_bytes),
+        Targets(target.min_cosine, ranking, target.max_bytes, target.recipe.is_calibrated),
         folder,
         counted(progress, "search", plan.spec.num_layers),
     )

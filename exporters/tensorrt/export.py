@@ -76,7 +76,7 @@ def export_tensorrt(
         output: The artifact's folder; it appears only when it is complete and checked.
         precision: For a checkpoint: "bf16", the default; "fp16" (parts that would overflow stay
             in fp32); "fp8" and "int8" (weights and activations, one activation scale per token);
-            or "int4" (weights in groups of 64). All but "fp16" compute in bf16 with an fp32
+            or "int4" (weights in groups of 128). All but "fp16" compute in bf16 with an fp32
             residual stream.
         profiles: Batches to tune for, each MIN:OPT:MAX in rows x tokens; by default `PROFILES`, cut
             to the length that the model takes.
