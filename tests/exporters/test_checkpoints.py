@@ -278,7 +278,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
             "embedding",
             "kv2",
             {"method": "gptq"},
-            "q_proj of 192 x 64 .*groups of 128; use --group-",
+            "q_proj of 192 x 64 .*groups of 128; use `group_",
         ),
         ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "`symmetric` goes with awq"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
