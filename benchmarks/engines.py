@@ -30,7 +30,8 @@ NAME = "engines-rtx"
 COLUMNS = ("seconds", "cpu_seconds", "peak_gb", "weights_gb", "engine_gb")
 INPUTS = ("input_ids", "attention_mask")
 # Bytes of the checkpoint, its graph and its engine in bf16.
-SPACE = {"8b": 50_000_000_000, "0.6b": 5_000_000_000}
+SPACE = {"8b": 50_000_000_000}
+OTHER_SPACE = 10_000_000_000
 
 
 def of_rtx(
@@ -53,7 +54,7 @@ def of_rtx(
 
 
 def _build(geometry: str, precision: str) -> dict[str, Any]:
-    require_space(SPACE.get(geometry.partition("-")[0], 0))
+    require_space(SPACE.get(geometry, OTHER_SPACE))
     source = (
         Path(str(files("embedport.demo") / "embedder"))
         if geometry == "demo"
