@@ -48,7 +48,9 @@ def test_parts_give_what_the_whole_gives(sign):
     values, scopes = {"x": x}, []
     for scope, part in segments(chain()):
         scopes.append(scope)
-        values |= run(part, {value.name: values[value.name] for value in part.graph.inputs})
+        values |= run(
+            part, {name: values[name] for name in (str(value.name) for value in part.graph.inputs)}
+        )
     assert scopes == ["first", "second", "third"]
     np.testing.assert_array_equal(values["out"], expected)
 
