@@ -38,6 +38,7 @@ START_SECONDS = 180
 # Largest difference of a value in any batch, by precision: see docs/runtimes.md.
 TOLERANCE = {"fp32": 1e-6, "int8": 1e-5}
 INFINITY_TOLERANCE = 1e-4
+SHOWN = ("requests_per_second", "cpu_ms_per_request", "p50_ms", "p99_ms", "worst_difference")
 
 
 @dataclass
@@ -48,12 +49,14 @@ class Load:
         seconds: Each request's time.
         memory: (seconds since the start, resident bytes) of the server.
         wall: Time of all.
+        cpu: The server's CPU time, which other work on the machine does not change.
         worst: Largest difference of a value to the right vector.
     """
 
     seconds: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
     wall: float = 0.0
+    cpu: float = 0.0
     worst: float = 0.0
 
     def figures(self) -> dict[str, Any]:
@@ -62,6 +65,7 @@ class Load:
         return {
             "requests": len(self.seconds),
             "requests_per_second": round(len(self.seconds) / self.wall, 1),
+            "cpu_ms_per_request": round(self.cpu / len(self.seconds) * 1000, 2),
             "p50_ms": round(float(p50), 1),
             "p99_ms": round(float(p99), 1),
             "worst_difference": self.worst,
@@ -116,10 +120,9 @@ def under_load(
         if infinity is not None:
             figures["comparison"] = _compare(folder, infinity, texts, expected, tolerance, rounds)
     print_table(
-        ["server", "clients", "requests/s", "p50 ms", "p99 ms", "worst difference"],
+        ["server", "clients", "requests/s", "CPU ms/request", "p50 ms", "p99 ms", "difference"],
         [
-            [name, row["clients"]]
-            + [row[key] for key in ("requests_per_second", "p50_ms", "p99_ms", "worst_difference")]
+            [name, row["clients"]] + [row[key] for key in SHOWN]
             for name, row in [
                 ("embedport", figures),
                 *((row["server"], row) for row in figures.get("comparison", [])),
@@ -215,7 +218,7 @@ async def _load(
     Raises:
         RuntimeError: An answer is not 200, or is not the text's vector.
     """
-    load, start = Load(), time.perf_counter()
+    load, start, cpu = Load(), time.perf_counter(), cpu_seconds(pid)
     numbers = iter(range(requests))
     watching = asyncio.create_task(_watch(pid, load.memory, start))
 
@@ -239,12 +242,18 @@ async def _load(
 
     try:
         await asyncio.gather(*(client() for _ in range(clients)))
-        load.wall = time.perf_counter() - start
+        load.wall, load.cpu = time.perf_counter() - start, cpu_seconds(pid) - cpu
     finally:
         watching.cancel()
     if len(load.seconds) != requests:
         raise RuntimeError(f"{requests:,} requests, {len(load.seconds):,} answers")
     return load
+
+
+def cpu_seconds(pid: int) -> float:
+    """A process's CPU time, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _watch(pid: int, memory: list[tuple[float, int]], start: float) -> None:

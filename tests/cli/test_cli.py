@@ -22,7 +22,10 @@ class TestErrors:
             (["encode", "{embedding}", "a", "--device", "cuda"], "has no CUDAExecutionProvider"),
             (["encode", "{embedding}", "a", "--prompt", "qurey"], "no prompt is named 'qurey'"),
             (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
-            (["encode", "{embedding}", "a", "-o", "x.csv"], "should end with .npy, .jsonl"),
+            (
+                ["encode", "{embedding}", "a", "-o", "x.csv"],
+                "should end with .npy, .jsonl, .parquet or .arrow",
+            ),
             (["encode", "{embedding}", "a", "-o", "no/x.npy"], "no/x.npy cannot be written"),
             (["encode", "{embedding}", "a", "-o", "x.npy", "--json"], "give one of them"),
             (["encode", "{embedding}", "--input", "{here}/far.jsonl"], "far.jsonl:3 should be"),
