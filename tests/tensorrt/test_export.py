@@ -276,7 +276,7 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
         export(graphs().folder, precision="bf16")
     with pytest.raises(InputError, match="the pooled output in the ort dialect, and TensorRT"):
         export(artifacts_of_other_dialects)
-    with pytest.raises(VerificationError, match="blocks of 128 do not divide the 64 inputs"):
+    with pytest.raises(VerificationError, match="blocks of 64 do not divide the 160 inputs"):
         export(checkpoints("kv2"), precision="int4")
     assert list(tmp_path.iterdir()) == []
 
