@@ -37,6 +37,25 @@ class TestExport:
         assert "exists; choose another place or replace it with --force" in err
         assert run(*arguments, "--force")[0] == 0
 
+    def test_dry_run(self, run, checkpoints, tmp_path):
+        source = checkpoints("kv8")
+        options = ("--precision", "int4", "--group-size", 32, "--algorithm", "rtn")
+        arguments = ("export", "onnx", source, "-o", tmp_path / "out", *options)
+        code, out, _ = run(*arguments, "--dry-run")
+        assert code == 0
+        assert "quantize 14 matrices to int4/32 by rtn" in out
+        code, out, _ = run(*arguments, "--dry-run", "--json")
+        estimate = json.loads(out)
+        assert code == 0
+        assert list(tmp_path.iterdir()) == []
+        assert run(*arguments)[0] == 0
+        written = (tmp_path / "out" / "onnx" / "model.onnx_data").stat().st_size
+        assert abs(estimate["bytes"] - written) < 4096
+        # What exists is not overwritten, and that is known before.
+        code, _, err = run(*arguments, "--dry-run")
+        assert code == 2
+        assert "exists; choose another place" in err
+
     def test_path_that_looks_like_markup(self, run, checkpoints, tmp_path):
         output = tmp_path / "a model [/x]"
         code, out, _ = run("export", "onnx", checkpoints("kv2"), "-o", output)

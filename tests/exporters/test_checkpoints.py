@@ -83,7 +83,8 @@ def test_gptq_holds_the_cores_own_codes(short, quantized, checkpoints, tmp_path,
     scheme = QuantScheme(bits, 32, symmetric=True, scale_dtype="float16")
     rows = tokenize_samples(source, source.max_length, short.file("embedding", tmp_path))
     formats = dict.fromkeys(matrices(source), Format(scheme))
-    core = quantize_layers(weights, weights, formats, rows, tmp_path / "layers", lambda: None)
+    rotated = RotatedHeads.seeded(weights)
+    core = quantize_layers(weights, rotated, formats, rows, tmp_path / "layers", lambda: None)
     stored = StoredWeights(ModelSpec.from_checkpoint(folder))
     assert stored.schemes.keys() == formats.keys()
     for name in formats:
