@@ -113,6 +113,15 @@ def export_onnx(
             show_default=False,
         ),
     ] = None,
+    consumers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            help="Also write what this software opens: sentence-transformers, transformers.js, "
+            "tei, fastembed, triton, older-onnxruntime or openvino. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -145,6 +154,7 @@ def export_onnx(
             min_cosine=min_cosine,
             max_ndcg_loss=max_ndcg_loss,
             retrieval=retrieval,
+            consumers=consumers or (),
             force=force,
             progress=progress,
         )

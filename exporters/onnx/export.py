@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...artifact.folder import Artifact, check_place, staged, write_manifest
-from ...artifact.manifest import ContinuationRecord, GraphRecord, Manifest
+from ...artifact.manifest import ContinuationRecord, GraphRecord, Manifest, SharedRecord
 from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
 from ...errors import EmbedportError, require
@@ -22,6 +22,7 @@ from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..calibration.search import RankingTarget, Search, search_formats
+from ..classifier import write_classifier
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
 from ..graph.initializers import QuantizedMatrices
@@ -30,13 +31,12 @@ from ..graph.qwen3 import Design, build_model
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import reranker_head
 from .apply_recipe import apply_recipe, quantize_rows, rotated
+from .consumers import verify_shared, write_shared
 from .continuation import plan_continuation, write_continuation
 from .plan import Options, Plan, adopt_codes, plan_export
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
 
-GRAPH = "onnx/model.onnx"
-DATA = "model.onnx_data"
 # Massive activations appear in a text's first tokens; a reranker's document begins near token 65.
 # Verification has the same limit: the standard dialect's attention holds all pairs' scores.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
@@ -65,6 +65,7 @@ def export_onnx(
     min_cosine: float | None = None,
     max_ndcg_loss: float | None = None,
     retrieval: str | Path | None = None,
+    consumers: Sequence[str] = (),
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -110,6 +111,8 @@ def export_onnx(
         max_ndcg_loss: For "auto": the largest allowed loss of nDCG@10 against the fp32 model, on
             `retrieval`.
         retrieval: A folder in the BEIR layout, or "builtin". A reranker needs candidates in it.
+        consumers: Other software that will open the artifact: names in `consumers.CONSUMERS`. It
+            gets the files, outputs and operator versions that it reads, over the same weights.
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
@@ -138,6 +141,7 @@ def export_onnx(
         min_cosine=min_cosine,
         max_ndcg_loss=max_ndcg_loss,
         retrieval=retrieval,
+        consumers=consumers,
     )
     plan = plan_export(spec, options)
     require("onnxruntime", "cpu")
@@ -152,8 +156,11 @@ def export_onnx(
     ):
         plan, design, search = _prepare(plan, weights, layers, folder, progress)
         write_companions(spec, folder)
+        if spec.task == "reranker":
+            write_classifier(spec, folder)
         model = build_model(design)
-        _write_graph(model, folder / GRAPH, progress)
+        graph, data = folder / plan.shared.own, plan.shared.data
+        _write_graph(model, graph, data, progress)
         continuation = plan_continuation(design)
         # A graph's parts: inputs, table, layers, output. A continuation has one more, its states.
         parts = spec.num_layers + 3
@@ -162,10 +169,10 @@ def export_onnx(
         advance = counted(progress, "verify", steps)
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are cached: those for the manifest are ready when the verification ends.
-            hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
-            _verify(plan, design, folder, continuation, advance)
+            hashing.submit(record_files, [graph.with_name(data), *weights.files])
+            shared = _verify(plan, design, graph, continuation, advance)
         names = tuple(str(value.name) for value in model.graph.outputs)
-        manifest = _manifest(plan, design, weights, names, continuation, search)
+        manifest = _manifest(plan, design, weights, names, continuation, shared, search)
         make_witness(folder, manifest, lambda scope: advance())
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
@@ -253,17 +260,21 @@ def _calibrate(plan: Plan, weights: Weights, folder: Path, progress: Progress) -
 def _verify(
     plan: Plan,
     design: Design,
-    folder: Path,
+    graph: Path,
     continuation: ContinuationRecord | None,
     advance: Callable[[], None],
-) -> None:
-    """Run the written graph on one text; write its continuation and compare the two."""
+) -> SharedRecord | None:
+    """Run the written graph on one text; write the other graphs and compare them with it."""
     ids = plan.rows[0][: CALIBRATION_TOKENS[plan.spec.task]]
-    expected = verify_graph(folder / GRAPH, ids, lambda scope: advance())
+    folder = graph.parent.parent
+    expected = verify_graph(graph, ids, lambda scope: advance())
     if continuation is not None:
         path = folder / continuation.path
-        write_continuation(design, folder / GRAPH, path)
+        write_continuation(design, graph, path)
         verify_continuation(path, ids, expected, lambda scope: advance())
+    record = write_shared(plan.shared, design, folder)
+    verify_shared(plan.shared, folder, ids, expected)
+    return record
 
 
 def _manifest(
@@ -272,6 +283,7 @@ def _manifest(
     weights: Weights,
     outputs: tuple[str, ...],
     continuation: ContinuationRecord | None,
+    shared: SharedRecord | None,
     search: Search | None,
 ) -> Manifest:
     spec, precision = plan.spec, plan.precision
@@ -280,7 +292,7 @@ def _manifest(
         format="onnx",
         precision=plan.name,
         graph=GraphRecord(
-            path=GRAPH,
+            path=plan.shared.own,
             dialect=plan.dialect.name,
             opset=plan.dialect.opsets[""],
             inputs=design.inputs,
@@ -291,6 +303,7 @@ def _manifest(
             masked=bool(spec.masked_layers),
             continuation=continuation,
             limits_pairs=any(format.scheme.limits_pairs for format in precision.formats.values()),
+            shared=shared,
         ),
         embedding_dim=(plan.dim or spec.embedding_dim) if spec.task == "embedding" else None,
         hidden_size=spec.hidden_size,
@@ -308,13 +321,13 @@ def _manifest(
     )
 
 
-def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
+def _write_graph(model: ir.Model, path: Path, data: str, progress: Progress) -> None:
     path.parent.mkdir()
     try:
         ir.save(
             model,
             path,
-            external_data=DATA,
+            external_data=data,
             max_workers=2,  # one converts a tensor while the other's goes to the disk
             callback=lambda tensor, info: progress("write", info.index + 1, info.total),
         )

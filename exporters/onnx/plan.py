@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..graph.dialect_table import find_dialect
 from ..graph.precision import FLOAT, Precision, find_precision
 from ..texts import describe_calibration, tokenize_retrieval, tokenize_samples
 from .apply_recipe import stored_recipe
+from .consumers import Shared, plan_shared
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Options:
     min_cosine: float | None
     max_ndcg_loss: float | None
     retrieval: str | Path | None
+    consumers: Sequence[str]
 
     @property
     def sets_algorithm(self) -> bool:
@@ -98,6 +101,7 @@ class Plan:
         max_length: Tokens after which a text is truncated.
         rows: Token ids of the calibration texts, int64 [tokens] each.
         calibration: The calibration texts' file; None for the built-in texts.
+        consumers: Other software that will open the artifact.
     """
 
     spec: ModelSpec
@@ -112,11 +116,29 @@ class Plan:
     max_length: int
     rows: list[np.ndarray]
     calibration: str | Path | None
+    consumers: Sequence[str]
 
     @property
     def is_calibrated(self) -> bool:
         """Whether GPTQ or AWQ runs the calibration texts."""
         return self.recipe is not None and self.recipe.algorithm in CALIBRATED
+
+    @property
+    def shared(self) -> Shared:
+        """The files for other software.
+
+        Raises:
+            InputError: Software cannot read the model in this precision and dialect.
+        """
+        return plan_shared(
+            self.spec,
+            self.consumers,
+            self.dialect,
+            self.name,
+            self.precision,
+            self.outputs,
+            self.dim,
+        )
 
     def quantized_by(self, recipe: Recipe) -> Plan:
         """The same plan with a recipe, and the dtypes and formats that it gives.
@@ -180,7 +202,7 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         if runs_texts:
             _check_texts(recipe, rows, options.calibration)
     takes_codes = not (options.sets_algorithm or options.group_size is not None)
-    return Plan(
+    plan = Plan(
         spec=spec,
         dialect=dialect,
         name=name,
@@ -193,7 +215,10 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         max_length=max_length,
         rows=rows,
         calibration=options.calibration,
+        consumers=options.consumers,
     )
+    _ = plan.shared  # refuses what the consumers cannot read
+    return plan
 
 
 def adopt_codes(plan: Plan, weights: Weights) -> Plan:
