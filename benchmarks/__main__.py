@@ -13,6 +13,7 @@ from . import (
     batches,
     bulk,
     checkpoints,
+    compatibility,
     export,
     gpu,
     kernels,
@@ -201,6 +202,17 @@ def _reranking(
 def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
     """A corpus of short texts: memory over time, and a resume after kill -9."""
     bulk.many_short_texts(out, texts)
+
+
+@app.command("compatibility")
+def _compatibility(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run the rows with this text in their name.")
+    ] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Every consumer in its own environment; writes the table of docs/compatibility.md."""
+    compatibility.of_every_consumer(out, only or ())
 
 
 @app.command("backend")

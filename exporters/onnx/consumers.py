@@ -53,14 +53,15 @@ class Consumer:
 
     Attributes:
         tokens: Whether it reads an embedder's `last_hidden_state`, and pools itself.
-        logits: Whether it reads a reranker's first output, and expects logits there.
-        older: Whether it has an onnxruntime from 1.20 on.
+        templates: Whether it puts a reranker's pair into the model's template, or leaves that to
+            its user; otherwise it joins two texts, and expects logits in the first output.
+        older: Whether its onnxruntime may be one from 1.20 on.
         named: Whether it looks for transformers.js' names.
         openvino: Whether it reads OpenVINO's format and no ONNX.
     """
 
     tokens: bool = False
-    logits: bool = False
+    templates: bool = True
     older: bool = False
     named: bool = False
     openvino: bool = False
@@ -69,8 +70,8 @@ class Consumer:
 CONSUMERS = {
     "sentence-transformers": Consumer(tokens=True),
     "transformers.js": Consumer(tokens=True, named=True),
-    "tei": Consumer(tokens=True, older=True),
-    "fastembed": Consumer(logits=True),
+    "tei": Consumer(older=True, templates=False),
+    "fastembed": Consumer(templates=False),
     "triton": Consumer(older=True),
     "older-onnxruntime": Consumer(older=True),
     "openvino": Consumer(openvino=True),
@@ -132,43 +133,55 @@ def plan_shared(
         if consumer not in CONSUMERS:
             raise InputError(f"--for should be one of {', '.join(CONSUMERS)}, found {consumer!r}")
     chosen = {consumer: CONSUMERS[consumer] for consumer in dict.fromkeys(names)}
-    reads = {
-        need: ", ".join(key for key, consumer in chosen.items() if getattr(consumer, need))
-        for need in ("tokens", "logits", "older", "named", "openvino")
-    }
+
+    def having(need: str, value: bool = True) -> str:
+        return ", ".join(key for key, each in chosen.items() if getattr(each, need) is value)
+
     is_reranker = spec.task == "reranker"
-    tokens = bool(reads["tokens"] or reads["openvino"]) and not is_reranker
+    joining, older = having("templates", False) if is_reranker else "", having("older")
+    tokens = "" if is_reranker else having("tokens")
     if chosen and outputs == "hidden":
         raise InputError("--for decides the outputs: give it without --output hidden")
-    if tokens and dim is not None:
+    if dim is not None and (tokens or having("openvino")):
         raise InputError(
-            f"{reads['tokens'] or reads['openvino']} pools the tokens' vectors itself, which --dim "
-            "does not shorten: leave it out, and truncate there"
+            f"{tokens or having('openvino')} pools the tokens' vectors itself, which --dim does "
+            "not shorten: leave it out, and truncate there"
         )
-    if reads["older"]:
-        _check_older(spec, dialect, name, precision, reads["older"])
-    if reads["openvino"]:
-        _check_openvino(dialect, precision)
-    if reads["named"]:
-        if name not in DTYPES:
-            raise InputError(
-                f"transformers.js has no file name for {name}: it reads {', '.join(DTYPES)}"
-            )
-        if is_reranker:
-            raise InputError(
-                "transformers.js has no Qwen3 classifier: it reads embedders (--for without it)"
-            )
-    has_graph = (tokens and bool(reads["tokens"])) or bool(reads["older"])
-    has_graph |= is_reranker and bool(reads["logits"] or reads["tokens"])
-    stem, dtype = DTYPES[name] if reads["named"] else ("model", None)
-    paths = tuple(dict.fromkeys((GRAPH, f"onnx/{stem}.onnx"))) if has_graph else ()
+    if joining and spec.inputs.form != "text":
+        raise InputError(
+            f"{joining} joins query and document without the reranker's template, and would give "
+            "scores without meaning: use sentence-transformers, or embedport itself"
+        )
+    pooled = [key for key, each in chosen.items() if not (each.tokens or each.openvino)]
+    if pooled and not (is_reranker or spec.outputs.include_prompt):
+        raise InputError(
+            f"{', '.join(pooled)} reads pooled vectors, and the model leaves its prompts out of "
+            "pooling (include_prompt of its Pooling is false), which takes a further input"
+        )
+    if older:
+        _check_older(spec, dialect, name, precision, older)
+    if having("openvino"):
+        _check_openvino(dialect, name, precision)
+    if having("named") and is_reranker:
+        raise InputError(
+            "transformers.js has no class for Qwen3's rerankers: leave it out of --for"
+        )
+    if having("named") and name not in DTYPES:
+        raise InputError(
+            f"transformers.js has no file name for {name}: it reads {', '.join(DTYPES)}"
+        )
+    lacks_logits = is_reranker and having("tokens") and dialect.name == "standard"
+    stem, dtype = DTYPES[name] if having("named") else ("model", None)
+    paths: tuple[str, ...] = ()
+    if tokens or older or joining or lacks_logits:
+        paths = tuple(dict.fromkeys((GRAPH, f"onnx/{stem}.onnx")))
     return Shared(
         names=tuple(chosen),
-        dialect=OLDER if reads["older"] else dialect,
+        dialect=OLDER if older else dialect,
         paths=paths,
-        tokens=tokens,
+        tokens=bool(tokens),
         data=f"{stem}.onnx_data",
-        openvino=bool(reads["openvino"]),
+        openvino=bool(having("openvino")),
         js=dtype,
     )
 
@@ -196,8 +209,8 @@ def _check_older(
         raise InputError(f"{names} may have onnxruntime 1.20, and {wrong}")
 
 
-def _check_openvino(dialect: Dialect, precision: Precision) -> None:
-    if precision.formats and dialect.name != "standard":
+def _check_openvino(dialect: Dialect, name: str, precision: Precision) -> None:
+    if (precision.formats or name == MIXED) and dialect.name != "standard":
         raise InputError(
             "OpenVINO takes quantized weights as the standard dialect stores them: give --dialect "
             "standard with --for openvino"
@@ -225,49 +238,49 @@ def write_shared(shared: Shared, design: Design, folder: Path) -> SharedRecord |
     """
     if not shared.names:
         return None
+    is_reranker = design.head is not None
     outputs: tuple[str, ...] = ()
-    dialect = shared.dialect
     for path in shared.paths:
-        outputs = _write(replace(design, dialect=dialect, shared=True), folder, shared, path)
+        graph = replace(design, dialect=shared.dialect, shared=shared.tokens or is_reranker)
+        outputs = _write(graph, folder / shared.own, folder / path)
     if shared.openvino:
-        _write_openvino(design, folder, shared)
+        _write_openvino(design, folder / shared.own, folder)
     if shared.js is not None:
         _write_js_config(shared.js, folder)
     return SharedRecord(
         consumers=shared.names,
         paths=shared.paths,
         outputs=outputs,
-        opset=dialect.opsets[""],
-        requires=dialect.requires,
+        opset=shared.dialect.opsets[""],
+        requires=shared.dialect.requires,
         openvino=OPENVINO if shared.openvino else None,
     )
 
 
-def _write(design: Design, folder: Path, shared: Shared, path: str) -> tuple[str, ...]:
+def _write(design: Design, own: Path, path: Path) -> tuple[str, ...]:
     """Write a graph over the weights of embedport's own; return its outputs' names."""
-    weights = ir.load(folder / shared.own).graph.initializers
-    model = build_model(replace(design, shared=shared.tokens or design.head is not None))
+    weights = ir.load(own).graph.initializers
+    model = build_model(design)
     for name, value in model.graph.initializers.items():
         # Constants keep their values: they are small, and numbered differently.
         if isinstance(value.const_value, ir.LazyTensor):
             value.const_value = weights[name].const_value
-    ir.save(model, folder / path)
+    ir.save(model, path)
     return tuple(str(value.name) for value in model.graph.outputs)
 
 
-def _write_openvino(design: Design, folder: Path, shared: Shared) -> None:
+def _write_openvino(design: Design, own: Path, folder: Path) -> None:
     """Convert the standard dialect's graph to OpenVINO's format."""
     openvino = _import_openvino()
-    temporary = "onnx/openvino.onnx"
+    temporary = own.with_name("openvino.onnx")
     try:
-        standard = replace(design, dialect=find_dialect("standard"))
-        _write(standard, folder, shared, temporary)
+        _write(replace(design, dialect=find_dialect("standard"), shared=True), own, temporary)
         (folder / OPENVINO).parent.mkdir()
-        model = openvino.Core().read_model(folder / temporary)
+        model = openvino.Core().read_model(temporary)
         openvino.save_model(model, folder / OPENVINO, compress_to_fp16=False)
         del model  # it maps the weights
     finally:
-        (folder / temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _write_js_config(dtype: str, folder: Path) -> None:

@@ -181,7 +181,8 @@ def export_onnx(
 def _needed_bytes(plan: Plan) -> int:
     """Disk that the artifact takes, and the layers that GPTQ keeps beside it."""
     small_files = sum(path.stat().st_size for path in plan.spec.source.folder.glob("*.json"))
-    total = weight_bytes(plan.spec, plan.precision) + small_files + (64 << 20)
+    weights = weight_bytes(plan.spec, plan.precision)
+    total = weights * (1 + plan.shared.openvino) + small_files + (64 << 20)
     if plan.recipe is not None and plan.recipe.algorithm == "gptq":
         total += kept_bytes(plan.spec, plan.rows)
     return total
