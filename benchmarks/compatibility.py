@@ -13,14 +13,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .checkpoint import CACHE, ROOT
-from .machine import RESULTS, save
+from .machine import RESULTS, read_kept, save
 
+FIGURES = "compatibility.json"
 SCRIPTS = Path(__file__).with_name("consumers")
 PAGE = ROOT / "docs" / "compatibility.md"
 MARKS = ("<!-- table -->", "<!-- end of the table -->")
@@ -38,10 +40,10 @@ INSIDE = {
     "1.20.1": "Triton 24.x, Jetson",
     "1.22.1": "text-embeddings-inference 1.9",
     "1.23.2": "",
-    "1.24.4": "",
     "1.26.0": "Vespa",
     "1.32.0": "",
 }
+TEXTS = 16
 BOTH = ("embedding", "reranker")
 
 
@@ -75,7 +77,7 @@ class Row:
 ROWS = (
     *(
         Row(
-            "onnxruntime" + (f" (that of {inside})" if inside else ""),
+            f"onnxruntime {version}" + (f" (that of {inside})" if inside else ""),
             "older-onnxruntime" if version < "1.27" else "",
             "onnxruntime_.py",
             (f"onnxruntime=={version}", "numpy"),
@@ -90,7 +92,7 @@ ROWS = (
         "sentence_transformers_.py",
         OPTIMUM,
         ("onnx",),
-        precisions=("fp32", "int8", "int4"),
+        precisions=("fp32", "int8"),
         tasks=BOTH,
     ),
     Row(
@@ -165,28 +167,34 @@ ROWS = (
 
 
 def of_every_consumer(results: Path = RESULTS, only: Sequence[str] = ()) -> None:
-    """Run every row, write the table into docs/compatibility.md, and save the figures.
+    """Run every row, save the figures, and write the table into docs/compatibility.md.
 
     Args:
         results: The folder of the figures.
-        only: Run the rows whose names contain one of these, and write no page.
+        only: Run the rows whose names contain one of these; the others keep their figures.
     """
-    rows = [row for row in ROWS if not only or any(text in row.name for text in only)]
+    figures = {
+        _key(figure): figure
+        for figure in read_kept(results / FIGURES, lambda saved: [saved["machine"]]).get("rows", [])
+    }
     folder = CACHE / "compatibility"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     made: dict[str, Path] = {}
-    figures: list[dict[str, Any]] = []
-    for row in rows:
+    for row in ROWS:
+        if only and not any(text in row.name for text in only):
+            continue
         for task in row.tasks:
             for precision in row.precisions if row.script else ("",):
                 figure = _figure(row, task, precision, folder, made)
-                figures.append(figure)
-                print(json.dumps(figure))
-    if only:
-        return
-    save("compatibility", {"rows": figures}, results)
-    _write_page(figures)
+                print(json.dumps(figure), flush=True)
+                figures[_key(figure)] = figure
+        save("compatibility", {"rows": list(figures.values())}, results)
+    _write_page(list(figures.values()))
+
+
+def _key(figure: dict[str, Any]) -> tuple[str, str, str]:
+    return figure["consumer"], figure["task"], figure["precision"]
 
 
 def _figure(
@@ -239,14 +247,16 @@ def _artifact(row: Row, task: str, precision: str, folder: Path, made: dict[str,
     model = embedport.load(artifact, device="cpu")
     values: dict[str, Any]
     if isinstance(model, embedport.Embedder):
-        texts = [sample.text for sample in builtin_samples()]
+        texts = [sample.text for sample in builtin_samples()[:TEXTS]]
         prompt = model.prompts["query"]
         values = {"texts": texts, "prompt": prompt}
-        rows, expected = model.tokenizer.encode(texts, prompt).ids, model.encode(texts, "query")
+        rows = model.tokenizer.encode(texts, prompt).ids
+        expected = model.encode(texts, prompt="query")
     else:
-        pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
+        pairs = [(pair.query, pair.document) for pair in builtin_pairs()[:TEXTS]]
         values = {"pairs": pairs}
-        rows, expected = model.tokenizer.encode(pairs).ids, model.score(pairs)
+        rows = model.tokenizer.encode(pairs).ids
+        expected = model.score(pairs)
     values["ids"] = [ids.tolist() for ids in rows]
     artifact.with_suffix(".json").write_text(json.dumps(values), encoding="utf-8")
     np.save(artifact.with_suffix(".npy"), expected)
@@ -258,7 +268,7 @@ def _run_python(
     row: Row, artifact: Path, inputs: Path, folder: Path
 ) -> tuple[np.ndarray, dict[str, str]]:
     environment = [
-        *("uv", "run", "--quiet", "--no-project", "--isolated", "--python", "3.11"),
+        *("uv", "run", "--quiet", "--no-project", "--python", "3.11"),
         *(argument for package in row.packages for argument in ("--with", package)),
     ]
     output = folder / "output.npz"
@@ -266,13 +276,18 @@ def _run_python(
     script = SCRIPTS / str(row.script)
     arguments = [str(artifact), str(inputs), str(output), *row.arguments]
     _run([*environment, "python", str(script), *arguments])
-    names = [re.split(r"[\[<=]", package)[0] for package in row.packages]
+    return np.load(output)["values"], _versions(row.packages, tuple(environment))
+
+
+@cache
+def _versions(packages: tuple[str, ...], environment: tuple[str, ...]) -> dict[str, str]:
+    """The versions of the packages in an environment."""
+    names = [re.split(r"[\[<=]", package)[0] for package in packages]
     code = (
         "import importlib.metadata as m, json, sys;"
         "print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
     )
-    versions = json.loads(_run([*environment, "python", "-c", code, *names]).splitlines()[-1])
-    return np.load(output)["values"], versions
+    return json.loads(_run([*environment, "python", "-c", code, *names]).splitlines()[-1])
 
 
 def _run_node(
@@ -338,7 +353,7 @@ def _table(figures: Sequence[dict[str, Any]]) -> str:
 
 
 SHOWN = (
-    *("onnxruntime", "sentence-transformers", "optimum-onnx", "optimum-intel", "openvino"),
+    *("sentence-transformers", "optimum-onnx", "optimum-intel", "openvino"),
     *("fastembed", "langchain-huggingface", "llama-index-embeddings-huggingface", "haystack-ai"),
     *("@huggingface/transformers", "onnxruntime-node", "onnxruntime-web"),
 )
