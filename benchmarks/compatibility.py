@@ -182,7 +182,7 @@ def of_every_consumer(results: Path = RESULTS, only: Sequence[str] = ()) -> None
     folder.mkdir(parents=True)
     made: dict[str, Path] = {}
     for row in ROWS:
-        if only and not any(text in row.name for text in only):
+        if only and row.script and not any(text in row.name for text in only):
             continue
         for task in row.tasks:
             for precision in row.precisions if row.script else ("",):

@@ -132,6 +132,7 @@ def test_a_reranker_as_a_classifier(exported):
     assert config.architectures == ["Qwen3ForSequenceClassification"]
     assert config.sentence_transformers["activation_fn"].endswith("Sigmoid")
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer is not None
     rows = reranker.tokenizer.encode(PAIRS).ids
     for (query, document), row in zip(PAIRS, rows, strict=True):
         messages = [
