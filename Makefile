@@ -9,13 +9,17 @@ DEMO = $(UV) run --frozen --no-dev --extra cpu --extra report --extra retrieval
 # The environment has onnxruntime for CPUs; a GPU takes one of its own: see docs/gpu.md.
 GPU_PYTHON ?= $(RUN) python
 
-.PHONY: demo test test-cpus lint format docs bench vectors gpu
+.PHONY: demo test test-all test-cpus lint format docs bench vectors gpu
 
 demo: $(UV)
 	$(DEMO) embedport demo
 
+# All but the cases marked slow: ten minutes on two cores.
 test: $(UV)
-	$(RUN) pytest
+	$(RUN) pytest -m "not slow"
+
+test-all: $(UV)
+	$(RUN) pytest --durations=40
 
 # On CPUs that are not at hand, under qemu-user: see tests/cpus/run.py.
 test-cpus: $(UV)

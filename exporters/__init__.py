@@ -27,8 +27,15 @@ def export(
         format: "onnx" or "tensorrt".
         options: Keyword arguments of `export_onnx` or `export_tensorrt`.
 
+    Returns:
+        The artifact.
+
     Raises:
         InputError: The format is unknown. The format's function raises further errors.
+
+    >>> artifact = export(checkpoint, folder / "tea-int8", precision="int8")
+    >>> artifact.manifest.task, artifact.manifest.precision
+    ('embedding', 'int8')
     """
     if format not in FORMATS:
         raise InputError(f"format should be one of {', '.join(FORMATS)}, found {format!r}")

@@ -87,6 +87,12 @@ class Embedder:
             InputError: A text is not valid Unicode; the model does not have this `prompt` or `dim`;
                 the precision needs ranges that were not measured; or a text gives NaN or infinity,
                 which would stay in an index for ever (`embed_texts` returns them).
+
+        >>> model = embedport.load_embedder(embedder, device="cpu")
+        >>> queries = model.encode(["What do people drink in China?"], prompt="query")
+        >>> documents = model.encode(["tea: a hot drink", "car: a motor vehicle"], dim=256)
+        >>> documents.dtype, bool(queries[0] @ documents[0] > queries[0] @ documents[1])
+        (dtype('float32'), True)
         """
         check_options(self.dim, dim, precision)
         check_ranges(precision, dim or self.dim, self.ranges)

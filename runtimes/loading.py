@@ -63,6 +63,9 @@ def load(
         DeviceError: The requested device is not available.
         MissingPackageError: The runtime it needs is not installed.
         VerificationError: With `check`, the results differ from those of the export.
+
+    >>> load(embedder, device="cpu").dim
+    256
     """
     runner = _load(model, device, max_length, task, adapter)
     if check and not (result := compare_witness(runner)).passed:
@@ -83,6 +86,9 @@ def load_embedder(
 
     Raises:
         InputError: It is a reranker. Otherwise as for `load`.
+
+    >>> load_embedder(embedder, device="cpu").encode(["tea"]).shape
+    (1, 256)
     """
     runner = load(
         model, device=device, max_length=max_length, check=check, task="embedding", adapter=adapter
@@ -103,6 +109,9 @@ def load_reranker(
 
     Raises:
         InputError: It is an embedding model. Otherwise as for `load`.
+
+    >>> load_reranker(reranker, device="cpu").score([("What is tea?", "A hot drink.")]).shape
+    (1,)
     """
     runner = load(
         model, device=device, max_length=max_length, check=check, task="reranker", adapter=adapter
@@ -129,6 +138,9 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
         ArtifactError: A file is missing or changed, or the artifact was exported without a witness.
         DeviceError: The requested device is not available.
         MissingPackageError: The runtime it needs is not installed.
+
+    >>> check(embedder, device="cpu").passed
+    True
     """
     return compare_witness(_load(artifact, device, None, None, None))
 

@@ -79,6 +79,11 @@ class Reranker:
         Raises:
             InputError: A pair is not two strings of valid Unicode, or gives NaN or infinity
                 (`score_pairs` returns them).
+
+        >>> model = embedport.load_reranker(reranker, device="cpu")
+        >>> scores = model.score([("a hot drink", "tea: a hot drink"), ("a hot drink", "car")])
+        >>> scores.dtype, bool(scores[0] > scores[1])
+        (dtype('float32'), True)
         """
         scores = self.score_pairs(
             pairs, instruction=instruction, batch_tokens=batch_tokens, progress=progress
@@ -170,6 +175,11 @@ class Reranker:
 
         Raises:
             InputError: A text is not valid Unicode or gives NaN, or `top_k` is below 1.
+
+        >>> model = embedport.load_reranker(reranker, device="cpu")
+        >>> [best] = model.rank("a hot drink", ["car", "tea: a hot drink"], top_k=1)
+        >>> best.index, best.document
+        (1, 'tea: a hot drink')
         """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k should be at least 1, found {top_k}")

@@ -1,4 +1,4 @@
-"""The documentation: every link leads somewhere, the command line's reference is current, the site builds."""
+"""Every link leads somewhere, the command line's reference is current, the site builds."""
 
 import re
 import subprocess

@@ -105,6 +105,9 @@ def validate(
         progress: Show progress bars on a terminal.
         task: "embedding" or "reranker", for a checkpoint that does not declare its task.
 
+    Returns:
+        The report; `passed` says whether all gates hold.
+
     Raises:
         InputError: The inputs are wrong; a limit applies to something that is not measured; the
             reference is a different model; or its file is damaged or of another checkpoint.
@@ -112,6 +115,9 @@ def validate(
         CheckpointError: The reference is not a complete Qwen3 checkpoint.
         DeviceError: The requested device is not available.
         MissingPackageError: torch, transformers or sentence-transformers is not installed.
+
+    >>> validate(embedder, reference, device="cpu").passed
+    True
     """
     if page is not None:  # fail now rather than after hours of work
         require("jinja2", "report")

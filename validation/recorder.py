@@ -67,6 +67,10 @@ def record_reference(
         CheckpointError: It is not a complete Qwen3 checkpoint, or its library cannot open it.
         DeviceError: The checkpoint does not fit into the GPU's memory.
         MissingPackageError: torch, transformers or sentence-transformers is not installed.
+
+    >>> recorded = record_reference(checkpoint, folder / "tea.reference", ["tea"], device="cpu")
+    >>> validate(embedder, folder / "tea.reference", device="cpu").inputs
+    1
     """
     path = Path(output).expanduser()
     _check_place(path, force)

@@ -46,6 +46,9 @@ class Artifact:
         Raises:
             InputError: There is no such folder, or a link leads out of it.
             ArtifactError: It is not an artifact, or a file is missing or changed.
+
+        >>> Artifact.open(embedder).manifest.precision
+        'fp32'
         """
         folder = Path(folder).expanduser()
         if not folder.is_dir():

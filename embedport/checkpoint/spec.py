@@ -117,6 +117,9 @@ class ModelSpec:
         Raises:
             InputError: There is no such folder or hub id.
             CheckpointError: It is not a Qwen3 checkpoint, or uses an unsupported feature.
+
+        >>> ModelSpec.from_checkpoint(checkpoint).task
+        'embedding'
         """
         return read_spec(fetch(checkpoint, revision, weights=False, adapter=adapter), task)
 

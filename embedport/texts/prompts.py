@@ -44,7 +44,11 @@ TEXTS, INSTRUCT = Inputs(), Inputs(form="instruct")
 
 
 def query_prompt(instruction: str) -> str:
-    """The query prompt for your own instruction, in Qwen3-Embedding's format."""
+    r"""The query prompt for your own instruction, in Qwen3-Embedding's format.
+
+    >>> query_prompt("Find the statute")
+    'Instruct: Find the statute\nQuery:'
+    """
     return f"Instruct: {instruction}\nQuery:"
 
 

@@ -95,6 +95,10 @@ def quantize_checkpoint(
         MissingPackageError: The format's library is not installed, or onnxruntime, which runs the
             texts of "gptq" and "awq".
         VerificationError: The written files lack tensors or hold others.
+
+    >>> artifact = quantize_checkpoint(checkpoint, folder / "tea-w8a8", method="w8a8")
+    >>> artifact.manifest.format, artifact.manifest.precision
+    ('checkpoint', 'w8a8')
     """
     output = Path(output).expanduser().absolute()
     # Weights may be gigabytes to download: first check everything that does not need them.

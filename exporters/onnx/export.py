@@ -123,8 +123,6 @@ def export_onnx(
         VerificationError: The written graph does not run or outputs NaN.
     """
     output = Path(output).expanduser().absolute()
-    # Weights may be gigabytes to download: everything that does not need them is checked first.
-    spec = read_configuration(checkpoint, revision, task, adapter)
     options = Options(
         precision=precision,
         arithmetic=arithmetic,
@@ -143,6 +141,8 @@ def export_onnx(
         retrieval=retrieval,
         consumers=consumers,
     )
+    # Weights may be gigabytes to download: everything that does not need them is checked first.
+    spec = read_configuration(checkpoint, revision, task, adapter)
     plan = plan_export(spec, options)
     require("onnxruntime", "cpu")
     check_place(output, force)

@@ -34,7 +34,11 @@ STORED_BITS = {"int4": 4, "int8-weight": 8}
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `export_onnx` that decide what is in the graph; named and explained there."""
+    """The options of `export_onnx` that decide what is in the graph; named and explained there.
+
+    Raises:
+        InputError: Options of a search are wrong, or do not go together.
+    """
 
     precision: str
     arithmetic: str | None
@@ -52,6 +56,9 @@ class Options:
     max_ndcg_loss: float | None
     retrieval: str | Path | None
     consumers: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _check_search(self)
 
     @property
     def sets_algorithm(self) -> bool:
@@ -181,7 +188,6 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
     dialect = find_dialect(options.dialect)
     _check_outputs(spec, options)
     searches = options.precision == AUTO
-    _check_search(options)
     recipe = _choose_recipe(spec, options)
     # A recipe names its formats itself.
     name = MIXED if options.recipe is not None or searches else options.precision

@@ -50,7 +50,7 @@ def hub(checkpoints, tmp_path_factory, monkeypatch):
 def test_bad_options(hub, tmp_path, options):
     with pytest.raises(InputError):
         embedport.export("me/qwen3", tmp_path / "out", **options)
-    assert hub[1] == [(None, False)]
+    assert hub[1] in ([], [(None, False)])  # no weights
 
 
 @pytest.mark.parametrize(

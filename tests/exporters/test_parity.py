@@ -15,15 +15,25 @@ GEOMETRIES = ("kv1", "kv2", "kv8")
 DIALECTS = ("ort", "standard")
 # Minimum cosine, largest difference of score.
 LIMITS = {"fp32": (0.99999, 1e-4), "fp16": (0.9995, 1e-3), "bf16": (0.9995, 5e-3)}
+CASES = [
+    pytest.param(
+        geometry,
+        dialect,
+        precision,
+        # In 16 bits one geometry runs each time.
+        marks=[pytest.mark.slow] if precision != "fp32" and geometry != "kv8" else [],
+    )
+    for geometry in GEOMETRIES
+    for dialect in DIALECTS
+    for precision in LIMITS
+]
 
 
 def cosines(a, b):
     return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-@pytest.mark.parametrize("precision", LIMITS)
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("geometry", "dialect", "precision"), CASES)
 def test_embedding(artifacts, reference, geometry, dialect, precision):
     embedder = artifacts(geometry, "embedding", dialect=dialect, precision=precision)
     vectors = embedder.encode(TEXTS, batch_tokens=2048)
@@ -33,9 +43,7 @@ def test_embedding(artifacts, reference, geometry, dialect, precision):
     assert cosines(vectors, reference(geometry, "embedding")).min() >= LIMITS[precision][0]
 
 
-@pytest.mark.parametrize("precision", LIMITS)
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("geometry", "dialect", "precision"), CASES)
 def test_reranker(artifacts, reference, geometry, dialect, precision):
     reranker = artifacts(geometry, "reranker", dialect=dialect, precision=precision)
     scores = reranker.score(PAIRS, batch_tokens=2048)

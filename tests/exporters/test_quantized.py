@@ -46,7 +46,7 @@ def test_reranker(artifacts, reference, precision, dialect):
 def test_a_text_alone_and_in_a_ragged_batch(artifacts, precision, dialect):
     embedder = artifacts("kv8", dialect=dialect, precision=precision)
     # The standard Attention keeps all scores at once: long texts take seconds.
-    texts = [text for text in TEXTS if dialect == "ort" or len(text) < 1000]
+    texts = TEXTS if dialect == "ort" else [text for text in TEXTS if len(text) < 1000][::4]
     together = embedder.encode(texts, batch_tokens=16_384)
     alone = np.concatenate([embedder.encode([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)

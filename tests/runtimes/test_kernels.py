@@ -1,6 +1,8 @@
 """The kernels in C compute what a graph's functions say, and are not missed where they are not."""
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -359,6 +361,33 @@ def test_batches_and_pasts_change_no_bit(exported, precision):
         for ids in map(np.asarray, rows)
     ]
     assert reranker.score(pairs).tolist() == alone
+
+
+def operators_run(artifact, folder, *, kernels):
+    """The operators of the domain embedport that onnxruntime ran, by its own profile."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / f"{kernels}")
+    if kernels:
+        register_kernels(options)
+    session = onnxruntime.InferenceSession(
+        artifact.graph, options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, batch(5, 9))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    run_names = {event["args"]["op_name"] for event in events if event["cat"] == "Node"}
+    return run_names & {name for _, name, _ in ir.load(artifact.graph).functions}
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_every_function_is_run_by_its_kernel(exported, tmp_path, precision):
+    """Without kernels onnxruntime inlines the functions: comparisons alone would pass then too."""
+    artifact = exported("kv8", precision=precision)
+    functions = {name for _, name, _ in ir.load(artifact.graph).functions}
+    assert "RotaryAttention" in functions
+    assert operators_run(artifact, tmp_path, kernels=True) == functions
+    assert operators_run(artifact, tmp_path, kernels=False) == set()
 
 
 def test_a_package_without_kernels(exported, monkeypatch, caplog):
