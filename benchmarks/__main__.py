@@ -13,6 +13,7 @@ from . import (
     batches,
     bulk,
     checkpoints,
+    compatibility,
     engines,
     export,
     gpu,
@@ -239,6 +240,17 @@ def _serve(
 ) -> None:
     """The server: 200 clients, 20,000 requests, every answer checked; memory and latency."""
     serve.under_load(out, precision=precision, infinity=infinity, rounds=rounds)
+
+
+@app.command("compatibility")
+def _compatibility(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run the rows with this text in their name.")
+    ] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Every consumer in its own environment; writes the table of docs/compatibility.md."""
+    compatibility.of_every_consumer(out, only or ())
 
 
 @app.command("backend")

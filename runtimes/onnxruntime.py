@@ -119,7 +119,7 @@ class OnnxModel:
             size = past.shape[2] + input_ids.shape[1]
             feeds |= _prefix_inputs(past, kept=0, short=size <= SHORT_ROW)
         if self.device == "cpu":
-            output = self._session.run(self._graph.outputs, feeds)[0]
+            output = self._session.run(self._graph.outputs[:1], feeds)[0]
         else:
             output = self._run_on_gpu(feeds)
         if self._head is None:
@@ -159,7 +159,7 @@ def _prefix_inputs(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.
 
 
 def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:
-    """Run a session with inputs and its only output bound to a device's memory.
+    """Run a session with inputs and its first output bound to a device's memory.
 
     Each input is copied once; with `run`, every provider would copy it.
 

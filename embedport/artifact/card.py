@@ -56,6 +56,7 @@ def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
             for name in graph.inputs
         ),
         "Output": ", ".join(f"`{name}`" for name in graph.outputs),
+        **({"For": ", ".join(graph.shared.consumers)} if graph.shared else {}),
     }
 
 

@@ -85,6 +85,27 @@ class ContinuationRecord:
 
 
 @dataclass(frozen=True)
+class SharedRecord:
+    """What other software opens in an artifact; its weights are in the graph's own file.
+
+    Attributes:
+        consumers: The programs that the files were written for.
+        paths: Paths of the graph that they open; empty if it is the artifact's own graph.
+        outputs: Names of that graph's outputs.
+        opset: Its ONNX opset version.
+        requires: The onnxruntime that it needs.
+        openvino: The path of OpenVINO's model, if there is one; it has weights of its own.
+    """
+
+    consumers: tuple[str, ...]
+    paths: tuple[str, ...]
+    outputs: tuple[str, ...]
+    opset: int
+    requires: str
+    openvino: str | None
+
+
+@dataclass(frozen=True)
 class GraphRecord:
     """An artifact's ONNX graph.
 
@@ -93,7 +114,7 @@ class GraphRecord:
         dialect: "ort" or "standard".
         opset: The ONNX opset version.
         inputs: Names of the inputs.
-        outputs: Names of the outputs.
+        outputs: Names of the outputs, first the one that embedport reads.
         output: "pooled" (one vector or score per text) or "hidden" (one vector per token).
         arithmetic: "fp32", "fp16" or "bf16": the dtype of all that is not quantized.
         kept_in_fp32: Parts that an fp16 graph computes in fp32 because fp16 would overflow.
@@ -102,6 +123,7 @@ class GraphRecord:
             there is none.
         limits_pairs: Whether the codes of weights used with 8-bit activations are limited so that
             no CPU saturates (see `quantize.pairs`). Early artifacts lack the field.
+        shared: The files that other software opens; None if none were asked for.
     """
 
     path: str
@@ -115,6 +137,7 @@ class GraphRecord:
     masked: bool = False
     continuation: ContinuationRecord | None = None
     limits_pairs: bool = False
+    shared: SharedRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +258,8 @@ class Manifest:
         graph: GraphRecord | None = values["graph"]
         records = [graph, graph.continuation if graph else None, values["engine"]]
         parts = [record.path for record in records if record]
+        if graph and graph.shared:
+            parts += [*graph.shared.paths, *filter(None, [graph.shared.openvino])]
         for name in (*parts, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
@@ -273,6 +298,12 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
         if graph.continuation is not None:
             texts["continuation's path"] = graph.continuation.path
             texts["continuation's requires"] = graph.continuation.requires
+        if graph.shared is not None:
+            for key in ("consumers", "paths", "outputs"):
+                texts |= {f"shared {key}": name for name in getattr(graph.shared, key)}
+            texts["shared requires"] = graph.shared.requires
+            if graph.shared.openvino is not None:
+                texts["path of OpenVINO's model"] = graph.shared.openvino
     for name, record in values["files"].items():
         texts[f"sha256 of {name[:100]!r}"] = record.sha256
         sizes[f"size of {name[:100]!r}"] = max(record.size, 1) if _is_size(record.size) else None
@@ -297,8 +328,8 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     for key, named in maps.items():
         if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
             wrong.append((key, named, "texts by name"))
-    if graph is not None and len(graph.outputs) != 1:
-        wrong.append(("graph's outputs", graph.outputs, "one name"))
+    if graph is not None and not graph.outputs:
+        wrong.append(("graph's outputs", graph.outputs, "names"))
     for key in ("recipe", "ranges", "parity"):
         if values[key] is not None and not isinstance(values[key], dict):
             wrong.append((key, values[key], "an object or null"))
@@ -337,4 +368,9 @@ def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
         read[key] = tuple(read[key])
     if read.get("continuation"):
         read["continuation"] = ContinuationRecord(**read["continuation"])
+    if read.get("shared"):
+        shared = dict(read["shared"])
+        for key in ("consumers", "paths", "outputs"):
+            shared[key] = tuple(shared[key])
+        read["shared"] = SharedRecord(**shared)
     return GraphRecord(**read)

@@ -134,6 +134,15 @@ def export_onnx(
         ),
     ] = None,
     dry_run: DryRunOption = False,
+    consumers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            help="Also write what this software opens: sentence-transformers, transformers.js, "
+            "tei, fastembed, triton, older-onnxruntime or openvino. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -166,6 +175,7 @@ def export_onnx(
         "retrieval": retrieval,
         "max_bytes": max_bytes,
         "average_bits": average_bits,
+        "consumers": consumers or (),
         "force": force,
     }
     if dry_run:

@@ -100,6 +100,8 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f", {graph['dialect']} dialect, opset {graph['opset']}: "
             f"{', '.join(graph['inputs'])} to {', '.join(graph['outputs'])}"
         )
+        if shared := graph["shared"]:
+            rows["Opened by"] = _openers(shared)
     if facts["engine"]:
         engine = EngineRecord.from_json(facts["engine"])
         rows["Engine"] = (
@@ -111,6 +113,16 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows
+
+
+def _openers(shared: Mapping[str, Any]) -> str:
+    lines = [", ".join(shared["consumers"])]
+    if shared["paths"]:
+        lines.append(
+            f"{' and '.join(shared['paths'])}, opset {shared['opset']}: "
+            f"{', '.join(shared['outputs'])}; {shared['requires']}"
+        )
+    return "\n".join([*lines, *filter(None, [shared["openvino"]])])
 
 
 def _part(part: str, sizes: Mapping[str, int]) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from ...errors import InputError
 from .dialect import Dialect
+from .older_dialect import OlderDialect
 from .ort_dialect import OrtDialect
 from .standard_dialect import StandardDialect
 
+# For the graph that other software reads, not for embedport's own.
+OLDER = OlderDialect()
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect for dialect in (OrtDialect(), StandardDialect())
 }

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from ...checkpoint.spec import ModelSpec
 from .builder import GraphBuilder
 from .dialect import (
+    BFLOAT16,
     FLOAT,
-    FLOAT16,
     INT64,
     MICROSOFT,
     AttentionValues,
@@ -74,10 +74,10 @@ def fused(
         heads: Queries, keys and values.
         values: From the dialect's `attention_values`.
         cache: Cosines and sines.
-        compute: FLOAT16 or BFLOAT16.
+        compute: The dtype of attention.
     """
     rows = _rows(g, norm, spec, heads, cache[0].dtype, compute)
-    if compute == FLOAT16:
+    if compute != BFLOAT16:
         return _fused_attention(g, spec, rows, values, cache, None)[0]
     rotated = _rotate(g, spec, rows, values.position_ids, cache)
     return _fused_attention(g, spec, rotated, values, None, None)[0]

@@ -101,13 +101,13 @@ class OrtDialect:
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """SimplifiedLayerNormalization; in fp32 as a function with a custom kernel."""
         if x.dtype != FLOAT:
-            return _norm(g, x, weight, eps)
+            return norm(g, x, weight, eps)
         return g.call(
             "Norm",
             x,
             weight,
             dtypes=[FLOAT],
-            describe=lambda f, x, weight: [_norm(f, x, weight, eps)],
+            describe=lambda f, x, weight: [norm(f, x, weight, eps)],
             opsets=self.opsets,
             epsilon=eps,
         )[0]
@@ -121,7 +121,7 @@ class OrtDialect:
         """
         dtype = residual.dtype or FLOAT
         if dtype != FLOAT or (x.scales is None and x.value.dtype != FLOAT):
-            normed, total = _add_norm(g, residual, g.cast(apply_scales(g, x), dtype), weight, eps)
+            normed, total = add_norm(g, residual, g.cast(apply_scales(g, x), dtype), weight, eps)
             return Activations(normed), total
         if x.scales is None:
             normed, total = g.call(
@@ -130,7 +130,7 @@ class OrtDialect:
                 weight,
                 x.value,
                 dtypes=[FLOAT, FLOAT],
-                describe=lambda f, residual, weight, x: _add_norm(f, residual, x, weight, eps),
+                describe=lambda f, residual, weight, x: add_norm(f, residual, x, weight, eps),
                 opsets=self.opsets,
                 epsilon=eps,
             )
@@ -138,7 +138,7 @@ class OrtDialect:
 
         def describe(f: GraphBuilder, residual: ir.Value, *x: ir.Value) -> list[ir.Value]:
             *product, weight = x
-            normed, total = _add_norm(
+            normed, total = add_norm(
                 f, residual, apply_scales(f, ScaledTensor(*product)), weight, eps
             )
             return [total, normed, *_round_rows(f, normed)]
@@ -168,14 +168,14 @@ class OrtDialect:
         """
         plain = gate.value.dtype == up.dtype == FLOAT
         if dtype != FLOAT or (gate.scales is None and not plain):
-            return Activations(_swiglu(g, g.cast(apply_scales(g, gate), dtype), g.cast(up, dtype)))
+            return Activations(swiglu(g, g.cast(apply_scales(g, gate), dtype), g.cast(up, dtype)))
         if gate.scales is None:
             (product,) = g.call(
                 "Swiglu",
                 gate.value,
                 up,
                 dtypes=[FLOAT],
-                describe=lambda f, gate, up: [_swiglu(f, gate, up)],
+                describe=lambda f, gate, up: [swiglu(f, gate, up)],
                 opsets=self.opsets,
             )
             return Activations(product)
@@ -183,7 +183,7 @@ class OrtDialect:
         def describe(
             f: GraphBuilder, gate: ir.Value, scales: ir.Value, up: ir.Value
         ) -> list[ir.Value]:
-            product = _swiglu(f, apply_scales(f, ScaledTensor(gate, scales)), up)
+            product = swiglu(f, apply_scales(f, ScaledTensor(gate, scales)), up)
             return [product, *_round_rows(f, product)]
 
         product, *rows = g.call(
@@ -231,22 +231,10 @@ class OrtDialect:
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         """MatMulNBits; in fp32, for CPUs, as a function with a custom kernel."""
-        zero_points = matrix.zero_points()
-        inputs = [
-            x,
-            g.initializer(matrix.codes_in_blocks()),
-            g.initializer(matrix.scales(x.dtype or FLOAT)),
-        ]
-        if zero_points is not None:
-            inputs.append(g.initializer(zero_points))
-        attributes = {
-            "K": matrix.shape[1],
-            "N": matrix.shape[0],
-            "bits": matrix.scheme.bits,
-            "block_size": matrix.scheme.group_size or matrix.shape[1],
-        }
+        inputs, attributes = _grouped(g, x, matrix)
+        has_zero_points = len(inputs) > 3
         # The kernel's 8-bit weights are int8; less a zero point, a code would need 9 bits.
-        if x.dtype != FLOAT or (matrix.scheme.bits == 8 and zero_points is not None):
+        if x.dtype != FLOAT or (matrix.scheme.bits == 8 and has_zero_points):
             return _matmul_groups(g, *inputs, **attributes)
 
         def describe(f: GraphBuilder, *inputs: ir.Value) -> list[ir.Value]:
@@ -254,7 +242,7 @@ class OrtDialect:
             return [_matmul_groups(f, *inputs, **given)]
 
         return g.call(
-            "MatMulSymmetricGroups" if zero_points is None else "MatMulGroups",
+            "MatMulGroups" if has_zero_points else "MatMulSymmetricGroups",
             *inputs,
             dtypes=[FLOAT],
             describe=describe,
@@ -292,7 +280,7 @@ class OrtDialect:
         """In fp32, for CPUs, a function with a custom kernel; in 16 bits GroupQueryAttention."""
         if compute != FLOAT:
             assert past is None
-            return [ort_attention.fused(g, _norm, spec, heads, values, cache, compute)]
+            return [ort_attention.fused(g, norm, spec, heads, values, cache, compute)]
         v, scales = heads.v
         # In the order of `ort_attention.KernelInputs`.
         inputs = (
@@ -310,13 +298,39 @@ class OrtDialect:
             "RotaryAttention",
             *(value for value in inputs if value is not None),
             dtypes=[FLOAT] * (1 if past is None else 3),
-            describe=lambda f, *inputs: ort_attention.chosen_by_length(f, _norm, spec, *inputs),
+            describe=lambda f, *inputs: ort_attention.chosen_by_length(f, norm, spec, *inputs),
             opsets=self.opsets,
             epsilon=spec.rms_norm_eps,
             scale=attention_scale(spec),
             num_heads=spec.num_heads,
             kv_num_heads=spec.num_kv_heads,
         )
+
+
+def matmul_groups(g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+    """MatMulNBits by a matrix; the product has the dtype of `x`."""
+    inputs, attributes = _grouped(g, x, matrix)
+    return _matmul_groups(g, *inputs, **attributes)
+
+
+def _grouped(
+    g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix
+) -> tuple[list[ir.Value], dict[str, int]]:
+    """MatMulNBits' inputs and attributes."""
+    inputs = [
+        x,
+        g.initializer(matrix.codes_in_blocks()),
+        g.initializer(matrix.scales(x.dtype or FLOAT)),
+    ]
+    zero_points = matrix.zero_points()
+    if zero_points is not None:
+        inputs.append(g.initializer(zero_points))
+    return inputs, {
+        "K": matrix.shape[1],
+        "N": matrix.shape[0],
+        "bits": matrix.scheme.bits,
+        "block_size": matrix.scheme.group_size or matrix.shape[1],
+    }
 
 
 def _matmul_groups(g: GraphBuilder, *inputs: ir.Value, **attributes: Any) -> ir.Value:
@@ -326,12 +340,12 @@ def _matmul_groups(g: GraphBuilder, *inputs: ir.Value, **attributes: Any) -> ir.
     )
 
 
-def _norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+def norm(g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
     """SimplifiedLayerNormalization: onnxruntime's RMSNorm, in the ONNX domain."""
     return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=eps, stash_type=1)
 
 
-def _add_norm(
+def add_norm(
     g: GraphBuilder, residual: ir.Value, x: ir.Value, weight: ir.Value, eps: float
 ) -> tuple[ir.Value, ir.Value]:
     """SkipSimplifiedLayerNormalization; its fourth output is the sum."""
@@ -347,7 +361,7 @@ def _add_norm(
     return normed, total
 
 
-def _swiglu(g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
+def swiglu(g: GraphBuilder, gate: ir.Value, up: ir.Value) -> ir.Value:
     """QuickGelu with alpha 1 is silu, in one pass; bf16 values are computed in fp32.
 
     CUDA rounds each step and computes a negative value's sigmoid as 1 - y, which cancels to zero

@@ -73,6 +73,8 @@ class Design:
         dim: Leading values of the embedding that are kept (MRL); None for all.
         head: float32 [hidden_size, 1], a reranker's W_yes - W_no; None for an embedder.
         matrices: The quantized matrices, if the precision has formats.
+        shared: Whether other software reads the graph: it then outputs each token's vector and the
+            text's, or a reranker's logits first.
     """
 
     weights: WeightSource
@@ -82,6 +84,7 @@ class Design:
     dim: int | None = None
     head: np.ndarray | None = None
     matrices: QuantizedMatrices | None = None
+    shared: bool = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -89,15 +92,20 @@ class Design:
         return self.weights.spec
 
     @property
+    def tokens(self) -> bool:
+        """Whether each token's vector is an output."""
+        return self.hidden or (self.shared and self.head is None)
+
+    @property
     def last_only(self) -> bool:
         """Whether only each row's last token is needed after the layers."""
-        return not self.hidden and (self.head is not None or self.spec.outputs.last_token)
+        return not self.tokens and (self.head is not None or self.spec.outputs.last_token)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the graph's inputs."""
         excludes_prompt = self.head is None and not self.spec.outputs.include_prompt
-        return (*INPUTS, PROMPT_LENGTH) if excludes_prompt and not self.hidden else INPUTS
+        return (*INPUTS, PROMPT_LENGTH) if excludes_prompt and not self.tokens else INPUTS
 
 
 class Stream(NamedTuple):
@@ -157,7 +165,8 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     Args:
         design: The graph's design.
         continues: Whether rows continue a shared prefix. The graph then has the inputs `past`,
-            `kept` and `short` of `Past`, and the output `present`: like `past`, with `kept` tokens.
+            `kept` and `short` of `Past`, and first the output `present`: like `past`, with `kept`
+            tokens.
     """
     g = GraphBuilder()
     spec = design.spec
@@ -183,7 +192,7 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
         g.scope = PRESENT
         shape = (2 * spec.num_layers, spec.num_kv_heads, "kept", spec.head_dim)
         outputs.append(named(g.op("Concat", *states, axis=0), PRESENT, shape))
-    outputs.append(describe_output(g, design, stream, batch, prompt_length))
+    outputs += describe_outputs(g, design, stream, batch, prompt_length)
     return g.model(
         [*inputs, *([] if prompt_length is None else [prompt_length]), *(past or ())],
         outputs,
@@ -449,14 +458,14 @@ def last_token(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:
     return g.op("GatherND", x, g.op("Unsqueeze", index, g.constant([2])), batch_dims=1)
 
 
-def describe_output(
+def describe_outputs(
     g: GraphBuilder,
     design: Design,
     stream: Stream,
     batch: Batch,
     prompt_length: ir.Value | None = None,
-) -> ir.Value:
-    """The final norm and the task's head, in fp32."""
+) -> list[ir.Value]:
+    """The final norm and the task's head, in fp32: the graph's outputs."""
     g.scope = "output"
     spec, outputs = design.spec, design.spec.outputs
     assert stream.pending is not None  # a model has at least one layer
@@ -468,35 +477,51 @@ def describe_output(
     # For a reranker, the rotation is in the head instead.
     plain = outputs.steps == ("normalize",) and outputs.last_token and outputs.truncate is None
     if rotation is not None and design.head is None:
-        if not design.hidden and plain:
+        if not design.tokens and plain:
             rotation = rotation[:, : design.dim]
         matrix = ir.tensor(np.ascontiguousarray(rotation), name="output.rotation")
         normed = g.op("MatMul", normed, g.initializer(matrix))
-    if design.hidden:
-        hidden = roll_back(g, normed, batch)
-        return named(hidden, "last_hidden_state", ("batch", "sequence", spec.hidden_size))
+    hidden = []
+    if design.tokens:
+        shape = ("batch", "sequence", spec.hidden_size)
+        hidden.append(named(roll_back(g, normed, batch), "last_hidden_state", shape))
+        # Without the prompt's length, which only embedport gives, there is no pooled vector.
+        if design.hidden or not outputs.include_prompt:
+            return hidden
     if design.last_only:
         pooled = g.op("Gather", normed, g.constant(0), axis=1)
     else:
         pooled = pool(g, normed, batch.positions, outputs, prompt_length)
     if design.head is not None:
         head = g.initializer(ir.tensor(design.head, name="score.weight"))
-        score = g.op("MatMul", pooled, head)
-        if outputs.activation == "sigmoid":
-            score = g.op("Sigmoid", score)
-        return named(g.op("Squeeze", score, g.constant([1])), "score", ("batch",))
+        return describe_score(g, design, g.op("MatMul", pooled, head))
     dim = design.dim or spec.embedding_dim
     if plain:
         # Truncated first: normalizing before that too would give the same unit vector.
         if dim < spec.hidden_size and rotation is None:
             pooled = shorten(g, pooled, dim)
-        return named(normalize(g, pooled), "sentence_embedding", ("batch", dim))
+        return [*hidden, named(normalize(g, pooled), "sentence_embedding", ("batch", dim))]
     folder = spec.source.pipeline
     vectors = describe_steps(g, pooled, outputs, lambda dense: read_dense(folder, dense))
     if dim < spec.embedding_dim:
         vectors = shorten(g, vectors, dim)
         vectors = normalize(g, vectors) if outputs.unit_length else vectors
-    return named(vectors, "sentence_embedding", ("batch", dim))
+    return [*hidden, named(vectors, "sentence_embedding", ("batch", dim))]
+
+
+def describe_score(g: GraphBuilder, design: Design, logits: ir.Value) -> list[ir.Value]:
+    """A reranker's `score` [batch], and the `logits` [batch, 1] that it is computed from.
+
+    The standard dialect's own graph has the score alone: embedport binds one output of an engine.
+    """
+    score = logits
+    if design.spec.outputs.activation == "sigmoid":
+        score = g.op("Sigmoid", score)
+    score = named(g.op("Squeeze", score, g.constant([1])), "score", ("batch",))
+    if not design.shared and design.dialect.name == "standard":
+        return [score]
+    logits = named(logits, "logits", ("batch", 1))
+    return [logits, score] if design.shared else [score, logits]
 
 
 def roll_back(g: GraphBuilder, x: ir.Value, batch: Batch) -> ir.Value:

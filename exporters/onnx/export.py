@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...artifact.folder import Artifact, check_place, staged, write_manifest
-from ...artifact.manifest import ContinuationRecord, GraphRecord, Manifest
+from ...artifact.manifest import ContinuationRecord, GraphRecord, Manifest, SharedRecord
 from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
 from ...errors import EmbedportError, require
@@ -23,6 +23,7 @@ from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..calibration.search import FP32, TRIALS, RankingTarget, Search, Targets, search_formats
+from ..classifier import write_classifier
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
 from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
@@ -32,13 +33,12 @@ from ..graph.qwen3 import Design, build_model
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import reranker_head
 from .apply_recipe import apply_recipe, quantize_rows, rotated
+from .consumers import verify_shared, write_shared
 from .continuation import plan_continuation, write_continuation
 from .plan import Options, Plan, adopt_codes, plan_export
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
 
-GRAPH = "onnx/model.onnx"
-DATA = "model.onnx_data"
 # Massive activations appear in a text's first tokens; a reranker's document begins near token 65.
 # Verification has the same limit: the standard dialect's attention holds all pairs' scores.
 CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
@@ -70,6 +70,7 @@ def export_onnx(
     retrieval: str | Path | None = None,
     max_bytes: int | None = None,
     average_bits: float | None = None,
+    consumers: Sequence[str] = (),
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -121,6 +122,8 @@ def export_onnx(
         max_bytes: For "auto": the most bytes of the graph's weights; without another target, the
             best choice within them.
         average_bits: The same, as bits for each of the model's weights, scales included.
+        consumers: Other software that will open the artifact: names in `consumers.CONSUMERS`. It
+            gets the files, outputs and operator versions that it reads, over the same weights.
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
@@ -150,6 +153,7 @@ def export_onnx(
         retrieval=retrieval,
         max_bytes=max_bytes,
         average_bits=average_bits,
+        consumers=consumers,
     )
     # Weights may be gigabytes to download: everything that does not need them is checked first.
     spec = read_configuration(checkpoint, revision, task, adapter)
@@ -166,8 +170,11 @@ def export_onnx(
     ):
         plan, design, search = _prepare(plan, weights, layers, folder, progress)
         write_companions(spec, folder)
+        if spec.task == "reranker":
+            write_classifier(spec, folder)
         model = build_model(design)
-        _write_graph(model, folder / GRAPH, progress)
+        graph, data = folder / plan.shared.own, plan.shared.data
+        _write_graph(model, graph, data, progress)
         continuation = plan_continuation(design)
         # A graph's parts: inputs, table, layers, output. A continuation has one more, its states.
         parts = spec.num_layers + 3
@@ -176,10 +183,10 @@ def export_onnx(
         advance = counted(progress, "verify", steps)
         with ThreadPoolExecutor(max_workers=1) as hashing:
             # Hashes are cached: those for the manifest are ready when the verification ends.
-            hashing.submit(record_files, [(folder / GRAPH).with_name(DATA), *weights.files])
-            _verify(plan, design, folder, continuation, advance)
+            hashing.submit(record_files, [graph.with_name(data), *weights.files])
+            shared = _verify(plan, design, graph, continuation, advance)
         names = tuple(str(value.name) for value in model.graph.outputs)
-        manifest = _manifest(plan, design, weights, names, continuation, search)
+        manifest = _manifest(plan, design, weights, names, continuation, shared, search)
         make_witness(folder, manifest, lambda scope: advance())
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
@@ -234,7 +241,8 @@ def estimate_onnx(
 def _needed_bytes(plan: Plan) -> int:
     """Disk that the artifact takes, and the layers that GPTQ keeps beside it."""
     small_files = sum(path.stat().st_size for path in plan.spec.source.folder.glob("*.json"))
-    total = weight_bytes(plan.spec, plan.precision) + small_files + (64 << 20)
+    weights = weight_bytes(plan.spec, plan.precision)
+    total = weights * (1 + plan.shared.openvino) + small_files + (64 << 20)
     if plan.recipe is not None and plan.recipe.compensation is not None:
         total += kept_bytes(plan.spec, plan.rows)
     return total
@@ -323,17 +331,21 @@ def _calibrate(plan: Plan, weights: Weights, folder: Path, progress: Progress) -
 def _verify(
     plan: Plan,
     design: Design,
-    folder: Path,
+    graph: Path,
     continuation: ContinuationRecord | None,
     advance: Callable[[], None],
-) -> None:
-    """Run the written graph on one text; write its continuation and compare the two."""
+) -> SharedRecord | None:
+    """Run the written graph on one text; write the other graphs and compare them with it."""
     ids = plan.rows[0][: CALIBRATION_TOKENS[plan.spec.task]]
-    expected = verify_graph(folder / GRAPH, ids, lambda scope: advance())
+    folder = graph.parent.parent
+    expected = verify_graph(graph, ids, lambda scope: advance())
     if continuation is not None:
         path = folder / continuation.path
-        write_continuation(design, folder / GRAPH, path)
+        write_continuation(design, graph, path)
         verify_continuation(path, ids, expected, lambda scope: advance())
+    record = write_shared(plan.shared, design, folder)
+    verify_shared(plan.shared, folder, ids, expected)
+    return record
 
 
 def _manifest(
@@ -342,6 +354,7 @@ def _manifest(
     weights: Weights,
     outputs: tuple[str, ...],
     continuation: ContinuationRecord | None,
+    shared: SharedRecord | None,
     search: Search | None,
 ) -> Manifest:
     spec, precision = plan.spec, plan.precision
@@ -350,7 +363,7 @@ def _manifest(
         format="onnx",
         precision=plan.name,
         graph=GraphRecord(
-            path=GRAPH,
+            path=plan.shared.own,
             dialect=plan.dialect.name,
             opset=plan.dialect.opsets[""],
             inputs=design.inputs,
@@ -361,6 +374,7 @@ def _manifest(
             masked=bool(spec.masked_layers),
             continuation=continuation,
             limits_pairs=any(format.scheme.limits_pairs for format in precision.formats.values()),
+            shared=shared,
         ),
         embedding_dim=(plan.dim or spec.embedding_dim) if spec.task == "embedding" else None,
         hidden_size=spec.hidden_size,
@@ -378,13 +392,13 @@ def _manifest(
     )
 
 
-def _write_graph(model: ir.Model, path: Path, progress: Progress) -> None:
+def _write_graph(model: ir.Model, path: Path, data: str, progress: Progress) -> None:
     path.parent.mkdir()
     try:
         ir.save(
             model,
             path,
-            external_data=DATA,
+            external_data=data,
             max_workers=2,  # one converts a tensor while the other's goes to the disk
             callback=lambda tensor, info: progress("write", info.index + 1, info.total),
         )

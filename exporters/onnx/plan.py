@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..graph.dialect_table import find_dialect
 from ..graph.precision import FLOAT, Precision, find_precision, weight_bytes
 from ..texts import describe_calibration, tokenize_retrieval, tokenize_samples
 from .apply_recipe import stored_recipe
+from .consumers import Shared, plan_shared
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Options:
     retrieval: str | Path | None = None
     max_bytes: int | None = None
     average_bits: float | None = None
+    consumers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_search(self)
@@ -111,6 +114,7 @@ class Plan:
         max_length: Tokens after which a text is truncated.
         rows: Token ids of the calibration texts, int64 [tokens] each.
         calibration: The calibration texts' file; None for the built-in texts.
+        consumers: Other software that will open the artifact.
     """
 
     spec: ModelSpec
@@ -125,12 +129,30 @@ class Plan:
     max_length: int
     rows: list[np.ndarray]
     calibration: str | Path | None
+    consumers: Sequence[str]
 
     @property
     def is_calibrated(self) -> bool:
         """Whether GPTQ or AWQ runs the calibration texts."""
         recipe = self.target.recipe if self.target is not None else self.recipe
         return recipe is not None and recipe.is_calibrated
+
+    @property
+    def shared(self) -> Shared:
+        """The files for other software.
+
+        Raises:
+            InputError: Software cannot read the model in this precision and dialect.
+        """
+        return plan_shared(
+            self.spec,
+            self.consumers,
+            self.dialect,
+            self.name,
+            self.precision,
+            self.outputs,
+            self.dim,
+        )
 
     def quantized_by(self, recipe: Recipe) -> Plan:
         """The same plan with a recipe, and the dtypes and formats that it gives.
@@ -193,7 +215,7 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         if runs_texts:
             _check_texts(recipe, rows, options.calibration)
     takes_codes = not (options.sets_algorithm or options.group_size is not None)
-    return Plan(
+    plan = Plan(
         spec=spec,
         dialect=dialect,
         name=name,
@@ -206,7 +228,10 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         max_length=max_length,
         rows=rows,
         calibration=options.calibration,
+        consumers=options.consumers,
     )
+    _ = plan.shared  # refuses what the consumers cannot read
+    return plan
 
 
 def adopt_codes(plan: Plan, weights: Weights) -> Plan:

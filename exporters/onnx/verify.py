@@ -37,14 +37,30 @@ def verify_graph(
         advance: Called with each part's name when it has run.
 
     Returns:
-        The graph's output for the text, float32 [1, …].
+        The graph's first output for the text, float32 [1, …].
 
     Raises:
         VerificationError: The graph is invalid, its data is short, onnxruntime rejects it,
             or it outputs NaN or infinity.
     """
     model = _open_graph(path)
-    return run_parts(model, path, [_feeds(ids)], advance)[0][-1]
+    return run_parts(model, path, [_feeds(ids)], advance)[0][0]
+
+
+def run_texts(path: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Open a graph as `verify_graph` does, and run one text: its outputs by name.
+
+    Args:
+        path: The graph.
+        ids: Token ids, int64 [tokens].
+
+    Raises:
+        VerificationError: As `verify_graph`.
+    """
+    model = _open_graph(path)
+    (outputs,) = run_parts(model, path, [_feeds(ids)], lambda scope: None)
+    names = [str(value.name) for value in model.graph.outputs]
+    return dict(zip(names, outputs, strict=True))
 
 
 def verify_continuation(
@@ -75,7 +91,7 @@ def verify_continuation(
             "kept": np.array([kept]),
             "short": np.array(len(ids) <= SHORT_ROW),
         }
-        ((past, output),) = run_parts(model, path, [feeds], advance)
+        ((past, output, *_),) = run_parts(model, path, [feeds], advance)
     if np.abs(output - expected).max() > MOST_APART:
         raise VerificationError(
             f"{path}: a text in two parts gives {output}, in one {expected}; they should be within "

@@ -55,7 +55,7 @@ def make_witness(
     outputs = run_parts(model, path, feeds, advance, as_loaded=True)
     shape = (len(rows), manifest.embedding_dim) if manifest.embedding_dim else (len(rows),)
     results = np.empty(shape, np.float32)
-    for batch, batch_inputs, (output,) in zip(batches, feeds, outputs, strict=True):
+    for batch, batch_inputs, (output, *_) in zip(batches, feeds, outputs, strict=True):
         if graph.output == "hidden":
             pooled = pool(output, batch_inputs["attention_mask"], manifest.outputs)
             output = Head(manifest.outputs, folder)(pooled)

@@ -347,7 +347,7 @@ class TestDamagedArtifact:
 
     def test_outputs_that_the_graph_does_not_have(self, folder):
         graph = json.loads((folder / "embedport.json").read_text())["graph"]
-        for outputs, message in (([], "outputs should be one name"), (["x"], "and give x, as")):
+        for outputs, message in (([], "outputs should be names"), (["x"], "and give x, as")):
             self.change(folder, graph=graph | {"outputs": outputs})
             with pytest.raises(ArtifactError, match=message):
                 embedport.load(folder, device="cpu")

@@ -1,0 +1,334 @@
+"""Software that opens an artifact without embedport, and the files that it looks for.
+
+    onnx/model.onnx        what others open: each token's vector and the text's, or logits
+    onnx/embedport.onnx    embedport's own graph, pooled: the last layer works on one token a row
+    onnx/model.onnx_data   the weights of both
+    openvino/              OpenVINO's own format, which holds the weights again
+
+The first graph is written only for software that needs something else than embedport's own graph:
+without it, that one is onnx/model.onnx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx_ir as ir
+
+from ...artifact.layout import write_json
+from ...artifact.manifest import SharedRecord
+from ...checkpoint.spec import ModelSpec
+from ...errors import InputError, MissingPackageError, VerificationError
+from ...files import load_json
+from ...quantize.formats import MIXED, TABLE
+from ..graph.dialect import Dialect
+from ..graph.dialect_table import OLDER, find_dialect
+from ..graph.precision import Precision
+from ..graph.qwen3 import Design, build_model
+from .verify import run_texts
+
+GRAPH = "onnx/model.onnx"
+OWN = "onnx/embedport.onnx"
+OPENVINO = "openvino/openvino_model.xml"
+# transformers.js' file names and its names of dtypes, by our precision.
+DTYPES = {
+    "fp32": ("model", "fp32"),
+    "fp16": ("model_fp16", "fp16"),
+    "int8": ("model_quantized", "q8"),
+    "int4": ("model_q4", "q4"),
+}
+# The smallest cosine of the two graphs' vectors: operators of another version round differently.
+MIN_COSINE = 0.999
+MOST_APART = 0.01
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """How a program differs from embedport as a reader of graphs.
+
+    Attributes:
+        tokens: Whether it reads an embedder's `last_hidden_state`, and pools itself.
+        templates: Whether it puts a reranker's pair into the model's template, or leaves that to
+            its user; otherwise it joins two texts, and expects logits in the first output.
+        older: Whether its onnxruntime may be one from 1.20 on.
+        named: Whether it looks for transformers.js' names.
+        openvino: Whether it reads OpenVINO's format and no ONNX.
+    """
+
+    tokens: bool = False
+    templates: bool = True
+    older: bool = False
+    named: bool = False
+    openvino: bool = False
+
+
+CONSUMERS = {
+    "sentence-transformers": Consumer(tokens=True),
+    "transformers.js": Consumer(tokens=True, named=True),
+    "tei": Consumer(older=True, templates=False),
+    "fastembed": Consumer(templates=False),
+    "triton": Consumer(older=True),
+    "older-onnxruntime": Consumer(older=True),
+    "openvino": Consumer(openvino=True),
+}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the chosen consumers together need besides embedport's own graph.
+
+    Attributes:
+        names: The consumers, as the user gave them.
+        dialect: The operators of the graph in `paths`.
+        paths: Where that graph is written; empty if embedport's own serves.
+        tokens: Whether it gives each token's vector.
+        data: The name of the file with the weights, beside the graphs.
+        openvino: Whether OpenVINO's format is written too.
+        js: transformers.js' name of the dtype, if its configuration is written.
+    """
+
+    names: tuple[str, ...]
+    dialect: Dialect
+    paths: tuple[str, ...]
+    tokens: bool
+    data: str
+    openvino: bool
+    js: str | None
+
+    @property
+    def own(self) -> str:
+        """The path of embedport's own graph."""
+        return OWN if self.paths else GRAPH
+
+
+def plan_shared(
+    spec: ModelSpec,
+    names: Sequence[str],
+    dialect: Dialect,
+    name: str,
+    precision: Precision,
+    outputs: str,
+    dim: int | None,
+) -> Shared:
+    """Decide which files the consumers need.
+
+    Args:
+        spec: The model.
+        names: Names in `CONSUMERS`.
+        dialect: The dialect of embedport's own graph.
+        name: The precision's name.
+        precision: Its dtypes and formats.
+        outputs: "pooled" or "hidden".
+        dim: Leading values of the embedding to keep; None for all.
+
+    Raises:
+        InputError: A name is unknown, or a consumer cannot read the model in this precision.
+    """
+    for consumer in names:
+        if consumer not in CONSUMERS:
+            raise InputError(f"--for should be one of {', '.join(CONSUMERS)}, found {consumer!r}")
+    chosen = {consumer: CONSUMERS[consumer] for consumer in dict.fromkeys(names)}
+
+    def having(need: str, value: bool = True) -> str:
+        return ", ".join(key for key, each in chosen.items() if getattr(each, need) is value)
+
+    is_reranker = spec.task == "reranker"
+    joining, older = having("templates", False) if is_reranker else "", having("older")
+    tokens = "" if is_reranker else having("tokens")
+    if chosen and outputs == "hidden":
+        raise InputError("--for decides the outputs: give it without --output hidden")
+    if dim is not None and (tokens or having("openvino")):
+        raise InputError(
+            f"{tokens or having('openvino')} pools the tokens' vectors itself, which --dim does "
+            "not shorten: leave it out, and truncate there"
+        )
+    if joining and spec.inputs.form != "text":
+        raise InputError(
+            f"{joining} joins query and document without the reranker's template, and would give "
+            "scores without meaning: use sentence-transformers, or embedport itself"
+        )
+    pooled = [key for key, each in chosen.items() if not (each.tokens or each.openvino)]
+    if pooled and not (is_reranker or spec.outputs.include_prompt):
+        raise InputError(
+            f"{', '.join(pooled)} reads pooled vectors, and the model leaves its prompts out of "
+            "pooling (include_prompt of its Pooling is false), which takes a further input"
+        )
+    if older:
+        _check_older(spec, dialect, name, precision, older)
+    if having("openvino"):
+        _check_openvino(dialect, name, precision)
+    if having("named") and is_reranker:
+        raise InputError(
+            "transformers.js has no class for Qwen3's rerankers: leave it out of --for"
+        )
+    if having("named") and name not in DTYPES:
+        raise InputError(
+            f"transformers.js has no file name for {name}: it reads {', '.join(DTYPES)}"
+        )
+    lacks_logits = is_reranker and having("tokens") and dialect.name == "standard"
+    stem, dtype = DTYPES[name] if having("named") else ("model", None)
+    paths: tuple[str, ...] = ()
+    if tokens or older or joining or lacks_logits:
+        paths = tuple(dict.fromkeys((GRAPH, f"onnx/{stem}.onnx")))
+    return Shared(
+        names=tuple(chosen),
+        dialect=OLDER if older else dialect,
+        paths=paths,
+        tokens=bool(tokens),
+        data=f"{stem}.onnx_data",
+        openvino=bool(having("openvino")),
+        js=dtype,
+    )
+
+
+def _check_older(
+    spec: ModelSpec, dialect: Dialect, name: str, precision: Precision, names: str
+) -> None:
+    """Refuse what onnxruntime 1.20 has no operators for."""
+    wrong = None
+    if dialect.name != "ort":
+        wrong = f"the {dialect.name} dialect is ONNX opset {dialect.opsets['']}: use --dialect ort"
+    elif spec.masked_layers:
+        wrong = "attention to both sides or in a window takes the Attention of ONNX opset 23"
+    elif name == MIXED and not precision.formats:
+        wrong = "a search may choose weights that it has no operators for: use int8 or int4"
+    elif precision.compute == ir.DataType.BFLOAT16:
+        wrong = "its operators do not take bf16: use fp32 or fp16"
+    elif any(
+        format.scheme.bits == 8 and not format.activations
+        for name, format in precision.formats.items()
+        if name != TABLE
+    ):
+        wrong = "its MatMulNBits takes 4 bits only: use --precision int8 or int4"
+    if wrong is not None:
+        raise InputError(f"{names} may have onnxruntime 1.20, and {wrong}")
+
+
+def _check_openvino(dialect: Dialect, name: str, precision: Precision) -> None:
+    if (precision.formats or name == MIXED) and dialect.name != "standard":
+        raise InputError(
+            "OpenVINO takes quantized weights as the standard dialect stores them: give --dialect "
+            "standard with --for openvino"
+        )
+    _import_openvino()
+
+
+def _import_openvino() -> ModuleType:
+    try:
+        return import_module("openvino")
+    except ModuleNotFoundError as error:
+        raise MissingPackageError("openvino is not installed: pip install openvino") from error
+
+
+def write_shared(shared: Shared, design: Design, folder: Path) -> SharedRecord | None:
+    """Write the graph that the consumers open, over the written graph's weights.
+
+    Args:
+        shared: What is needed.
+        design: The design of embedport's own graph.
+        folder: The artifact's folder, with that graph.
+
+    Returns:
+        The manifest's record; None without consumers.
+    """
+    if not shared.names:
+        return None
+    is_reranker = design.head is not None
+    outputs: tuple[str, ...] = ()
+    for path in shared.paths:
+        graph = replace(design, dialect=shared.dialect, shared=shared.tokens or is_reranker)
+        outputs = _write(graph, folder / shared.own, folder / path)
+    if shared.openvino:
+        _write_openvino(design, folder / shared.own, folder)
+    if shared.js is not None:
+        _write_js_config(shared.js, folder)
+    return SharedRecord(
+        consumers=shared.names,
+        paths=shared.paths,
+        outputs=outputs,
+        opset=shared.dialect.opsets[""],
+        requires=shared.dialect.requires,
+        openvino=OPENVINO if shared.openvino else None,
+    )
+
+
+def _write(design: Design, own: Path, path: Path) -> tuple[str, ...]:
+    """Write a graph over the weights of embedport's own; return its outputs' names."""
+    weights = ir.load(own).graph.initializers
+    model = build_model(design)
+    for name, value in model.graph.initializers.items():
+        # Constants keep their values: they are small, and numbered differently.
+        if isinstance(value.const_value, ir.LazyTensor):
+            value.const_value = weights[name].const_value
+    ir.save(model, path)
+    return tuple(str(value.name) for value in model.graph.outputs)
+
+
+def _write_openvino(design: Design, own: Path, folder: Path) -> None:
+    """Convert the standard dialect's graph to OpenVINO's format."""
+    openvino = _import_openvino()
+    temporary = own.with_name("openvino.onnx")
+    try:
+        _write(replace(design, dialect=find_dialect("standard"), shared=True), own, temporary)
+        (folder / OPENVINO).parent.mkdir()
+        model = openvino.Core().read_model(temporary)
+        openvino.save_model(model, folder / OPENVINO, compress_to_fp16=False)
+        del model  # it maps the weights
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_js_config(dtype: str, folder: Path) -> None:
+    """Tell transformers.js which files there are, so that it needs no options."""
+    path = folder / "config.json"
+    values = {"dtype": dtype, "use_external_data_format": True}
+    write_json(path, load_json(path) | {"transformers.js_config": values})
+
+
+def verify_shared(shared: Shared, folder: Path, ids: np.ndarray, expected: np.ndarray) -> None:
+    """Check that what the consumers open gives the result of embedport's own graph.
+
+    Args:
+        shared: What was written.
+        folder: The artifact's folder.
+        ids: Token ids, int64 [tokens].
+        expected: The own graph's result for them, float32 [1, ...].
+
+    Raises:
+        VerificationError: A graph does not run, outputs NaN, or gives something else.
+    """
+    if shared.paths:
+        path = folder / shared.paths[0]
+        _compare(path, run_texts(path, ids), expected, ids)
+    if shared.openvino:
+        path = folder / OPENVINO
+        openvino = _import_openvino()
+        hints = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(str(path), "CPU", hints)
+        feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
+        results = compiled(feeds)
+        found = {output.any_name: results[output] for output in compiled.outputs}
+        _compare(path, found, expected, ids)
+        del results, compiled
+
+
+def _compare(
+    path: Path, found: dict[str, np.ndarray], expected: np.ndarray, ids: np.ndarray
+) -> None:
+    if "score" in found:
+        wrong = float(np.abs(found["score"] - expected).max()) > MOST_APART
+        words = f"{found['score']}, embedport's own graph {expected}"
+    elif "sentence_embedding" in found:
+        vectors = found["sentence_embedding"].ravel(), expected.ravel()
+        cosine = float(vectors[0] @ vectors[1] / np.prod([np.linalg.norm(v) for v in vectors]))
+        wrong, words = not cosine >= MIN_COSINE, f"vectors with a cosine of {cosine:.6f} to its own"
+    else:
+        shape = found["last_hidden_state"].shape
+        wrong, words = shape[:2] != (1, len(ids)), f"hidden states of shape {shape}"
+    if wrong:
+        raise VerificationError(f"{path}: it gives {words} for a text of {len(ids)} tokens")
