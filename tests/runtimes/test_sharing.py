@@ -36,8 +36,9 @@ def rerankers(tmp_path_factory, checkpoints):
     def make(geometry="kv2", precision="fp32"):
         if (geometry, precision) not in made:
             output = tmp_path_factory.mktemp("artifact") / "model"
-            options: Any = {"precision": precision, "fast": precision == "int4"}
-            embedport.export(checkpoints(geometry, "reranker"), output, **options)
+            fast = precision == "int4"  # calibration has tests of its own
+            source = checkpoints(geometry, "reranker")
+            embedport.export(source, output, precision=precision, fast=fast)
             made[geometry, precision] = load(output)
         return made[geometry, precision]
 
