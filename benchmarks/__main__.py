@@ -14,6 +14,7 @@ from . import (
     bulk,
     checkpoints,
     compatibility,
+    engines,
     export,
     gpu,
     kernels,
@@ -25,6 +26,8 @@ from . import (
     profiling,
     reranking,
     retrieval,
+    rounding,
+    serve,
     speed,
 )
 from .machine import RESULTS
@@ -59,9 +62,11 @@ def everything(context: typer.Context) -> None:
         levels.of_matmulnbits()
         profiling.of_int8()
         openvino.runs_the_standard_dialect()
+        engines.of_rtx(["demo", "0.6b"])
         parity.against_transformers()
         reranking.shared_against_plain(3)
         bulk.many_short_texts()
+        serve.under_load()
         backend.in_sentence_transformers()
 
 
@@ -155,9 +160,17 @@ def _loaders(
 
 
 @app.command("levels")
-def _levels(out: Out = RESULTS) -> None:
-    """MatMulNBits' accuracy levels: speed, error, and whether a row depends on its batch."""
-    levels.of_matmulnbits(out)
+def _levels(
+    kernels: Annotated[bool, typer.Option(help="MatMulNBits' accuracy levels, 0.6B.")] = True,
+    demo: Annotated[bool, typer.Option(help="Algorithms and groups on the demo pair.")] = True,
+    only: Annotated[str, typer.Option(help="Rows of the demo pair that contain this.")] = "",
+    out: Out = RESULTS,
+) -> None:
+    """4 bits: what MatMulNBits' accuracy levels cost, and what each algorithm keeps."""
+    if demo:
+        rounding.of_the_demo_pair(out, only)
+    if kernels:
+        levels.of_matmulnbits(out)
 
 
 @app.command("kernels")
@@ -170,6 +183,18 @@ def _kernels(rounds: Rounds = 7, out: Out = RESULTS) -> None:
 def _profile(out: Out = RESULTS) -> None:
     """Where the time of the int8 graph goes."""
     profiling.of_int8(out)
+
+
+@app.command("engines")
+def _engines(
+    geometry: Annotated[
+        list[str] | None, typer.Option(help="demo, 0.6b, 8b, or 8b-4 for four layers of it.")
+    ] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Engines of TensorRT for RTX, built without a GPU: layers, time, memory, size."""
+    engines.of_rtx(geometry or ["demo", "0.6b"], precision, out)
 
 
 @app.command("openvino")
@@ -202,6 +227,19 @@ def _reranking(
 def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
     """A corpus of short texts: memory over time, and a resume after kill -9."""
     bulk.many_short_texts(out, texts)
+
+
+@app.command("serve")
+def _serve(
+    precision: str = "fp32",
+    infinity: Annotated[
+        Path | None, typer.Option(help="infinity_emb of another environment, to compare with.")
+    ] = None,
+    rounds: Rounds = 3,
+    out: Out = RESULTS,
+) -> None:
+    """The server: 200 clients, 20,000 requests, every answer checked; memory and latency."""
+    serve.under_load(out, precision=precision, infinity=infinity, rounds=rounds)
 
 
 @app.command("compatibility")

@@ -17,7 +17,7 @@ CACHE = ROOT / "build" / "benchmarks"
 def checkpoint(geometry: str, task: str = "embedding") -> Path:
     """The checkpoint of a geometry, cached under build/benchmarks/.
 
-    Geometries are "0.6b", "8b", and "0.6b-4", which is "0.6b" with four layers.
+    Geometries are "0.6b" and "8b"; "0.6b-4" is "0.6b" with four layers.
 
     A child process writes it: a child's ru_maxrss starts at its parent's memory, so a process that
     measures children must stay small.
@@ -53,11 +53,10 @@ def make(geometry: str, folder: str, task: str) -> None:
 
     from tests import synthetic
 
-    sizes = {
-        "0.6b": synthetic.QWEN3_0_6B,
-        "0.6b-4": replace(synthetic.QWEN3_0_6B, num_layers=4),
-        "8b": synthetic.QWEN3_8B,
-    }[geometry]
+    name, _, layers = geometry.partition("-")
+    sizes = {"0.6b": synthetic.QWEN3_0_6B, "8b": synthetic.QWEN3_8B}[name]
+    if layers:
+        sizes = replace(sizes, num_layers=int(layers))
     tokenizer = Tokenizer.from_str(lzma.decompress(TOKENIZER.read_bytes()).decode("utf-8"))
     synthetic.write_checkpoint(
         Path(folder), sizes, "reranker" if task == "reranker" else "embedding", tokenizer

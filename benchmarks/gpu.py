@@ -33,6 +33,7 @@ PACKAGES = (
     "sentence-transformers",
     "vllm",
     "tensorrt",
+    "tensorrt-rtx-cu13",
     "cuda-bindings",
 )
 

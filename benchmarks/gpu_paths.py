@@ -24,6 +24,7 @@ import embedport
 from embedport.checkpoint.spec import Task
 from embedport.errors import DeviceError, MissingPackageError
 from embedport.exporters.tensorrt import obstacle
+from embedport.exporters.tensorrt.options import BUILDERS, Target
 from embedport.machine.gpu import call
 from embedport.runtimes.batching import run_batches
 
@@ -136,7 +137,7 @@ def _in_fp8(checkpoint: Path, out: Path) -> Path:
 
 def _onnxruntime(device: str, dialect: str, **options: str) -> Callable[[Path, Path], Run]:
     def open_path(checkpoint: Path, folder: Path) -> Run:
-        if device == "tensorrt" and (reason := obstacle()):
+        if device == "tensorrt" and (reason := obstacle("tensorrt")):
             raise NotRunError(reason)
         out = folder / "artifact"
         if not out.exists():
@@ -146,13 +147,13 @@ def _onnxruntime(device: str, dialect: str, **options: str) -> Callable[[Path, P
     return open_path
 
 
-def _tensorrt(precision: str) -> Callable[[Path, Path], Run]:
+def _tensorrt(precision: str, target: Target = "this-gpu") -> Callable[[Path, Path], Run]:
     def open_path(checkpoint: Path, folder: Path) -> Run:
-        if reason := obstacle():
+        if reason := obstacle(BUILDERS[target]):
             raise NotRunError(reason)
         out = folder / "artifact"
         if not out.exists():
-            embedport.export(checkpoint, out, format="tensorrt", precision=precision)
+            embedport.export(checkpoint, out, format="tensorrt", target=target, precision=precision)
         return embedport.load(out, device="cuda").model
 
     return open_path
@@ -175,6 +176,7 @@ PATHS: dict[str, Callable[[Path, Path], Run]] = {
     "embedport onnxruntime TensorRT bf16": _onnxruntime("tensorrt", "standard", precision="bf16"),
     **{f"embedport TensorRT {each}": _tensorrt(each) for each in ("fp16", "bf16", "fp8", "int8")},
     "embedport TensorRT int4": _tensorrt("int4"),
+    **{f"embedport TensorRT for RTX {each}": _tensorrt(each, "rtx") for each in ("bf16", "fp8")},
 }
 PAIR: dict[Task, Path] = {
     "embedding": Path(str(files("embedport.demo") / "embedder")),

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "embedding_bits": 8,
         }
         for group in (32, 128)
-        for algorithm in ("rtn", "hqq", "gptq", "awq")
+        for algorithm in ("rtn", "mse", "gptq", "awq")
     },
     "int4/32, gptq, rotated": {
         "precision": "int4",

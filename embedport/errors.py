@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from .telemetry import turn_off_telemetry
+
 
 class EmbedportError(Exception):
     """Base of all errors raised by embedport; `exit_code` is what the command line returns."""
@@ -63,6 +65,8 @@ def require(module: str, extra: str) -> ModuleType:
     Raises:
         MissingPackageError: It is not installed; names the command that installs it.
     """
+    if module == "onnxruntime":
+        turn_off_telemetry()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .hqq import quantize_hqq
+from .mse import quantize_mse
 from .schemes import QuantScheme
 
 ALPHAS = np.linspace(0, 1, 11)
@@ -42,7 +42,7 @@ def search_factors(
         factors = (factors / np.sqrt(factors.max() * factors.min())).astype(np.float32)
         error = 0.0
         for weight, scheme in zip(samples, schemes, strict=True):
-            scaled = quantize_hqq(weight * factors, scheme, squares / factors**2)
+            scaled = quantize_mse(weight * factors, scheme, squares / factors**2)
             rounded = scaled.dequantize() / factors
             error += float((((rounded - weight) @ inputs.T) ** 2).sum())
         if error < least:

@@ -19,7 +19,9 @@ AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
 # Small groups cost a table size but no speed: it is looked up, not multiplied.
 TABLE_GROUPS = {8: 128, 4: 64}
-GROUP = {"int8-weight": 128, "int4": 64}
+GROUP = 128
+# Rounding to nearest needs smaller groups in 4 bits.
+FAST_GROUP = 64
 FP8 = "fp8"
 TEXT = re.compile(r"int(?P<bits>[48])(/(?P<group>\d+)(?P<symmetric>s?))?")
 
@@ -107,6 +109,7 @@ def plan_formats(
     dialect: str,
     group_size: int | None = None,
     embedding_bits: int | None = None,
+    fast: bool = False,
 ) -> dict[str, Format]:
     """Give all projections the same format, and the embedding table one of its own.
 
@@ -116,18 +119,21 @@ def plan_formats(
         dialect: "standard" quantizes no table, and its engines take no zero points; onnxruntime
             has no float8 products.
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
-        embedding_bits: 4 or 8; 8 unless the precision is "int4".
+        embedding_bits: 4 or 8; 8 by default.
+        fast: For "int4": defaults for rounding to nearest, groups of 64 and a table of 4 bits.
 
     Raises:
         InputError: An option is wrong, or does not fit the precision.
     """
     if group_size is not None and precision in ("int8", FP8):
         raise InputError(
-            f"{precision} has one scale an output channel: --group-size goes with int8-weight and "
+            f"{precision} has one scale an output channel: `group_size` goes with int8-weight and "
             "int4"
         )
     if precision == FP8 and dialect != "standard":
-        raise InputError("fp8 is for engines such as TensorRT: it goes with --dialect standard")
+        raise InputError("fp8 is for engines such as TensorRT: it goes with `dialect` standard")
+    if fast and precision != "int4":
+        raise InputError(f"{precision} is fast: `fast` goes with int4")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if embedding_bits not in (None, 4, 8):
@@ -138,13 +144,17 @@ def plan_formats(
         bits = 4 if precision == "int4" else 8
         # Eight bits are precise enough without a zero point, and run faster.
         symmetric = bits == 8 or dialect == "standard"
-        format = Format(QuantScheme(bits, group_size or GROUP[precision], symmetric=symmetric))
+        size = group_size or (FAST_GROUP if fast else GROUP)
+        inputs = [spec.tensor_shapes()[f"{name}.weight"][1] for name in matrices(spec)]
+        if group_size is None and dialect == "standard" and any(each % size for each in inputs):
+            size = FAST_GROUP  # engines take whole groups only
+        format = Format(QuantScheme(bits, size, symmetric=symmetric))
     formats = dict.fromkeys(matrices(spec), format)
     if dialect == "standard":
         if embedding_bits is not None:
-            raise InputError("the standard dialect keeps its table: --embedding-bits goes with ort")
+            raise InputError("the standard dialect keeps its table: `embedding_bits` goes with ort")
         return formats
-    bits = embedding_bits or (4 if precision == "int4" else 8)
+    bits = embedding_bits or (4 if fast else 8)
     return {TABLE: Format(QuantScheme(bits, TABLE_GROUPS[bits], symmetric=bits == 8))} | formats
 
 
@@ -166,10 +176,10 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> di
         if dialect == "standard" and not format.scheme.symmetric:
             raise InputError(
                 f"{name}: {format} has zero points, and the standard dialect's engines take none; "
-                f"use {format}s or --dialect ort"
+                f"use {format}s or `dialect` ort"
             )
         if format.float8 and dialect != "standard":
-            raise InputError(f"{name}: {format} goes with --dialect standard")
+            raise InputError(f"{name}: {format} goes with `dialect` standard")
         if name == TABLE and (
             format.activations or (dialect, format.scheme.bits) == ("standard", 4)
         ):

@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import InputError
 from ..files import load_json
 
-ALGORITHMS = ("rtn", "hqq", "gptq", "awq")
-CALIBRATED = ("gptq", "awq")
+ALGORITHMS = ("rtn", "mse", "gptq", "gptaq", "awq", "awq+gptq", "awq+gptaq")
+# Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
+RENAMED = {"hqq": "mse"}
 # No fp16: products may overflow it before their per-token scales are applied.
 ARITHMETIC = ("fp32", "bf16")
 # The codes of an already quantized checkpoint.
@@ -27,10 +28,12 @@ class Recipe:
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
             matrix without an entry is not quantized, and is in `arithmetic`.
-        algorithm: "rtn", "hqq", "gptq" or "awq"; or "stored", the codes of an already quantized
+        algorithm: One of `ALGORITHMS`: "rtn", "mse", "gptq", "gptaq", "awq", or "awq+" the scaling
+            of AWQ and then the rounding of another; or "stored", the codes of an already quantized
             checkpoint. The embedding table cannot be calibrated and no checkpoint stores codes of
-            it: all algorithms but "rtn" quantize it with "hqq".
+            it: all algorithms but "rtn" quantize it with "mse".
         rotate: Whether the residual stream and the attention's values are rotated.
+        rotate_heads: Whether the attention's values alone are rotated.
         balance: Whether outlier channels are moved from activations into weights (see
             quantize.balance); for "int8", which quantizes activations.
         seed: The rotation's random seed.
@@ -42,6 +45,7 @@ class Recipe:
     formats: Mapping[str, str]
     algorithm: str = "rtn"
     rotate: bool = False
+    rotate_heads: bool = False
     balance: bool = False
     seed: int = 0
     arithmetic: str = "fp32"
@@ -54,11 +58,35 @@ class Recipe:
             )
         if self.arithmetic not in ARITHMETIC:
             raise InputError(f"arithmetic should be fp32 or bf16, found {self.arithmetic!r}")
-        if self.algorithm == STORED and (self.rotate or self.balance):
+        if self.rotate and self.rotate_heads:
+            raise InputError("rotate turns heads too: rotate_heads should be false, found true")
+        if self.algorithm == STORED and (self.rotate or self.rotate_heads or self.balance):
             raise InputError(
-                f"algorithm {STORED!r} takes a checkpoint's codes as they are: rotate and balance "
-                f"should be false, found {self.rotate} and {self.balance}"
+                f"algorithm {STORED!r} takes a checkpoint's codes as they are: rotate, "
+                "rotate_heads and balance should be false, found "
+                f"{self.rotate}, {self.rotate_heads} and {self.balance}"
             )
+
+    @property
+    def scales(self) -> bool:
+        """Whether channels are scaled by AWQ's factors."""
+        return "awq" in self.algorithm.split("+")
+
+    @property
+    def compensation(self) -> str | None:
+        """Which algorithm compensates for errors, "gptq" or "gptaq"; None for none."""
+        last = self.algorithm.split("+")[-1]
+        return last if last in ("gptq", "gptaq") else None
+
+    @property
+    def passes(self) -> int:
+        """How often calibration texts run through the layers."""
+        return self.scales + (self.compensation is not None)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether calibration texts are run."""
+        return self.passes > 0
 
     def to_record(self) -> dict[str, Any]:
         """The recipe as a manifest or recipe.json holds it."""
@@ -90,7 +118,12 @@ class Recipe:
         values = {key: value for key, value in values.items() if key not in RECORDED}
         if unknown := sorted(values.keys() - known):
             raise InputError(f"{path}: {unknown[0]!r} is not part of a recipe; its parts: {known}")
-        for key, kind in (("rotate", bool), ("balance", bool), ("seed", int)):
+        for key, kind in (
+            ("rotate", bool),
+            ("rotate_heads", bool),
+            ("balance", bool),
+            ("seed", int),
+        ):
             if key in values and type(values[key]) is not kind:
                 raise InputError(f"{path}: {key} should be {kind.__name__}, found {values[key]!r}")
         calibration = values.get("calibration")
@@ -101,4 +134,6 @@ class Recipe:
                 f"{path}: calibration should be null or an artifact's record with source and "
                 f"sha256, found {calibration!r}"
             )
+        if values.get("algorithm") in RENAMED:
+            values["algorithm"] = RENAMED[values["algorithm"]]
         return cls(**values)

@@ -4,7 +4,8 @@ QuaRot (arXiv:2404.00456) and SpinQuant (arXiv:2405.16406): once the RMSNorms' g
 the matrices that follow, the residual stream can be multiplied by any orthogonal matrix. Matrices
 that write it are multiplied by that matrix, matrices that read it by its transpose. A randomized
 Hadamard matrix spreads an outlier channel over all channels. The same works for each head's values
-between v_proj and o_proj. The only cost at run time is one product per text at the very end.
+between v_proj and o_proj. The only cost at run time is one product per text at the very end, and
+none if heads alone are rotated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,47 @@ from .source import WeightSource
 # Matrices that read the residual stream, each with the norm it reads through.
 NORMS = {reader: maker for reader, maker in MAKERS.items() if maker.endswith("layernorm")}
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+class RotatedHeads:
+    """A weight source whose attention's values are rotated, head by head.
+
+    The function stays the same, and so does every tensor's shape: any software can run it.
+
+    Args:
+        source: The original weights.
+        rotation: float32 [head_dim, head_dim], orthogonal.
+    """
+
+    def __init__(self, source: WeightSource, rotation: np.ndarray) -> None:
+        self._source = source
+        self._rotation = rotation
+        self.spec: ModelSpec = source.spec
+        self.output_rotation = source.output_rotation
+
+    @classmethod
+    def seeded(cls, source: WeightSource, seed: int = 0) -> RotatedHeads:
+        """Rotate by a randomized Hadamard matrix: see `orthogonal`."""
+        return cls(source, orthogonal(source.spec.head_dim, np.random.default_rng(seed)))
+
+    def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Read a tensor, or a range of its rows: float32."""
+        if name.endswith(".self_attn.v_proj.bias"):
+            whole = self._source.read_fp32(name).reshape(-1, self.spec.head_dim)
+            return (whole @ self._rotation).reshape(-1)[rows]
+        if name.endswith(".self_attn.v_proj.weight"):
+            whole = self._source.read_fp32(name)
+            heads = whole.reshape(-1, self.spec.head_dim, whole.shape[1])
+            return np.matmul(self._rotation.T, heads).reshape(whole.shape)[rows]
+        values = self._source.read_fp32(name, rows)
+        if name.endswith(".self_attn.o_proj.weight"):
+            heads = values.reshape(len(values), -1, self.spec.head_dim)
+            values = np.matmul(heads, self._rotation).reshape(values.shape)
+        return values
+
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
+        """W_yes - W_no: float32 [hidden]."""
+        return self._source.answer_row(yes, no)
 
 
 class RotatedWeights:
@@ -34,11 +76,10 @@ class RotatedWeights:
     """
 
     def __init__(self, source: WeightSource, seed: int = 0) -> None:
-        self._source = source
         self.spec: ModelSpec = source.spec
         generator = np.random.default_rng(seed)
         self._stream = orthogonal(self.spec.hidden_size, generator)
-        self._head = orthogonal(self.spec.head_dim, generator)
+        self._source = RotatedHeads(source, orthogonal(self.spec.head_dim, generator))
         gains = source.read_fp32("norm.weight")
         self.output_rotation: np.ndarray | None = self._stream.T * gains
 
@@ -48,26 +89,15 @@ class RotatedWeights:
             return self._source.read_fp32(name, rows) @ self._stream
         if name == "norm.weight":
             return np.ones_like(self._source.read_fp32(name, rows))
-        if name.endswith(".self_attn.v_proj.bias"):
-            whole = self._source.read_fp32(name).reshape(-1, self.spec.head_dim)
-            return (whole @ self._head).reshape(-1)[rows]
         if name.endswith(".self_attn.o_proj.bias"):
             return (self._source.read_fp32(name) @ self._stream)[rows]
         match = LAYER.fullmatch(name)
         layer, part = match.groups() if match else ("", "")
         if part in NORMS.values():
             return np.ones_like(self._source.read_fp32(name, rows))
-        if part == "self_attn.v_proj":
-            whole = self._source.read_fp32(name)
-            heads = whole.reshape(-1, self.spec.head_dim, whole.shape[1])
-            turned = np.matmul(self._head.T, heads).reshape(whole.shape)
-            return (turned[rows] * self._gains(layer, part)) @ self._stream
         values = self._source.read_fp32(name, rows if part not in WRITERS else slice(None))
         if part in NORMS:
             return (values * self._gains(layer, part)) @ self._stream
-        if part == "self_attn.o_proj":
-            heads = values.reshape(len(values), -1, self.spec.head_dim)
-            values = np.matmul(heads, self._head).reshape(values.shape)
         if part in WRITERS:
             return self._stream[:, rows].T @ values
         return values

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .pairs import choose_shares, round_pairs
 from .schemes import QuantizedTensor, QuantScheme
+
+TINY = np.finfo(np.float32).tiny
 
 
 def quantize_rtn(
@@ -21,35 +25,78 @@ def quantize_rtn(
     """
     if scheme.limits_pairs:
         return _limited(weight, scheme, choose_shares(weight) if share is None else share)
-    share = 1.0 if share is None else share
-    out, columns = weight.shape
-    size = scheme.group_size or columns
-    groups = -(-columns // size)
-    padded = weight
-    if groups * size != columns:
-        padded = np.zeros((out, groups * size), np.float32)
-        padded[:, :columns] = weight
-    values = padded.reshape(out, groups, size)
-    top = scheme.levels - 1
-    if scheme.symmetric:
-        scales = share * np.abs(values).max(axis=2) / (scheme.middle - 1)
-        scales = scheme.representable(np.maximum(scales, np.finfo(np.float32).tiny))
-        zeros = np.full((out, groups), scheme.middle, np.uint8)
-    else:
-        low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
-        scales = np.maximum(share * (high - low) / top, np.finfo(np.float32).tiny)
+    groups = Groups.of(weight, scheme)
+    scales, zeros = groups.ranges(1.0 if share is None else share)
+    return groups.quantize(scales, zeros)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A matrix in groups, and the range of each.
+
+    Attributes:
+        scheme: The quantization scheme, without limited pairs.
+        values: float32 [out, groups, size]; the last group is padded with zeros.
+        columns: The matrix's inputs.
+        low: float32 [out, groups], the least value, at most 0; unused if symmetric.
+        high: float32 [out, groups], the greatest value, at least 0; if symmetric, the largest
+            magnitude.
+    """
+
+    scheme: QuantScheme
+    values: np.ndarray
+    columns: int
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, weight: np.ndarray, scheme: QuantScheme) -> Groups:
+        """Split a matrix, float32 [out, in], into its scheme's groups."""
+        out, columns = weight.shape
+        size = scheme.group_size or columns
+        groups = -(-columns // size)
+        padded = weight
+        if groups * size != columns:
+            padded = np.zeros((out, groups * size), np.float32)
+            padded[:, :columns] = weight
+        values = padded.reshape(out, groups, size)
+        low = np.minimum(values.min(axis=2), 0)
+        high = np.maximum(values.max(axis=2), 0)
+        if scheme.symmetric:
+            high = np.maximum(-low, high)
+        return cls(scheme, values, columns, low, high)
+
+    def ranges(self, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """Scales, float32, and zero points, uint8, [out, groups], for a share of each range."""
+        scheme, top = self.scheme, self.scheme.levels - 1
+        if scheme.symmetric:
+            scales = share * self.high / (scheme.middle - 1)
+            zeros = np.full(scales.shape, scheme.middle, np.uint8)
+            return scheme.representable(np.maximum(scales, TINY)), zeros
+        scales = np.maximum(share * (self.high - self.low) / top, TINY)
         scales = scheme.representable(scales)
-        zeros = np.clip(np.rint(-share * low / scales), 0, top).astype(np.uint8)
-    codes = np.rint(values / scales[:, :, None]) + zeros[:, :, None]
-    codes = np.clip(codes, 0, top).astype(np.uint8).reshape(out, -1)[:, :columns]
-    return QuantizedTensor(scheme, np.ascontiguousarray(codes), scales.astype(np.float32), zeros)
+        zeros = np.clip(np.rint(-share * self.low / scales), 0, top).astype(np.uint8)
+        return scales.astype(np.float32), zeros
+
+    def round(self, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """The nearest codes, as float32 [out, groups, size]."""
+        codes = self.values / scales[:, :, None]
+        np.rint(codes, out=codes)
+        codes += zeros[:, :, None]
+        return np.clip(codes, 0, self.scheme.levels - 1, out=codes)
+
+    def quantize(self, scales: np.ndarray, zeros: np.ndarray) -> QuantizedTensor:
+        """Round to the nearest codes of given scales and zero points."""
+        codes = self.round(scales, zeros).astype(np.uint8)
+        codes = codes.reshape(len(codes), -1)[:, : self.columns]
+        return QuantizedTensor(self.scheme, np.ascontiguousarray(codes), scales, zeros)
 
 
 def _limited(
     weight: np.ndarray, scheme: QuantScheme, shares: np.ndarray | float
 ) -> QuantizedTensor:
     scales = shares * np.abs(weight).max(axis=1) / (scheme.middle - 1)
-    scales = scheme.representable(np.maximum(scales, np.finfo(np.float32).tiny))[:, None]
+    scales = scheme.representable(np.maximum(scales, TINY))[:, None]
     codes = (round_pairs(weight / scales) + scheme.middle).astype(np.uint8)
     zeros = np.full((len(weight), 1), scheme.middle, np.uint8)
     return QuantizedTensor(scheme, codes, scales, zeros)

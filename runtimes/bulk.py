@@ -5,6 +5,9 @@
       000000.npy      [rows, width], the vectors of the first texts
       000001.npy      …
 
+A shard in Parquet has ids and perhaps texts beside its vectors. Input and output may be in an
+object store: see `embedport.storage`.
+
 A shard file gets its name only when it is complete. After a crash, every named shard is done, and
 the same command continues with the rest: no row is lost or written twice. Vectors are in the order
 of the texts; blank lines have none.
@@ -15,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,22 +29,25 @@ import numpy as np
 from ..checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from ..checkpoint.spec import Task
-from ..errors import InputError
-from ..files import load_json, written
+from ..errors import InputError, require
+from ..files import load_json, parse_json
 from ..integrity import record_files
 from ..progress import progress_bar
-from ..texts.corpus import Part, read_part, survey
+from ..storage import ObjectPath, Place, open_to_read, writing
+from ..texts.corpus import Part
+from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
 from .facts import ModelFacts, choose_length, read_facts
+from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
 from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
 INDEX = "index.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Keys that identify our index.json, of any version, among other programs'.
 OURS = frozenset({"format_version", "model_sha256", "shards"})
 # Maximum bytes of an index: enough for a billion texts.
 MOST_INDEX = 64 << 20
-SHARD = re.compile(r"\d{6,}\.npy")
+SHARD = re.compile(r"\d{6,}\.(npy|parquet)")
 # Maximum texts and bytes of a shard. A shard's texts are sorted by length together; a crash costs
 # at most one shard.
 SHARD_ROWS = 2048
@@ -56,6 +61,8 @@ FIXED = (
     "dim",
     "precision",
     "ranges",
+    "format",
+    "with_text",
     "shards",
 )
 
@@ -66,8 +73,10 @@ class Job:
 
     Attributes:
         model: An embedding model, as for `load`.
-        input: The file of texts, as `embedport.texts.corpus` reads it.
+        input: The file of texts, as `embedport.texts.text_files` reads it.
         output: The folder for the vectors.
+        format: The shards' format, "npy" or "parquet".
+        with_text: Whether Parquet shards have the texts, too.
         prompt: As for `Embedder.encode`.
         dim: As for `Embedder.encode`.
         precision: As for `Embedder.encode`.
@@ -79,8 +88,10 @@ class Job:
     """
 
     model: str
-    input: Path
-    output: Path
+    input: Place
+    output: Place
+    format: str = "npy"
+    with_text: bool = False
     prompt: str | None = None
     dim: int | None = None
     precision: str = "float32"
@@ -109,7 +120,9 @@ class Index:
         dtype: numpy's name of the shards' dtype.
         width: Columns of a shard: `dim`, or ceil(dim / 8) with one bit per value.
         rows: Total number of texts.
-        shards: Each shard's part of the texts, in order; shard i is in `shard_name(i)`.
+        format: The shards' format, "npy" or "parquet".
+        with_text: Whether Parquet shards have the texts, too.
+        shards: Each shard's part of the texts, in order; shard i is in `shard_name(i, format)`.
         complete: Whether all shards are there.
     """
 
@@ -126,6 +139,8 @@ class Index:
     dtype: str
     width: int
     rows: int
+    format: str
+    with_text: bool
     shards: tuple[Part, ...]
     complete: bool = False
 
@@ -135,14 +150,14 @@ class Index:
         return json.dumps(values, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, path: Path) -> Index:
+    def from_json(cls, path: Place) -> Index:
         """Read index.json.
 
         Raises:
             InputError: It is damaged, or has another format version.
         """
         try:
-            values = load_json(path, MOST_INDEX)
+            values = _load(path)
             version = values.pop("format_version")
             if version != FORMAT_VERSION or values.keys() != {field.name for field in fields(cls)}:
                 raise ValueError(f"format version {version}")
@@ -170,10 +185,9 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         InputError: The job is invalid, or the folder holds something else.
     """
     index = plan(job, progress=progress)
-    shards = list(enumerate(index.shards))
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
-        missing = [shard for shard in shards if not _is_done(job.output, index, *shard)]
+        missing = _missing(job.output, index)
         if missing:  # the index of an earlier run may say that all are there
             _write_index(job.output, index.to_json())
     with progress_bar("Encoding", index.rows, enabled=progress) as advance:
@@ -181,11 +195,12 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         if missing:
             run(job, missing, advance)
     with _as_input_error(job.output):
-        lost = [shard_name(i) for i, part in shards if not _is_done(job.output, index, i, part)]
-        if lost:
-            raise InputError(f"{job.output}: {len(lost)} shards are missing, such as {lost[0]}")
-        for partial in job.output.glob(".*.partial-*"):
-            partial.unlink(missing_ok=True)
+        if lost := _missing(job.output, index):
+            name = shard_name(lost[0][0], index.format)
+            raise InputError(f"{job.output}: {len(lost)} shards are missing, such as {name}")
+        if isinstance(job.output, Path):
+            for partial in job.output.glob(".*.partial-*"):
+                partial.unlink(missing_ok=True)
         index = replace(index, complete=True)
         _write_index(job.output, index.to_json())
     return index
@@ -230,10 +245,10 @@ def encode_shard(
     Raises:
         InputError: A text cannot be embedded, or the shard cannot be written.
     """
-    texts = read_part(job.input, part)
+    rows = read_part(job.input, part)
     try:
         vectors = embedder.encode(
-            texts,
+            [row.text for row in rows],
             prompt=job.prompt,
             dim=job.dim,
             precision=job.precision,
@@ -245,13 +260,13 @@ def encode_shard(
         raise InputError(
             f"{job.input}, {part.rows} texts from line {part.line}: {error}"
         ) from error
-    with written(job.output / shard_name(number)) as file:
-        np.save(file, vectors)
+    with writing(job.output / shard_name(number, job.format)) as file:
+        write_shard(file, job.format, rows, vectors, with_text=job.with_text)
 
 
-def shard_name(number: int) -> str:
+def shard_name(number: int, form: str) -> str:
     """A shard's file name."""
-    return f"{number:06}.npy"
+    return f"{number:06}.{form}"
 
 
 def plan(job: Job, *, progress: bool = False) -> Index:
@@ -264,6 +279,14 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     if facts.task != "embedding":
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
     check_options(facts.dim, job.dim, job.precision)
+    if job.format not in SHARD_FORMATS:
+        raise InputError(
+            f"format should be one of {', '.join(SHARD_FORMATS)}, found {job.format!r}"
+        )
+    if job.format == "parquet":
+        require("pyarrow", "arrow")
+    elif job.with_text:
+        raise InputError("texts are written beside vectors in Parquet only: --format parquet")
     dim = job.dim or facts.dim
     check_ranges(job.precision, dim, facts.ranges)
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, facts.ranges)
@@ -284,6 +307,8 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         dtype=str(empty.dtype),
         width=empty.shape[1],
         rows=corpus.rows,
+        format=job.format,
+        with_text=job.with_text,
         shards=corpus.parts,
     )
 
@@ -307,7 +332,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _prepare(output: Path, index: Index, force: bool) -> None:
+def _prepare(output: Place, index: Index, force: bool) -> None:
     """Create the output folder, or check that it belongs to this job."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / INDEX
@@ -317,21 +342,34 @@ def _prepare(output: Path, index: Index, force: bool) -> None:
             return
         # Keep the old index until all old shards are deleted: shards of different jobs look alike.
         _write_index(output, json.dumps(_read_ours(path) | {"complete": False}))
-        for shard in output.iterdir():
-            if SHARD.fullmatch(shard.name):
-                shard.unlink()
-    elif any(not entry.name.startswith(".") for entry in output.iterdir()):
+        for name in _names(output):
+            if SHARD.fullmatch(name):
+                (output / name).unlink()
+    elif any(not name.startswith(".") for name in _names(output)):
         raise InputError(f"{output} holds other files and no {INDEX}; choose another folder")
 
 
-def _read_ours(path: Path) -> dict[str, Any]:
+def _names(folder: Place) -> list[str]:
+    if isinstance(folder, ObjectPath):
+        return list(folder.sizes())
+    return [entry.name for entry in folder.iterdir()]
+
+
+def _load(path: Place) -> Any:
+    if isinstance(path, Path):
+        return load_json(path, MOST_INDEX)
+    with open_to_read(path) as file:
+        return parse_json(file.read(MOST_INDEX).decode("utf-8"))
+
+
+def _read_ours(path: Place) -> dict[str, Any]:
     """Read our index.json, of any version.
 
     Raises:
         InputError: It belongs to another program.
     """
     try:
-        values = load_json(path, MOST_INDEX)
+        values = _load(path)
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict) or OURS - values.keys():
@@ -339,41 +377,44 @@ def _read_ours(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_index(output: Path, text: str) -> None:
-    with written(output / INDEX) as file:
+def _write_index(output: Place, text: str) -> None:
+    with writing(output / INDEX) as file:
         file.write(text.encode())
 
 
-def _check_same(output: Path, existing: Index, index: Index) -> None:
+def _check_same(output: Place, existing: Index, index: Index) -> None:
     for name in FIXED:
         old, new = getattr(existing, name), getattr(index, name)
         if old != new:
             was = "another" if name == "shards" else f"{old!r}, and is {new!r} now"
             raise InputError(
                 f"{output} holds vectors of another job, whose {name} was {was}; choose another "
-                "folder, or begin anew with --force"
+                "folder, or begin anew with `force`"
             )
 
 
-def _is_done(output: Path, index: Index, number: int, part: Part) -> bool:
-    """Whether a shard is complete; a damaged one counts as missing and is embedded again."""
-    try:
-        with (output / shard_name(number)).open("rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                return False
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            size = file.tell() + part.rows * index.width * dtype.itemsize
-            return (
-                shape == (part.rows, index.width)
-                and str(dtype) == index.dtype
-                and os.fstat(file.fileno()).st_size == size
+def _missing(output: Place, index: Index) -> list[tuple[int, Part]]:
+    """The shards that are not there, or damaged: these are embedded again."""
+    shards = enumerate(index.shards)
+    kind = (index.width, index.dtype)
+    if isinstance(output, ObjectPath):
+        sizes = output.sizes()
+        return [
+            (number, part)
+            for number, part in shards
+            if not has_size(
+                sizes.get(shard_name(number, index.format), 0), index.format, part, *kind
             )
-    except (FileNotFoundError, ValueError):
-        return False
+        ]
+    return [
+        (number, part)
+        for number, part in shards
+        if not is_complete(output / shard_name(number, index.format), index.format, part, *kind)
+    ]
 
 
 @contextlib.contextmanager
-def _as_input_error(output: Path) -> Generator[None]:
+def _as_input_error(output: Place) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..texts.prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .facts import Model, ModelFacts
-from .torch import TorchModel
+from .reopening import reopen, reopening
 from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ class Embedder:
             f"Embedder({self.facts.name!r}, dim={self.dim}, device={self.device!r}, "
             f"precision={self.precision!r})"
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the recipe that opens the model again from its folder."""
+        recipe = reopening(self.facts, self.device, self.tokenizer.max_length)
+        return reopen, (recipe, self.ranges)
 
     def encode(
         self,
@@ -129,8 +134,6 @@ class Embedder:
         Raises:
             InputError: A text is not valid Unicode, or the model does not have this `prompt`.
         """
-        if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
-            self.model.check_process()
         text = self.prompt_text(prompt)
         encoded = self.tokenizer.encode(texts, text)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text", first)

@@ -187,7 +187,7 @@ def _check_memory(batch: int, size: int, num_heads: int) -> None:
             f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB on a CPU in the standard "
             "dialect, or in any dialect if attention is bidirectional or has a window; "
             f"{available / 1e9:.0f} GB are free; load with a smaller max_length, or export a "
-            "causal model with --dialect ort, which takes little"
+            "causal model with `dialect` ort, which takes little"
         )
 
 
@@ -274,7 +274,7 @@ def _open_session(
     if device != "cpu" and (nodes := _fallen_back(session)):
         raise DeviceError(
             f"{artifact.graph}: {PROVIDERS[device]} has no kernels for {_summarize(nodes)}, which "
-            "would run on the CPU; export with --precision bf16 or --arithmetic bf16 (GPUs have no "
+            "would run on the CPU; export with `precision` bf16 or `arithmetic` bf16 (GPUs have no "
             "int8 activations in the ort dialect), or use device='cpu'"
         )
     return device, session

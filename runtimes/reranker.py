@@ -14,7 +14,7 @@ from .embedder import check_encoded, describe_nonfinite
 from .facts import Model, ModelFacts
 from .onnxruntime import OnnxModel
 from .prefix_cache import group_rows, run_groups
-from .torch import TorchModel
+from .reopening import reopen, reopening
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Reranker:
         return (
             f"Reranker({self.facts.name!r}, device={self.device!r}, precision={self.precision!r})"
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the recipe that opens the model again from its folder."""
+        return reopen, (reopening(self.facts, self.device, self.tokenizer.max_length),)
 
     def score(
         self,
@@ -114,8 +118,6 @@ class Reranker:
         Raises:
             InputError: A pair is not two strings of valid Unicode.
         """
-        if isinstance(self.model, TorchModel):  # first: the tokenizer does not survive a fork
-            self.model.check_process()
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]

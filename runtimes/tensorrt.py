@@ -1,6 +1,9 @@
-"""The TensorRT backend: an artifact's engine on the GPU that it was built for.
+"""The TensorRT backend: an artifact's engine on a GPU that it was built for.
 
 Memory, streams and CUDA graphs come from cuda-bindings, not from torch: see embedport.machine.gpu.
+An engine of TensorRT for RTX is compiled to device code here: its kernels are kept in the user's
+cache folder, and it makes its own CUDA graphs, since kernels for a shape replace more general ones
+later.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +24,14 @@ import numpy as np
 from ..artifact.folder import Artifact
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..machine.engine import EngineRecord, choose_profile
-from ..machine.gpu import call, current_device, tensorrt_version
+from ..machine.gpu import call, current_device, load_tensorrt, make_logger
 from .buffers import Buffer, allocate
+from .kernel_cache import KernelCache
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Sequences are padded to a multiple of this: kernels run faster, and shapes repeat more often.
 ALIGNMENT = 8
@@ -56,8 +62,8 @@ class TensorRTModel:
 
     Raises:
         DeviceError: There is no GPU, or the engine was built for another GPU or TensorRT.
-        MissingPackageError: TensorRT or cuda-bindings is missing.
-        ArtifactError: TensorRT does not load the engine.
+        MissingPackageError: The engine's library or cuda-bindings is missing.
+        ArtifactError: The library does not load the engine.
     """
 
     device = "cuda"
@@ -69,7 +75,14 @@ class TensorRTModel:
         self._record = manifest.engine
         self.precision = manifest.precision
         self._lock = threading.Lock()
-        self._engine = _load_engine(artifact, self._record)
+        self._errors: list[str] = []
+        self._trt, self._engine = load_engine(
+            artifact.folder / self._record.path, self._record, self._errors
+        )
+        self._kernels = None
+        if self._record.library == "tensorrt-rtx":
+            sha256 = manifest.files[self._record.path].sha256
+            self._kernels = KernelCache(self._trt, self._engine, sha256)
         self._stream = int(call("cudaStreamCreate"))
         _destroy_with(self, "cudaStreamDestroy", self._stream)
         # Batches run one at a time, so all contexts share one scratch buffer.
@@ -108,7 +121,7 @@ class TensorRTModel:
             longest = max(profile.max[1] for profile in self._record.profiles)
             raise InputError(
                 f"a text of {tokens:,} tokens is longer than the {longest:,} that the engine was "
-                "built for; build it with a larger --profile, or load it with a smaller max_length"
+                "built for; build it with a larger `profiles`, or load it with a smaller max_length"
             )
         step = max(fitting)
         with self._lock:
@@ -130,10 +143,15 @@ class TensorRTModel:
             padded[:rows, :tokens] = array
         self._execute(number, shape)
         call("cudaStreamSynchronize", self._stream)
+        if self._kernels is not None:
+            self._kernels.count_batch()
         return self._output.host((shape[0], *self._width))[:rows].copy()
 
     def _execute(self, number: int, shape: tuple[int, int]) -> None:
         """Put a batch on the stream, as a CUDA graph if its shape repeats."""
+        if self._kernels is not None:
+            self._enqueue(self._contexts[number], shape)
+            return
         key = (number, shape)
         if key in self._graphs:
             captured = self._graphs[key]
@@ -159,7 +177,7 @@ class TensorRTModel:
         try:
             self._enqueue(context, shape)
         except DeviceError:
-            logger.warning("TensorRT cannot capture %s x %s tokens in a CUDA graph", *shape)
+            log.warning("TensorRT cannot capture %s x %s tokens in a CUDA graph", *shape)
             with contextlib.suppress(DeviceError):
                 call("cudaGraphDestroy", call("cudaStreamEndCapture", self._stream))
             return _Captured(context, None)
@@ -177,17 +195,18 @@ class TensorRTModel:
                 raise DeviceError(f"TensorRT does not take {name} of {shape[0]} x {shape[1]}")
             buffer.upload(shape, self._stream)
         if not context.execute_async_v3(self._stream):
-            raise DeviceError("TensorRT could not run a batch; its log is above")
+            raise DeviceError(f"TensorRT could not run a batch{_reasons(self._errors)}")
         self._output.download((shape[0], *self._width), self._stream)
 
     def _make_context(self, profile: int) -> trt.IExecutionContext:
-        import tensorrt as trt
-
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            strategy if self._kernels is None else self._kernels.configure(strategy)
         )
         if context is None:
-            raise DeviceError("TensorRT could not make an execution context; its log is above")
+            raise DeviceError(
+                f"TensorRT could not make an execution context{_reasons(self._errors)}"
+            )
         context.set_device_memory(self._scratch, self._scratch_size)
         context.set_optimization_profile_async(profile, self._stream)
         for name, buffer in (*self._inputs.items(), (self._output_name, self._output)):
@@ -202,23 +221,42 @@ def _destroy_with(owner: object, function: str, handle: Any) -> None:
     finalizer.atexit = False
 
 
-def _load_engine(artifact: Artifact, record: EngineRecord) -> Any:
-    path = artifact.folder / record.path
-    version = tensorrt_version()
-    try:
-        record.check(current_device(), version)
-    except DeviceError as error:
-        raise DeviceError(f"{path}: {error}") from error
-    import tensorrt as trt
+def load_engine(path: Path, record: EngineRecord, errors: list[str]) -> tuple[ModuleType, Any]:
+    """Load an engine on this machine's GPU.
 
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    Args:
+        path: The engine's file.
+        record: What is known of it.
+        errors: Takes the library's error messages, now and later.
+
+    Returns:
+        The module of its library, and an `ICudaEngine`.
+
+    Raises:
+        DeviceError: There is no GPU, or the engine is not for it.
+        MissingPackageError: Its library or cuda-bindings is missing.
+        ArtifactError: The library does not take it.
+    """
+    trt = load_tensorrt(record.library)
+    try:
+        record.check(current_device(), trt.__version__)
+    except DeviceError as error:
+        raise DeviceError(f"{path}: {error}; device cpu runs the artifact's graph") from error
+    logger = make_logger(
+        trt, lambda message, is_error: errors.append(message) if is_error else None
+    )
+    runtime = trt.Runtime(logger)
     # A version-compatible engine contains its own runtime as code.
     runtime.engine_host_code_allowed = record.version_compatible
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ArtifactError(
-            f"{path}: TensorRT {version} does not take the engine; its log is above. Build it "
-            "again: embedport export tensorrt ARTIFACT -o OUT"
+            f"{path}: {record.builder} does not take the engine{_reasons(errors)}. Build it again: "
+            "embedport export tensorrt ARTIFACT -o OUT"
         )
-    return engine
+    return trt, engine
+
+
+def _reasons(errors: list[str]) -> str:
+    return "".join(f"; {error}" for error in errors)

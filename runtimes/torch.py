@@ -107,7 +107,7 @@ class TorchModel:
 
         Raises:
             InputError: The batch does not fit into the GPU's memory.
-            DeviceError: The model was opened before this process was forked.
+            DeviceError: The model is on a GPU, and was opened before this process was forked.
         """
         torch = require("torch", "torch")
         self.check_process()
@@ -126,17 +126,27 @@ class TorchModel:
             ) from error
 
     def check_process(self) -> None:
-        """Refuse to run in a fork of the process that opened the model: torch would hang there.
+        """Go on in a fork of the process that opened the model, where torch's threads are missing.
+
+        On a CPU, torch then runs on one thread; CUDA does not survive a fork.
 
         Raises:
-            DeviceError: The model was opened before this process was forked.
+            DeviceError: The model is on a GPU.
         """
-        if self._pid != os.getpid():
+        if self._pid == os.getpid():
+            return
+        if self.device != "cpu":
             raise DeviceError(
-                "the model was opened before this process was forked, and torch's threads and CUDA "
-                "do not survive a fork: open it in each worker (gunicorn without --preload, or in "
-                "its post_fork hook), or start workers by 'spawn'"
+                "the model was opened before this process was forked, and CUDA does not survive a "
+                "fork: open it in each worker (gunicorn without --preload, or in its post_fork "
+                "hook), or start workers by 'spawn'"
             )
+        self._pid = os.getpid()
+        require("torch", "torch").set_num_threads(1)
+        logger.warning(
+            "the model was opened before this process was forked: it runs on one thread here; open "
+            "it in each worker to use more"
+        )
 
 
 class PaddedLayers:

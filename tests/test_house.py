@@ -37,6 +37,8 @@ TOP = (
     "embedport/bench/",
     "embedport/cli/",
     "embedport/demo/",
+    "embedport/deploy/",
+    "embedport/serve/",
 )
 
 
@@ -129,7 +131,7 @@ def test_exporting_and_running_need_no_torch(tmp_path):
         "import embedport; from embedport.demo.pipeline import builtin_embedder\n"
         "for name in ('fp32', 'fp16', 'int8', 'int4'):\n"
         "    folder = f'{sys.argv[1]}/{name}'\n"
-        "    embedport.export(builtin_embedder(), folder, precision=name)\n"
+        "    embedport.export(builtin_embedder(), folder, precision=name, fast=name == 'int4')\n"
         "    print(embedport.load(folder, device='cpu').encode(['tea']).shape)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

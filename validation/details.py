@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.adapter import WEIGHTS
+from ..errors import MissingPackageError, require
 from ..files import read_headers
 from ..integrity import record_files
 from ..runtimes import ModelFacts
@@ -140,8 +141,8 @@ def _hash(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def describe_machine() -> Machine:
     """This machine."""
     try:
-        import onnxruntime as ort
-    except ModuleNotFoundError:  # not needed to run a checkpoint
+        ort = require("onnxruntime", "cpu")
+    except MissingPackageError:  # not needed to run a checkpoint
         ort = None
     return Machine(
         cpu=_read_field("/proc/cpuinfo", "model name") or platform.processor() or "unknown",

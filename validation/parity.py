@@ -146,7 +146,7 @@ def validate(
     recorded_reference = None
     if is_recorded(reference):
         if adapter is not None:
-            raise InputError(f"{reference} is a recorded reference: record it with --adapter")
+            raise InputError(f"{reference} is a recorded reference: record it with `adapter`")
         recorded_reference = open_recorded(reference, facts.task, runtime.tokenizer.max_length)
         texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
         if data is not None:
@@ -256,7 +256,7 @@ def _choose_set(
     retrieval: str | Path | RetrievalSet | None, *, task: Task, save_run: str | Path | None
 ) -> RetrievalSet | None:
     if save_run is not None and (retrieval is None or task == "reranker"):
-        raise InputError("--save-run writes what an embedding artifact finds: give --retrieval too")
+        raise InputError("`save_run` writes what an embedding artifact finds: give `retrieval` too")
     if retrieval is None or isinstance(retrieval, RetrievalSet):
         data = retrieval
     else:
@@ -275,17 +275,17 @@ def _check_limits(
 ) -> None:
     """Refuse a limit that no gate would check."""
     if min_cosine is not None and isinstance(task, RerankerTask):
-        raise InputError("a reranker gives scores, not vectors: --max-score-difference limits them")
+        raise InputError("a reranker gives scores, not vectors: `max_score_difference` limits them")
     if max_score_difference is not None and isinstance(task, EmbeddingTask):
         kinds = set(task.is_query.tolist())
         if len(kinds) == 1:
             raise InputError(
-                "--max-score-difference limits the scores of queries and documents, found "
+                "`max_score_difference` limits the scores of queries and documents, found "
                 f"{'queries' if kinds.pop() else 'documents'} only: give texts of both kinds, each "
                 "with its prompt"
             )
     if max_ndcg_loss is not None and data is None:
-        raise InputError("--max-ndcg-loss limits what is lost on a set: give --retrieval too")
+        raise InputError("`max_ndcg_loss` limits what is lost on a set: give `retrieval` too")
 
 
 def _open_live(

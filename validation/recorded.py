@@ -165,7 +165,7 @@ class RecordedReference:
         """
         if self.data is None:
             raise InputError(
-                f"{self.path} was recorded without a retrieval set: record it with --retrieval, or "
+                f"{self.path} was recorded without a retrieval set: record it with `retrieval`, or "
                 "leave the set out"
             )
         given = describe_set(data, self.origin.task)
@@ -292,7 +292,7 @@ def open_recorded(path: str | Path, task: Task, max_length: int) -> RecordedRefe
     if max_length != reference.max_length and longest >= min(max_length, reference.max_length):
         raise InputError(
             f"{path} was recorded with inputs cut to {reference.max_length:,} tokens, and the "
-            f"artifact cuts them to {max_length:,}: record it with --max-length {max_length}"
+            f"artifact cuts them to {max_length:,}: record it with `max_length` {max_length}"
         )
     return reference
 

@@ -124,7 +124,7 @@ def _check_place(path: Path, force: bool) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
     if path.exists() and not force:
-        raise InputError(f"{path} exists; choose another place or replace it with --force")
+        raise InputError(f"{path} exists; choose another place or replace it with `force`")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder")
 

@@ -41,6 +41,6 @@ def find_recorded(artifact: str | Path) -> Path | None:
     if not os.access(source.folder, os.W_OK):
         raise ArtifactError(
             f"{source.folder} is read-only, so the figures cannot be recorded in it: make it "
-            "writable, or validate with --no-record"
+            "writable, or validate with `record=False`"
         )
     return source.folder

@@ -63,15 +63,12 @@ def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:
 def _engine_rows(engine: EngineRecord) -> dict[str, str]:
     major = engine.tensorrt.partition(".")[0]
     versions = f" and later {major}.x" if engine.version_compatible else ""
-    elsewhere = {
-        "none": "",
-        "ampere+": ", and every GPU of Ampere or later",
-        "same-capability": ", and every GPU of that capability",
-    }
+    products = ", ".join(f"{count} in {kind}" for kind, count in engine.products.items())
     return {
-        "Engine": f"`{engine.path}`, TensorRT {engine.tensorrt}{versions}",
-        "GPU": f"{engine.device}{elsewhere[engine.hardware_compatible]}",
+        "Engine": f"`{engine.path}`, {engine.builder}{versions}",
+        "GPU": engine.targets,
         "Batches": ", ".join(f"`{profile}`" for profile in engine.profiles),
+        **({"Products": products} if products else {}),
     }
 
 

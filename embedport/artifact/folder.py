@@ -133,7 +133,7 @@ def check_place(output: Path, force: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not force:
-        raise InputError(f"{output} exists; choose another place or replace it with --force")
+        raise InputError(f"{output} exists; choose another place or replace it with `force`")
     if output.is_dir() and not output.is_symlink() and (output / MANIFEST).is_file():
         return
     raise InputError(f"{output} is not an artifact, and is not replaced; choose another place")

@@ -304,7 +304,7 @@ def read_base(folder: Path) -> tuple[str, str | None]:
     if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{folder / CONFIG}: base_model_name_or_path should name the base, found "
-            f"{shown(base)}; give the base, and --adapter {folder}"
+            f"{shown(base)}; give the base, and {folder} as `adapter`"
         )
     if not isinstance(revision, str | None):
         raise CheckpointError(

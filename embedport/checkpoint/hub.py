@@ -102,7 +102,7 @@ def fetch(
         if is_adapter(source.folder) or (source.folder / MANIFEST).is_file():
             kind = "an adapter itself" if is_adapter(source.folder) else "an artifact"
             raise InputError(
-                f"{checkpoint} is {kind}: give --adapter with the checkpoint that the adapter was "
+                f"{checkpoint} is {kind}: give `adapter` with the checkpoint that the adapter was "
                 "trained on"
             )
         adapter_source = _find(adapter, None, weights=True)
@@ -130,7 +130,7 @@ def _with_base(adapter: Source, weights: bool) -> Source:
     except (InputError, CheckpointError) as error:
         raise CheckpointError(
             f"{adapter.folder / ADAPTER_CONFIG}: the base, {base!r}, cannot be used: {error}; "
-            f"give BASE --adapter {adapter.id}"
+            f"give the base, and {adapter.id} as `adapter`"
         ) from error
     if not weights:
         adapter = _find(adapter.id, adapter.revision, weights=True)

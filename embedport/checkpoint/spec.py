@@ -318,7 +318,7 @@ def _refuse_other_adapters(source: Source) -> None:
     ]
     if adapters:
         raise CheckpointError(
-            f"{adapters[0]}: the checkpoint's folder holds an adapter: give --adapter "
+            f"{adapters[0]}: the checkpoint's folder holds an adapter: give `adapter` "
             f"{adapters[0].parent} to merge it into the weights, or take it out of the folder if "
             "they are complete without it"
         )
@@ -477,7 +477,7 @@ def _find_task(
             f"{folder}: its files do not state the task: it is a language model "
             f"({', '.join(architectures) or 'no architectures'}) without modules.json, and its "
             "model card (README.md) names neither a reranker nor an embedder by pipeline_tag, tags "
-            "or base_model; give --task embedding or --task reranker"
+            "or base_model; give `task` embedding or `task` reranker"
         )
     return declared
 

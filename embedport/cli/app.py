@@ -16,15 +16,19 @@ from . import (
     bench,
     check,
     demo,
+    deploy,
     encode,
     export,
     inspect,
+    push,
     quantize,
     reference,
     rerank,
+    serve,
     tensorrt,
     validate,
 )
+from .flags import FlagFormatter, with_flags
 
 
 class _StoppedError(Exception):
@@ -57,7 +61,6 @@ app = typer.Typer(
     cls=_Verbs,
     help="Take a Qwen3-Embedding or Qwen3-Reranker checkpoint to ONNX, run it, and prove how close "
     "it stays to the reference.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -69,7 +72,14 @@ app.add_typer(export_app, name="export")
 app.command("quantize")(quantize.quantize)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
+app.command("serve")(serve.serve)
+deploy_app = typer.Typer(help="Make what other software deploys.", no_args_is_help=True)
+deploy_app.command("triton")(deploy.triton)
+deploy_app.command("docker")(deploy.docker)
+deploy_app.command("vespa")(deploy.vespa)
+app.add_typer(deploy_app, name="deploy")
 app.command("check")(check.check)
+app.command("push")(push.push)
 app.command("validate")(validate.validate)
 app.command("reference")(reference.reference)
 app.command("inspect")(inspect.inspect)
@@ -99,13 +109,16 @@ def main() -> None:
 
     If the reader of standard output goes away, typer exits silently with code 1.
     """
-    logging.basicConfig(format="embedport: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    command = typer.main.get_command(app)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FlagFormatter("embedport: %(message)s", command))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        app()
+        command()
     except _StoppedError:
         _fail("interrupted", 130)
     except EmbedportError as error:
-        _fail(str(error), error.exit_code)
+        _fail(with_flags(str(error), command), error.exit_code)
     except Exception as error:
         _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
 

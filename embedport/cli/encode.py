@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, require
 from .inputs import AdapterOption, TaskOption, check_task, read_texts
-from .outputs import check_output, stdout_console, to_json, write_jsonl, write_npy
+from .outputs import check_output, stdout_console, to_json
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..runtimes.bulk import Job
+    from ..storage import Place
 
 # Limits that fit into 60 columns: values shown per vector, and texts in the cosine table.
 SHOWN = 4
@@ -34,8 +35,13 @@ def encode(
         list[str] | None, typer.Argument(help="Texts to embed.", show_default=False)
     ] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--input", help=".txt, .jsonl, or - for standard input.", show_default=False),
+        str | None,
+        typer.Option(
+            "--input",
+            help=".txt, .jsonl or .parquet, perhaps in an object store (s3://…, gs://…); or - for "
+            "standard input.",
+            show_default=False,
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
@@ -66,11 +72,17 @@ def encode(
             "-o",
             "--out",
             "--output",
-            help=".npy or .jsonl; or a folder (vectors/) for an --input of any size, written in "
-            "shards and resumed after a crash.",
+            help=".npy, .jsonl, .parquet or .arrow; or a folder (vectors/, s3://…/vectors/) for an "
+            "--input of any size, written in shards and resumed after a crash.",
             show_default=False,
         ),
     ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="Of a folder's shards: npy, or parquet with ids.")
+    ] = "npy",
+    with_text: Annotated[
+        bool, typer.Option("--with-text", help="Put the texts into .parquet and .arrow, too.")
+    ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
     ] = "auto",
@@ -105,21 +117,28 @@ def encode(
 
     Example: embedport encode qwen3-fp32 "What is the capital of China?" --prompt query
     """
+    import numpy as np
+
     from ..runtimes import Embedder, load
     from ..runtimes.bulk import Job
+    from ..runtimes.tables import TABLES, make_table, write_table
+    from ..storage import as_place, writing
 
     prompt = _choose_prompt(prompt, instruction)
-    out = None if output is None else Path(output)
-    if out is not None and (out.is_dir() or not out.suffix or str(output).endswith("/")):
-        if texts or file is None or str(file) == "-" or calibrate is not None or as_json:
+    out = None if output is None else as_place(output)
+    source = None if file in (None, "-") else as_place(file)
+    if out is not None and _is_folder(out, str(output)):
+        if texts or source is None or calibrate is not None or as_json:
             raise InputError(
                 f"{out} is a folder, so give the texts in a file (--input), measure ranges first "
                 "(embedport encode ARTIFACT --calibrate FILE), and leave --json out"
             )
         job = Job(
             model=_absolute(artifact),
-            input=file.absolute(),
+            input=source.absolute(),
             output=out.absolute(),
+            format=form,
+            with_text=with_text,
             prompt=prompt,
             dim=dim,
             precision=precision,
@@ -131,15 +150,25 @@ def encode(
         )
         _encode_corpus(job, engine, workers, force)
         return
-    if engine != "local" or workers is not None or force:
-        raise InputError("--engine, --workers and --force need an output folder: --output vectors/")
-    if out is not None and out.suffix not in (".npy", ".jsonl"):
-        raise InputError(f"{out} should end with .npy or .jsonl, or with / for a folder")
-    check_output(out)
+    if engine != "local" or workers is not None or force or form != "npy":
+        raise InputError(
+            "--engine, --workers, --force and --format need an output folder: --output vectors/"
+        )
+    if out is not None and out.suffix not in (".npy", ".jsonl", *TABLES):
+        raise InputError(
+            f"{out} should end with .npy, .jsonl, {' or '.join(TABLES)}, or with / for a folder"
+        )
+    if with_text and (out is None or out.suffix not in TABLES):
+        raise InputError("--with-text needs an output that ends with .parquet or .arrow")
+    if out is not None and out.suffix in TABLES:  # before the model runs
+        require("pyarrow", "arrow")
+    if isinstance(out, Path):
+        check_output(out)
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
     only_ranges = calibrate is not None and not texts and file is None
-    inputs = [] if only_ranges else read_texts(texts or [], file)
+    in_table = out is not None and out.suffix in TABLES
+    inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, in_table)
     embedder = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
     )
@@ -164,10 +193,15 @@ def encode(
         progress=True,
     )
     rows = ({"text": t, "embedding": v.tolist()} for t, v in zip(inputs, vectors, strict=True))
-    if out is not None and out.suffix == ".npy":
-        write_npy(out, vectors)
-    elif out is not None:
-        write_jsonl(out, rows)
+    if out is not None:
+        with writing(out) as opened:
+            if out.suffix == ".npy":
+                np.save(opened, vectors)
+            elif out.suffix == ".jsonl":
+                opened.writelines(f"{to_json(row)}\n".encode() for row in rows)
+            else:
+                table = make_table(ids, vectors, inputs if with_text else None)
+                write_table(opened, table, out.suffix)
     elif as_json or not sys.stdout.isatty():
         for row in rows:
             typer.echo(to_json(row))
@@ -176,6 +210,25 @@ def encode(
     if out is not None:
         count, width = vectors.shape
         typer.echo(f"{out}: {count:,} vectors of {width}, on {embedder.device}", err=True)
+
+
+def _is_folder(out: Place, given: str) -> bool:
+    """Whether an output is a folder of shards."""
+    return given.endswith("/") or not out.suffix or (isinstance(out, Path) and out.is_dir())
+
+
+def _read(
+    texts: list[str], file: str | None, source: Place | None, with_ids: bool
+) -> tuple[list[str], list[str]]:
+    """The texts, and an id for each: the file's own if it is read for them, or the number."""
+    from ..texts.text_files import PARQUET, read_rows
+
+    streamed = with_ids or not isinstance(source, Path) or source.suffix.lower() == PARQUET
+    if texts or source is None or not streamed:
+        inputs = read_texts(texts, None if file is None else Path(file))
+        return inputs, [str(i) for i in range(len(inputs))]
+    rows = read_rows(source)
+    return [row.text for row in rows], [row.id for row in rows]
 
 
 def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> None:

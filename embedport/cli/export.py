@@ -6,12 +6,12 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption
-from .outputs import size_words, stages, stdout_console
+from .inputs import AdapterOption, DryRunOption
+from .outputs import print_estimate, size_words, stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -67,8 +67,17 @@ def export_onnx(
         ),
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="Quantization algorithm: rtn, hqq, gptq or awq; auto uses rtn.")
-    ] = "rtn",
+        str | None,
+        typer.Option(
+            help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, awq+gptq or awq+gptaq; "
+            "default: gptaq for int4 and auto, otherwise rtn.",
+            show_default=False,
+        ),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="For int4: round to nearest; seconds, not minutes, and worse."),
+    ] = False,
     rotate: Annotated[
         bool | None,
         typer.Option(
@@ -113,6 +122,18 @@ def export_onnx(
             show_default=False,
         ),
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(help="For auto: most bytes of the weights.", show_default=False),
+    ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="For auto: the same, as bits for each weight, scales included.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
     consumers: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,35 +150,40 @@ def export_onnx(
 
     Example: embedport export onnx Qwen/Qwen3-Embedding-0.6B -o qwen3-fp32
     """
+    from ..exporters.onnx import estimate_onnx
     from ..exporters.onnx import export_onnx as run
 
+    options: dict[str, Any] = {
+        "revision": revision,
+        "task": task,
+        "adapter": adapter,
+        "precision": precision,
+        "arithmetic": arithmetic,
+        "dialect": dialect,
+        "outputs": output,
+        "dim": dim,
+        "max_length": max_length,
+        "calibration": calibration,
+        "algorithm": algorithm,
+        "fast": fast,
+        "rotate": rotate,
+        "group_size": group_size,
+        "embedding_bits": embedding_bits,
+        "recipe": recipe,
+        "min_cosine": min_cosine,
+        "max_ndcg_loss": max_ndcg_loss,
+        "retrieval": retrieval,
+        "max_bytes": max_bytes,
+        "average_bits": average_bits,
+        "consumers": consumers or (),
+        "force": force,
+    }
+    if dry_run:
+        print_estimate(estimate_onnx(checkpoint, out, **options), as_json=as_json)
+        return
     start = time.monotonic()
     with stages() as progress:
-        artifact = run(
-            checkpoint,
-            out,
-            revision=revision,
-            task=task,  # ty: ignore[invalid-argument-type] (checked there)
-            adapter=adapter,
-            precision=precision,
-            arithmetic=arithmetic,
-            dialect=dialect,
-            outputs=output,
-            dim=dim,
-            max_length=max_length,
-            calibration=calibration,
-            algorithm=algorithm,
-            rotate=rotate,
-            group_size=group_size,
-            embedding_bits=embedding_bits,
-            recipe=recipe,
-            min_cosine=min_cosine,
-            max_ndcg_loss=max_ndcg_loss,
-            retrieval=retrieval,
-            consumers=consumers or (),
-            force=force,
-            progress=progress,
-        )
+        artifact = run(checkpoint, out, **options, progress=progress)
     seconds = time.monotonic() - start
     if as_json:
         typer.echo(json.dumps(_facts(artifact, seconds)))

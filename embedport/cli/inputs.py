@@ -25,6 +25,12 @@ TaskOption = Annotated[
         show_default=False,
     ),
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print what would be done, its size, memory and time; write nothing."
+    ),
+]
 AdapterOption = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..machine.engine import EngineRecord
 from .inputs import AdapterOption, TaskOption, check_task
 from .outputs import size_words, stdout_console
 
@@ -101,17 +102,11 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         )
         if shared := graph["shared"]:
             rows["Opened by"] = _openers(shared)
-    if engine := facts["engine"]:
-        profiles = (
-            ":".join(
-                f"{rows}x{tokens}"
-                for rows, tokens in (profile["min"], profile["opt"], profile["max"])
-            )
-            for profile in engine["profiles"]
-        )
+    if facts["engine"]:
+        engine = EngineRecord.from_json(facts["engine"])
         rows["Engine"] = (
-            f"{engine['path']}: TensorRT {engine['tensorrt']} on {engine['device']['name']}; "
-            f"batches {', '.join(profiles)}"
+            f"{engine.path}: {engine.builder}; {engine.targets}; batches "
+            f"{', '.join(map(str, engine.profiles))}"
         )
     if facts["recipe"] is not None:
         rows["Precision"] += f"; {_quantization(facts['recipe'])}"

@@ -6,15 +6,18 @@ import contextlib
 import json
 import os
 from collections.abc import Generator, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
+    from ..exporters.estimate import Estimate
     from ..exporters.provenance import Progress
 
 STAGES = {
@@ -74,6 +77,21 @@ def size_words(size: int) -> str:
     return f"{size} B"
 
 
+def print_estimate(estimate: Estimate, *, as_json: bool) -> None:
+    """Print a run that was planned and not done."""
+    if as_json:
+        typer.echo(json.dumps(asdict(estimate)))
+        return
+    console, minutes = stdout_console(), estimate.seconds / 60
+    for step in estimate.steps:
+        console.print(step, soft_wrap=True)
+    size = "as the search finds" if estimate.bytes is None else size_words(estimate.bytes)
+    length = f"{minutes:.0f} minutes" if minutes >= 2 else f"{estimate.seconds:.0f} s"
+    memory = size_words(estimate.memory_bytes)
+    console.print(f"Weights: {size}. Memory: about {memory}. Time: about {length} on this machine.")
+    console.print("Nothing was written.")
+
+
 def check_output(path: Path | None, *suffixes: str) -> None:
     """Check an output file's path before any work is done.
 
@@ -108,16 +126,6 @@ def write_text(path: Path, text: str) -> None:
 
     with written(path) as file:
         file.write(text.encode("utf-8"))
-
-
-def write_npy(path: Path, vectors: np.ndarray) -> None:
-    """Write vectors [n, dim] as .npy."""
-    import numpy as np
-
-    from ..files import written
-
-    with written(path) as file:
-        np.save(file, vectors)
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:

@@ -6,12 +6,12 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption
-from .outputs import size_words, stages, stdout_console
+from .inputs import AdapterOption, DryRunOption
+from .outputs import print_estimate, size_words, stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -49,6 +49,13 @@ def quantize(
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="For bnb-nf4: quantize the scales too.")
     ] = False,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="For awq: no zero points, for readers without.")
+    ] = False,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="For gptq and awq: that algorithm alone; quicker, and worse."),
+    ] = False,
     form: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +74,7 @@ def quantize(
         str | None, typer.Option(help="A hub revision.", show_default=False)
     ] = None,
     adapter: AdapterOption = None,
+    dry_run: DryRunOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -74,25 +82,28 @@ def quantize(
 
     Example: embedport quantize Qwen/Qwen3-Embedding-0.6B -o qwen3-awq --method awq
     """
-    from ..exporters import quantize_checkpoint
+    from ..exporters.checkpoints import estimate_checkpoint, quantize_checkpoint
 
+    options: dict[str, Any] = {
+        "method": method,
+        "revision": revision,
+        "task": task,
+        "adapter": adapter,
+        "bits": bits,
+        "group_size": group_size,
+        "double_quant": double_quant,
+        "symmetric": symmetric,
+        "fast": fast,
+        "form": form,
+        "calibration": calibration,
+        "force": force,
+    }
+    if dry_run:
+        print_estimate(estimate_checkpoint(checkpoint, out, **options), as_json=as_json)
+        return
     start = time.monotonic()
     with stages() as progress:
-        artifact = quantize_checkpoint(
-            checkpoint,
-            out,
-            method=method,
-            revision=revision,
-            task=task,  # ty: ignore[invalid-argument-type] (checked there)
-            adapter=adapter,
-            bits=bits,
-            group_size=group_size,
-            double_quant=double_quant,
-            form=form,  # ty: ignore[invalid-argument-type] (checked there)
-            calibration=calibration,
-            force=force,
-            progress=progress,
-        )
+        artifact = quantize_checkpoint(checkpoint, out, **options, progress=progress)
     seconds = time.monotonic() - start
     if as_json:
         manifest = artifact.manifest

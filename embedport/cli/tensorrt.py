@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..machine.engine import LIBRARIES
 from .inputs import AdapterOption
 from .outputs import size_words, stages, stdout_console
 
@@ -43,16 +44,35 @@ def export_tensorrt(
             show_default=False,
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="rtx (ahead of time, on any machine, with TensorRT for RTX) or this-gpu (with "
+            "TensorRT); by default this-gpu where it is possible.",
+            show_default=False,
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For rtx, GPUs to build for, like 8.9; repeatable; by default all that can run "
+            "the graph.",
+            show_default=False,
+        ),
+    ] = None,
     version_compatible: Annotated[
         bool,
         typer.Option(
-            "--version-compatible", help="Allow later TensorRT releases of the same major version."
+            "--version-compatible",
+            help="For this-gpu: allow later TensorRT releases of the same major version.",
         ),
     ] = False,
     hardware_compatible: Annotated[
         str,
         typer.Option(
-            help="Other GPUs that the engine should run on: none, ampere+ or same-capability."
+            help="For this-gpu: other GPUs that the engine should run on: none, ampere+ or "
+            "same-capability."
         ),
     ] = "none",
     task: Annotated[
@@ -68,12 +88,12 @@ def export_tensorrt(
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Build a TensorRT engine on this machine's GPU; without a GPU, write the files to build it.
+    """Build a TensorRT engine: for RTX GPUs on any machine, or for this machine's GPU.
 
     Example: embedport export tensorrt Qwen/Qwen3-Embedding-0.6B -o qwen3-trt --precision fp8
     """
-    from ..exporters.tensorrt import PROFILES, obstacle
     from ..exporters.tensorrt import export_tensorrt as run
+    from ..exporters.tensorrt import obstacle
 
     start = time.monotonic()
     with stages() as progress:
@@ -81,7 +101,9 @@ def export_tensorrt(
             source,
             out,
             precision=precision,
-            profiles=profile or PROFILES,
+            profiles=profile,
+            target=target,  # ty: ignore[invalid-argument-type] (checked there)
+            compute_capabilities=compute_capability or (),
             version_compatible=version_compatible,
             hardware_compatible=hardware_compatible,  # ty: ignore[invalid-argument-type] (checked there)
             revision=revision,
@@ -91,13 +113,17 @@ def export_tensorrt(
             progress=progress,
         )
     seconds = time.monotonic() - start
-    reason = None if artifact.manifest.engine else obstacle()
+    engine = artifact.manifest.engine
+    reason = None if engine else "; ".join(str(obstacle(each)) for each in LIBRARIES)
     if as_json:
         facts = {
             "artifact": str(artifact.folder),
             "task": artifact.manifest.task,
             "precision": artifact.manifest.precision,
-            "engine": artifact.manifest.engine is not None,
+            "engine": engine is not None,
+            "library": engine.builder if engine else None,
+            "targets": engine.targets if engine else None,
+            "products": dict(engine.products) if engine else None,
             "obstacle": reason,
             "bytes": artifact.size,
             "seconds": round(seconds, 3),
@@ -125,12 +151,13 @@ def _print(artifact: Artifact, reason: str | None, options: list[str], seconds: 
         engine = manifest.engine
         batches = ", ".join(map(str, engine.profiles))
         console.print(
-            f"Engine for {engine.device}, TensorRT {engine.tensorrt}, batches {batches}",
-            soft_wrap=True,
+            f"Engine for {engine.targets}; {engine.builder}; batches {batches}", soft_wrap=True
         )
+        products = ", ".join(f"{count} in {kind}" for kind, count in engine.products.items())
+        console.print(f"Products: {products or 'not named by the builder'}", soft_wrap=True)
         return
     console.print(f"No engine was built: {reason}", soft_wrap=True)
-    console.print("On a machine with a GPU, one of:", soft_wrap=True)
+    console.print("Where one of them is, one of:", soft_wrap=True)
     for command in (
         " ".join([f"embedport export tensorrt {folder} -o OUT", *options]),
         f"{folder}/engine/build.sh   (trtexec)",

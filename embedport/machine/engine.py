@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..errors import DeviceError, InputError
 
 SHAPE = re.compile(r"(\d+)x(\d+)")
+CAPABILITY = re.compile(r"(\d+)\.(\d)")
 # Compute capability of the oldest devices that "ampere+" engines run on.
 AMPERE = (8, 0)
 
@@ -18,6 +19,13 @@ AMPERE = (8, 0)
 # of the same compute capability.
 Compatibility = Literal["none", "ampere+", "same-capability"]
 COMPATIBILITIES: tuple[Compatibility, ...] = get_args(Compatibility)
+
+# "tensorrt" builds on the GPU that the engine is for. "tensorrt-rtx" builds ahead of time, on any
+# machine; the engine is compiled to device code where it runs.
+Library = Literal["tensorrt", "tensorrt-rtx"]
+LIBRARIES: dict[Library, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+# A GPU's compute capability, such as (8, 9).
+Capability = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,13 @@ class Profile:
         """Whether a batch of this shape, padded to `min` if needed, is in the range."""
         return rows <= self.max[0] and tokens <= self.max[1]
 
+    def cut(self, tokens: int) -> Profile:
+        """The same profile with at most this many tokens a row."""
+        least, best, most = (
+            (rows, min(length, tokens)) for rows, length in (self.min, self.opt, self.max)
+        )
+        return Profile(least, best, most)
+
     def padded(self, rows: int, tokens: int) -> tuple[int, int]:
         """The shape to which a batch that fits is padded."""
         return max(rows, self.min[0]), max(tokens, self.min[1])
@@ -72,7 +87,7 @@ def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
     if not fitting:
         raise InputError(
             f"a batch of {rows} x {tokens} tokens is beyond the engine's profiles "
-            f"({', '.join(map(str, profiles))}); build it with a larger --profile, or give a "
+            f"({', '.join(map(str, profiles))}); build it with a larger `profiles`, or give a "
             "smaller batch_tokens or max_length"
         )
     area = rows * tokens
@@ -89,10 +104,27 @@ class Device:
     """A GPU: its name and its compute capability."""
 
     name: str
-    capability: tuple[int, int]
+    capability: Capability
 
     def __str__(self) -> str:
-        return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
+        return f"{self.name} (compute capability {format_capability(self.capability)})"
+
+
+def parse_capability(text: str) -> Capability:
+    """Parse a compute capability, such as "8.9".
+
+    Raises:
+        InputError: The text is not one.
+    """
+    match = CAPABILITY.fullmatch(text)
+    if match is None:
+        raise InputError(f"a compute capability should be like 8.9 or 12.0; found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def format_capability(capability: Capability) -> str:
+    """A compute capability as text, such as "8.9"."""
+    return f"{capability[0]}.{capability[1]}"
 
 
 @dataclass(frozen=True)
@@ -101,19 +133,28 @@ class EngineRecord:
 
     Attributes:
         path: Its path in the folder.
-        device: The GPU that it was built on.
-        tensorrt: The TensorRT version that built it, such as "11.1.0.106".
+        device: The GPU that it was built on; None if it was built ahead of time.
+        tensorrt: The version of the library that built it, such as "11.1.0.106".
         version_compatible: Whether later TensorRT versions with the same major number load it.
         hardware_compatible: The other GPUs that it runs on.
         profiles: The batches that it takes.
+        library: The library that built it.
+        capabilities: Compute capabilities of the GPUs that it runs on, if it was built ahead of
+            time.
+        products: Number of matrix products by the type that they are computed in, or by "a
+            generated kernel" if they are a part of one, as the library says of the engine's
+            layers; empty if it does not say.
     """
 
     path: str
-    device: Device
+    device: Device | None
     tensorrt: str
     version_compatible: bool
     hardware_compatible: Compatibility
     profiles: tuple[Profile, ...]
+    library: Library = "tensorrt"
+    capabilities: tuple[Capability, ...] = ()
+    products: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EngineRecord:
@@ -122,37 +163,72 @@ class EngineRecord:
         Raises:
             TypeError, KeyError, ValueError: The values are damaged.
         """
-        device = Device(values["device"]["name"], _pair(values["device"]["capability"]))
+        device = values["device"]
+        if device is not None:
+            device = Device(device["name"], _pair(device["capability"]))
         profiles = tuple(
             Profile(_pair(shapes["min"]), _pair(shapes["opt"]), _pair(shapes["max"]))
             for shapes in values["profiles"]
         )
         if values["hardware_compatible"] not in COMPATIBILITIES:
             raise ValueError(f"hardware_compatible is {values['hardware_compatible']!r}")
-        parsed: dict[str, Any] = {**values, "device": device, "profiles": profiles}
+        library = values.get("library", "tensorrt")
+        if library not in LIBRARIES:
+            raise ValueError(f"library is {library!r}")
+        if (device is None) != (library == "tensorrt-rtx"):
+            raise ValueError(f"device {device} does not go with library {library!r}")
+        parsed: dict[str, Any] = {
+            **values,
+            "device": device,
+            "profiles": profiles,
+            "capabilities": tuple(map(_pair, values.get("capabilities", ()))),
+        }
         return cls(**parsed)
+
+    @property
+    def builder(self) -> str:
+        """The library that built it, with its version, in words."""
+        return f"{LIBRARIES[self.library]} {self.tensorrt}"
+
+    @property
+    def targets(self) -> str:
+        """The GPUs that it runs on, in words."""
+        if self.device is None:
+            capabilities = ", ".join(map(format_capability, self.capabilities))
+            return f"GPUs of compute capability {capabilities}"
+        elsewhere = {
+            "none": "",
+            "ampere+": ", and every GPU of Ampere or later",
+            "same-capability": ", and every GPU of that capability",
+        }
+        return f"{self.device}{elsewhere[self.hardware_compatible]}"
 
     def check(self, device: Device, tensorrt: str) -> None:
         """Refuse a device or a TensorRT that cannot run the engine.
 
+        Args:
+            device: The GPU.
+            tensorrt: Version of the library that built the engine, as installed here.
+
         Raises:
             DeviceError: It cannot; names what built the engine and what is here.
         """
-        again = "build it here: embedport export tensorrt ARTIFACT -o OUT"
+        again = "embedport export tensorrt ARTIFACT -o OUT"
         if not self._runs_on(device):
             raise DeviceError(
-                f"the engine was built on {self.device} and is hardware-compatible with "
-                f"{self.hardware_compatible!r}; here is {device}: {again}"
+                f"the engine runs on {self.targets}; here is {device}: build one for it: {again}"
             )
         built, here = _version(self.tensorrt), _version(tensorrt)
         later = self.version_compatible and here[0] == built[0] and here >= built
         if here != built and not later:
             kind = "a version-compatible engine" if self.version_compatible else "an engine"
             raise DeviceError(
-                f"{kind} was built with TensorRT {self.tensorrt}; here is {tensorrt}: {again}"
+                f"{kind} was built with {self.builder}; here is {tensorrt}: build it here: {again}"
             )
 
     def _runs_on(self, device: Device) -> bool:
+        if self.device is None:
+            return device.capability in self.capabilities
         match self.hardware_compatible:
             case "ampere+":
                 return device.capability >= AMPERE

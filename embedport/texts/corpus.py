@@ -1,7 +1,7 @@
 """A text file that may be larger than memory: checked once, then read part by part.
 
-A .jsonl file holds one {"text": …} per line; an optional "title" goes before the text. A .txt file
-holds one text per line. Blank lines are skipped.
+A .jsonl file holds one {"text": …} per line; an optional "title" goes before the text, and an
+optional "_id" or "id" names it. A .txt file holds one text per line. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -10,16 +10,24 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import check_regular, parse_json
+from ..files import parse_json
 from ..progress import progress_bar
+from ..storage import Place, open_to_read, size_of
 from .prompts import check_text
 
 # Maximum bytes of a line; the longest text that a model reads has 200,000.
 LONGEST_LINE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text and its id: the file's own, or the number of the text."""
+
+    id: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -29,9 +37,10 @@ class Part:
     Attributes:
         first: Index of its first text in the file, from 0.
         rows: Number of texts.
-        offset: Byte offset of the first text's line.
-        line: That line's number, from 1.
-        crc32: Checksum of the bytes from `offset` to the end of the last text's line.
+        offset: Byte offset of the first text's line; in Parquet the row group.
+        line: That line's number, from 1; in Parquet the row in its group, from 0.
+        crc32: Checksum of the bytes from `offset` to the end of the last text's line; in Parquet of
+            the texts.
     """
 
     first: int
@@ -51,7 +60,7 @@ class Corpus:
     parts: tuple[Part, ...]
 
 
-def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = False) -> Corpus:
+def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = False) -> Corpus:
     """Check every line of a file, and cut it into parts.
 
     Args:
@@ -70,14 +79,14 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
     rows = size = crc = 0
     open_part: Part | None = None
     try:
-        total = path.stat().st_size
+        total = size_of(path)
         with progress_bar("Reading", total, enabled=progress) as advance:
             for number, offset, line in _lines(path, 0, 1):
                 digest.update(line)
                 size += len(line)
                 advance(len(line))
                 crc = zlib.crc32(line, crc) if open_part else zlib.crc32(line)
-                if parse_text(path, number, line) is None:
+                if parse_row(path, number, line, "") is None:
                     continue
                 open_part = open_part or Part(rows, 0, offset, number, 0)
                 open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
@@ -86,7 +95,7 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
                     parts.append(open_part)
                     open_part = None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     if open_part is not None:
         parts.append(open_part)
     if not parts:
@@ -94,34 +103,40 @@ def survey(path: Path, part_rows: int, part_bytes: int, *, progress: bool = Fals
     return Corpus(size, digest.hexdigest(), rows, tuple(parts))
 
 
-def read_part(path: Path, part: Part) -> list[str]:
-    """Read the texts of a part.
+def read_part(path: Place, part: Part) -> list[Row]:
+    """Read the texts of a part, with their ids.
 
     Raises:
         InputError: The file has changed since the survey.
     """
-    texts: list[str] = []
+    rows: list[Row] = []
     crc = 0
     try:
         for number, _, line in _lines(path, part.offset, part.line):
             crc = zlib.crc32(line, crc)
-            text = parse_text(path, number, line)
-            if text is not None:
-                texts.append(text)
-            if len(texts) == part.rows:
+            row = parse_row(path, number, line, str(part.first + len(rows)))
+            if row is not None:
+                rows.append(row)
+            if len(rows) == part.rows:
                 break
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if len(texts) < part.rows or crc != part.crc32:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(rows) < part.rows or crc != part.crc32:
         raise InputError(
             f"{path} should hold the same {part.rows:,} texts from line {part.line:,} on as when "
             f"the work began, found others: the file has changed"
         )
-    return texts
+    return rows
 
 
-def parse_text(path: Path, number: int, line: bytes) -> str | None:
-    """The text of a line; None if it is blank.
+def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
+    """The text of a line, with its id; None if the line is blank.
+
+    Args:
+        path: The file, for messages.
+        number: The line's number, from 1.
+        line: Its bytes.
+        name: The id if the line names none.
 
     Raises:
         InputError: The line is invalid, or names its own prompt.
@@ -133,10 +148,11 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
         if not text.strip():
             return None
         if not is_jsonl(path):
-            return text
+            return Row(name, text)
         row = parse_json(text)
         text, prompt = titled_text(row), row.get("prompt", "document")
         check_text(number, text)
+        given = row.get("_id", row.get("id"))
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             f'{path}:{number} should be UTF-8 text, in a .jsonl file {{"text": …}}; found '
@@ -145,12 +161,12 @@ def parse_text(path: Path, number: int, line: bytes) -> str | None:
     if prompt != "document":
         raise InputError(
             f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
-            "out, and give --prompt"
+            "out, and give `prompt`"
         )
-    return text
+    return Row(name if given is None else str(given), text)
 
 
-def is_jsonl(path: Path) -> bool:
+def is_jsonl(path: Place) -> bool:
     """Whether a text file holds JSON objects (.jsonl) rather than plain lines (.txt).
 
     Raises:
@@ -159,8 +175,8 @@ def is_jsonl(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".txt", ""):  # a pipe has none
         raise InputError(
-            f'{path} should be .txt, one text per line, or .jsonl, one {{"text": …}} per line, '
-            f"found {path.suffix}"
+            f'{path} should be .txt, one text per line, or .jsonl, one {{"text": …}} per line (or '
+            f".parquet, for `encode`), found {path.suffix}"
         )
     return suffix == ".jsonl"
 
@@ -171,13 +187,13 @@ def titled_text(row: Mapping[str, Any]) -> Any:
     return " ".join((title, row["text"])).strip() if title else row["text"]
 
 
-def _lines(path: Path, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
+def _lines(path: Place, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
     """(number, offset, bytes) of each line, beginning at an offset."""
     try:
-        check_regular(path)
+        file = open_to_read(path)
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    with path.open("rb") as file:
+    with file:
         file.seek(offset)
         while line := file.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:

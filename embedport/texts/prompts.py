@@ -12,6 +12,7 @@ Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,13 @@ class _TextTokenizer(ABC):
         if inputs.form == "messages":
             self.chat = ChatTemplate(path.parent, inputs.message_format, inputs.template_values)
         self._endings: dict[str, np.ndarray] = {}
+        self._pid = os.getpid()
+
+    def _check_process(self) -> None:
+        """In a fork, do without the tokenizer's threads: they are missing there."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def _cut_to(self, length: int) -> None:
         self.tokenizer.enable_truncation(length, direction=self.inputs.truncation_side)
@@ -186,6 +194,7 @@ class EmbeddingTokenizer(_TextTokenizer):
         Raises:
             InputError: A text is not a string or not valid Unicode, or gives no token.
         """
+        self._check_process()
         check_list(texts, "texts should be a list of strings")
         if self.chat is not None:
             checked = [check_text(i, text) for i, text in enumerate(texts)]
@@ -251,6 +260,7 @@ class RerankerTokenizer(_TextTokenizer):
         Raises:
             InputError: A text is not a string or not valid Unicode, or a pair gives no token.
         """
+        self._check_process()
         if instruction is not None and not isinstance(instruction, str):
             raise InputError(f"the instruction should be a string, found {instruction!r}")
         check_list(pairs, "pairs should be a list of (query, document)")

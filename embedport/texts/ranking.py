@@ -106,7 +106,7 @@ def candidate_pairs(data: RetrievalSet) -> list[tuple[str, str]]:
             raise InputError(
                 f"{data.name}: query {query!r} has no candidates to rerank; make them with an "
                 "embedder: embedport validate EMBEDDER --reference … --retrieval … --save-run "
-                "candidates.tsv, then --candidates candidates.tsv"
+                "candidates.tsv, then give `candidates` candidates.tsv"
             )
     return [
         (data.queries[query], data.documents[document])

@@ -89,7 +89,7 @@ def choose_fp16(largest: dict[str, float], num_layers: int) -> Precision:
         if f"{attention}.v_proj" in over:
             raise CheckpointError(
                 f"{attention}.v_proj reaches {largest[f'{attention}.v_proj']:.0f}, too near "
-                f"fp16's {FP16_MAX:.0f} for attention; export with --precision bf16 or fp32"
+                f"fp16's {FP16_MAX:.0f} for attention; export with `precision` bf16 or fp32"
             )
         kept |= over & {f"{attention}.{name}_proj" for name in "qko"}
         kept |= over & {f"{mlp}.gate_proj", f"{mlp}.up_proj"}

@@ -1,8 +1,9 @@
-"""GPTQ and AWQ layer by layer, on onnxruntime's operators in fp32.
+"""GPTQ, GPTAQ and AWQ layer by layer, on onnxruntime's operators in fp32.
 
-In GPTQ a layer's inputs come from the quantized layers before it, so it compensates for their
-errors.
-Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes).
+In GPTQ a matrix's inputs come from the quantized matrices before it, in its own layer too. GPTAQ
+compares them with those of the original model, and compensates for the difference.
+Memory holds one layer, its Hessians, and the texts' hidden states (tokens x hidden_size x 4 bytes);
+in GPTAQ also the layer's original inputs.
 Finished layers are saved, and an interrupted run resumes from them. GPTQ also saves the states
 after a layer and continues from these; AWQ takes inputs from the fp32 model, so it runs the texts
 through the layers again.
@@ -32,7 +33,8 @@ from ...leftovers import lock
 from ...quantize.awq import search_factors
 from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
 from ...quantize.formats import Format, matrices
-from ...quantize.gptq import quantize_gptq
+from ...quantize.gptq import Curvature, quantize_gptq
+from ...quantize.mse import quantize_mse
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from ...version import __version__
@@ -44,6 +46,8 @@ from .layerwise import Layer, embed_rows, run_layer
 
 REQUEST = "request.txt"
 LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
+# How often a text's last token counts in GPTAQ, where it alone reaches the result.
+LAST = 10
 # Tokens that AWQ measures its factors on.
 SAMPLE = 512
 PARTS = ("codes", "scales", "zero_points")
@@ -117,8 +121,11 @@ def quantize_layers(
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
+    *,
+    table: Format | None = None,
+    follows: bool = True,
 ) -> CalibratedMatrices:
-    """Quantize a model's projections by GPTQ.
+    """Quantize a model's projections by GPTQ or GPTAQ.
 
     Args:
         weights: The checkpoint, for its identity.
@@ -127,43 +134,71 @@ def quantize_layers(
         rows: Token ids of the calibration texts, int64 [tokens] each.
         folder: Where finished layers are kept: see `kept_layers`.
         advance: Called after each layer.
+        table: The embedding table's format; None if it is not quantized.
+        follows: Whether products follow those of the original model (GPTAQ), or those of the
+            original matrix with the quantized layers' inputs (GPTQ).
 
     Raises:
         CheckpointError: An activation is not finite, or a Hessian cannot be inverted.
         InputError: A layer cannot be written.
     """
-    _prepare(folder, _request(weights, source, formats, rows))
+    name = "gptaq" if follows else "gptq"
+    _prepare(folder, f"{_request(weights, source, formats, rows)} {name} {table}")
     schemes = {name: format.scheme for name, format in formats.items()}
     matrices_of_layers = CalibratedMatrices(folder, schemes)
     fp32 = Design(source, OrtDialect(), PRECISIONS["fp32"])
-    precision = replace(PRECISIONS["fp32"], formats=formats)
-    quantized = replace(fp32, precision=precision, matrices=QuantizedMatrices(matrices_of_layers))
+    outputs = source.spec.outputs
+    last = LAST if follows and (source.spec.task == "reranker" or outputs.last_token) else 1
     finished = sorted(folder.glob(STATES))
+    originals: list[np.ndarray] = []
     if finished:
         stored = load_file(finished[-1])
         states = [stored[str(i)] for i in range(len(rows))]
+        originals = [stored[f"original.{i}"] for i in range(len(rows) if follows else 0)]
         first = int(finished[-1].stem.partition("-")[2]) + 1
     else:
         states, first = embed_rows(source, rows), 0
+        originals = list(states) if follows else []
         _check_finite(source, "embed_tokens gives", states)
+        if table is not None:
+            states = [quantize_mse(each[0], table.scheme).dequantize()[None] for each in states]
     for _ in range(first):
         advance()
     for number in range(first, source.spec.num_layers):
         file, states_file = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
-        tensors: dict[str, np.ndarray] = {}
         with Layer(fp32, number, folder) as layer:
-            for names, hessian in _hessians(layer, rows, states):
+            stages = layer.inputs
+            expected = _run_original(layer, rows, originals)
+        done: dict[str, QuantizedTensor] = {}
+
+        def with_done(done: dict[str, QuantizedTensor] = done) -> Design:
+            precision = replace(fp32.precision, formats={name: formats[name] for name in done})
+            return replace(fp32, precision=precision, matrices=QuantizedMatrices(done.__getitem__))
+
+        for stage, names in enumerate(stages):
+            names = [name for name in names if name in formats]
+            if not names:
+                continue
+            with Layer(with_done(), number, folder, stage) as layer:
+                wanted = expected[stage] if follows else None
+                hessian, cross = _moments(layer, rows, states, wanted, last)
+            with _named(source, names[0]):
+                inputs = Curvature(hessian)
+                del hessian
+                shift = None if cross is None else inputs.shift(cross)
                 for name in names:
-                    if name not in schemes:
-                        continue
-                    tensor = _quantize(source, name, hessian, schemes[name])
-                    for part in PARTS:
-                        tensors[f"{name}.{part}"] = getattr(tensor, part)
-        _save(tensors, file)
-        with Layer(quantized, number, folder) as layer:
+                    weight = source.read_fp32(f"{name}.weight")
+                    if shift is not None:
+                        weight = weight + weight @ shift
+                    done[name] = quantize_gptq(weight, inputs, schemes[name])
+        _save(
+            {f"{name}.{part}": getattr(done[name], part) for name in done for part in PARTS}, file
+        )
+        with Layer(with_done(), number, folder) as layer:
             run_layer(layer, rows, states)
         _check_finite(source, f"layer {number} gives", states)
-        _save({str(i): state for i, state in enumerate(states)}, states_file)
+        kept = {str(i): state for i, state in enumerate(states)}
+        _save(kept | {f"original.{i}": state for i, state in enumerate(originals)}, states_file)
         (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
         advance()
     return matrices_of_layers
@@ -239,13 +274,29 @@ def _check_finite(source: WeightSource, what: str, values: Iterable[np.ndarray])
         )
 
 
-def _quantize(
-    source: WeightSource, name: str, hessian: np.ndarray, scheme: QuantScheme
-) -> QuantizedTensor:
+@contextlib.contextmanager
+def _named(source: WeightSource, name: str) -> Generator[None]:
+    """Add the checkpoint and the matrix to an error."""
     try:
-        return quantize_gptq(source.read_fp32(f"{name}.weight"), hessian, scheme)
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{source.spec.source.folder}: {name}: {error}") from error
+
+
+def _run_original(
+    layer: Layer, rows: Sequence[np.ndarray], originals: list[np.ndarray]
+) -> list[list[np.ndarray]]:
+    """Run the original model's texts through a layer; `originals` are replaced in the list.
+
+    Returns:
+        For each shared input of the layer, float32 [tokens, in] for each text.
+    """
+    expected: list[list[np.ndarray]] = [[] for _ in layer.inputs]
+    for i, state in enumerate(originals):
+        originals[i], inputs = layer.run_with_inputs(rows[i], state)
+        for found, x in zip(expected, inputs, strict=True):
+            found.append(x)
+    return expected
 
 
 def _samples(
@@ -276,25 +327,49 @@ def _search_factors(
     return narrow(source.spec, reader, search_factors(matrices, inputs, schemes))
 
 
-def _hessians(
-    layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
-) -> list[tuple[list[str], np.ndarray]]:
-    """(projections, mean of x x^T over all tokens) for each input that projections share."""
-    sums: dict[int, np.ndarray] = {}
-    for ids, state in zip(rows, states, strict=True):
-        for i, x in enumerate(layer.run_inputs(ids, state)):
-            product = x.T @ x
-            # Added in place: at 12,288 inputs a Hessian takes 0.6 GB.
-            sums[i] = np.add(sums[i], product, out=sums[i]) if i in sums else product
-    for total in sums.values():
-        total /= sum(map(len, rows))
-    return [(names, sums[i]) for i, names in enumerate(layer.inputs)]
+def _moments(
+    layer: Layer,
+    rows: Sequence[np.ndarray],
+    states: Sequence[np.ndarray],
+    expected: list[np.ndarray] | None,
+    last: int,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Second moments of a stage's inputs y: mean y y^T, and mean (x - y) y^T for x expected.
+
+    Args:
+        layer: The layer, with that stage.
+        rows: Token ids, int64 [tokens] each.
+        states: Each text's states before the layer.
+        expected: The original model's inputs, float32 [tokens, in] each; emptied, text by text.
+        last: How often a text's last token counts.
+
+    Returns:
+        (float32 [in, in], the same or None without `expected`).
+    """
+    hessian = cross = None
+    for number, (ids, state) in enumerate(zip(rows, states, strict=True)):
+        (y,) = layer.run_inputs(ids, state)
+        weighted = y.copy()
+        weighted[-1] *= last
+        # Added in place: at 12,288 inputs a Hessian takes 0.6 GB.
+        product = weighted.T @ y
+        hessian = product if hessian is None else np.add(hessian, product, out=hessian)
+        if expected is not None:
+            product = (expected[number] - y).T @ weighted
+            cross = product if cross is None else np.add(cross, product, out=cross)
+            expected[number] = y[:0]
+    assert hessian is not None
+    count = sum(len(ids) + last - 1 for ids in rows)
+    return hessian / count, None if cross is None else cross / count
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
-    """Bytes that `quantize_layers` keeps on disk: a byte per code, and two layers' states."""
+    """Bytes that `quantize_layers` keeps on disk: a byte per code, and two layers' states.
+
+    GPTAQ keeps the states of the original model too.
+    """
     codes = sum(math.prod(spec.tensor_shapes()[f"{name}.weight"]) for name in matrices(spec))
-    return codes + 2 * 4 * spec.hidden_size * sum(map(len, rows))
+    return codes + 2 * 2 * 4 * spec.hidden_size * sum(map(len, rows))
 
 
 def _layer_file(folder: Path, number: int) -> Path:
@@ -330,8 +405,13 @@ def _request(
     for path in weights.files:
         status = path.stat()
         digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-    # Every transformation of the weights changes the norms or this matrix.
-    for name in ("norm.weight", "layers.0.input_layernorm.weight", "layers.0.mlp.up_proj.weight"):
+    # Every transformation of the weights changes one of these.
+    for name in (
+        "norm.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.0.self_attn.v_proj.weight",
+        "layers.0.mlp.up_proj.weight",
+    ):
         digest.update(source.read_fp32(name).tobytes())
     digest.update(json.dumps({name: repr(format) for name, format in formats.items()}).encode())
     for row in rows:

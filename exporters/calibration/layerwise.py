@@ -47,6 +47,8 @@ class Layer(AbstractContextManager["Layer"]):
         design: The model.
         layer: The layer's number.
         folder: Where the graph may be written while it runs.
+        stage: Compute only the stage-th shared input, from 0, and nothing behind it; by default
+            the whole layer.
 
     Attributes:
         probes: Names of the magnitudes that `run_probed` returns.
@@ -54,7 +56,7 @@ class Layer(AbstractContextManager["Layer"]):
             it.
     """
 
-    def __init__(self, design: Design, layer: int, folder: Path) -> None:
+    def __init__(self, design: Design, layer: int, folder: Path, stage: int | None = None) -> None:
         self._temporary = tempfile.TemporaryDirectory(dir=folder)
         g = GraphBuilder()
         ids, mask = _inputs()
@@ -69,6 +71,8 @@ class Layer(AbstractContextManager["Layer"]):
         shared: dict[ir.Value, list[str]] = {}
         for name, value in taps.inputs.items():
             shared.setdefault(value, []).append(name)
+        if stage is not None:
+            outputs, shared = [], dict([list(shared.items())[stage]])
         self.inputs = list(shared.values())
         self._session = _open(
             design,
@@ -78,26 +82,37 @@ class Layer(AbstractContextManager["Layer"]):
             Path(self._temporary.name),
             f"layer_{layer}",
         )
-        self._stream = outputs[0].name
-        self._probes = [value.name for value in outputs[1:]]
+        self._outputs = [value.name for value in outputs]
         self._inputs = [value.name for value in shared]
 
     def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """The residual stream after the layer: float32 [1, tokens, hidden_size], like `state`."""
-        return self._session.run([self._stream], _feeds(ids) | {"stream": state})[0]
+        """The residual stream after the layer: float32 [n, tokens, hidden_size], like `state`.
+
+        Args:
+            ids: int64 [tokens].
+            state: The stream before the layer; n states of the same text are run at once.
+        """
+        return self._session.run(self._outputs[:1], _feeds(ids, state))[0]
 
     def run_probed(
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Like `run`, plus the largest magnitude of each watched value, by name."""
-        names = [self._stream, *self._probes]
-        out, *magnitudes = self._session.run(names, _feeds(ids) | {"stream": state})
+        out, *magnitudes = self._session.run(self._outputs, _feeds(ids, state))
         return out, dict(zip(self.probes, magnitudes, strict=True))
 
     def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
         """The shared input of each group in `inputs`: float32 [tokens, in] each."""
-        inputs = self._session.run(self._inputs, _feeds(ids) | {"stream": state})
+        inputs = self._session.run(self._inputs, _feeds(ids, state))
         return [x[0] for x in inputs]
+
+    def run_with_inputs(
+        self, ids: np.ndarray, state: np.ndarray
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """What `run` and `run_inputs` return, in one run."""
+        names = [self._outputs[0], *self._inputs]
+        out, *inputs = self._session.run(names, _feeds(ids, state))
+        return out, [x[0] for x in inputs]
 
     def __exit__(
         self,
@@ -151,12 +166,25 @@ def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
     return result if spec.task == "reranker" else Head(outputs, spec.source.pipeline)(result)
 
 
+def _remove_unused(graph: ir.Graph) -> None:
+    """Remove what no output depends on; onnx-ir's own pass removes optional outputs too."""
+    wanted = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(value in wanted or value.uses() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+
+
 def _inputs() -> list[ir.Value]:
     return [ir.val(name, dtype=ir.DataType.INT64, shape=("batch", "sequence")) for name in INPUTS]
 
 
-def _feeds(ids: np.ndarray) -> dict[str, np.ndarray]:
-    return {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)}
+def _feeds(ids: np.ndarray, state: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    rows = np.tile(ids, (1 if state is None else len(state), 1))
+    feeds = {"input_ids": rows, "attention_mask": np.ones_like(rows)}
+    return feeds if state is None else feeds | {"stream": state}
 
 
 def _open(
@@ -174,6 +202,7 @@ def _open(
         ir_version=design.dialect.ir_version,
         name=name,
     )
+    _remove_unused(model.graph)
     path = folder / "part.onnx"
     ir.save(model, path, external_data=DATA)
     return open_session(ir.load(path), folder, pack=True)

@@ -1,55 +1,72 @@
-"""Find the smallest assignment of bits to matrices that keeps a quality target.
+"""Choose a format for each matrix: the smallest model that keeps a quality, or the best in a size.
 
-1. Measure: quantize each matrix alone and run its layer on real texts. The score is the relative
-   error of the residual stream: larger is worse.
-2. Order: sort the upgrades to more bits by the error they remove per byte.
-3. Choose: find by bisection the fewest upgrades with which the whole model keeps the cosine, the
-   retrieval quality, or both.
+1. Measure: quantize each matrix alone to 4 bits and run the model. The matrix's error is what that
+   does to the final vectors: 1 - cosine, on average over texts.
+2. Order: upgrades to more bits, by the error that they remove per byte. Eight bits have a sixteenth
+   of the step, so a 256th of the error.
+3. Choose: within a size, as many upgrades as fit. For a quality, find the fewest upgrades with
+   which whole models keep it, quantized by the algorithm of the result. If that runs texts, trials
+   are calibrated on three texts of four, and judged by the others.
 
 All steps run the operators that the artifact will have.
 """
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import InputError
-from ...quantize.formats import TABLE, Format, matrices
+from ...quantize.formats import TABLE, Format, matrices, quantized_bytes
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...texts.beir import RetrievalSet
 from ...texts.ranking import NDCG, measure, rank_candidates, rank_documents
 from ..graph.initializers import QuantizedMatrices
-from ..graph.precision import Precision, weight_bytes
+from ..graph.precision import weight_bytes
 from ..graph.qwen3 import Design
 from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_layer
 
 # Fewest bytes first; "fp32" is a matrix without a format.
-LEVELS = ("int4/64", "int8/128s", "fp32")
-# Limits of the texts to measure on: whole models run about ten times.
+FP32 = "fp32"
+LEVELS = ("int4/128", "int8/128s", FP32)
+TABLE_LEVELS = ("int4/64", "int8/128s", FP32)
+# The error of each level, relative to that of 4 bits.
+ERRORS = (1, 1 / 256, 0)
+# Every how many texts one judges trials, and the others calibrate them.
+JUDGES = 4
+# Tokens to judge trials by, and the longest text among them.
 TOKENS = 2048
 LONGEST = 512
+# Tokens to measure matrices by. The states of all models with one quantized matrix are held at
+# once: at most this many values.
+MEASURED_TOKENS = 512
+MEASURED_VALUES = 1 << 27
+# Whole models that are run at most once one of them keeps the quality.
+TRIALS = 8
 # Tokens of a retrieval set to run together: states take 4 KB per token of the 0.6B model.
 PART_TOKENS = 1 << 17
 
 Quantize = Callable[[str, QuantScheme], QuantizedTensor]
+# (formats' texts by matrix, calibration texts' token ids, folder) to the quantized model.
+Apply = Callable[[Mapping[str, str], Sequence[np.ndarray], Path], Design]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The error that one quantized matrix, or layer, causes in the residual stream after its layer.
+    """The error that one matrix in 4 bits causes in the final vectors.
 
     Attributes:
-        name: The matrix, or "layers.3" for all matrices of a layer.
+        name: The matrix.
         level: Its format.
         bytes: Its size in that format.
-        error: Sum of squared differences / sum of squares, over all texts' tokens; larger is worse.
+        error: 1 - cosine to the fp32 model's vectors, on average over texts.
     """
 
     name: str
@@ -89,13 +106,30 @@ class RankingTarget:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What a search keeps.
+
+    Attributes:
+        min_cosine: Smallest cosine of a text's vector to that of the fp32 model.
+        ranking: Retrieval quality to keep.
+        max_bytes: Most bytes of the graph's weights.
+        holds_out: Whether texts that judge trials do not calibrate them.
+    """
+
+    min_cosine: float | None
+    ranking: RankingTarget | None
+    max_bytes: int | None
+    holds_out: bool
+
+
+@dataclass(frozen=True)
 class Trial:
     """A whole model that was run.
 
     Attributes:
         counts: The number of matrices in each format.
         bytes: The size of its weights.
-        min_cosine: Smallest cosine of a text's final state to the fp32 model's.
+        min_cosine: Smallest cosine of a text's vector to the fp32 model's.
         ndcg_loss: nDCG@10 of the fp32 model less its own; None without a retrieval set.
     """
 
@@ -111,15 +145,19 @@ class Search:
 
     Attributes:
         formats: The chosen formats: matrix to the text of its format.
+        bytes: The size of the weights.
         min_cosine: The target for the cosine, if any.
         max_ndcg_loss: The target for the loss of nDCG@10, if any.
+        max_bytes: The target for the size, if any.
         trials: Whole models, in the order in which they were run.
-        sensitivities: Each matrix and layer at each level.
+        sensitivities: Each matrix in 4 bits.
     """
 
     formats: Mapping[str, str]
+    bytes: int
     min_cosine: float | None
     max_ndcg_loss: float | None
+    max_bytes: int | None
     trials: Sequence[Trial]
     sensitivities: Sequence[Sensitivity]
 
@@ -130,79 +168,175 @@ class Search:
         return record
 
 
+@dataclass(frozen=True)
+class _Upgrade:
+    """A step of a matrix to its next level: the bytes it adds, and the error it removes."""
+
+    name: str
+    level: str
+    bytes: int
+    gain: float
+
+
 def search_formats(
     design: Design,
     quantize: Quantize,
+    apply: Apply,
     rows: Sequence[np.ndarray],
-    min_cosine: float | None,
-    ranking: RankingTarget | None,
+    targets: Targets,
     folder: Path,
     advance: Callable[[], None],
 ) -> Search:
-    """Find the smallest assignment that keeps a cosine, retrieval quality, or both.
+    """Find the smallest assignment that keeps a quality, or the best one within a size.
 
     Args:
         design: The model in fp32, in the `ort` dialect.
         quantize: A function from a matrix's name and a scheme to the quantized matrix.
-        rows: Token ids of the texts, int64 [tokens] each; whole texts are used, 2,048 tokens in
-            all.
-        min_cosine: Smallest cosine of a text's final state to that of the fp32 model.
-        ranking: Retrieval quality to keep.
-        folder: Where a layer's graph may be written while it runs.
+        apply: A function that quantizes whole models, by the algorithm of the result.
+        rows: Token ids of the texts, int64 [tokens] each.
+        targets: What to keep.
+        folder: Where graphs may be written while they run.
         advance: Called after each layer whose matrices were measured.
 
     Raises:
-        InputError: Not even fp32 keeps the target.
+        InputError: The smallest assignment exceeds the size, not even fp32 keeps the quality, or
+            what keeps it exceeds the size.
     """
-    rows = _select_texts(rows)
-    sensitivities, reference = _measure_matrices(design, quantize, rows, folder, advance)
+    measured = _select_texts(rows, _measured_tokens(design))
+    sensitivities = _measure_matrices(design, quantize, measured, folder, advance)
     upgrades = _sort_upgrades(design, sensitivities)
-    fp32_ndcg = 0.0 if ranking is None else ranking.ndcg(_run_model(design, ranking.rows, folder))
-    trials: dict[int, Trial] = {}
+    smallest = _bytes_of(design, _assign(design, []))
+    trials: list[Trial] = []
+    if targets.min_cosine is None and targets.ranking is None:
+        assert targets.max_bytes is not None
+        chosen = _fit(upgrades, targets.max_bytes - smallest)
+    else:
+        judge = _Judge(design, apply, rows, targets, folder)
+        errors = sum(each.error for each in sensitivities) - np.cumsum(
+            [0.0, *(upgrade.gain for upgrade in upgrades)]
+        )
+        chosen = upgrades[: _fewest(np.maximum(errors, 0), targets.min_cosine, judge, upgrades)]
+        trials = list(judge.trials.values())
+    texts = _assign(design, chosen)
+    size = _bytes_of(design, texts)
+    if targets.max_bytes is not None and size > targets.max_bytes:
+        wanted = "the smallest choice" if not chosen else "what keeps the quality"
+        raise InputError(
+            f"{wanted} takes {size:,} bytes, and max_bytes is {targets.max_bytes:,}; allow more "
+            "bytes or a lower quality"
+        )
+    return Search(
+        {name: text for name, text in texts.items() if text != FP32},
+        size,
+        targets.min_cosine,
+        None if targets.ranking is None else targets.ranking.max_loss,
+        targets.max_bytes,
+        trials,
+        sensitivities,
+    )
 
-    def keeps(count: int) -> bool:
-        texts = _assign(design, upgrades[:count])
-        trial = _with_formats(design, texts, quantize)
-        loss = (
-            None
-            if ranking is None
-            else fp32_ndcg - ranking.ndcg(_run_model(trial, ranking.rows, folder))
-        )
-        trials[count] = Trial(
-            dict(Counter(texts.values())),
-            weight_bytes(design.spec, trial.precision),
-            _min_cosine(_run_model(trial, rows, folder), reference),
-            loss,
-        )
-        return (min_cosine is None or trials[count].min_cosine >= min_cosine) and (
+
+class _Judge:
+    """Runs whole models, and says whether they keep the quality."""
+
+    def __init__(
+        self,
+        design: Design,
+        apply: Apply,
+        rows: Sequence[np.ndarray],
+        targets: Targets,
+        folder: Path,
+    ) -> None:
+        self._design, self._apply, self._targets, self._folder = design, apply, targets, folder
+        self._calibration, judges = rows, rows
+        if targets.holds_out and len(rows) > 1:
+            self._calibration = [row for i, row in enumerate(rows) if i % JUDGES]
+            judges = rows[::JUDGES]
+        self._rows = _select_texts(judges, TOKENS)
+        self._expected = _run_model(design, self._rows, folder)
+        self._ndcg = 0.0
+        if targets.ranking is not None:
+            self._ndcg = targets.ranking.ndcg(_run_model(design, targets.ranking.rows, folder))
+        self.trials: dict[int, Trial] = {}
+
+    def keeps(self, upgrades: Sequence[_Upgrade]) -> bool:
+        """Quantize and run a model with the first upgrades; record the trial."""
+        texts = _assign(self._design, upgrades)
+        ranking, loss = self._targets.ranking, None
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            model = self._apply(texts, self._calibration, Path(folder))
+            cosine = _min_cosine(_run_model(model, self._rows, self._folder), self._expected)
+            if ranking is not None:
+                loss = self._ndcg - ranking.ndcg(_run_model(model, ranking.rows, self._folder))
+        size = _bytes_of(self._design, texts)
+        self.trials[len(upgrades)] = Trial(dict(Counter(texts.values())), size, cosine, loss)
+        least = self._targets.min_cosine
+        return (least is None or cosine >= least) and (
             ranking is None or loss is None or loss <= ranking.max_loss
         )
 
-    low, high = 0, len(upgrades)
-    while low < high:
+
+def _fewest(
+    errors: np.ndarray, min_cosine: float | None, judge: _Judge, upgrades: Sequence[_Upgrade]
+) -> int:
+    """Find the fewest upgrades that keep the quality, by bisection guided by predicted errors.
+
+    Args:
+        errors: float64 [upgrades + 1], the error predicted after each number of upgrades.
+        min_cosine: The target, to which predictions are scaled; None to bisect by number.
+        judge: Runs the models.
+        upgrades: In their order.
+
+    Raises:
+        InputError: Not even all upgrades keep it.
+    """
+    low, high, kept = 0, len(upgrades), False
+    ratio = 1.0
+    while low < high and not (kept and len(judge.trials) >= TRIALS):
         middle = (low + high) // 2
-        if keeps(middle):
-            high = middle
+        if min_cosine is not None and len(judge.trials) < TRIALS // 2:
+            allowed = (1 - min_cosine) / ratio
+            guess = int(np.argmax(errors <= allowed)) if errors[-1] <= allowed else high
+            middle = min(max(guess, low), high - 1)
+        if judge.keeps(upgrades[:middle]):
+            high, kept = middle, True
         else:
             low = middle + 1
-    if high not in trials and not keeps(high):
+        found = 1 - judge.trials[middle].min_cosine
+        if errors[middle] > 0 and found > 0:
+            ratio = found / float(errors[middle])
+    if high not in judge.trials and not judge.keeps(upgrades[:high]):
         raise InputError(
             f"no assignment keeps the target: fp32 itself gives a cosine of "
-            f"{trials[high].min_cosine:.7f} and loses {trials[high].ndcg_loss or 0:.7f} of nDCG@10"
+            f"{judge.trials[high].min_cosine:.7f} and loses "
+            f"{judge.trials[high].ndcg_loss or 0:.7f} of nDCG@10"
         )
-    texts = _assign(design, upgrades[:high])
-    chosen = {name: text for name, text in texts.items() if text != LEVELS[-1]}
-    max_loss = None if ranking is None else ranking.max_loss
-    return Search(chosen, min_cosine, max_loss, list(trials.values()), sensitivities)
+    return high
 
 
-def _select_texts(rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Whole texts, so that last tokens stay last: each within `LONGEST`, all within `TOKENS`."""
-    chosen, tokens = [], 0
+def _fit(upgrades: Sequence[_Upgrade], room: int) -> list[_Upgrade]:
+    """As many upgrades as fit into `room` bytes, in order; a matrix goes level by level."""
+    chosen, ended = [], set()
+    for upgrade in upgrades:
+        if upgrade.name not in ended and upgrade.bytes <= room:
+            chosen.append(upgrade)
+            room -= upgrade.bytes
+        else:
+            ended.add(upgrade.name)
+    return chosen
+
+
+def _measured_tokens(design: Design) -> int:
+    models = len(matrices(design.spec)) + 2
+    return min(MEASURED_TOKENS, MEASURED_VALUES // (models * design.spec.hidden_size))
+
+
+def _select_texts(rows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Whole texts, so that last tokens stay last: each within `LONGEST`, all within `tokens`."""
+    chosen: list[np.ndarray] = []
     for row in rows:
-        if len(row) <= LONGEST and tokens + len(row) <= TOKENS:
+        if len(row) <= min(LONGEST, tokens - sum(map(len, chosen))):
             chosen.append(row)
-            tokens += len(row)
     return chosen or [min(rows, key=len)]
 
 
@@ -212,95 +346,83 @@ def _measure_matrices(
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
-) -> tuple[list[Sensitivity], np.ndarray]:
-    """The sensitivities, and the fp32 model's final vectors."""
-    sensitivities = []
+) -> list[Sensitivity]:
+    """Run the fp32 model and, at the same time, one model for each matrix in 4 bits."""
+    names = [TABLE]
     states = embed_rows(design.weights, rows)
-    names = matrices(design.spec)
-    for level in LEVELS[:-1]:
-        trial = _with_formats(design, {TABLE: level}, quantize)
-        error = _relative_error(embed_quantized(trial, rows, folder), states)
-        sensitivities.append(Sensitivity(TABLE, level, _size_of(design, {TABLE: level}), error))
+    table = embed_quantized(_with_formats(design, {TABLE: TABLE_LEVELS[0]}, quantize), rows, folder)
+    # For each text the states of all models, the fp32 one first: [models, tokens, hidden_size].
+    models = [np.concatenate(pair) for pair in zip(states, table, strict=True)]
     for number in range(design.spec.num_layers):
-        prefix = f"layers.{number}."
-        matrices_of_layer = [name for name in names if name.startswith(prefix)]
-        expected = _run_layer(design, number, rows, states, folder)
-        for level in LEVELS[:-1]:
-            for part in (*([name] for name in matrices_of_layer), matrices_of_layer):
-                texts = dict.fromkeys(part, level)
-                trial = _with_formats(design, texts, quantize)
-                out = _run_layer(trial, number, rows, states, folder)
-                name = part[0] if len(part) == 1 else prefix.rstrip(".")
-                sensitivities.append(
-                    Sensitivity(
-                        name, level, _size_of(design, texts), _relative_error(out, expected)
-                    )
-                )
-        states = expected
+        before = [each[:1] for each in models]
+        with Layer(design, number, folder) as layer:
+            run_layer(layer, rows, models)
+        for name in matrices(design.spec):
+            if not name.startswith(f"layers.{number}."):
+                continue
+            names.append(name)
+            changed = list(before)
+            trial = _with_formats(design, {name: LEVELS[0]}, quantize)
+            with Layer(trial, number, folder) as layer:
+                run_layer(layer, rows, changed)
+            models = [np.concatenate(pair) for pair in zip(models, changed, strict=True)]
         advance()
-    return sensitivities, final_vectors(design, states)
+    vectors = [
+        final_vectors(design, [each[i : i + 1] for each in models]) for i in range(len(names) + 1)
+    ]
+    return [
+        Sensitivity(
+            name,
+            _levels(name)[0],
+            _size(design, name, _levels(name)[0]),
+            max(0.0, 1 - float(_cosines(found, vectors[0]).mean())),
+        )
+        for name, found in zip(names, vectors[1:], strict=True)
+    ]
 
 
-def _sort_upgrades(design: Design, sensitivities: Sequence[Sensitivity]) -> list[tuple[str, str]]:
-    """Upgrades (matrix, its next level), sorted by the error removed per byte, most first."""
-    by_name: dict[str, dict[str, Sensitivity]] = {}
-    names = {TABLE, *matrices(design.spec)}
-    for sensitivity in sensitivities:
-        if sensitivity.name in names:
-            by_name.setdefault(sensitivity.name, {})[sensitivity.level] = sensitivity
-    gains = []
-    for name, levels in by_name.items():
-        whole = Sensitivity(name, LEVELS[-1], _size_of(design, {name: LEVELS[-1]}), 0.0)
-        chain = [levels[LEVELS[0]], levels[LEVELS[1]], whole]
-        last = np.inf
-        for before, after in pairwise(chain):
-            gain = (before.error - after.error) / (after.bytes - before.bytes)
-            last = min(last, gain)  # a matrix is upgraded level by level
-            gains.append((last, name, after.level))
-    gains.sort(key=lambda gain: -gain[0])
-    return [(name, level) for _, name, level in gains]
+def _sort_upgrades(design: Design, sensitivities: Sequence[Sensitivity]) -> list[_Upgrade]:
+    """Upgrades of all matrices, sorted by the error removed per byte, most first."""
+    upgrades = []
+    for each in sensitivities:
+        levels = _levels(each.name)
+        sizes = [_size(design, each.name, level) for level in levels]
+        for step in range(1, len(levels)):
+            gain = each.error * (ERRORS[step - 1] - ERRORS[step])
+            added = sizes[step] - sizes[step - 1]
+            upgrades.append(_Upgrade(each.name, levels[step], added, gain))
+    # The sort is stable: a matrix whose error is zero is still upgraded level by level.
+    return sorted(upgrades, key=lambda upgrade: -upgrade.gain / upgrade.bytes)
 
 
-def _assign(design: Design, steps: Sequence[tuple[str, str]]) -> dict[str, str]:
-    texts = dict.fromkeys((TABLE, *matrices(design.spec)), LEVELS[0])
-    for name, level in steps:
-        texts[name] = level
-    return texts
+def _levels(name: str) -> tuple[str, str, str]:
+    return TABLE_LEVELS if name == TABLE else LEVELS
 
 
-def _precision(design: Design, texts: Mapping[str, str]) -> Precision:
-    formats = {name: Format.parse(text) for name, text in texts.items() if text != LEVELS[-1]}
-    return replace(design.precision, formats=formats)
+def _assign(design: Design, upgrades: Sequence[_Upgrade]) -> dict[str, str]:
+    texts = {name: _levels(name)[0] for name in (TABLE, *matrices(design.spec))}
+    return texts | {upgrade.name: upgrade.level for upgrade in upgrades}
+
+
+def _size(design: Design, name: str, level: str) -> int:
+    shape = design.spec.tensor_shapes()[f"{name}.weight"]
+    if level == FP32:
+        return 4 * math.prod(shape)
+    return quantized_bytes(Format.parse(level), (shape[0], shape[1]))
+
+
+def _bytes_of(design: Design, texts: Mapping[str, str]) -> int:
+    formats = {name: Format.parse(text) for name, text in texts.items() if text != FP32}
+    rotation = design.weights.output_rotation
+    # A reranker's rotation is in its head.
+    added = 0 if rotation is None or design.spec.task == "reranker" else rotation.nbytes
+    return weight_bytes(design.spec, replace(design.precision, formats=formats)) + added
 
 
 def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:
-    precision = _precision(design, texts)
-    quantized = QuantizedMatrices(lambda name: quantize(name, precision.formats[name].scheme))
-    return replace(design, precision=precision, matrices=quantized)
-
-
-def _size_of(design: Design, texts: Mapping[str, str]) -> int:
-    """The size of some matrices: the whole model's weights less all the others'."""
-    spec = design.spec
-    rest = sum(
-        4 * int(np.prod(shape))
-        for name, shape in spec.tensor_shapes().items()
-        if name != "lm_head.weight" and name.removesuffix(".weight") not in texts
-    )
-    return weight_bytes(spec, _precision(design, texts)) - rest
-
-
-def _run_layer(
-    design: Design,
-    number: int,
-    rows: Sequence[np.ndarray],
-    states: Sequence[np.ndarray],
-    folder: Path,
-) -> list[np.ndarray]:
-    after = list(states)
-    with Layer(design, number, folder) as layer:
-        run_layer(layer, rows, after)
-    return after
+    formats = {name: Format.parse(text) for name, text in texts.items()}
+    quantized = QuantizedMatrices(lambda name: quantize(name, formats[name].scheme))
+    return replace(design, precision=replace(design.precision, formats=formats), matrices=quantized)
 
 
 def _run_model(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
@@ -331,12 +453,10 @@ def _split_texts(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     return parts
 
 
-def _relative_error(actual: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    difference = sum(float(((a - b) ** 2).sum()) for a, b in zip(actual, expected, strict=True))
-    return difference / sum(float((states**2).sum()) for states in expected)
+def _cosines(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
+    return np.nan_to_num((actual * expected).sum(axis=1) / lengths, nan=-1.0)
 
 
 def _min_cosine(actual: np.ndarray, expected: np.ndarray) -> float:
-    lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines = (actual * expected).sum(axis=1) / lengths
-    return float(np.nan_to_num(cosines, nan=-1.0).min())
+    return float(_cosines(actual, expected).min())

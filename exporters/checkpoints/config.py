@@ -157,7 +157,10 @@ def _compressed_tensors_config(plan: Plan) -> dict[str, Any]:
         preset_name_to_scheme,
     )
 
-    scheme = preset_name_to_scheme(plan.method.preset, targets=["Linear"])
+    preset = plan.method.preset
+    if plan.symmetric:
+        preset = preset.removesuffix("_ASYM")
+    scheme = preset_name_to_scheme(preset, targets=["Linear"])
     if plan.group_size is not None:
         assert scheme.weights is not None
         scheme.weights.group_size = plan.group_size

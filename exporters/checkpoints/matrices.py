@@ -10,11 +10,11 @@ import numpy as np
 from ...checkpoint.weights import Weights
 from ...errors import CheckpointError
 from ...quantize.formats import Format, matrices
-from ...quantize.hqq import quantize_hqq
+from ...quantize.rotation import RotatedHeads
 from ...quantize.rtn import quantize_rtn
 from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
-from ..calibration.gptq_awq import quantize_layers, scale_layers
+from ..calibration.calibrate import calibrate
 from .methods import Plan, numpy_dtype
 from .packing import Parts, bitsandbytes_parts, fp8_parts, gptq_parts, int8_parts, packed_parts
 
@@ -31,42 +31,41 @@ def apply_plan(
 ) -> tuple[WeightSource, Quantize]:
     """Prepare the tensors of a quantized checkpoint.
 
-    Nothing is rotated: the stream would have to be rotated back after the final norm, and no
-    server's model has a matrix there. Scaling factors fold into norms and matrices completely.
+    The residual stream is not rotated: it would have to be rotated back after the final norm, and
+    no server's model has a matrix there. Rotated attention heads and scaling factors fold into
+    norms and matrices completely.
 
     Args:
         weights: The source.
         plan: How to quantize it.
         rows: Token ids of the calibration texts, int64 [tokens] each.
         layers: Where GPTQ and AWQ keep finished layers: see `kept_layers`.
-        advance: Called after each layer that GPTQ or AWQ has finished.
+        advance: Called after each layer that GPTQ or AWQ has finished; twice a layer for both.
 
     Returns:
         (the tensors that are not quantized, the function that quantizes a matrix).
     """
     scheme, dtype = plan.scheme, numpy_dtype(plan.dtype)
+    source: WeightSource = RotatedHeads.seeded(weights) if plan.rotate_heads else weights
     formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
 
     def read(source: WeightSource, name: str) -> np.ndarray:
         return check_finite(source, f"{name}.weight", source.read_fp32(f"{name}.weight"))
 
     match plan.name:
-        case "gptq":
-            calibrated = quantize_layers(weights, weights, formats, rows, layers, advance)
-            return weights, lambda name: gptq_parts(calibrated(name))
-        case "awq":
-            folded, importance = scale_layers(weights, weights, formats, rows, layers, advance)
-            scaled = folded.rounded(dtype)
-            return scaled, lambda name: packed_parts(
-                quantize_hqq(read(scaled, name), scheme, importance(name))
+        case "gptq" | "awq":
+            pack = gptq_parts if plan.name == "gptq" else packed_parts
+            source, calibrated = calibrate(
+                weights, source, plan.algorithm, formats, rows, layers, advance, dtype
             )
+            return source, lambda name: pack(calibrated(name))
         case "w8a8":
-            smooth = balanced(weights).rounded(dtype)
+            smooth = balanced(source).rounded(dtype)
             return smooth, lambda name: int8_parts(quantize_rtn(read(smooth, name), scheme))
         case "fp8":
-            return weights, lambda name: fp8_parts(read(weights, name), scheme)
+            return source, lambda name: fp8_parts(read(source, name), scheme)
         case _:
-            return weights, lambda name: bitsandbytes_parts(read(weights, name).astype(dtype), plan)
+            return source, lambda name: bitsandbytes_parts(read(source, name).astype(dtype), plan)
 
 
 def check_finite(source: WeightSource, name: str, values: np.ndarray) -> np.ndarray:

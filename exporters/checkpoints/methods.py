@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +12,6 @@ from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
 from ...quantize.formats import GROUP_SIZES, matrices
 from ...quantize.schemes import QuantScheme, ScaleDtype
-
-Algorithm = Literal["gptq", "awq", "rtn"]
 
 
 @dataclass(frozen=True)
@@ -26,18 +23,22 @@ class Method:
         bits: A weight's bits by default.
         choices: The bits that can be chosen; empty if there is no choice.
         group_size: Inputs that share a scale by default; None if groups cannot be chosen.
-        algorithm: The algorithm that computes codes.
+        algorithm: The algorithm that computes codes: see `Recipe`.
+        fast: The algorithm of a quicker, worse result.
         format: compressed-tensors' name of the storage format; empty for the others.
         preset: compressed-tensors' name of the scheme; empty for the others.
+        zero_points: Whether the format can store zero points; they are then the default.
     """
 
     library: str
     bits: int
     choices: tuple[int, ...] = ()
     group_size: int | None = None
-    algorithm: Algorithm = "rtn"
+    algorithm: str = "rtn"
+    fast: str = ""
     format: str = ""
     preset: str = ""
+    zero_points: bool = False
 
     @property
     def requires(self) -> str:
@@ -47,7 +48,7 @@ class Method:
     @property
     def is_calibrated(self) -> bool:
         """Whether the algorithm runs calibration texts."""
-        return self.algorithm in ("gptq", "awq")
+        return self.algorithm != "rtn"
 
 
 READERS = {
@@ -55,19 +56,21 @@ READERS = {
     "gptq": "GPTQModel, vLLM, or embedport",
     "compressed-tensors": "transformers with compressed-tensors, vLLM, or embedport",
 }
-# No method has zero points: servers' fast kernels take none, AutoGPTQ's format cannot store 0,
-# and transformers 5.23 with compressed-tensors 0.20 refuses packed checkpoints that have them.
+# AutoGPTQ's format has no zero points here: its version 1 cannot store 0, and vLLM's Marlin kernel
+# for it takes symmetric codes only.
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
     "bnb-nf4": Method("bitsandbytes", 4),
-    "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptq"),
+    "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptaq", fast="gptq"),
     "awq": Method(
         "compressed-tensors",
         4,
         group_size=128,
-        algorithm="awq",
+        algorithm="awq+gptaq",
+        fast="awq",
         format="pack-quantized",
-        preset="W4A16",
+        preset="W4A16_ASYM",
+        zero_points=True,
     ),
     "w8a8": Method("compressed-tensors", 8, format="int-quantized", preset="W8A8"),
     "fp8": Method("compressed-tensors", 8, format="float-quantized", preset="FP8_DYNAMIC"),
@@ -85,6 +88,9 @@ class Plan:
         group_size: Inputs that share a scale; None for one scale per output row, or for
             bitsandbytes' own blocks.
         double_quant: Whether bitsandbytes quantizes its scales too.
+        symmetric: Whether codes have no zero points.
+        algorithm: The algorithm that computes codes.
+        rotate_heads: Whether the attention's values are rotated: see `RotatedHeads`.
         dtype: "bfloat16" or "float16", the dtype of unquantized tensors and of computation; set
             from the weights once they are read.
     """
@@ -94,6 +100,9 @@ class Plan:
     bits: int
     group_size: int | None
     double_quant: bool
+    symmetric: bool = True
+    algorithm: str = "rtn"
+    rotate_heads: bool = True
     dtype: ScaleDtype = "bfloat16"
 
     @property
@@ -106,7 +115,7 @@ class Plan:
         """The scheme to quantize a matrix by."""
         # AutoGPTQ's format always has fp16 scales.
         scales = "float16" if self.method.library == "gptq" else self.dtype
-        return QuantScheme(self.bits, self.group_size, symmetric=True, scale_dtype=scales)
+        return QuantScheme(self.bits, self.group_size, self.symmetric, scale_dtype=scales)
 
     def __str__(self) -> str:
         """A matrix's format in a manifest."""
@@ -114,7 +123,7 @@ class Plan:
             return self.name + (" double" if self.double_quant else "")
         if self.group_size is None:
             return f"int{self.bits}"
-        return f"int{self.bits}/{self.group_size}s"
+        return f"int{self.bits}/{self.group_size}{'s' if self.symmetric else ''}"
 
 
 def plan_method(
@@ -124,6 +133,8 @@ def plan_method(
     bits: int | None = None,
     group_size: int | None = None,
     double_quant: bool = False,
+    symmetric: bool = False,
+    fast: bool = False,
 ) -> Plan:
     """Check the options against the model.
 
@@ -136,20 +147,36 @@ def plan_method(
     method = METHODS[name]
     if bits is not None and bits not in (method.choices or (method.bits,)):
         allowed = " or ".join(map(str, method.choices or (method.bits,)))
-        raise InputError(f"--method {name} has {allowed} bits, found --bits {bits}")
+        raise InputError(f"`method` {name} has {allowed} bits, found `bits` {bits}")
     if group_size is not None and method.group_size is None:
         grouped = ", ".join(key for key, entry in METHODS.items() if entry.group_size)
-        raise InputError(f"--method {name} has no groups: --group-size goes with {grouped}")
+        raise InputError(f"`method` {name} has no groups: `group_size` goes with {grouped}")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
     if double_quant and name != "bnb-nf4":
-        raise InputError(f"--double-quant goes with --method bnb-nf4, not with {name}")
-    plan = Plan(name, method, bits or method.bits, group_size or method.group_size, double_quant)
+        raise InputError(f"`double_quant` goes with `method` bnb-nf4, not with {name}")
+    if symmetric and not method.zero_points:
+        having = ", ".join(key for key, entry in METHODS.items() if entry.zero_points)
+        raise InputError(f"`method` {name} has no zero points: `symmetric` goes with {having}")
+    if fast and not method.fast:
+        calibrated = ", ".join(key for key, entry in METHODS.items() if entry.fast)
+        raise InputError(f"`method` {name} is fast: `fast` goes with {calibrated}")
+    plan = Plan(
+        name,
+        method,
+        bits or method.bits,
+        group_size or method.group_size,
+        double_quant,
+        symmetric or not method.zero_points,
+        method.fast if fast else method.algorithm,
+        # A float's small values have small steps: rotation would only spread the large ones.
+        rotate_heads=not fast and name != "fp8",
+    )
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
         if plan.group_size is not None and columns % plan.group_size:
             fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
-            advice = f"--group-size {' or '.join(fitting)}" if fitting else "another --method"
+            advice = f"`group_size` {' or '.join(fitting)}" if fitting else "another `method`"
             raise InputError(
                 f"{matrix} of {rows} x {columns} cannot be in groups of {plan.group_size}; "
                 f"use {advice}"
@@ -157,7 +184,7 @@ def plan_method(
         if plan.group_size is not None and rows % (32 // plan.bits):
             raise InputError(
                 f"{matrix} of {rows} x {columns} cannot be packed: its rows should be a multiple "
-                f"of {32 // plan.bits}; use --method w8a8, fp8, bnb-int8 or bnb-nf4"
+                f"of {32 // plan.bits}; use `method` w8a8, fp8, bnb-int8 or bnb-nf4"
             )
     return plan
 

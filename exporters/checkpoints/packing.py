@@ -6,7 +6,9 @@ AutoGPTQ's format, version 1 (GPTQModel's checkpoint_format "gptq"): qweight int
 each input's group.
 
 compressed-tensors: "pack-quantized" has weight_packed int32 [out, in * bits / 32], weight_scale
-[out, groups], weight_shape int64 [2];
+[out, groups], weight_shape int64 [2] and, if it is asymmetric, weight_zero_point int32
+[out * bits / 32, groups], packed along the outputs. vLLM reads both words as unsigned codes
+(scalar_types.uint4), so a value is (code - zero point) * scale.
 "int-quantized" and "float-quantized" have weight int8 or float8 [out, in], weight_scale [out, 1].
 """
 
@@ -49,11 +51,14 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     words = pack_to_int32(torch.from_numpy(tensor.signed_codes()), tensor.scheme.bits)
-    return {
+    parts = {
         "weight_packed": words.numpy(),
         "weight_scale": _stored_scales(tensor),
         "weight_shape": np.array(tensor.codes.shape, np.int64),
     }
+    if not tensor.scheme.symmetric:
+        parts["weight_zero_point"] = pack(tensor.zero_points.T, tensor.scheme.bits).T
+    return parts
 
 
 def int8_parts(tensor: QuantizedTensor) -> Parts:

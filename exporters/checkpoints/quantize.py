@@ -26,6 +26,7 @@ from ...quantize.source import WeightSource, row_ranges
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
+from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import describe_calibration, reranker_head, tokenize_samples
 from .config import FORMS, Form, checkpoint_config, gptq_config
@@ -45,6 +46,8 @@ NEEDED = {
 }
 # Most tensors per matrix: bitsandbytes' double quantization has six.
 PARTS = 6
+# Disk for everything but weights.
+SPARE_BYTES = 64 << 20
 HEADS = ("lm_head.weight", "score.weight")
 
 
@@ -59,6 +62,8 @@ def quantize_checkpoint(
     bits: int | None = None,
     group_size: int | None = None,
     double_quant: bool = False,
+    symmetric: bool = False,
+    fast: bool = False,
     form: Form | None = None,
     calibration: str | Path | None = None,
     force: bool = False,
@@ -81,6 +86,9 @@ def quantize_checkpoint(
         bits: A weight's bits, 4 or 8, for "gptq"; 4 by default.
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
+        symmetric: Whether "awq" stores no zero points, for readers that take none.
+        fast: Whether "gptq" and "awq" are those algorithms alone: quicker, and worse. By default
+            "gptq" is GPTAQ, and "awq" is AWQ's scaling with GPTAQ's rounding.
         form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
@@ -103,33 +111,29 @@ def quantize_checkpoint(
     output = Path(output).expanduser().absolute()
     # Weights may be gigabytes to download: first check everything that does not need them.
     spec = read_configuration(checkpoint, revision, task, adapter)
-    if spec.quantization is not None:
-        raise CheckpointError(
-            f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
-            f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
-        )
-    plan = plan_method(spec, method, bits=bits, group_size=group_size, double_quant=double_quant)
-    form = _choose_form(spec, form)
-    if calibration is not None and not plan.method.is_calibrated:
-        raise InputError(f"--method {method} runs no texts: --calibration goes with gptq and awq")
-    with importing_bitsandbytes():
-        for package in NEEDED[plan.method.library]:
-            require(package, "quantize")
-    if plan.method.is_calibrated:
-        require("onnxruntime", "cpu")
-    rows = tokenize_samples(spec, spec.max_length, calibration) if plan.method.is_calibrated else []
+    plan = plan_method(
+        spec,
+        method,
+        bits=bits,
+        group_size=group_size,
+        double_quant=double_quant,
+        symmetric=symmetric,
+        fast=fast,
+    )
+    form, rows = _check(spec, plan, form, calibration)
     check_place(output, force)
     spec = fetch_weights(spec)
     weights = open_floats(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
     needed_bytes = _needed_bytes(spec, plan)
-    if plan.method.algorithm == "gptq":
+    if "gpt" in plan.algorithm:
         needed_bytes += kept_bytes(spec, rows)
     with (
         kept_layers(output, used=plan.method.is_calibrated) as layers,
         staged(output, force=force, needs=needed_bytes) as folder,
     ):
-        advance = counted(progress, "quantize", spec.num_layers)
+        passes = len(plan.algorithm.split("+"))
+        advance = counted(progress, "quantize", spec.num_layers * passes)
         source, quantize = apply_plan(weights, plan, rows, layers, advance)
         write_companions(spec, folder)
         write_json(folder / "config.json", checkpoint_config(spec, plan, form))
@@ -147,23 +151,88 @@ def quantize_checkpoint(
     return Artifact.open(output)
 
 
+def estimate_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    method: str,
+    revision: str | None = None,
+    task: Task | None = None,
+    adapter: str | Path | None = None,
+    form: Form | None = None,
+    calibration: str | Path | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Estimate:
+    """Plan a quantization, and estimate what it would take; nothing is written.
+
+    Args:
+        checkpoint: As for `quantize_checkpoint`, and so are all others.
+        output: The artifact's folder.
+        method: The quantization method.
+        revision: A branch, tag or commit.
+        task: "embedding" or "reranker".
+        adapter: A LoRA adapter.
+        form: A reranker's form.
+        calibration: Texts or pairs.
+        force: Whether an existing artifact may be replaced.
+        **options: The options of the method.
+
+    Raises:
+        InputError, CheckpointError, MissingPackageError: As `quantize_checkpoint`.
+    """
+    spec = read_configuration(checkpoint, revision, task, adapter)
+    plan = plan_method(spec, method, **options)
+    _, rows = _check(spec, plan, form, calibration)
+    check_place(Path(output).expanduser().absolute(), force)
+    recipe, size = _recipe(spec, plan), _needed_bytes(spec, plan) - SPARE_BYTES
+    steps = [f"{spec.source.id}: {spec.task}, {method}, for {plan.method.requires}"]
+    return Estimate(
+        (*steps, *describe_recipe(recipe, rows)),
+        size,
+        estimate_memory(spec, recipe, rows, torch="torch" in NEEDED[plan.method.library]),
+        estimate_seconds(spec, recipe, rows, size),
+    )
+
+
+def _check(
+    spec: ModelSpec, plan: Plan, form: Form | None, calibration: str | Path | None
+) -> tuple[Form | None, list[np.ndarray]]:
+    """Check what does not need the weights; return the form and the calibration texts' ids."""
+    if spec.quantization is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
+            f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
+        )
+    form = _choose_form(spec, form)
+    if calibration is not None and not plan.method.is_calibrated:
+        raise InputError(f"`method` {plan.name} runs no texts: `calibration` goes with gptq, awq")
+    with importing_bitsandbytes():
+        for package in NEEDED[plan.method.library]:
+            require(package, "quantize")
+    if not plan.method.is_calibrated:
+        return form, []
+    require("onnxruntime", "cpu")
+    return form, tokenize_samples(spec, spec.max_length, calibration)
+
+
 def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
     if spec.task == "embedding":
         if form is not None:
-            raise InputError(f"an embedding checkpoint has one form: leave --form {form} out")
+            raise InputError(f"an embedding checkpoint has one form: leave `form` {form} out")
         return None
     if form not in (None, *FORMS):
         raise InputError(f"form should be one of {', '.join(FORMS)}, found {form!r}")
     if spec.score_rows is not None:
         if form == "causal-lm":
             raise InputError(
-                f"{spec.source.id} is a classifier and has no head for words: leave --form out"
+                f"{spec.source.id} is a classifier and has no head for words: leave `form` out"
             )
         return "sequence-classification"
     if form == "sequence-classification" and spec.inputs.form == "text":
         raise InputError(
             f"{spec.source.id} joins pairs in its tokenizer, and a classifier would look for their "
-            "end at another token: leave --form out"
+            "end at another token: leave `form` out"
         )
     return form or "causal-lm"
 
@@ -217,7 +286,7 @@ def _pieces(
 
 
 def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:
-    total = 64 << 20
+    total = SPARE_BYTES
     quantized = set(matrices(spec))
     for name, shape in spec.tensor_shapes().items():
         if name.removesuffix(".weight") in quantized:
@@ -247,12 +316,17 @@ def _manifest(weights: Weights, plan: Plan, calibration: dict[str, Any] | None) 
         versions=versions(PACKAGES),
         files={},
         recipe={
-            **Recipe(
-                dict.fromkeys(matrices(spec), str(plan)),
-                plan.method.algorithm,
-                balance=plan.name == "w8a8",
-            ).to_record(),
+            **_recipe(spec, plan).to_record(),
             "calibration": calibration,
             "search": None,
         },
+    )
+
+
+def _recipe(spec: ModelSpec, plan: Plan) -> Recipe:
+    return Recipe(
+        dict.fromkeys(matrices(spec), str(plan)),
+        plan.algorithm,
+        rotate_heads=plan.rotate_heads,
+        balance=plan.name == "w8a8",
     )

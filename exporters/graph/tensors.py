@@ -67,7 +67,7 @@ class CheckpointTensor(ir.LazyTensor):
             raise CheckpointError(
                 f"{self._weights.spec.source.folder}: tensor {self.name} has values beyond "
                 f"{FP16_MAX:.0f}, "
-                "the largest fp16; export with --precision bf16 or fp32"
+                "the largest fp16; export with `precision` bf16 or fp32"
             )
         return values if self.dtype == ir.DataType.FLOAT else values.astype(target)
 

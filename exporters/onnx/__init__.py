@@ -1,5 +1,5 @@
 """ONNX graphs of Qwen3, built from the checkpoint, not traced."""
 
-from .export import export_onnx
+from .export import estimate_onnx, export_onnx
 
-__all__ = ["export_onnx"]
+__all__ = ["estimate_onnx", "export_onnx"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +10,17 @@ import numpy as np
 from ...checkpoint.weights import Weights
 from ...errors import InputError
 from ...quantize.formats import TABLE, Format, matrices
-from ...quantize.hqq import quantize_hqq
+from ...quantize.mse import quantize_mse
 from ...quantize.recipe import STORED, Recipe
-from ...quantize.rotation import RotatedWeights
+from ...quantize.rotation import RotatedHeads, RotatedWeights
+from ...quantize.rows import Quantize, quantize_rows
 from ...quantize.rtn import quantize_rtn
-from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.schemes import QuantizedTensor
 from ...quantize.smoothquant import balanced
-from ...quantize.source import WeightSource, row_ranges
+from ...quantize.source import WeightSource
 from ...quantize.stored import StoredWeights
-from ..calibration.gptq_awq import quantize_layers, scale_layers
+from ..calibration.calibrate import calibrate
 from ..graph.initializers import QuantizedMatrices
-
-Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
 
 
 def apply_recipe(
@@ -40,34 +38,31 @@ def apply_recipe(
         recipe: How to quantize.
         formats: The recipe's formats, parsed.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        folder: Where finished layers are kept, for "gptq" and "awq": see `kept_layers`.
-        advance: Called after each layer, for "gptq" and "awq".
+        folder: Where finished layers are kept, if the recipe is calibrated: see `kept_layers`.
+        advance: Called after each layer, if the recipe is calibrated; twice a layer if channels are
+            scaled and errors compensated.
 
     Returns:
         (the weights that are not quantized, the quantized matrices).
     """
-    source = rotated(weights, rotate=recipe.rotate, seed=recipe.seed)
+    source = rotated(weights, recipe)
     if recipe.balance:
         source = balanced(source)
-    # The table has no input activations to calibrate with: HQQ is the best algorithm without any.
-    quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_hqq
     read_quantized: Callable[[str], QuantizedTensor] | None = None
-    importance: Callable[[str], np.ndarray] | None = None
-    projections = {name: format for name, format in formats.items() if name != TABLE}
-    if recipe.algorithm == "awq":
-        source, importance = scale_layers(weights, source, projections, rows, folder, advance)
-    if recipe.algorithm == "gptq":
-        read_quantized = quantize_layers(weights, source, projections, rows, folder, advance)
+    if recipe.is_calibrated:
+        source, read_quantized = calibrate(
+            weights, source, recipe.algorithm, formats, rows, folder, advance
+        )
     if recipe.algorithm == STORED:
+        projections = {name: format for name, format in formats.items() if name != TABLE}
         read_quantized = _stored(weights, projections)
+    # The table has no input activations to calibrate with.
+    quantize: Quantize = quantize_rtn if recipe.algorithm == "rtn" else quantize_mse
 
     def quantize_matrix(name: str) -> QuantizedTensor:
         if read_quantized is not None and name != TABLE:
             return read_quantized(name)
-        rounding = quantize
-        if importance is not None and name != TABLE:
-            rounding = partial(quantize_hqq, importance=importance(name))
-        return quantize_rows(source, name, formats[name].scheme, rounding)
+        return quantize_rows(source, name, formats[name].scheme, quantize)
 
     return source, QuantizedMatrices(quantize_matrix)
 
@@ -100,24 +95,8 @@ def _stored(weights: Weights, formats: Mapping[str, Format]) -> Callable[[str], 
     return weights.read_quantized
 
 
-def rotated(weights: Weights, *, rotate: bool, seed: int = 0) -> WeightSource:
-    """The checkpoint's weights, rotated if `rotate` is set."""
-    return RotatedWeights(weights, seed) if rotate else weights
-
-
-def quantize_rows(
-    source: WeightSource, name: str, scheme: QuantScheme, quantize: Quantize
-) -> QuantizedTensor:
-    """Quantize a matrix, one range of rows at a time."""
-    shape = source.spec.tensor_shapes()[f"{name}.weight"]
-    parts = [
-        quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in row_ranges(shape)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedTensor(
-        scheme,
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate([part.zero_points for part in parts]),
-    )
+def rotated(weights: Weights, recipe: Recipe) -> WeightSource:
+    """The checkpoint's weights, rotated as the recipe says."""
+    if recipe.rotate:
+        return RotatedWeights(weights, recipe.seed)
+    return RotatedHeads.seeded(weights, recipe.seed) if recipe.rotate_heads else weights

@@ -131,7 +131,9 @@ def plan_shared(
     """
     for consumer in names:
         if consumer not in CONSUMERS:
-            raise InputError(f"--for should be one of {', '.join(CONSUMERS)}, found {consumer!r}")
+            raise InputError(
+                f"`consumers` should be one of {', '.join(CONSUMERS)}, found {consumer!r}"
+            )
     chosen = {consumer: CONSUMERS[consumer] for consumer in dict.fromkeys(names)}
 
     def having(need: str, value: bool = True) -> str:
@@ -141,10 +143,10 @@ def plan_shared(
     joining, older = having("templates", False) if is_reranker else "", having("older")
     tokens = "" if is_reranker else having("tokens")
     if chosen and outputs == "hidden":
-        raise InputError("--for decides the outputs: give it without --output hidden")
+        raise InputError("`consumers` decides the outputs: give it without `outputs` hidden")
     if dim is not None and (tokens or having("openvino")):
         raise InputError(
-            f"{tokens or having('openvino')} pools the tokens' vectors itself, which --dim does "
+            f"{tokens or having('openvino')} pools the tokens' vectors itself, which `dim` does "
             "not shorten: leave it out, and truncate there"
         )
     if joining and spec.inputs.form != "text":
@@ -164,7 +166,7 @@ def plan_shared(
         _check_openvino(dialect, name, precision)
     if having("named") and is_reranker:
         raise InputError(
-            "transformers.js has no class for Qwen3's rerankers: leave it out of --for"
+            "transformers.js has no class for Qwen3's rerankers: leave it out of `consumers`"
         )
     if having("named") and name not in DTYPES:
         raise InputError(
@@ -192,7 +194,7 @@ def _check_older(
     """Refuse what onnxruntime 1.20 has no operators for."""
     wrong = None
     if dialect.name != "ort":
-        wrong = f"the {dialect.name} dialect is ONNX opset {dialect.opsets['']}: use --dialect ort"
+        wrong = f"the {dialect.name} dialect is ONNX opset {dialect.opsets['']}: use `dialect` ort"
     elif spec.masked_layers:
         wrong = "attention to both sides or in a window takes the Attention of ONNX opset 23"
     elif name == MIXED and not precision.formats:
@@ -204,7 +206,7 @@ def _check_older(
         for name, format in precision.formats.items()
         if name != TABLE
     ):
-        wrong = "its MatMulNBits takes 4 bits only: use --precision int8 or int4"
+        wrong = "its MatMulNBits takes 4 bits only: use `precision` int8 or int4"
     if wrong is not None:
         raise InputError(f"{names} may have onnxruntime 1.20, and {wrong}")
 
@@ -212,8 +214,8 @@ def _check_older(
 def _check_openvino(dialect: Dialect, name: str, precision: Precision) -> None:
     if (precision.formats or name == MIXED) and dialect.name != "standard":
         raise InputError(
-            "OpenVINO takes quantized weights as the standard dialect stores them: give --dialect "
-            "standard with --for openvino"
+            "OpenVINO takes quantized weights as the standard dialect stores them: give `dialect` "
+            "standard with `consumers` openvino"
         )
     _import_openvino()
 

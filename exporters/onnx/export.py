@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ...artifact.folder import Artifact, check_place, staged, write_manifest
@@ -15,16 +17,16 @@ from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
 from ...errors import EmbedportError, require
 from ...integrity import record_files
-from ...quantize.recipe import Recipe
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
 from ..calibration.gptq_awq import kept_bytes, kept_layers
-from ..calibration.search import RankingTarget, Search, search_formats
+from ..calibration.search import FP32, TRIALS, RankingTarget, Search, Targets, search_formats
 from ..classifier import write_classifier
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
+from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
 from ..graph.initializers import QuantizedMatrices
 from ..graph.precision import FLOAT16, Precision, weight_bytes
 from ..graph.qwen3 import Design, build_model
@@ -57,7 +59,8 @@ def export_onnx(
     dim: int | None = None,
     max_length: int | None = None,
     calibration: str | Path | None = None,
-    algorithm: str = "rtn",
+    algorithm: str | None = None,
+    fast: bool = False,
     rotate: bool | None = None,
     group_size: int | None = None,
     embedding_bits: int | None = None,
@@ -65,6 +68,8 @@ def export_onnx(
     min_cosine: float | None = None,
     max_ndcg_loss: float | None = None,
     retrieval: str | Path | None = None,
+    max_bytes: int | None = None,
+    average_bits: float | None = None,
     consumers: Sequence[str] = (),
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
@@ -99,18 +104,24 @@ def export_onnx(
             model's own limit.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
-        algorithm: The quantization algorithm: "rtn", "hqq", "gptq" or "awq"; "auto" takes "rtn".
-        rotate: Whether to rotate the residual stream before quantizing, to spread outliers.
-            Default: only for "int8".
+        algorithm: The quantization algorithm: "rtn", "mse", "gptq", "gptaq", "awq", "awq+gptq" or
+            "awq+gptaq". Default: "gptaq" for "int4" and "auto", otherwise "rtn".
+        fast: For "int4": round to nearest in smaller groups, in seconds instead of minutes.
+        rotate: Whether to rotate the residual stream and attention heads before quantizing, to
+            spread outliers. Default: both for "int8", heads alone for "int8-weight", "int4" and
+            "auto", where they cost nothing.
         group_size: Inputs that share a scale, 32, 64 or 128, for "int8-weight" and "int4".
         embedding_bits: The embedding table's bits, 4 or 8.
         recipe: Path of a recipe.json, or of the embedport.json of an artifact to reproduce.
             Replaces `precision` and all quantization options.
         min_cosine: For "auto": the smallest allowed cosine of a text to the fp32 model. Default:
-            0.999 if `max_ndcg_loss` is not given.
+            0.999 if no other target is given.
         max_ndcg_loss: For "auto": the largest allowed loss of nDCG@10 against the fp32 model, on
             `retrieval`.
         retrieval: A folder in the BEIR layout, or "builtin". A reranker needs candidates in it.
+        max_bytes: For "auto": the most bytes of the graph's weights; without another target, the
+            best choice within them.
+        average_bits: The same, as bits for each of the model's weights, scales included.
         consumers: Other software that will open the artifact: names in `consumers.CONSUMERS`. It
             gets the files, outputs and operator versions that it reads, over the same weights.
         force: Whether to replace an existing artifact.
@@ -132,6 +143,7 @@ def export_onnx(
         max_length=max_length,
         calibration=calibration,
         algorithm=algorithm,
+        fast=fast,
         rotate=rotate,
         group_size=group_size,
         embedding_bits=embedding_bits,
@@ -139,6 +151,8 @@ def export_onnx(
         min_cosine=min_cosine,
         max_ndcg_loss=max_ndcg_loss,
         retrieval=retrieval,
+        max_bytes=max_bytes,
+        average_bits=average_bits,
         consumers=consumers,
     )
     # Weights may be gigabytes to download: everything that does not need them is checked first.
@@ -178,12 +192,58 @@ def export_onnx(
     return Artifact.open(output)
 
 
+def estimate_onnx(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    task: Task | None = None,
+    adapter: str | Path | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Estimate:
+    """Plan an export, and estimate what it would take; nothing is written or downloaded but JSON.
+
+    Args:
+        checkpoint: As for `export_onnx`, and so are all others.
+        output: The artifact's folder.
+        revision: A branch, tag or commit.
+        task: "embedding" or "reranker".
+        adapter: A LoRA adapter.
+        force: Whether an existing artifact may be replaced.
+        **options: The options of `export_onnx` that decide what is in the graph.
+
+    Raises:
+        InputError, CheckpointError, MissingPackageError: As `export_onnx`.
+    """
+    spec = read_configuration(checkpoint, revision, task, adapter)
+    plan = plan_export(spec, Options(**options))
+    require("onnxruntime", "cpu")
+    check_place(Path(output).expanduser().absolute(), force)
+    recipe, size = plan.recipe, weight_bytes(spec, plan.precision)
+    steps = [f"{spec.source.id}: {spec.task}, {plan.name}, {plan.dialect.name} dialect"]
+    if plan.target is not None:
+        recipe, size = plan.target.recipe, plan.target.max_bytes or size
+        steps.append("measure each matrix in 4 bits, and choose 4, 8 or 32 bits for each")
+        if plan.target.min_cosine is not None or plan.target.ranking is not None:
+            steps.append(f"quantize and run up to {TRIALS} whole models")
+    if recipe is not None:
+        steps += describe_recipe(recipe, plan.rows)
+    seconds = estimate_seconds(spec, recipe, plan.rows, size)
+    return Estimate(
+        tuple(steps),
+        size if plan.target is None or plan.target.max_bytes is not None else None,
+        estimate_memory(spec, recipe, plan.rows),
+        seconds * (1 if plan.target is None else 2),
+    )
+
+
 def _needed_bytes(plan: Plan) -> int:
     """Disk that the artifact takes, and the layers that GPTQ keeps beside it."""
     small_files = sum(path.stat().st_size for path in plan.spec.source.folder.glob("*.json"))
     weights = weight_bytes(plan.spec, plan.precision)
     total = weights * (1 + plan.shared.openvino) + small_files + (64 << 20)
-    if plan.recipe is not None and plan.recipe.algorithm == "gptq":
+    if plan.recipe is not None and plan.recipe.compensation is not None:
         total += kept_bytes(plan.spec, plan.rows)
     return total
 
@@ -205,7 +265,7 @@ def _prepare(
     search = None
     if plan.target is not None:
         search = _search(plan, weights, folder, progress)
-        plan = plan.quantized_by(Recipe(search.formats, rotate=plan.target.rotate))
+        plan = plan.quantized_by(replace(plan.target.recipe, formats=search.formats))
     if plan.recipe is not None:
         source, matrices = apply_recipe(
             weights,
@@ -213,7 +273,7 @@ def _prepare(
             plan.precision.formats,
             plan.rows,
             layers,
-            counted(progress, "quantize", plan.spec.num_layers),
+            counted(progress, "quantize", plan.spec.num_layers * plan.recipe.passes),
         )
     elif plan.precision.compute == FLOAT16:
         plan = replace(plan, precision=_calibrate(plan, weights, folder, progress))
@@ -232,16 +292,26 @@ def _prepare(
 def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Search:
     target = plan.target
     assert target is not None
-    source, ranking = rotated(weights, rotate=target.rotate), None
+    source, ranking = rotated(weights, target.recipe), None
     if target.ranking is not None and target.max_ndcg_loss is not None:
         head = reranker_head(weights) if plan.spec.task == "reranker" else None
         ranking = RankingTarget(*target.ranking, head, target.max_ndcg_loss)
+
+    def apply(texts: Mapping[str, str], rows: Sequence[np.ndarray], folder: Path) -> Design:
+        formats = {name: text for name, text in texts.items() if text != FP32}
+        trial = plan.quantized_by(replace(target.recipe, formats=formats))
+        assert trial.recipe is not None
+        trial_source, matrices = apply_recipe(
+            weights, trial.recipe, trial.precision.formats, rows, folder, lambda: None
+        )
+        return Design(trial_source, plan.dialect, trial.precision, matrices=matrices)
+
     return search_formats(
         Design(source, plan.dialect, plan.precision),
         lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
+        apply,
         plan.rows,
-        target.min_cosine,
-        ranking,
+        Targets(target.min_cosine, ranking, target.max_bytes, target.recipe.is_calibrated),
         folder,
         counted(progress, "search", plan.spec.num_layers),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,13 @@ from ...checkpoint.spec import ModelSpec
 from ...checkpoint.weights import Weights
 from ...errors import InputError
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
-from ...quantize.recipe import CALIBRATED, STORED, Recipe
+from ...quantize.recipe import STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
 from ...texts.beir import RetrievalSet
 from ..calibration.search import Search
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import find_dialect
-from ..graph.precision import FLOAT, Precision, find_precision
+from ..graph.precision import FLOAT, Precision, find_precision, weight_bytes
 from ..texts import describe_calibration, tokenize_retrieval, tokenize_samples
 from .apply_recipe import stored_recipe
 from .consumers import Shared, plan_shared
@@ -40,22 +41,25 @@ class Options:
         InputError: Options of a search are wrong, or do not go together.
     """
 
-    precision: str
-    arithmetic: str | None
-    dialect: str
-    outputs: str
-    dim: int | None
-    max_length: int | None
-    calibration: str | Path | None
-    algorithm: str
-    rotate: bool | None
-    group_size: int | None
-    embedding_bits: int | None
-    recipe: str | Path | None
-    min_cosine: float | None
-    max_ndcg_loss: float | None
-    retrieval: str | Path | None
-    consumers: Sequence[str]
+    precision: str = "fp32"
+    arithmetic: str | None = None
+    dialect: str = "ort"
+    outputs: str = "pooled"
+    dim: int | None = None
+    max_length: int | None = None
+    calibration: str | Path | None = None
+    algorithm: str | None = None
+    fast: bool = False
+    rotate: bool | None = None
+    group_size: int | None = None
+    embedding_bits: int | None = None
+    recipe: str | Path | None = None
+    min_cosine: float | None = None
+    max_ndcg_loss: float | None = None
+    retrieval: str | Path | None = None
+    max_bytes: int | None = None
+    average_bits: float | None = None
+    consumers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_search(self)
@@ -63,7 +67,7 @@ class Options:
     @property
     def sets_algorithm(self) -> bool:
         """Whether an algorithm or a rotation is asked for."""
-        return self.algorithm != "rtn" or self.rotate is not None
+        return self.algorithm is not None or self.rotate is not None or self.fast
 
     @property
     def sets_format(self) -> bool:
@@ -81,13 +85,15 @@ class Target:
         min_cosine: The smallest allowed cosine of a text; None if only retrieval counts.
         max_ndcg_loss: The largest allowed loss of nDCG@10 on `ranking`.
         ranking: The retrieval set and its token ids, int64 [tokens] each.
-        rotate: Whether the weights are rotated.
+        max_bytes: The most bytes of the graph's weights.
+        recipe: The algorithm and rotation that the result will have, still without formats.
     """
 
     min_cosine: float | None
     max_ndcg_loss: float | None
     ranking: tuple[RetrievalSet, list[np.ndarray]] | None
-    rotate: bool
+    max_bytes: int | None
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ class Plan:
     @property
     def is_calibrated(self) -> bool:
         """Whether GPTQ or AWQ runs the calibration texts."""
-        return self.recipe is not None and self.recipe.algorithm in CALIBRATED
+        recipe = self.target.recipe if self.target is not None else self.recipe
+        return recipe is not None and recipe.is_calibrated
 
     @property
     def shared(self) -> Shared:
@@ -191,13 +198,13 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
     recipe = _choose_recipe(spec, options)
     # A recipe names its formats itself.
     name = MIXED if options.recipe is not None or searches else options.precision
-    runs_texts = recipe is not None and recipe.algorithm in CALIBRATED
+    runs_texts = recipe is not None and recipe.is_calibrated
     if options.calibration is not None and not (
         runs_texts or searches or options.precision == "fp16"
     ):
         raise InputError(
-            f"this export in {name} runs no texts: --calibration goes with --precision fp16 and "
-            f"auto, and with --algorithm {' and '.join(CALIBRATED)}"
+            f"this export in {name} runs no texts: `calibration` goes with `precision` fp16 and "
+            "auto, and with `algorithm` gptq, gptaq and awq"
         )
     max_length = options.max_length or spec.max_length
     rows = tokenize_samples(spec, max_length, options.calibration)
@@ -245,7 +252,7 @@ def adopt_codes(plan: Plan, weights: Weights) -> Plan:
     if is_rounded_again and weights.formats:
         logger.warning(
             "%s: its matrices (%s) are unpacked and quantized again, to %s, which adds a second "
-            "rounding error; give the original checkpoint, or --precision fp32, fp16 or bf16, "
+            "rounding error; give the original checkpoint, or `precision` fp32, fp16 or bf16, "
             "which add none",
             weights.spec.source.id,
             " and ".join(weights.describe()),
@@ -259,9 +266,9 @@ def _check_outputs(spec: ModelSpec, options: Options) -> None:
     if outputs not in ("pooled", "hidden"):
         raise InputError(f"output should be pooled or hidden, found {outputs!r}")
     if spec.task == "reranker" and (outputs == "hidden" or dim is not None):
-        raise InputError("a reranker gives scores: it takes neither --output hidden nor --dim")
+        raise InputError("a reranker gives scores: it takes neither `outputs` hidden nor `dim`")
     if outputs == "hidden" and dim is not None:
-        raise InputError("--dim shortens the pooled embedding; --output hidden has none")
+        raise InputError("`dim` shortens the pooled embedding; `outputs` hidden has none")
     if dim is not None and not 1 <= dim <= spec.embedding_dim:
         raise InputError(f"dim should be from 1 to {spec.embedding_dim}, found {dim}")
     if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
@@ -272,36 +279,42 @@ def _check_outputs(spec: ModelSpec, options: Options) -> None:
 
 def _check_search(options: Options) -> None:
     precision = options.precision
-    if precision == AUTO and options.algorithm != "rtn":
-        raise InputError(
-            "--precision auto measures matrices that are rounded to nearest: it takes no "
-            f"--algorithm {options.algorithm}; leave it out, or use it with --precision int4"
-        )
     if precision == AUTO and options.dialect != "ort" and not options.sets_format:
-        raise InputError("--precision auto measures with onnxruntime's operators: --dialect ort")
+        raise InputError("`precision` auto measures with onnxruntime's operators: `dialect` ort")
     min_cosine, max_loss = options.min_cosine, options.max_ndcg_loss
     for name, value in (
-        ("--min-cosine", min_cosine),
-        ("--max-ndcg-loss", max_loss),
-        ("--retrieval", options.retrieval),
+        ("`min_cosine`", min_cosine),
+        ("`max_ndcg_loss`", max_loss),
+        ("`retrieval`", options.retrieval),
+        ("`max_bytes`", options.max_bytes),
+        ("`average_bits`", options.average_bits),
     ):
         if value is not None and precision != AUTO:
-            raise InputError(f"{name} goes with --precision auto, not with {precision}")
+            raise InputError(f"{name} goes with `precision` auto, not with {precision}")
     if (max_loss is None) != (options.retrieval is None):
-        raise InputError("--max-ndcg-loss and --retrieval go together: give both or neither")
+        raise InputError("`max_ndcg_loss` and `retrieval` go together: give both or neither")
     if min_cosine is not None and not 0 < min_cosine <= 1:
         raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
     if max_loss is not None and not 0 <= max_loss <= 1:
         raise InputError(f"max_ndcg_loss should be from 0 to 1, found {max_loss}")
+    if options.max_bytes is not None and options.average_bits is not None:
+        raise InputError("`max_bytes` and `average_bits` say the same: give one of them")
+    for name, limit in (("max_bytes", options.max_bytes), ("average_bits", options.average_bits)):
+        if limit is not None and not 0 < limit < math.inf:
+            raise InputError(f"{name} should be above 0, found {limit}")
 
 
 def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target:
-    min_cosine, ranking = options.min_cosine, None
+    min_cosine, ranking, max_bytes = options.min_cosine, None, options.max_bytes
+    if options.average_bits is not None:
+        max_bytes = int(options.average_bits * weight_bytes(spec, find_precision("fp32")) / 32)
     if options.retrieval is not None:
         ranking = tokenize_retrieval(spec, max_length, options.retrieval)
-    elif min_cosine is None:
+    elif min_cosine is None and max_bytes is None:
         min_cosine = MIN_COSINE
-    return Target(min_cosine, options.max_ndcg_loss, ranking, bool(options.rotate))
+    algorithm = options.algorithm or ("rtn" if options.fast else "gptaq")
+    recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
+    return Target(min_cosine, options.max_ndcg_loss, ranking, max_bytes, recipe)
 
 
 def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
@@ -316,12 +329,12 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
             raise InputError("a recipe decides everything: give no other option of quantization")
         return Recipe.from_file(Path(options.recipe))
     if precision == MIXED:
-        raise InputError("precision mixed comes from a recipe or --precision auto: use one of them")
+        raise InputError("precision mixed comes from a recipe or `precision` auto: use one of them")
     if precision not in QUANTIZED:
         if options.sets_format or (options.sets_algorithm and precision != AUTO):
             raise InputError(
-                f"precision {precision!r} takes none of --algorithm, --rotate, --group-size, "
-                "--embedding-bits and --arithmetic: leave them out, or use them with --precision "
+                f"precision {precision!r} takes none of `algorithm`, `rotate`, `group_size`, "
+                "`embedding_bits` and `arithmetic`: leave them out, or use them with `precision` "
                 f"{', '.join(QUANTIZED)}"
             )
         return None
@@ -331,20 +344,23 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
         dialect=options.dialect,
         group_size=options.group_size,
         embedding_bits=options.embedding_bits,
+        fast=options.fast,
     )
+    algorithm = "gptaq" if precision == "int4" and not options.fast else "rtn"
     # Only GPUs multiply float8, so the rest computes in 16 bits.
     default = "bf16" if precision == FP8 else "fp32"
     recipe = Recipe(
         {name: str(format) for name, format in formats.items()},
-        options.algorithm,
+        options.algorithm or algorithm,
         rotate=precision == "int8" if options.rotate is None else options.rotate,
+        rotate_heads=precision in STORED_BITS and options.rotate is None,
         balance=precision == "int8",
         arithmetic=default if options.arithmetic is None else options.arithmetic,
     )
     if _gives_codes(spec, precision) and (options.sets_algorithm or options.group_size is not None):
         raise InputError(
             f"{spec.source.id} is quantized to {STORED_BITS[precision]} bits already, and its "
-            "own codes are taken: give none of --algorithm, --rotate and --group-size"
+            "own codes are taken: give none of `algorithm`, `rotate` and `group_size`"
         )
     return recipe
 
@@ -361,15 +377,15 @@ def _quantized_precision(spec: ModelSpec, name: str, recipe: Recipe, dialect: st
     precision = replace(precision, formats=parse_formats(spec, recipe.formats, dialect))
     formats = precision.formats.values()
     if any(format.float8 for format in formats) and recipe.algorithm != "rtn":
-        raise InputError(f"fp8 is rounded to nearest: it takes no --algorithm {recipe.algorithm}")
+        raise InputError(f"fp8 is rounded to nearest: it takes no `algorithm` {recipe.algorithm}")
     if (
         dialect == "ort"
         and precision.compute != FLOAT
         and any(format.activations for format in formats)
     ):
         raise InputError(
-            "onnxruntime multiplies int8 activations on CPUs only: --precision int8 with "
-            "--arithmetic bf16 goes with --dialect standard"
+            "onnxruntime multiplies int8 activations on CPUs only: `precision` int8 with "
+            "`arithmetic` bf16 goes with `dialect` standard"
         )
     return precision
 
@@ -380,6 +396,6 @@ def _check_texts(recipe: Recipe, rows: list[np.ndarray], calibration: str | Path
     if recorded is not None and recorded["sha256"] != current["sha256"]:
         raise InputError(
             f"the recipe was calibrated on texts from {recorded['source']}, and those from "
-            f"{current['source']} give other tokens: give the same with --calibration and, if it "
-            'was given, --max-length; or take "calibration" out of the recipe to calibrate anew'
+            f"{current['source']} give other tokens: give the same with `calibration` and, if it "
+            'was given, `max_length`; or take "calibration" out of the recipe to calibrate anew'
         )

@@ -173,7 +173,7 @@ def _run_part(
         if output.dtype.kind == "f" and not np.isfinite(output).all():
             raise VerificationError(
                 f"{path}: {scope} gives {np.count_nonzero(~np.isfinite(output)):,} NaN or "
-                f"infinite values in {name}: in fp16 it overflows (take --precision bf16 or "
+                f"infinite values in {name}: in fp16 it overflows (take `precision` bf16 or "
                 "fp32), otherwise the checkpoint's weights are damaged"
             )
     return dict(zip(names, outputs, strict=True))

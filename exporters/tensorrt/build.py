@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType, ModuleType
+from typing import IO, Any
 
+import onnx_ir as ir
+
+from ...cached import read_cached, write_cached
 from ...errors import DeviceError, MissingPackageError, VerificationError
 from ...integrity import cache_folder
-from ...machine.engine import Device, EngineRecord
-from ...machine.gpu import current_device, tensorrt_version
+from ...machine.engine import LIBRARIES, Capability, Device, EngineRecord, Library
+from ...machine.gpu import current_device, load_tensorrt, make_logger, tensorrt_version
 from ..provenance import Progress
+from .layers import (
+    HEADER,
+    claimed_products,
+    compare_products,
+    computed_products,
+    count_products,
+    read_layers,
+)
 from .options import EngineOptions
-from .versions import allow_decomposition, check_version, hardware_level, network_flags
+from .versions import (
+    allow_decomposition,
+    check_version,
+    network_flags,
+    set_capabilities,
+    set_compatibility,
+)
 
-if TYPE_CHECKING:
-    import tensorrt as trt
+PROFILE_WARNING = "Profile k"
 
 
-def obstacle() -> str | None:
-    """The reason why no engine can be built on this machine; None if one can."""
+def obstacle(library: Library) -> str | None:
+    """The reason why a library can build no engine on this machine; None if it can."""
     try:
-        check_version(tensorrt_version())
-        current_device()
+        check_version(library, tensorrt_version(library))
+        if library == "tensorrt":
+            current_device()
     except (DeviceError, MissingPackageError) as error:
         return str(error)
     return None
 
 
 def build_engine(
+    library: Library,
     graph: Path,
     plan: Path,
     record: str,
@@ -39,9 +60,10 @@ def build_engine(
     options: EngineOptions,
     progress: Progress,
 ) -> EngineRecord:
-    """Build an engine for this machine's GPU; `obstacle` must return None.
+    """Build an engine with a library; its `obstacle` must be None.
 
     Args:
+        library: "tensorrt" for this machine's GPU, or "tensorrt-rtx" for others.
         graph: An ONNX graph, with its external data beside it.
         plan: The engine's file, to be written.
         record: The engine's path in the artifact.
@@ -50,30 +72,107 @@ def build_engine(
         progress: Called with (phase, done, total) of TensorRT's own phases.
 
     Raises:
-        DeviceError: There is no GPU.
-        MissingPackageError: TensorRT or cuda-bindings is missing.
-        VerificationError: TensorRT rejects the graph.
-        BaseException: Raised by `progress`.
+        DeviceError: There is no GPU, and the library needs one.
+        MissingPackageError: The library or cuda-bindings is missing.
+        VerificationError: The library rejects the graph, or the engine would multiply in other
+            types than the graph.
+        BaseException: Raised by `progress` or by writing the file.
     """
-    version, device = tensorrt_version(), current_device()
-    import tensorrt as trt
-
-    logger = trt.Logger(trt.Logger.ERROR)
+    trt = load_tensorrt(library)
+    version = f"{LIBRARIES[library]} {trt.__version__}"
+    device = current_device() if library == "tensorrt" else None
+    log = _Log()
+    logger = make_logger(trt, log.take)
     builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(version))
+    network = parse(trt, library, builder, logger, graph)
+    log.errors.clear()  # notes of a parser that found a way
+    model = ir.load(graph)
+    config, capabilities = _configure(trt, library, builder, model, inputs, options)
+    timings = None
+    if device is not None:
+        timings = _timings_file(trt.__version__, device)
+        cache = config.create_timing_cache(read_cached(timings) or b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    relay = _Watch(progress)
+    config.progress_monitor = monitor = _monitor(trt, relay)
+    plan.parent.mkdir(exist_ok=True)
+    with plan.open("wb") as file, _interrupts(relay):
+        writer = _writer(trt, file, relay)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    del monitor, writer  # TensorRT holds no references to them
+    if relay.failure is not None:
+        raise relay.failure
+    # TensorRT also logs errors of kernels that it then leaves out.
+    if not built or (log.errors and library == "tensorrt-rtx"):
+        reasons = "; ".join(log.errors) or "it gives no reason"
+        raise VerificationError(f"{graph.name}: {version} could not build an engine: {reasons}")
+    if timings is not None:
+        write_cached(timings, config.get_timing_cache().serialize())
+    return EngineRecord(
+        record,
+        device,
+        trt.__version__,
+        options.version_compatible,
+        options.hardware_compatible,
+        options.profiles,
+        library,
+        capabilities,
+        _count_products(graph, model, log.layers, version),
+    )
+
+
+def parse(trt: ModuleType, library: Library, builder: Any, logger: Any, graph: Path) -> Any:
+    """Read a graph as a strongly typed network.
+
+    Args:
+        trt: The library's module.
+        library: Its name.
+        builder: A `Builder`.
+        logger: The builder's logger.
+        graph: The ONNX file.
+
+    Returns:
+        An `INetworkDefinition`.
+
+    Raises:
+        VerificationError: The parser does not take the graph; names the nodes.
+    """
+    network = builder.create_network(network_flags(trt, library))
     parser = trt.OnnxParser(network, logger)
     # parse_from_file finds the external data beside the graph.
     if not parser.parse_from_file(str(graph)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        reasons = "; ".join(f"{error.node_name()}: {error.desc()}" for error in errors)
-        raise VerificationError(f"{graph}: TensorRT {version} does not take the graph: {reasons}")
-    allow_decomposition(network)
+        reasons = dict.fromkeys(map(_describe, errors))
+        raise VerificationError(
+            f"{graph.name}: {LIBRARIES[library]} {trt.__version__} does not take the graph: "
+            f"{'; '.join(reasons)}"
+        )
+    allow_decomposition(trt, network)
+    return network
+
+
+def _configure(
+    trt: ModuleType,
+    library: Library,
+    builder: Any,
+    model: ir.Model,
+    inputs: Sequence[str],
+    options: EngineOptions,
+) -> tuple[Any, tuple[Capability, ...]]:
+    """The builder's configuration, and the compute capabilities that RTX engines run on."""
     config = builder.create_builder_config()
     # The graph keeps fp32 where it is needed: TF32's 10-bit mantissa would be too short.
     config.clear_flag(trt.BuilderFlag.TF32)
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    config.hardware_compatibility_level = hardware_level(options.hardware_compatible)
+    # The builder logs the engine's layers; the engine itself does not change.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    capabilities = ()
+    if library == "tensorrt":
+        set_compatibility(trt, config, options.version_compatible, options.hardware_compatible)
+    else:
+        has_fp8 = any(
+            value.dtype == ir.DataType.FLOAT8E4M3FN for value in model.graph.initializers.values()
+        )
+        capabilities = set_capabilities(trt, config, options.capabilities, has_fp8)
     for profile in options.profiles:
         shapes = builder.create_optimization_profile()
         for name in inputs:
@@ -81,40 +180,53 @@ def build_engine(
                 name, *(trt.Dims([*shape]) for shape in (profile.min, profile.opt, profile.max))
             )
         config.add_optimization_profile(shapes)
-    timings = _timings_file(version, device)
-    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    relay = _Watch(progress)
-    config.progress_monitor = monitor = _monitor(relay)
-    serialized = builder.build_serialized_network(network, config)
-    del monitor  # TensorRT holds no reference to it
-    if relay.failure is not None:
-        raise relay.failure
-    if serialized is None:
+    return config, capabilities
+
+
+def _describe(error: Any) -> str:
+    """A parser's error in words; the description alone may be as short as "false"."""
+    kind = error.code().name.replace("_", " ").lower()
+    return f"{error.node_name()} ({error.node_operator()}): {kind}: {error.desc()}"
+
+
+def _count_products(graph: Path, model: ir.Model, layers: str, version: str) -> dict[str, int]:
+    """Products by type; empty if the builder logged no layers.
+
+    Raises:
+        VerificationError: A product has another type than in the graph.
+    """
+    if not layers:
+        return {}
+    claimed, computed = claimed_products(model), computed_products(read_layers(layers))
+    if different := compare_products(claimed, computed):
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         raise VerificationError(
-            f"{graph}: TensorRT {version} could not build an engine on {device}; its log is above"
+            f"{graph.name}: {version} changes what is computed: {different[0]}{more}"
         )
-    plan.parent.mkdir(exist_ok=True)
-    with plan.open("wb") as file:
-        file.write(serialized)
-    # Without the timing cache the next build is only slower.
-    with contextlib.suppress(OSError):
-        timings.parent.mkdir(parents=True, exist_ok=True)
-        timings.write_bytes(config.get_timing_cache().serialize())
-    return EngineRecord(
-        record,
-        device,
-        version,
-        options.version_compatible,
-        options.hardware_compatible,
-        options.profiles,
-    )
+    return count_products(claimed, computed)
 
 
 def _timings_file(version: str, device: Device) -> Path:
     """The file of the kernels' timings, for a TensorRT version and a device."""
     name = re.sub(r"\W+", "-", f"{device.name} {version}").lower()
     return cache_folder("tensorrt") / f"{name}.timings"
+
+
+@contextlib.contextmanager
+def _interrupts(relay: _Watch) -> Generator[None]:
+    """Let Ctrl-C stop the build by `relay`: raised in one of its callbacks it would be lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        relay.failure = relay.failure or KeyboardInterrupt()
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @dataclass
@@ -153,9 +265,7 @@ class _Watch:
             self.failure = error
 
 
-def _monitor(relay: _Watch) -> trt.IProgressMonitor:
-    import tensorrt as trt
-
+def _monitor(trt: ModuleType, relay: _Watch) -> Any:
     class Monitor(trt.IProgressMonitor):
         def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
             relay.start(phase_name, num_steps)
@@ -167,3 +277,38 @@ def _monitor(relay: _Watch) -> trt.IProgressMonitor:
             relay.finish(phase_name)
 
     return Monitor()
+
+
+def _writer(trt: ModuleType, file: IO[bytes], relay: _Watch) -> Any:
+    class Writer(trt.IStreamWriter):
+        def write(self, data: bytes) -> int:
+            # An exception must not propagate through TensorRT.
+            try:
+                return file.write(data)
+            except OSError as error:
+                relay.failure = relay.failure or error
+                return 0
+
+    return Writer()
+
+
+@dataclass
+class _Log:
+    """Messages of a library.
+
+    Attributes:
+        errors: Errors, in order.
+        layers: The engine's layers, in text; empty until it is built.
+    """
+
+    errors: list[str] = field(default_factory=list)
+    layers: str = ""
+
+    def take(self, message: str, is_error: bool) -> None:
+        # RTX warns of a profile that is beyond it, and gives an engine all the same.
+        refused_profile = message.startswith(PROFILE_WARNING)
+        # After an error, without a GPU, the library also says that it has no driver.
+        if refused_profile or (is_error and "catchCudaError" not in message):
+            self.errors.append(message)
+        elif message.startswith(HEADER):
+            self.layers = message

@@ -1,11 +1,11 @@
 """Export a checkpoint, or an artifact of the standard dialect, to an artifact with an engine.
 
     onnx/model.onnx          the graph that the engine is built from
-    engine/model.plan        the engine, if there was a GPU and TensorRT to build it
-    engine/build.sh          the same build with trtexec
-    engine/check.py, .npz    a check with Polygraphy
+    engine/model.plan        the engine, if there was a library to build it
+    engine/build.sh          a build with trtexec, for the GPU that it runs on
+    engine/check.py, .npz    a build and a check with Polygraphy
 
-Without a GPU or TensorRT the artifact has the graph only, and runs in onnxruntime like any other.
+Without a library the artifact has the graph only, and runs in onnxruntime like any other.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from ...artifact.folder import CARD, Artifact, staged, write_manifest
 from ...artifact.manifest import GraphRecord, Manifest
 from ...artifact.witness import WITNESS
 from ...checkpoint.spec import Task
-from ...errors import InputError, VerificationError
+from ...errors import DeviceError, InputError
 from ...files import MANIFEST
-from ...machine.engine import Compatibility, Profile
+from ...machine.engine import Compatibility, Library, Profile, parse_capability
+from ...machine.gpu import load_tensorrt
 from ...quantize.formats import FP8, QUANTIZED
 from ...texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...texts.samples import builtin_pairs, builtin_samples
@@ -36,9 +37,9 @@ from ..onnx.verify import verify_graph
 from ..onnx.witness import make_witness
 from ..provenance import Progress, counted, versions
 from .build import build_engine, obstacle
-from .operators import unsupported
-from .options import EngineOptions
+from .options import EngineOptions, Target
 from .scripts import polygraphy_script, trtexec_script
+from .versions import check_capabilities
 
 PLAN = "engine/model.plan"
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
@@ -53,7 +54,9 @@ def export_tensorrt(
     output: str | Path,
     *,
     precision: str | None = None,
-    profiles: Sequence[str] = PROFILES,
+    profiles: Sequence[str] | None = None,
+    target: Target | None = None,
+    compute_capabilities: Sequence[str] = (),
     version_compatible: bool = False,
     hardware_compatible: Compatibility = "none",
     revision: str | None = None,
@@ -62,7 +65,10 @@ def export_tensorrt(
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
-    """Build a TensorRT engine; without TensorRT or a GPU, write everything needed to build one.
+    """Build a TensorRT engine; without a library for it, write everything needed to build one.
+
+    TensorRT for RTX builds on any machine for the GPUs of RTX; TensorRT builds on the GPU that the
+    engine is for.
 
     Args:
         source: A checkpoint's folder, a hub id, or an artifact with a graph of the standard
@@ -70,9 +76,14 @@ def export_tensorrt(
         output: The artifact's folder; it appears only when it is complete and checked.
         precision: For a checkpoint: "bf16", the default; "fp16" (parts that would overflow stay
             in fp32); "fp8" and "int8" (weights and activations, one activation scale per token);
-            or "int4" (weights in groups of 64). All but "fp16" compute in bf16 with an fp32
+            or "int4" (weights in groups of 128). All but "fp16" compute in bf16 with an fp32
             residual stream.
-        profiles: Batches to tune for, each MIN:OPT:MAX in rows x tokens.
+        profiles: Batches to tune for, each MIN:OPT:MAX in rows x tokens; by default `PROFILES`, cut
+            to the length that the model takes.
+        target: "rtx" for GPUs of RTX, "this-gpu" for the one of this machine; by default this
+            GPU if there is TensorRT, otherwise RTX.
+        compute_capabilities: For "rtx", the compute capabilities to build for, such as "8.9";
+            by default all that can run the graph.
         version_compatible: Whether later TensorRT versions of the same major version load the
             engine.
         hardware_compatible: Where the engine runs besides the kind of GPU that it is built on:
@@ -85,22 +96,28 @@ def export_tensorrt(
 
     Returns:
         An artifact of format "tensorrt" with an engine, or of format "onnx" without one; then
-        `build.obstacle()` returns the reason.
+        `build.obstacle` returns the reason for each library.
 
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
         CheckpointError: The checkpoint is not a complete Qwen3 checkpoint.
         ArtifactError: The artifact is damaged.
-        VerificationError: The graph does not run, or TensorRT rejects it.
+        DeviceError: `target` is given, and its library cannot build here.
+        VerificationError: The graph does not run, TensorRT rejects it, or the engine would
+            multiply in other types.
     """
     options = EngineOptions(
-        tuple(Profile.parse(text) for text in profiles), version_compatible, hardware_compatible
+        tuple(map(Profile.parse, PROFILES if profiles is None else profiles)),
+        version_compatible,
+        hardware_compatible,
+        target,
+        tuple(map(parse_capability, compute_capabilities)),
     )
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {precision!r}")
     source_artifact = _open(source, precision, revision, task, adapter)
     size = source_artifact.size if source_artifact else 0
-    can_build = obstacle() is None
+    library = _choose_library(options)
     with staged(Path(output), force=force, needs=2 * size) as folder:
         if source_artifact:
             manifest = _copy(source_artifact, folder)
@@ -117,28 +134,56 @@ def export_tensorrt(
                 f"{source}: the model leaves its prompts out of pooling (include_prompt of its "
                 "Pooling is false), and engines take texts only; export onnx runs it"
             )
-        if can_build:
+        options = _fit(options, manifest, explicit=profiles is not None)
+        if library is not None:
             _check_room(folder, graph)
-        _check_graph(folder / graph.path)
-        _write_scripts(folder, manifest, graph, options, progress)
-        if can_build:
             record = build_engine(
-                folder / graph.path,
-                folder / PLAN,
-                PLAN,
-                graph.inputs,
-                options,
-                progress,
+                library, folder / graph.path, folder / PLAN, PLAN, graph.inputs, options, progress
             )
             manifest = replace(
                 manifest,
                 format="tensorrt",
                 engine=record,
-                requires=f"tensorrt=={record.tensorrt}",
-                versions=versions(PACKAGES) | {"tensorrt": record.tensorrt},
+                requires=f"{library}=={record.tensorrt}",
+                versions=versions(PACKAGES) | {library: record.tensorrt},
             )
+        _write_scripts(folder, manifest, graph, options, progress)
         write_manifest(folder, manifest, Path(output).absolute().name)
     return Artifact.open(output)
+
+
+def _choose_library(options: EngineOptions) -> Library | None:
+    """The library to build with; None if none can be used here.
+
+    Raises:
+        DeviceError: A target is given, and its library cannot build here.
+        InputError: The library does not build for a compute capability.
+    """
+    reasons = [obstacle(library) for library in options.libraries]
+    for library, reason in zip(options.libraries, reasons, strict=True):
+        if reason is None:
+            if options.capabilities:
+                check_capabilities(load_tensorrt(library), options.capabilities)
+            return library
+    if options.target is not None:
+        raise DeviceError(f"`target` {options.target}: {reasons[0]}")
+    return None
+
+
+def _fit(options: EngineOptions, manifest: Manifest, *, explicit: bool) -> EngineOptions:
+    """Cut the default profiles to the model's length.
+
+    Raises:
+        InputError: A profile that was asked for is longer.
+    """
+    longest = manifest.max_position_embeddings
+    for profile in options.profiles:
+        if explicit and profile.max[1] > longest:
+            raise InputError(
+                f"profile {profile} has texts of {profile.max[1]:,} tokens, and the model takes "
+                f"{longest:,} (max_position_embeddings)"
+            )
+    return replace(options, profiles=tuple(each.cut(longest) for each in options.profiles))
 
 
 def _open(
@@ -158,7 +203,7 @@ def _open(
     if precision or revision or task or adapter:
         raise InputError(
             f"{source} is an artifact in {artifact.manifest.precision}: it takes none of "
-            "--precision, --revision, --task and --adapter"
+            "`precision`, `revision`, `task` and `adapter`"
         )
     if graph.dialect != "standard" or graph.output != "pooled":
         raise InputError(
@@ -219,13 +264,6 @@ def _check_room(folder: Path, graph: GraphRecord) -> None:
         )
 
 
-def _check_graph(path: Path) -> None:
-    reasons = unsupported(ir.load(path))
-    if reasons:
-        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        raise VerificationError(f"{path}: TensorRT would not take it: {reasons[0]}{more}")
-
-
 def _write_scripts(
     folder: Path,
     manifest: Manifest,
@@ -235,7 +273,7 @@ def _write_scripts(
 ) -> None:
     """Write engine/: scripts that build and check the engine on other machines."""
     engine = folder / "engine"
-    engine.mkdir()
+    engine.mkdir(exist_ok=True)
     from_engine = f"../{graph.path}"
     script = trtexec_script(from_engine, graph.inputs, options)
     (engine / "build.sh").write_text(script, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Two small scripts that build and check an engine on another machine, without embedport."""
+"""Two small scripts that build and check an engine on its GPU, without embedport."""
 
 from __future__ import annotations
 
@@ -68,13 +68,16 @@ def polygraphy_script(
     shapes = [(profile.min, profile.opt, profile.max) for profile in profiles]
     return f'''"""Builds the engine with Polygraphy and checks its numbers.
 
-Needs a GPU, and: pip install tensorrt polygraphy numpy
+Needs a GPU, and: pip install tensorrt polygraphy numpy. With TensorRT for RTX instead, set
+POLYGRAPHY_USE_TENSORRT_RTX=1.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from polygraphy import func
 from polygraphy.backend.trt import (
     CreateConfig,
     EngineFromNetwork,
@@ -97,8 +100,21 @@ for shapes in PROFILES:
     for name in INPUTS:
         profile.add(name, *shapes)
     profiles.append(profile)
-network = NetworkFromOnnxPath(str(HERE / {graph!r}), strongly_typed=True)
-with TrtRunner(EngineFromNetwork(network, CreateConfig(profiles=profiles))) as runner:
+
+
+@func.extend(NetworkFromOnnxPath(str(HERE / {graph!r}), strongly_typed=True))
+def load_network(builder, network, parser):
+    """Lets attention without a fused kernel run as separate operators."""
+    trt = import_module(type(network).__module__)
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+config = CreateConfig(profiles=profiles, tf32=False)
+with TrtRunner(EngineFromNetwork(load_network, config)) as runner:
     found = runner.infer({{name: check[name] for name in INPUTS}})[{output!r}]
 if expected.ndim == 2:
     lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)

@@ -242,21 +242,21 @@ def test_folders_refused(bases, adapters, copied, quantized, tmp_path):
         ModelSpec.from_checkpoint(bases(), adapter=adapter)
     with pytest.raises(InputError, match="is not an adapter: it has no adapter_config"):
         ModelSpec.from_checkpoint(bases(), adapter=bases())
-    with pytest.raises(InputError, match="is an adapter itself: give --adapter with the"):
+    with pytest.raises(InputError, match="is an adapter itself: give `adapter` with the"):
         ModelSpec.from_checkpoint(adapter, adapter=adapter)
-    with pytest.raises(InputError, match="is an artifact: give --adapter with the checkpoint"):
+    with pytest.raises(InputError, match="is an artifact: give `adapter` with the checkpoint"):
         embedport.load(quantized("gptq"), adapter=adapter, device="cpu")
 
 
 def test_a_base_that_is_not_there(bases, adapters, copied, tmp_path):
     adapter = copied(adapters(bases()))
     edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(CheckpointError, match=rf"gone.*give BASE --adapter {adapter}"):
+    with pytest.raises(CheckpointError, match=rf"gone.*give the base, and {adapter} as `adapter`"):
         embedport.load(adapter, device="cpu")
     assert embedport.load(bases(), adapter=adapter, device="cpu")
     for name in ("a" * 300, "~nobody/base", "\0"):
         edit(adapter / "adapter_config.json", base_model_name_or_path=name)
-        with pytest.raises(CheckpointError, match="give BASE --adapter"):
+        with pytest.raises(CheckpointError, match=r"give the base, and .* as `adapter`"):
             embedport.load(adapter, device="cpu")
     edit(adapter / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match="should name the base, found None"):
@@ -277,7 +277,7 @@ def test_an_adapter_in_the_checkpoints_folder(bases, adapters, copied, tmp_path,
     (base / place).mkdir(exist_ok=True)
     for path in adapters(bases()).glob("adapter_*"):
         (base / place / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match=r"give --adapter .*model"):
+    with pytest.raises(CheckpointError, match=r"give `adapter` .*model"):
         ModelSpec.from_checkpoint(base)
     spec = ModelSpec.from_checkpoint(base, adapter=base / place)
     assert len(spec.plan_merge().added) == 6

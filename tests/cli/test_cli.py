@@ -1,11 +1,14 @@
 """The command line as a person and as a program meet it: errors, version, help."""
 
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 import embedport
+from embedport.errors import InputError
 
 
 class TestErrors:
@@ -19,7 +22,10 @@ class TestErrors:
             (["encode", "{embedding}", "a", "--device", "cuda"], "has no CUDAExecutionProvider"),
             (["encode", "{embedding}", "a", "--prompt", "qurey"], "no prompt is named 'qurey'"),
             (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
-            (["encode", "{embedding}", "a", "-o", "x.csv"], "should end with .npy or .jsonl"),
+            (
+                ["encode", "{embedding}", "a", "-o", "x.csv"],
+                "should end with .npy, .jsonl, .parquet or .arrow",
+            ),
             (["encode", "{embedding}", "a", "-o", "no/x.npy"], "no/x.npy cannot be written"),
             (["encode", "{embedding}", "a", "-o", "x.npy", "--json"], "give one of them"),
             (["encode", "{embedding}", "--input", "{here}/far.jsonl"], "far.jsonl:3 should be"),
@@ -150,6 +156,27 @@ def test_version_and_help():
     assert "--precision" in shown("export", "onnx", "--help")
 
 
+def test_completion():
+    environment = os.environ | {
+        "_EMBEDPORT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "embedport ser",
+        "COMP_CWORD": "1",
+    }
+    command = [sys.executable, "-c", "from embedport.cli import main; main()"]
+    command[2] = "import sys; sys.argv[0] = 'embedport'; " + command[2]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["serve"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}])
+def test_no_color(variables):
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color"} | variables
+    command = [sys.executable, "-m", "embedport", "encode", "--help"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    colors = re.findall(r"\x1b\[(?:\d+;)*3\dm", shown.stdout)
+    assert bool(colors) == (not variables)
+
+
 def test_help_brings_nothing_heavy():
     heavy = ("numpy", "onnx", "onnx_ir", "onnxruntime", "tokenizers", "torch")
     code = (
@@ -160,3 +187,19 @@ def test_help_brings_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stderr.strip() == "[]"
+
+
+def test_options_are_spelled_as_flags(run, folders, tmp_path, checkpoints):
+    """The library names them as keywords, since it is called from Python too."""
+    with pytest.raises(InputError, match=r"^int8 has one scale .*: `group_size` goes with int8-w"):
+        embedport.export(checkpoints("kv2"), tmp_path / "a", precision="int8", group_size=32)
+    export = ("export", "onnx", checkpoints("kv2"), "-o", tmp_path / "a")
+    for options, flags in (
+        (("--precision", "int8", "--group-size", "32"), "--group-size goes with int8-weight"),
+        (("--output", "hidden", "--dim", "8"), "--dim shortens the pooled .* --output hidden has"),
+        (("--max-ndcg-loss", "0.1"), "--max-ndcg-loss goes with --precision auto"),
+    ):
+        code, _, err = run(*export, *options)
+        assert code == 2
+        assert re.search(flags, err)
+        assert "`" not in err

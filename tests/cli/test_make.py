@@ -1,6 +1,7 @@
 """The verbs that write a model: export and quantize."""
 
 import json
+import sys
 
 import pytest
 
@@ -35,6 +36,25 @@ class TestExport:
         assert (code, out) == (2, "")
         assert "exists; choose another place or replace it with --force" in err
         assert run(*arguments, "--force")[0] == 0
+
+    def test_dry_run(self, run, checkpoints, tmp_path):
+        source = checkpoints("kv8")
+        options = ("--precision", "int4", "--group-size", 32, "--algorithm", "rtn")
+        arguments = ("export", "onnx", source, "-o", tmp_path / "out", *options)
+        code, out, _ = run(*arguments, "--dry-run")
+        assert code == 0
+        assert "quantize 14 matrices to int4/32 by rtn" in out
+        code, out, _ = run(*arguments, "--dry-run", "--json")
+        estimate = json.loads(out)
+        assert code == 0
+        assert list(tmp_path.iterdir()) == []
+        assert run(*arguments)[0] == 0
+        written = (tmp_path / "out" / "onnx" / "model.onnx_data").stat().st_size
+        assert abs(estimate["bytes"] - written) < 4096
+        # What exists is not overwritten, and that is known before.
+        code, _, err = run(*arguments, "--dry-run")
+        assert code == 2
+        assert "exists; choose another place" in err
 
     def test_path_that_looks_like_markup(self, run, checkpoints, tmp_path):
         output = tmp_path / "a model [/x]"
@@ -71,27 +91,42 @@ class TestQuantize:
 
 
 class TestExportTensorRT:
-    """No TensorRT here: all but the engine is written, and said."""
+    """TensorRT for RTX needs no GPU to build; TensorRT is not installed."""
 
-    def test_without_a_gpu(self, run, checkpoints, tmp_path):
+    def test_an_engine(self, run, checkpoints, tmp_path):
+        pytest.importorskip("tensorrt_rtx")
+        code, out, err = run(
+            *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out"),
+            *("--for", "rtx", "--compute-capability", "8.9", "--compute-capability", "12.0"),
+            *("--profile", "1x1:2x16:4x64"),
+        )
+        assert (code, err) == (0, "")
+        assert "Engine for GPUs of compute capability 8.9, 12.0; TensorRT for RTX 1." in out
+        assert "Products: 14 in bf16" in out
+
+    def test_without_a_library(self, run, checkpoints, tmp_path, monkeypatch):
+        """All but the engine is written, and said."""
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
         code, out, err = run(
             *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out"),
             *("--precision", "fp8", "--profile", "1x1:2x16:4x64"),
         )
         assert (code, err) == (0, "")
-        assert "No engine was built: tensorrt is not installed: pip install tensorrt" in out
+        assert "No engine was built: TensorRT is not installed: pip install tensorrt" in out
+        assert "TensorRT for RTX is not installed: pip install 'embedport[tensorrt-rtx]'" in out
         assert f"embedport export tensorrt {tmp_path}/out -o OUT --profile 1x1:2x16:4x64" in out
         code, out, _ = run("encode", tmp_path / "out", TEXTS[0], "--device", "cpu")
         assert code == 0
 
-    def test_json(self, run, checkpoints, tmp_path):
+    def test_json(self, run, checkpoints, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
         code, out, _ = run(
             *("export", "tensorrt", checkpoints("blocks"), "-o", tmp_path / "out", "--json")
         )
         facts = json.loads(out)
         assert code == 0
         assert (facts["precision"], facts["engine"]) == ("bf16", False)
-        assert "tensorrt is not installed" in facts["obstacle"]
+        assert "TensorRT is not installed" in facts["obstacle"]
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -99,6 +134,8 @@ class TestExportTensorRT:
             (["--profile", "8x128"], "a profile should be MIN:OPT:MAX"),
             (["--precision", "fp32"], "precision should be one of fp16, bf16, fp8, int8, int4"),
             (["--hardware-compatible", "any"], "hardware_compatible should be one of none"),
+            (["--for", "this-gpu"], "--for this-gpu: TensorRT is not installed"),
+            (["--compute-capability", "sm89"], "a compute capability should be like 8.9"),
         ],
     )
     def test_bad_requests(self, run, checkpoints, tmp_path, options, message):

@@ -213,15 +213,19 @@ def test_the_graphs_share_their_weights(exported, copied):
 
 
 REFUSED = [
-    ("embedding", {"consumers": ["word2vec"]}, "--for should be one of sentence-transformers"),
+    (
+        "embedding",
+        {"consumers": ["word2vec"]},
+        "`consumers` should be one of sentence-transformers",
+    ),
     ("embedding", {"consumers": ["tei"], "precision": "bf16"}, "tei .* bf16"),
     ("embedding", {"consumers": ["triton"], "precision": "int8-weight"}, "4 bits only"),
     ("embedding", {"consumers": ["tei"], "precision": "auto"}, "a search may choose"),
-    ("embedding", {"consumers": ["tei"], "dialect": "standard"}, "--dialect ort"),
+    ("embedding", {"consumers": ["tei"], "dialect": "standard"}, "`dialect` ort"),
     ("embedding", {"consumers": ["transformers.js"], "precision": "bf16"}, "no file name for bf16"),
-    ("embedding", {"consumers": ["transformers.js"], "dim": 16}, "--dim does not shorten"),
-    ("embedding", {"consumers": ["tei"], "outputs": "hidden"}, "without --output hidden"),
-    ("embedding", {"consumers": ["openvino"], "precision": "int8"}, "--dialect standard"),
+    ("embedding", {"consumers": ["transformers.js"], "dim": 16}, "`dim` does not shorten"),
+    ("embedding", {"consumers": ["tei"], "outputs": "hidden"}, "without `outputs` hidden"),
+    ("embedding", {"consumers": ["openvino"], "precision": "int8"}, "`dialect` standard"),
     ("reranker", {"consumers": ["fastembed"]}, "without the reranker's template"),
     ("reranker", {"consumers": ["transformers.js"]}, "no class for Qwen3's rerankers"),
 ]

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,8 +26,13 @@ from embedport.texts.samples import builtin_pairs, builtin_samples
 def write_artifacts(folder: Path) -> None:
     """Each precision of both, int8 in both dialects, and int8 without the limit."""
     for precision in ("fp32", "int8", "int4"):
-        embedport.export(builtin_embedder(), folder / f"embedding-{precision}", precision=precision)
-        embedport.export(builtin_reranker(), folder / f"reranker-{precision}", precision=precision)
+        options: dict[str, Any] = {"fast": True, "rotate": False} if precision == "int4" else {}
+        for task, checkpoint in (
+            ("embedding", builtin_embedder()),
+            ("reranker", builtin_reranker()),
+        ):
+            output = folder / f"{task}-{precision}"
+            embedport.export(checkpoint, output, precision=precision, **options)
     embedport.export(
         builtin_embedder(), folder / "embedding-int8-standard", precision="int8", dialect="standard"
     )

@@ -32,11 +32,16 @@ from tokenizers import Tokenizer
 
 
 def options_of(folder: Path) -> dict[str, Any]:
-    """Arguments of from_pretrained: activations rounded as servers do, and GPTQ on any CPU."""
+    """Arguments of from_pretrained: activations rounded as servers do, and GPTQ on any CPU.
+
+    Weights alone are unpacked as config.json says: with dequantize=False transformers 5.23 makes no
+    room for packed zero points.
+    """
     import transformers
 
-    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
-    if method == "compressed-tensors":
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    method = config["quant_method"]
+    if method == "compressed-tensors" and config["config_groups"]["group_0"]["input_activations"]:
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=False)}
     if method == "gptq":
         return {"quantization_config": transformers.GPTQConfig(bits=4, backend="torch")}

@@ -19,6 +19,7 @@ from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
 from embedport.files import read_headers
 from embedport.quantize.formats import Format, matrices
+from embedport.quantize.rotation import RotatedHeads
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
@@ -82,7 +83,8 @@ def test_gptq_holds_the_cores_own_codes(short, quantized, checkpoints, tmp_path,
     scheme = QuantScheme(bits, 32, symmetric=True, scale_dtype="float16")
     rows = tokenize_samples(source, source.max_length, short.file("embedding", tmp_path))
     formats = dict.fromkeys(matrices(source), Format(scheme))
-    core = quantize_layers(weights, weights, formats, rows, tmp_path / "layers", lambda: None)
+    rotated = RotatedHeads.seeded(weights)
+    core = quantize_layers(weights, rotated, formats, rows, tmp_path / "layers", lambda: None)
     stored = StoredWeights(ModelSpec.from_checkpoint(folder))
     assert stored.schemes.keys() == formats.keys()
     for name in formats:
@@ -116,28 +118,32 @@ def test_gptq_packing_round_trip(bits, symmetric):
     np.testing.assert_array_equal(parts["scales"].T, tensor.scales)
 
 
-def test_compressed_tensors_unpacks_the_same_numbers():
+@pytest.mark.parametrize("preset_name", ["W4A16", "W4A16_ASYM"])
+def test_compressed_tensors_unpacks_the_same_numbers(preset_name):
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    scheme = QuantScheme(4, 32, symmetric=True, scale_dtype="bfloat16")
-    weight = np.random.default_rng(0).standard_normal((16, 96), np.float32)
+    scheme = QuantScheme(4, 32, symmetric=preset_name == "W4A16", scale_dtype="bfloat16")
+    weight = np.random.default_rng(0).standard_normal((16, 96), np.float32) + 0.5
     tensor = quantize_rtn(weight, scheme)
     parts: dict[str, torch.Tensor | None] = {
         # torch cannot take numpy's bfloat16; the scales are its values in fp32 as well.
         name: torch.from_numpy(each.astype(np.float32) if name == "weight_scale" else each)
         for name, each in packed_parts(tensor).items()
     }
-    preset = preset_name_to_scheme("W4A16", ["Linear"])
+    preset = preset_name_to_scheme(preset_name, ["Linear"])
     assert preset.weights is not None
     preset.weights.group_size = 32
     found = PackedQuantizationCompressor.decompress(parts, preset)["weight"]
     assert found is not None
     np.testing.assert_array_equal(found.numpy(), tensor.dequantize())
+    assert parts.keys() == set(PackedQuantizationCompressor.compression_param_names(preset))
 
 
 @pytest.mark.parametrize("method", ["bnb-int8", "bnb-nf4", "bnb-nf4 double"])
-def test_bitsandbytes_tensors_are_transformers_own(quantized, checkpoints, tmp_path, method):
+def test_bitsandbytes_tensors_are_transformers_own(
+    quantized, checkpoints, copied, tmp_path, method
+):
     from transformers import AutoModel, BitsAndBytesConfig
 
     name, _, double = method.partition(" ")
@@ -151,9 +157,15 @@ def test_bitsandbytes_tensors_are_transformers_own(quantized, checkpoints, tmp_p
             bnb_4bit_use_double_quant=bool(double),
             bnb_4bit_compute_dtype="bfloat16",
         )
-    model = AutoModel.from_pretrained(
-        checkpoints("kv8"), quantization_config=config, dtype=torch.bfloat16
-    )
+    # What is quantized: the checkpoint with its attention heads rotated.
+    source = copied(checkpoints("kv8"))
+    rotated = RotatedHeads.seeded(Weights(ModelSpec.from_checkpoint(source)))
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("v_proj.weight", "o_proj.weight")):
+            tensors[name] = torch.from_numpy(rotated.read_fp32(name)).bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModel.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
     found = load_file(folder / "model.safetensors")
@@ -253,22 +265,23 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
     ("task", "geometry", "options", "message"),
     [
         ("embedding", "kv8", {"method": "gguf"}, "method should be one of bnb-int8, .* 'gguf'"),
-        ("embedding", "kv8", {"method": "awq", "bits": 8}, "awq has 4 bits, found --bits 8"),
+        ("embedding", "kv8", {"method": "awq", "bits": 8}, "awq has 4 bits, found `bits` 8"),
         ("embedding", "kv8", {"method": "gptq", "bits": 3}, "gptq has 4 or 8 bits"),
-        ("embedding", "kv8", {"method": "fp8", "group_size": 64}, "--group-size goes with gptq, a"),
+        ("embedding", "kv8", {"method": "fp8", "group_size": 64}, "`group_size` goes with gptq, a"),
         ("embedding", "kv8", {"method": "gptq", "group_size": 48}, "group_size should be one of"),
         (
             "embedding",
             "kv8",
             {"method": "gptq", "double_quant": True},
-            "goes with --method bnb-nf4",
+            "goes with `method` bnb-nf4",
         ),
         (
             "embedding",
             "kv2",
             {"method": "gptq"},
-            "q_proj of 192 x 64 .*groups of 128; use --group-",
+            "q_proj of 192 x 64 .*groups of 128; use `group_",
         ),
+        ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "`symmetric` goes with awq"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
         ("embedding", "kv8", {"method": "fp8", "calibration": "x.txt"}, "runs no texts"),

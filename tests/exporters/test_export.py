@@ -85,7 +85,7 @@ def test_existing_output(checkpoints, tmp_path):
     out = tmp_path / "out"
     embedport.export(checkpoints("kv2"), out)
     before = (out / "embedport.json").read_text()
-    with pytest.raises(InputError, match="exists; choose another place or replace it with --force"):
+    with pytest.raises(InputError, match="exists; choose another place or replace it with `force`"):
         embedport.export(checkpoints("kv2"), out, precision="bf16")
     assert (out / "embedport.json").read_text() == before
     embedport.export(checkpoints("kv2"), out, precision="bf16", force=True)
@@ -108,7 +108,7 @@ def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
         ("embedding", {"dialect": "latin"}, "dialect should be one of ort, standard"),
         ("embedding", {"outputs": "mean"}, "output should be pooled or hidden"),
         ("embedding", {"dim": 65}, "dim should be from 1 to 64, found 65"),
-        ("embedding", {"dim": 8, "outputs": "hidden"}, "--output hidden has none"),
+        ("embedding", {"dim": 8, "outputs": "hidden"}, "`outputs` hidden has none"),
         ("embedding", {"max_length": 99999}, "max_length should be from 1 to 32768"),
         ("embedding", {"format": "pickle"}, "format should be one of onnx"),
         ("embedding", {"precision": "fp16", "calibration": "nowhere.txt"}, "cannot be read"),

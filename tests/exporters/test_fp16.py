@@ -102,7 +102,7 @@ def test_choice():
         "layers.1.mlp.gate_proj",
         "layers.10.self_attn.o_proj",
     )
-    with pytest.raises(CheckpointError, match=r"v_proj reaches .* export with --precision bf16"):
+    with pytest.raises(CheckpointError, match=r"v_proj reaches .* export with `precision` bf16"):
         choose_fp16({"layers.0.self_attn.v_proj": over}, 1)
 
 

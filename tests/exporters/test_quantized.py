@@ -11,6 +11,7 @@ from embedport.attention import SHORT_ROW
 from embedport.demo.pipeline import builtin_embedder
 from embedport.errors import InputError
 from embedport.quantize.formats import Format
+from embedport.quantize.recipe import Recipe
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation import validate
 from tests.synthetic import plant_outliers
@@ -64,12 +65,12 @@ def test_short_and_long_rows_in_one_call(artifacts):
 
 
 def test_smaller_groups_are_closer(artifacts, reference):
-    def worst(group_size):
+    def mean(group_size):
         options = {"precision": "int4", "group_size": group_size, "embedding_bits": 8}
         vectors = artifacts("kv8", **options).encode(TEXTS)
-        return (vectors * reference("kv8", "embedding")).sum(axis=1).min()
+        return (vectors * reference("kv8", "embedding")).sum(axis=1).mean()
 
-    assert worst(32) > worst(64) > worst(128)
+    assert mean(32) > mean(64) > mean(128)
 
 
 def test_bytes_by_part(artifacts):
@@ -132,7 +133,7 @@ def test_a_recipe_is_replayed_to_the_byte(artifacts, checkpoints, tmp_path):
 
 def test_auto_is_the_smallest_that_keeps_the_cosine(checkpoints, artifacts, tmp_path):
     artifact = embedport.export(
-        checkpoints("kv8"), tmp_path / "auto", precision="auto", min_cosine=0.995
+        checkpoints("kv8"), tmp_path / "auto", precision="auto", min_cosine=0.995, fast=True
     )
     recipe = artifact.manifest.recipe
     assert recipe is not None
@@ -144,7 +145,7 @@ def test_auto_is_the_smallest_that_keeps_the_cosine(checkpoints, artifacts, tmp_
     smallest = min(kept, key=lambda trial: trial["bytes"])
     assert smallest["bytes"] > max(trial["bytes"] for trial in given_up)
     formats = recipe["formats"]
-    assert len(formats) == smallest["counts"].get("int4/64", 0) + smallest["counts"]["int8/128s"]
+    assert len(formats) == sum(smallest["counts"].values()) - smallest["counts"].get("fp32", 0)
     data = artifact.graph.with_name("model.onnx_data").stat().st_size
     assert abs(data - smallest["bytes"]) < 4096
     rows = [text for text in TEXTS if 0 < len(text) < 400]
@@ -153,12 +154,39 @@ def test_auto_is_the_smallest_that_keeps_the_cosine(checkpoints, artifacts, tmp_
     vectors = embedder.encode(rows)
     assert (vectors * artifacts("kv8").encode(rows)).sum(axis=1).min() >= 0.995
     measured = {each["name"] for each in search["sensitivities"]}
-    assert {"embed_tokens", "layers.0", "layers.1.mlp.down_proj"} <= measured
+    assert {"embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"} <= measured
 
 
-def test_auto_refuses_an_algorithm_before_it_reads_anything(tmp_path):
-    with pytest.raises(InputError, match="it takes no --algorithm awq"):
-        embedport.export(tmp_path / "nowhere", tmp_path / "a", precision="auto", algorithm="awq")
+def test_auto_within_a_size(checkpoints, artifacts, tmp_path):
+    """More bits for the matrices that matter most, by an algorithm that runs texts."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text for text in TEXTS if 0 < len(text) < 200))
+    sizes, worst_cosines = [], []
+    for bits in (5, 7):
+        artifact = embedport.export(
+            checkpoints("kv8"),
+            tmp_path / str(bits),
+            precision="auto",
+            average_bits=bits,
+            calibration=texts,
+        )
+        recipe = artifact.manifest.recipe
+        assert recipe is not None
+        assert (recipe["algorithm"], recipe["rotate_heads"]) == ("gptaq", True)
+        search = recipe["search"]
+        assert search["trials"] == []
+        data = artifact.graph.with_name("model.onnx_data").stat().st_size
+        assert abs(data - search["bytes"]) < 4096
+        fp32 = artifacts("kv8").artifact.graph.with_name("model.onnx_data").stat().st_size
+        # Within the size, and less than one matrix below it.
+        assert 0 <= bits / 32 * fp32 - search["bytes"] < 256 * 128
+        sizes.append(data)
+        vectors = embedport.load_embedder(artifact.folder).encode(TEXTS)
+        worst_cosines.append(worst(vectors, artifacts("kv8").encode(TEXTS)))
+        eight = {name for name, text in recipe["formats"].items() if text == "int8/128s"}
+        errors = {each["name"]: each["error"] / each["bytes"] for each in search["sensitivities"]}
+        assert min(errors[name] for name in eight) > np.median(list(errors.values())) / 4
+    assert worst_cosines[1] > worst_cosines[0]
 
 
 def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
@@ -170,21 +198,24 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8", "group_size": 32}, "--group-size goes with int8-weight and int4"),
+        ({"precision": "int8", "group_size": 32}, "`group_size` goes with int8-weight and int4"),
         ({"precision": "int4", "group_size": 48}, "group_size should be one of"),
         ({"precision": "int4", "embedding_bits": 3}, "embedding_bits should be 4 or 8"),
-        ({"precision": "int4", "algorithm": "best"}, "algorithm should be one of rtn, hqq"),
-        ({"precision": "fp16", "rotate": True}, "takes none of --algorithm, --rotate"),
-        ({"precision": "fp32", "min_cosine": 0.9}, "--min-cosine goes with --precision auto"),
-        ({"precision": "auto", "dialect": "standard"}, "--dialect ort"),
-        ({"precision": "auto", "algorithm": "hqq"}, "it takes no --algorithm hqq"),
-        ({"precision": "auto", "algorithm": "gptq"}, "it takes no --algorithm gptq"),
-        ({"precision": "bf16", "group_size": 0}, "takes none of --algorithm, --rotate"),
-        ({"embedding_bits": 0}, "takes none of --algorithm, --rotate"),
+        ({"precision": "int4", "algorithm": "best"}, "algorithm should be one of rtn, mse"),
+        ({"precision": "fp16", "rotate": True}, "takes none of `algorithm`, `rotate`"),
+        ({"precision": "fp32", "min_cosine": 0.9}, "`min_cosine` goes with `precision` auto"),
+        ({"precision": "auto", "dialect": "standard"}, "`dialect` ort"),
+        ({"precision": "int8", "fast": True}, "int8 is fast: `fast` goes with int4"),
+        ({"precision": "int4", "max_bytes": 9}, "`max_bytes` goes with `precision` auto"),
+        ({"precision": "auto", "max_bytes": 9, "average_bits": 4}, "say the same"),
+        ({"precision": "auto", "average_bits": float("nan")}, "average_bits should be above 0"),
+        ({"precision": "auto", "max_bytes": 9}, "the smallest choice takes .* is 9; allow more"),
+        ({"precision": "bf16", "group_size": 0}, "takes none of `algorithm`, `rotate`"),
+        ({"embedding_bits": 0}, "takes none of `algorithm`, `rotate`"),
         ({"recipe": "recipe.json", "embedding_bits": 0}, "a recipe decides everything"),
         ({"precision": "int4", "arithmetic": ""}, "arithmetic should be fp32 or bf16"),
-        ({"precision": "mixed"}, "comes from a recipe or --precision auto"),
-        ({"precision": "int4", "calibration": "my.txt"}, "runs no texts: --calibration goes with"),
+        ({"precision": "mixed"}, "comes from a recipe or `precision` auto"),
+        ({"precision": "int8", "calibration": "my.txt"}, "runs no texts: `calibration` goes with"),
         ({"calibration": "my.txt"}, "this export in fp32 runs no texts"),
         (
             {"precision": "int8", "dialect": "standard", "embedding_bits": 8},
@@ -211,8 +242,11 @@ def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message
         ({"formats": {"embed_tokens": "int8"}}, "not a format of a table"),
         ({"formats": {}, "rotate": "no"}, "rotate should be bool, found 'no'"),
         ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
-        ({"formats": {}, "algorithm": "stored", "rotate": True}, "should be false, found True and"),
-        ({"formats": {}, "algorithm": "stored", "balance": True}, "found False and True"),
+        (
+            {"formats": {}, "algorithm": "stored", "rotate": True},
+            "should be false, found True, False and F",
+        ),
+        ({"formats": {}, "algorithm": "stored", "balance": True}, "found False, False and True"),
         ({"formats": {}, "calibration": "my.txt"}, "calibration should be null or an artifact's"),
     ],
 )
@@ -222,6 +256,13 @@ def test_bad_recipes(checkpoints, tmp_path, recipe, message):
     with pytest.raises(InputError, match=message):
         embedport.export(checkpoints("kv8"), tmp_path / "out", recipe=path)
     assert not (tmp_path / "out").exists()
+
+
+def test_older_recipes_name_the_range_search_hqq(tmp_path):
+    path = tmp_path / "embedport.json"
+    recipe = {"formats": {"embed_tokens": "int4/64"}, "algorithm": "hqq", "search": None}
+    path.write_text(json.dumps({"format_version": 1, "recipe": recipe}))
+    assert Recipe.from_file(path).algorithm == "mse"
 
 
 def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):
@@ -252,6 +293,7 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path):
             checkpoint,
             tmp_path / str(limit),
             precision="auto",
+            fast=True,
             max_ndcg_loss=limit,
             retrieval=data,
         )
@@ -272,7 +314,7 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path):
 
 def test_targets_go_with_auto(checkpoints, tmp_path):
     folder = checkpoints("kv8")
-    with pytest.raises(InputError, match="--max-ndcg-loss goes with --precision auto"):
+    with pytest.raises(InputError, match="`max_ndcg_loss` goes with `precision` auto"):
         embedport.export(folder, tmp_path / "a", max_ndcg_loss=0.1, retrieval="builtin")
     with pytest.raises(InputError, match="go together"):
         embedport.export(folder, tmp_path / "a", precision="auto", max_ndcg_loss=0.1)

@@ -91,7 +91,11 @@ def dequantize(parts, bits):
         return (codes - middle) * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
     if "weight_packed" in parts:
         codes, scales = nibbles(parts["weight_packed"]), parts["weight_scale"].float()
-        return (codes - 8) * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
+        zeros = torch.tensor([[8]])
+        if "weight_zero_point" in parts:
+            zeros = nibbles(parts["weight_zero_point"].T).T
+            zeros = zeros.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
+        return (codes - zeros) * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
     if "weight_scale" in parts:
         return parts["weight"].float() * parts["weight_scale"].float()
     if "SCB" in parts:

@@ -177,11 +177,11 @@ def test_replayed_only_on_what_has_the_codes(stored, checkpoints, tmp_path):
 def test_its_own_codes_take_no_algorithm(stored, tmp_path):
     folder, _ = stored(bits=8)
     with pytest.raises(InputError, match="its own codes are taken"):
-        embedport.export(folder, tmp_path / "a", precision="int8-weight", algorithm="hqq")
+        embedport.export(folder, tmp_path / "a", precision="int8-weight", algorithm="mse")
     # Other precisions quantize what the codes stand for.
-    artifact = embedport.export(folder, tmp_path / "b", precision="int4", algorithm="hqq")
+    artifact = embedport.export(folder, tmp_path / "b", precision="int4", algorithm="mse")
     assert artifact.manifest.recipe is not None
-    assert artifact.manifest.recipe["algorithm"] == "hqq"
+    assert artifact.manifest.recipe["algorithm"] == "mse"
 
 
 def test_it_is_no_reference(stored, artifacts):

@@ -4,15 +4,18 @@ docs/gpu.md says which of it has run, and where.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import embedport
-from embedport.errors import DeviceError
+from embedport.artifact.folder import write_manifest
+from embedport.errors import ArtifactError, DeviceError
 from embedport.exporters.tensorrt import obstacle
-from embedport.machine.gpu import call
+from embedport.integrity import cache_folder
+from embedport.machine.gpu import call, current_device
 from embedport.runtimes.buffers import Buffer
 from embedport.texts.samples import builtin_pairs, builtin_samples
 
@@ -43,14 +46,18 @@ def check(found, expected, precision):
 def engines(tmp_path_factory, checkpoints):
     """A function (precision, task) -> the folder of an artifact with an engine, cached."""
     made = {}
-    if reason := obstacle():
+    if reason := obstacle("tensorrt"):
         pytest.skip(reason)
 
     def make(precision, task):
         if (precision, task) not in made:
             folder = tmp_path_factory.mktemp("engine") / "artifact"
             embedport.export(
-                checkpoints("blocks", task), folder, format="tensorrt", precision=precision
+                checkpoints("blocks", task),
+                folder,
+                format="tensorrt",
+                target="this-gpu",
+                precision=precision,
             )
             made[precision, task] = folder
         return made[precision, task]
@@ -70,10 +77,40 @@ def test_tensorrt(engines, precision, task):
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("precision", COSINE)
+def test_tensorrt_for_rtx(tmp_path, monkeypatch, checkpoints, precision, task):
+    """On a GPU that the library does not support, its own message is the result."""
+    if reason := obstacle("tensorrt-rtx"):
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "artifact"
+    manifest = embedport.export(
+        checkpoints("blocks", task), folder, format="tensorrt", target="rtx", precision=precision
+    ).manifest
+    assert manifest.engine is not None
+    expected = results(embedport.load(folder, device="cpu"), task)
+    capability = current_device().capability
+    supported = capability in manifest.engine.capabilities
+    # Without the check of our own, the library is asked.
+    engine = replace(manifest.engine, capabilities=(capability,))
+    write_manifest(folder, replace(manifest, engine=engine), folder.name)
+    for _ in range(2):  # the second one with the kernels of the first
+        try:
+            model = embedport.load(folder)
+        except ArtifactError as error:
+            if supported:
+                raise
+            pytest.skip(str(error))
+        for _ in range(5):
+            check(results(model, task), expected, precision)
+        assert len(list(cache_folder("tensorrt-rtx").iterdir())) == 1
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_onnxruntime(tmp_path, checkpoints, device, precision, task):
-    if device == "tensorrt" and (reason := obstacle()):
+    if device == "tensorrt" and (reason := obstacle("tensorrt")):
         pytest.skip(reason)
     dialect = "ort" if device == "cuda" else "standard"
     folder = tmp_path / "artifact"

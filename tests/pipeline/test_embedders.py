@@ -1,6 +1,8 @@
 """Embedders as their files declare them, against SentenceTransformer."""
 
 import json
+import os
+import pickle
 import shutil
 from typing import Any
 
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
-from embedport.errors import CheckpointError, InputError
+from embedport.errors import CheckpointError, DeviceError, InputError
 
 from .conftest import TEXTS, TYPES, change_tensors, edit, open_embedder, template, write_json
 
@@ -300,7 +302,7 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
         ("sentence_bert_config.json", MESSAGES, "has message, and the folder has no chat templ"),
         ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class should"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "a.B"}}, "auto_map names code"),
-        ("checkpoint-9/adapter_config.json", {"r": 8}, "folder holds an adapter: give --adapter"),
+        ("checkpoint-9/adapter_config.json", {"r": 8}, "folder holds an adapter: give `adapter`"),
     ],
 )
 def test_refused(with_modules, file, changes, message):
@@ -361,20 +363,32 @@ def test_a_tokenizer_that_transformers_would_change_is_refused(with_modules):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_model_opened_before_a_fork_says_so(with_modules):
-    import os
+def test_a_pickled_checkpoint(with_modules):
+    embedder = open_embedder(with_modules(LAST, UNIT))
+    again = pickle.loads(pickle.dumps(embedder))
+    np.testing.assert_array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
 
-    folder = with_modules(LAST, UNIT)
-    embedder = open_embedder(folder)
-    embedder.encode(TEXTS)
+
+def test_a_model_opened_before_a_fork_goes_on(with_modules):
+    """Threads of torch and of the tokenizer are missing in the child."""
+    embedder = open_embedder(with_modules(LAST, UNIT))
+    expected = embedder.encode(TEXTS)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # no assertion here: pytest's own state was forked too
         try:
-            embedder.encode(TEXTS)
-            os.write(write, b"it ran")
+            os.write(write, embedder.encode(TEXTS).tobytes())
         except Exception as error:
             os.write(write, str(error).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    assert b"opened before this process was forked" in os.read(read, 1000)
+    found = os.read(read, 2 * expected.nbytes)
+    np.testing.assert_allclose(np.frombuffer(found, np.float32), expected.ravel(), atol=1e-6)
+
+
+def test_a_model_on_a_gpu_does_not_survive_a_fork(with_modules, monkeypatch):
+    embedder = open_embedder(with_modules(LAST, UNIT))
+    monkeypatch.setattr(embedder.model, "device", "cuda")
+    monkeypatch.setattr(embedder.model, "_pid", -1)
+    with pytest.raises(DeviceError, match="opened before this process was forked"):
+        embedder.encode(TEXTS)

@@ -135,7 +135,7 @@ def test_embedders(embedder_of, tmp_path, case):
 @pytest.mark.parametrize("case", IN_8_AND_4_BITS)
 def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
     folder, prompt = embedder_of(case)
-    options: Any = {"group_size": 32} if precision == "int4" else {}
+    options: Any = {"fast": True, "group_size": 32} if precision == "int4" else {}
     artifact = embedport.export(folder, tmp_path / "artifact", precision=precision, **options)
     found = open_embedder(artifact.folder).encode(TEXTS, prompt=prompt)
     limit = THRESHOLDS[precision].min_cosine
@@ -165,7 +165,7 @@ def test_rerankers(descend, small_tokenizer, tmp_path, no, causal, window, preci
     (folder / "chat_template.jinja").write_text(ROLES)
     edit(folder / "config.json", is_causal=causal, **window)
     expected = CrossEncoder(str(folder), device="cpu").predict(PAIRS)
-    options: Any = {"group_size": 32} if precision == "int4" else {}
+    options: Any = {"fast": True, "group_size": 32} if precision == "int4" else {}
     artifact = embedport.export(folder, tmp_path / "artifact", precision=precision, **options)
     assert artifact.manifest.graph is not None
     assert (artifact.manifest.graph.continuation is None) == bool(window or not causal)

@@ -213,9 +213,9 @@ def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
 def test_a_plain_language_model_asks_for_the_task(descend):
     folder = descend("reranker")
     (folder / "README.md").write_text("---\npipeline_tag: text-generation\n---\nA model.\n")
-    with pytest.raises(InputError, match=r"its files do not state the task.*--task"):
+    with pytest.raises(InputError, match=r"its files do not state the task.*`task`"):
         ModelSpec.from_checkpoint(folder)
-    with pytest.raises(InputError, match="--task embedding or --task reranker"):
+    with pytest.raises(InputError, match="`task` embedding or `task` reranker"):
         embedport.load(folder, device="cpu")
     assert isinstance(embedport.load(folder, device="cpu", task="embedding"), embedport.Embedder)
     assert isinstance(embedport.load(folder, device="cpu", task="reranker"), embedport.Reranker)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from embedport.errors import InputError
-from embedport.quantize.gptq import quantize_gptq
-from embedport.quantize.hqq import quantize_hqq
+from embedport.quantize.gptq import Curvature, quantize_gptq
+from embedport.quantize.mse import quantize_mse
 from embedport.quantize.pairs import SHARES, find_excess
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
@@ -20,12 +20,14 @@ INPUTS = RANDOM.standard_normal((400, WIDTH)) @ RANDOM.standard_normal((WIDTH, W
 HESSIAN = INPUTS.T @ INPUTS / len(INPUTS)
 ROUNDINGS = {
     "rtn": quantize_rtn,
-    "hqq": quantize_hqq,
-    "hqq by importance": partial(
-        quantize_hqq, importance=np.linspace(0, 9, WIDTH, dtype=np.float32)
+    "mse": quantize_mse,
+    "mse by importance": partial(
+        quantize_mse, importance=np.linspace(0, 9, WIDTH, dtype=np.float32)
     ),
-    "gptq": lambda weight, scheme: quantize_gptq(weight, HESSIAN, scheme),
-    "gptq in order": lambda weight, scheme: quantize_gptq(weight, HESSIAN, scheme, act_order=False),
+    "gptq": lambda weight, scheme: quantize_gptq(weight, Curvature(HESSIAN), scheme),
+    "gptq in order": lambda weight, scheme: quantize_gptq(
+        weight, Curvature(HESSIAN, act_order=False), scheme
+    ),
 }
 WEIGHTS = {
     "the largest everywhere": np.ones((3, WIDTH)),
@@ -94,7 +96,7 @@ def test_gptq_makes_good_what_a_partner_does_not_leave():
         return (((tensor.dequantize() - weight) @ INPUTS.T) ** 2).sum()
 
     found = error(ROUNDINGS["gptq"](weight, LIMITED))
-    assert found < 0.5 * error(quantize_hqq(weight, LIMITED))
+    assert found < 0.5 * error(quantize_mse(weight, LIMITED))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
-from embedport.quantize.rotation import RotatedWeights, orthogonal
+from embedport.quantize.rotation import RotatedHeads, RotatedWeights, orthogonal
 from embedport.quantize.smoothquant import balanced
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from tests.synthetic import plant_outliers
@@ -65,7 +65,12 @@ def weights(request, checkpoints):
 
 @pytest.mark.parametrize(
     "transform",
-    [RotatedWeights, balanced, lambda weights: balanced(RotatedWeights(weights))],
+    [
+        RotatedWeights,
+        RotatedHeads.seeded,
+        balanced,
+        lambda weights: balanced(RotatedWeights(weights)),
+    ],
 )
 def test_the_function_is_the_same(weights, transform):
     ids = np.random.default_rng(0).integers(0, 1000, 24)
@@ -80,13 +85,21 @@ def test_a_rotation_changes_every_matrix(weights):
             assert not np.allclose(rotated.read_fp32(name), weights.read_fp32(name), atol=1e-3)
 
 
-@pytest.mark.parametrize("transform", [RotatedWeights, balanced])
+@pytest.mark.parametrize("transform", [RotatedWeights, RotatedHeads.seeded, balanced])
 def test_rows_are_rows_of_the_whole(weights, transform):
     source = transform(weights)
     for name in weights.spec.tensor_shapes():
         if name != "lm_head.weight":
             whole = source.read_fp32(name)
             np.testing.assert_allclose(source.read_fp32(name, slice(3, 9)), whole[3:9], atol=1e-5)
+
+
+def test_rotated_heads_leave_all_else(weights):
+    rotated = RotatedHeads.seeded(weights)
+    for name in weights.spec.tensor_shapes():
+        if name != "lm_head.weight":
+            same = np.array_equal(rotated.read_fp32(name), weights.read_fp32(name))
+            assert same != name.endswith(("v_proj.weight", "o_proj.weight")), name
 
 
 @pytest.mark.parametrize("size", [16, 96, 80, 7])

@@ -227,7 +227,7 @@ def test_another_job(job):
         "max_length": {"max_length": 9},
     }
     for name, change in changes.items():
-        with pytest.raises(InputError, match=f"another job, whose {name} was .*--force"):
+        with pytest.raises(InputError, match=f"another job, whose {name} was .*`force`"):
             encode_corpus(replace(job, **change), run_here)
     job.input.write_text('{"text": "new"}\n')
     with pytest.raises(InputError, match="whose input_sha256 was"):

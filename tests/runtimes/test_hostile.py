@@ -124,7 +124,7 @@ def test_the_hubs_cache_is_made_of_links(folder, tmp_path):
 
 def test_an_adapter_is_not_passed_over(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/evil"}')
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: .* give --adapter"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: .* give `adapter`"):
         embedport.load(folder, device="cpu")
 
 

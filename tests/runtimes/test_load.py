@@ -2,13 +2,18 @@
 
 import json
 import logging
+import os
+import pickle
+import subprocess
+import sys
 from threading import Event
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import embedport
-from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError
+from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError, require
 from embedport.runtimes import loading
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
@@ -37,6 +42,43 @@ def test_kinds(embedder, reranker):
     assert embedder.device == "cpu"
     assert "dim=64" in repr(embedder)
     assert "cpu" in repr(reranker)
+
+
+def test_a_pickle_is_the_way_to_open_it(folders):
+    embedder = embedport.load(folders / "embedding", device="cpu", max_length=5)
+    assert isinstance(embedder, embedport.Embedder)
+    embedder.ranges = {"64": [[0.0] * 64, [1.0] * 64]}
+    pickled = pickle.dumps(embedder)
+    assert len(pickled) < 5000
+    again = pickle.loads(pickled)
+    assert repr(again) == repr(embedder)
+    assert again.ranges == embedder.ranges
+    text = "more words than five tokens have room for"
+    np.testing.assert_array_equal(again.encode([text]), embedder.encode([text]))
+
+
+def test_a_pickled_reranker(reranker):
+    again = pickle.loads(pickle.dumps(reranker))
+    assert again.score([("tea", "a leaf")]) == reranker.score([("tea", "a leaf")])
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_telemetry_unless_asked_for(tmp_path, asked):
+    """Telemetry begins when onnxruntime is imported: it writes a device id."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    environment |= {"ORT_DISABLE_TELEMETRY": "0"} if asked else {}
+    code = "from embedport.errors import require; require('onnxruntime', 'cpu')"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert bool(list(tmp_path.rglob("deviceid"))) == asked
+
+
+def test_telemetry_stops_if_onnxruntime_is_there_already(monkeypatch):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    with mock.patch("onnxruntime.disable_telemetry_events") as disable:
+        require("onnxruntime", "cpu")
+        require("onnxruntime", "cpu")
+    disable.assert_called_once_with()
 
 
 def test_the_tokenizer_is_read_while_the_graph_opens(folders, monkeypatch):
@@ -185,7 +227,7 @@ def test_a_text_too_long_for_the_memory(tmp_path, checkpoints, monkeypatch):
     monkeypatch.setattr(adapter, "available_memory", lambda: 10 * 2**20)
     assert embedder.encode(["short"]).shape == (1, 64)
     with pytest.raises(
-        InputError, match=r"takes 7 GB on a CPU in the standard dialect.* --dialect ort"
+        InputError, match=r"takes 7 GB on a CPU in the standard dialect.* `dialect` ort"
     ):
         embedder.encode(["word " * 5_000])
     monkeypatch.setattr(adapter, "available_memory", lambda: None)

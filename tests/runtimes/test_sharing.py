@@ -36,7 +36,8 @@ def rerankers(tmp_path_factory, checkpoints):
     def make(geometry="kv2", precision="fp32"):
         if (geometry, precision) not in made:
             output = tmp_path_factory.mktemp("artifact") / "model"
-            embedport.export(checkpoints(geometry, "reranker"), output, precision=precision)
+            options: Any = {"precision": precision, "fast": precision == "int4"}
+            embedport.export(checkpoints(geometry, "reranker"), output, **options)
             made[geometry, precision] = load(output)
         return made[geometry, precision]
 

@@ -1,16 +1,16 @@
-"""A thin stand-in for TensorRT and the CUDA runtime, so that their adapter runs on a CPU.
+"""A stand-in for a GPU: the CUDA runtime, and the half of TensorRT that needs a device.
 
 It does what our code asks for and nothing else: "device" memory is the host's, a stream runs at
-once or records, and an engine is the graph in onnxruntime. What TensorRT itself would say to a
-call is not in here.
+once or records, and an engine is the graph in onnxruntime. Parsing and building are TensorRT for
+RTX's own, which needs no GPU for them.
 """
 
 import ctypes
 import enum
 import itertools
-import json
 import math
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -18,6 +18,10 @@ import onnxruntime
 import pytest
 
 import embedport
+from embedport.artifact.folder import write_manifest
+from embedport.machine.engine import Device, Profile
+
+PROFILES = ("1x1:2x8:4x64", "8x128:8x128:8x128")
 
 
 class Cuda(ModuleType):
@@ -25,6 +29,7 @@ class Cuda(ModuleType):
 
     Attributes:
         device: Name and compute capability of the only GPU; None for no GPU.
+        driver: The driver's CUDA version.
         launches: CUDA graphs that were launched.
         handles: What is there by its handle: "stream", or a graph's operations.
     """
@@ -38,6 +43,7 @@ class Cuda(ModuleType):
     def __init__(self):
         super().__init__("cuda.bindings.runtime")
         self.device = ("Fake H100", (9, 0))
+        self.driver = 13020
         self.launches = 0
         self.handles = {}
         self._numbers = itertools.count(7)
@@ -69,6 +75,9 @@ class Cuda(ModuleType):
         if self.device is None:
             return self.cudaError_t.cudaErrorNoDevice, 0
         return self._ok(1)
+
+    def cudaDriverGetVersion(self):
+        return self._ok(self.driver)
 
     def cudaGetDevice(self):
         return self._ok(0)
@@ -121,180 +130,101 @@ class Cuda(ModuleType):
         return self._ok()
 
 
-class Layer:
-    """A layer of a network: `type`, until code gives it its own class."""
-
-    def __init__(self, kind, attention):
-        self.type = kind
-        self._attention = attention
-
-
-class IAttentionInputLayer(Layer):
-    @property
-    def attention(self):
-        return self._attention
-
-
-class IProgressMonitor:
-    def __init__(self):
-        pass
-
-
 class TensorRT(ModuleType):
-    """tensorrt.
+    """TensorRT for RTX, with another version and with a runtime that stands in for a GPU's.
 
     Attributes:
-        built: What the last build was asked for.
-        parse_error: What the parser finds wrong, or None.
-        fails: Whether the builder gives nothing.
-        shapes: (profile, shape) of each run.
-        contexts: How many were made.
+        profiles: The profiles of engines that are loaded.
         session: The graph in onnxruntime, which engines run.
+        shapes: (profile, shape) of each run.
+        contexts: The execution contexts that were made.
+        takes_kept_kernels: Whether kernels of an earlier process are for this machine.
     """
 
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, severity):
-            pass
-
-    # The flags that TensorRT 11 still has.
-    BuilderFlag = enum.Enum("BuilderFlag", ["TF32", "VERSION_COMPATIBLE"])
-    LayerType = enum.Enum("LayerType", ["ATTENTION_INPUT", "SHUFFLE"])
-    HardwareCompatibilityLevel = enum.Enum(
-        "HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY"]
-    )
-    ExecutionContextAllocationStrategy = enum.Enum(
-        "ExecutionContextAllocationStrategy", ["USER_MANAGED"]
-    )
-    IAttentionInputLayer = IAttentionInputLayer
-    IProgressMonitor = IProgressMonitor
-    Dims = tuple
-
-    def __init__(self, version, cuda):
-        super().__init__("tensorrt")
+    def __init__(self, real, version, cuda):
+        super().__init__(real.__name__)
         self.__version__ = version
+        self._real = real
         self.cuda = cuda
-        flags = {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
-        if version.startswith("11"):
-            flags = {"STRONGLY_TYPED": 0}
-        self.NetworkDefinitionCreationFlag = enum.IntEnum("Flag", flags)
-        self.built = None
-        self.parse_error = None
-        self.fails = False
-        self.shapes = []
-        self.contexts = 0
+        self.profiles = []
         self.session = None
+        self.shapes = []
+        self.contexts = []
+        self.takes_kept_kernels = True
 
-    def Builder(self, logger):
-        return Builder(self)
-
-    def OnnxParser(self, network, logger):
-        return Parser(self, network)
+    def __getattr__(self, name):
+        return getattr(self._real, name)
 
     def Runtime(self, logger):
-        return Runtime(self)
-
-
-class Builder:
-    def __init__(self, trt):
-        self.trt = trt
-
-    def create_network(self, flags):
-        kinds = self.trt.LayerType
-        layers = [
-            Layer(kinds.SHUFFLE, None),
-            Layer(kinds.ATTENTION_INPUT, SimpleNamespace(decomposable=False)),
-        ]
-        return SimpleNamespace(
-            flags=flags, layers=layers, num_layers=len(layers), get_layer=layers.__getitem__
-        )
-
-    def create_builder_config(self):
-        return Config()
-
-    def create_optimization_profile(self):
-        shapes = {}
-        return SimpleNamespace(
-            shapes=shapes, set_shape=lambda name, *three: shapes.update({name: three})
-        )
-
-    def build_serialized_network(self, network, config):
-        self.trt.built = SimpleNamespace(network=network, config=config)
-        monitor = config.progress_monitor
-        monitor.phase_start("Building", None, 2)
-        monitor.phase_start("Timing", "Building", 1)
-        going = monitor.step_complete("Timing", 0)
-        monitor.phase_finish("Timing")
-        going = going and monitor.step_complete("Building", 0)
-        monitor.phase_finish("Building")
-        if self.trt.fails or not going:
-            return None
-        profiles = [each.shapes["input_ids"] for each in config.profiles]
-        return json.dumps({"graph": network.path, "profiles": profiles}).encode()
-
-
-class Config:
-    hardware_compatibility_level = None
-    progress_monitor = None
-
-    def __init__(self):
-        self.cleared, self.flags, self.profiles = [], [], []
-        self.given = None
-        self.clear_flag, self.set_flag = self.cleared.append, self.flags.append
-        self.add_optimization_profile = self.profiles.append
-
-    def create_timing_cache(self, data):
-        self.given = data
-        return data
-
-    def set_timing_cache(self, cache, ignore_mismatch):
-        assert not ignore_mismatch
-
-    def get_timing_cache(self):
-        return SimpleNamespace(serialize=lambda: b"how long it took")
-
-
-class Parser:
-    def __init__(self, trt, network):
-        self.trt, self.network = trt, network
-        self.num_errors = 1
-
-    def parse_from_file(self, path):
-        self.network.path = path
-        return self.trt.parse_error is None
-
-    def get_error(self, index):
-        node, text = self.trt.parse_error
-        return SimpleNamespace(node_name=lambda: node, desc=lambda: text)
+        return Runtime(self, logger)
 
 
 class Runtime:
     engine_host_code_allowed = False
 
-    def __init__(self, trt):
-        self.trt = trt
+    def __init__(self, trt, logger):
+        self.trt, self.logger = trt, logger
 
     def deserialize_cuda_engine(self, plan):
-        data = bytes(plan)
-        return Engine(self.trt, json.loads(data)) if data.startswith(b"{") else None
+        # How a plan of TensorRT for RTX begins.
+        if bytes(plan[:4]) == b"vtrt":
+            return Engine(self.trt)
+        self.logger.log(self.trt.ILogger.Severity.ERROR, "the magic number is wrong")
+        return None
 
 
 class Engine:
     device_memory_size_v2 = 64
 
-    def __init__(self, trt, facts):
+    def __init__(self, trt):
         self.trt = trt
-        self.profiles = facts["profiles"]
+
+    def create_runtime_config(self):
+        return RuntimeConfig(self.trt)
 
     def create_execution_context(self, strategy):
-        self.trt.contexts += 1
-        return Context(self)
+        if isinstance(strategy, RuntimeConfig):
+            assert strategy.cache is not None
+            strategy.cache.compiled.add(f"context {len(self.trt.contexts)}")
+        self.trt.contexts.append(strategy)
+        return Context(self, strategy)
+
+
+class RuntimeConfig:
+    cuda_graph_strategy = None
+    strategy = None
+    cache = None
+
+    def __init__(self, trt):
+        self.trt = trt
+
+    def create_runtime_cache(self):
+        return RuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
+class RuntimeCache:
+    def __init__(self, trt):
+        self.trt = trt
+        self.compiled = set()
+
+    def serialize(self):
+        return "\n".join(sorted(self.compiled)).encode()
+
+    def deserialize(self, data):
+        if self.trt.takes_kept_kernels:
+            self.compiled = set(data.decode().split("\n"))
+        return self.trt.takes_kept_kernels
 
 
 class Context:
-    def __init__(self, engine):
-        self.engine, self.cuda = engine, engine.trt.cuda
+    def __init__(self, engine, config):
+        self.engine, self.cuda, self.config = engine, engine.trt.cuda, config
         self.profile, self.memory = None, None
         self.addresses, self.shapes = {}, {}
 
@@ -310,14 +240,16 @@ class Context:
         return True
 
     def set_input_shape(self, name, shape):
-        low, _, high = self.engine.profiles[self.profile]
+        profile = self.engine.trt.profiles[self.profile]
         self.shapes[name] = shape
-        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+        return all(a <= b <= c for a, b, c in zip(profile.min, shape, profile.max, strict=True))
 
     def execute_async_v3(self, stream):
         assert self.memory is not None
         shapes = dict(self.shapes)
         self.engine.trt.shapes.append((self.profile, shapes["input_ids"]))
+        if isinstance(self.config, RuntimeConfig):
+            self.config.cache.compiled.add(f"shape {shapes['input_ids']}")
 
         def run():
             feeds = {
@@ -344,13 +276,20 @@ def cuda(monkeypatch):
     return module
 
 
-@pytest.fixture
-def tensorrt(monkeypatch, cuda):
-    """A function (version) -> the module `tensorrt` of that version from now on."""
+@pytest.fixture(scope="session")
+def rtx():
+    """The module of TensorRT for RTX."""
+    return pytest.importorskip("tensorrt_rtx")
 
-    def install(version="11.1.0.106"):
-        module = TensorRT(version, cuda)
-        monkeypatch.setitem(sys.modules, "tensorrt", module)
+
+@pytest.fixture
+def tensorrt(monkeypatch, cuda, rtx):
+    """A function (library, version) -> its module, on a machine with a GPU from now on."""
+
+    def install(library="tensorrt", version=None):
+        default = {"tensorrt": "11.1.0.106", "tensorrt-rtx": rtx.__version__}
+        module = TensorRT(rtx, version or default[library], cuda)
+        monkeypatch.setitem(sys.modules, library.replace("-", "_"), module)
         return module
 
     return install
@@ -370,27 +309,49 @@ def graphs(tmp_path_factory, checkpoints):
     return make
 
 
-@pytest.fixture
-def build(graphs, tensorrt, tmp_path):
-    """A function (task, version, **options) -> (artifact with an engine, tensorrt)."""
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory, graphs, rtx):
+    """A function (task) -> an artifact with an engine of TensorRT for RTX, cached."""
+    made = {}
 
-    def make(task="embedding", version="11.1.0.106", **options):
-        trt = tensorrt(version)
-        trt.session = onnxruntime.InferenceSession(graphs(task).graph)
-        artifact = embedport.export(
-            graphs(task).folder, tmp_path / "engine", format="tensorrt", **options
-        )
-        return artifact, trt
+    def make(task="embedding"):
+        if task not in made:
+            folder = tmp_path_factory.mktemp(task) / "engine"
+            made[task] = embedport.export(
+                graphs(task).folder, folder, format="tensorrt", target="rtx", profiles=PROFILES
+            )
+        return made[task]
 
     return make
 
 
 @pytest.fixture
-def attention_layers():
-    """A function (network) -> its attention layers."""
-    return lambda network: [
-        each for each in network.layers if isinstance(each, IAttentionInputLayer)
-    ]
+def installed(engines, graphs, tensorrt, copied, cuda):
+    """A function (library, task, profiles) -> (artifact with an engine of the library, library).
+
+    For "tensorrt" the engine is said to have been built on the GPU that is there.
+    """
+
+    def make(library="tensorrt", task="embedding", profiles=("1x1:1x32:8x8192",), **record):
+        trt = tensorrt(library)
+        trt.session = onnxruntime.InferenceSession(graphs(task).graph)
+        trt.profiles = [Profile.parse(text) for text in profiles]
+        folder = copied(engines(task).folder)
+        manifest = engines(task).manifest
+        device = Device(*cuda.device)
+        engine = replace(
+            manifest.engine,
+            library=library,
+            device=device if library == "tensorrt" else None,
+            capabilities=() if library == "tensorrt" else (device.capability,),
+            tensorrt=trt.__version__,
+            profiles=tuple(trt.profiles),
+            **record,
+        )
+        write_manifest(folder, replace(manifest, engine=engine), folder.name)
+        return embedport.Artifact.open(folder), trt
+
+    return make
 
 
 @pytest.fixture

@@ -1,9 +1,15 @@
-"""The adapter on an engine that is onnxruntime underneath."""
+"""The adapter on a GPU that is stood in for, with engines that are onnxruntime underneath."""
+
+import sys
 
 import numpy as np
 import pytest
 
+from embedport.artifact.folder import write_manifest
+from embedport.cached import read_cached
+from embedport.cli import main
 from embedport.errors import ArtifactError, DeviceError, InputError, MissingPackageError
+from embedport.machine.engine import LIBRARIES, EngineRecord, Profile
 from embedport.runtimes import tensorrt as adapter
 from embedport.texts.samples import builtin_pairs, builtin_samples
 
@@ -11,8 +17,9 @@ TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PROFILES = ["1x1:1x8:2x512", "4x16:8x64:16x512"]
 
 
-def test_embedder(build, graphs, load):
-    artifact, trt = build(profiles=PROFILES)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_embedder(installed, graphs, load, library):
+    artifact, trt = installed(library, profiles=PROFILES)
     embedder = load(artifact.folder, max_length=512)
     expected = load(graphs().folder, device="cpu", max_length=512)
     assert (embedder.device, embedder.model.precision) == ("cuda", "fp32")
@@ -22,17 +29,17 @@ def test_embedder(build, graphs, load):
     assert {profile for profile, _ in trt.shapes} == {0, 1}
 
 
-def test_reranker(build, graphs, load):
-    artifact, _ = build("reranker", profiles=PROFILES)
+def test_reranker(installed, graphs, load):
+    artifact, _ = installed("tensorrt-rtx", "reranker", PROFILES)
     pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
     expected = load(graphs("reranker").folder, device="cpu", max_length=512).score(pairs)
     scores = load(artifact.folder, max_length=512).score(pairs)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_shapes(build, load):
+def test_shapes(installed, load):
     """Padded to a multiple of eight and to the profile's least; cut into parts beyond its most."""
-    artifact, trt = build(profiles=PROFILES)
+    artifact, trt = installed(profiles=PROFILES)
     model = load(artifact.folder).model
     ids = np.ones((1, 5), np.int64)
     for rows, tokens, shapes in [
@@ -47,8 +54,8 @@ def test_shapes(build, load):
         assert trt.shapes == shapes
 
 
-def test_padding_on_the_left(build, load):
-    artifact, _ = build(profiles=PROFILES)
+def test_padding_on_the_left(installed, load):
+    artifact, _ = installed(profiles=PROFILES)
     model = load(artifact.folder).model
     ids = np.arange(10, 17)[None]
     left = np.pad(ids, ((0, 0), (4, 0)))
@@ -56,8 +63,8 @@ def test_padding_on_the_left(build, load):
     np.testing.assert_allclose(model(left, (left > 0).astype(np.int64)), expected, atol=1e-6)
 
 
-def test_repeated_shapes_become_graphs(build, cuda, load):
-    artifact, trt = build(profiles=PROFILES)
+def test_repeated_shapes_become_graphs(installed, cuda, load):
+    artifact, trt = installed(profiles=PROFILES)
     model = load(artifact.folder).model
     generator = np.random.default_rng(0)
     for run in range(6):
@@ -66,15 +73,15 @@ def test_repeated_shapes_become_graphs(build, cuda, load):
         again = trt.session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
         np.testing.assert_allclose(found, again, atol=1e-6)
         assert cuda.launches == max(0, run + 1 - adapter.REPEATS)
-    assert trt.contexts == len(PROFILES) + 1
+    assert len(trt.contexts) == len(PROFILES) + 1
     other = np.ones((1, 24), np.int64)
     model(other, other)
     assert cuda.launches == 6 - adapter.REPEATS
 
 
-def test_no_more_graphs_than_that(build, cuda, monkeypatch, load):
+def test_no_more_graphs_than_that(installed, cuda, monkeypatch, load):
     monkeypatch.setattr(adapter, "MAX_GRAPHS", 1)
-    artifact, _ = build(profiles=PROFILES)
+    artifact, _ = installed(profiles=PROFILES)
     model = load(artifact.folder).model
     for tokens in (8, 16):
         for _ in range(adapter.REPEATS + 2):
@@ -83,8 +90,8 @@ def test_no_more_graphs_than_that(build, cuda, monkeypatch, load):
     assert cuda.launches == 2
 
 
-def test_what_cannot_be_captured_runs_all_the_same(build, cuda, monkeypatch, caplog, load):
-    artifact, _ = build(profiles=PROFILES)
+def test_what_cannot_be_captured_runs_all_the_same(installed, cuda, monkeypatch, caplog, load):
+    artifact, _ = installed(profiles=PROFILES)
     model = load(artifact.folder).model
     context = type(model._contexts[0])
     run = context.execute_async_v3
@@ -99,8 +106,8 @@ def test_what_cannot_be_captured_runs_all_the_same(build, cuda, monkeypatch, cap
         np.testing.assert_array_equal(each, results[0])
 
 
-def test_memory_is_given_back(build, cuda, load):
-    artifact, _ = build(profiles=PROFILES)
+def test_memory_is_given_back(installed, cuda, load):
+    artifact, _ = installed(profiles=PROFILES)
     before = len(cuda._memory)
     embedder = load(artifact.folder)
     assert len(cuda._memory) == before + 7  # two inputs and the output twice, the scratch
@@ -108,9 +115,9 @@ def test_memory_is_given_back(build, cuda, load):
     assert len(cuda._memory) == before
 
 
-def test_streams_and_graphs_are_given_back(build, cuda, monkeypatch, load):
+def test_streams_and_graphs_are_given_back(installed, cuda, monkeypatch, load):
     """A stream and one instantiated graph while the model is there, and nothing after it."""
-    artifact, _ = build(profiles=PROFILES)
+    artifact, _ = installed(profiles=PROFILES)
     embedder = load(artifact.folder)
     context = type(embedder.model._contexts[0])
     run = context.execute_async_v3
@@ -130,8 +137,8 @@ def test_streams_and_graphs_are_given_back(build, cuda, monkeypatch, load):
     assert cuda.handles == {}
 
 
-def test_a_graph_that_cannot_be_instantiated_is_given_back(build, cuda, monkeypatch, load):
-    artifact, _ = build(profiles=PROFILES)
+def test_a_graph_that_cannot_be_instantiated_is_given_back(installed, cuda, monkeypatch, load):
+    artifact, _ = installed(profiles=PROFILES)
     model = load(artifact.folder).model
     error = cuda.cudaError_t.cudaErrorNoDevice
     monkeypatch.setattr(cuda, "cudaGraphInstantiate", lambda graph, flags: (error, None))
@@ -143,8 +150,8 @@ def test_a_graph_that_cannot_be_instantiated_is_given_back(build, cuda, monkeypa
     assert list(cuda.handles.values()) == ["stream"]
 
 
-def test_too_long(build, load):
-    artifact, _ = build(profiles=["1x1:1x8:2x64"])
+def test_too_long(installed, load):
+    artifact, _ = installed(profiles=["1x1:1x8:2x64"])
     embedder = load(artifact.folder)
     assert embedder.encode([TEXTS[0] * 50]).shape == (1, 64)  # cut to what the engine takes
     embedder = load(artifact.folder, max_length=100)
@@ -152,13 +159,13 @@ def test_too_long(build, load):
         embedder.encode([TEXTS[0] * 50])
 
 
-def test_another_machine(build, cuda, tensorrt, load):
-    artifact, _ = build()
+def test_another_machine(installed, cuda, tensorrt, load):
+    artifact, _ = installed()
     cuda.device = ("Fake A100", (8, 0))
-    with pytest.raises(DeviceError, match=r"model.plan: the engine was built on Fake H100 .*A100"):
+    with pytest.raises(DeviceError, match=r"model.plan: the engine runs on Fake H100 .*Fake A100"):
         load(artifact.folder)
     cuda.device = ("Fake H100", (9, 0))
-    tensorrt("11.2.0.1")
+    tensorrt("tensorrt", "11.2.0.1")
     with pytest.raises(DeviceError, match=r"TensorRT 11.1.0.106; here is 11.2.0.1: build it here"):
         load(artifact.folder)
     cuda.device = None
@@ -166,19 +173,10 @@ def test_another_machine(build, cuda, tensorrt, load):
         load(artifact.folder)
 
 
-def test_without_tensorrt(build, monkeypatch, graphs, load):
-    artifact, _ = build()
-    monkeypatch.undo()
-    with pytest.raises(MissingPackageError, match="tensorrt is not installed: pip install"):
-        load(artifact.folder)
-    vectors = load(artifact.folder, device="cpu").encode(TEXTS)
-    expected = load(graphs().folder, device="cpu").encode(TEXTS)
-    np.testing.assert_array_equal(vectors, expected)
-
-
-def test_version_compatible_engines_may_run_their_code(build, tensorrt, load):
-    artifact, _ = build(version_compatible=True)
-    later = tensorrt("11.4.0.1")
+def test_version_compatible_engines_may_run_their_code(installed, tensorrt, load):
+    artifact, trt = installed(version_compatible=True)
+    later = tensorrt("tensorrt", "11.4.0.1")
+    later.session, later.profiles = trt.session, trt.profiles
     runtimes = []
     make = later.Runtime
     later.Runtime = lambda logger: runtimes.append(make(logger)) or runtimes[-1]
@@ -186,19 +184,147 @@ def test_version_compatible_engines_may_run_their_code(build, tensorrt, load):
     assert [each.engine_host_code_allowed for each in runtimes] == [True]
 
 
-def test_tensorrt_does_not_take_the_engine(build, tensorrt, load):
-    artifact, trt = build()
-    runtime = type(trt.Runtime(None))
-    take = runtime.deserialize_cuda_engine
-    runtime.deserialize_cuda_engine = lambda self, plan: None
-    try:
-        with pytest.raises(ArtifactError, match=r"11.1.0.106 does not take the engine"):
+def test_a_damaged_engine(installed, load):
+    artifact, _ = installed()
+    plan = artifact.folder / "engine" / "model.plan"
+    plan.write_bytes(b"no plan" + plan.read_bytes())
+    write_manifest(artifact.folder, artifact.manifest, "name")
+    message = r"TensorRT 11.1.0.106 does not take the engine; the magic number is wrong. Build it"
+    with pytest.raises(ArtifactError, match=message):
+        load(artifact.folder)
+
+
+class TestForRTX:
+    """What differs for engines that were built ahead of time."""
+
+    @pytest.fixture
+    def kernels(self, monkeypatch, tmp_path):
+        """A function () -> the files of kernels."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return lambda: sorted((tmp_path / "cache" / "embedport" / "tensorrt-rtx").glob("*"))
+
+    def test_its_own_graphs(self, installed, cuda, rtx, load):
+        artifact, trt = installed("tensorrt-rtx", profiles=PROFILES)
+        model = load(artifact.folder).model
+        ids = np.ones((1, 8), np.int64)
+        for _ in range(adapter.REPEATS + 2):
+            model(ids, ids)
+        assert cuda.launches == 0
+        assert len(trt.contexts) == len(PROFILES)
+        for config in trt.contexts:
+            assert config.cuda_graph_strategy == rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            assert config.strategy == rtx.ExecutionContextAllocationStrategy.USER_MANAGED
+
+    def test_kernels_are_kept(self, installed, cuda, kernels, load):
+        artifact, trt = installed("tensorrt-rtx")
+        model = load(artifact.folder).model
+        ids = np.ones((1, 8), np.int64)
+        assert kernels() == []
+        model(ids, ids)
+        (file,) = kernels()
+        sha256 = artifact.manifest.files["engine/model.plan"].sha256
+        machine = f"fake-h100-compute-capability-9-0-13-2-{trt.__version__.replace('.', '-')}"
+        assert file.name == f"{sha256[:32]}-{machine}.kernels"
+        assert read_cached(file) == b"context 0\nshape (1, 8)"
+        # A new shape's kernels are kept at the fourth batch.
+        for tokens in (16, 16, 16):
+            ids = np.ones((1, tokens), np.int64)
+            model(ids, ids)
+        kept = read_cached(file)
+        assert kept is not None
+        assert b"shape (1, 16)" in kept
+        model = load(artifact.folder).model
+        assert trt.contexts[-1].cache.compiled > set(kept.decode().split("\n"))
+        cuda.driver = 13030
+        load(artifact.folder).model(ids, ids)
+        assert len(kernels()) == 2
+
+    def test_damaged_kernels(self, installed, kernels, load):
+        artifact, trt = installed("tensorrt-rtx")
+        ids = np.ones((1, 8), np.int64)
+        load(artifact.folder).model(ids, ids)
+        (file,) = kernels()
+        file.write_bytes(file.read_bytes()[:-1])
+        load(artifact.folder).model(ids, ids)
+        assert trt.contexts[-1].cache.compiled == {"context 1", "shape (1, 8)"}
+        assert read_cached(file) == b"context 1\nshape (1, 8)"
+
+    def test_kernels_for_another_driver(self, installed, kernels, caplog, load):
+        """The library has the last word; what it does not take is compiled and kept again."""
+        artifact, trt = installed("tensorrt-rtx")
+        ids = np.ones((1, 8), np.int64)
+        load(artifact.folder).model(ids, ids)
+        trt.takes_kept_kernels = False
+        with caplog.at_level("INFO"):
+            load(artifact.folder).model(ids, ids)
+        assert "is not for this machine: its kernels are compiled again" in caplog.text
+        (file,) = kernels()
+        assert read_cached(file) == b"context 1\nshape (1, 8)"
+
+    def test_another_gpu(self, installed, cuda, load):
+        artifact, _ = installed("tensorrt-rtx")
+        cuda.device = ("Fake A100", (8, 0))
+        message = (
+            r"model.plan: the engine runs on GPUs of compute capability 9.0; here is Fake A100"
+        )
+        with pytest.raises(DeviceError, match=message):
             load(artifact.folder)
-    finally:
-        runtime.deserialize_cuda_engine = take
+
+    def test_another_release(self, installed, tensorrt, load):
+        artifact, _ = installed("tensorrt-rtx")
+        tensorrt("tensorrt-rtx", "1.8.0.1")
+        with pytest.raises(
+            DeviceError, match=r"TensorRT for RTX 1\.7\..*; here is 1.8.0.1: build it"
+        ):
+            load(artifact.folder)
 
 
-def test_no_such_device(build, load):
-    artifact, _ = build()
+class TestWithoutAGPU:
+    """With TensorRT for RTX itself, its own runtime included."""
+
+    def test_loading(self, engines, load):
+        with pytest.raises(DeviceError, match=r"engine/model.plan: no GPU can be used here \(CUDA"):
+            load(engines().folder)
+
+    def test_on_the_command_line(self, engines, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["embedport", "encode", str(engines().folder), "a text"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "no GPU can be used here" in said
+        assert "Traceback" not in said
+
+    def test_its_graph_runs_on_the_cpu(self, engines, graphs, load):
+        vectors = load(engines().folder, device="cpu", max_length=128).encode(TEXTS)
+        expected = load(graphs().folder, device="cpu", max_length=128).encode(TEXTS)
+        np.testing.assert_array_equal(vectors, expected)
+
+    def test_without_the_library(self, engines, monkeypatch, load):
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+        message = r"TensorRT for RTX is not installed: pip install 'embedport\[tensorrt-rtx\]'"
+        with pytest.raises(MissingPackageError, match=message):
+            load(engines().folder)
+
+    def test_a_plan_that_is_none(self, rtx, tmp_path, cuda):
+        """What the library's own runtime says of it is in the message."""
+        plan = tmp_path / "model.plan"
+        plan.write_bytes(b"no plan at all" * 100)
+        record = EngineRecord(
+            "model.plan",
+            None,
+            rtx.__version__,
+            False,
+            "none",
+            (Profile((1, 1), (1, 8), (1, 8)),),
+            "tensorrt-rtx",
+            (cuda.device[1],),
+        )
+        with pytest.raises(ArtifactError, match=r"does not take the engine; .+ Build it again"):
+            adapter.load_engine(plan, record, [])
+
+
+def test_no_such_device(installed, load):
+    artifact, _ = installed()
     with pytest.raises(InputError, match="device should be auto, cpu, cuda, tensorrt"):
         load(artifact.folder, device="tpu")

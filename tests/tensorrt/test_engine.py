@@ -6,7 +6,14 @@ from dataclasses import asdict, replace
 import pytest
 
 from embedport.errors import DeviceError, InputError
-from embedport.machine.engine import Device, EngineRecord, Profile, choose_profile
+from embedport.machine.engine import (
+    Device,
+    EngineRecord,
+    Profile,
+    choose_profile,
+    format_capability,
+    parse_capability,
+)
 
 H100, A100 = Device("NVIDIA H100", (9, 0)), Device("NVIDIA A100", (8, 0))
 H200, T4 = Device("NVIDIA H200", (9, 0)), Device("Tesla T4", (7, 5))
@@ -54,7 +61,57 @@ def test_padded():
     assert profile.padded(8, 3) == (8, 16)
 
 
+RTX = replace(
+    RECORD,
+    device=None,
+    library="tensorrt-rtx",
+    tensorrt="1.7.1.116",
+    capabilities=((8, 6), (12, 0)),
+    products={"int8": 14},
+)
+
+
+def test_cut():
+    assert str(Profile.parse("1x1:8x128:32x512").cut(100)) == "1x1:8x100:32x100"
+
+
+@pytest.mark.parametrize("text", ["", "8", "sm89", "8.6.1", "8.99"])
+def test_no_capability(text):
+    with pytest.raises(InputError, match=r"compute capability should be like 8.9 or 12.0"):
+        parse_capability(text)
+
+
+def test_capability():
+    assert [format_capability(parse_capability(text)) for text in ("8.9", "12.0")] == [
+        "8.9",
+        "12.0",
+    ]
+
+
+def test_built_ahead_of_time():
+    RTX.check(Device("RTX 3060", (8, 6)), "1.7.1.116")
+    message = r"runs on GPUs of compute capability 8.6, 12.0; here is NVIDIA H100 .*9.0\)"
+    with pytest.raises(DeviceError, match=message):
+        RTX.check(H100, "1.7.1.116")
+    with pytest.raises(
+        DeviceError, match=r"built with TensorRT for RTX 1.7.1.116; here is 1.8.0.1"
+    ):
+        RTX.check(Device("RTX 3060", (8, 6)), "1.8.0.1")
+
+
 def test_record_in_json():
+    assert EngineRecord.from_json(json.loads(json.dumps(asdict(RTX)))) == RTX
+    # Early artifacts lack the library.
+    early = {
+        key: value
+        for key, value in asdict(RECORD).items()
+        if key not in ("library", "capabilities", "products")
+    }
+    assert EngineRecord.from_json(early) == RECORD
+    with pytest.raises(ValueError, match="library is 'openvino'"):
+        EngineRecord.from_json({**asdict(RECORD), "library": "openvino"})
+    with pytest.raises(ValueError, match="device None does not go with library 'tensorrt'"):
+        EngineRecord.from_json({**asdict(RECORD), "device": None})
     assert EngineRecord.from_json(json.loads(json.dumps(asdict(RECORD)))) == RECORD
     with pytest.raises(ValueError, match="hardware_compatible is 'all'"):
         EngineRecord.from_json({**asdict(RECORD), "hardware_compatible": "all"})
@@ -76,7 +133,7 @@ def test_devices(compatible, device, runs):
     if runs:
         record.check(device, RECORD.tensorrt)
     else:
-        with pytest.raises(DeviceError, match=r"built on NVIDIA H100 \(compute capability 9.0\)"):
+        with pytest.raises(DeviceError, match=r"runs on NVIDIA H100 \(compute capability 9.0\)"):
             record.check(device, RECORD.tensorrt)
 
 

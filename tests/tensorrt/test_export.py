@@ -1,129 +1,60 @@
-"""A build's arguments, and the files written with an engine and without."""
+"""The files written with an engine and without, and what is asked for that cannot be."""
 
 import runpy
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 import embedport
 from embedport.artifact.manifest import Manifest
-from embedport.errors import InputError, VerificationError
-from embedport.exporters.tensorrt import build as build_module
+from embedport.errors import DeviceError, InputError
 from embedport.exporters.tensorrt import obstacle
-from embedport.integrity import cache_folder
-from embedport.machine.engine import Device
+from embedport.exporters.tensorrt.export import _choose_library
+from embedport.exporters.tensorrt.options import EngineOptions
+from embedport.machine.engine import Profile
 from embedport.runtimes import read_facts
 
 PROFILES = ["1x1:2x8:4x64", "2x16:8x64:16x128"]
+# RTX calls timing caches deprecated.
+TIMINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.mark.parametrize(("version", "flags"), [("10.15.1.29", 1 << 1), ("11.1.0.106", 0)])
-def test_a_build(build, attention_layers, version, flags):
-    artifact, trt = build(version=version, profiles=PROFILES)
-    network, config = trt.built.network, trt.built.config
-    assert network.flags == flags
-    assert [each.attention.decomposable for each in attention_layers(network)] == [True]
-    assert config.cleared == [trt.BuilderFlag.TF32]
-    assert config.flags == []
-    assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.NONE
-    assert [each.shapes for each in config.profiles] == [
-        dict.fromkeys(("input_ids", "attention_mask"), three)
-        for three in (((1, 1), (2, 8), (4, 64)), ((2, 16), (8, 64), (16, 128)))
-    ]
-    engine = artifact.manifest.engine
-    assert (engine.device, engine.tensorrt) == (Device("Fake H100", (9, 0)), version)
-    assert list(map(str, engine.profiles)) == PROFILES
-
-
-def test_options(build):
-    artifact, trt = build(version_compatible=True, hardware_compatible="same-capability")
-    config = trt.built.config
-    assert config.flags == [trt.BuilderFlag.VERSION_COMPATIBLE]
-    level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
-    assert config.hardware_compatibility_level == level
-    engine = artifact.manifest.engine
-    assert (engine.version_compatible, engine.hardware_compatible) == (True, "same-capability")
-
-
-def test_the_folder(build, graphs):
-    artifact, _ = build(profiles=PROFILES)
+def test_the_folder(graphs, engines, rtx):
+    artifact = engines()
     manifest = artifact.manifest
     assert {"engine/model.plan", "engine/build.sh", "engine/check.py", "engine/check.npz"} <= set(
         manifest.files
     )
     assert set(graphs().manifest.files) <= set(manifest.files)
     assert (manifest.format, manifest.precision) == ("tensorrt", "fp32")
-    assert manifest.requires == "tensorrt==11.1.0.106"
+    assert manifest.requires == f"tensorrt-rtx=={rtx.__version__}"
+    assert manifest.versions["tensorrt-rtx"] == rtx.__version__
     # The engine takes what its largest profile does; another one may be built from the same graph.
     assert manifest.max_length == graphs().manifest.max_length
     assert read_facts(artifact.folder).max_length == 128
     assert Manifest.from_json(artifact.folder / "embedport.json") == manifest
     card = (artifact.folder / "README.md").read_text()
     assert "A TensorRT engine of a Qwen3 embedding model" in card
-    assert "| GPU | Fake H100 (compute capability 9.0) |" in card
+    assert f"| Engine | `engine/model.plan`, TensorRT for RTX {rtx.__version__} |" in card
+    assert "| GPU | GPUs of compute capability 8.0, 8.6, 8.9, 12.0, 12.1 |" in card
+    assert "| Products | 14 in fp32 |" in card
 
 
-def test_timings_are_kept(build, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    _, trt = build()
-    assert trt.built.config.given == b""
-    (kept,) = cache_folder("tensorrt").glob("fake-h100-11-1-0-106.timings")
-    assert kept.read_bytes() == b"how long it took"
-    _, trt = build(force=True)
-    assert trt.built.config.given == b"how long it took"
+def test_default_profiles_are_no_longer_than_the_model(graphs, without, copied, tmp_path):
+    folder = copied(graphs().folder)
+    path = folder / "embedport.json"
+    path.write_text(path.read_text().replace(": 32768", ": 256"))
+    embedport.export(folder, tmp_path / "out", format="tensorrt")
+    script = (tmp_path / "out" / "engine" / "build.sh").read_text()
+    assert "--maxShapes=input_ids:8x256,attention_mask:8x256" in script
+    assert "--maxShapes=input_ids:256x256,attention_mask:256x256" in script
 
 
-def test_progress(build):
-    seen = []
-    build(progress=lambda *step: seen.append(step))
-    phases = [step for step in seen if step[0] in ("Building", "Timing")]
-    assert phases == [
-        ("Building", 0, 2),
-        ("Timing", 0, 1),
-        ("Timing", 1, 1),
-        ("Timing", 1, 1),
-        ("Building", 1, 2),
-        ("Building", 2, 2),
-    ]
-
-
-def test_interrupted(build, tmp_path):
-    def progress(stage, done, total):
-        if (stage, done) == ("Timing", 1):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(progress=progress)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_no_exception_goes_through_tensorrt(tensorrt, failing):
-    """It is kept until the build has come back, wherever it was raised."""
-    tensorrt()
-    seen = []
-
-    def progress(stage, done, total):
-        seen.append(done)
-        if len(seen) == failing + 1:
-            raise OSError("the terminal is gone")
-
-    watch = build_module._Watch(progress)
-    monitor = build_module._monitor(watch)
-    monitor.phase_start("Building", "", 2)
-    going = monitor.step_complete("Building", 0)
-    monitor.phase_finish("Building")
-    assert going == (failing == 2)
-    assert isinstance(watch.failure, OSError)
-    assert seen == [0, 1, 2][: failing + 1]
-
-
-def test_no_room_for_the_engine(checkpoints, tensorrt, tmp_path, monkeypatch):
+def test_no_room_for_the_engine(checkpoints, rtx, tmp_path, monkeypatch):
     """How large a checkpoint's graph is, and so its engine, is known when it is written."""
     usage = namedtuple("usage", "total used free")
 
@@ -132,47 +63,51 @@ def test_no_room_for_the_engine(checkpoints, tensorrt, tmp_path, monkeypatch):
         return usage(10**12, 0, 1000 if written else 10**12)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    tensorrt()
     with pytest.raises(InputError, match=r"0\.00 GB free beside the graph, and its engine needs"):
         embedport.export(checkpoints("blocks"), tmp_path / "out", format="tensorrt")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorrt_refuses(graphs, tensorrt, tmp_path):
-    trt = tensorrt()
-    trt.parse_error = ("layers.0/MatMul_7", "no such thing")
-    with pytest.raises(VerificationError, match=r"the graph: layers.0/MatMul_7: no such thing"):
-        embedport.export(graphs().folder, tmp_path / "out", format="tensorrt")
-    trt = tensorrt()
-    trt.fails = True
-    with pytest.raises(VerificationError, match="could not build an engine on Fake H100"):
-        embedport.export(graphs().folder, tmp_path / "out", format="tensorrt")
-    assert list(tmp_path.iterdir()) == []
+def test_a_gpu_of_this_machine_comes_first(tensorrt, rtx):
+    """Where both libraries can build, the other one has to be asked for."""
+    tensorrt()
+    profiles = (Profile.parse("1x1:1x1:1x1"),)
+    for options, library in [
+        (EngineOptions(profiles), "tensorrt"),
+        (EngineOptions(profiles, target="rtx"), "tensorrt-rtx"),
+        (EngineOptions(profiles, capabilities=((8, 9),)), "tensorrt-rtx"),
+    ]:
+        assert _choose_library(options) == library
+
+
+@pytest.fixture
+def without(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
 
 
 class TestWithoutAnEngine:
-    """The stubs of TensorRT are installed here, and TensorRT is not."""
+    """Type stubs of TensorRT are installed here, and TensorRT is not."""
 
-    def test_too_old(self, graphs, tensorrt, tmp_path):
-        tensorrt("10.13.0.35")
-        artifact = embedport.export(graphs().folder, tmp_path / "out", format="tensorrt")
-        assert (artifact.manifest.format, artifact.manifest.engine) == ("onnx", None)
-        assert {"engine/build.sh", "engine/check.npz"} <= set(artifact.manifest.files)
-        assert obstacle() == (
-            "TensorRT 10.13.0.35 has no RMSNormalization: 10.15 or later is needed"
+    def test_too_old(self, tensorrt):
+        tensorrt("tensorrt", "10.13.0.35")
+        assert obstacle("tensorrt") == (
+            "TensorRT 10.13.0.35 is too old, RMSNormalization and Attention need 10.15 or later"
         )
+        tensorrt("tensorrt-rtx", "1.4.0.76")
+        assert "TensorRT for RTX 1.4.0.76 is too old" in str(obstacle("tensorrt-rtx"))
 
-    def test_why(self, cuda, tensorrt):
-        assert "tensorrt is not installed" in str(obstacle())
+    def test_why(self, cuda, tensorrt, rtx):
+        assert obstacle("tensorrt-rtx") is None
+        assert "TensorRT is not installed" in str(obstacle("tensorrt"))
         tensorrt()
-        assert obstacle() is None
+        assert obstacle("tensorrt") is None
         cuda.device = None
-        assert obstacle() == (
+        assert obstacle("tensorrt") == (
             "no GPU can be used here (CUDA: cudaGetDeviceCount failed with cudaErrorNoDevice)"
         )
 
     @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int8", "int4"])
-    def test_what_is_written(self, checkpoints, tmp_path, precision):
+    def test_what_is_written(self, without, checkpoints, tmp_path, precision):
         artifact = embedport.export(
             checkpoints("blocks"), tmp_path / "out", format="tensorrt", precision=precision
         )
@@ -189,7 +124,7 @@ class TestWithoutAnEngine:
         found = embedder.model(check["input_ids"], check["attention_mask"])
         np.testing.assert_allclose(found, check["sentence_embedding"], atol=0.02)
 
-    def test_build_script(self, graphs, tmp_path):
+    def test_build_script(self, without, graphs, tmp_path):
         embedport.export(
             graphs().folder,
             tmp_path / "out",
@@ -217,17 +152,22 @@ class TestWithoutAnEngine:
             "--maxShapes=input_ids:16x128,attention_mask:16x128",
         ]
 
+    @TIMINGS
     @pytest.mark.parametrize("task", ["embedding", "reranker"])
     @pytest.mark.parametrize("spoiled", [False, True])
-    def test_check_script(self, graphs, tmp_path, monkeypatch, task, spoiled):
-        """With a Polygraphy that runs the graph in onnxruntime."""
-        embedport.export(graphs(task).folder, tmp_path / "out", format="tensorrt")
-        model = embedport.load(tmp_path / "out", device="cpu").model
-        output = graphs(task).manifest.graph.outputs[0]
+    def test_check_script(self, engines, rtx, tmp_path, monkeypatch, capfd, task, spoiled):
+        """Polygraphy and RTX's builder are real; the engine then runs in onnxruntime."""
+        monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+        backend = pytest.importorskip("polygraphy.backend.trt")
+        artifact = engines(task)
+        model = embedport.load(artifact.folder, device="cpu").model
+        output = artifact.manifest.graph.outputs[0]
 
         class Runner:
             def __init__(self, engine):
-                assert engine == ("network", 2)
+                if not spoiled:
+                    plan = backend.EngineBytesFromNetwork.call_impl(engine)
+                    assert bytes(plan)[:4] == b"vtrt"
 
             def __enter__(self):
                 return self
@@ -239,25 +179,18 @@ class TestWithoutAnEngine:
                 found = model(feeds["input_ids"], feeds["attention_mask"])
                 return {output: found[..., ::-1] + 0.1 if spoiled else found}
 
-        polygraphy = ModuleType("polygraphy.backend.trt")
-        vars(polygraphy).update(
-            CreateConfig=lambda profiles: len(profiles),
-            EngineFromNetwork=lambda network, config: (network, config),
-            NetworkFromOnnxPath=lambda path, strongly_typed: "network",
-            Profile=lambda: SimpleNamespace(add=lambda name, least, best, most: None),
-            TrtRunner=Runner,
-        )
-        for name in ("polygraphy", "polygraphy.backend", "polygraphy.backend.trt"):
-            monkeypatch.setitem(sys.modules, name, polygraphy)
+        monkeypatch.setattr(backend, "TrtRunner", Runner)
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(tmp_path / "out" / "engine" / "check.py"))
+            runpy.run_path(str(artifact.folder / "engine" / "check.py"))
         assert bool(ended.value.code) == spoiled
+        if not spoiled:
+            flags = next(line for line in capfd.readouterr().out.splitlines() if "Flags" in line)
+            assert "STRONGLY_TYPED" in flags
+            assert "TF32" not in flags
 
-    def test_again_without_the_engine(self, build, monkeypatch, tmp_path):
+    def test_again_without_the_engine(self, engines, without, tmp_path):
         """An artifact with an engine is a source too, and leaves the engine behind."""
-        artifact, _ = build()
-        monkeypatch.delitem(sys.modules, "tensorrt")
-        again = embedport.export(artifact.folder, tmp_path / "again", format="tensorrt")
+        again = embedport.export(engines().folder, tmp_path / "again", format="tensorrt")
         assert (again.manifest.format, again.manifest.engine) == ("onnx", None)
         assert "engine/model.plan" not in again.manifest.files
 
@@ -268,16 +201,39 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
 
     with pytest.raises(InputError, match=r"precision should be one of fp16, bf16, .*'fp32'"):
         export(checkpoints("blocks"), precision="fp32")
-    with pytest.raises(InputError, match="at least one --profile"):
+    with pytest.raises(InputError, match="at least one profile: give `profiles`"):
         export(checkpoints("blocks"), profiles=[])
     with pytest.raises(InputError, match=r"should be one of none, ampere\+, same-capability"):
         export(checkpoints("blocks"), hardware_compatible="all")
-    with pytest.raises(InputError, match="is an artifact in fp32: it takes none of --precision"):
+    with pytest.raises(InputError, match="for should be one of rtx, this-gpu, found 'cloud'"):
+        export(checkpoints("blocks"), target="cloud")
+    with pytest.raises(InputError, match=r"capability should be like 8.9 or 12.0; found 'sm89'"):
+        export(checkpoints("blocks"), compute_capabilities=["sm89"])
+    for options in (
+        {"target": "rtx", "version_compatible": True},
+        {"target": "this-gpu", "compute_capabilities": ["8.9"]},
+        {"compute_capabilities": ["8.9"], "hardware_compatible": "ampere+"},
+    ):
+        with pytest.raises(InputError, match="`compute_capability` is for engines that TensorRT"):
+            export(checkpoints("blocks"), **options)
+    with pytest.raises(InputError, match="is an artifact in fp32: it takes none of `precision`"):
         export(graphs().folder, precision="bf16")
     with pytest.raises(InputError, match="the pooled output in the ort dialect, and TensorRT"):
         export(artifacts_of_other_dialects)
-    with pytest.raises(VerificationError, match="blocks of 64 do not divide the 160 inputs"):
-        export(checkpoints("kv2"), precision="int4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_asked_for_and_cannot_be(graphs, without, tmp_path):
+    """Nothing is written without an engine if it was said what it is for."""
+    for target, reason in [
+        (
+            "rtx",
+            r"`target` rtx: TensorRT for RTX is not installed: pip install 'embedport\[tensorrt",
+        ),
+        ("this-gpu", "`target` this-gpu: TensorRT is not installed"),
+    ]:
+        with pytest.raises(DeviceError, match=reason):
+            embedport.export(graphs().folder, tmp_path / "out", format="tensorrt", target=target)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -287,14 +243,14 @@ def artifacts_of_other_dialects(tmp_path_factory, checkpoints):
     return embedport.export(checkpoints("blocks"), folder, dialect="ort").folder
 
 
-def test_inspect(build, capsys, monkeypatch):
+def test_inspect(engines, rtx, capsys, monkeypatch):
     from embedport.cli import main
 
-    artifact, _ = build(profiles=PROFILES)
-    monkeypatch.setattr(sys, "argv", ["embedport", "inspect", str(artifact.folder)])
+    monkeypatch.setattr(sys, "argv", ["embedport", "inspect", str(engines().folder)])
     with pytest.raises(SystemExit):
         main()
     shown = " ".join(capsys.readouterr().out.split())
     assert (
-        "engine/model.plan: TensorRT 11.1.0.106 on Fake H100; batches 1x1:2x8:4x64, 2x16" in shown
-    )
+        f"engine/model.plan: TensorRT for RTX {rtx.__version__}; GPUs of compute capability 8.0, "
+        "8.6, 8.9, 12.0, 12.1; batches 1x1:2x8:4x64, 8x128:8x128:8x128"
+    ) in shown

@@ -220,7 +220,7 @@ def test_inputs_cut_elsewhere(folders, tmp_path):
     embedport.record_reference(
         made.checkpoint, file, ["tea", "long " * 99], device="cpu", max_length=33
     )
-    with pytest.raises(InputError, match=r"cut to 33 tokens, .* --max-length 32768"):
+    with pytest.raises(InputError, match=r"cut to 33 tokens, .* `max_length` 32768"):
         validate(made.artifact, file)
     embedport.record_reference(
         made.checkpoint, file, ["tea"], device="cpu", max_length=33, force=True
@@ -267,7 +267,7 @@ def test_where_it_is_written(folders, tmp_path, monkeypatch):
             embedport.record_reference(checkpoint, place, ["a"])
     file = tmp_path / "model.reference"
     file.write_text("")
-    with pytest.raises(InputError, match="exists; choose another place or replace it with --for"):
+    with pytest.raises(InputError, match="exists; choose another place or replace it with `force`"):
         embedport.record_reference(checkpoint, file, ["a"])
     monkeypatch.setattr(LibraryReference, "run", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -66,7 +66,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_loaded(
     )
     load = parity.load
     monkeypatch.setattr(parity, "load", lambda *args, **options: pytest.fail("it was loaded"))
-    with pytest.raises(ArtifactError, match=r"model is read-only, .*--no-record"):
+    with pytest.raises(ArtifactError, match=r"model is read-only, .*`record=False`"):
         embedport.validate(folder, made.checkpoint, device="cpu")
     monkeypatch.setattr(parity, "load", load)
     before = texts_of(folder)

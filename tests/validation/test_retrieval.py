@@ -273,5 +273,5 @@ def test_a_reranker_needs_candidates(checkpoints, tmp_path):
     data = write_set(tmp_path / "small", candidates=False)
     with pytest.raises(InputError, match="no candidates to rerank"):
         embedport.validate(artifact, checkpoint, retrieval=data)
-    with pytest.raises(InputError, match="--save-run writes"):
+    with pytest.raises(InputError, match="`save_run` writes"):
         embedport.validate(artifact, checkpoint, retrieval=data, save_run=tmp_path / "run.tsv")

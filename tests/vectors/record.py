@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,9 @@ LONG = 26
 
 def export_demo(task: str, precision: str, folder: Path) -> Embedder | Reranker:
     """Export one of the pair, and load it on the CPU."""
+    options: dict[str, Any] = {"fast": True, "rotate": False} if precision == "int4" else {}
     artifact = embedport.export(
-        CHECKPOINTS[task](), folder / f"{task}-{precision}", precision=precision
+        CHECKPOINTS[task](), folder / f"{task}-{precision}", precision=precision, **options
     )
     return embedport.load(artifact.folder, device="cpu")
 

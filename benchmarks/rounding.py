@@ -1,0 +1,188 @@
+"""Four bits on the demo pair: algorithm, groups, zero points and file format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import CACHE
+from .machine import RESULTS, print_table, read_kept, save
+
+# (groups as in a format's text, algorithm, whether attention heads are rotated); "s" is without
+# zero points.
+CASES = [
+    *(
+        (group, algorithm, rotate)
+        for group in ("128", "128s")
+        for rotate, algorithms in (
+            (False, ("rtn", "mse", "awq", "gptq", "gptaq")),
+            (True, ("rtn", "gptq", "gptaq", "awq+gptaq")),
+        )
+        for algorithm in algorithms
+    ),
+    *(("32", algorithm, True) for algorithm in ("rtn", "gptq", "gptaq")),
+]
+TABLE_FORMAT = "int8/128s"
+# Rows with options of their own.
+ONNX: dict[str, dict[str, Any]] = {
+    "--precision int4": {"precision": "int4"},
+    "--precision int4 --group-size 32": {"precision": "int4", "group_size": 32},
+    "--precision int4 --embedding-bits 4": {"precision": "int4", "embedding_bits": 4},
+    "--precision int4 --rotate": {"precision": "int4", "rotate": True},
+    "--precision int4 --fast": {"precision": "int4", "fast": True},
+    "--precision int8-weight": {"precision": "int8-weight"},
+    "--precision auto --max-bytes 2850000": {"precision": "auto", "max_bytes": 2_850_000},
+}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "gptq": {"method": "gptq"},
+    "gptq --fast": {"method": "gptq", "fast": True},
+    "awq": {"method": "awq"},
+    "awq --symmetric": {"method": "awq", "symmetric": True},
+    "awq --fast": {"method": "awq", "fast": True},
+    "bnb-nf4": {"method": "bnb-nf4"},
+}
+NAME = "rounding-demo"
+COLUMNS = (
+    "MB",
+    "minimum cosine",
+    "mean",
+    "loss of nDCG@10",
+    "from",
+    "to",
+    "largest score difference",
+    "mean difference",
+    "seconds",
+)
+
+
+def of_the_demo_pair(results: Path = RESULTS, only: str = "") -> None:
+    """Cosines and the loss of nDCG@10 on the held-out set; scores on the built-in pairs.
+
+    The built-in texts calibrate, so the held-out set is not what was calibrated on. The built-in
+    pairs are, and they are what the reranker's gate is measured on.
+
+    Args:
+        results: Where the figures are kept; rows of earlier runs stay.
+        only: Run the rows whose names contain this.
+    """
+    import embedport
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        out = Path(temporary) / "out"
+        pair = _DemoPair(Path(temporary))
+        kept = read_kept(results / f"{NAME}.json", lambda saved: [saved["machine"]])
+        figures: dict[str, dict[str, Any]] = kept.get("rows", {})
+
+        def row(name: str, make: Any) -> None:
+            if only not in name:
+                return
+            figures[name] = pair.figures(
+                lambda task: make(pair.specs[task].source.folder, out), out
+            )
+            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+            save(NAME, {"rows": figures}, results)
+
+        for group, algorithm, rotate in CASES:
+            name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
+            recipe = {"algorithm": algorithm, "rotate_heads": rotate}
+            row(name, _by_recipe(f"int4/{group}", recipe, Path(temporary) / "recipe.json"))
+        for name, options in ONNX.items():
+            row(name, lambda source, out, o=options: embedport.export(source, out, **o))
+        for name, options in CHECKPOINTS.items():
+            row(
+                f"--method {name}",
+                lambda source, out, o=options: embedport.quantize_checkpoint(source, out, **o),
+            )
+
+
+def _by_recipe(text: str, recipe: dict[str, Any], path: Path) -> Any:
+    """A function that exports with all projections in one format, and a table of 8 bits."""
+    import embedport
+    from embedport.checkpoint.spec import ModelSpec
+    from embedport.quantize.formats import TABLE, matrices
+
+    def make(source: Path, out: Path) -> Any:
+        formats = dict.fromkeys(matrices(ModelSpec.from_checkpoint(source)), text)
+        path.write_text(json.dumps(recipe | {"formats": {TABLE: TABLE_FORMAT} | formats}))
+        return embedport.export(source, out, recipe=path)
+
+    return make
+
+
+class _DemoPair:
+    """The demo pair's specs and its results in fp32."""
+
+    def __init__(self, folder: Path) -> None:
+        import embedport
+        from embedport.checkpoint.spec import ModelSpec
+        from embedport.demo.pipeline import builtin_embedder, builtin_reranker
+        from embedport.texts.beir import BUILTIN, read_beir
+
+        self.data = read_beir(BUILTIN)
+        self.specs = {
+            "embedding": ModelSpec.from_checkpoint(builtin_embedder()),
+            "reranker": ModelSpec.from_checkpoint(builtin_reranker()),
+        }
+        artifacts = {
+            task: embedport.export(spec.source.folder, folder / task)
+            for task, spec in self.specs.items()
+        }
+        self.vectors, self.ndcg = self._embed(artifacts["embedding"].folder)
+        self.scores = self._score(artifacts["reranker"].folder)
+
+    def figures(self, make: Any, out: Path) -> dict[str, Any]:
+        """Quantize both, and compare with fp32."""
+        from embedport.validation.retrieval import bootstrap
+
+        found: dict[str, Any] = {}
+        for task in self.specs:
+            shutil.rmtree(out, ignore_errors=True)
+            start = time.monotonic()
+            folder = make(task).folder
+            if task == "embedding":
+                found["seconds"] = round(time.monotonic() - start, 1)
+                weights = (*folder.rglob("model.onnx_data"), *folder.glob("model*.safetensors"))
+                found["bytes"] = sum(path.stat().st_size for path in weights)
+                vectors, ndcg = self._embed(folder)
+                cosines = (vectors * self.vectors).sum(axis=1)
+                loss = self.ndcg - ndcg
+                low, high = bootstrap(loss)
+                found |= {"minimum cosine": float(cosines.min()), "mean": float(cosines.mean())}
+                found |= {"loss of nDCG@10": float(loss.mean()), "from": low, "to": high}
+            else:
+                apart = np.abs(self._score(folder) - self.scores)
+                found["largest score difference"] = float(apart.max())
+                found["mean difference"] = float(apart.mean())
+        return found
+
+    def _embed(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        import embedport
+        from embedport.texts.ranking import measure, rank_documents
+        from embedport.validation.retrieval import encode_set
+
+        queries, documents = encode_set(
+            embedport.load_embedder(folder, device="cpu"), self.data, progress=False
+        )
+        ranking = rank_documents((queries, documents), queries.shape[1], self.data)
+        ndcg = measure(ranking, self.data.relevance, ("nDCG@10",))["nDCG@10"]
+        return np.concatenate([queries, documents]), ndcg
+
+    def _score(self, folder: Path) -> np.ndarray:
+        import embedport
+        from embedport.texts.samples import builtin_pairs
+
+        pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
+        return embedport.load_reranker(folder, device="cpu").score(pairs)
+
+
+def _cells(name: str, figures: dict[str, Any]) -> list[str]:
+    values = figures | {"MB": figures["bytes"] / 1e6}
+    digits = {"MB": 2, "seconds": 0, "mean": 5, "mean difference": 5}
+    return [name, *(f"{values[key]:.{digits.get(key, 4)}f}" for key in COLUMNS)]

@@ -1,0 +1,165 @@
+"""Publishes an artifact on the Hugging Face hub, in one commit, with the hub's metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.hub import HUB_ID
+from ..errors import InputError
+from ..files import MANIFEST
+from .folder import CARD, Artifact
+from .manifest import Manifest
+
+PIPELINES = {"embedding": "sentence-similarity", "reranker": "text-ranking"}
+UNQUANTIZED = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is sent to the hub.
+
+    Attributes:
+        repo_id: The repository, "owner/name".
+        files: Path in the repository to the local file.
+        card: The text of README.md.
+        size: Bytes of the files.
+    """
+
+    repo_id: str
+    files: Mapping[str, Path]
+    card: str
+    size: int
+
+
+def has_token() -> bool:
+    """Whether the hub's client has a token: from `hf auth login` or HF_TOKEN."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def prepare(folder: str | Path, repo_id: str, *, license: str | None = None) -> Publication:
+    """Put together what is sent; the hub is asked for the base's license only.
+
+    Args:
+        folder: The artifact's folder.
+        repo_id: The repository, "owner/name".
+        license: The license's identifier; by default the base model's, if the hub says it.
+
+    Raises:
+        InputError: There is no such folder, or the repository's name is not of the form owner/name.
+        ArtifactError: It is not an artifact, or a file is missing or changed.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise InputError(f"a repository should be of the form owner/name, found {repo_id!r}")
+    artifact = Artifact.open(folder)
+    files = {name: artifact.folder / name for name in (*artifact.manifest.files, MANIFEST)}
+    return Publication(repo_id, files, _card(artifact, repo_id, license), artifact.size)
+
+
+def push(publication: Publication, *, private: bool | None = None) -> str:
+    """Create the repository if there is none, and send everything in one commit.
+
+    Args:
+        publication: From `prepare`.
+        private: Whether a new repository is private; the account's default if None.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        InputError: The hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    operations = [CommitOperationAdd(name, str(path)) for name, path in publication.files.items()]
+    operations.append(CommitOperationAdd(CARD, publication.card.encode()))
+    api = HfApi(library_name="embedport")
+    try:
+        api.create_repo(publication.repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(
+            publication.repo_id, operations, commit_message="Upload by embedport"
+        )
+    except Exception as error:  # network libraries raise their own classes
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"{publication.repo_id} was not pushed: {type(error).__name__}: {said}"
+        ) from error
+    return commit.commit_url
+
+
+def _card(artifact: Artifact, repo_id: str, license: str | None) -> str:
+    """The artifact's card with the hub's metadata before it."""
+    from huggingface_hub import ModelCardData
+
+    manifest = artifact.manifest
+    base = _hub_bases(manifest)
+    if license is None and base:
+        license = _license(base[0])
+    quantized = manifest.precision not in UNQUANTIZED
+    data = ModelCardData(
+        base_model=(base[0] if len(base) == 1 else base) or None,
+        base_model_relation="quantized" if base and quantized else None,
+        library_name="onnx" if manifest.graph is not None else "transformers",
+        license=license,
+        pipeline_tag=PIPELINES[manifest.task],
+        tags=_tags(manifest),
+        model_name=repo_id.partition("/")[2],
+        eval_results=_results(manifest) or None,
+    )
+    path = artifact.folder / CARD
+    body = path.read_text(encoding="utf-8") if path.is_file() else f"# {repo_id}\n"
+    body = re.sub(r"\A---\n.*?\n---\n+", "", body, flags=re.DOTALL)
+    # The card's code opens the artifact by its folder; from the hub, by its id.
+    body = body.replace(f'("{artifact.folder.resolve().name}"', f'("{repo_id}"')
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _hub_bases(manifest: Manifest) -> list[str]:
+    """Hub ids of what the artifact was made from; a local folder has none."""
+    source = manifest.source
+    ids = [source.id, *([source.adapter.id] if source.adapter is not None else [])]
+    return [id_ for id_ in ids if HUB_ID.fullmatch(id_) and not Path(id_).exists()]
+
+
+def _license(base: str) -> str | None:
+    from huggingface_hub import model_info
+
+    with contextlib.suppress(
+        Exception
+    ):  # offline, gated, gone: the caller is told that none is known
+        card = model_info(base).card_data
+        return None if card is None else card.license
+    return None
+
+
+def _tags(manifest: Manifest) -> list[str]:
+    runtime = ["onnx", "onnxruntime"] if manifest.graph is not None else []
+    engine = ["tensorrt"] if manifest.engine is not None else []
+    return ["embedport", "qwen3", *runtime, *engine, manifest.precision, manifest.task]
+
+
+def _results(manifest: Manifest) -> list[Any]:
+    """The last validation's gates as the hub's evaluation results."""
+    from huggingface_hub import EvalResult
+
+    parity = manifest.parity
+    if parity is None:
+        return []
+    return [
+        EvalResult(
+            task_type=PIPELINES[manifest.task],
+            dataset_type="parity",
+            dataset_name=f"{parity['inputs']} inputs, against {parity['library']}",
+            metric_type=re.sub(r"[^a-z0-9]+", "_", gate["name"].lower()).strip("_"),
+            metric_name=gate["name"],
+            metric_value=gate["value"],
+        )
+        for gate in parity["gates"]
+        if gate["value"] is not None
+    ]

@@ -1,0 +1,140 @@
+"""Runs the application on a port until it is stopped."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import uvicorn
+
+from ..errors import InputError
+from ..runtimes import load
+from ..runtimes.facts import choose_length, read_facts
+from .app import create_app
+from .limits import Limits
+from .models import ServedModel, name_model, served
+
+logger = logging.getLogger(__name__)
+
+# Seconds that requests have to finish after the server is told to stop.
+GRACE_SECONDS = 30
+BACKLOG = 2048
+
+
+def serve(
+    artifacts: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    api_key: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Serve models until SIGINT or SIGTERM; requests at work are then finished.
+
+    Args:
+        artifacts: Folders or hub ids, as for `load`: embedders and rerankers.
+        host: The address to listen on.
+        port: The port; 0 for any that is free.
+        device: As for `load`.
+        max_length: As for `load`.
+        batch_tokens: As for `Embedder.encode`.
+        limits: The limits.
+        api_key: The key that requests must have; None for no key.
+        say: Called with each message to the user.
+
+    Raises:
+        InputError: The port cannot be listened on, or two models have the same name.
+        EmbedportError: A model cannot be loaded.
+    """
+    if limits.texts > limits.queue:
+        raise InputError(
+            f"the queue should hold at least the {limits.texts:,} texts of one request, found "
+            f"{limits.queue:,}"
+        )
+    names = _name(artifacts)
+    for artifact in artifacts:  # what is wrong with a folder is said before the port opens
+        choose_length(read_facts(artifact), max_length)
+    listener = _listen(host, port)
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    load_all = partial(_load, names, device, max_length, batch_tokens, say)
+    app = create_app(load_all, limits, api_key=api_key, failed=fail)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    shown = f"[{host}]" if ":" in host else host
+    say(f"listening on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)")
+    # uvicorn raises the signal again once it has stopped, which would end the process abnormally.
+    before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        listener.close()
+    if failures:
+        raise failures[0]
+    say("stopped")
+
+
+def _ignore(*_arguments: object) -> None:
+    pass
+
+
+def _name(artifacts: Sequence[str]) -> dict[str, str]:
+    """Model name to artifact."""
+    names: dict[str, str] = {}
+    for artifact in artifacts:
+        name = name_model(artifact)
+        if name in names:
+            raise InputError(
+                f"{names[name]} and {artifact} would both be served as {name!r}: rename a folder"
+            )
+        names[name] = artifact
+    return names
+
+
+def _load(
+    names: Mapping[str, str],
+    device: str,
+    max_length: int | None,
+    batch_tokens: int | None,
+    say: Callable[[str], None],
+) -> dict[str, ServedModel]:
+    models = {}
+    for name, artifact in names.items():
+        runner = load(artifact, device=device, max_length=max_length)
+        models[name] = served(name, runner, batch_tokens)
+        width = f" of {runner.dim} values" if hasattr(runner, "dim") else ""
+        say(f"{name}: {runner.facts.task} model{width}, {runner.precision} on {runner.device}")
+    return models
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        ) from error
+    listener.set_inheritable(False)
+    return listener

@@ -1,0 +1,48 @@
+"""Files of texts, whatever their format: .txt and .jsonl by lines, Parquet by row groups."""
+
+from __future__ import annotations
+
+import sys
+
+from ..storage import Place
+from . import corpus
+from .corpus import Corpus, Part, Row
+from .parquet import read_parquet_part, survey_parquet
+
+PARQUET = ".parquet"
+
+
+def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = False) -> Corpus:
+    """Check every text of a file, and cut it into parts.
+
+    Args:
+        path: A .txt, .jsonl or .parquet file.
+        part_rows: Maximum texts per part.
+        part_bytes: A part ends with the text that reaches this size.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        InputError: The file is missing, holds no text, has another suffix, or a text is invalid.
+    """
+    of_format = survey_parquet if path.suffix.lower() == PARQUET else corpus.survey
+    return of_format(path, part_rows, part_bytes, progress=progress)
+
+
+def read_part(path: Place, part: Part) -> list[Row]:
+    """Read the texts of a part, with their ids.
+
+    Raises:
+        InputError: The file has changed since the survey.
+    """
+    of_format = read_parquet_part if path.suffix.lower() == PARQUET else corpus.read_part
+    return of_format(path, part)
+
+
+def read_rows(path: Place) -> list[Row]:
+    """Read all texts of a file, with their ids.
+
+    Raises:
+        InputError: As for `survey`.
+    """
+    parts = survey(path, sys.maxsize, sys.maxsize).parts
+    return [row for part in parts for row in read_part(path, part)]

@@ -1,0 +1,122 @@
+"""What an export or a quantization would do, take and write, without doing it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..checkpoint.spec import ModelSpec
+from ..quantize.fold import READERS
+from ..quantize.formats import matrices
+from ..quantize.recipe import Recipe
+
+# Measured on an Intel Xeon (AVX-512), one core, 2026-11-29: nanoseconds for each weight that is
+# searched for its group's range, rounded column by column, or rounded to nearest and written.
+SEARCHED, ROUNDED, WRITTEN = 150, 100, 20
+# Seconds to open and close a session of one layer.
+SESSION = 0.1
+# Bytes of the interpreter with numpy, onnx and onnxruntime; of torch with its libraries.
+BASE_BYTES, TORCH_BYTES = 300 << 20, 700 << 20
+# The side of the product that measures how fast this machine multiplies.
+SIDE = 1024
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run that was planned and not done.
+
+    Attributes:
+        steps: What would be done, a line each.
+        bytes: Of the weights that would be written; None if a search would decide it.
+        memory_bytes: The largest resident memory, about.
+        seconds: The time, about, if nothing else runs on the machine.
+    """
+
+    steps: tuple[str, ...]
+    bytes: int | None
+    memory_bytes: int
+    seconds: float
+
+
+def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray]) -> list[str]:
+    """A recipe's steps in words."""
+    steps = []
+    if recipe.rotate:
+        steps.append("rotate the residual stream and the attention heads")
+    if recipe.rotate_heads:
+        steps.append("rotate the attention heads")
+    if recipe.balance:
+        steps.append("balance outlier channels between norms and matrices")
+    if recipe.is_calibrated:
+        tokens = sum(map(len, rows))
+        steps.append(f"run {len(rows)} calibration texts of {tokens:,} tokens, layer by layer")
+    for text, count in Counter(recipe.formats.values()).items():
+        what = f"{count} matrices" if count > 1 else "one matrix"
+        steps.append(f"quantize {what} to {text} by {recipe.algorithm}")
+    return steps
+
+
+def estimate_memory(
+    spec: ModelSpec, recipe: Recipe | None, rows: Sequence[np.ndarray], *, torch: bool = False
+) -> int:
+    """The largest resident memory in bytes, about."""
+    layer = max(_layer_weights(spec).values())
+    total = BASE_BYTES + torch * TORCH_BYTES + 3 * 4 * layer
+    if recipe is not None and recipe.is_calibrated:
+        stages = _stage_inputs(spec)
+        states = 2 * spec.hidden_size + sum(stages) * (recipe.compensation == "gptaq")
+        total += 4 * sum(map(len, rows)) * states + 3 * 8 * max(stages) ** 2
+    return total
+
+
+def estimate_seconds(
+    spec: ModelSpec, recipe: Recipe | None, rows: Sequence[np.ndarray], bytes_written: int
+) -> float:
+    """Seconds, about, on this machine, whose products are measured."""
+    weights = _layer_weights(spec)
+    total = sum(weights.values()) * spec.num_layers
+    seconds = bytes_written / 1e9 + WRITTEN * 1e-9 * total + SESSION * spec.num_layers
+    if recipe is None or not recipe.is_calibrated:
+        return seconds
+    stages, tokens = _stage_inputs(spec), sum(map(len, rows))
+    # The layers in parts: what leads to each of four inputs, then all.
+    products = 3.5 * tokens * sum(weights.values())
+    products += tokens * sum(size**2 for size in stages)
+    if recipe.compensation == "gptaq":
+        products += tokens * (sum(weights.values()) + sum(size**2 for size in stages))
+    products += sum(2 * size**3 for size in stages)
+    products += 2 * sum(count * columns for (_, columns), count in weights.items())
+    seconds += spec.num_layers * (2 * products / _products_per_second() + 6 * SESSION)
+    return seconds * max(1, recipe.passes) + (SEARCHED + ROUNDED) * 1e-9 * total
+
+
+def _layer_weights(spec: ModelSpec) -> Mapping[tuple[str, int], int]:
+    """The weights of each projection of a layer, by its name and number of inputs."""
+    found = {}
+    for name in matrices(spec):
+        if name.startswith("layers.0."):
+            shape = spec.tensor_shapes()[f"{name}.weight"]
+            found[name, shape[1]] = math.prod(shape)
+    return found
+
+
+def _stage_inputs(spec: ModelSpec) -> list[int]:
+    """The number of inputs of each tensor that projections read."""
+    return [
+        spec.tensor_shapes()[f"layers.0.{readers[0]}.weight"][1] for readers in READERS.values()
+    ]
+
+
+def _products_per_second() -> float:
+    a = np.ones((SIDE, SIDE), np.float32)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds)

@@ -1,0 +1,30 @@
+"""Quantize a matrix of any size in ranges of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .schemes import QuantizedTensor, QuantScheme
+from .source import WeightSource, row_ranges
+
+Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
+
+
+def quantize_rows(
+    source: WeightSource, name: str, scheme: QuantScheme, quantize: Quantize
+) -> QuantizedTensor:
+    """Quantize a matrix, one range of rows at a time."""
+    shape = source.spec.tensor_shapes()[f"{name}.weight"]
+    parts = [
+        quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in row_ranges(shape)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return QuantizedTensor(
+        scheme,
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.zero_points for part in parts]),
+    )

@@ -1,0 +1,58 @@
+"""Pickled models: a recipe that opens them again from their folder.
+
+A session or a torch model cannot be pickled, and its weights should not be. Ray, multiprocessing
+and joblib send the recipe instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .facts import ModelFacts
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
+    from .reranker import Reranker
+
+Reopening = tuple[str, str | None, str, str, int]
+
+
+def reopening(facts: ModelFacts, device: str, max_length: int) -> Reopening:
+    """What `reopen` needs: folder, adapter's folder, task, device, maximum length.
+
+    Args:
+        facts: The model's description.
+        device: The device it runs on.
+        max_length: Texts are cut to this many tokens.
+    """
+    folder, adapter = facts.folder, None
+    if facts.checkpoint is not None:
+        source = facts.checkpoint.source
+        folder = source.folder
+        adapter = None if source.adapter is None else str(source.adapter.folder.absolute())
+    return str(folder.absolute()), adapter, facts.task, device, max_length
+
+
+def reopen(recipe: Reopening, ranges: Mapping[str, Any] | None = None) -> Embedder | Reranker:
+    """Open a model again: as `load`.
+
+    Args:
+        recipe: From `reopening`.
+        ranges: An embedder's ranges, if they were measured after it was opened.
+    """
+    from . import load
+    from .embedder import Embedder
+
+    folder, adapter, task, device, max_length = recipe
+    runner = load(
+        Path(folder),
+        device=device,
+        max_length=max_length,
+        task="reranker" if task == "reranker" else "embedding",
+        adapter=adapter,
+    )
+    if isinstance(runner, Embedder):
+        runner.ranges = ranges
+    return runner

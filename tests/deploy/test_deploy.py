@@ -1,0 +1,226 @@
+"""Deployments: what Triton would run gives encode's vectors; folders name what is in them."""
+
+import importlib.util
+import json
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import onnxruntime
+import pytest
+import yaml
+
+import embedport
+from embedport.cli import main
+from embedport.deploy import deploy_docker, deploy_triton, deploy_vespa
+from embedport.errors import InputError
+from embedport.files import load_json
+
+TEXTS = ["What is the capital of China?", "tea", "a " * 60, "日本語 🥾"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, checkpoints):
+    base = tmp_path_factory.mktemp("deploy")
+    for task in ("embedding", "reranker"):
+        embedport.export(checkpoints("kv2", task), base / task)
+    return base
+
+
+class Triton:
+    """What model.py sees of Triton: tensors, requests, and the graph's model by its name."""
+
+    def __init__(self, repository):
+        self.repository, self.batches = repository, []
+        self.modules = ModuleType("triton_python_backend_utils")
+        triton = self
+
+        class Tensor:
+            def __init__(self, name, values):
+                self.name, self.values = name, values
+
+            def as_numpy(self):
+                return self.values
+
+        class InferenceRequest:
+            def __init__(self, model_name, requested_output_names, inputs, preferred_memory):
+                del preferred_memory
+                self.model, self.outputs = model_name, requested_output_names
+                self.feeds = {tensor.name: tensor.values for tensor in inputs}
+
+            def exec(self):
+                triton.batches.append(self.feeds["input_ids"].shape)
+                path = triton.repository / self.model / "1" / "model.onnx"
+                session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+                found = session.run(self.outputs, self.feeds)
+                tensors = [Tensor(*pair) for pair in zip(self.outputs, found, strict=True)]
+                return SimpleNamespace(has_error=lambda: False, tensors=tensors)
+
+        def find(holder, name):
+            return next((tensor for tensor in holder.tensors if tensor.name == name), None)
+
+        for name, value in {
+            "Tensor": Tensor,
+            "InferenceRequest": InferenceRequest,
+            "InferenceResponse": lambda output_tensors, error=None: SimpleNamespace(
+                tensors=output_tensors, error=error
+            ),
+            "TritonError": str,
+            "PreferredMemory": lambda kind, index: (kind, index),
+            "TRITONSERVER_MEMORY_CPU": 0,
+            "get_input_tensor_by_name": find,
+            "get_output_tensor_by_name": find,
+        }.items():
+            setattr(self.modules, name, value)
+
+    def open(self, monkeypatch, name):
+        monkeypatch.setitem(sys.modules, "triton_python_backend_utils", self.modules)
+        path = self.repository / name / "1" / "model.py"
+        spec = importlib.util.spec_from_file_location("model", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.TritonPythonModel()
+        parameters = {"graph": {"string_value": f"{name}-graph"}}
+        model.initialize({"model_config": json.dumps({"parameters": parameters})})
+        return model
+
+    def request(self, **inputs):
+        return SimpleNamespace(
+            tensors=[
+                self.modules.Tensor(name, np.array([[v.encode()] for v in values], object))
+                for name, values in inputs.items()
+            ]
+        )
+
+
+class TestTriton:
+    def test_vectors(self, folders, tmp_path, monkeypatch):
+        deploy_triton(str(folders / "embedding"), tmp_path / "repository")
+        triton = Triton(tmp_path / "repository")
+        model = triton.open(monkeypatch, "embedding")
+        embedder = embedport.load(folders / "embedding", device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
+        prompts = ["query", "document", "query", "query"]
+        plain, prompted, wrong = model.execute(
+            [
+                triton.request(TEXT=TEXTS),
+                triton.request(TEXT=TEXTS, PROMPT=prompts),
+                triton.request(TEXT=["a"], PROMPT=["queri"]),
+            ]
+        )
+        expected = embedder.encode(TEXTS)
+        np.testing.assert_allclose(plain.tensors[0].values, expected, atol=1e-5)
+        expected = [embedder.encode([t], prompt=p)[0] for t, p in zip(TEXTS, prompts, strict=True)]
+        np.testing.assert_allclose(prompted.tensors[0].values, expected, atol=1e-5)
+        assert "no prompt is named 'queri'" in wrong.error
+        assert len(triton.batches) == 1
+
+    def test_scores(self, folders, tmp_path, monkeypatch):
+        deploy_triton(str(folders / "reranker"), tmp_path / "repository")
+        triton = Triton(tmp_path / "repository")
+        model = triton.open(monkeypatch, "reranker")
+        reranker = embedport.load(folders / "reranker", device="cpu")
+        assert isinstance(reranker, embedport.Reranker)
+        queries = ["tea"] * len(TEXTS)
+        (found,) = model.execute([triton.request(QUERY=queries, DOCUMENT=TEXTS)])
+        expected = reranker.score(list(zip(queries, TEXTS, strict=True)))
+        np.testing.assert_allclose(found.tensors[0].values[:, 0], expected, atol=1e-5)
+
+    @pytest.mark.parametrize("task", ["embedding", "reranker"])
+    def test_configurations(self, folders, tmp_path, task):
+        pb = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+        from google.protobuf import text_format
+
+        deploy_triton(str(folders / task), tmp_path / "repository")
+        configs = {}
+        for path in (tmp_path / "repository").glob("*/config.pbtxt"):
+            config = text_format.Parse(path.read_text(), pb.ModelConfig())
+            assert config.name == path.parent.name
+            configs[config.name] = config
+        texts, graph = configs[task], configs[f"{task}-graph"]
+        assert texts.parameters["graph"].string_value == graph.name
+        assert {value.name for value in graph.input} == {"input_ids", "attention_mask"}
+        for name, value in texts.model_warmup[0].inputs.items():
+            data = (tmp_path / "repository" / task / "warmup" / value.input_data_file).read_bytes()
+            assert int.from_bytes(data[:4], "little") == len(data) - 4
+            assert name in {tensor.name for tensor in texts.input}
+
+
+class TestDocker:
+    def test_all_that_is_named_is_there(self, folders, tmp_path):
+        wheel = tmp_path / "embedport-0.1.0-cp311-abi3-linux_x86_64.whl"
+        wheel.write_bytes(b"")
+        out = tmp_path / "service"
+        deploy_docker([str(folders / "embedding"), str(folders / "reranker")], out, wheel)
+        dockerfile = (out / "Dockerfile").read_text()
+        for source in re.findall(r"^COPY (?!--from)(\S+) ", dockerfile, re.MULTILINE):
+            assert (out / source).exists()
+        command = json.loads(re.findall(r"^CMD (.*)$", dockerfile, re.MULTILINE)[-1])
+        assert command == ["/models/embedding", "/models/reranker"]
+        for model in command:
+            artifact = embedport.Artifact.open(out / model[1:])
+            assert artifact.manifest.task == model.rpartition("/")[2]
+        service = yaml.safe_load((out / "compose.yaml").read_text())["services"]["embedport"]
+        assert service["ports"] == ["127.0.0.1:8000:8000"]
+        assert re.search(r"^USER 10001$", dockerfile, re.MULTILINE)
+
+    def test_another_wheel(self, folders, tmp_path):
+        with pytest.raises(InputError, match="should be embedport's wheel"):
+            deploy_docker([str(folders / "embedding")], tmp_path / "out", tmp_path / "numpy.whl")
+
+
+class TestVespa:
+    def test_component(self, folders, tmp_path):
+        deploy_vespa(str(folders / "embedding"), tmp_path / "app")
+        component = ElementTree.parse(tmp_path / "app" / "services-part.xml").getroot()
+        for tag in ("transformer-model", "tokenizer-model"):
+            element = component.find(tag)
+            assert element is not None
+            assert (tmp_path / "app" / element.attrib["path"]).is_file()
+        assert component.findtext("transformer-output") == "sentence_embedding"
+        assert component.findtext("pooling-strategy") == "none"
+        # Its space would come between the prompt and the text.
+        assert component.find("prepend") is None
+        assert "Query:YOUR TEXT" in (tmp_path / "app" / "README.md").read_text()
+
+    def test_prompts_that_end_with_a_space(self, checkpoints, copied, tmp_path):
+        source = copied(checkpoints("kv2"))
+        prompts = {"query": "find <it>: ", "document": "text: "}
+        path = source / "config_sentence_transformers.json"
+        path.write_text(json.dumps(load_json(path) | {"prompts": prompts}))
+        embedport.export(source, tmp_path / "model")
+        deploy_vespa(str(tmp_path / "model"), tmp_path / "app")
+        component = ElementTree.parse(tmp_path / "app" / "services-part.xml").getroot()
+        assert component.findtext("prepend/query") == "find <it>:"
+        assert component.findtext("prepend/document") == "text:"
+
+    def test_the_graph_runs_beside_its_weights(self, folders, tmp_path):
+        deploy_vespa(str(folders / "embedding"), tmp_path / "app")
+        path = tmp_path / "app" / "models" / "embedding" / "model.onnx"
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert next(iter(session.get_outputs())).name == "sentence_embedding"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vespa", "{reranker}", "-o", "{here}/out"], "it is a reranker"),
+        (["triton", "{checkpoint}", "-o", "{here}/out"], "is a checkpoint: deploy what"),
+        (["triton", "{embedding}", "-o", "{here}"], "exists; choose another place"),
+        (["triton", "{here}/none", "-o", "{here}/out"], "no such folder"),
+    ],
+)
+def test_one_line(folders, checkpoints, tmp_path, monkeypatch, capsys, arguments, message):
+    places = {"here": tmp_path, "checkpoint": checkpoints("kv2")}
+    places |= {task: folders / task for task in ("embedding", "reranker")}
+    filled = [argument.format(**places) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["embedport", "deploy", *filled])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
