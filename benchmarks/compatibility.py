@@ -119,7 +119,7 @@ ROWS = (
         "Haystack `SentenceTransformersTextEmbedder`",
         "sentence-transformers",
         "haystack_.py",
-        ("haystack-ai", *OPTIMUM),
+        ("haystack-ai<3", *OPTIMUM),
     ),
     Row(
         'the same classes with `backend="openvino"`',
@@ -373,4 +373,4 @@ def _cell(figures: Sequence[dict[str, Any]]) -> str:
         key = next(name for name in formats if name in figure)
         wrong = "" if figure["result"] == "right" else " (wrong)"
         words.append(f"{figure['precision']} {formats[key](figure[key])}{wrong}")
-    return "; ".join(words) or "—"
+    return "; ".join(dict.fromkeys(words)) or "—"
