@@ -8,14 +8,14 @@ from typing import Any, Literal
 from ...checkpoint.spec import ModelSpec
 from ...files import read_json
 from ...quantize.gptq import DAMPING
-from ...texts.prompts import END_OF_TEXT, find_answers, load_tokenizer, token_id
+from ...texts.prompts import find_answers, load_tokenizer
 from ...version import __version__
+from ..classifier import CLASSIFIER, classifier_values
 from .methods import Plan
 
 # A reranker's form: its own causal LM, or a classifier with one logit, W_yes - W_no.
 Form = Literal["causal-lm", "sequence-classification"]
 FORMS: tuple[Form, ...] = ("causal-lm", "sequence-classification")
-CLASSIFIER = "Qwen3ForSequenceClassification"
 # Heads that a task's model class adds to the layers; neither is quantized.
 NOT_QUANTIZED = ["lm_head", "score"]
 PROJECTIONS = [
@@ -67,19 +67,7 @@ def _task_values(spec: ModelSpec, form: Form | None) -> dict[str, Any]:
         overrides = vllm_overrides(spec, form)
         overrides.pop("architectures", None)  # transformers loads the checkpoint's own
         return values | overrides
-    path = spec.source.pipeline / "tokenizer.json"
-    padding = spec.inputs.skipped_token
-    if padding is None and spec.score_rows is None:
-        padding = token_id(load_tokenizer(path), END_OF_TEXT, path)
-    activation = "activation.Sigmoid" if spec.outputs.activation == "sigmoid" else "linear.Identity"
-    return values | {
-        "architectures": [CLASSIFIER],
-        "num_labels": 1,
-        "id2label": {"0": "yes"},
-        "label2id": {"yes": 0},
-        "pad_token_id": padding,
-        "sentence_transformers": {"activation_fn": f"torch.nn.modules.{activation}"},
-    }
+    return values | classifier_values(spec)
 
 
 def vllm_overrides(spec: ModelSpec, form: Form | None) -> dict[str, Any]:

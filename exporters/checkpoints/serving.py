@@ -7,10 +7,9 @@ import shlex
 from pathlib import Path
 
 from ...checkpoint.spec import ModelSpec
-from ...texts.prompts import DEFAULT_INSTRUCTION, RERANKER_PREFIX, RERANKER_SUFFIX
+from ..classifier import TEMPLATE, pair_template
 from .config import Form, vllm_overrides
 
-TEMPLATE = "chat_template.jinja"
 GUIDE = "vllm.md"
 
 
@@ -29,31 +28,6 @@ def write_serving_files(spec: ModelSpec, form: Form | None, folder: Path, name: 
     has_template = form is not None and (folder / TEMPLATE).is_file()
     guide = _guide(spec, form, name, has_template=has_template)
     (folder / GUIDE).write_text(guide, encoding="utf-8")
-
-
-def pair_template() -> str:
-    """The jinja template that joins two messages, of the roles "query" and "document".
-
-    sentence-transformers' CrossEncoder and vLLM's score and rerank (`--chat-template`) render it; a
-    message of the role "system" replaces the instruction. Strings are written as expressions, so
-    that no renderer trims their line breaks.
-    """
-
-    def message(role: str) -> str:
-        return f"messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first"
-
-    def text(value: str) -> str:
-        return "{{- " + json.dumps(value) + " -}}\n"
-
-    return (
-        text(RERANKER_PREFIX + "<Instruct>: ")
-        + f"{{{{- {message('system')} | default({json.dumps(DEFAULT_INSTRUCTION)}, true) -}}}}\n"
-        + text("\n<Query>: ")
-        + f"{{{{- {message('query')} -}}}}\n"
-        + text("\n<Document>: ")
-        + f"{{{{- {message('document')} -}}}}\n"
-        + text(RERANKER_SUFFIX).rstrip("\n")
-    )
 
 
 def _guide(spec: ModelSpec, form: Form | None, name: str, *, has_template: bool) -> str:

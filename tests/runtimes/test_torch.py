@@ -12,7 +12,7 @@ import embedport
 from embedport.checkpoint.hub import Source
 from embedport.checkpoint.spec import ModelSpec, read_spec
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
-from embedport.exporters.checkpoints.serving import pair_template
+from embedport.exporters.classifier import pair_template
 from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import torch as adapter
 from embedport.texts.prompts import load_tokenizer

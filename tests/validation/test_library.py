@@ -9,7 +9,7 @@ import sentence_transformers
 from torch.nn import Identity
 
 from embedport.errors import CheckpointError
-from embedport.exporters.checkpoints.serving import pair_template
+from embedport.exporters.classifier import pair_template
 from embedport.texts.prompts import query_prompt
 from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference

@@ -20,7 +20,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 
 import embedport
 from embedport.errors import CheckpointError
-from embedport.exporters.checkpoints.serving import pair_template
+from embedport.exporters.classifier import pair_template
 from embedport.texts.prompts import Encoded
 from embedport.texts.samples import Pair, Sample
 
