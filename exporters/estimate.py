@@ -12,10 +12,10 @@ import numpy as np
 
 from ..checkpoint.spec import ModelSpec
 from ..quantize.fold import READERS
-from ..quantize.formats import matrices
+from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import Recipe
 
-# Measured on an Intel Xeon (AVX-512), one core, 2026-11-29: nanoseconds for each weight that is
+# Rough, from small models on an Intel Xeon (AVX-512), one core: nanoseconds for each weight that is
 # searched for its group's range, rounded column by column, or rounded to nearest and written.
 SEARCHED, ROUNDED, WRITTEN = 150, 100, 20
 # Seconds to open and close a session of one layer.
@@ -55,7 +55,11 @@ def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray]) -> list[str]:
     if recipe.is_calibrated:
         tokens = sum(map(len, rows))
         steps.append(f"run {len(rows)} calibration texts of {tokens:,} tokens, layer by layer")
-    for text, count in Counter(recipe.formats.values()).items():
+    formats = dict(recipe.formats)
+    # No text's activations reach the table: it has its own rounding whatever the algorithm is.
+    if table := formats.pop(TABLE, None):
+        steps.append(f"quantize the embedding table to {table}")
+    for text, count in Counter(formats.values()).items():
         what = f"{count} matrices" if count > 1 else "one matrix"
         steps.append(f"quantize {what} to {text} by {recipe.algorithm}")
     return steps
