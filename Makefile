@@ -16,7 +16,7 @@ demo: $(UV)
 
 # All but the cases marked slow: ten minutes on two cores.
 test: $(UV)
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -m "not slow" --durations=15
 
 test-all: $(UV)
 	$(RUN) pytest --durations=40

@@ -27,7 +27,7 @@ TEXTS = [sample.text for sample in builtin_samples()]
 ROWS = [np.random.default_rng(i).integers(0, 1000, 30) for i in range(4)]
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_gptq_is_closer_than_rounding(artifacts, task):
     pairs = [(a, b) for a, b in zip(TEXTS[:16], TEXTS[16:32], strict=True)]
 

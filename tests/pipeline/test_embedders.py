@@ -52,7 +52,10 @@ def check(folder, tmp_path, expected=None, atol=1e-5, **options):
     return expected
 
 
-@pytest.mark.parametrize("end", [None, "<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "end",
+    [None, pytest.param("<|im_end|>", marks=pytest.mark.slow), "<|endoftext|>"],
+)
 def test_tokens_as_the_tokenizer_gives_them(tmp_path, real_tokenizer, end):
     """Qwen3's own vocabulary, with each ending and with none."""
     from tests.synthetic import Geometry, write_checkpoint

@@ -131,7 +131,10 @@ def test_embedders(embedder_of, tmp_path, case):
     assert compare(open_embedder(folder).encode(TEXTS, prompt=prompt), expected, limit) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["int8", "int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "fp16"))],
+)
 @pytest.mark.parametrize("case", IN_8_AND_4_BITS)
 def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
     folder, prompt = embedder_of(case)
@@ -142,7 +145,9 @@ def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
     assert compare(found, reference(folder, prompt), limit) < 0.2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "int8", pytest.param("int4", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("causal", "window"),
     [

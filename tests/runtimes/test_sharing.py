@@ -1,5 +1,6 @@
 """The prefix that a reranker's rows share is computed once, and changes no score."""
 
+import itertools
 import json
 from typing import Any
 
@@ -57,8 +58,17 @@ def plain_scores(reranker, pairs, **options):
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-weight", "int4"])
-@pytest.mark.parametrize("geometry", ["kv1", "kv2", "kv8"])
+@pytest.mark.parametrize(
+    ("geometry", "precision"),
+    [
+        *itertools.product(["kv1", "kv2", "kv8"], ["fp32", "int8"]),
+        *itertools.product(["kv2"], ["int8-weight", "int4"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(["kv1", "kv8"], ["int8-weight", "int4"])
+        ),
+    ],
+)
 def test_scores_are_those_of_the_plain_path(rerankers, geometry, precision):
     reranker = rerankers(geometry, precision)
     assert reranker.model.continues

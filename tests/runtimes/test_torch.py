@@ -70,7 +70,7 @@ def test_plain(checkpoints, geometry, task, dtype, precision, limit):
 
 
 @pytest.mark.parametrize("method", RUN)
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_as_transformers_runs_it(quantized, method, task):
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
@@ -103,7 +103,7 @@ def test_as_transformers_runs_it(quantized, method, task):
 
 
 @pytest.mark.parametrize("method", UNPACKED)
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_unpacked(quantized, checkpoints, tmp_path, copied, method, task):
     """The same as a plain checkpoint that holds what the codes stand for."""
     folder = quantized(method, task)

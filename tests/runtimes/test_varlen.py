@@ -187,10 +187,19 @@ class StandIn:
         return (1, 0)
 
 
-def test_a_size_that_comes_back_becomes_a_graph(packed, checkpoints, monkeypatch, caplog):
+def test_a_size_that_comes_back_becomes_a_graph(
+    packed, tmp_path, small_tokenizer, monkeypatch, caplog
+):
     import contextlib
 
     import torch
+
+    from tests.synthetic import Geometry, write_checkpoint
+
+    # Triton's interpreter takes seconds for a layer.
+    folder = write_checkpoint(
+        tmp_path / "model", Geometry(32, 1, 2, 1, 32, 64), "embedding", small_tokenizer
+    )
 
     seen = []
 
@@ -201,7 +210,7 @@ def test_a_size_that_comes_back_becomes_a_graph(packed, checkpoints, monkeypatch
     monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(StandIn, "replays", 0)
-    spec = read_spec(Source("", None, checkpoints("kv2")), "embedding")
+    spec = read_spec(Source("", None, folder), "embedding")
     layers = open_layers(packed, spec, "bfloat16")
     ids, one = np.arange(4), np.array([4])
     first = layers(ids, one)
