@@ -53,6 +53,7 @@ def artifact(tmp_path_factory, checkpoints):
     return output
 
 
+@pytest.mark.slow
 def test_passages_are_of_all_lengths(tokenizer_file):
     low, high = work.PASSAGE_TOKENS
     mixed = work.passages(tokenizer_file, 100, 4)

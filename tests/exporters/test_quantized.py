@@ -284,11 +284,12 @@ def test_a_format_is_its_text(text):
     assert str(Format.parse(text)) == text
 
 
-def test_auto_keeps_retrieval_quality(small_set, tmp_path):
+@pytest.mark.parametrize("limits", [(0.02,), pytest.param((0.001, 0.02), marks=pytest.mark.slow)])
+def test_auto_keeps_retrieval_quality(small_set, tmp_path, limits):
     data = small_set(every=80, others=30)
     checkpoint = builtin_embedder()
     found = {}
-    for limit in (0.001, 0.02):
+    for limit in limits:
         artifact = embedport.export(
             checkpoint,
             tmp_path / str(limit),
@@ -309,7 +310,7 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path):
         assert report.retrieval is not None
         assert report.retrieval.ndcg_loss is not None
         assert report.retrieval.ndcg_loss <= limit + 1e-3
-    assert found[0.02] < found[0.001]
+    assert len(limits) == 1 or found[0.02] < found[0.001]
 
 
 def test_targets_go_with_auto(checkpoints, tmp_path):

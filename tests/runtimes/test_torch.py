@@ -53,7 +53,7 @@ def agreement(found, expected):
     ],
 )
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
-@pytest.mark.parametrize("geometry", ["kv1", "kv2"])
+@pytest.mark.parametrize("geometry", ["kv2", pytest.param("kv1", marks=pytest.mark.slow)])
 def test_plain(checkpoints, geometry, task, dtype, precision, limit):
     folder = checkpoints(geometry, task, dtype=dtype)
     model = embedport.load(folder, device="cpu")

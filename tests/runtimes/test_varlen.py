@@ -91,7 +91,7 @@ def run(packed, folder, task, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float16", 0.99999), ("bfloat16", 0.999)])
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("geometry", ["kv1", "kv2", "kv8"])
 def test_the_same_without_padding(packed, checkpoints, geometry, task, dtype, limit):
     found, expected = run(packed, checkpoints(geometry, task, dtype=dtype), task, dtype)

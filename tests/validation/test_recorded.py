@@ -75,7 +75,7 @@ def rewritten(file, path, change=None, **tensors):
     return path
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_the_same_report(folders, tmp_path, data, task):
     """In every form, the page with its layers too; of retrieval, on some of the queries as well."""
     made = folders(task)

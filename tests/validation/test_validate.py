@@ -93,8 +93,17 @@ def every_pair_recorded(checkpoints, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("precision", GRAPHS)
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize(
+    ("task", "precision"),
+    [
+        *(("embedding", precision) for precision in GRAPHS),
+        *(("reranker", precision) for precision in ("fp32", "int8", "int4")),
+        *(
+            pytest.param("reranker", precision, marks=pytest.mark.slow)
+            for precision in ("fp16", "bf16", "int8-weight", "mixed")
+        ),
+    ],
+)
 def test_an_export_passes(folders, tmp_path, every_pair_recorded, task, precision):
     options = {"precision": precision}
     if precision == "mixed":
