@@ -43,7 +43,7 @@ SHOWN = ("requests_per_second", "cpu_ms_per_request", "p50_ms", "p99_ms", "worst
 
 @dataclass
 class Load:
-    """What the clients saw.
+    """Latencies, answers and errors, as the clients saw them.
 
     Attributes:
         seconds: Each request's time.

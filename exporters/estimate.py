@@ -1,4 +1,4 @@
-"""What an export or a quantization would do, take and write, without doing it."""
+"""Dry runs: the steps, size, memory and time of an export or a quantization."""
 
 from __future__ import annotations
 

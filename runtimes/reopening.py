@@ -20,7 +20,7 @@ Reopening = tuple[str, str | None, str, str, int]
 
 
 def reopening(facts: ModelFacts, device: str, max_length: int) -> Reopening:
-    """What `reopen` needs: folder, adapter's folder, task, device, maximum length.
+    """The arguments of `reopen`: folder, adapter's folder, task, device, maximum length.
 
     Args:
         facts: The model's description.

@@ -86,7 +86,7 @@ class ContinuationRecord:
 
 @dataclass(frozen=True)
 class SharedRecord:
-    """What other software opens in an artifact; its weights are in the graph's own file.
+    """The files that other software opens; their weights are in the graph's own data file.
 
     Attributes:
         consumers: The programs that the files were written for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,17 +22,19 @@ UNQUANTIZED = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Publication:
-    """What is sent to the hub.
+    """The files and texts of one commit on the hub.
 
     Attributes:
         repo_id: The repository, "owner/name".
         files: Path in the repository to the local file.
+        manifest: The text of embedport.json.
         card: The text of README.md.
         size: Bytes of the files.
     """
 
     repo_id: str
     files: Mapping[str, Path]
+    manifest: str
     card: str
     size: int
 
@@ -46,6 +49,9 @@ def has_token() -> bool:
 def prepare(folder: str | Path, repo_id: str, *, license: str | None = None) -> Publication:
     """Put together what is sent; the hub is asked for the base's license only.
 
+    A local checkpoint or adapter that the artifact was made from is named without its folder: paths
+    tell of a machine and its user.
+
     Args:
         folder: The artifact's folder.
         repo_id: The repository, "owner/name".
@@ -58,8 +64,13 @@ def prepare(folder: str | Path, repo_id: str, *, license: str | None = None) -> 
     if not HUB_ID.fullmatch(repo_id):
         raise InputError(f"a repository should be of the form owner/name, found {repo_id!r}")
     artifact = Artifact.open(folder)
-    files = {name: artifact.folder / name for name in (*artifact.manifest.files, MANIFEST)}
-    return Publication(repo_id, files, _card(artifact, repo_id, license), artifact.size)
+    files = {name: artifact.folder / name for name in artifact.manifest.files}
+    manifest = (artifact.folder / MANIFEST).read_text(encoding="utf-8")
+    for path in _local_sources(artifact.manifest):
+        for ascii_only in (True, False):
+            quoted = json.dumps(path, ensure_ascii=ascii_only)
+            manifest = manifest.replace(quoted, json.dumps(Path(path).name))
+    return Publication(repo_id, files, manifest, _card(artifact, repo_id, license), artifact.size)
 
 
 def push(publication: Publication, *, private: bool | None = None) -> str:
@@ -78,6 +89,7 @@ def push(publication: Publication, *, private: bool | None = None) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     operations = [CommitOperationAdd(name, str(path)) for name, path in publication.files.items()]
+    operations.append(CommitOperationAdd(MANIFEST, publication.manifest.encode()))
     operations.append(CommitOperationAdd(CARD, publication.card.encode()))
     api = HfApi(library_name="embedport")
     try:
@@ -117,14 +129,23 @@ def _card(artifact: Artifact, repo_id: str, license: str | None) -> str:
     body = re.sub(r"\A---\n.*?\n---\n+", "", body, flags=re.DOTALL)
     # The card's code opens the artifact by its folder; from the hub, by its id.
     body = body.replace(f'("{artifact.folder.resolve().name}"', f'("{repo_id}"')
+    for source in _local_sources(manifest):
+        body = body.replace(source, Path(source).name)
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
+def _sources(manifest: Manifest) -> list[str]:
+    """Folders or hub ids of the checkpoint and the adapter that the artifact was made from."""
+    adapter = manifest.source.adapter
+    return [manifest.source.id, *([] if adapter is None else [adapter.id])]
+
+
 def _hub_bases(manifest: Manifest) -> list[str]:
-    """Hub ids of what the artifact was made from; a local folder has none."""
-    source = manifest.source
-    ids = [source.id, *([source.adapter.id] if source.adapter is not None else [])]
-    return [id_ for id_ in ids if HUB_ID.fullmatch(id_) and not Path(id_).exists()]
+    return [id_ for id_ in _sources(manifest) if HUB_ID.fullmatch(id_) and not Path(id_).exists()]
+
+
+def _local_sources(manifest: Manifest) -> list[str]:
+    return [id_ for id_ in _sources(manifest) if id_ not in _hub_bases(manifest)]
 
 
 def _license(base: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .inputs import DeviceOption
 from .outputs import stdout_console, to_json
 
 if TYPE_CHECKING:
@@ -17,9 +18,7 @@ def check(
     artifact: Annotated[
         Path, typer.Argument(help="An artifact's folder, or a hub id.", show_default=False)
     ],
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
-    ] = "auto",
+    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare an artifact's vectors here with those of its export; exit code 1 if they differ.

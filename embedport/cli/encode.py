@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, require
-from .inputs import AdapterOption, TaskOption, check_task, read_texts
+from .inputs import (
+    AdapterOption,
+    BatchTokensOption,
+    DeviceOption,
+    TaskOption,
+    check_task,
+    read_texts,
+)
 from .outputs import check_output, stdout_console, to_json
 
 if TYPE_CHECKING:
@@ -78,22 +85,13 @@ def encode(
         ),
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="Of a folder's shards: npy, or parquet with ids.")
+        str, typer.Option("--format", help="A folder's shards: npy, or parquet with ids.")
     ] = "npy",
     with_text: Annotated[
         bool, typer.Option("--with-text", help="Put the texts into .parquet and .arrow, too.")
     ] = False,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
-    ] = "auto",
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Most tokens per batch; by default as many as keep the device busy.",
-            show_default=False,
-        ),
-    ] = None,
+    device: DeviceOption = "auto",
+    batch_tokens: BatchTokensOption = None,
     max_length: Annotated[
         int | None, typer.Option(help="Cut texts to this many tokens.", show_default=False)
     ] = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption, DryRunOption
+from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
 from .outputs import print_estimate, size_words, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -45,15 +45,8 @@ def export_onnx(
     dim: Annotated[
         int | None, typer.Option(help="Bake in an MRL dimension.", show_default=False)
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="embedding or reranker, if the checkpoint does not declare it.", show_default=False
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A hub revision.", show_default=False)
-    ] = None,
+    task: TaskOption = None,
+    revision: RevisionOption = None,
     adapter: AdapterOption = None,
     max_length: Annotated[
         int | None, typer.Option(help="Cut texts to this many tokens.", show_default=False)

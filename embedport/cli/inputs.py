@@ -25,6 +25,21 @@ TaskOption = Annotated[
         show_default=False,
     ),
 ]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="A hub revision.", show_default=False)
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or tensorrt (graphs only).")
+]
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        min=1,
+        help="Most tokens per batch; by default as many as keep the device busy.",
+        show_default=False,
+    ),
+]
 DryRunOption = Annotated[
     bool,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..machine.engine import EngineRecord
-from .inputs import AdapterOption, TaskOption, check_task
+from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
 from .outputs import size_words, stdout_console
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def inspect(
             help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
         ),
     ],
-    revision: Annotated[
-        str | None, typer.Option(help="A hub revision.", show_default=False)
-    ] = None,
+    revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     task: TaskOption = None,
     adapter: AdapterOption = None,

@@ -44,6 +44,7 @@ def push(
         typer.echo(f"embedport: {why}nothing is sent; this would be", err=True)
         for name, path in publication.files.items():
             typer.echo(f"{name}  {size_words(path.stat().st_size)}")
+        typer.echo(f"embedport.json  {size_words(len(publication.manifest.encode()))}")
         typer.echo(f"README.md  {size_words(len(publication.card.encode()))}\n")
         typer.echo(publication.card)
         return

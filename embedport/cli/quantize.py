@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption, DryRunOption
+from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
 from .outputs import print_estimate, size_words, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -64,15 +64,8 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="embedding or reranker, if the checkpoint does not declare it.", show_default=False
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A hub revision.", show_default=False)
-    ] = None,
+    task: TaskOption = None,
+    revision: RevisionOption = None,
     adapter: AdapterOption = None,
     dry_run: DryRunOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .inputs import AdapterOption, TaskOption, check_task, read_texts
+from .inputs import (
+    AdapterOption,
+    BatchTokensOption,
+    DeviceOption,
+    TaskOption,
+    check_task,
+    read_texts,
+)
 from .outputs import check_output, stdout_console, to_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -41,17 +48,8 @@ def rerank(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help=".jsonl.", show_default=False)
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
-    ] = "auto",
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Most tokens per batch; by default as many as keep the device busy.",
-            show_default=False,
-        ),
-    ] = None,
+    device: DeviceOption = "auto",
+    batch_tokens: BatchTokensOption = None,
     max_length: Annotated[
         int | None, typer.Option(help="Cut pairs to this many tokens.", show_default=False)
     ] = None,

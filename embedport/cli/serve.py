@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, require
+from .inputs import BatchTokensOption, DeviceOption
 
 KEY_VARIABLE = "EMBEDPORT_API_KEY"
 MODULES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn")
@@ -35,23 +36,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
-    ] = "auto",
+    device: DeviceOption = "auto",
     max_length: Annotated[
         int | None,
         typer.Option(
             min=1, help="Most tokens of a text; default: the model's.", show_default=False
         ),
     ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Most tokens per batch; by default as many as keep the device busy.",
-            show_default=False,
-        ),
-    ] = None,
+    batch_tokens: BatchTokensOption = None,
     max_texts: Annotated[int, typer.Option(min=1, help="Most texts of a request.")] = 2048,
     max_body: Annotated[int, typer.Option(min=1, help="Most MiB of a request's body.")] = 16,
     max_queue: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..machine.engine import LIBRARIES
-from .inputs import AdapterOption
+from .inputs import AdapterOption, RevisionOption, TaskOption
 from .outputs import size_words, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -75,15 +75,8 @@ def export_tensorrt(
             "same-capability."
         ),
     ] = "none",
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="embedding or reranker, if the checkpoint does not declare it.", show_default=False
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A hub revision.", show_default=False)
-    ] = None,
+    task: TaskOption = None,
+    revision: RevisionOption = None,
     adapter: AdapterOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -11,6 +11,7 @@ import typer
 from ..errors import InputError
 from .inputs import (
     CandidatesOption,
+    DeviceOption,
     MaxQueriesOption,
     RetrievalOption,
     TaskOption,
@@ -58,9 +59,7 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or tensorrt (graphs only).")
-    ] = "auto",
+    device: DeviceOption = "auto",
     min_cosine: Annotated[
         float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,

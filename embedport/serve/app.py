@@ -53,7 +53,7 @@ CLIENT_LEFT = 499
 
 
 class Server:
-    """What the paths share.
+    """The state that the paths share.
 
     Args:
         load: Loads the models; called in the thread that runs them.

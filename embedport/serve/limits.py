@@ -1,4 +1,4 @@
-"""What the server takes at once, and the count of what it holds."""
+"""Limits of requests, and the count of the texts and bytes that the server holds."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ RERANKER_CHUNK = 16
 
 @dataclass(frozen=True)
 class Lane:
-    """What rows must have in common to be in one batch.
+    """The properties that rows of one batch have in common.
 
     Attributes:
         model: The model.

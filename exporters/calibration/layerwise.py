@@ -109,7 +109,7 @@ class Layer(AbstractContextManager["Layer"]):
     def run_with_inputs(
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """What `run` and `run_inputs` return, in one run."""
+        """Both results of `run` and `run_inputs`, from one run."""
         names = [self._outputs[0], *self._inputs]
         out, *inputs = self._session.run(names, _feeds(ids, state))
         return out, [x[0] for x in inputs]

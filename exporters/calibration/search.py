@@ -107,7 +107,7 @@ class RankingTarget:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a search keeps.
+    """The quality or size that a search keeps.
 
     Attributes:
         min_cosine: Smallest cosine of a text's vector to that of the fp32 model.

@@ -80,7 +80,7 @@ CONSUMERS = {
 
 @dataclass(frozen=True)
 class Shared:
-    """What the chosen consumers together need besides embedport's own graph.
+    """The files that the chosen consumers together need besides embedport's own graph.
 
     Attributes:
         names: The consumers, as the user gave them.

@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Target:
-    """What a search of formats keeps.
+    """The quality or size that a search of formats keeps.
 
     Attributes:
         min_cosine: The smallest allowed cosine of a text; None if only retrieval counts.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,8 +181,17 @@ def test_what_was_pushed_is_loaded(hub, run, folder):
     assert {"file", "lfsFile"} < set(keys)
     manifest = embedport.Artifact.open(folder).manifest
     assert set(hub.files) == {*manifest.files, "embedport.json", "README.md"}
-    for name in set(hub.files) - {"README.md"}:
+    for name in set(hub.files) - {"README.md", "embedport.json"}:
         assert hub.files[name] == (folder / name).read_bytes()
+    # The checkpoint's folder is nobody's business; all else of the manifest is as it was.
+    source = manifest.source.id
+    sent, own = (
+        json.loads(x)
+        for x in (hub.files["embedport.json"], (folder / "embedport.json").read_bytes())
+    )
+    assert sent["source"].pop("id") == Path(source).name != own["source"].pop("id") == source
+    assert sent == own
+    assert not [name for name, data in hub.files.items() if source.encode() in data]
 
     _, front, body = hub.files["README.md"].decode().split("---\n", 2)
     card = yaml.safe_load(front)

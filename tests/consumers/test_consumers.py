@@ -1,4 +1,4 @@
-"""What `--for` writes, read with onnxruntime, transformers and OpenVINO as the consumers do."""
+"""Files of `--for`, read with onnxruntime, transformers and OpenVINO as the consumers do."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_a_reranker_for_older_versions(exported, precision):
 
 @pytest.mark.parametrize("precision", MOST_APART)
 def test_operators_of_older_versions(exported, precision):
-    """Of opset 21 and IR 10, onnxruntime's own since before 1.20, and no functions."""
+    """Opset 21, IR 10, operators that onnxruntime has had since before 1.20, no functions."""
     folder = exported("embedding", ALL, precision=precision).artifact.folder
     model = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False)
     assert model.ir_version == 10

@@ -30,7 +30,7 @@ def folders(tmp_path_factory, checkpoints):
 
 
 class Triton:
-    """What model.py sees of Triton: tensors, requests, and the graph's model by its name."""
+    """A stand-in for Triton: tensors, requests, and the graph's model by its name."""
 
     def __init__(self, repository):
         self.repository, self.batches = repository, []

@@ -39,7 +39,7 @@ def loaded(artifacts):
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tensorrt_parses_it(loaded, name, task):
-    """What it builds of it is in tests/tensorrt."""
+    """Engines of these graphs are built in tests/tensorrt."""
     trt = pytest.importorskip("tensorrt_rtx")
     builder = trt.Builder(logger := make_logger(trt, lambda message, is_error: None))
     graph = loaded(name, task).artifact.graph

@@ -138,7 +138,7 @@ def runners(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(runners):
-    """What a server loads: both models by name."""
+    """A server's models by name, both kinds."""
     return {task: served(task, runner, None) for task, runner in runners.items()}
 
 

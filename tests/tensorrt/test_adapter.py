@@ -195,7 +195,7 @@ def test_a_damaged_engine(installed, load):
 
 
 class TestForRTX:
-    """What differs for engines that were built ahead of time."""
+    """Differences of engines that were built ahead of time."""
 
     @pytest.fixture
     def kernels(self, monkeypatch, tmp_path):
@@ -307,7 +307,7 @@ class TestWithoutAGPU:
             load(engines().folder)
 
     def test_a_plan_that_is_none(self, rtx, tmp_path, cuda):
-        """What the library's own runtime says of it is in the message."""
+        """The message holds the words of the library's own runtime."""
         plan = tmp_path / "model.plan"
         plan.write_bytes(b"no plan at all" * 100)
         record = EngineRecord(

@@ -1,4 +1,4 @@
-"""What a builder logs of an engine's layers, in lines of TensorRT for RTX 1.7.1."""
+"""A builder's log of an engine's layers, in lines of TensorRT for RTX 1.7.1."""
 
 import pytest
 
