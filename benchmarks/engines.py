@@ -62,11 +62,12 @@ def _build(geometry: str, precision: str) -> dict[str, Any]:
     )
     folder = CACHE / "engine"
     shutil.rmtree(folder, ignore_errors=True)
-    arithmetic = ["--arithmetic", "bf16"] if precision in ("int8", "int4") else []
+    options = ["--arithmetic", "bf16"] if precision in ("int8", "int4") else []
+    options += ["--fast"] if precision == "int4" else []  # the codes do not matter to a build
     run(
         ours(
             *("export", "onnx", str(source), "-o", str(folder), "--dialect", "standard"),
-            *("--precision", precision, *arithmetic),
+            *("--precision", precision, *options),
         )
     )
     graph, plan = folder / "onnx" / "model.onnx", folder / "engine" / "model.plan"

@@ -135,7 +135,7 @@ def _in_fp8(checkpoint: Path, out: Path) -> Path:
     return embedport.quantize_checkpoint(checkpoint, out, method="fp8").folder
 
 
-def _onnxruntime(device: str, dialect: str, **options: str) -> Callable[[Path, Path], Run]:
+def _onnxruntime(device: str, dialect: str, **options: Any) -> Callable[[Path, Path], Run]:
     def open_path(checkpoint: Path, folder: Path) -> Run:
         if device == "tensorrt" and (reason := obstacle("tensorrt")):
             raise NotRunError(reason)
@@ -151,9 +151,16 @@ def _tensorrt(precision: str, target: Target = "this-gpu") -> Callable[[Path, Pa
     def open_path(checkpoint: Path, folder: Path) -> Run:
         if reason := obstacle(BUILDERS[target]):
             raise NotRunError(reason)
-        out = folder / "artifact"
-        if not out.exists():
-            embedport.export(checkpoint, out, format="tensorrt", target=target, precision=precision)
+        out, graph = folder / "artifact", folder / "graph"
+        options: dict[str, Any] = {"format": "tensorrt", "target": target}
+        if out.exists():
+            pass
+        elif precision == "int4":  # calibration would take longer than the device is lent for
+            fast: dict[str, Any] = {"fast": True, "arithmetic": "bf16", "dialect": "standard"}
+            embedport.export(checkpoint, graph, precision=precision, **fast)
+            embedport.export(graph, out, **options)
+        else:
+            embedport.export(checkpoint, out, precision=precision, **options)
         return embedport.load(out, device="cuda").model
 
     return open_path
@@ -169,7 +176,7 @@ PATHS: dict[str, Callable[[Path, Path], Run]] = {
     "sentence-transformers fp16": _sentence_transformers,
     "embedport onnxruntime CUDA bf16": _onnxruntime("cuda", "ort", precision="bf16"),
     "embedport onnxruntime CUDA int4": _onnxruntime(
-        "cuda", "ort", precision="int4", arithmetic="bf16"
+        "cuda", "ort", precision="int4", arithmetic="bf16", fast=True
     ),
     "transformers fp16, FlashAttention 2": _transformers("flash_attention_2"),
     "vLLM fp16, pooling": _vllm,

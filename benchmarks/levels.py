@@ -23,8 +23,8 @@ from .machine import RESULTS, print_table, save
 from .process import ours, run
 
 FORMATS = {
-    f"{precision}/{group}": ["--precision", precision, "--group-size", str(group)]
-    for precision in ("int8-weight", "int4")
+    f"{precision}/{group}": ["--precision", precision, "--group-size", str(group), *options]
+    for precision, options in (("int8-weight", []), ("int4", ["--fast"]))
     for group in (32, 128)
 }
 LEVELS = (1, 4)

@@ -58,7 +58,8 @@ def ours(*arguments: str) -> list[str]:
 
 
 def export_ours(source: Path, folder: Path, precision: str) -> Path:
-    """Export into the folder, under the precision's name."""
+    """Export into the folder, under the precision's name; 4 bits are not calibrated."""
     out = folder / precision
-    run(ours("export", "onnx", str(source), "-o", str(out), "--precision", precision))
+    fast = ["--fast"] if precision == "int4" else []
+    run(ours("export", "onnx", str(source), "-o", str(out), "--precision", precision, *fast))
     return out

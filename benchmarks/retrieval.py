@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "precision": "int4",
             "group_size": group,
             "algorithm": algorithm,
-            "embedding_bits": 8,
+            "rotate": False,
         }
         for group in (32, 128)
         for algorithm in ("rtn", "mse", "gptq", "awq")
@@ -39,11 +39,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "group_size": 32,
         "algorithm": "gptq",
         "rotate": True,
-        "embedding_bits": 8,
     },
-    "int4/32, gptq, table 4 bits": {"precision": "int4", "algorithm": "gptq", "group_size": 32},
-    "int4/64, gptq, table 4 bits": {"precision": "int4", "algorithm": "gptq"},
-    "int4/64, rtn, table 4 bits": {"precision": "int4"},
+    **{
+        f"int4/{group}, {algorithm}, table 4 bits": {
+            "precision": "int4",
+            "group_size": group,
+            "algorithm": algorithm,
+            "rotate": False,
+            "embedding_bits": 4,
+        }
+        for group, algorithm in ((32, "gptq"), (64, "gptq"), (64, "rtn"))
+    },
 }
 
 
