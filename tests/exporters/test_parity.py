@@ -43,7 +43,12 @@ def test_embedding(artifacts, reference, geometry, dialect, precision):
     assert cosines(vectors, reference(geometry, "embedding")).min() >= LIMITS[precision][0]
 
 
-@pytest.mark.parametrize(("geometry", "dialect", "precision"), CASES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "bf16"))],
+)
 def test_reranker(artifacts, reference, geometry, dialect, precision):
     reranker = artifacts(geometry, "reranker", dialect=dialect, precision=precision)
     scores = reranker.score(PAIRS, batch_tokens=2048)

@@ -35,7 +35,7 @@ def test_embedding(artifacts, reference, precision, dialect):
     assert (vectors * reference("kv8", "embedding")).sum(axis=1).min() >= LIMITS[precision][0]
 
 
-@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("dialect", ["ort", pytest.param("standard", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", LIMITS)
 def test_reranker(artifacts, reference, precision, dialect):
     scores = artifacts("kv8", "reranker", dialect=dialect, precision=precision).score(PAIRS)

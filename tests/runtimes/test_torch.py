@@ -125,7 +125,9 @@ def test_unpacked(quantized, checkpoints, tmp_path, copied, method, task):
     assert agreement(results(embedport.load(folder, device="cpu")), expected) > 0.99999
 
 
-@pytest.mark.parametrize("method", [*RUN, *UNPACKED])
+@pytest.mark.parametrize(
+    "method", [*UNPACKED, *(pytest.param(method, marks=pytest.mark.slow) for method in RUN)]
+)
 def test_a_classifier_gives_the_same_scores(quantized, method):
     found = results(embedport.load(quantized(method, "reranker"), device="cpu"))
     # Its row is rounded to 16 bits.
