@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from embedport.bench.work import passages, uniform
+from embedport.bench.workloads import passages, uniform
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
@@ -34,17 +34,17 @@ def by_tokens(rounds: int, results: Path = RESULTS) -> None:
         embedder = embedport.load(artifact, device="cpu")
         assert isinstance(embedder, embedport.Embedder)
         tokenizer = artifact / "tokenizer.json"
-        for work in (uniform(tokenizer, 32, 128), passages(tokenizer)):
-            embedder.embed_rows(work.part(0), batch_tokens=BUDGETS[-1])
+        for workload in (uniform(tokenizer, 32, 128), passages(tokenizer)):
+            embedder.embed_rows(workload.part(0), batch_tokens=BUDGETS[-1])
             speeds: dict[int, list[float]] = {budget: [] for budget in BUDGETS}
             for number in range(rounds):
-                rows = work.part(number)
+                rows = workload.part(number)
                 for budget in BUDGETS if number % 2 == 0 else BUDGETS[::-1]:
                     start = time.perf_counter()
                     embedder.embed_rows(rows, batch_tokens=budget)
                     seconds = time.perf_counter() - start
                     speeds[budget].append(sum(map(len, rows)) / seconds)
-            figures[work.name] = {
+            figures[workload.name] = {
                 budget: {
                     "tokens_per_second": round(median(values), 1),
                     "slowest": round(min(values), 1),

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from embedport.bench.sides import install_peer
+from embedport.bench.runners import install_peer
 
 from .checkpoint import CACHE, checkpoint, require_space
 from .machine import RESULTS, print_table, save

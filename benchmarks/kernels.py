@@ -30,7 +30,7 @@ def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
     """Tokens per second in interleaved rounds, and the speed-up over onnxruntime's operators.
 
     Args:
-        rounds: Rounds per shape.
+        rounds: Benchmark per shape.
         results: Folder of the results.
     """
     source = checkpoint("0.6b-4")
@@ -42,9 +42,9 @@ def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
             figures[precision] = _race(graph, rounds)
     rows = []
     for precision, shapes in figures.items():
-        for shape, sides in shapes.items():
+        for shape, runners in shapes.items():
             cells = [
-                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**each) for each in sides.values()
+                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**each) for each in runners.values()
             ]
             rows.append([precision, shape, *cells])
     print_table(["", "rows x tokens", *next(iter(figures["fp32"].values()))], rows)

@@ -7,11 +7,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from embedport.bench.race import Race, to_json
-from embedport.bench.sides import our_side
+from embedport.bench.rounds import Benchmark, to_json
+from embedport.bench.runners import our_runner
 from embedport.bench.threads import choose_threads
-from embedport.bench.work import QUERIES, reranking
-from embedport.runtimes import read_facts
+from embedport.bench.workloads import QUERIES, reranking
+from embedport.runtimes import read_info
 
 from .checkpoint import CACHE, checkpoint
 from .machine import RESULTS, print_table, save
@@ -24,7 +24,7 @@ MOST_APART = 1e-4
 def shared_against_plain(
     rounds: int, source: Path | None = None, results: Path = RESULTS, precision: str = "int8"
 ) -> None:
-    """Race both ways on 8 queries with 50 passages each, query by query.
+    """Compare both ways on 8 queries with 50 passages each, query by query.
 
     Raises:
         RuntimeError: The scores differ.
@@ -35,16 +35,18 @@ def shared_against_plain(
         artifact = export_ours(source, Path(temporary), precision)
         threads = choose_threads()
         command = (sys.executable, "-m", "benchmarks.reranking", str(artifact))
-        shared = replace(our_side(read_facts(artifact), threads), name="embedport, shared")
+        shared = replace(our_runner(read_info(artifact), threads), name="embedport, shared")
         plain = replace(shared, name="embedport, plain", command=command)
-        work = reranking(artifact / "tokenizer.json")
-        with Race([shared, plain], threads, lambda stage: print(stage, file=sys.stderr)) as race:
-            by_side = race.run(work, rounds * QUERIES)
-    difference = by_side[plain.name].largest_difference
+        workload = reranking(artifact / "tokenizer.json")
+        with Benchmark(
+            [shared, plain], threads, lambda stage: print(stage, file=sys.stderr)
+        ) as benchmark:
+            by_runner = benchmark.run(workload, rounds * QUERIES)
+    difference = by_runner[plain.name].largest_difference
     if difference is None or difference > MOST_APART:
         raise RuntimeError(f"the scores differ by {difference}")
     print_table(
-        [f"{work.name}, {precision}", "tokens/s", "ratio", "from, to", "peak GB"],
+        [f"{workload.name}, {precision}", "tokens/s", "ratio", "from, to", "peak GB"],
         [
             [
                 name,
@@ -53,13 +55,13 @@ def shared_against_plain(
                 result.ratio_from_to,
                 result.peak_bytes / 1e9,
             ]
-            for name, result in by_side.items()
+            for name, result in by_runner.items()
         ],
     )
-    tokens = sum(len(row) for part in work.parts for row in part)
+    tokens = sum(len(row) for part in workload.parts for row in part)
     save(
         f"reranking-0.6b-{precision}",
-        {"work": work.name, "tokens": tokens, **to_json(by_side)},
+        {"workload": workload.name, "tokens": tokens, **to_json(by_runner)},
         results,
     )
 
@@ -76,9 +78,9 @@ def serve_plain(folder: str) -> None:
     assert artifact.manifest.graph is not None
     graph = replace(artifact.manifest.graph, continuation=None)
     artifact = replace(artifact, manifest=replace(artifact.manifest, graph=graph))
-    facts = read_facts(folder)
-    tokenizer = RerankerTokenizer(facts.folder / "tokenizer.json", facts.max_length)
-    reranker = Reranker(facts, OnnxModel(artifact, "cpu"), tokenizer)
+    info = read_info(folder)
+    tokenizer = RerankerTokenizer(info.folder / "tokenizer.json", info.max_length)
+    reranker = Reranker(info, OnnxModel(artifact, "cpu"), tokenizer)
     serving.serve(lambda rows, _: reranker.score_rows(rows, [0] * len(rows)), choose_threads())
 
 

@@ -34,7 +34,7 @@ class Contest:
 
     Attributes:
         task: The checkpoint's task.
-        precisions: Precisions of our artifacts; all sides are compared with the first.
+        precisions: Precisions of our artifacts; all runners are compared with the first.
         peers: Names of the peers.
     """
 
@@ -70,9 +70,9 @@ def against_peers(
     source: Path | None = None,
     results: Path = RESULTS,
 ) -> None:
-    """Race embedding and reranking in int8, then other precisions against peers of other widths.
+    """Compare embedding and reranking in int8, then other precisions with peers of other widths.
 
-    Each contest is a separate run, because all sides together do not fit into memory. Its results
+    Each contest is a separate run, because all runners together do not fit into memory. Its results
     are written when it ends, beside those of other runs on this kind of CPU. Peers serve the
     embedding checkpoint in both tasks: a pair's vector is as much work as its score.
 
@@ -115,10 +115,10 @@ def against_peers(
 
 
 def print_results(found: dict[str, Any]) -> None:
-    """Print the tables of one race."""
-    for work, sides in found["works"].items():
+    """Print the tables of one benchmark."""
+    for workload, runners in found["workloads"].items():
         print_table(
-            [work, "tokens/s", "from, to", "ratio", "from, to", "batch", "minimum cosine"],
+            [workload, "tokens/s", "from, to", "ratio", "from, to", "batch", "minimum cosine"],
             [
                 [
                     name,
@@ -129,42 +129,42 @@ def print_results(found: dict[str, Any]) -> None:
                     result["batch_rows"] or "own",
                     result["minimum_cosine"],
                 ]
-                for name, result in sides.items()
+                for name, result in runners.items()
             ],
         )
-    for work, failed in found["failures"].items():
-        print(f"{work}: {', '.join(failed)} failed")
+    for workload, failed in found["failures"].items():
+        print(f"{workload}: {', '.join(failed)} failed")
     print_table(
         ["", "cold start, s", "peak GB", "on disk GB"],
         [
             [
                 name,
-                median(side["cold_start"]),
-                round(side["peak_bytes"] / 1e9, 2),
-                round(side["bytes"] / 1e9, 3),
+                median(runner["cold_start"]),
+                round(runner["peak_bytes"] / 1e9, 2),
+                round(runner["bytes"] / 1e9, 3),
             ]
-            for name, side in found["sides"].items()
+            for name, runner in found["runners"].items()
         ],
     )
     print(found["peak"])
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Tokens a second of each side in int8, a panel a kind of work."""
+    """Tokens a second of each runner in int8, a panel a kind of work."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    works = found["embedding"]["works"] | found["reranking"]["works"]
-    figure = Figure(figsize=(8, 2.6 * -(-len(works) // 2)), layout="constrained")
+    workloads = found["embedding"]["workloads"] | found["reranking"]["workloads"]
+    figure = Figure(figsize=(8, 2.6 * -(-len(workloads) // 2)), layout="constrained")
     FigureCanvasSVG(figure)
-    panels = figure.subplots(-(-len(works) // 2), 2).flat
-    for axes, (work, sides) in zip(panels, works.items(), strict=False):
-        names = list(sides)[::-1]
-        speeds = [sides[name]["tokens_per_second"] for name in names]
+    panels = figure.subplots(-(-len(workloads) // 2), 2).flat
+    for axes, (workload, runners) in zip(panels, workloads.items(), strict=False):
+        names = list(runners)[::-1]
+        speeds = [runners[name]["tokens_per_second"] for name in names]
         colors = ["#2a6fbb" if name.startswith("embedport") else "#a8b3bd" for name in names]
         bars = axes.barh(names, speeds, color=colors)
         axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3, fontsize=7)
-        axes.set_title(f"{work}, tokens/s", fontsize=9, loc="left")
+        axes.set_title(f"{workload}, tokens/s", fontsize=9, loc="left")
         axes.tick_params(labelsize=7)
         axes.set_xticks([])
         axes.margins(x=0.15)

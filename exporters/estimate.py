@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
-from ..quantize.fold import READERS
+from ..quantize.fold import CONSUMERS
 from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import Recipe
 
@@ -113,7 +113,8 @@ def _layer_weights(spec: ModelSpec) -> Mapping[tuple[str, int], int]:
 def _stage_inputs(spec: ModelSpec) -> list[int]:
     """The number of inputs of each tensor that projections read."""
     return [
-        spec.tensor_shapes()[f"layers.0.{readers[0]}.weight"][1] for readers in READERS.values()
+        spec.tensor_shapes()[f"layers.0.{consumers[0]}.weight"][1]
+        for consumers in CONSUMERS.values()
     ]
 
 

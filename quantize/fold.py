@@ -19,15 +19,17 @@ LAYER = re.compile(r"(layers\.\d+)\.(.+)\.weight")
 # The only bias that factors apply to.
 VALUE_BIAS = ".self_attn.v_proj.bias"
 # The norm or projection that makes a tensor, to the matrices that read it.
-READERS = {
+CONSUMERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
     "self_attn.v_proj": ("self_attn.o_proj",),
     "mlp.up_proj": ("mlp.down_proj",),
 }
-MAKERS = {reader: maker for maker, readers in READERS.items() for reader in readers}
+PRODUCERS = {
+    consumer: producer for producer, consumers in CONSUMERS.items() for consumer in consumers
+}
 
-# Maps (layer, maker) to the factors of the maker's output channels: float32 [channels].
+# Maps (layer, producer) to the factors of the producer's output channels: float32 [channels].
 Factors = Callable[[str, str], np.ndarray]
 
 
@@ -36,7 +38,7 @@ class FoldedWeights:
 
     Args:
         source: The original weights.
-        factors: The factors that each maker's channels are divided by.
+        factors: The factors that each producer's channels are divided by.
     """
 
     def __init__(self, source: WeightSource, factors: Factors) -> None:
@@ -55,10 +57,10 @@ class FoldedWeights:
         if match is None:
             return values
         layer, part = match.groups()
-        if part in MAKERS:
-            factors = self._factors(layer, MAKERS[part])
-            values = values * widen(self.spec, part, factors)
-        if part in READERS:
+        if part in PRODUCERS:
+            factors = self._factors(layer, PRODUCERS[part])
+            values = values * expand_kv(self.spec, part, factors)
+        if part in CONSUMERS:
             factors = self._factors(layer, part)[rows]
             values = values / (factors if values.ndim == 1 else factors[:, None])
         return values
@@ -70,11 +72,11 @@ class FoldedWeights:
         in 16 bits loses nothing.
         """
 
-        def factors(layer: str, maker: str) -> np.ndarray:
-            original = self._factors(layer, maker)
-            if not maker.endswith("layernorm"):
+        def factors(layer: str, producer: str) -> np.ndarray:
+            original = self._factors(layer, producer)
+            if not producer.endswith("layernorm"):
                 return original
-            gains = self._source.read_fp32(f"{layer}.{maker}.weight")
+            gains = self._source.read_fp32(f"{layer}.{producer}.weight")
             stored = (gains / original).astype(dtype).astype(np.float32)
             usable = (stored != 0) & np.isfinite(stored)
             return np.where(usable, gains / np.where(usable, stored, 1), original)
@@ -86,16 +88,16 @@ class FoldedWeights:
         return self._source.answer_row(yes, no)
 
 
-def widen(spec: ModelSpec, reader: str, channels: np.ndarray) -> np.ndarray:
-    """Expand a maker's channels to its reader's: o_proj reads a value head once per query head."""
-    if reader != "self_attn.o_proj":
+def expand_kv(spec: ModelSpec, consumer: str, channels: np.ndarray) -> np.ndarray:
+    """A producer's channels as its consumer reads them: o_proj, once per query head."""
+    if consumer != "self_attn.o_proj":
         return channels
     heads = channels.reshape(spec.num_kv_heads, 1, spec.head_dim)
     return np.repeat(heads, spec.num_heads // spec.num_kv_heads, axis=1).reshape(-1)
 
 
-def narrow(spec: ModelSpec, reader: str, channels: np.ndarray) -> np.ndarray:
-    """Reduce a reader's channels to its maker's: the maximum over a value head's query heads."""
-    if reader != "self_attn.o_proj":
+def reduce_kv(spec: ModelSpec, consumer: str, channels: np.ndarray) -> np.ndarray:
+    """A consumer's channels as its producer's: the maximum over a value head's query heads."""
+    if consumer != "self_attn.o_proj":
         return channels
     return channels.reshape(spec.num_kv_heads, -1, spec.head_dim).max(axis=1).reshape(-1)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
-from .fold import LAYER, MAKERS
+from .fold import LAYER, PRODUCERS
 from .source import WeightSource
 
 # Matrices that read the residual stream, each with the norm it reads through.
-NORMS = {reader: maker for reader, maker in MAKERS.items() if maker.endswith("layernorm")}
+NORMS = {
+    consumer: producer for consumer, producer in PRODUCERS.items() if producer.endswith("layernorm")
+}
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 

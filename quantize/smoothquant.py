@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .fold import MAKERS, READERS, FoldedWeights, narrow
+from .fold import CONSUMERS, PRODUCERS, FoldedWeights, reduce_kv
 from .source import WeightSource
 
 
@@ -20,37 +20,39 @@ def balanced(source: WeightSource) -> FoldedWeights:
     """Fold the smoothing factors into a source's weights."""
     cache: dict[tuple[str, str], np.ndarray] = {}
 
-    def factors(layer: str, maker: str) -> np.ndarray:
-        key = (layer, maker)
+    def factors(layer: str, producer: str) -> np.ndarray:
+        key = (layer, producer)
         if key not in cache:
             cache[key] = _balance(
-                _activations(source, layer, maker), _largest_weights(source, layer, maker)
+                _activations(source, layer, producer), _largest_weights(source, layer, producer)
             )
         return cache[key]
 
     return FoldedWeights(source, factors)
 
 
-def _activations(source: WeightSource, layer: str, maker: str) -> np.ndarray:
+def _activations(source: WeightSource, layer: str, producer: str) -> np.ndarray:
     """Estimate the magnitude of each output channel of a norm or projection: float32 [channels]."""
-    values = source.read_fp32(f"{layer}.{maker}.weight")
+    values = source.read_fp32(f"{layer}.{producer}.weight")
     if values.ndim == 1:
         return np.abs(values)
-    gains = source.read_fp32(f"{layer}.{MAKERS[maker]}.weight")
+    gains = source.read_fp32(f"{layer}.{PRODUCERS[producer]}.weight")
     sizes = np.linalg.norm(values * gains, axis=1)
-    if maker == "mlp.up_proj":
+    if producer == "mlp.up_proj":
         gate = source.read_fp32(f"{layer}.mlp.gate_proj.weight")
         sizes = sizes * np.linalg.norm(gate * gains, axis=1)
     return sizes
 
 
-def _largest_weights(source: WeightSource, layer: str, maker: str) -> np.ndarray:
+def _largest_weights(source: WeightSource, layer: str, producer: str) -> np.ndarray:
     """The largest magnitude among the weights that read each channel: float32 [channels]."""
     largest = [
-        narrow(
-            source.spec, reader, np.abs(source.read_fp32(f"{layer}.{reader}.weight")).max(axis=0)
+        reduce_kv(
+            source.spec,
+            consumer,
+            np.abs(source.read_fp32(f"{layer}.{consumer}.weight")).max(axis=0),
         )
-        for reader in READERS[maker]
+        for consumer in CONSUMERS[producer]
     ]
     return np.max(largest, axis=0)
 

@@ -2,19 +2,19 @@
 
 from .comparison import Check
 from .embedder import Embedder
-from .facts import ModelFacts, read_facts
+from .info import ModelInfo, read_info
 from .loading import check, load, load_embedder, load_reranker
 from .reranker import Ranked, Reranker
 
 __all__ = [
     "Check",
     "Embedder",
-    "ModelFacts",
+    "ModelInfo",
     "Ranked",
     "Reranker",
     "check",
     "load",
     "load_embedder",
     "load_reranker",
-    "read_facts",
+    "read_info",
 ]

@@ -37,7 +37,7 @@ from ..storage import ObjectPath, Place, open_to_read, writing
 from ..texts.corpus import Part
 from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
-from .facts import ModelFacts, choose_length, read_facts
+from .info import ModelInfo, choose_length, read_info
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
 from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
@@ -275,10 +275,10 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     Raises:
         InputError: The model, an option or a text is invalid.
     """
-    facts = read_facts(job.model, job.task, job.adapter)
-    if facts.task != "embedding":
+    info = read_info(job.model, job.task, job.adapter)
+    if info.task != "embedding":
         raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
-    check_options(facts.dim, job.dim, job.precision)
+    check_options(info.dim, job.dim, job.precision)
     if job.format not in SHARD_FORMATS:
         raise InputError(
             f"format should be one of {', '.join(SHARD_FORMATS)}, found {job.format!r}"
@@ -287,15 +287,15 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         require("pyarrow", "arrow")
     elif job.with_text:
         raise InputError("texts are written beside vectors in Parquet only: --format parquet")
-    dim = job.dim or facts.dim
-    check_ranges(job.precision, dim, facts.ranges)
-    empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, facts.ranges)
-    prompt = resolve_prompt(facts.inputs, job.prompt)
-    max_length = choose_length(facts, job.max_length)
+    dim = job.dim or info.dim
+    check_ranges(job.precision, dim, info.ranges)
+    empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, info.ranges)
+    prompt = resolve_prompt(info.inputs, job.prompt)
+    max_length = choose_length(info, job.max_length)
     corpus = survey(job.input, SHARD_ROWS, SHARD_BYTES, progress=progress)
     return Index(
-        model=facts.name,
-        model_sha256=hash_model(facts),
+        model=info.name,
+        model_sha256=hash_model(info),
         input=job.input.name,
         input_bytes=corpus.size,
         input_sha256=corpus.sha256,
@@ -303,7 +303,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         max_length=max_length,
         dim=dim,
         precision=job.precision,
-        ranges=_sha256(json.dumps(facts.ranges)) if job.precision in IN_8_BITS else None,
+        ranges=_sha256(json.dumps(info.ranges)) if job.precision in IN_8_BITS else None,
         dtype=str(empty.dtype),
         width=empty.shape[1],
         rows=corpus.rows,
@@ -313,13 +313,13 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     )
 
 
-def hash_model(facts: ModelFacts) -> str:
+def hash_model(info: ModelInfo) -> str:
     """One sha256 over all files that determine a model's vectors."""
-    if facts.artifact is not None:
-        records = dict(facts.artifact.manifest.files)
+    if info.artifact is not None:
+        records = dict(info.artifact.manifest.files)
     else:
-        assert facts.checkpoint is not None
-        source = facts.checkpoint.source
+        assert info.checkpoint is not None
+        source = info.checkpoint.source
         paths = [source.folder / "config.json", source.pipeline / "tokenizer.json"]
         paths += sorted(source.folder.glob("*.safetensors"))
         if source.adapter is not None:

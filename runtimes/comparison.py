@@ -142,11 +142,11 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
         InputError: It is a checkpoint, which has no witness; or all rows are too long for its
             engine.
     """
-    facts = loaded.facts
-    artifact = facts.artifact
+    info = loaded.info
+    artifact = info.artifact
     if artifact is None or artifact.manifest.graph is None:
         raise InputError(
-            f"{facts.folder} is a checkpoint, and only an artifact of `embedport export` keeps "
+            f"{info.folder} is a checkpoint, and only an artifact of `embedport export` keeps "
             "vectors to compare with; `embedport validate` compares a checkpoint"
         )
     manifest = artifact.manifest
@@ -159,10 +159,10 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     witness = read_witness(path)
     here = describe_machine(kernels=find_kernels(manifest, loaded.device))
     # An engine takes rows up to its largest profile.
-    chosen = [i for i, row in enumerate(witness.rows) if len(row) <= facts.max_length]
+    chosen = [i for i, row in enumerate(witness.rows) if len(row) <= info.max_length]
     if not chosen:
         raise InputError(
-            f"{path}: no row has {facts.max_length} tokens or fewer, all that this engine takes"
+            f"{path}: no row has {info.max_length} tokens or fewer, all that this engine takes"
         )
     rows, expected = [witness.rows[i] for i in chosen], witness.results[chosen]
     if isinstance(loaded, Reranker):
@@ -187,8 +187,8 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
         cosine = float(cosines[worst])
         passed = bool(cosine >= limit)
     return Check(
-        artifact=facts.name,
-        task=facts.task,
+        artifact=info.name,
+        task=info.task,
         precision=loaded.precision,
         device=loaded.device,
         passed=passed,

@@ -12,7 +12,7 @@ from ..artifact.folder import record_ranges
 from ..errors import InputError
 from ..texts.prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
-from .facts import Model, ModelFacts
+from .info import Model, ModelInfo
 from .reopening import reopen, reopening
 from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
 
@@ -23,7 +23,7 @@ class Embedder:
     """A loaded embedding model.
 
     Attributes:
-        facts: The model's description.
+        info: The model's description.
         artifact: The artifact it was loaded from; None for a checkpoint without a manifest.
         model: Maps (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch, dim].
         tokenizer: Maps texts to token ids.
@@ -34,26 +34,26 @@ class Embedder:
         ranges: Each value's range by width, for 8-bit vectors; None before `calibrate`.
     """
 
-    def __init__(self, facts: ModelFacts, model: Model, tokenizer: EmbeddingTokenizer) -> None:
-        self.facts = facts
-        self.artifact = facts.artifact
+    def __init__(self, info: ModelInfo, model: Model, tokenizer: EmbeddingTokenizer) -> None:
+        self.info = info
+        self.artifact = info.artifact
         self.model: Callable[..., np.ndarray] = model
         self.tokenizer = tokenizer
         self.device = model.device
         self.precision = model.precision
-        self.dim = facts.dim
-        self.prompts = dict(facts.prompts)
-        self.ranges = facts.ranges
+        self.dim = info.dim
+        self.prompts = dict(info.prompts)
+        self.ranges = info.ranges
 
     def __repr__(self) -> str:
         return (
-            f"Embedder({self.facts.name!r}, dim={self.dim}, device={self.device!r}, "
+            f"Embedder({self.info.name!r}, dim={self.dim}, device={self.device!r}, "
             f"precision={self.precision!r})"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the recipe that opens the model again from its folder."""
-        recipe = reopening(self.facts, self.device, self.tokenizer.max_length)
+        recipe = reopening(self.info, self.device, self.tokenizer.max_length)
         return reopen, (recipe, self.ranges)
 
     def encode(
@@ -107,7 +107,7 @@ class Embedder:
         if problem := describe_nonfinite(vectors, self.precision, "text", first):
             raise InputError(problem)
         if dim is not None:
-            vectors = shorten(vectors, dim, unit_length=self.facts.outputs.unit_length)
+            vectors = shorten(vectors, dim, unit_length=self.info.outputs.unit_length)
         return quantize_vectors(vectors, precision, self.ranges)
 
     def embed_texts(
@@ -136,7 +136,7 @@ class Embedder:
         """
         text = self.prompt_text(prompt)
         encoded = self.tokenizer.encode(texts, text)
-        check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "text", first)
+        check_encoded(encoded, self.info.vocab_size, self.tokenizer.max_length, "text", first)
         return self.embed_rows(
             encoded.ids,
             prompt_length=self.prompt_length(text),
@@ -164,7 +164,7 @@ class Embedder:
             float32 [rows, dim], in the order of `rows`; NaN and infinity are not looked for.
         """
         model = self.model
-        if not self.facts.outputs.include_prompt:
+        if not self.info.outputs.include_prompt:
             model = partial(self.model, prompt_length=prompt_length)
         return run_batches(
             model,
@@ -195,22 +195,22 @@ class Embedder:
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
         vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
-        self.ranges = measure_ranges(vectors, unit_length=self.facts.outputs.unit_length)
+        self.ranges = measure_ranges(vectors, unit_length=self.info.outputs.unit_length)
         if self.keeps_ranges:
-            record_ranges(self.facts.folder, self.ranges)
+            record_ranges(self.info.folder, self.ranges)
 
     @property
     def keeps_ranges(self) -> bool:
         """Whether `calibrate` has a manifest to store ranges in."""
-        return self.artifact is not None and not self.facts.is_cached
+        return self.artifact is not None and not self.info.is_cached
 
     def prompt_text(self, prompt: str | None) -> str:
         """Resolve a prompt's name, or a literal prompt, to its text: see `resolve_prompt`."""
-        return resolve_prompt(self.facts.inputs, prompt)
+        return resolve_prompt(self.info.inputs, prompt)
 
     def prompt_length(self, text: str) -> int:
         """Number of a prompt's tokens to leave out of pooling; 0 if the model pools prompts."""
-        return 0 if self.facts.outputs.include_prompt else self.tokenizer.prompt_length(text)
+        return 0 if self.info.outputs.include_prompt else self.tokenizer.prompt_length(text)
 
 
 def check_options(width: int, dim: int | None, precision: str) -> None:

@@ -15,7 +15,7 @@ from ..errors import VerificationError
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from .comparison import Check, compare_witness
 from .embedder import Embedder
-from .facts import Model, ModelFacts, choose_length, read_facts
+from .info import Model, ModelInfo, choose_length, read_info
 from .onnxruntime import OnnxModel, check_device
 from .reranker import Reranker
 from .tensorrt import TensorRTModel
@@ -70,7 +70,7 @@ def load(
     runner = _load(model, device, max_length, task, adapter)
     if check and not (result := compare_witness(runner)).passed:
         why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
-        raise VerificationError(f"{runner.facts.folder}: {result} ({why})")
+        raise VerificationError(f"{runner.info.folder}: {result} ({why})")
     return runner
 
 
@@ -152,41 +152,41 @@ def _load(
     task: Task | None,
     adapter: str | Path | None,
 ) -> Embedder | Reranker:
-    facts = read_facts(model, task, adapter)
-    length = choose_length(facts, max_length)
-    if facts.task == "embedding":
-        return Embedder(facts, *_open(facts, device, lambda: _embedding_tokenizer(facts, length)))
-    return Reranker(facts, *_open(facts, device, lambda: _reranker_tokenizer(facts, length)))
+    info = read_info(model, task, adapter)
+    length = choose_length(info, max_length)
+    if info.task == "embedding":
+        return Embedder(info, *_open(info, device, lambda: _embedding_tokenizer(info, length)))
+    return Reranker(info, *_open(info, device, lambda: _reranker_tokenizer(info, length)))
 
 
-def _embedding_tokenizer(facts: ModelFacts, max_length: int) -> EmbeddingTokenizer:
-    path = facts.folder / TOKENIZER
-    tokenizer = EmbeddingTokenizer(path, max_length, facts.inputs)
+def _embedding_tokenizer(info: ModelInfo, max_length: int) -> EmbeddingTokenizer:
+    path = info.folder / TOKENIZER
+    tokenizer = EmbeddingTokenizer(path, max_length, info.inputs)
     # These are the ids that every text gets.
-    check_ids(tokenizer.encode(["."]).ids[0], facts.vocab_size, path, "ids put around a text")
+    check_ids(tokenizer.encode(["."]).ids[0], info.vocab_size, path, "ids put around a text")
     return tokenizer
 
 
-def _reranker_tokenizer(facts: ModelFacts, max_length: int) -> RerankerTokenizer:
-    path = facts.folder / TOKENIZER
-    tokenizer = RerankerTokenizer(path, max_length, facts.inputs)
+def _reranker_tokenizer(info: ModelInfo, max_length: int) -> RerankerTokenizer:
+    path = info.folder / TOKENIZER
+    tokenizer = RerankerTokenizer(path, max_length, info.inputs)
     ids = tokenizer.encode([(".", ".")]).ids[0]
-    check_ids(ids, facts.vocab_size, path, "ids put around a pair")
+    check_ids(ids, info.vocab_size, path, "ids put around a pair")
     return tokenizer
 
 
-def _open(facts: ModelFacts, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:
+def _open(info: ModelInfo, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:
     """Open the model and its tokenizer; `read` reads the tokenizer."""
-    if facts.checkpoint is not None:
+    if info.checkpoint is not None:
         tokenizer = read()
-        return TorchModel(facts.checkpoint, facts.precision, device), tokenizer
-    assert facts.artifact is not None
+        return TorchModel(info.checkpoint, info.precision, device), tokenizer
+    assert info.artifact is not None
     # An artifact with an engine also contains the engine's graph.
-    if facts.artifact.manifest.engine is None or device == "cpu":
-        return _open_graph(facts.artifact, device, read)
+    if info.artifact.manifest.engine is None or device == "cpu":
+        return _open_graph(info.artifact, device, read)
     check_device(device)
     tokenizer = read()
-    return TensorRTModel(facts.artifact), tokenizer
+    return TensorRTModel(info.artifact), tokenizer
 
 
 def _open_graph(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .facts import ModelFacts
+from .info import ModelInfo
 
 if TYPE_CHECKING:
     from .embedder import Embedder
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 Reopening = tuple[str, str | None, str, str, int]
 
 
-def reopening(facts: ModelFacts, device: str, max_length: int) -> Reopening:
+def reopening(info: ModelInfo, device: str, max_length: int) -> Reopening:
     """The arguments of `reopen`: folder, adapter's folder, task, device, maximum length.
 
     Args:
-        facts: The model's description.
+        info: The model's description.
         device: The device it runs on.
         max_length: Texts are cut to this many tokens.
     """
-    folder, adapter = facts.folder, None
-    if facts.checkpoint is not None:
-        source = facts.checkpoint.source
+    folder, adapter = info.folder, None
+    if info.checkpoint is not None:
+        source = info.checkpoint.source
         folder = source.folder
         adapter = None if source.adapter is None else str(source.adapter.folder.absolute())
-    return str(folder.absolute()), adapter, facts.task, device, max_length
+    return str(folder.absolute()), adapter, info.task, device, max_length
 
 
 def reopen(recipe: Reopening, ranges: Mapping[str, Any] | None = None) -> Embedder | Reranker:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..texts.prompts import RerankerTokenizer, check_list
 from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, describe_nonfinite
-from .facts import Model, ModelFacts
+from .info import Model, ModelInfo
 from .onnxruntime import OnnxModel
 from .prefix_cache import group_rows, run_groups
 from .reopening import reopen, reopening
@@ -30,7 +30,7 @@ class Reranker:
     """A loaded reranker.
 
     Attributes:
-        facts: The model's description.
+        info: The model's description.
         artifact: The artifact it was loaded from; None for a checkpoint without a manifest.
         model: Maps (input_ids, attention_mask), int64 [batch, sequence], to float32 [batch].
         tokenizer: Maps pairs to token ids, with the reranker's template.
@@ -38,22 +38,20 @@ class Reranker:
         precision: The storage format and the arithmetic, in words.
     """
 
-    def __init__(self, facts: ModelFacts, model: Model, tokenizer: RerankerTokenizer) -> None:
-        self.facts = facts
-        self.artifact = facts.artifact
+    def __init__(self, info: ModelInfo, model: Model, tokenizer: RerankerTokenizer) -> None:
+        self.info = info
+        self.artifact = info.artifact
         self.model: Callable[..., np.ndarray] = model
         self.tokenizer = tokenizer
         self.device = model.device
         self.precision = model.precision
 
     def __repr__(self) -> str:
-        return (
-            f"Reranker({self.facts.name!r}, device={self.device!r}, precision={self.precision!r})"
-        )
+        return f"Reranker({self.info.name!r}, device={self.device!r}, precision={self.precision!r})"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the recipe that opens the model again from its folder."""
-        return reopen, (reopening(self.facts, self.device, self.tokenizer.max_length),)
+        return reopen, (reopening(self.info, self.device, self.tokenizer.max_length),)
 
     def score(
         self,
@@ -119,7 +117,7 @@ class Reranker:
             InputError: A pair is not two strings of valid Unicode.
         """
         encoded = self.tokenizer.encode(pairs, instruction)
-        check_encoded(encoded, self.facts.vocab_size, self.tokenizer.max_length, "pair")
+        check_encoded(encoded, self.info.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]
         return self.score_rows(encoded.ids, queries, batch_tokens=batch_tokens, progress=progress)
 

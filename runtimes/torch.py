@@ -29,7 +29,7 @@ from ..requirements import meets
 from ..texts.prompts import find_answers
 from .batching import pad
 from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, open_readers
-from .facts import stored_float
+from .info import stored_float
 
 logger = logging.getLogger(__name__)
 

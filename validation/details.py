@@ -16,7 +16,7 @@ from ..checkpoint.adapter import WEIGHTS
 from ..errors import MissingPackageError, require
 from ..files import read_headers
 from ..integrity import record_files
-from ..runtimes import ModelFacts
+from ..runtimes import ModelInfo
 from .layers import LayerError
 from .reference import Origin
 from .report import excerpt
@@ -82,7 +82,7 @@ def collect_details(
     found: np.ndarray | None,
     expected: np.ndarray | None,
     *,
-    facts: ModelFacts,
+    info: ModelInfo,
     reference: Origin,
     layers: tuple[LayerError, ...] | None = None,
     command: Sequence[str] = (),
@@ -94,7 +94,7 @@ def collect_details(
         found: The artifact's results, float32 [inputs] or [inputs, dim]; None if the token ids
             differ.
         expected: The reference's results, with the same dim or more.
-        facts: The artifact, or the checkpoint.
+        info: The artifact, or the checkpoint.
         reference: The reference.
         layers: From `layer_errors`.
         command: Arguments of the command line.
@@ -111,20 +111,20 @@ def collect_details(
         artifact_scores=tuple(artifact_scores.tolist()),
         layers=layers,
         machine=describe_machine(),
-        artifact_files=_hash(facts.folder, _weight_files(facts)),
+        artifact_files=_hash(info.folder, _weight_files(info)),
         reference_files=dict(reference.files),
         command=shlex.join(command),
     )
 
 
-def _weight_files(facts: ModelFacts) -> list[Path]:
+def _weight_files(info: ModelInfo) -> list[Path]:
     """The shards, or the graph and the weight files beside it."""
-    if facts.checkpoint is not None:
-        source = facts.checkpoint.source
+    if info.checkpoint is not None:
+        source = info.checkpoint.source
         files = sorted({info.file for info in read_headers(source.folder).values()})
         return files + ([] if source.adapter is None else [source.adapter.folder / WEIGHTS])
-    assert facts.artifact is not None
-    graph = facts.artifact.graph
+    assert info.artifact is not None
+    graph = info.artifact.graph
     return sorted(graph.parent.glob(f"{graph.name}*"))
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ..artifact.folder import Artifact
 from ..artifact.segments import emulate_16_bits, segments
-from ..runtimes import ModelFacts
+from ..runtimes import ModelInfo
 from ..runtimes.part_session import open_session
 from .measures import cosines
 from .reference import Reference
@@ -50,7 +50,7 @@ class LayerError:
 
 
 def layer_errors(
-    facts: ModelFacts,
+    info: ModelInfo,
     reference: Reference,
     rows: Sequence[Sequence[int] | np.ndarray],
     *,
@@ -64,7 +64,7 @@ def layer_errors(
     our own layers ran it (runtimes.packed).
 
     Args:
-        facts: The artifact, or the checkpoint.
+        info: The artifact, or the checkpoint.
         reference: The reference.
         rows: Each text's token ids, int64 [tokens]; `sample_rows` selects from them.
         device: The checkpoint's device, "cpu" or "cuda".
@@ -77,11 +77,11 @@ def layer_errors(
         MissingPackageError: onnxruntime, torch or transformers is not installed.
     """
     sample = sample_rows(rows)
-    if facts.checkpoint is not None:
+    if info.checkpoint is not None:
         from ..runtimes.torch import load_layers
         from .live import watch_layers
 
-        artifact_states = watch_layers(load_layers(facts.checkpoint, device), sample, device)
+        artifact_states = watch_layers(load_layers(info.checkpoint, device), sample, device)
         reference_states = reference.hidden_states(sample)
         return tuple(
             _compare(layer, np.concatenate(layer_states), np.concatenate(expected))
@@ -89,8 +89,8 @@ def layer_errors(
                 zip(artifact_states, reference_states, strict=True)
             )
         )
-    assert facts.artifact is not None
-    return _graph_errors(facts.artifact, reference, sample)
+    assert info.artifact is not None
+    return _graph_errors(info.artifact, reference, sample)
 
 
 def _graph_errors(

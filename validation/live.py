@@ -23,7 +23,7 @@ from ..errors import DeviceError, InputError, require
 from ..integrity import record_files
 from ..progress import progress_bar
 from ..runtimes.batching import choose_batch_tokens, make_batches
-from ..runtimes.facts import stored_float
+from ..runtimes.info import stored_float
 from ..texts.beir import RetrievalSet
 from ..texts.ranking import Vectors, candidate_pairs
 from ..texts.samples import Pair, Sample

@@ -18,7 +18,7 @@ from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
 from ..files import written
-from ..runtimes import ModelFacts, load
+from ..runtimes import ModelInfo, load
 from ..texts.beir import RetrievalSet, read_beir, write_candidates
 from ..texts.ranking import candidate_pairs, rank_documents
 from ..texts.samples import Pair, Sample
@@ -128,41 +128,41 @@ def validate(
     # An Embedder or a Reranker, depending on the task.
     runtime: Any = load(artifact, device=device, task=task)
     runtime_device = runtime.device
-    facts: ModelFacts = runtime.facts
-    quantization = facts.checkpoint and facts.checkpoint.quantization
+    info: ModelInfo = runtime.info
+    quantization = info.checkpoint and info.checkpoint.quantization
     if page is not None and isinstance(quantization, LibraryQuantization):
         from ..runtimes.checkpoint import require_library
 
         require_library(quantization)  # the layer table runs transformers' own layers
-    graph = facts.artifact.manifest.graph if facts.artifact else None
+    graph = info.artifact.manifest.graph if info.artifact else None
     thresholds = find_thresholds(
-        facts.precision,
+        info.precision,
         arithmetic=graph.arithmetic if graph else "fp32",
         min_cosine=min_cosine,
         max_score_difference=max_score_difference,
         max_ndcg_loss=max_ndcg_loss,
     )
-    data = _choose_set(retrieval, task=facts.task, save_run=save_run)
+    data = _choose_set(retrieval, task=info.task, save_run=save_run)
     recorded_reference = None
     if is_recorded(reference):
         if adapter is not None:
             raise InputError(f"{reference} is a recorded reference: record it with `adapter`")
-        recorded_reference = open_recorded(reference, facts.task, runtime.tokenizer.max_length)
+        recorded_reference = open_recorded(reference, info.task, runtime.tokenizer.max_length)
         texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
         if data is not None:
             recorded_reference.check_set(data)
-    inputs = choose_inputs(facts.task, texts, pairs, facts.prompts)
+    inputs = choose_inputs(info.task, texts, pairs, info.prompts)
     _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
     source: Reference = (
-        _open_live(reference, facts.task, adapter, runtime.tokenizer.max_length, revision, device)
+        _open_live(reference, info.task, adapter, runtime.tokenizer.max_length, revision, device)
         if recorded_reference is None
         else recorded_reference
     )
     origin = source.origin
     if isinstance(inputs, RerankerTask):
         inputs = replace(inputs, log_odds=origin.log_odds)
-    _check_same_model(facts, origin)
-    _compare_weights(facts, origin)
+    _check_same_model(info, origin)
+    _compare_weights(info, origin)
     rows = inputs.artifact_ids(runtime)
     expected_rows = source.token_ids(inputs.inputs)
     gates = [_token_gate(inputs, rows, expected_rows)]
@@ -184,7 +184,7 @@ def validate(
             values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
             invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
         del runtime  # artifact and reference may not fit into memory together
-        runs = _run_reference(source, inputs.inputs, facts.precision, progress)
+        runs = _run_reference(source, inputs.inputs, info.precision, progress)
         comparisons = [
             inputs.compare(results, outputs, origin.describe(arithmetic))
             for arithmetic, outputs in runs.items()
@@ -217,11 +217,11 @@ def validate(
                 )
     report = Report(
         artifact=str(artifact),
-        precision=facts.precision,
+        precision=info.precision,
         device=runtime_device,
         reference=origin.pinned,
         library=origin.runner,
-        task=facts.task,
+        task=info.task,
         inputs=len(rows),
         tokens=sum(map(len, rows)),
         gates=tuple(gates),
@@ -234,12 +234,12 @@ def validate(
     )
     if page is not None:
         torch_device = "cpu" if runtime_device == "cpu" else "cuda"
-        layers = layer_errors(facts, source, rows, device=torch_device) if comparisons else None
+        layers = layer_errors(info, source, rows, device=torch_device) if comparisons else None
         details = collect_details(
             inputs,
             results,
             expected,
-            facts=facts,
+            info=info,
             reference=origin,
             layers=layers,
             command=command,
@@ -308,24 +308,24 @@ def _open_live(
     )
 
 
-def _check_same_model(facts: ModelFacts, origin: Origin) -> None:
-    sizes = (facts.hidden_size, facts.vocab_size)
+def _check_same_model(info: ModelInfo, origin: Origin) -> None:
+    sizes = (info.hidden_size, info.vocab_size)
     if sizes != (origin.hidden_size, origin.vocab_size):
         raise InputError(
-            f"the artifact was made from {facts.source}, with hidden_size and vocab_size "
+            f"the artifact was made from {info.source}, with hidden_size and vocab_size "
             f"{sizes}; the reference {origin.id} has {(origin.hidden_size, origin.vocab_size)}"
         )
 
 
-def _compare_weights(facts: ModelFacts, origin: Origin) -> None:
+def _compare_weights(info: ModelInfo, origin: Origin) -> None:
     """Warn if the artifact was made from other weight files than the reference's.
 
     Raises:
         InputError: The reference is recorded and its weight files differ.
     """
-    if facts.artifact is None:
+    if info.artifact is None:
         return
-    made_from = facts.artifact.manifest.source
+    made_from = info.artifact.manifest.source
     name = next(
         (name for name in made_from.files if origin.files.get(name) != made_from.files[name]), None
     )

@@ -74,7 +74,7 @@ class EmbeddingTask:
     def run(self, embedder: Embedder, *, progress: bool) -> np.ndarray:
         """The artifact's vectors: float32 [texts, dim]."""
         encoded = self._encode(embedder)
-        check_encoded(encoded, embedder.facts.vocab_size, embedder.tokenizer.max_length, "text")
+        check_encoded(encoded, embedder.info.vocab_size, embedder.tokenizer.max_length, "text")
         vectors = np.empty((len(self.samples), embedder.dim), np.float32)
         for prompt, indices in self._by_prompt():
             vectors[indices] = embedder.embed_rows(

@@ -1,4 +1,4 @@
-"""bench(): race artifacts and peers over every workload; also measure start-up, memory, disk."""
+"""bench(): compare artifacts and peers over every workload; also measure start-up, memory, disk."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 from ..checkpoint.spec import ModelSpec, Task
 from ..errors import InputError
 from ..integrity import cache_folder
-from ..runtimes import read_facts
-from .checks import check_models, check_request, check_space, check_work, read_checkpoint
+from ..runtimes import read_info
+from .checks import check_models, check_request, check_space, check_workloads, read_checkpoint
 from .machine import describe, measure_peak
-from .race import Race, Result, start_cold
-from .sides import (
+from .rounds import Benchmark, Result, start_cold
+from .runners import (
     PEERS,
     Installed,
     Peer,
-    Side,
+    Runner,
     Worker,
     install_peer,
-    our_side,
-    peer_side,
+    our_runner,
+    peer_runner,
     with_sources,
 )
 from .threads import choose_threads
-from .work import (
+from .workloads import (
     CANDIDATES,
     PARTS,
     PASSAGES,
     QUERIES,
     QUICK_SHAPES,
     SHAPES,
-    Work,
+    Workload,
     passages,
     reranking,
     uniform,
@@ -44,8 +44,8 @@ ROUNDS, COLD_STARTS = 5, 3
 
 
 @dataclass(frozen=True)
-class SideFacts:
-    """A side's costs other than speed.
+class RunnerCosts:
+    """A runner's costs other than speed.
 
     Attributes:
         bytes: Size of its folder.
@@ -66,18 +66,18 @@ class Bench:
 
     Attributes:
         machine: The machine, from `machine.describe`.
-        threads: Number of threads that each side was told to use.
+        threads: Number of threads that each runner was told to use.
         peak: Fastest matrix products in onnxruntime here, in 10^12 operations per second.
-        sides: Name of each side to its costs; the others are compared with the first.
-        works: Workload's name to side's name to result.
-        failures: Workload's name to name of each side that failed, to its last output.
+        runners: Name of each runner to its costs; the others are compared with the first.
+        workloads: Workload's name to runner's name to result.
+        failures: Workload's name to name of each runner that failed, to its last output.
     """
 
     machine: dict[str, Any]
     threads: int
     peak: dict[str, float]
-    sides: dict[str, SideFacts]
-    works: dict[str, dict[str, Result]]
+    runners: dict[str, RunnerCosts]
+    workloads: dict[str, dict[str, Result]]
     failures: dict[str, dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,17 +96,17 @@ def bench(
     say: Callable[[str], None] = lambda stage: None,
     task: Task | None = None,
 ) -> Bench:
-    """Race artifacts against each other and against peers, on this machine's CPU.
+    """Compare artifacts with each other and with peers, on this machine's CPU.
 
-    Every side gets the same token ids and the same number of threads, and uses its best batch size;
-    rounds are interleaved. Embedding models run rows of one length and passages of mixed length;
-    rerankers run pairs. Peers run a reranker's pairs without the head, which is hardly less work.
+    Every runner gets the same token ids and the same number of threads, and uses its best
+    batch size; rounds are interleaved. Embedding models run rows of one length and passages of
+    mixed length; rerankers run pairs. Peers run pairs without the head, which is hardly less work.
     Everything that can be checked is checked before peers are installed and prepared.
 
     Args:
         artifacts: Artifacts, or checkpoints, which torch runs; all of one task. The others are
             compared with the first.
-        peers: Names from `sides.PEERS`.
+        peers: Names from `runners.PEERS`.
         checkpoint: The checkpoint that peers serve: a folder or hub id with the same geometry.
         rounds: Rounds of each workload of one length. Passages and pairs have one round for each
             of their parts. Sides that compute in wider types have one round.
@@ -116,55 +116,59 @@ def bench(
         task: "embedding" or "reranker", for checkpoints that do not declare their task.
 
     Raises:
-        InputError: The request is wrong (see `checks`), or a side is given twice.
-        EmbedportError: A side cannot be opened, or its process ends.
+        InputError: The request is wrong (see `checks`), or a runner is given twice.
+        EmbedportError: A runner cannot be opened, or its process ends.
     """
     check_request(artifacts, peers, checkpoint, rounds)
     machine, threads = describe(), choose_threads()
-    facts = [read_facts(artifact, task) for artifact in artifacts]
-    check_models(facts)
-    sides = _distinct([our_side(model, threads) for model in facts])
-    tokenizer = facts[0].folder / "tokenizer.json"
-    works = _works(facts[0].task, tokenizer, quick)
-    check_work(works, facts)
+    models = [read_info(artifact, task) for artifact in artifacts]
+    check_models(models)
+    runners = _distinct([our_runner(model, threads) for model in models])
+    tokenizer = models[0].folder / "tokenizer.json"
+    workloads = _workloads(models[0].task, tokenizer, quick)
+    check_workloads(workloads, models)
     if peers:
         assert checkpoint is not None
-        spec = read_checkpoint(checkpoint, facts[0])
-        check_work(works, [spec])
-        _try(sides, say)
+        spec = read_checkpoint(checkpoint, models[0])
+        check_workloads(workloads, [spec])
+        _try(runners, say)
         place = cache or cache_folder("bench")
-        sides += _peer_sides([PEERS[name] for name in peers], spec, place, threads, say)
+        runners += _peer_runners([PEERS[name] for name in peers], spec, place, threads, say)
     results: dict[str, dict[str, Result]] = {}
-    with Race(sides, threads, say) as race:
-        for work in works:
+    with Benchmark(runners, threads, say) as benchmark:
+        for workload in workloads:
             # A workload of several parts runs one round per part.
-            count = len(work.parts) if len(work.parts) > 1 else rounds
-            results[work.name] = race.run(work, count)
-        failures = race.failures
-    first = _first(facts[0].task, tokenizer)
-    side_facts = {}
-    for side in sides:
-        say(f"{side.name}: cold starts")
-        seconds = start_cold(side, first, 1 if quick else COLD_STARTS)
+            count = len(workload.parts) if len(workload.parts) > 1 else rounds
+            results[workload.name] = benchmark.run(workload, count)
+        failures = benchmark.failures
+    first = _first(models[0].task, tokenizer)
+    costs = {}
+    for runner in runners:
+        say(f"{runner.name}: cold starts")
+        seconds = start_cold(runner, first, 1 if quick else COLD_STARTS)
         peak = max(
-            (by_side[side.name].peak_bytes for by_side in results.values() if side.name in by_side),
+            (
+                by_runner[runner.name].peak_bytes
+                for by_runner in results.values()
+                if runner.name in by_runner
+            ),
             default=0,
         )
-        side_facts[side.name] = SideFacts(side.size, seconds, peak, side.versions)
-    return Bench(machine, threads, measure_peak(), side_facts, results, failures)
+        costs[runner.name] = RunnerCosts(runner.size, seconds, peak, runner.versions)
+    return Bench(machine, threads, measure_peak(), costs, results, failures)
 
 
-def _try(sides: Sequence[Side], say: Callable[[str], None]) -> None:
-    """Load our sides once, so that a failure shows before peers are prepared."""
-    for side in sides:
-        say(f"{side.name}: trying")
-        Worker(side.command).close()
+def _try(runners: Sequence[Runner], say: Callable[[str], None]) -> None:
+    """Load our runners once, so that a failure shows before peers are prepared."""
+    for runner in runners:
+        say(f"{runner.name}: trying")
+        Worker(runner.command).close()
 
 
-def _peer_sides(
+def _peer_runners(
     peers: Sequence[Peer], spec: ModelSpec, cache: Path, threads: int, say: Callable[[str], None]
-) -> list[Side]:
-    """Install all peers, then prepare each as a side."""
+) -> list[Runner]:
+    """Install all peers, then prepare each as a runner."""
     check_space(peers, spec, cache)
     installed: dict[str, Installed] = {}
     for peer in with_sources(peers):
@@ -172,47 +176,47 @@ def _peer_sides(
             say(f"{peer.name}: installing")
             installed[peer.script] = install_peer(peer.script)
     folder = spec.source.folder
-    return [peer_side(peer, installed, folder, cache, threads, say) for peer in peers]
+    return [peer_runner(peer, installed, folder, cache, threads, say) for peer in peers]
 
 
-def _works(task: str, tokenizer: Path, quick: bool) -> list[Work]:
+def _workloads(task: str, tokenizer: Path, quick: bool) -> list[Workload]:
     if task == "reranker":
         few = (2, 25) if quick else (QUERIES, CANDIDATES)
         return [reranking(tokenizer, *few)]
     shapes = QUICK_SHAPES if quick else SHAPES
     mixed = (100, 2) if quick else (PASSAGES, PARTS)
-    works = [uniform(tokenizer, *shape) for shape in shapes]
+    workloads = [uniform(tokenizer, *shape) for shape in shapes]
     # The longest rows go last: runtimes do not give memory back.
-    return sorted([*works, passages(tokenizer, *mixed)], key=_longest)
+    return sorted([*workloads, passages(tokenizer, *mixed)], key=_longest)
 
 
-def _first(task: str, tokenizer: Path) -> Work:
+def _first(task: str, tokenizer: Path) -> Workload:
     """The request of a cold start: one short text, or one pair."""
     if task == "reranker":
         return reranking(tokenizer, 1, 1)
     return uniform(tokenizer, 1, 32)
 
 
-def _longest(work: Work) -> int:
-    return max(len(row) for part in work.parts for row in part)
+def _longest(workload: Workload) -> int:
+    return max(len(row) for part in workload.parts for row in part)
 
 
-def _distinct(sides: list[Side]) -> list[Side]:
-    """Make the sides' names unique: sides of one precision get their folder's name.
+def _distinct(runners: list[Runner]) -> list[Runner]:
+    """Make the runners' names unique: runners of one precision get their folder's name.
 
     Raises:
         InputError: A folder is given twice.
     """
-    precisions = Counter(side.name for side in sides)
-    folders = Counter((side.name, side.folder.name) for side in sides)
+    precisions = Counter(runner.name for runner in runners)
+    folders = Counter((runner.name, runner.folder.name) for runner in runners)
     renamed = []
-    for side in sides:
-        has_twin = folders[side.name, side.folder.name] > 1
-        folder = side.folder.absolute() if has_twin else side.folder.name
-        is_unique = precisions[side.name] == 1
-        renamed.append(side if is_unique else replace(side, name=f"{side.name} ({folder})"))
+    for runner in runners:
+        has_twin = folders[runner.name, runner.folder.name] > 1
+        folder = runner.folder.absolute() if has_twin else runner.folder.name
+        is_unique = precisions[runner.name] == 1
+        renamed.append(runner if is_unique else replace(runner, name=f"{runner.name} ({folder})"))
     if twice := [
-        name for name, count in Counter(side.name for side in renamed).items() if count > 1
+        name for name, count in Counter(runner.name for runner in renamed).items() if count > 1
     ]:
-        raise InputError(f"{twice[0]} is given twice: sides are compared with each other")
+        raise InputError(f"{twice[0]} is given twice: runners are compared with each other")
     return renamed

@@ -1,4 +1,4 @@
-"""Checks before a race, made before anything is installed or prepared."""
+"""Checks before a benchmark, made before anything is installed or prepared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..checkpoint.hub import fetch
 from ..checkpoint.spec import ModelSpec, read_spec
 from ..checkpoint.weights import Weights
 from ..errors import InputError
-from ..runtimes.facts import ModelFacts
-from .sides import PEERS, Peer, with_sources
-from .work import Work
+from ..runtimes.info import ModelInfo
+from .runners import PEERS, Peer, with_sources
+from .workloads import Workload
 
 
 def check_request(
@@ -29,7 +29,7 @@ def check_request(
             checkpoint or the other way round, or peers without uv.
     """
     if not artifacts:
-        raise InputError("a race needs at least one artifact")
+        raise InputError("a benchmark needs at least one artifact")
     if rounds < 1:
         raise InputError(f"rounds should be at least 1, found {rounds}")
     if unknown := [name for name in peers if name not in PEERS]:
@@ -52,7 +52,7 @@ def check_request(
         )
 
 
-def check_models(models: Sequence[ModelFacts]) -> None:
+def check_models(models: Sequence[ModelInfo]) -> None:
     """Check that the models' results can be compared.
 
     Raises:
@@ -63,7 +63,7 @@ def check_models(models: Sequence[ModelFacts]) -> None:
         if model.task != first.task:
             raise InputError(
                 f"{model.name} has another task ({model.task}) than {first.name} ({first.task}); "
-                "race embedding models or rerankers"
+                "compare embedding models or rerankers"
             )
         if first.task == "embedding" and model.dim != first.dim:
             raise InputError(
@@ -72,7 +72,7 @@ def check_models(models: Sequence[ModelFacts]) -> None:
             )
 
 
-def read_checkpoint(checkpoint: str | Path, first: ModelFacts) -> ModelSpec:
+def read_checkpoint(checkpoint: str | Path, first: ModelInfo) -> ModelSpec:
     """Read the checkpoint that peers serve: its configuration and its tensors' names and shapes.
 
     Args:
@@ -96,33 +96,33 @@ def read_checkpoint(checkpoint: str | Path, first: ModelFacts) -> ModelSpec:
         )
     if first.task == "embedding" and first.dim != width:
         raise InputError(
-            f"{first.name} gives vectors of {first.dim} values and peers of {width}: race an "
+            f"{first.name} gives vectors of {first.dim} values and peers of {width}: compare an "
             "artifact that was exported without a dimension of its own"
         )
     Weights(spec)
     return spec
 
 
-def check_work(works: Sequence[Work], models: Sequence[ModelFacts | ModelSpec]) -> None:
+def check_workloads(workloads: Sequence[Workload], models: Sequence[ModelInfo | ModelSpec]) -> None:
     """Check that every model takes every workload.
 
     Raises:
         InputError: A row is longer than a model's positions, or has an unknown token id.
     """
-    for work in works:
-        longest = max(len(row) for part in work.parts for row in part)
-        largest = max(int(row.max()) for part in work.parts for row in part)
+    for workload in workloads:
+        longest = max(len(row) for part in workload.parts for row in part)
+        largest = max(int(row.max()) for part in workload.parts for row in part)
         for model in models:
-            name = model.name if isinstance(model, ModelFacts) else model.source.id
+            name = model.name if isinstance(model, ModelInfo) else model.source.id
             if longest > model.max_position_embeddings:
                 raise InputError(
                     f"{name} takes at most {model.max_position_embeddings} tokens, and the "
-                    f"workload {work.name} has a row of {longest}; --quick stays below 1,000"
+                    f"workload {workload.name} has a row of {longest}; --quick stays below 1,000"
                 )
             if largest >= model.vocab_size:
                 raise InputError(
                     f"{name} has {model.vocab_size} token ids, and the first artifact's tokenizer "
-                    f"gives {largest}: race models with one tokenizer"
+                    f"gives {largest}: compare models with one tokenizer"
                 )
 
 

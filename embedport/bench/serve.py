@@ -1,4 +1,4 @@
-"""Our side of a race: `python -m embedport.bench.serve FOLDER THREADS TASK`."""
+"""Our runner of a benchmark: `python -m embedport.bench.serve FOLDER THREADS TASK`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def main(folder: str, threads: str, task: Task) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])  # ty: ignore[invalid-argument-type] (our side's own)
+        main(*sys.argv[1:])  # ty: ignore[invalid-argument-type] (our runner's own)
     except EmbedportError as error:
         sys.exit(str(error))

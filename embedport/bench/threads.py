@@ -1,4 +1,4 @@
-"""The number of threads that every side is told to use."""
+"""The number of threads that every runner is told to use."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from .peers import serving
 
 
 def choose_threads() -> int:
-    """Threads per side: as `embedport.load` chooses here, at most one per physical core."""
+    """Threads per runner: as `embedport.load` chooses here, at most one per physical core."""
     cores, physical = count_cores(), serving.count_physical_cores()
     return cores if physical is None else min(cores, physical)
 
 
 def thread_variables() -> dict[str, str]:
-    """Environment variables for a side's process.
+    """Environment variables for a runner's process.
 
     `embedport.load` leaves the number of threads to onnxruntime, which starts and pins one per
     physical core. OMP_NUM_THREADS is set if `choose_threads` gives another number, or if the cores

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..bench.bench import Bench
-    from ..bench.race import Result
+    from ..bench.rounds import Result
 
 
 def bench(
@@ -91,14 +91,14 @@ def _print(result: Bench) -> None:
     from ..bench.machine import cpu_kind
 
     console = stdout_console()
-    for name, sides in result.works.items():
-        console.print(_work_table(name, sides))
-        for side in result.failures.get(name, ()):
-            console.print(f"  {side} failed (the file of -o holds its last output)")
+    for name, runners in result.workloads.items():
+        console.print(_workload_table(name, runners))
+        for runner in result.failures.get(name, ()):
+            console.print(f"  {runner} failed (the file of -o holds its last output)")
     console.print(_sides_table(result))
     machine, peak = result.machine, result.peak
     console.print(
-        f"{cpu_kind(machine)}, {result.threads} threads per side; fastest matrix products: int8 "
+        f"{cpu_kind(machine)}, {result.threads} threads per runner; fastest matrix products: int8 "
         f"{peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} x 10^12 operations per second"
     )
 
@@ -113,11 +113,11 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _work_table(name: str, sides: dict[str, Result]) -> Table:
+def _workload_table(name: str, runners: dict[str, Result]) -> Table:
     table = _table(name, "tokens/s", "from - to", "first is faster by", "batch")
-    for side, result in sides.items():
+    for runner, result in runners.items():
         table.add_row(
-            side,
+            runner,
             f"{result.tokens_per_second:,.0f}",
             f"{result.from_to[0]:,.0f} - {result.from_to[1]:,.0f}",
             f"{result.ratio:.2f}",
@@ -128,11 +128,11 @@ def _work_table(name: str, sides: dict[str, Result]) -> Table:
 
 def _sides_table(result: Bench) -> Table:
     table = _table("", "cold start, s", "peak memory", "on disk")
-    for name, side in result.sides.items():
+    for name, runner in result.runners.items():
         table.add_row(
             name,
-            f"{median(side.cold_start):.2f}",
-            size_words(side.peak_bytes),
-            size_words(side.bytes),
+            f"{median(runner.cold_start):.2f}",
+            size_words(runner.peak_bytes),
+            size_words(runner.bytes),
         )
     return table

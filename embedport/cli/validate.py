@@ -93,7 +93,7 @@ def validate(
 
     Example: embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B
     """
-    from ..runtimes import read_facts
+    from ..runtimes import read_info
     from ..validation import validate as run
     from ..validation.recording import find_recorded
 
@@ -103,7 +103,7 @@ def validate(
     checked_task = check_task(task)
 
     def find_task() -> Task:
-        return read_facts(artifact, checked_task).task
+        return read_info(artifact, checked_task).task
 
     if retrieval is None and max_ndcg_loss is not None:
         raise InputError("--max-ndcg-loss goes with --retrieval FOLDER")

@@ -28,7 +28,7 @@ def embedding_answer(
     """
     check_finite(vectors, model, "input")
     if body.dimensions is not None:
-        unit_length = model.facts.outputs.unit_length
+        unit_length = model.info.outputs.unit_length
         vectors = shorten(vectors, body.dimensions, unit_length=unit_length)
     vectors = np.ascontiguousarray(vectors, "<f4")
     values: Sequence[object] = list(vectors)
@@ -111,14 +111,14 @@ def model_answer(model: ServedModel, created: int) -> dict[str, object]:
         "object": "model",
         "created": created,
         "owned_by": "embedport",
-        "task": model.facts.task,
+        "task": model.info.task,
         "precision": model.precision,
         "device": model.device,
         "max_length": model.max_length,
-        "prompts": sorted(model.facts.prompts),
+        "prompts": sorted(model.info.prompts),
     }
     if isinstance(model, ServedEmbedder):
-        answer["dimensions"] = model.facts.dim
+        answer["dimensions"] = model.info.dim
     return answer
 
 

@@ -77,7 +77,7 @@ class ServedModel(ABC):
     window: int
 
     def __init__(self, name: str, runner: Embedder | Reranker, batch_tokens: int | None) -> None:
-        self.name, self.facts = name, runner.facts
+        self.name, self.info = name, runner.info
         self.device, self.precision = runner.device, runner.precision
         self.max_length = runner.tokenizer.max_length
         self.batch_tokens = choose_batch_tokens(batch_tokens, runner.device)
@@ -112,7 +112,7 @@ class ServedModel(ABC):
                 f'{self.name} takes; send a shorter one, or "truncate": true to cut it',
                 param="truncate",
             )
-        check_encoded(Encoded(encoded.ids, []), self.facts.vocab_size, self.max_length, noun)
+        check_encoded(Encoded(encoded.ids, []), self.info.vocab_size, self.max_length, noun)
         return encoded.ids
 
 

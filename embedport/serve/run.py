@@ -12,7 +12,7 @@ import uvicorn
 
 from ..errors import InputError
 from ..runtimes import load
-from ..runtimes.facts import choose_length, read_facts
+from ..runtimes.info import choose_length, read_info
 from .app import create_app
 from .limits import Limits
 from .models import ServedModel, name_model, served
@@ -60,7 +60,7 @@ def serve(
         )
     names = _name(artifacts)
     for artifact in artifacts:  # what is wrong with a folder is said before the port opens
-        choose_length(read_facts(artifact), max_length)
+        choose_length(read_info(artifact), max_length)
     listener = _listen(host, port)
     failures: list[BaseException] = []
 
@@ -123,7 +123,7 @@ def _load(
         runner = load(artifact, device=device, max_length=max_length)
         models[name] = served(name, runner, batch_tokens)
         width = f" of {runner.dim} values" if hasattr(runner, "dim") else ""
-        say(f"{name}: {runner.facts.task} model{width}, {runner.precision} on {runner.device}")
+        say(f"{name}: {runner.info.task} model{width}, {runner.precision} on {runner.device}")
     return models
 
 

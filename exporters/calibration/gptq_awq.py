@@ -31,7 +31,7 @@ from ...errors import CheckpointError, InputError
 from ...files import written
 from ...leftovers import lock
 from ...quantize.awq import search_factors
-from ...quantize.fold import MAKERS, READERS, FoldedWeights, narrow, widen
+from ...quantize.fold import CONSUMERS, PRODUCERS, FoldedWeights, expand_kv, reduce_kv
 from ...quantize.formats import Format, matrices
 from ...quantize.gptq import Curvature, quantize_gptq
 from ...quantize.mse import quantize_mse
@@ -240,28 +240,30 @@ def scale_layers(
         _check_finite(source, f"layer {number} gives", states)
         if not finished:
             stored = {}
-            for maker, readers in READERS.items():
-                names = [f"{prefix}.{reader}" for reader in readers]
+            for producer, consumers in CONSUMERS.items():
+                names = [f"{prefix}.{consumer}" for consumer in consumers]
                 quantized = [name for name in names if name in formats]
                 if quantized:
                     inputs = samples[names[0]]
-                    stored[f"{maker}.factors"] = _search_factors(source, quantized, inputs, formats)
-                    stored[f"{maker}.squares"] = np.square(inputs).mean(axis=0)
+                    stored[f"{producer}.factors"] = _search_factors(
+                        source, quantized, inputs, formats
+                    )
+                    stored[f"{producer}.squares"] = np.square(inputs).mean(axis=0)
             _save(stored, file)
         for name, values in load_file(file).items():
-            maker, _, kind = name.rpartition(".")
-            (factors if kind == "factors" else squares)[prefix, maker] = values
+            producer, _, kind = name.rpartition(".")
+            (factors if kind == "factors" else squares)[prefix, producer] = values
         advance()
 
-    def find_factors(layer: str, maker: str) -> np.ndarray:
+    def find_factors(layer: str, producer: str) -> np.ndarray:
         # A tensor that no quantized matrix reads is not scaled.
-        shape = source.spec.tensor_shapes()[f"{layer}.{maker}.weight"]
-        return factors.get((layer, maker), np.ones(shape[0], np.float32))
+        shape = source.spec.tensor_shapes()[f"{layer}.{producer}.weight"]
+        return factors.get((layer, producer), np.ones(shape[0], np.float32))
 
     def importance(name: str) -> np.ndarray:
         layer, number, part = name.split(".", 2)
-        key = f"{layer}.{number}", MAKERS[part]
-        return squares[key] / widen(source.spec, part, factors[key]) ** 2
+        key = f"{layer}.{number}", PRODUCERS[part]
+        return squares[key] / expand_kv(source.spec, part, factors[key]) ** 2
 
     return FoldedWeights(source, find_factors), importance
 
@@ -323,8 +325,8 @@ def _search_factors(
     """AWQ's factors for the output channels of the tensor that the named matrices read."""
     matrices = [source.read_fp32(f"{name}.weight") for name in names]
     schemes = [formats[name].scheme for name in names]
-    reader = names[0].split(".", 2)[2]
-    return narrow(source.spec, reader, search_factors(matrices, inputs, schemes))
+    consumer = names[0].split(".", 2)[2]
+    return reduce_kv(source.spec, consumer, search_factors(matrices, inputs, schemes))
 
 
 def _moments(

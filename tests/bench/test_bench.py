@@ -1,4 +1,4 @@
-"""The race: the same work for all, each answer in its place, and errors that say what to do."""
+"""The same work for all, each answer in its place, and errors that say what to do."""
 
 import json
 import subprocess
@@ -12,12 +12,12 @@ import pytest
 
 import embedport
 from embedport.bench import bench as benches
-from embedport.bench import checks, machine, sides, threads, work
+from embedport.bench import checks, machine, runners, threads, workloads
 from embedport.bench.peers import serving
-from embedport.bench.race import Race, start_cold
+from embedport.bench.rounds import Benchmark, start_cold
 from embedport.cli import main
 from embedport.errors import ArtifactError, CheckpointError, InputError, VerificationError
-from embedport.runtimes import read_facts
+from embedport.runtimes import read_info
 from embedport.texts.prompts import EmbeddingTokenizer
 
 # A peer that gives each row the vector of its own length, and takes a while.
@@ -35,8 +35,8 @@ serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), {thr
 
 
 def fake(name, bits=8, threads=1, script=SCRIPT):
-    code = script.format(folder=str(sides.SCRIPTS), threads=threads)
-    return sides.Side(name, (sys.executable, "-c", code), Path(__file__).parent, bits, {})
+    code = script.format(folder=str(runners.SCRIPTS), threads=threads)
+    return runners.Runner(name, (sys.executable, "-c", code), Path(__file__).parent, bits, {})
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +55,28 @@ def artifact(tmp_path_factory, checkpoints):
 
 @pytest.mark.slow
 def test_passages_are_of_all_lengths(tokenizer_file):
-    low, high = work.PASSAGE_TOKENS
-    mixed = work.passages(tokenizer_file, 100, 4)
+    low, high = workloads.PASSAGE_TOKENS
+    mixed = workloads.passages(tokenizer_file, 100, 4)
     assert [len(part) for part in mixed.parts] == [25] * 4
     lengths = np.array([len(row) for part in mixed.parts for row in part])
     # Cut by token, then tokenized alone with an end token: a boundary may move by a few.
     assert low - 2 <= lengths.min() < 1.5 * low
     assert high / 1.1 < lengths.max() <= high + 8
     assert np.median(lengths) == pytest.approx(np.sqrt(low * high), rel=0.2)
-    again = work.passages(tokenizer_file, 100, 4)
+    again = workloads.passages(tokenizer_file, 100, 4)
     assert all(map(np.array_equal, mixed.parts[3], again.parts[3]))
-    texts = work.read_passages(EmbeddingTokenizer(tokenizer_file, 4096), 100)
+    texts = workloads.read_passages(EmbeddingTokenizer(tokenizer_file, 4096), 100)
     assert len(set(texts)) == 100
 
 
 def test_shapes_are_full(tokenizer_file):
-    shape = work.uniform(tokenizer_file, 8, 128)
+    shape = workloads.uniform(tokenizer_file, 8, 128)
     assert [len(row) for row in shape.part(3)] == [128] * 8
-    assert work.uniform(tokenizer_file, 1, 32).repeats == 16
+    assert workloads.uniform(tokenizer_file, 1, 32).repeats == 16
 
 
 def test_pairs_share_their_query(tokenizer_file):
-    pairs = work.reranking(tokenizer_file, 2, 5)
+    pairs = workloads.reranking(tokenizer_file, 2, 5)
     for part in pairs.parts:
         rows = [row.tolist() for row in part]
         shared = next(i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
@@ -98,17 +98,17 @@ def test_rows_keep_their_order():
 
 def test_rows_survive_the_file(tmp_path):
     rows = [np.arange(4), np.arange(1), np.arange(7) * 3]
-    work.write_rows(tmp_path / "rows.npz", rows)
+    workloads.write_rows(tmp_path / "rows.npz", rows)
     found = serving.read_rows(tmp_path / "rows.npz")
     assert [row.tolist() for row in found] == [row.tolist() for row in rows]
 
 
-def test_race():
+def test_rounds():
     parts = tuple(tuple(np.full(n, 7) for n in range(start, start + 12)) for start in (1, 20, 40))
-    race_work = work.Work("ragged", parts)
+    ragged = workloads.Workload("ragged", parts)
     first, second, wide = fake("first"), fake("second"), fake("wide", bits=32)
-    with Race([first, second, wide], 1, lambda stage: None) as race:
-        results = race.run(race_work, 3)
+    with Benchmark([first, second, wide], 1, lambda stage: None) as benchmark:
+        results = benchmark.run(ragged, 3)
     assert [each.rounds for each in results.values()] == [3, 3, 1]
     # A call costs the same whatever it holds: the largest batch is the fastest.
     assert results["second"].batch_rows == 8
@@ -121,7 +121,7 @@ def test_race():
 def test_a_library_that_takes_other_threads_than_it_was_told():
     with (
         pytest.raises(VerificationError, match=r"two was told to use 1 threads, .* reports 2"),
-        Race([fake("one"), fake("two", threads=2)], 1, lambda stage: None),
+        Benchmark([fake("one"), fake("two", threads=2)], 1, lambda stage: None),
     ):
         pass
 
@@ -194,52 +194,54 @@ def test_ours_obeys_a_limit(artifact, checkpoints, monkeypatch):
     """A graph's threads, and torch's."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for model in (artifact, checkpoints("kv2")):
-        side = sides.our_side(read_facts(model), threads.choose_threads())
-        with Race([side], 1, lambda stage: None) as race:
-            assert race.threads == 1
+        runner = runners.our_runner(read_info(model), threads.choose_threads())
+        with Benchmark([runner], 1, lambda stage: None) as benchmark:
+            assert benchmark.threads == 1
 
 
 def test_a_side_that_ends_says_why():
     broken = fake("broken", script="raise SystemExit('no {folder} today {threads}')")
     with pytest.raises(VerificationError, match=r"ended with 1:\nno .* today"):
-        sides.Worker(broken.command)
+        runners.Worker(broken.command)
 
 
 def test_a_side_that_ends_is_left_out():
     """It is left out of that work only, and starts again for the next."""
     frail = SCRIPT.replace("time.sleep(0.01)", "assert len(rows[0]) < 20")
     parts = tuple((np.full(n, 7),) for n in (5, 30))
-    with Race([fake("first"), fake("frail", script=frail)], 1, lambda stage: None) as race:
-        ended = race.run(work.Work("long", parts), 2)
+    with Benchmark(
+        [fake("first"), fake("frail", script=frail)], 1, lambda stage: None
+    ) as benchmark:
+        ended = benchmark.run(workloads.Workload("long", parts), 2)
         assert list(ended) == ["first"]
-        assert "AssertionError" in race.failures["long"]["frail"]
-        assert list(race.run(work.Work("short", parts[:1]), 1)) == ["first", "frail"]
+        assert "AssertionError" in benchmark.failures["long"]["frail"]
+        assert list(benchmark.run(workloads.Workload("short", parts[:1]), 1)) == ["first", "frail"]
     with (
         pytest.raises(VerificationError, match="AssertionError"),
-        Race([fake("frail", script=frail)], 1, lambda stage: None) as race,
+        Benchmark([fake("frail", script=frail)], 1, lambda stage: None) as benchmark,
     ):
-        race.run(work.Work("long", parts), 2)
+        benchmark.run(workloads.Workload("long", parts), 2)
 
 
 def test_ours(artifact, tokenizer_file):
-    shape = work.uniform(artifact / "tokenizer.json", 2, 16)
-    side = sides.our_side(read_facts(artifact), threads.choose_threads())
-    with Race([side], threads.choose_threads(), lambda stage: None) as race:
-        result = race.run(shape, 1)[side.name]
-    assert (side.name, side.bits, result.batch_rows) == ("embedport int8", 8, None)
-    assert side.size > 100_000
-    (seconds,) = start_cold(side, shape, 1)
+    shape = workloads.uniform(artifact / "tokenizer.json", 2, 16)
+    runner = runners.our_runner(read_info(artifact), threads.choose_threads())
+    with Benchmark([runner], threads.choose_threads(), lambda stage: None) as benchmark:
+        result = benchmark.run(shape, 1)[runner.name]
+    assert (runner.name, runner.bits, result.batch_rows) == ("embedport int8", 8, None)
+    assert runner.size > 100_000
+    (seconds,) = start_cold(runner, shape, 1)
     assert 0 < seconds < 60
 
 
 def test_peers_are_prepared_once(monkeypatch, tmp_path, checkpoints):
     ran = []
-    monkeypatch.setattr(sides, "_run", lambda command: ran.append(command) or "")
-    installed = {"optimum_onnx.py": sides.Installed(("python", "optimum"), {"tool": "1"})}
-    peer = sides.PEERS["optimum-int8"]
+    monkeypatch.setattr(runners, "_run", lambda command: ran.append(command) or "")
+    installed = {"optimum_onnx.py": runners.Installed(("python", "optimum"), {"tool": "1"})}
+    peer = runners.PEERS["optimum-int8"]
 
     def make(checkpoint):
-        return sides.peer_side(peer, installed, checkpoint, tmp_path, 2, lambda stage: None)
+        return runners.peer_runner(peer, installed, checkpoint, tmp_path, 2, lambda stage: None)
 
     one = make(checkpoints("kv2"))
     assert [command[2:4] for command in ran] == [["prepare", "fp32"], ["prepare", "int8"]]
@@ -250,18 +252,18 @@ def test_peers_are_prepared_once(monkeypatch, tmp_path, checkpoints):
 
 
 def tiny_work(task, tokenizer, quick):
-    return [work.Work("tiny", ((np.arange(1, 9),),))]
+    return [workloads.Workload("tiny", ((np.arange(1, 9),),))]
 
 
 @pytest.fixture
 def no_peers(monkeypatch):
-    """Fails where a peer is installed; there is a uv, and little work."""
+    """Fails where a peer is installed; there is a uv, and little workloads."""
 
     def install(script):
         pytest.fail(f"{script} was installed")
 
     monkeypatch.setattr(benches, "install_peer", install)
-    monkeypatch.setattr(benches, "_works", tiny_work)
+    monkeypatch.setattr(benches, "_workloads", tiny_work)
     monkeypatch.setattr(checks.shutil, "which", lambda name: f"/bin/{name}")
 
 
@@ -319,7 +321,7 @@ def test_an_artifact_that_cannot_be_raced(artifact, checkpoints, tmp_path, copie
 @pytest.mark.usefixtures("no_peers")
 def test_a_side_is_tried_before_peers_are_prepared(artifact, checkpoints, monkeypatch):
     broken = fake("broken", script="raise SystemExit('no {folder} today {threads}')")
-    monkeypatch.setattr(benches, "our_side", lambda facts, threads: broken)
+    monkeypatch.setattr(benches, "our_runner", lambda info, threads: broken)
     with pytest.raises(VerificationError, match=r"ended with 1:\nno .* today"):
         request([artifact], checkpoints("kv2"))
 
@@ -333,20 +335,22 @@ def test_a_disk_that_is_too_small(artifact, checkpoints, monkeypatch, tmp_path):
 
 
 def test_work_that_a_model_does_not_take(artifact):
-    facts = read_facts(artifact)
-    long = work.Work("long", ((np.zeros(facts.max_position_embeddings + 1, np.int64),),))
+    info = read_info(artifact)
+    long = workloads.Workload("long", ((np.zeros(info.max_position_embeddings + 1, np.int64),),))
     with pytest.raises(InputError, match=r"at most .* tokens, and the workload long has a row of"):
-        checks.check_work([long], [facts])
-    foreign = work.Work("foreign", ((np.array([1, facts.vocab_size]),),))
-    with pytest.raises(InputError, match="race models with one tokenizer"):
-        checks.check_work([foreign], [facts])
+        checks.check_workloads([long], [info])
+    foreign = workloads.Workload("foreign", ((np.array([1, info.vocab_size]),),))
+    with pytest.raises(InputError, match="compare models with one tokenizer"):
+        checks.check_workloads([foreign], [info])
 
 
 def test_every_side_has_a_name_of_its_own(tmp_path):
-    def side(folder, name="embedport int8"):
-        return sides.Side(name, (), tmp_path / folder, 8, {})
+    def runner(folder, name="embedport int8"):
+        return runners.Runner(name, (), tmp_path / folder, 8, {})
 
-    named = benches._distinct([side("a/int8"), side("b/int8"), side("c"), side("d", "other")])
+    named = benches._distinct(
+        [runner("a/int8"), runner("b/int8"), runner("c"), runner("d", "other")]
+    )
     assert [each.name for each in named] == [
         f"embedport int8 ({tmp_path}/a/int8)",
         f"embedport int8 ({tmp_path}/b/int8)",
@@ -354,7 +358,7 @@ def test_every_side_has_a_name_of_its_own(tmp_path):
         "other",
     ]
     with pytest.raises(InputError, match="is given twice"):
-        benches._distinct([side("a"), side("a")])
+        benches._distinct([runner("a"), runner("a")])
 
 
 def test_tasks_do_not_mix(artifact, checkpoints, tmp_path):
@@ -374,7 +378,7 @@ def test_the_kind_of_a_cpu():
 
 
 def test_command_line(artifact, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benches, "_works", tiny_work)
+    monkeypatch.setattr(benches, "_workloads", tiny_work)
     monkeypatch.setattr(machine, "PEAK_SIZES", (256,))
     out = tmp_path / "bench.json"
     monkeypatch.setattr(
@@ -385,8 +389,8 @@ def test_command_line(artifact, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
-    assert printed["works"]["tiny"]["embedport int8"]["rounds"] == benches.ROUNDS
-    assert printed["sides"]["embedport int8"]["cold_start"][0] > 0
+    assert printed["workloads"]["tiny"]["embedport int8"]["rounds"] == benches.ROUNDS
+    assert printed["runners"]["embedport int8"]["cold_start"][0] > 0
     assert printed["peak"]["fp32"] > 0
     assert printed["threads"] == threads.choose_threads()
     assert {"cpu", "flags", "cores", "kernels"} <= printed["machine"].keys()

@@ -84,7 +84,7 @@ def test_where_attention_changes_its_kernel(artifacts, checkpoints, reference_ve
     embedder = artifacts(geometry)
     random = np.random.default_rng(0)
     sizes = [limit + i for limit in (SMALL_ROW, SHORT_ROW) for i in (0, 1, 2, 3)]
-    rows = [random.integers(0, embedder.facts.vocab_size, size) for size in (1, *sizes)]
+    rows = [random.integers(0, embedder.info.vocab_size, size) for size in (1, *sizes)]
     expected = reference_vectors(checkpoints(geometry), rows)
     alone = np.concatenate([embedder.embed_rows([ids]) for ids in rows])
     assert cosines(alone, expected).min() >= LIMITS["fp32"][0]

@@ -58,7 +58,7 @@ def test_short_and_long_rows_in_one_call(artifacts):
     embedder = artifacts("kv8", precision="int8")
     random = np.random.default_rng(0)
     sizes = (9, SHORT_ROW - 100, SHORT_ROW, SHORT_ROW + 1)
-    rows = [random.integers(0, embedder.facts.vocab_size, size) for size in sizes]
+    rows = [random.integers(0, embedder.info.vocab_size, size) for size in sizes]
     alone = np.concatenate([embedder.embed_rows([ids]) for ids in rows])
     together = embedder.embed_rows(rows, batch_tokens=16_384)
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0)

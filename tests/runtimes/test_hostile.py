@@ -119,7 +119,7 @@ def test_the_hubs_cache_is_made_of_links(folder, tmp_path):
         path.rename(blobs / str(i))
         link.symlink_to(blobs / str(i))
     model = embedport.load(snapshot, device="cpu")
-    assert model.facts.precision == "bf16"
+    assert model.info.precision == "bf16"
 
 
 def test_an_adapter_is_not_passed_over(folder):

@@ -49,7 +49,7 @@ def job(embedder, tmp_path, monkeypatch):
     monkeypatch.setattr(bulk, "SHARD_ROWS", 4)
     path = tmp_path / "corpus.parquet"
     parquet.write_table(pa.table({"_id": IDS, "other": TEXTS, "text": TEXTS}), path, 10)
-    return Job(str(embedder.facts.folder), path, tmp_path / "vectors", format="parquet")
+    return Job(str(embedder.info.folder), path, tmp_path / "vectors", format="parquet")
 
 
 def check(table, expected, *, with_text):
@@ -211,7 +211,7 @@ class TestObjectStores:
                 shard = r"<Key>(v/\d+.parquet)</Key><LastModified>(.*?)</LastModified>"
                 return dict(re.findall(shard, listing))
 
-            command = [sys.executable, "-m", "embedport", "encode", str(embedder.facts.folder)]
+            command = [sys.executable, "-m", "embedport", "encode", str(embedder.info.folder)]
             command += ["--input", "s3://bucket/c.jsonl", "-o", "s3://bucket/v/"]
             command += ["--format", "parquet", "--device", "cpu"]
             first = subprocess.Popen(command, env=environment)

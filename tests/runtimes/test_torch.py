@@ -220,7 +220,7 @@ def test_ranges_stay_in_memory(checkpoints, copied):
     model.calibrate(TEXTS)
     assert model.encode(TEXTS[:2], precision="int8").dtype == np.int8
     assert sorted(folder.rglob("*")) == before
-    assert embedport.load(folder, device="cpu").facts.ranges is None
+    assert embedport.load(folder, device="cpu").info.ranges is None
 
 
 def test_ranges_of_an_artifact_go_into_its_manifest(quantized, copied):

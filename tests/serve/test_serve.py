@@ -301,7 +301,7 @@ class TestState:
 class TestCommand:
     def test_stops_when_told_to(self, runners):
         """Requests at work are answered; then it exits with 0."""
-        folder = runners["embedding"].facts.folder
+        folder = runners["embedding"].info.folder
         process = subprocess.Popen(
             [sys.executable, "-m", "embedport", "serve", str(folder), "--port", "0"],
             stderr=subprocess.PIPE,
@@ -336,7 +336,7 @@ class TestCommand:
     def test_one_line(self, runners, monkeypatch, capsys, arguments, message):
         from embedport.cli import main
 
-        folder = runners["embedding"].facts.folder
+        folder = runners["embedding"].info.folder
         filled = [argument.format(folder=folder) for argument in arguments]
         monkeypatch.setattr(sys, "argv", ["embedport", "serve", *filled])
         with pytest.raises(SystemExit) as ended:

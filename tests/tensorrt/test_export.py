@@ -16,7 +16,7 @@ from embedport.exporters.tensorrt import obstacle
 from embedport.exporters.tensorrt.export import _choose_library
 from embedport.exporters.tensorrt.options import EngineOptions
 from embedport.machine.engine import Profile
-from embedport.runtimes import read_facts
+from embedport.runtimes import read_info
 
 PROFILES = ["1x1:2x8:4x64", "2x16:8x64:16x128"]
 # RTX calls timing caches deprecated.
@@ -35,7 +35,7 @@ def test_the_folder(graphs, engines, rtx):
     assert manifest.versions["tensorrt-rtx"] == rtx.__version__
     # The engine takes what its largest profile does; another one may be built from the same graph.
     assert manifest.max_length == graphs().manifest.max_length
-    assert read_facts(artifact.folder).max_length == 128
+    assert read_info(artifact.folder).max_length == 128
     assert Manifest.from_json(artifact.folder / "embedport.json") == manifest
     card = (artifact.folder / "README.md").read_text()
     assert "A TensorRT engine of a Qwen3 embedding model" in card

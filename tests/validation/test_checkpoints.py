@@ -7,7 +7,7 @@ import pytest
 
 import embedport
 from embedport.artifact.folder import Artifact
-from embedport.runtimes import read_facts
+from embedport.runtimes import read_info
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.layers import layer_errors
 from embedport.validation.opening import open_live
@@ -78,9 +78,9 @@ def test_figures_and_page(quantized, checkpoints, copied, tmp_path):
 
 def test_layers_of_a_checkpoint(checkpoints, quantized):
     reference = open_live(checkpoints("kv8"), task="embedding", max_length=512)
-    facts = read_facts(quantized("gptq"))
+    info = read_info(quantized("gptq"))
     rows = [[5, 6, 7, 8], list(range(40))]
-    table, first, second = layer_errors(facts, reference, rows)
+    table, first, second = layer_errors(info, reference, rows)
     assert (table.layer, second.layer) == (0, 2)
     # The table has the reference's values; four bits show from the first layer on.
     assert table.relative_error_max < 1e-2

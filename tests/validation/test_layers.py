@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embedport.runtimes import read_facts
+from embedport.runtimes import read_info
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.layers import TEXTS, TOKENS, layer_errors, sample_rows
 from embedport.validation.opening import open_live
@@ -21,7 +21,7 @@ def errors_of(folders, task):
         assert {len(row) % 2 for row in sample_rows(rows)} == {0, 1}
     else:
         rows = reference.token_ids(builtin_pairs()[:12])
-    return layer_errors(read_facts(folders.artifact), reference, rows)
+    return layer_errors(read_info(folders.artifact), reference, rows)
 
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
@@ -73,7 +73,7 @@ def test_a_changed_layer_is_where_the_error_begins(folders, tmp_path):
     save_file(tensors, shard, metadata={"format": "pt"})
     reference = open_live(checkpoint, task="embedding", max_length=512)
     rows = reference.token_ids(builtin_samples()[:8])
-    embedding, first, second = layer_errors(read_facts(made.artifact), reference, rows)
+    embedding, first, second = layer_errors(read_info(made.artifact), reference, rows)
     assert max(embedding.relative_error_max, first.relative_error_max) < 2e-6
     assert second.relative_error_mean > 1e-3
 
@@ -87,7 +87,7 @@ def test_nan_stays_nan(folders, tmp_path):
     save_file(tensors, shard, metadata={"format": "pt"})
     reference = open_live(checkpoint, task="embedding", max_length=512)
     rows = reference.token_ids(builtin_samples()[:2])
-    errors = layer_errors(read_facts(made.artifact), reference, rows)
+    errors = layer_errors(read_info(made.artifact), reference, rows)
     assert errors[0].relative_error_max < 1e-6
     assert np.isnan([errors[1].relative_error_mean, errors[1].cosine_min]).all()
 

@@ -45,10 +45,8 @@ def run_rows(loaded: Embedder | Reranker, rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _rows(loaded: Embedder | Reranker) -> list[np.ndarray]:
-    facts = loaded.facts
-    rows, _ = choose_rows(
-        facts.folder, facts.task, facts.inputs, facts.max_length, facts.vocab_size
-    )
+    info = loaded.info
+    rows, _ = choose_rows(info.folder, info.task, info.inputs, info.max_length, info.vocab_size)
     text = builtin_samples()[LONG].text
     if isinstance(loaded, Reranker):
         return rows + loaded.tokenizer.encode([(QUERY, text)]).ids

@@ -1,4 +1,4 @@
-"""Interleaved rounds of a workload, so that a slow moment of the machine hits every side."""
+"""Interleaved rounds of a workload, so that a slow moment of the machine hits every runner."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ import numpy as np
 
 from ..errors import VerificationError
 from ..validation.measures import cosines
-from .sides import Side, Worker
-from .work import Work, write_rows
+from .runners import Runner, Worker
+from .workloads import Workload, write_rows
 
-# Batch sizes that a side may choose from; our runtime forms batches by itself.
+# Batch sizes that a runner may choose from; our runtime forms batches by itself.
 BATCHES = (1, 4, 8, 16, 32)
-# Number of rows on which a side's best batch size is chosen.
+# Number of rows on which a runner's best batch size is chosen.
 TRIED_ROWS = 32
-# Rounds of sides with wider arithmetic than the first side: they take many times as long.
+# Rounds of runners with wider arithmetic than the first runner: they take many times as long.
 FEW_ROUNDS = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One side's result on one workload.
+    """One runner's result on one workload.
 
     Attributes:
         batch_rows: Its best batch size of `BATCHES`; None if it forms batches by itself.
         tokens_per_second: Median over its rounds; padding is not counted.
         from_to: Slowest and fastest round, in tokens per second.
-        ratio: First side's speed divided by this side's: median over rounds run side by side.
+        ratio: First runner's speed divided by this runner's: median over rounds run side by side.
         ratio_from_to: Smallest and largest such ratio.
         rounds: Number of rounds it took part in.
-        minimum_cosine: Smallest cosine of its vectors and the first side's, in the first round;
+        minimum_cosine: Smallest cosine of its vectors and the first runner's, in the first round;
             None for scores.
-        largest_difference: Largest difference from the first side's scores; None for vectors.
+        largest_difference: Largest difference from the first runner's scores; None for vectors.
         peak_bytes: Its largest resident set so far.
     """
 
@@ -54,41 +54,41 @@ class Result:
     peak_bytes: int
 
 
-class Race:
-    """A context manager that loads all sides and runs workloads on them in turn.
+class Benchmark:
+    """A context manager that loads all runners and runs workloads on them in turn.
 
     Attributes:
-        sides: The sides.
-        threads: Number of threads that each side was told to use.
-        failures: Workload's name to name of each side that failed, to its last output.
+        runners: The runners.
+        threads: Number of threads that each runner was told to use.
+        failures: Workload's name to name of each runner that failed, to its last output.
 
     Args:
-        sides: The sides; the others are compared with the first.
-        threads: Number of threads that each side was told to use.
+        runners: The runners; the others are compared with the first.
+        threads: Number of threads that each runner was told to use.
         say: Called with a description of each stage.
 
     Raises:
-        VerificationError: A side uses another number of threads than it was told, or ends.
+        VerificationError: A runner uses another number of threads than it was told, or ends.
     """
 
-    def __init__(self, sides: Sequence[Side], threads: int, say: Callable[[str], None]) -> None:
-        self.sides = tuple(sides)
+    def __init__(self, runners: Sequence[Runner], threads: int, say: Callable[[str], None]) -> None:
+        self.runners = tuple(runners)
         self.threads = threads
         self._say = say
         self._workers: dict[str, Worker] = {}
         self.failures: dict[str, dict[str, str]] = {}
 
-    def __enter__(self) -> Race:
+    def __enter__(self) -> Benchmark:
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for side in self.sides:
-                self._say(f"{side.name}: loading")
-                self._workers[side.name] = Worker(side.command)
-                used = self._workers[side.name].ready["threads"]
+            for runner in self.runners:
+                self._say(f"{runner.name}: loading")
+                self._workers[runner.name] = Worker(runner.command)
+                used = self._workers[runner.name].ready["threads"]
                 if used != self.threads:
                     raise VerificationError(
-                        f"{side.name} was told to use {self.threads} threads, and its library "
+                        f"{runner.name} was told to use {self.threads} threads, and its library "
                         f"reports {used}: the comparison would be unfair"
                     )
             self._stack = stack.pop_all()
@@ -101,47 +101,47 @@ class Race:
         for worker in self._workers.values():
             worker.close()
 
-    def run(self, work: Work, rounds: int) -> dict[str, Result]:
-        """Run one workload on all sides.
+    def run(self, workload: Workload, rounds: int) -> dict[str, Result]:
+        """Run one workload on all runners.
 
         Args:
-            work: The workload.
-            rounds: Number of rounds; sides with wider arithmetic than the first have `FEW_ROUNDS`.
+            workload: The workload.
+            rounds: Number of rounds; runners wider than the first have `FEW_ROUNDS`.
 
         Returns:
-            Name of each side to its result. A side whose process ends has no result: `failures`
+            Name of each runner to its result. A runner whose process ends has no result: `failures`
             says why, and it is restarted for the next workload.
 
         Raises:
-            VerificationError: The first side's process ends.
+            VerificationError: The first runner's process ends.
         """
-        first = self.sides[0]
+        first = self.runners[0]
         rounds_of = {
-            side.name: rounds if side.bits <= first.bits else min(rounds, FEW_ROUNDS)
-            for side in self.sides
+            runner.name: rounds if runner.bits <= first.bits else min(rounds, FEW_ROUNDS)
+            for runner in self.runners
         }
         failed: set[str] = set()
         batches: dict[str, int | None] = {}
-        for side in self.sides:
-            with self._survived(side, work, failed):
-                batches[side.name] = self._choose_batch(side, work)
-        speeds: dict[str, list[float]] = {side.name: [] for side in self.sides}
+        for runner in self.runners:
+            with self._survived(runner, workload, failed):
+                batches[runner.name] = self._choose_batch(runner, workload)
+        speeds: dict[str, list[float]] = {runner.name: [] for runner in self.runners}
         peaks: dict[str, int] = {}
         vectors: dict[str, np.ndarray] = {}
         for number in range(rounds):
-            rows = work.part(number)
-            tokens = sum(map(len, rows)) * work.repeats
-            running = [side for side in self.sides if number < rounds_of[side.name]]
-            # The order alternates, because a side finds the caches as the one before left them.
-            for side in running if number % 2 == 0 else running[::-1]:
-                name = side.name
+            rows = workload.part(number)
+            tokens = sum(map(len, rows)) * workload.repeats
+            running = [runner for runner in self.runners if number < rounds_of[runner.name]]
+            # The order alternates, because a runner finds the caches as the one before left them.
+            for runner in running if number % 2 == 0 else running[::-1]:
+                name = runner.name
                 if name in failed:
                     continue
-                self._say(f"{work.name}, round {number + 1} of {rounds}: {name}")
-                with self._survived(side, work, failed):
+                self._say(f"{workload.name}, round {number + 1} of {rounds}: {name}")
+                with self._survived(runner, workload, failed):
                     answers = [
                         self._ask(name, rows, batches[name] or 0, "vectors.npy")
-                        for _ in range(work.repeats)
+                        for _ in range(workload.repeats)
                     ]
                     speeds[name].append(tokens / sum(seconds for seconds, _, _ in answers))
                     _, peaks[name], answer = answers[-1]
@@ -159,32 +159,32 @@ class Race:
         }
 
     @contextlib.contextmanager
-    def _survived(self, side: Side, work: Work, failed: set[str]) -> Generator[None]:
-        """Drop a side from this workload if its process ends, for example out of memory."""
+    def _survived(self, runner: Runner, workload: Workload, failed: set[str]) -> Generator[None]:
+        """Drop a runner from this workload if its process ends, for example out of memory."""
         try:
             yield
         except VerificationError as error:
-            if side == self.sides[0]:
+            if runner == self.runners[0]:
                 raise
-            failed.add(side.name)
-            self.failures.setdefault(work.name, {})[side.name] = str(error)
-            self._workers[side.name] = Worker(side.command)
+            failed.add(runner.name)
+            self.failures.setdefault(workload.name, {})[runner.name] = str(error)
+            self._workers[runner.name] = Worker(runner.command)
 
-    def _choose_batch(self, side: Side, work: Work) -> int | None:
-        """Choose the side's fastest batch size, on rows of all lengths; this also warms it up."""
-        rows = work.part(0)
+    def _choose_batch(self, runner: Runner, workload: Workload) -> int | None:
+        """Choose the runner's fastest batch size, on rows of all lengths; this also warms it up."""
+        rows = workload.part(0)
         sample = sorted(rows, key=len)[:: -(-len(rows) // TRIED_ROWS)]
-        self._say(f"{work.name}: {side.name} warms up")
-        if side.has_batches:
-            self._ask(side.name, sample, 0, "tried.npy")
+        self._say(f"{workload.name}: {runner.name} warms up")
+        if runner.has_batches:
+            self._ask(runner.name, sample, 0, "tried.npy")
             return None
         sizes = [size for size in BATCHES if size <= len(sample)]
         if len(sizes) == 1:
-            self._ask(side.name, sample, sizes[0], "tried.npy")
+            self._ask(runner.name, sample, sizes[0], "tried.npy")
             return sizes[0]
         # The first call allocates memory, so it is not timed.
-        self._ask(side.name, sample[:1], 1, "tried.npy")
-        return min(sizes, key=lambda size: self._ask(side.name, sample, size, "tried.npy")[0])
+        self._ask(runner.name, sample[:1], 1, "tried.npy")
+        return min(sizes, key=lambda size: self._ask(runner.name, sample, size, "tried.npy")[0])
 
     def _ask(
         self, name: str, rows: Sequence[np.ndarray], batch_rows: int, file: str
@@ -227,22 +227,22 @@ def _result(
     )
 
 
-def start_cold(side: Side, work: Work, starts: int) -> list[float]:
+def start_cold(runner: Runner, workload: Workload, starts: int) -> list[float]:
     """Seconds from the start of a new process to its first answer; files are in the page cache.
 
     Args:
-        side: The side.
-        work: The workload; its first part is requested.
+        runner: The runner.
+        workload: The workload; its first part is requested.
         starts: Number of processes to time, one after another; an extra one warms up first.
     """
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         rows, vectors = Path(folder) / "rows.npz", Path(folder) / "vectors.npy"
-        write_rows(rows, work.part(0))
+        write_rows(rows, workload.part(0))
         request = {"rows": str(rows), "batch_rows": 1, "vectors": str(vectors)}
         for _ in range(starts + 1):
             start = time.perf_counter()
-            worker = Worker(side.command)
+            worker = Worker(runner.command)
             worker.ask(request)
             seconds.append(time.perf_counter() - start)
             worker.close()

@@ -1,4 +1,4 @@
-"""Workloads of a race: rows of token ids, the same for every side.
+"""Workloads of a benchmark: rows of token ids, the same for every runner.
 
 Texts are real: the built-in queries, and the docstrings of Python's standard library, cut into
 passages with lengths spread evenly on a logarithmic scale.
@@ -31,7 +31,7 @@ LONGEST = 32_768
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A workload.
 
     Attributes:
@@ -49,23 +49,25 @@ class Work:
         return self.parts[number % len(self.parts)]
 
 
-def uniform(tokenizer_file: Path, batch: int, size: int) -> Work:
+def uniform(tokenizer_file: Path, batch: int, size: int) -> Workload:
     """Rows of one length, without padding."""
     tokenizer = EmbeddingTokenizer(tokenizer_file, LONGEST)
     ids = np.concatenate(tokenizer.encode([sample.text for sample in builtin_samples()]).ids)
     rows = tuple(np.resize(ids, batch * size).reshape(batch, size))
-    return Work(f"{batch} x {size}", (rows,), max(1, ROUND_TOKENS // (batch * size)))
+    return Workload(f"{batch} x {size}", (rows,), max(1, ROUND_TOKENS // (batch * size)))
 
 
-def passages(tokenizer_file: Path, count: int = PASSAGES, parts: int = PARTS) -> Work:
+def passages(tokenizer_file: Path, count: int = PASSAGES, parts: int = PARTS) -> Workload:
     """Passages of mixed length; every part has the same mix of lengths."""
     tokenizer = EmbeddingTokenizer(tokenizer_file, LONGEST)
     rows = tokenizer.encode(read_passages(tokenizer, count)).ids
     split = tuple(tuple(rows[start::parts]) for start in range(parts))
-    return Work(f"{count:,} passages", split)
+    return Workload(f"{count:,} passages", split)
 
 
-def reranking(tokenizer_file: Path, queries: int = QUERIES, candidates: int = CANDIDATES) -> Work:
+def reranking(
+    tokenizer_file: Path, queries: int = QUERIES, candidates: int = CANDIDATES
+) -> Workload:
     """Pairs in the reranker's template; a part is one query with all of its passages."""
     tokenizer = RerankerTokenizer(tokenizer_file, LONGEST)
     query_texts = [sample.text for sample in builtin_samples() if sample.prompt == "query"][
@@ -76,7 +78,7 @@ def reranking(tokenizer_file: Path, queries: int = QUERIES, candidates: int = CA
         tuple(tokenizer.encode([(query, text) for text in texts[number::queries]]).ids)
         for number, query in enumerate(query_texts)
     )
-    return Work(f"{queries} x {candidates} pairs", parts)
+    return Workload(f"{queries} x {candidates} pairs", parts)
 
 
 def read_passages(tokenizer: EmbeddingTokenizer, count: int) -> list[str]:

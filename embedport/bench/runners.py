@@ -1,4 +1,4 @@
-"""The sides of a race: each is a process that answers requests with rows of token ids."""
+"""The runners of a benchmark: each is a process that answers requests with rows of token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VerificationError
-from ..runtimes.facts import ModelFacts
+from ..runtimes.info import ModelInfo
 from .threads import thread_variables
 
 SCRIPTS = Path(__file__).parent / "peers"
@@ -60,8 +60,8 @@ PEERS = {
 
 
 @dataclass(frozen=True)
-class Side:
-    """A participant in a race.
+class Runner:
+    """A participant in a benchmark.
 
     Attributes:
         name: Its name in tables.
@@ -98,26 +98,26 @@ class Installed:
     versions: dict[str, str]
 
 
-def our_side(facts: ModelFacts, threads: int) -> Side:
+def our_runner(info: ModelInfo, threads: int) -> Runner:
     """An artifact or a checkpoint, as `embedport.load` runs it on a CPU."""
-    folder = facts.folder
-    if facts.checkpoint is not None and facts.checkpoint.source.adapter is not None:
-        folder = facts.checkpoint.source.adapter.folder  # its config names the base
+    folder = info.folder
+    if info.checkpoint is not None and info.checkpoint.source.adapter is not None:
+        folder = info.checkpoint.source.adapter.folder  # its config names the base
     command = (sys.executable, "-m", "embedport.bench.serve", str(folder))
-    command += (str(threads), facts.task)
-    bits = 8 if facts.precision.startswith(("int8", "int4", "mixed")) else 32
-    return Side(f"embedport {facts.precision}", command, facts.folder, bits, {}, has_batches=True)
+    command += (str(threads), info.task)
+    bits = 8 if info.precision.startswith(("int8", "int4", "mixed")) else 32
+    return Runner(f"embedport {info.precision}", command, info.folder, bits, {}, has_batches=True)
 
 
-def peer_side(
+def peer_runner(
     peer: Peer,
     installed: Mapping[str, Installed],
     checkpoint: Path,
     cache: Path,
     threads: int,
     say: Callable[[str], None],
-) -> Side:
-    """Prepare a peer's folder, unless the cache has it, and make it a side.
+) -> Runner:
+    """Prepare a peer's folder, unless the cache has it, and make it a runner.
 
     Args:
         peer: The peer.
@@ -134,7 +134,7 @@ def peer_side(
     folder = checkpoint
     if peer.source is not None:
         source = PEERS[peer.source]
-        folder = peer_side(source, installed, checkpoint, cache, threads, say).folder
+        folder = peer_runner(source, installed, checkpoint, cache, threads, say).folder
     if peer.prepared:
         origin = folder
         folder = cache / f"{peer.name}-{_key(peer.script, origin, versions)}"
@@ -147,7 +147,7 @@ def peer_side(
                 _run([*command, "prepare", peer.kind, str(origin), str(output)])
                 output.replace(folder)
     serve = (*command, "serve", peer.kind, str(folder), str(threads))
-    return Side(peer.name, serve, folder, peer.bits, versions)
+    return Runner(peer.name, serve, folder, peer.bits, versions)
 
 
 def with_sources(peers: Iterable[Peer]) -> list[Peer]:
@@ -198,7 +198,7 @@ def _environment() -> dict[str, str]:
 
 
 class Worker:
-    """A side's process: takes one line of JSON, answers one line; only one side works at a time.
+    """A runner's process: takes one line of JSON, answers one line; they work in turn.
 
     Attributes:
         ready: Its message after loading: the number of threads that its library reports.

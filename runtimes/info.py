@@ -1,4 +1,4 @@
-"""The facts about a model that every runtime needs, from an artifact or from a checkpoint."""
+"""The info about a model that every runtime needs, from an artifact or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """A model's description.
 
     Attributes:
@@ -97,9 +97,9 @@ class ModelFacts:
         return self.inputs.prompts
 
 
-def read_facts(
+def read_info(
     model: str | Path, task: Task | None = None, adapter: str | Path | None = None
-) -> ModelFacts:
+) -> ModelInfo:
     """Read a model's description: an artifact's, or that of a checkpoint in the hub's layout.
 
     Args:
@@ -115,16 +115,16 @@ def read_facts(
     """
     source = fetch(model, adapter=adapter)
     if (source.folder / MANIFEST).is_file():
-        return _artifact_facts(source, Artifact.open(source.folder), task)
+        return _artifact_info(source, Artifact.open(source.folder), task)
     if not (source.folder / CONFIG).is_file():
         raise InputError(
             f"{source.folder} is neither an artifact nor a checkpoint: it has no {MANIFEST} and no "
             f"{CONFIG}"
         )
-    return _checkpoint_facts(source, task)
+    return _checkpoint_info(source, task)
 
 
-def _artifact_facts(source: Source, artifact: Artifact, task: Task | None) -> ModelFacts:
+def _artifact_info(source: Source, artifact: Artifact, task: Task | None) -> ModelInfo:
     manifest = artifact.manifest
     if task not in (None, manifest.task):
         raise InputError(
@@ -133,7 +133,7 @@ def _artifact_facts(source: Source, artifact: Artifact, task: Task | None) -> Mo
     checkpoint = None
     if manifest.format == "checkpoint":
         checkpoint = read_spec(source, manifest.task)
-    return ModelFacts(
+    return ModelInfo(
         name=source.id,
         task=manifest.task,
         precision=manifest.precision,
@@ -160,12 +160,12 @@ def _longest(manifest: Manifest) -> int:
     return min(manifest.max_length, max(profile.max[1] for profile in manifest.engine.profiles))
 
 
-def _checkpoint_facts(source: Source, task: Task | None) -> ModelFacts:
+def _checkpoint_info(source: Source, task: Task | None) -> ModelInfo:
     check_links(source.folder)
     if source.adapter is not None:
         check_links(source.adapter.folder)
     spec = read_spec(source, task)
-    return ModelFacts(
+    return ModelInfo(
         name=source.name,
         task=spec.task,
         precision=_name_precision(spec),
@@ -199,16 +199,16 @@ def stored_float(spec: ModelSpec) -> str:
     return FLOATS[Weights(spec, [name]).tensors[name].dtype]
 
 
-def choose_length(facts: ModelFacts, max_length: int | None) -> int:
+def choose_length(info: ModelInfo, max_length: int | None) -> int:
     """Choose how many tokens a text may have: `max_length`, or the model's own limit if None.
 
     Raises:
         InputError: `max_length` exceeds the model's positions.
     """
     if max_length is None:
-        return facts.max_length
-    if not 1 <= max_length <= facts.max_position_embeddings:
+        return info.max_length
+    if not 1 <= max_length <= info.max_position_embeddings:
         raise InputError(
-            f"max_length should be from 1 to {facts.max_position_embeddings}, found {max_length}"
+            f"max_length should be from 1 to {info.max_position_embeddings}, found {max_length}"
         )
     return max_length
