@@ -21,7 +21,7 @@ from .pairs import room
 from .schemes import QuantizedTensor, QuantScheme
 
 # Columns that are corrected one after another; those after them are corrected by one product.
-BLOCK = 32
+BLOCK = 64
 # Relative to the mean of the Hessian's diagonal.
 DAMPING = 0.01
 # Number of tries, each with ten times the damping, before giving up on a Hessian.
@@ -57,15 +57,17 @@ class Curvature:
             self.order = np.argsort(-diagonal, kind="stable")
         self.upper = _inverse_root(hessian[np.ix_(self.order, self.order)].astype(np.float64))
 
-    def shift(self, cross: np.ndarray) -> np.ndarray:
-        """GPTAQ's C H^-1: a weight W becomes W + W shift.
+    def shifted(self, weight: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        """GPTAQ's W + W C H^-1.
 
         Args:
-            cross: float32 [in, in], the mean of (x - y) y^T.
+            weight: W, float32 [out, in].
+            cross: C, float32 [in, in], the mean of (x - y) y^T.
         """
-        shift = np.empty_like(cross)
-        shift[:, self.order] = (cross[:, self.order] @ self.upper.T) @ self.upper
-        return shift
+        product = (weight @ cross)[:, self.order]
+        shifted = weight.copy()
+        shifted[:, self.order] += (product @ self.upper.T) @ self.upper
+        return shifted
 
 
 def quantize_gptq(weight: np.ndarray, inputs: Curvature, scheme: QuantScheme) -> QuantizedTensor:

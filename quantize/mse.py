@@ -6,6 +6,9 @@ the least squared error. With limited pairs it also tries wider ranges.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from .pairs import SHARES as WIDER_SHARES
@@ -31,10 +34,10 @@ def quantize_mse(
     """
     search = _search_pairs if scheme.limits_pairs else _search
     step = max(1, CHUNK_VALUES // weight.shape[1])
-    parts = [
-        search(weight[start : start + step], scheme, importance)
-        for start in range(0, len(weight), step)
-    ]
+    chunks = [weight[start : start + step] for start in range(0, len(weight), step)]
+    # numpy computes without the interpreter's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda chunk: search(chunk, scheme, importance), chunks))
     return QuantizedTensor(
         scheme,
         np.concatenate([part.codes for part in parts]),

@@ -42,7 +42,8 @@ from ..graph.initializers import QuantizedMatrices
 from ..graph.ort_dialect import OrtDialect
 from ..graph.precision import PRECISIONS
 from ..graph.qwen3 import Design
-from .layerwise import Layer, embed_rows, run_layer
+from .layerwise import STAGES, Layer, Segment, Texts, embed_rows, run_layer
+from .moments import measure_moments
 
 REQUEST = "request.txt"
 LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
@@ -166,36 +167,42 @@ def quantize_layers(
         advance()
     for number in range(first, source.spec.num_layers):
         file, states_file = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
-        with Layer(fp32, number, folder) as layer:
-            stages = layer.inputs
-            expected = _run_original(layer, rows, originals)
         done: dict[str, QuantizedTensor] = {}
 
         def with_done(done: dict[str, QuantizedTensor] = done) -> Design:
             precision = replace(fp32.precision, formats={name: formats[name] for name in done})
             return replace(fp32, precision=precision, matrices=QuantizedMatrices(done.__getitem__))
 
-        for stage, names in enumerate(stages):
-            names = [name for name in names if name in formats]
+        original = Texts(rows, originals) if follows else None
+        quantized = Texts(rows, states)
+        for stage in range(STAGES):
+            if original is not None:
+                with Segment(fp32, number, folder, stage) as segment:
+                    original.run(segment)
+            with Segment(with_done(), number, folder, stage) as segment:
+                quantized.run(segment)
+                names = [name for name in segment.names if name in formats]
             if not names:
                 continue
-            with Layer(with_done(), number, folder, stage) as layer:
-                wanted = expected[stage] if follows else None
-                hessian, cross = _moments(layer, rows, states, wanted, last)
             with _named(source, names[0]):
-                inputs = Curvature(hessian)
-                del hessian
-                shift = None if cross is None else inputs.shift(cross)
+                moments = measure_moments(
+                    quantized.inputs, last, None if original is None else original.inputs
+                )
+                inputs = Curvature(moments.hessian)
                 for name in names:
                     weight = source.read_fp32(f"{name}.weight")
-                    if shift is not None:
-                        weight = weight + weight @ shift
+                    if moments.cross is not None:
+                        weight = inputs.shifted(weight, moments.cross)
                     done[name] = quantize_gptq(weight, inputs, schemes[name])
+                del moments, inputs
         _save(
             {f"{name}.{part}": getattr(done[name], part) for name in done for part in PARTS}, file
         )
-        with Layer(with_done(), number, folder) as layer:
-            run_layer(layer, rows, states)
+        if original is not None:
+            with Segment(fp32, number, folder, STAGES) as segment:
+                original.run(segment)
+        with Segment(with_done(), number, folder, STAGES) as segment:
+            quantized.run(segment)
         _check_finite(source, f"layer {number} gives", states)
         kept = {str(i): state for i, state in enumerate(states)}
         _save(kept | {f"original.{i}": state for i, state in enumerate(originals)}, states_file)
@@ -285,22 +292,6 @@ def _named(source: WeightSource, name: str) -> Generator[None]:
         raise CheckpointError(f"{source.spec.source.folder}: {name}: {error}") from error
 
 
-def _run_original(
-    layer: Layer, rows: Sequence[np.ndarray], originals: list[np.ndarray]
-) -> list[list[np.ndarray]]:
-    """Run the original model's texts through a layer; `originals` are replaced in the list.
-
-    Returns:
-        For each shared input of the layer, float32 [tokens, in] for each text.
-    """
-    expected: list[list[np.ndarray]] = [[] for _ in layer.inputs]
-    for i, state in enumerate(originals):
-        originals[i], inputs = layer.run_with_inputs(rows[i], state)
-        for found, x in zip(expected, inputs, strict=True):
-            found.append(x)
-    return expected
-
-
 def _samples(
     layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -327,42 +318,6 @@ def _search_factors(
     schemes = [formats[name].scheme for name in names]
     consumer = names[0].split(".", 2)[2]
     return reduce_kv(source.spec, consumer, search_factors(matrices, inputs, schemes))
-
-
-def _moments(
-    layer: Layer,
-    rows: Sequence[np.ndarray],
-    states: Sequence[np.ndarray],
-    expected: list[np.ndarray] | None,
-    last: int,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Second moments of a stage's inputs y: mean y y^T, and mean (x - y) y^T for x expected.
-
-    Args:
-        layer: The layer, with that stage.
-        rows: Token ids, int64 [tokens] each.
-        states: Each text's states before the layer.
-        expected: The original model's inputs, float32 [tokens, in] each; emptied, text by text.
-        last: How often a text's last token counts.
-
-    Returns:
-        (float32 [in, in], the same or None without `expected`).
-    """
-    hessian = cross = None
-    for number, (ids, state) in enumerate(zip(rows, states, strict=True)):
-        (y,) = layer.run_inputs(ids, state)
-        weighted = y.copy()
-        weighted[-1] *= last
-        # Added in place: at 12,288 inputs a Hessian takes 0.6 GB.
-        product = weighted.T @ y
-        hessian = product if hessian is None else np.add(hessian, product, out=hessian)
-        if expected is not None:
-            product = (expected[number] - y).T @ weighted
-            cross = product if cross is None else np.add(cross, product, out=cross)
-            expected[number] = y[:0]
-    assert hessian is not None
-    count = sum(len(ids) + last - 1 for ids in rows)
-    return hessian / count, None if cross is None else cross / count
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -22,9 +21,12 @@ from ...runtimes.part_session import open_session
 from ..graph.builder import GraphBuilder
 from ..graph.dialect import apply_scales
 from ..graph.precision import FLOAT
-from ..graph.qwen3 import INPUTS, Design, Stream, describe_inputs, describe_layer, embed
+from ..graph.qwen3 import INPUTS, Design, Stream, Taps, describe_inputs, describe_layer, embed
 
 DATA = "part.onnx_data"
+# The inputs that projections share, in a layer's order: q, k, v; o; gate, up; down.
+STAGES = 4
+MLP_STAGE = 2
 
 
 def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
@@ -40,15 +42,52 @@ def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]
         states[i] = layer.run(ids, states[i])
 
 
-class Layer(AbstractContextManager["Layer"]):
-    """One layer in a session; `with` closes it and deletes its graph.
+class _Part:
+    """A session of a part of the model; `with` closes it and deletes its graph.
+
+    Args:
+        design: The model.
+        g: The graph.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        folder: Where the graph may be written while it runs.
+        name: The graph's name.
+    """
+
+    def __init__(
+        self,
+        design: Design,
+        g: GraphBuilder,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        folder: Path,
+        name: str,
+    ) -> None:
+        self._temporary = tempfile.TemporaryDirectory(dir=folder)
+        place = Path(self._temporary.name)
+        self._session = _open(design, g, list(inputs), list(outputs), place, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # The variable of `with` outlives the block: else this session and the next would be open.
+        del self._session
+        self._temporary.cleanup()
+
+
+class Layer(_Part):
+    """One layer in a session.
 
     Args:
         design: The model.
         layer: The layer's number.
         folder: Where the graph may be written while it runs.
-        stage: Compute only the stage-th shared input, from 0, and nothing behind it; by default
-            the whole layer.
 
     Attributes:
         probes: Names of the magnitudes that `run_probed` returns.
@@ -56,34 +95,24 @@ class Layer(AbstractContextManager["Layer"]):
             it.
     """
 
-    def __init__(self, design: Design, layer: int, folder: Path, stage: int | None = None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(dir=folder)
-        g = GraphBuilder()
-        ids, mask = _inputs()
-        stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
-        batch = describe_inputs(g, design, ids, mask)
-        out, taps = describe_layer(g, design, layer, Stream(stream, None), batch)
-        assert out.pending is not None
-        outputs = [g.op("Add", out.residual, apply_scales(g, out.pending))]
+    def __init__(self, design: Design, layer: int, folder: Path) -> None:
+        described = _describe(design, layer)
+        g, taps = described.g, described.taps
+        outputs = [described.out]
         self.probes = list(taps.probes)
         for value in taps.probes.values():
             outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))
-        shared: dict[ir.Value, list[str]] = {}
-        for name, value in taps.inputs.items():
-            shared.setdefault(value, []).append(name)
-        if stage is not None:
-            outputs, shared = [], dict([list(shared.items())[stage]])
-        self.inputs = list(shared.values())
-        self._session = _open(
+        self.inputs = list(described.shared.values())
+        super().__init__(
             design,
             g,
-            [ids, mask, stream],
-            [*outputs, *shared],
-            Path(self._temporary.name),
+            described.inputs,
+            [*outputs, *described.shared],
+            folder,
             f"layer_{layer}",
         )
         self._outputs = [value.name for value in outputs]
-        self._inputs = [value.name for value in shared]
+        self._inputs = [value.name for value in described.shared]
 
     def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The residual stream after the layer: float32 [n, tokens, hidden_size], like `state`.
@@ -106,23 +135,132 @@ class Layer(AbstractContextManager["Layer"]):
         inputs = self._session.run(self._inputs, _feeds(ids, state))
         return [x[0] for x in inputs]
 
-    def run_with_inputs(
-        self, ids: np.ndarray, state: np.ndarray
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Both results of `run` and `run_inputs`, from one run."""
-        names = [self._outputs[0], *self._inputs]
-        out, *inputs = self._session.run(names, _feeds(ids, state))
-        return out, [x[0] for x in inputs]
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # The variable of `with` outlives the block: else this session and the next would be open.
-        del self._session
-        self._temporary.cleanup()
+class Segment(_Part):
+    """A part of a layer, from one shared input of its projections to the next.
+
+    The segments of a layer, run one after another, compute the layer once. So a projection can be
+    replaced before anything behind it is computed.
+
+    Args:
+        design: The model.
+        layer: The layer's number.
+        folder: Where the graph may be written while it runs.
+        stage: The input to compute, from 0, or `STAGES` for the layer's end.
+
+    Attributes:
+        names: The projections that read the input; none at the layer's end.
+    """
+
+    def __init__(self, design: Design, layer: int, folder: Path, stage: int) -> None:
+        described = _describe(design, layer)
+        shared = list(described.shared)
+        assert len(shared) == STAGES
+        at_end = stage == STAGES
+        self.names = [] if at_end else described.shared[shared[stage]]
+        outputs = [described.out] if at_end else [described.residual(stage), shared[stage]]
+        ids, mask, stream = described.inputs
+        inputs = [ids, mask, stream]
+        if stage > 0:
+            residual, x = described.residual(stage - 1), shared[stage - 1]
+            if residual is not stream:
+                inputs[2] = _replace(residual, "stream_here")
+            inputs.append(_replace(x, "x"))
+            outputs = [inputs[2] if value is residual else value for value in outputs]
+        # A graph's input cannot be its output.
+        outputs = [described.g.op("Identity", v) if v in inputs else v for v in outputs]
+        super().__init__(
+            design, described.g, inputs, outputs, folder, f"layer_{layer}_segment_{stage}"
+        )
+        self._feeds = [value.name for value in inputs]
+
+    def run(
+        self, ids: np.ndarray, state: np.ndarray, x: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Run a text through the segment.
+
+        Args:
+            ids: int64 [tokens].
+            state: The residual stream where the segment begins, float32 [1, tokens, hidden_size].
+            x: The shared input where it begins, float32 [tokens, in]; None at stage 0.
+
+        Returns:
+            (the stream where the segment ends, the shared input there; None at the layer's end).
+        """
+        values = [ids[None], np.ones((1, len(ids)), np.int64), state]
+        if x is not None:
+            values.append(x[None])
+        out = self._session.run(None, dict(zip(self._feeds, values, strict=True)))
+        return out[0], out[1][0] if self.names else None
+
+
+class Texts:
+    """Texts on their way through a layer's segments.
+
+    Args:
+        rows: Token ids, int64 [tokens] each.
+        states: Each text's residual stream, float32 [1, tokens, hidden_size]; replaced in the list.
+
+    Attributes:
+        inputs: Each text's shared input where the last segment ended, float32 [tokens, in]; empty
+            at a layer's end.
+    """
+
+    def __init__(self, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
+        self._rows = rows
+        self._states = states
+        self.inputs: list[np.ndarray] = []
+
+    def run(self, segment: Segment) -> None:
+        """Run all texts through the next segment."""
+        inputs: list[np.ndarray | None] = [*self.inputs] or [None] * len(self._rows)
+        self.inputs = []
+        for i, ids in enumerate(self._rows):
+            x, inputs[i] = inputs[i], None
+            self._states[i], x = segment.run(ids, self._states[i], x)
+            if x is not None:
+                self.inputs.append(x)
+
+
+class _Described(NamedTuple):
+    """A described layer: the graph, its inputs, the stream after it, and values within it.
+
+    Attributes:
+        shared: Each input of projections, to their names, in the order of the layer.
+    """
+
+    g: GraphBuilder
+    prefix: str
+    inputs: list[ir.Value]
+    out: ir.Value
+    taps: Taps
+    shared: dict[ir.Value, list[str]]
+
+    def residual(self, stage: int) -> ir.Value:
+        """The residual stream where a stage's projections read."""
+        part = "residual" if stage < MLP_STAGE else "mlp.residual"
+        return self.taps.probes[f"{self.prefix}.{part}"]
+
+
+def _describe(design: Design, layer: int) -> _Described:
+    g = GraphBuilder()
+    ids, mask = _inputs()
+    stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
+    batch = describe_inputs(g, design, ids, mask)
+    out, taps = describe_layer(g, design, layer, Stream(stream, None), batch)
+    assert out.pending is not None
+    after = g.op("Add", out.residual, apply_scales(g, out.pending))
+    shared: dict[ir.Value, list[str]] = {}
+    for name, value in taps.inputs.items():
+        shared.setdefault(value, []).append(name)
+    return _Described(g, f"layers.{layer}", [ids, mask, stream], after, taps, shared)
+
+
+def _replace(value: ir.Value, name: str) -> ir.Value:
+    """Make a graph's value an input: what computed it is no longer used."""
+    given = ir.Value(name=name, type=value.type, shape=value.shape)
+    value.replace_all_uses_with(given)
+    return given
 
 
 def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -205,4 +343,4 @@ def _open(
     _remove_unused(model.graph)
     path = folder / "part.onnx"
     ir.save(model, path, external_data=DATA)
-    return open_session(ir.load(path), folder, pack=True)
+    return open_session(ir.load(path), folder, pack=True, kernels=True)

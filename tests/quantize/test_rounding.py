@@ -132,7 +132,7 @@ def test_gptaq_makes_good_what_changed_the_inputs(weight, inputs):
     """Inputs that rounding moved: nearer to the original products than GPTQ can come."""
     moved = inputs + inputs @ np.random.default_rng(2).normal(0, 0.01, (200, 200)).astype("f")
     curvature = Curvature(moved.T @ moved / len(moved))
-    shift = curvature.shift((inputs - moved).T @ moved / len(moved))
+    shifted = curvature.shifted(weight, (inputs - moved).T @ moved / len(moved))
 
     def error(matrix):
         rounded = quantize_gptq(matrix, curvature, SCHEMES[0]).dequantize()
@@ -142,8 +142,8 @@ def test_gptaq_makes_good_what_changed_the_inputs(weight, inputs):
     damping = np.sqrt(0.01 * (moved**2).mean() * len(moved)) * np.eye(200)
     wanted = np.concatenate([(inputs - moved) @ weight.T, np.zeros((200, len(weight)))])
     change = np.linalg.lstsq(np.concatenate([moved, damping]), wanted, rcond=None)[0].T
-    np.testing.assert_allclose(weight @ shift, change, atol=1e-3)
-    assert error(weight + weight @ shift) < 0.8 * error(weight)
+    np.testing.assert_allclose(shifted - weight, change, atol=1e-3)
+    assert error(shifted) < 0.8 * error(weight)
 
 
 def test_a_hessian_that_is_not_finite():
