@@ -16,9 +16,9 @@ from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import Recipe
 
 # Nanoseconds for each weight that is searched for its group's range, rounded column by column, or
-# rounded to nearest and written. Fitted to `int4` of four layers of the 0.6B geometry (162 s on two
-# cores of an Intel Xeon with AVX-512, 2026-11-29); other sizes were not measured.
-SEARCHED, ROUNDED, WRITTEN = 150, 1800, 20
+# rounded to nearest and written. Fitted to two layers of the 0.6B geometry (GPTQ 6.0 s a layer,
+# GPTAQ 11.7 s, two cores of an Intel Xeon with AVX-512, 2026-11-29).
+SEARCHED, ROUNDED, WRITTEN = 80, 80, 20
 # Seconds to open and close a session of one layer.
 SESSION = 0.1
 # Bytes of the interpreter with numpy, onnx and onnxruntime; of torch with its libraries.
@@ -74,7 +74,8 @@ def estimate_memory(
     total = BASE_BYTES + torch * TORCH_BYTES + 3 * 4 * layer
     if recipe is not None and recipe.is_calibrated:
         stages = _stage_inputs(spec)
-        states = 2 * spec.hidden_size + sum(stages) * (recipe.compensation == "gptaq")
+        # Two inputs at once, one being made from the other; in GPTAQ the original model's too.
+        states = (spec.hidden_size + 2 * max(stages)) * (1 + (recipe.compensation == "gptaq"))
         total += 4 * sum(map(len, rows)) * states + 3 * 8 * max(stages) ** 2
     return total
 
@@ -89,14 +90,17 @@ def estimate_seconds(
     if recipe is None or not recipe.is_calibrated:
         return seconds
     stages, tokens = _stage_inputs(spec), sum(map(len, rows))
-    # The layers in parts: what leads to each of four inputs, then all.
-    products = 3.5 * tokens * sum(weights.values())
-    products += tokens * sum(size**2 for size in stages)
+    squares = sum(size**2 for size in stages)
+    corrections = sum(count * columns for (_, columns), count in weights.items())
+    products = tokens * sum(weights.values())
+    sessions = 5
+    if recipe.compensation is not None:
+        # The Hessian is symmetric; its root and inverse are in float64.
+        products += tokens * squares / 2 + sum(2 * size**3 for size in stages) + corrections / 2
     if recipe.compensation == "gptaq":
-        products += tokens * (sum(weights.values()) + sum(size**2 for size in stages))
-    products += sum(2 * size**3 for size in stages)
-    products += 2 * sum(count * columns for (_, columns), count in weights.items())
-    seconds += spec.num_layers * (2 * products / _products_per_second() + 6 * SESSION)
+        products += tokens * (sum(weights.values()) + squares) + 3 * corrections
+        sessions *= 2
+    seconds += spec.num_layers * (2 * products / _products_per_second() + sessions * SESSION)
     return seconds * max(1, recipe.passes) + (SEARCHED + ROUNDED) * 1e-9 * total
 
 

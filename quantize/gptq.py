@@ -28,6 +28,8 @@ DAMPING = 0.01
 ATTEMPTS = 4
 # Triangular matrices up to this size are inverted by LAPACK.
 SMALL = 64
+NOT_FINITE = "the calibration's activations are not finite"
+NOT_INVERTIBLE = "the calibration's Hessian cannot be inverted: give more texts"
 
 
 class Curvature:
@@ -49,7 +51,7 @@ class Curvature:
 
     def __init__(self, hessian: np.ndarray, *, act_order: bool = True) -> None:
         if not np.isfinite(hessian).all():
-            raise CheckpointError("the calibration's activations are not finite")
+            raise CheckpointError(NOT_FINITE)
         diagonal = np.diag(hessian).astype(np.float64)
         self.diagonal = diagonal.astype(np.float32)
         self.order = np.arange(len(hessian))
@@ -127,7 +129,7 @@ def _inverse_root(hessian: np.ndarray) -> np.ndarray:
             continue
         _invert_lower(root)
         return np.ascontiguousarray(root[::-1, ::-1], np.float32)
-    raise CheckpointError("the calibration's Hessian cannot be inverted: give more texts")
+    raise CheckpointError(NOT_INVERTIBLE)
 
 
 def _invert_lower(lower: np.ndarray) -> None:

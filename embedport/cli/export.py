@@ -59,6 +59,9 @@ def export_onnx(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where gptq, gptaq and awq run: cpu, or cuda (in torch).")
+    ] = "cpu",
     algorithm: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +160,7 @@ def export_onnx(
         "dim": dim,
         "max_length": max_length,
         "calibration": calibration,
+        "device": device,
         "algorithm": algorithm,
         "fast": fast,
         "rotate": rotate,

@@ -46,6 +46,9 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where gptq and awq run: cpu, or cuda (in torch).")
+    ] = "cpu",
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="For bnb-nf4: quantize the scales too.")
     ] = False,
@@ -89,6 +92,7 @@ def quantize(
         "fast": fast,
         "form": form,
         "calibration": calibration,
+        "device": device,
         "force": force,
     }
     if dry_run:

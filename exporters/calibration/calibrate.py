@@ -27,6 +27,7 @@ def calibrate(
     folder: Path,
     advance: Callable[[], None],
     dtype: np.dtype | None = None,
+    device: str = "cpu",
 ) -> tuple[WeightSource, Callable[[str], QuantizedTensor]]:
     """Run calibration texts: scale channels, then round, each as the algorithm says.
 
@@ -40,6 +41,7 @@ def calibrate(
         advance: Called after each layer; twice a layer if channels are scaled and errors
             compensated.
         dtype: Scaled norms are representable in this dtype; None for float32.
+        device: Where texts run and matrices are rounded, "cpu" or "cuda".
 
     Returns:
         (the weights that are not quantized, a function from a projection's name to its codes).
@@ -49,7 +51,7 @@ def calibrate(
     importance: Callable[[str], np.ndarray] | None = None
     if recipe.scales:
         folded, importance = scale_layers(
-            weights, source, projections, rows, folder / "factors", advance
+            weights, source, projections, rows, folder / "factors", advance, device=device
         )
         source = folded if dtype is None else folded.rounded(dtype)
     if recipe.compensation is not None:
@@ -62,6 +64,7 @@ def calibrate(
             advance,
             table=formats.get(TABLE),
             follows=recipe.compensation == "gptaq",
+            device=device,
         )
     assert importance is not None
 

@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +30,14 @@ from ...errors import CheckpointError, InputError
 from ...files import written
 from ...leftovers import lock
 from ...quantize.awq import search_factors
-from ...quantize.fold import CONSUMERS, PRODUCERS, FoldedWeights, expand_kv, reduce_kv
+from ...quantize.fold import PRODUCERS, FoldedWeights, expand_kv, reduce_kv
 from ...quantize.formats import Format, matrices
-from ...quantize.gptq import Curvature, quantize_gptq
 from ...quantize.mse import quantize_mse
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from ...version import __version__
-from ..graph.initializers import QuantizedMatrices
-from ..graph.ort_dialect import OrtDialect
-from ..graph.precision import PRECISIONS
-from ..graph.qwen3 import Design
-from .layerwise import STAGES, Layer, Segment, Texts, embed_rows, run_layer
-from .moments import measure_moments
+from .engines import open_engine
+from .layerwise import STAGES, embed_rows
 
 REQUEST = "request.txt"
 LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
@@ -125,6 +119,7 @@ def quantize_layers(
     *,
     table: Format | None = None,
     follows: bool = True,
+    device: str = "cpu",
 ) -> CalibratedMatrices:
     """Quantize a model's projections by GPTQ or GPTAQ.
 
@@ -138,6 +133,7 @@ def quantize_layers(
         table: The embedding table's format; None if it is not quantized.
         follows: Whether products follow those of the original model (GPTAQ), or those of the
             original matrix with the quantized layers' inputs (GPTQ).
+        device: "cpu" or "cuda".
 
     Raises:
         CheckpointError: An activation is not finite, or a Hessian cannot be inverted.
@@ -147,7 +143,7 @@ def quantize_layers(
     _prepare(folder, f"{_request(weights, source, formats, rows)} {name} {table}")
     schemes = {name: format.scheme for name, format in formats.items()}
     matrices_of_layers = CalibratedMatrices(folder, schemes)
-    fp32 = Design(source, OrtDialect(), PRECISIONS["fp32"])
+    engine = open_engine(device, source, formats, folder)
     outputs = source.spec.outputs
     last = LAST if follows and (source.spec.task == "reranker" or outputs.last_token) else 1
     finished = sorted(folder.glob(STATES))
@@ -168,41 +164,21 @@ def quantize_layers(
     for number in range(first, source.spec.num_layers):
         file, states_file = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
         done: dict[str, QuantizedTensor] = {}
-
-        def with_done(done: dict[str, QuantizedTensor] = done) -> Design:
-            precision = replace(fp32.precision, formats={name: formats[name] for name in done})
-            return replace(fp32, precision=precision, matrices=QuantizedMatrices(done.__getitem__))
-
-        original = Texts(rows, originals) if follows else None
-        quantized = Texts(rows, states)
-        for stage in range(STAGES):
-            if original is not None:
-                with Segment(fp32, number, folder, stage) as segment:
-                    original.run(segment)
-            with Segment(with_done(), number, folder, stage) as segment:
-                quantized.run(segment)
+        inputs: list[np.ndarray] = []
+        original_inputs: list[np.ndarray] = []
+        for stage in range(STAGES + 1):
+            if follows:
+                with engine.segment(number, stage, {}) as segment:
+                    original_inputs = segment.run(rows, originals, original_inputs)
+            with engine.segment(number, stage, done) as segment:
+                inputs = segment.run(rows, states, inputs)
                 names = [name for name in segment.names if name in formats]
-            if not names:
-                continue
-            with _named(source, names[0]):
-                moments = measure_moments(
-                    quantized.inputs, last, None if original is None else original.inputs
-                )
-                inputs = Curvature(moments.hessian)
-                for name in names:
-                    weight = source.read_fp32(f"{name}.weight")
-                    if moments.cross is not None:
-                        weight = inputs.shifted(weight, moments.cross)
-                    done[name] = quantize_gptq(weight, inputs, schemes[name])
-                del moments, inputs
+            if names:
+                with _named(source, names[0]):
+                    done |= engine.quantize(names, inputs, original_inputs, last)
         _save(
             {f"{name}.{part}": getattr(done[name], part) for name in done for part in PARTS}, file
         )
-        if original is not None:
-            with Segment(fp32, number, folder, STAGES) as segment:
-                original.run(segment)
-        with Segment(with_done(), number, folder, STAGES) as segment:
-            quantized.run(segment)
         _check_finite(source, f"layer {number} gives", states)
         kept = {str(i): state for i, state in enumerate(states)}
         _save(kept | {f"original.{i}": state for i, state in enumerate(originals)}, states_file)
@@ -218,6 +194,8 @@ def scale_layers(
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
+    *,
+    device: str = "cpu",
 ) -> tuple[FoldedWeights, Callable[[str], np.ndarray]]:
     """Find AWQ's factors; arguments as for `quantize_layers`.
 
@@ -231,7 +209,7 @@ def scale_layers(
     """
     # The suffix names the files' contents: files with other contents are not reused.
     _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares, spread")
-    design = Design(source, OrtDialect(), PRECISIONS["fp32"])
+    engine = open_engine(device, source, formats, folder)
     states = embed_rows(source, rows)
     _check_finite(source, "embed_tokens gives", states)
     factors: dict[tuple[str, str], np.ndarray] = {}
@@ -239,23 +217,20 @@ def scale_layers(
     for number in range(source.spec.num_layers):
         file, prefix = _layer_file(folder, number), f"layers.{number}"
         finished = file.is_file()
-        with Layer(design, number, folder) as layer:
-            samples = {} if finished else _samples(layer, rows, states)
-            run_layer(layer, rows, states)
-        for name, inputs in samples.items():
-            _check_finite(source, f"{name} takes", [inputs])
+        stored: dict[str, np.ndarray] = {}
+        inputs: list[np.ndarray] = []
+        for stage in range(STAGES + 1):
+            with engine.segment(number, stage, {}) as segment:
+                inputs = segment.run(rows, states, inputs)
+                names = [name for name in segment.names if name in formats]
+            if names and not finished:
+                sample = _sample(inputs)
+                _check_finite(source, f"{names[0]} takes", [sample])
+                producer = PRODUCERS[names[0].removeprefix(f"{prefix}.")]
+                stored[f"{producer}.factors"] = _search_factors(source, names, sample, formats)
+                stored[f"{producer}.squares"] = np.square(sample).mean(axis=0)
         _check_finite(source, f"layer {number} gives", states)
         if not finished:
-            stored = {}
-            for producer, consumers in CONSUMERS.items():
-                names = [f"{prefix}.{consumer}" for consumer in consumers]
-                quantized = [name for name in names if name in formats]
-                if quantized:
-                    inputs = samples[names[0]]
-                    stored[f"{producer}.factors"] = _search_factors(
-                        source, quantized, inputs, formats
-                    )
-                    stored[f"{producer}.squares"] = np.square(inputs).mean(axis=0)
             _save(stored, file)
         for name, values in load_file(file).items():
             producer, _, kind = name.rpartition(".")
@@ -292,22 +267,17 @@ def _named(source: WeightSource, name: str) -> Generator[None]:
         raise CheckpointError(f"{source.spec.source.folder}: {name}: {error}") from error
 
 
-def _samples(
-    layer: Layer, rows: Sequence[np.ndarray], states: Sequence[np.ndarray]
-) -> dict[str, np.ndarray]:
-    """A sample of each projection's inputs, spread over all texts: float32 [tokens, in] by name."""
-    samples: list[list[np.ndarray]] = [[] for _ in layer.inputs]
-    step, first = max(1, sum(map(len, rows)) // SAMPLE), 0
-    for ids, state in zip(rows, states, strict=True):
-        for sample, x in zip(samples, layer.run_inputs(ids, state), strict=True):
-            sample.append(x[first::step])
-        # Steps continue from text to text: restarted, they would take every text's first token.
-        first = (first - len(ids)) % step
-    return {
-        name: np.concatenate(sample)
-        for names, sample in zip(layer.inputs, samples, strict=True)
-        for name in names
-    }
+def _sample(inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """About `SAMPLE` tokens of a projection's inputs, spread over all texts: float32 [tokens, in].
+
+    Steps continue from text to text: restarted, they would take every text's first token.
+    """
+    sizes = [len(text) for text in inputs]
+    chosen = np.arange(0, sum(sizes), max(1, sum(sizes) // SAMPLE))
+    ends = np.cumsum(sizes)
+    texts = np.searchsorted(ends, chosen, side="right")
+    places = chosen - (ends - sizes)[texts]
+    return np.stack([inputs[i][place] for i, place in zip(texts, places, strict=True)])
 
 
 def _search_factors(

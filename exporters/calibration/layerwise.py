@@ -175,51 +175,29 @@ class Segment(_Part):
         self._feeds = [value.name for value in inputs]
 
     def run(
-        self, ids: np.ndarray, state: np.ndarray, x: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Run a text through the segment.
+        self, rows: Sequence[np.ndarray], states: list[np.ndarray], inputs: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Run texts through the segment.
 
         Args:
-            ids: int64 [tokens].
-            state: The residual stream where the segment begins, float32 [1, tokens, hidden_size].
-            x: The shared input where it begins, float32 [tokens, in]; None at stage 0.
+            rows: Token ids, int64 [tokens] each.
+            states: The residual stream where the segment begins, float32 [1, tokens, hidden_size]
+                each; replaced in the list by the stream where it ends.
+            inputs: The shared input where it begins, float32 [tokens, in] each; none at stage 0.
+                Emptied text by text.
 
         Returns:
-            (the stream where the segment ends, the shared input there; None at the layer's end).
+            The shared input where it ends, likewise; none at the layer's end.
         """
-        values = [ids[None], np.ones((1, len(ids)), np.int64), state]
-        if x is not None:
-            values.append(x[None])
-        out = self._session.run(None, dict(zip(self._feeds, values, strict=True)))
-        return out[0], out[1][0] if self.names else None
-
-
-class Texts:
-    """Texts on their way through a layer's segments.
-
-    Args:
-        rows: Token ids, int64 [tokens] each.
-        states: Each text's residual stream, float32 [1, tokens, hidden_size]; replaced in the list.
-
-    Attributes:
-        inputs: Each text's shared input where the last segment ended, float32 [tokens, in]; empty
-            at a layer's end.
-    """
-
-    def __init__(self, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
-        self._rows = rows
-        self._states = states
-        self.inputs: list[np.ndarray] = []
-
-    def run(self, segment: Segment) -> None:
-        """Run all texts through the next segment."""
-        inputs: list[np.ndarray | None] = [*self.inputs] or [None] * len(self._rows)
-        self.inputs = []
-        for i, ids in enumerate(self._rows):
-            x, inputs[i] = inputs[i], None
-            self._states[i], x = segment.run(ids, self._states[i], x)
-            if x is not None:
-                self.inputs.append(x)
+        results = []
+        for i, ids in enumerate(rows):
+            values = [ids[None], np.ones((1, len(ids)), np.int64), states[i]]
+            values += [inputs[i][None]] if inputs else []
+            states[i], *x = self._session.run(None, dict(zip(self._feeds, values, strict=True)))
+            results += [x[0][0]] if x else []
+            if inputs:
+                inputs[i] = inputs[i][:0]
+        return results
 
 
 class _Described(NamedTuple):

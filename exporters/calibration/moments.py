@@ -25,39 +25,48 @@ class Moments(NamedTuple):
 
 
 def measure_moments(
-    inputs: Sequence[np.ndarray], last: int, originals: Sequence[np.ndarray] | None = None
+    inputs: Sequence[np.ndarray], originals: Sequence[np.ndarray], last: int
 ) -> Moments:
     """Measure the moments of inputs.
 
     Args:
-        inputs: float32 [tokens, in] for each text.
+        inputs: The quantized model's inputs y, float32 [tokens, in] for each text.
+        originals: The original model's inputs x, likewise, for `cross`; or none.
         last: How often a text's last token counts.
-        originals: The original model's inputs, likewise; for `cross`.
     """
     size = inputs[0].shape[1]
     hessian = np.zeros((size, size), np.float32)
-    cross = None if originals is None else np.zeros_like(hessian)
-    for texts in _blocks(inputs):
-        roots = [np.ones((len(inputs[i]), 1), np.float32) for i in texts]
-        for root in roots:
-            root[-1] = np.sqrt(last)
-        weights = np.concatenate(roots)
+    cross = np.zeros_like(hessian) if originals else None
+    total = 0.0
+    for texts in blocks(inputs, BLOCK):
+        weights = weights_of([inputs[i] for i in texts], last)
+        total += float((weights**2).sum())
         y = np.concatenate([inputs[i] for i in texts]) * weights
-        # numpy computes half of a product with its own transpose.
+        # numpy computes half of a matrix's product with its own transpose.
         hessian += y.T @ y
-        if originals is not None:
+        if cross is not None:
             x = np.concatenate([originals[i] for i in texts]) * weights
             cross += (x - y).T @ y
-    count = sum(len(text) + last - 1 for text in inputs)
-    return Moments(hessian / count, None if cross is None else cross / count)
+    hessian /= total
+    if cross is not None:
+        cross /= total
+    return Moments(hessian, cross)
 
 
-def _blocks(inputs: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """Numbers of texts, in blocks of about `BLOCK` tokens."""
-    block, tokens = [], 0
-    for i, text in enumerate(inputs):
+def weights_of(texts: Sequence[np.ndarray], last: int) -> np.ndarray:
+    """The root of each token's count: float32 [tokens, 1]."""
+    weights = np.ones((sum(map(len, texts)), 1), np.float32)
+    weights[np.cumsum([len(text) for text in texts]) - 1] = np.sqrt(last)
+    return weights
+
+
+def blocks(texts: Sequence[np.ndarray], size: int) -> Iterator[list[int]]:
+    """Numbers of texts, in blocks of about `size` tokens."""
+    block: list[int] = []
+    tokens = 0
+    for i, text in enumerate(texts):
         block.append(i)
         tokens += len(text)
-        if tokens >= BLOCK or i == len(inputs) - 1:
+        if tokens >= size or i == len(texts) - 1:
             yield block
             block, tokens = [], 0

@@ -28,6 +28,7 @@ def apply_plan(
     rows: Sequence[np.ndarray],
     layers: Path,
     advance: Callable[[], None],
+    device: str = "cpu",
 ) -> tuple[WeightSource, Quantize]:
     """Prepare the tensors of a quantized checkpoint.
 
@@ -41,6 +42,7 @@ def apply_plan(
         rows: Token ids of the calibration texts, int64 [tokens] each.
         layers: Where GPTQ and AWQ keep finished layers: see `kept_layers`.
         advance: Called after each layer that GPTQ or AWQ has finished; twice a layer for both.
+        device: Where GPTQ and AWQ run the texts and round, "cpu" or "cuda".
 
     Returns:
         (the tensors that are not quantized, the function that quantizes a matrix).
@@ -56,7 +58,7 @@ def apply_plan(
         case "gptq" | "awq":
             pack = gptq_parts if plan.name == "gptq" else packed_parts
             source, calibrated = calibrate(
-                weights, source, plan.algorithm, formats, rows, layers, advance, dtype
+                weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
             )
             return source, lambda name: pack(calibrated(name))
         case "w8a8":

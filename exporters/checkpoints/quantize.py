@@ -23,6 +23,7 @@ from ...quantize.formats import matrices
 from ...quantize.recipe import Recipe
 from ...quantize.schemes import ScaleDtype
 from ...quantize.source import WeightSource, row_ranges
+from ..calibration.engines import check_device
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
@@ -66,6 +67,7 @@ def quantize_checkpoint(
     fast: bool = False,
     form: Form | None = None,
     calibration: str | Path | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> Artifact:
@@ -93,6 +95,7 @@ def quantize_checkpoint(
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
             and "awq".
+        device: Where "gptq" and "awq" run the texts and round: "cpu", or "cuda", in torch.
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
@@ -102,6 +105,7 @@ def quantize_checkpoint(
             holds NaN or infinity.
         MissingPackageError: The format's library is not installed, or onnxruntime, which runs the
             texts of "gptq" and "awq".
+        DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written files lack tensors or hold others.
 
     >>> artifact = quantize_checkpoint(checkpoint, folder / "tea-w8a8", method="w8a8")
@@ -120,7 +124,7 @@ def quantize_checkpoint(
         symmetric=symmetric,
         fast=fast,
     )
-    form, rows = _check(spec, plan, form, calibration)
+    form, rows = _check(spec, plan, form, calibration, device)
     check_place(output, force)
     spec = fetch_weights(spec)
     weights = open_floats(spec)
@@ -134,7 +138,7 @@ def quantize_checkpoint(
     ):
         passes = len(plan.algorithm.split("+"))
         advance = counted(progress, "quantize", spec.num_layers * passes)
-        source, quantize = apply_plan(weights, plan, rows, layers, advance)
+        source, quantize = apply_plan(weights, plan, rows, layers, advance, device)
         write_companions(spec, folder)
         write_json(folder / "config.json", checkpoint_config(spec, plan, form))
         if plan.method.library == "gptq":
@@ -161,6 +165,7 @@ def estimate_checkpoint(
     adapter: str | Path | None = None,
     form: Form | None = None,
     calibration: str | Path | None = None,
+    device: str = "cpu",
     force: bool = False,
     **options: Any,
 ) -> Estimate:
@@ -175,6 +180,7 @@ def estimate_checkpoint(
         adapter: A LoRA adapter.
         form: A reranker's form.
         calibration: Texts or pairs.
+        device: Where texts would run.
         force: Whether an existing artifact may be replaced.
         **options: The options of the method.
 
@@ -183,7 +189,7 @@ def estimate_checkpoint(
     """
     spec = read_configuration(checkpoint, revision, task, adapter)
     plan = plan_method(spec, method, **options)
-    _, rows = _check(spec, plan, form, calibration)
+    _, rows = _check(spec, plan, form, calibration, device)
     check_place(Path(output).expanduser().absolute(), force)
     recipe, size = _recipe(spec, plan), _needed_bytes(spec, plan) - SPARE_BYTES
     steps = [f"{spec.source.id}: {spec.task}, {method}, for {plan.method.requires}"]
@@ -196,7 +202,7 @@ def estimate_checkpoint(
 
 
 def _check(
-    spec: ModelSpec, plan: Plan, form: Form | None, calibration: str | Path | None
+    spec: ModelSpec, plan: Plan, form: Form | None, calibration: str | Path | None, device: str
 ) -> tuple[Form | None, list[np.ndarray]]:
     """Check what does not need the weights; return the form and the calibration texts' ids."""
     if spec.quantization is not None:
@@ -207,6 +213,9 @@ def _check(
     form = _choose_form(spec, form)
     if calibration is not None and not plan.method.is_calibrated:
         raise InputError(f"`method` {plan.name} runs no texts: `calibration` goes with gptq, awq")
+    if device != "cpu" and not plan.method.is_calibrated:
+        raise InputError(f"`method` {plan.name} runs no texts: `device` goes with gptq and awq")
+    check_device(device)
     with importing_bitsandbytes():
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")

@@ -30,6 +30,7 @@ def apply_recipe(
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
+    device: str = "cpu",
 ) -> tuple[WeightSource, QuantizedMatrices]:
     """Apply a recipe to a checkpoint.
 
@@ -41,6 +42,7 @@ def apply_recipe(
         folder: Where finished layers are kept, if the recipe is calibrated: see `kept_layers`.
         advance: Called after each layer, if the recipe is calibrated; twice a layer if channels are
             scaled and errors compensated.
+        device: Where a calibrated recipe runs the texts and rounds, "cpu" or "cuda".
 
     Returns:
         (the weights that are not quantized, the quantized matrices).
@@ -51,7 +53,7 @@ def apply_recipe(
     read_quantized: Callable[[str], QuantizedTensor] | None = None
     if recipe.is_calibrated:
         source, read_quantized = calibrate(
-            weights, source, recipe.algorithm, formats, rows, folder, advance
+            weights, source, recipe.algorithm, formats, rows, folder, advance, device=device
         )
     if recipe.algorithm == STORED:
         projections = {name: format for name, format in formats.items() if name != TABLE}

@@ -59,6 +59,7 @@ def export_onnx(
     dim: int | None = None,
     max_length: int | None = None,
     calibration: str | Path | None = None,
+    device: str = "cpu",
     algorithm: str | None = None,
     fast: bool = False,
     rotate: bool | None = None,
@@ -104,6 +105,7 @@ def export_onnx(
             model's own limit.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for fp16,
             GPTQ, AWQ and "auto".
+        device: Where GPTQ and AWQ run the texts and round: "cpu", or "cuda", in torch.
         algorithm: The quantization algorithm: "rtn", "mse", "gptq", "gptaq", "awq", "awq+gptq" or
             "awq+gptaq". Default: "gptaq" for "int4" and "auto", otherwise "rtn".
         fast: For "int4": round to nearest in smaller groups, in seconds instead of minutes.
@@ -130,7 +132,9 @@ def export_onnx(
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
         CheckpointError: The checkpoint is not a complete Qwen3 checkpoint.
-        MissingPackageError: onnxruntime is not installed, or ir-measures for `retrieval`.
+        MissingPackageError: onnxruntime is not installed, ir-measures for `retrieval`, or torch for
+            `device` cuda.
+        DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written graph does not run or outputs NaN.
     """
     output = Path(output).expanduser().absolute()
@@ -142,6 +146,7 @@ def export_onnx(
         dim=dim,
         max_length=max_length,
         calibration=calibration,
+        device=device,
         algorithm=algorithm,
         fast=fast,
         rotate=rotate,
@@ -274,6 +279,7 @@ def _prepare(
             plan.rows,
             layers,
             counted(progress, "quantize", plan.spec.num_layers * plan.recipe.passes),
+            plan.device,
         )
     elif plan.precision.compute == FLOAT16:
         plan = replace(plan, precision=_calibrate(plan, weights, folder, progress))
@@ -302,7 +308,7 @@ def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> S
         trial = plan.quantized_by(replace(target.recipe, formats=formats))
         assert trial.recipe is not None
         trial_source, matrices = apply_recipe(
-            weights, trial.recipe, trial.precision.formats, rows, folder, lambda: None
+            weights, trial.recipe, trial.precision.formats, rows, folder, lambda: None, plan.device
         )
         return Design(trial_source, plan.dialect, trial.precision, matrices=matrices)
 

@@ -18,6 +18,7 @@ from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan
 from ...quantize.recipe import STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
 from ...texts.beir import RetrievalSet
+from ..calibration.engines import check_device
 from ..calibration.search import Search
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import find_dialect
@@ -48,6 +49,7 @@ class Options:
     dim: int | None = None
     max_length: int | None = None
     calibration: str | Path | None = None
+    device: str = "cpu"
     algorithm: str | None = None
     fast: bool = False
     rotate: bool | None = None
@@ -115,6 +117,7 @@ class Plan:
         rows: Token ids of the calibration texts, int64 [tokens] each.
         calibration: The calibration texts' file; None for the built-in texts.
         consumers: Other software that will open the artifact.
+        device: Where GPTQ and AWQ run the texts and round, "cpu" or "cuda".
     """
 
     spec: ModelSpec
@@ -130,6 +133,7 @@ class Plan:
     rows: list[np.ndarray]
     calibration: str | Path | None
     consumers: Sequence[str]
+    device: str
 
     @property
     def is_calibrated(self) -> bool:
@@ -188,7 +192,9 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         InputError: An option is wrong, or does not go with another or with the checkpoint.
         CheckpointError: The checkpoint is quantized in a way that is not read, or its tokenizer
             gives ids beyond the embedding table.
-        MissingPackageError: ir-measures is not installed, for `retrieval`.
+        MissingPackageError: ir-measures is not installed, for `retrieval`; or torch, for `device`
+            cuda.
+        DeviceError: torch has no CUDA device here, for `device` cuda.
     """
     check_readable(spec)
     find_precision(options.precision)  # refuses an unknown name
@@ -229,7 +235,14 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         rows=rows,
         calibration=options.calibration,
         consumers=options.consumers,
+        device=options.device,
     )
+    if plan.device != "cpu" and not plan.is_calibrated:
+        raise InputError(
+            f"this export in {name} rounds without texts: `device` goes with `precision` int4 and "
+            "auto, and with `algorithm` gptq, gptaq and awq"
+        )
+    check_device(plan.device)
     _ = plan.shared  # refuses what the consumers cannot read
     return plan
 

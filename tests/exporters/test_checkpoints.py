@@ -285,6 +285,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
         ("embedding", "kv8", {"method": "fp8", "calibration": "x.txt"}, "runs no texts"),
+        ("embedding", "kv8", {"method": "w8a8", "device": "cuda"}, "`device` goes with gptq"),
         ("embedding", "kv8", {"method": "awq", "calibration": "no.txt"}, "no.txt cannot be read"),
     ],
 )

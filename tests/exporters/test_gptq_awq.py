@@ -2,7 +2,6 @@
 
 import re
 import weakref
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
-from embedport.exporters.calibration import gptq_awq
+from embedport.exporters.calibration import engines, gptq_awq
 from embedport.exporters.calibration.gptq_awq import kept_layers, quantize_layers, scale_layers
-from embedport.exporters.calibration.layerwise import Layer, embed_rows
+from embedport.exporters.calibration.layerwise import STAGES, Layer, Segment, embed_rows
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
@@ -79,15 +78,8 @@ def test_awq_counts_an_error_by_what_it_is_multiplied_with(checkpoints, tmp_path
 def test_awq_takes_tokens_from_all_places():
     """Not every text's first, which is the same for all that begin alike."""
 
-    class Fake:
-        inputs = (["layers.0.mlp.up_proj"],)
-
-        def run_inputs(self, ids, state):
-            return [ids[:, None].astype(np.float32)]
-
-    rows = [np.arange(40)] * 600
-    layer: Any = Fake()
-    (found,) = gptq_awq._samples(layer, rows, rows).values()
+    texts = [np.arange(40, dtype=np.float32)[:, None]] * 600
+    found = gptq_awq._sample(texts)
     places, counts = np.unique(found, return_counts=True)
     assert len(found) == -(-600 * 40 // (600 * 40 // gptq_awq.SAMPLE))
     assert len(places) >= 20
@@ -154,20 +146,20 @@ def test_a_layer_is_closed(checkpoints, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_awq_opens_each_layer_once(checkpoints, tmp_path, monkeypatch):
+def test_awq_opens_each_segment_once(checkpoints, tmp_path, monkeypatch):
     weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
     formats = plan_formats(weights.spec, "int4", dialect="ort")
     del formats["embed_tokens"]
     opened = []
 
-    class Counted(Layer):
-        def __init__(self, design, layer, folder):
-            opened.append(layer)
-            super().__init__(design, layer, folder)
+    class Counted(Segment):
+        def __init__(self, design, layer, folder, stage):
+            opened.append((layer, stage))
+            super().__init__(design, layer, folder, stage)
 
-    monkeypatch.setattr(gptq_awq, "Layer", Counted)
+    monkeypatch.setattr(engines, "Segment", Counted)
     scale_layers(weights, weights, formats, ROWS, tmp_path / "layers", lambda: None)
-    assert opened == [0, 1, 2]
+    assert opened == [(layer, stage) for layer in range(3) for stage in range(STAGES + 1)]
 
 
 def test_finished_layers_are_one_runs_alone(checkpoints, tmp_path):
@@ -226,13 +218,13 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
     formats = plan_formats(weights.spec, "int4", dialect="ort")
     del formats["embed_tokens"]
     quantized = []
-    real = gptq_awq.quantize_gptq
+    real = engines.quantize_gptq
 
     def counted(*arguments):
         quantized.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(gptq_awq, "quantize_gptq", counted)
+    monkeypatch.setattr(engines, "quantize_gptq", counted)
 
     def run(folder, layers=None):
         done = iter(range(layers or 99))

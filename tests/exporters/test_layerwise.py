@@ -8,7 +8,7 @@ import pytest
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.exporters.calibration import moments
-from embedport.exporters.calibration.layerwise import STAGES, Layer, Segment, Texts, embed_rows
+from embedport.exporters.calibration.layerwise import STAGES, Layer, Segment, embed_rows
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
@@ -24,12 +24,11 @@ def test_segments_compute_the_layer(checkpoints, copied, tmp_path, causal):
     weights = Weights(ModelSpec.from_checkpoint(folder))
     design = Design(weights, OrtDialect(), PRECISIONS["fp32"])
     states = embed_rows(weights, ROWS)
-    ended = list(states)
-    texts, stages = Texts(ROWS, ended), []
+    ended, inputs, stages = list(states), [], []
     for stage in range(STAGES + 1):
         with Segment(design, 1, tmp_path, stage) as segment:
-            texts.run(segment)
-            stages.append((segment.names, list(texts.inputs)))
+            inputs = segment.run(ROWS, ended, inputs)
+            stages.append((segment.names, list(inputs)))
     assert stages.pop() == ([], [])
     with Layer(design, 1, tmp_path) as layer:
         assert [names for names, _ in stages] == layer.inputs
@@ -50,9 +49,9 @@ def test_moments_are_means_over_tokens(monkeypatch):
     count = 37 + 2 * 4
     for block in (1, 20, 1000):
         monkeypatch.setattr(moments, "BLOCK", block)
-        hessian, cross = moments.measure_moments(y, 3, x)
+        hessian, cross = moments.measure_moments(y, x, 3)
         assert cross is not None
         expected = np.concatenate(seen).T @ np.concatenate(seen) / count
         np.testing.assert_allclose(hessian, expected, atol=1e-6)
         np.testing.assert_allclose(cross, difference.T @ np.concatenate(seen) / count, atol=1e-6)
-    assert moments.measure_moments(y, 1).cross is None
+    assert moments.measure_moments(y, [], 1).cross is None

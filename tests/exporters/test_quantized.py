@@ -217,6 +217,8 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ({"precision": "mixed"}, "comes from a recipe or `precision` auto"),
         ({"precision": "int8", "calibration": "my.txt"}, "runs no texts: `calibration` goes with"),
         ({"calibration": "my.txt"}, "this export in fp32 runs no texts"),
+        ({"device": "cuda"}, "this export in fp32 rounds without texts"),
+        ({"precision": "int4", "fast": True, "device": "cuda"}, "`device` goes with `precision`"),
         (
             {"precision": "int8", "dialect": "standard", "embedding_bits": 8},
             "standard dialect keeps its table",

@@ -168,6 +168,26 @@ def test_torch_long_texts(checkpoints):
     check(model.encode(texts, batch_tokens=1), expected, "fp16")
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "awq+gptaq"])
+def test_calibration(tmp_path, checkpoints, algorithm):
+    """The same vectors as of matrices rounded on the CPU, as near as rounding lets them come."""
+    pytest.importorskip("torch")
+    vectors = [
+        embedport.load_embedder(
+            embedport.export(
+                checkpoints("blocks"),
+                tmp_path / device,
+                precision="int4",
+                algorithm=algorithm,
+                device=device,
+            ).folder,
+            device="cpu",
+        ).encode(TEXTS)
+        for device in ("cpu", "cuda")
+    ]
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() >= 0.98
+
+
 def test_buffers():
     """Copies to the device and back, captured in a CUDA graph as an engine's batches are."""
     runtime = pytest.importorskip("cuda.bindings.runtime")

@@ -1,0 +1,144 @@
+"""What runs the calibration texts and rounds matrices: onnxruntime and numpy, or torch on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ...errors import DeviceError, InputError, require
+from ...quantize.formats import Format
+from ...quantize.gptq import Curvature, quantize_gptq
+from ...quantize.schemes import QuantizedTensor
+from ...quantize.source import WeightSource
+from ..graph.initializers import QuantizedMatrices
+from ..graph.ort_dialect import OrtDialect
+from ..graph.precision import PRECISIONS
+from ..graph.qwen3 import Design
+from .layerwise import Segment
+from .moments import measure_moments
+
+DEVICES = ("cpu", "cuda")
+
+
+class RunsTexts(Protocol):
+    """A segment of a layer: see `layerwise.Segment`."""
+
+    names: list[str]
+
+    def run(
+        self, rows: Sequence[np.ndarray], states: list[np.ndarray], inputs: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Run texts through the segment."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs segments of layers, and quantizes what they lead to."""
+
+    def segment(
+        self, layer: int, stage: int, done: Mapping[str, QuantizedTensor]
+    ) -> AbstractContextManager[RunsTexts]:
+        """Open a segment, with the layer's projections that are quantized already."""
+        ...
+
+    def quantize(
+        self,
+        names: Sequence[str],
+        inputs: Sequence[np.ndarray],
+        originals: Sequence[np.ndarray],
+        last: int,
+    ) -> dict[str, QuantizedTensor]:
+        """Quantize projections that share their inputs.
+
+        Args:
+            names: The projections.
+            inputs: The quantized model's inputs, float32 [tokens, in] for each text.
+            originals: The original model's, for GPTAQ; empty for GPTQ.
+            last: How often a text's last token counts.
+
+        Raises:
+            CheckpointError: The inputs are not finite, or their Hessian cannot be inverted.
+        """
+        ...
+
+
+def open_engine(
+    device: str, source: WeightSource, formats: Mapping[str, Format], folder: Path
+) -> Engine:
+    """Open the device's engine.
+
+    Args:
+        device: "cpu" or "cuda".
+        source: The weights.
+        formats: The projections' formats.
+        folder: Where a segment's graph may be written while it runs.
+
+    Raises:
+        DeviceError: torch has no CUDA device here.
+        MissingPackageError: torch is not installed, for "cuda".
+    """
+    check_device(device)
+    if device == "cpu":
+        return CpuEngine(source, formats, folder)
+    from .torch_engine import TorchEngine
+
+    return TorchEngine(source, formats, device)
+
+
+def check_device(device: str) -> None:
+    """Check that calibration can run on a device.
+
+    Raises:
+        InputError: The device has another name.
+        DeviceError: torch has no CUDA device here.
+        MissingPackageError: torch is not installed, for "cuda".
+    """
+    if device not in DEVICES:
+        raise InputError(f"device should be one of {', '.join(DEVICES)}, found {device!r}")
+    if device == "cuda" and not require("torch", "torch").cuda.is_available():
+        raise DeviceError("torch has no CUDA device here: calibrate with `device` cpu")
+
+
+class CpuEngine:
+    """onnxruntime's products, in the formats of the graph, and numpy's rounding.
+
+    Args:
+        source: The weights.
+        formats: The projections' formats.
+        folder: Where a segment's graph may be written while it runs.
+    """
+
+    def __init__(self, source: WeightSource, formats: Mapping[str, Format], folder: Path) -> None:
+        self._design = Design(source, OrtDialect(), PRECISIONS["fp32"])
+        self._source, self._formats, self._folder = source, formats, folder
+
+    def segment(self, layer: int, stage: int, done: Mapping[str, QuantizedTensor]) -> Segment:
+        """Open a segment: see `Engine`."""
+        formats = {name: self._formats[name] for name in done}
+        precision = replace(self._design.precision, formats=formats)
+        matrices = QuantizedMatrices(done.__getitem__)
+        design = replace(self._design, precision=precision, matrices=matrices)
+        return Segment(design, layer, self._folder, stage)
+
+    def quantize(
+        self,
+        names: Sequence[str],
+        inputs: Sequence[np.ndarray],
+        originals: Sequence[np.ndarray],
+        last: int,
+    ) -> dict[str, QuantizedTensor]:
+        """Quantize projections that share their inputs: see `Engine`."""
+        hessian, cross = measure_moments(inputs, originals, last)
+        curvature = Curvature(hessian)
+        done = {}
+        for name in names:
+            weight = self._source.read_fp32(f"{name}.weight")
+            if cross is not None:
+                weight = curvature.shifted(weight, cross)
+            done[name] = quantize_gptq(weight, curvature, self._formats[name].scheme)
+        return done
