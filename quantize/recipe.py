@@ -10,7 +10,15 @@ from typing import Any
 from ..errors import InputError
 from ..files import load_json
 
-ALGORITHMS = ("rtn", "mse", "gptq", "gptaq", "awq", "awq+gptq", "awq+gptaq")
+ROUNDINGS = ("gptq", "gptaq")
+SCALINGS = ("awq", "smoothquant")
+ALGORITHMS = (
+    "rtn",
+    "mse",
+    *ROUNDINGS,
+    *SCALINGS,
+    *(f"{scaling}+{rounding}" for scaling in SCALINGS for rounding in ROUNDINGS),
+)
 # Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
 RENAMED = {"hqq": "mse"}
 # No fp16: products may overflow it before their per-token scales are applied.
@@ -28,14 +36,14 @@ class Recipe:
     Attributes:
         formats: Matrix ("layers.3.mlp.down_proj", "embed_tokens") to the text of its format; a
             matrix without an entry is not quantized, and is in `arithmetic`.
-        algorithm: One of `ALGORITHMS`: "rtn", "mse", "gptq", "gptaq", "awq", or "awq+" the scaling
-            of AWQ and then the rounding of another; or "stored", the codes of an already quantized
-            checkpoint. The embedding table cannot be calibrated and no checkpoint stores codes of
-            it: all algorithms but "rtn" quantize it with "mse".
+        algorithm: One of `ALGORITHMS`: "rtn", "mse", "gptq", "gptaq", "awq", "smoothquant", or
+            "awq+gptaq" and its like, one's scaling and then another's rounding; or "stored", the
+            codes of an already quantized checkpoint. The embedding table cannot be calibrated and
+            no checkpoint stores codes of it: all algorithms but "rtn" quantize it with "mse".
         rotate: Whether the residual stream and the attention's values are rotated.
         rotate_heads: Whether the attention's values alone are rotated.
-        balance: Whether outlier channels are moved from activations into weights (see
-            quantize.balance); for "int8", which quantizes activations.
+        balance: Whether outlier channels are moved from activations into weights, judged by the
+            weights alone (see `quantize.smoothquant`); for "int8", which quantizes activations.
         seed: The rotation's random seed.
         arithmetic: The graph's compute dtype, "fp32" (for CPUs) or "bf16" (for GPUs).
         calibration: A record of the texts that the recipe was made with (see
@@ -68,20 +76,21 @@ class Recipe:
             )
 
     @property
-    def scales(self) -> bool:
-        """Whether channels are scaled by AWQ's factors."""
-        return "awq" in self.algorithm.split("+")
+    def scaling(self) -> str | None:
+        """Which algorithm scales channels, "awq" or "smoothquant"; None for none."""
+        first = self.algorithm.split("+")[0]
+        return first if first in SCALINGS else None
 
     @property
     def compensation(self) -> str | None:
         """Which algorithm compensates for errors, "gptq" or "gptaq"; None for none."""
         last = self.algorithm.split("+")[-1]
-        return last if last in ("gptq", "gptaq") else None
+        return last if last in ROUNDINGS else None
 
     @property
     def passes(self) -> int:
         """How often calibration texts run through the layers."""
-        return self.scales + (self.compensation is not None)
+        return (self.scaling is not None) + (self.compensation is not None)
 
     @property
     def is_calibrated(self) -> bool:

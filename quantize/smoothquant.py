@@ -1,11 +1,11 @@
-"""SmoothQuant without calibration: move outlier channels from activations into weights.
+"""SmoothQuant: move outlier channels from activations into weights.
 
 SmoothQuant (arXiv:2211.10438, eq. 4 at alpha 0.5) divides each activation channel by
-sqrt(largest activation / largest weight), and multiplies the weights that read it by the same. It
-measures activations on calibration texts. Here they are estimated from the weights: after an
-RMSNorm a channel is about as large as the norm's gain; after a projection, about as large as the
-projection's row. So nothing has to be run, and a channel that the weights make large is found even
-if no text shows it.
+sqrt(largest activation / largest weight), and multiplies the weights that read it by the same.
+Activations are measured on calibration texts, or, in `balanced`, estimated from the weights: after
+an RMSNorm a channel is about as large as the norm's gain; after a projection, about as large as the
+projection's row. Then nothing has to be run, and a channel that the weights make large is found
+even if no text shows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def balanced(source: WeightSource) -> FoldedWeights:
     def factors(layer: str, producer: str) -> np.ndarray:
         key = (layer, producer)
         if key not in cache:
-            cache[key] = _balance(
+            cache[key] = smoothing_factors(
                 _activations(source, layer, producer), _largest_weights(source, layer, producer)
             )
         return cache[key]
@@ -57,8 +57,13 @@ def _largest_weights(source: WeightSource, layer: str, producer: str) -> np.ndar
     return np.max(largest, axis=0)
 
 
-def _balance(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """sqrt(activation / weight), scaled to a geometric mean of 1; 1 for unused channels."""
+def smoothing_factors(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """sqrt(activation / weight), scaled to a geometric mean of 1; 1 for unused channels.
+
+    Args:
+        activations: Each channel's largest magnitude, float32 [channels].
+        weights: The largest magnitude of the weights that read it, float32 [channels].
+    """
     used = (activations > 0) & (weights > 0)
     factors = np.ones_like(activations)
     factors[used] = np.sqrt(activations[used] / weights[used])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
+from .schemes import QuantizedTensor
 
 # Values of a range of rows: a table of 150,000 is never whole in memory in fp32.
 CHUNK_VALUES = 16 << 20
@@ -32,6 +34,32 @@ class WeightSource(Protocol):
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no for the final norm's output: float32 [hidden]."""
         ...
+
+
+class DequantizedWeights:
+    """A source with some of its projections replaced by what their codes stand for.
+
+    Args:
+        source: The original weights.
+        done: The quantized projections, by name.
+    """
+
+    def __init__(self, source: WeightSource, done: Mapping[str, QuantizedTensor]) -> None:
+        self._source = source
+        self._done = done
+        self.spec: ModelSpec = source.spec
+        self.output_rotation = source.output_rotation
+
+    def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Read a tensor, or a range of its rows: float32."""
+        matrix = name.removesuffix(".weight")
+        if matrix in self._done:
+            return self._done[matrix].dequantize()[rows]
+        return self._source.read_fp32(name, rows)
+
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
+        """W_yes - W_no: float32 [hidden]."""
+        return self._source.answer_row(yes, no)
 
 
 def row_ranges(shape: tuple[int, ...]) -> list[slice]:

@@ -107,9 +107,10 @@ def quantized(tmp_path_factory, checkpoints):
     def make(method, task="embedding", **options):
         key = (method, task, json.dumps(options))
         if key not in made:
-            if method in ("gptq", "awq"):
+            if method in ("gptq", "awq", "w8a8"):
                 file = "texts.txt" if task == "embedding" else "pairs.jsonl"
-                options |= {"group_size": 32, "calibration": base / file}
+                options |= {"calibration": base / file}
+                options |= {} if method == "w8a8" else {"group_size": 32}
             folder = tmp_path_factory.mktemp(f"{task}-{method}") / "artifact"
             embedport.quantize_checkpoint(
                 checkpoints("kv8", task), folder, method=method, **options

@@ -65,7 +65,7 @@ def export_onnx(
     algorithm: Annotated[
         str | None,
         typer.Option(
-            help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, awq+gptq or awq+gptaq; "
+            help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, smoothquant, awq+gptaq, …; "
             "default: gptaq for int4 and auto, otherwise rtn.",
             show_default=False,
         ),

@@ -41,13 +41,13 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for gptq and awq; default: built-in "
-            "ones.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for gptq, awq and w8a8; default: "
+            "built-in ones.",
             show_default=False,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where gptq and awq run: cpu, or cuda (in torch).")
+        str, typer.Option(help="Where gptq, awq and w8a8 run: cpu, or cuda (in torch).")
     ] = "cpu",
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="For bnb-nf4: quantize the scales too.")
@@ -57,7 +57,7 @@ def quantize(
     ] = False,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="For gptq and awq: that algorithm alone; quicker, and worse."),
+        typer.Option("--fast", help="For gptq, awq and w8a8: a simpler algorithm; quicker, worse."),
     ] = False,
     form: Annotated[
         str | None,

@@ -49,9 +49,16 @@ def calibrate(
     recipe = Recipe({}, algorithm)
     projections = {name: format for name, format in formats.items() if name != TABLE}
     importance: Callable[[str], np.ndarray] | None = None
-    if recipe.scales:
+    if recipe.scaling is not None:
         folded, importance = scale_layers(
-            weights, source, projections, rows, folder / "factors", advance, device=device
+            weights,
+            source,
+            projections,
+            rows,
+            folder / "factors",
+            advance,
+            scaling=recipe.scaling,
+            device=device,
         )
         source = folded if dtype is None else folded.rounded(dtype)
     if recipe.compensation is not None:

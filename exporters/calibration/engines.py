@@ -14,7 +14,7 @@ from ...errors import DeviceError, InputError, require
 from ...quantize.formats import Format
 from ...quantize.gptq import Curvature, quantize_gptq
 from ...quantize.schemes import QuantizedTensor
-from ...quantize.source import WeightSource
+from ...quantize.source import DequantizedWeights, WeightSource
 from ..graph.initializers import QuantizedMatrices
 from ..graph.ort_dialect import OrtDialect
 from ..graph.precision import PRECISIONS
@@ -104,8 +104,19 @@ def check_device(device: str) -> None:
         raise DeviceError("torch has no CUDA device here: calibrate with `device` cpu")
 
 
+def _has_product(format: Format) -> bool:
+    """Whether the graph has a product of matrices in a format; W8A8 checkpoints' codes have none.
+
+    Their pairs are not limited, and without groups weights are multiplied by 8-bit activations.
+    """
+    scheme = format.scheme
+    return scheme.limits_pairs if scheme.group_size is None else not format.activations
+
+
 class CpuEngine:
     """onnxruntime's products, in the formats of the graph, and numpy's rounding.
+
+    Formats that a graph cannot multiply by are dequantized.
 
     Args:
         source: The weights.
@@ -119,10 +130,13 @@ class CpuEngine:
 
     def segment(self, layer: int, stage: int, done: Mapping[str, QuantizedTensor]) -> Segment:
         """Open a segment: see `Engine`."""
-        formats = {name: self._formats[name] for name in done}
-        precision = replace(self._design.precision, formats=formats)
-        matrices = QuantizedMatrices(done.__getitem__)
-        design = replace(self._design, precision=precision, matrices=matrices)
+        if all(_has_product(self._formats[name]) for name in done):
+            formats = {name: self._formats[name] for name in done}
+            precision = replace(self._design.precision, formats=formats)
+            matrices = QuantizedMatrices(done.__getitem__)
+            design = replace(self._design, precision=precision, matrices=matrices)
+        else:
+            design = replace(self._design, weights=DequantizedWeights(self._source, done))
         return Segment(design, layer, self._folder, stage)
 
     def quantize(

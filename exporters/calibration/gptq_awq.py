@@ -34,6 +34,7 @@ from ...quantize.fold import PRODUCERS, FoldedWeights, expand_kv, reduce_kv
 from ...quantize.formats import Format, matrices
 from ...quantize.mse import quantize_mse
 from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.smoothquant import smoothing_factors
 from ...quantize.source import WeightSource
 from ...version import __version__
 from .engines import open_engine
@@ -195,9 +196,20 @@ def scale_layers(
     folder: Path,
     advance: Callable[[], None],
     *,
+    scaling: str = "awq",
     device: str = "cpu",
 ) -> tuple[FoldedWeights, Callable[[str], np.ndarray]]:
-    """Find AWQ's factors; arguments as for `quantize_layers`.
+    """Find the channels' factors.
+
+    Args:
+        weights: The checkpoint, for its identity.
+        source: The weights to scale: the checkpoint's, or transformed ones.
+        formats: The projections' formats.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+        folder: Where finished layers are kept: see `kept_layers`.
+        advance: Called after each layer.
+        scaling: "awq", for weights alone; or "smoothquant", for weights and activations in 8 bits.
+        device: "cpu" or "cuda".
 
     Returns:
         (the weights with the factors folded in; a function from a quantized projection's name to
@@ -208,7 +220,9 @@ def scale_layers(
         InputError: A layer cannot be written.
     """
     # The suffix names the files' contents: files with other contents are not reused.
-    _prepare(folder, _request(weights, source, formats, rows) + " awq factors squares, spread")
+    _prepare(
+        folder, f"{_request(weights, source, formats, rows)} {scaling} factors squares, spread"
+    )
     engine = open_engine(device, source, formats, folder)
     states = embed_rows(source, rows)
     _check_finite(source, "embed_tokens gives", states)
@@ -224,10 +238,14 @@ def scale_layers(
                 inputs = segment.run(rows, states, inputs)
                 names = [name for name in segment.names if name in formats]
             if names and not finished:
+                _check_finite(source, f"{names[0]} takes", inputs)
                 sample = _sample(inputs)
-                _check_finite(source, f"{names[0]} takes", [sample])
                 producer = PRODUCERS[names[0].removeprefix(f"{prefix}.")]
-                stored[f"{producer}.factors"] = _search_factors(source, names, sample, formats)
+                if scaling == "awq":
+                    found = _search_factors(source, names, sample, formats)
+                else:
+                    found = _smoothing_factors(source, names, inputs)
+                stored[f"{producer}.factors"] = found
                 stored[f"{producer}.squares"] = np.square(sample).mean(axis=0)
         _check_finite(source, f"layer {number} gives", states)
         if not finished:
@@ -288,6 +306,18 @@ def _search_factors(
     schemes = [formats[name].scheme for name in names]
     consumer = names[0].split(".", 2)[2]
     return reduce_kv(source.spec, consumer, search_factors(matrices, inputs, schemes))
+
+
+def _smoothing_factors(
+    source: WeightSource, names: list[str], inputs: Sequence[np.ndarray]
+) -> np.ndarray:
+    """SmoothQuant's factors for the output channels of the tensor that the named matrices read."""
+    consumer = names[0].split(".", 2)[2]
+    activations = np.max([np.abs(text).max(axis=0) for text in inputs], axis=0)
+    matrices = [source.read_fp32(f"{name}.weight") for name in names]
+    weights = np.max([np.abs(matrix).max(axis=0) for matrix in matrices], axis=0)
+    channels = [reduce_kv(source.spec, consumer, values) for values in (activations, weights)]
+    return smoothing_factors(*channels)
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from ...quantize.schemes import QuantizedTensor
-from ...quantize.source import WeightSource
+from ...quantize.source import DequantizedWeights, WeightSource
 from .moments import blocks
 
 # Tokens on the device at once.
@@ -56,10 +56,11 @@ class TorchSegment:
         self._spec, self._layer, self._stage, self._device = source.spec, layer, stage, device
         self.names = [f"layers.{layer}.{part}" for part in READERS[stage]]
         self._tensors: dict[str, torch.Tensor] = {}
+        weights = DequantizedWeights(source, done)
         for part in (*(READERS[stage - 1] if stage else ()), *NORMS[stage]):
             name = f"layers.{layer}.{part}"
-            weight = done[name].dequantize() if name in done else source.read_fp32(f"{name}.weight")
-            self._tensors[f"{part}.weight"] = torch.from_numpy(weight).to(device)
+            weight = torch.from_numpy(weights.read_fp32(f"{name}.weight"))
+            self._tensors[f"{part}.weight"] = weight.to(device)
             if f"{name}.bias" in source.spec.tensor_shapes():
                 bias = source.read_fp32(f"{name}.bias")
                 self._tensors[f"{part}.bias"] = torch.from_numpy(bias).to(device)

@@ -61,6 +61,11 @@ def apply_plan(
                 weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
             )
             return source, lambda name: pack(calibrated(name))
+        case "w8a8" if "+" in plan.algorithm:
+            source, calibrated = calibrate(
+                weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
+            )
+            return source, lambda name: int8_parts(calibrated(name))
         case "w8a8":
             smooth = balanced(source).rounded(dtype)
             return smooth, lambda name: int8_parts(quantize_rtn(read(smooth, name), scheme))

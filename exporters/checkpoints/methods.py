@@ -45,11 +45,6 @@ class Method:
         """The software that loads the result."""
         return READERS[self.library]
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the algorithm runs calibration texts."""
-        return self.algorithm != "rtn"
-
 
 READERS = {
     "bitsandbytes": "transformers with bitsandbytes, vLLM, or embedport",
@@ -72,7 +67,14 @@ METHODS = {
         preset="W4A16_ASYM",
         zero_points=True,
     ),
-    "w8a8": Method("compressed-tensors", 8, format="int-quantized", preset="W8A8"),
+    "w8a8": Method(
+        "compressed-tensors",
+        8,
+        algorithm="smoothquant+gptaq",
+        fast="rtn",
+        format="int-quantized",
+        preset="W8A8",
+    ),
     "fp8": Method("compressed-tensors", 8, format="float-quantized", preset="FP8_DYNAMIC"),
 }
 
@@ -109,6 +111,11 @@ class Plan:
     def precision(self) -> str:
         """The name in a manifest."""
         return "gptq-8" if (self.name, self.bits) == ("gptq", 8) else self.name
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the algorithm runs calibration texts."""
+        return self.algorithm != "rtn"
 
     @property
     def scheme(self) -> QuantScheme:
@@ -170,7 +177,7 @@ def plan_method(
         symmetric or not method.zero_points,
         method.fast if fast else method.algorithm,
         # A float's small values have small steps: rotation would only spread the large ones.
-        rotate_heads=not fast and name != "fp8",
+        rotate_heads=not (fast and method.group_size) and name != "fp8",
     )
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]

@@ -89,13 +89,14 @@ def quantize_checkpoint(
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
         symmetric: Whether "awq" stores no zero points, for readers that take none.
-        fast: Whether "gptq" and "awq" are those algorithms alone: quicker, and worse. By default
-            "gptq" is GPTAQ, and "awq" is AWQ's scaling with GPTAQ's rounding.
+        fast: Whether "gptq" and "awq" are those algorithms alone, and "w8a8" is rounded to nearest:
+            quicker, and worse. By default "gptq" is GPTAQ, and "awq" and "w8a8" are AWQ's and
+            SmoothQuant's scaling with GPTAQ's rounding.
         form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
-        calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for "gptq"
-            and "awq".
-        device: Where "gptq" and "awq" run the texts and round: "cpu", or "cuda", in torch.
+        calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for
+            "gptq", "awq" and "w8a8".
+        device: Where "gptq", "awq" and "w8a8" run the texts and round: "cpu", or "cuda", in torch.
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
@@ -104,7 +105,7 @@ def quantize_checkpoint(
         CheckpointError: The checkpoint is not a complete Qwen3 checkpoint, is quantized already, or
             holds NaN or infinity.
         MissingPackageError: The format's library is not installed, or onnxruntime, which runs the
-            texts of "gptq" and "awq".
+            texts of "gptq", "awq" and "w8a8".
         DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written files lack tensors or hold others.
 
@@ -133,7 +134,7 @@ def quantize_checkpoint(
     if "gpt" in plan.algorithm:
         needed_bytes += kept_bytes(spec, rows)
     with (
-        kept_layers(output, used=plan.method.is_calibrated) as layers,
+        kept_layers(output, used=plan.is_calibrated) as layers,
         staged(output, force=force, needs=needed_bytes) as folder,
     ):
         passes = len(plan.algorithm.split("+"))
@@ -211,15 +212,21 @@ def _check(
             f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
         )
     form = _choose_form(spec, form)
-    if calibration is not None and not plan.method.is_calibrated:
-        raise InputError(f"`method` {plan.name} runs no texts: `calibration` goes with gptq, awq")
-    if device != "cpu" and not plan.method.is_calibrated:
-        raise InputError(f"`method` {plan.name} runs no texts: `device` goes with gptq and awq")
+    if calibration is not None and not plan.is_calibrated:
+        raise InputError(
+            f"`method` {plan.name} runs no texts: `calibration` goes with gptq, awq and w8a8, "
+            "without `fast` for w8a8"
+        )
+    if device != "cpu" and not plan.is_calibrated:
+        raise InputError(
+            f"`method` {plan.name} runs no texts: `device` goes with gptq, awq and w8a8, without "
+            "`fast` for w8a8"
+        )
     check_device(device)
     with importing_bitsandbytes():
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")
-    if not plan.method.is_calibrated:
+    if not plan.is_calibrated:
         return form, []
     require("onnxruntime", "cpu")
     return form, tokenize_samples(spec, spec.max_length, calibration)
@@ -337,5 +344,5 @@ def _recipe(spec: ModelSpec, plan: Plan) -> Recipe:
         dict.fromkeys(matrices(spec), str(plan)),
         plan.algorithm,
         rotate_heads=plan.rotate_heads,
-        balance=plan.name == "w8a8",
+        balance=plan.name == "w8a8" and plan.algorithm == "rtn",
     )

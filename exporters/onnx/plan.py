@@ -367,7 +367,7 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
         options.algorithm or algorithm,
         rotate=precision == "int8" if options.rotate is None else options.rotate,
         rotate_heads=precision in STORED_BITS and options.rotate is None,
-        balance=precision == "int8",
+        balance=precision == "int8" and not (options.algorithm or "").startswith("smoothquant"),
         arithmetic=default if options.arithmetic is None else options.arithmetic,
     )
     if _gives_codes(spec, precision) and (options.sets_algorithm or options.group_size is not None):

@@ -1,6 +1,7 @@
 """Quantized checkpoints: opened by the libraries that own the formats, read back bit for bit."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import embedport
+from embedport import demo
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
@@ -25,6 +27,7 @@ from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
 from embedport.quantize.unpacking import unpack
 from embedport.texts.prompts import RerankerTokenizer
+from embedport.texts.samples import builtin_pairs
 
 METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
 PREFIX = {"embedding": "", "reranker": "model."}
@@ -213,6 +216,24 @@ def test_an_untied_head_stays(quantized, checkpoints):
     assert torch.equal(found["score.weight"], (yes - no)[None].bfloat16())
 
 
+@pytest.mark.slow
+def test_w8a8_keeps_a_trained_rerankers_scores(tmp_path):
+    """Factors from texts and compensated rounding, against factors from weights and rounding."""
+    folder = Path(demo.__file__).parent / "reranker"
+    pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
+    expected = np.array(embedport.load_reranker(folder, device="cpu").score(pairs))
+    worst = []
+    for fast in (False, True):
+        artifact = embedport.quantize_checkpoint(
+            folder, tmp_path / str(fast), method="w8a8", fast=fast
+        )
+        assert artifact.manifest.recipe is not None
+        assert artifact.manifest.recipe["balance"] == fast
+        found = embedport.load_reranker(artifact.folder, device="cpu").score(pairs)
+        worst.append(np.abs(found - expected).max())
+    assert worst[0] < 0.5 * worst[1]
+
+
 def test_what_vllm_needs(quantized):
     embedder = json.loads((quantized("fp8") / "config.json").read_text())
     assert embedder["is_matryoshka"]
@@ -253,7 +274,7 @@ def test_the_template_gives_the_rerankers_own_tokens(short, quantized):
 def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
     """fp16 stays fp16; fp32 becomes bf16."""
     source = checkpoints("kv8", dtype=dtype)
-    embedport.quantize_checkpoint(source, tmp_path / "out", method="w8a8")
+    embedport.quantize_checkpoint(source, tmp_path / "out", method="w8a8", fast=True)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     expected = {"float16": torch.float16, "float32": torch.bfloat16}[dtype]
     assert {each.dtype for each in tensors.values()} == {expected, torch.int8}
@@ -285,7 +306,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
         ("embedding", "kv8", {"method": "fp8", "calibration": "x.txt"}, "runs no texts"),
-        ("embedding", "kv8", {"method": "w8a8", "device": "cuda"}, "`device` goes with gptq"),
+        ("embedding", "kv8", {"method": "fp8", "device": "cuda"}, "`device` goes with gptq"),
         ("embedding", "kv8", {"method": "awq", "calibration": "no.txt"}, "no.txt cannot be read"),
     ],
 )
@@ -314,7 +335,7 @@ def test_nothing_half_written(checkpoints, copied, tmp_path):
 
 def test_replaced_by_force_only(checkpoints, tmp_path):
     source, out = checkpoints("kv8"), tmp_path / "out"
-    embedport.quantize_checkpoint(source, out, method="w8a8")
+    embedport.quantize_checkpoint(source, out, method="w8a8", fast=True)
     with pytest.raises(InputError, match="exists; choose another place"):
         embedport.quantize_checkpoint(source, out, method="fp8")
     artifact = embedport.quantize_checkpoint(source, out, method="fp8", force=True)

@@ -146,6 +146,29 @@ def test_a_layer_is_closed(checkpoints, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_smoothquant_measures_activations(checkpoints, tmp_path):
+    """SmoothQuant, arXiv:2211.10438, eq. 4 at alpha 0.5: factors of a geometric mean of 1."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
+    formats = plan_formats(weights.spec, "int8", dialect="standard")
+    folder = tmp_path / "layers"
+    folded, _ = scale_layers(
+        weights, weights, formats, ROWS, folder, lambda: None, scaling="smoothquant"
+    )
+    states = embed_rows(weights, ROWS)
+    with Layer(Design(weights, OrtDialect(), PRECISIONS["fp32"]), 0, tmp_path) as layer:
+        inputs = [layer.run_inputs(*each) for each in zip(ROWS, states, strict=True)]
+        names = layer.inputs[2]
+        largest = np.max([np.abs(texts[2]).max(axis=0) for texts in inputs], axis=0)
+    reading = np.max(
+        [np.abs(weights.read_fp32(f"{name}.weight")).max(axis=0) for name in names], axis=0
+    )
+    expected = np.sqrt(largest / reading)
+    expected /= np.exp(np.log(expected).mean())
+    gains = "layers.0.post_attention_layernorm.weight"
+    found = weights.read_fp32(gains) / folded.read_fp32(gains)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def test_awq_opens_each_segment_once(checkpoints, tmp_path, monkeypatch):
     weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
     formats = plan_formats(weights.spec, "int4", dialect="ort")
