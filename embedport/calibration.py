@@ -19,7 +19,6 @@ from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 
-
 from .checkpoint.spec import ModelSpec, Task
 from .errors import InputError
 from .exporters.configuration import read_configuration
@@ -115,7 +114,9 @@ def build_calibration(
         CheckpointError: The checkpoint's files are incomplete or damaged.
 
     >>> corpus = folder / "corpus.txt"
-    >>> _ = corpus.write_text("".join(f"the {number}th text\\n" for number in range(100)))
+    >>> with corpus.open("w") as file:
+    ...     for number in range(100):
+    ...         print("text", number, file=file)
     >>> embedport.build_calibration(checkpoint, corpus, folder / "set.jsonl", count=20).texts
     20
     """

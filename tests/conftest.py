@@ -65,8 +65,8 @@ def few_texts():
     """Exports calibrate on the first built-in texts: all of them take a small model seconds."""
     texts, pairs = calibration_samples()[:FEW], calibration_pairs()[:FEW]
     with (
-        mock.patch("embedport.exporters.texts.calibration_samples", lambda: texts),
-        mock.patch("embedport.exporters.texts.calibration_pairs", lambda: pairs),
+        mock.patch("embedport.exporters.texts.calibration_samples", return_value=texts),
+        mock.patch("embedport.exporters.texts.calibration_pairs", return_value=pairs),
     ):
         yield
 

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,21 +35,22 @@ def normal(text):
     return " ".join(text.casefold().split())
 
 
-class TestBuiltin:
-    TEXTS = [sample.text for sample in builtin.calibration_samples()]
-    PAIRS = builtin.calibration_pairs()
+TEXTS = [sample.text for sample in builtin.calibration_samples()]
+PAIRS = builtin.calibration_pairs()
 
+
+class TestBuiltin:
     def test_size(self, real_tokenizer):
-        assert len(self.TEXTS) == 512
-        assert len(self.PAIRS) == 256
+        assert len(TEXTS) == 512
+        assert len(PAIRS) == 256
         queries = [each for each in builtin.calibration_samples() if each.prompt == "query"]
         assert len(queries) > 150
-        tokens = sum(len(each.ids) for each in real_tokenizer.encode_batch(self.TEXTS))
+        tokens = sum(len(each.ids) for each in real_tokenizer.encode_batch(TEXTS))
         assert 25_000 < tokens < 40_000
 
     def test_each_once(self):
-        assert len(set(map(normal, self.TEXTS))) == len(self.TEXTS)
-        assert len({(normal(pair.query), normal(pair.document)) for pair in self.PAIRS}) == 256
+        assert len(set(map(normal, TEXTS))) == len(TEXTS)
+        assert len({(normal(pair.query), normal(pair.document)) for pair in PAIRS}) == 256
 
     def test_nothing_that_judges_calibrates(self):
         """Gates would pass on the texts that a rounding was fitted to."""
@@ -56,8 +58,8 @@ class TestBuiltin:
         judging |= {text for pair in builtin_pairs() for text in (pair.query, pair.document)}
         data = read_beir("builtin")
         judging |= {*data.queries.values(), *data.documents.values()}
-        calibrating = {*self.TEXTS}
-        calibrating |= {text for pair in self.PAIRS for text in (pair.query, pair.document)}
+        calibrating = {*TEXTS}
+        calibrating |= {text for pair in PAIRS for text in (pair.query, pair.document)}
         assert not set(map(normal, judging)) & set(map(normal, calibrating))
 
 
@@ -248,7 +250,11 @@ class TestFewTokens:
     def test_named_with_what_is_advised(self, checkpoints, tmp_path, caplog):
         texts = tmp_path / "texts.txt"
         texts.write_text("a text about tea\n")
-        options = {"precision": "int4", "algorithm": "gptq", "calibration": texts}
+        options: dict[str, Any] = {
+            "precision": "int4",
+            "algorithm": "gptq",
+            "calibration": texts,
+        }
         with caplog.at_level(logging.WARNING):
             embedport.export(checkpoints("kv8"), tmp_path / "out", **options)
         (message,) = self.warnings(caplog)
