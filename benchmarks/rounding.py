@@ -64,8 +64,7 @@ COLUMNS = (
 def of_the_demo_pair(results: Path = RESULTS, only: str = "") -> None:
     """Cosines and the loss of nDCG@10 on the held-out set; scores on the built-in pairs.
 
-    The built-in texts calibrate, so the held-out set is not what was calibrated on. The built-in
-    pairs are, and they are what the reranker's gate is measured on.
+    Neither is in the built-in calibration set.
 
     Args:
         results: Where the figures are kept; rows of earlier runs stay.

@@ -18,6 +18,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .artifact.folder import Artifact
+    from .calibration import build_calibration
     from .checkpoint.spec import ModelSpec
     from .errors import EmbedportError
     from .exporters import export, quantize_checkpoint
@@ -43,6 +44,7 @@ _HOMES = {
     "Ranked": "runtimes",
     "Report": "validation",
     "Reranker": "runtimes",
+    "build_calibration": "calibration",
     "check": "runtimes",
     "export": "exporters",
     "load": "runtimes",
@@ -64,6 +66,7 @@ __all__ = [
     "Report",
     "Reranker",
     "__version__",
+    "build_calibration",
     "check",
     "export",
     "load",

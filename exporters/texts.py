@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,22 @@ import numpy as np
 from ..checkpoint.spec import ModelSpec
 from ..checkpoint.tokenizer import check_ids
 from ..errors import require
+from ..quantize.formats import TABLE, matrices
+from ..quantize.recipe import Recipe
 from ..quantize.source import WeightSource
 from ..texts.beir import RetrievalSet, read_beir
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer, find_answers, resolve_prompt
 from ..texts.ranking import candidate_pairs
-from ..texts.samples import Sample, builtin_pairs, builtin_samples, read_pairs, read_samples
+from ..texts.samples import Sample, read_pairs, read_samples
+from .calibration.builtin import calibration_pairs, calibration_samples
+
+logger = logging.getLogger(__name__)
+
+# Tokens for each input of a matrix that a Hessian should be computed from. With fewer tokens than
+# inputs it is singular; ten times as many leave its small eigenvalues about right.
+TOKENS_PER_INPUT = 10
+# Built-in texts or pairs that are enough where nothing is rounded by them.
+FEW = 64
 
 
 def reranker_head(weights: WeightSource) -> np.ndarray:
@@ -29,23 +41,28 @@ def reranker_head(weights: WeightSource) -> np.ndarray:
 
 
 def tokenize_samples(
-    spec: ModelSpec, max_length: int, calibration: str | Path | None
+    spec: ModelSpec, max_length: int, calibration: str | Path | None, *, few: bool = False
 ) -> list[np.ndarray]:
     """Token ids of the calibration texts in the task's template, int64 [tokens] each.
+
+    Args:
+        spec: The checkpoint's spec.
+        max_length: Tokens after which a text is truncated.
+        calibration: The texts' file; None for the built-in texts.
+        few: Whether the first `FEW` built-in texts are enough; a file is always read whole.
 
     Raises:
         CheckpointError: The tokenizer gives ids beyond the embedding table.
     """
     path = spec.source.pipeline / "tokenizer.json"
+    count = FEW if few else None
     if spec.task == "reranker":
-        pairs = read_pairs(calibration) if calibration else builtin_pairs()
+        pairs = read_pairs(calibration) if calibration else calibration_pairs()[:count]
         tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
         rows = tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
-        check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
-        return rows
-    texts = read_samples(calibration) if calibration else builtin_samples()
-    tokenizer = EmbeddingTokenizer(path, max_length, spec.inputs)
-    rows = [row for text in texts for row in _encode(tokenizer, spec, text)]
+    else:
+        texts = read_samples(calibration) if calibration else calibration_samples()[:count]
+        rows = encode_samples(EmbeddingTokenizer(path, max_length, spec.inputs), spec, texts)
     check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
     return rows
 
@@ -77,16 +94,77 @@ def tokenize_retrieval(
     tokenizer = EmbeddingTokenizer(path, max_length, spec.inputs)
     samples = [Sample(text, "query") for text in data.queries.values()]
     samples += [Sample(text, "document") for text in data.documents.values()]
-    return data, [row for sample in samples for row in _encode(tokenizer, spec, sample)]
+    return data, encode_samples(tokenizer, spec, samples)
 
 
-def _encode(tokenizer: EmbeddingTokenizer, spec: ModelSpec, sample: Sample) -> list[np.ndarray]:
+def encode_samples(
+    tokenizer: EmbeddingTokenizer, spec: ModelSpec, samples: Sequence[Sample]
+) -> list[np.ndarray]:
+    """Token ids of texts, each after its prompt, int64 [tokens] each.
+
+    Raises:
+        InputError: A prompt's name is unknown, or a text gives no token.
+    """
+    places: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(_prompt_text(spec, sample), []).append(place)
+    rows: dict[int, np.ndarray] = {}
+    for prompt, group in places.items():
+        ids = tokenizer.encode([samples[place].text for place in group], prompt).ids
+        rows.update(zip(group, ids, strict=True))
+    return [rows[place] for place in range(len(samples))]
+
+
+def _prompt_text(spec: ModelSpec, sample: Sample) -> str:
     prompt = sample.prompt
     if prompt == "query" and prompt not in spec.prompts and spec.prompts:
         # The model has only prompts of other names: spread queries over them by a hash.
         names = sorted(spec.prompts)
         prompt = names[sum(sample.text.encode()) % len(names)]
-    return tokenizer.encode([sample.text], resolve_prompt(spec.inputs, prompt)).ids
+    return resolve_prompt(spec.inputs, prompt)
+
+
+def advised_tokens(spec: ModelSpec, names: Sequence[str] | None = None) -> tuple[str, int, int]:
+    """The calibration tokens that a model's Hessians should be computed from.
+
+    Args:
+        spec: The checkpoint's spec.
+        names: The matrices that are quantized; None for all projections.
+
+    Returns:
+        (the matrix with the most inputs, the number of its inputs, `TOKENS_PER_INPUT` times that).
+    """
+    shapes = spec.tensor_shapes()
+    inputs = {
+        name: shapes[f"{name}.weight"][1] for name in names or matrices(spec) if name != TABLE
+    }
+    largest = max(inputs, key=inputs.__getitem__)
+    return largest, inputs[largest], TOKENS_PER_INPUT * inputs[largest]
+
+
+def warn_of_few_tokens(spec: ModelSpec, recipe: Recipe, rows: Sequence[np.ndarray]) -> None:
+    """Warn if GPTQ or GPTAQ would compute a Hessian from too few tokens.
+
+    Args:
+        spec: The checkpoint's spec.
+        recipe: How it is quantized; without formats, all projections are.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
+    """
+    names = [name for name in recipe.formats if name != TABLE]
+    if recipe.compensation is None or (recipe.formats and not names):
+        return
+    (name, inputs, advised), tokens = advised_tokens(spec, names), sum(map(len, rows))
+    if tokens < advised:
+        logger.warning(
+            "the calibration has %s tokens, and %s, the largest matrix, has %s inputs: %s tokens "
+            "are advised, %d for each; `embedport calibration` makes such a file of your texts, to "
+            "give as `calibration`",
+            f"{tokens:,}",
+            name,
+            f"{inputs:,}",
+            f"{advised:,}",
+            TOKENS_PER_INPUT,
+        )
 
 
 def describe_calibration(

@@ -14,6 +14,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import embedport
+from embedport.exporters.calibration.builtin import calibration_pairs, calibration_samples
+from embedport.exporters.texts import FEW
 from embedport.texts.beir import read_beir, write_candidates
 from embedport.texts.samples import builtin_samples
 from tests.synthetic import Geometry, train_tokenizer, write_checkpoint
@@ -56,6 +58,17 @@ def witnesses(request):
     else:
         with mock.patch("embedport.exporters.onnx.export.make_witness"):
             yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_texts():
+    """Exports calibrate on the first built-in texts: all of them take a small model seconds."""
+    texts, pairs = calibration_samples()[:FEW], calibration_pairs()[:FEW]
+    with (
+        mock.patch("embedport.exporters.texts.calibration_samples", return_value=texts),
+        mock.patch("embedport.exporters.texts.calibration_pairs", return_value=pairs),
+    ):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ TOP = (
     "embedport/__init__.py",
     "embedport/__main__.py",
     "embedport/bench/",
+    "embedport/calibration.py",
     "embedport/cli/",
     "embedport/demo/",
     "embedport/deploy/",
@@ -170,6 +171,7 @@ def test_wheel_holds_the_package_only(tmp_path):
         name = path.relative_to(ROOT).as_posix()
         assert (name if place == "embedport" else f"embedport/{name}") in names
     assert "embedport/demo/texts.jsonl" in names
+    assert "embedport/exporters/calibration/texts.jsonl.gz" in names
     # One build for every Python.
     if (library := find_library()) is not None:
         assert f"embedport/runtimes/{library.name}" in names

@@ -14,6 +14,7 @@ from ..errors import EmbedportError
 from ..version import __version__
 from . import (
     bench,
+    calibration,
     check,
     demo,
     deploy,
@@ -70,6 +71,7 @@ export_app.command("onnx")(export.export_onnx)
 export_app.command("tensorrt")(tensorrt.export_tensorrt)
 app.add_typer(export_app, name="export")
 app.command("quantize")(quantize.quantize)
+app.command("calibration")(calibration.calibration)
 app.command("encode")(encode.encode)
 app.command("rerank")(rerank.rerank)
 app.command("serve")(serve.serve)

@@ -24,10 +24,18 @@ LONGEST_LINE = 64 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """A text and its id: the file's own, or the number of the text."""
+    """A text of a corpus.
+
+    Attributes:
+        id: The file's own id, or the number of the text.
+        text: The text, after its title.
+        prompt: A prompt's name, "query", "document" or a literal prompt; None for the model's
+            default prompt.
+    """
 
     id: str
     text: str
+    prompt: str | None = "document"
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,28 @@ def read_part(path: Place, part: Part) -> list[Row]:
     return rows
 
 
+def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
+    """Read every text of a file once, with the prompts that lines name.
+
+    Args:
+        path: The file.
+        progress: Whether to show a progress bar on a terminal.
+
+    Raises:
+        InputError: The file is missing, has another suffix, or a line is invalid; names the line.
+    """
+    is_jsonl(path)
+    try:
+        with progress_bar("Reading", size_of(path), enabled=progress) as advance:
+            for number, _, line in _lines(path, 0, 1):
+                row = _parse(path, number, line, str(number))
+                if row is not None:
+                    yield row
+                advance(len(line))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
     """The text of a line, with its id; None if the line is blank.
 
@@ -141,6 +171,16 @@ def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
     Raises:
         InputError: The line is invalid, or names its own prompt.
     """
+    row = _parse(path, number, line, name)
+    if row is not None and row.prompt != "document":
+        raise InputError(
+            f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
+            "out, and give `prompt`"
+        )
+    return row
+
+
+def _parse(path: Place, number: int, line: bytes, name: str) -> Row | None:
     try:
         # Editors on Windows begin a file with a byte order mark.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -152,18 +192,15 @@ def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
         row = parse_json(text)
         text, prompt = titled_text(row), row.get("prompt", "document")
         check_text(number, text)
+        if prompt is not None:
+            check_text(number, prompt)
         given = row.get("_id", row.get("id"))
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             f'{path}:{number} should be UTF-8 text, in a .jsonl file {{"text": …}}; found '
             f"{line[:80]!r} ({error})"
         ) from error
-    if prompt != "document":
-        raise InputError(
-            f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
-            "out, and give `prompt`"
-        )
-    return Row(name if given is None else str(given), text)
+    return Row(name if given is None else str(given), text, prompt)
 
 
 def is_jsonl(path: Place) -> bool:

@@ -52,6 +52,22 @@ def survey_parquet(
         return Corpus(size, sha256, first, tuple(parts))
 
 
+def stream_parquet(path: Place, *, progress: bool = False) -> Iterator[Row]:
+    """Read every row of a file once, with its prompt: as `embedport.texts.corpus.stream_rows`.
+
+    Raises:
+        InputError: The file is missing or damaged, or a row is invalid.
+    """
+    with (
+        _open(path, digest=False) as (file, _, _),
+        progress_bar("Reading", file.metadata.num_rows, enabled=progress) as advance,
+    ):
+        for group in range(file.num_row_groups):
+            for row in _rows(path, file, group, prompts=True):
+                yield row
+                advance(1)
+
+
 def read_parquet_part(path: Place, part: Part) -> list[Row]:
     """Read the rows of a part: its `offset` is a row group, its `line` a row in it.
 
@@ -101,7 +117,7 @@ def _hash(source: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _rows(path: Place, file: Any, group: int) -> Iterator[Row]:
+def _rows(path: Place, file: Any, group: int, *, prompts: bool = False) -> Iterator[Row]:
     names = file.schema_arrow.names
     if "text" not in names:
         raise InputError(f'{path} should have a column "text", found {", ".join(names)}')
@@ -109,19 +125,20 @@ def _rows(path: Place, file: Any, group: int) -> Iterator[Row]:
     number = sum(file.metadata.row_group(i).num_rows for i in range(group))
     for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
         for values in batch.to_pylist():
-            yield _row(path, number, values)
+            yield _row(path, number, values, prompts)
             number += 1
 
 
-def _row(path: Place, number: int, values: dict[str, Any]) -> Row:
-    if values.get("prompt") not in (None, "document"):
+def _row(path: Place, number: int, values: dict[str, Any], prompts: bool) -> Row:
+    prompt = values.get("prompt") or "document"  # a null says nothing
+    if prompt != "document" and not prompts:
         raise InputError(
             f"{path}, row {number} names its own prompt, but all texts get the same one here: take "
             "the column out, and give `prompt`"
         )
     try:
-        text = check_text(number, titled_text(values))
+        text, prompt = check_text(number, titled_text(values)), check_text(number, prompt)
     except (InputError, TypeError) as error:
         raise InputError(f"{path}, row {number} should have a text: {error}") from error
     given = values.get("_id", values.get("id"))
-    return Row(str(number) if given is None else str(given), text)
+    return Row(str(number) if given is None else str(given), text, prompt)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from ..storage import Place
 from . import corpus
 from .corpus import Corpus, Part, Row
-from .parquet import read_parquet_part, survey_parquet
+from .parquet import read_parquet_part, stream_parquet, survey_parquet
 
 PARQUET = ".parquet"
 
@@ -36,6 +37,16 @@ def read_part(path: Place, part: Part) -> list[Row]:
     """
     of_format = read_parquet_part if path.suffix.lower() == PARQUET else corpus.read_part
     return of_format(path, part)
+
+
+def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
+    """Read every text of a file once, with the prompts that rows name; memory holds a few rows.
+
+    Raises:
+        InputError: The file is missing, has another suffix, or a text is invalid.
+    """
+    of_format = stream_parquet if path.suffix.lower() == PARQUET else corpus.stream_rows
+    return of_format(path, progress=progress)
 
 
 def read_rows(path: Place) -> list[Row]:

@@ -29,7 +29,12 @@ from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
 from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
 from ..provenance import Progress, counted, source_record, versions
-from ..texts import describe_calibration, reranker_head, tokenize_samples
+from ..texts import (
+    describe_calibration,
+    reranker_head,
+    tokenize_samples,
+    warn_of_few_tokens,
+)
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
 from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
@@ -229,7 +234,9 @@ def _check(
     if not plan.is_calibrated:
         return form, []
     require("onnxruntime", "cpu")
-    return form, tokenize_samples(spec, spec.max_length, calibration)
+    rows = tokenize_samples(spec, spec.max_length, calibration)
+    warn_of_few_tokens(spec, _recipe(spec, plan), rows)
+    return form, rows
 
 
 def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:

@@ -31,7 +31,7 @@ from ..graph.initializers import QuantizedMatrices
 from ..graph.precision import FLOAT16, Precision, weight_bytes
 from ..graph.qwen3 import Design, build_model
 from ..provenance import Progress, counted, source_record, versions
-from ..texts import reranker_head
+from ..texts import reranker_head, warn_of_few_tokens
 from .apply_recipe import apply_recipe, quantize_rows, rotated
 from .consumers import verify_shared, write_shared
 from .continuation import plan_continuation, write_continuation
@@ -170,6 +170,7 @@ def export_onnx(
     weights = open_weights(spec)
     warn_of_activations(spec)
     plan = adopt_codes(replace(plan, spec=spec), weights)
+    _warn_of_few_tokens(plan)
     with (
         kept_layers(output, used=plan.is_calibrated) as layers,
         staged(output, force=force, needs=_needed_bytes(plan)) as folder,
@@ -226,6 +227,7 @@ def estimate_onnx(
     plan = plan_export(spec, Options(**options))
     require("onnxruntime", "cpu")
     check_place(Path(output).expanduser().absolute(), force)
+    _warn_of_few_tokens(plan)
     recipe, size = plan.recipe, weight_bytes(spec, plan.precision)
     steps = [f"{spec.source.id}: {spec.task}, {plan.name}, {plan.dialect.name} dialect"]
     if plan.target is not None:
@@ -242,6 +244,12 @@ def estimate_onnx(
         estimate_memory(spec, recipe, plan.rows),
         seconds * (1 if plan.target is None else 2),
     )
+
+
+def _warn_of_few_tokens(plan: Plan) -> None:
+    recipe = plan.recipe if plan.target is None else plan.target.recipe
+    if recipe is not None:
+        warn_of_few_tokens(plan.spec, recipe, plan.rows)
 
 
 def _needed_bytes(plan: Plan) -> int:

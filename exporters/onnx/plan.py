@@ -213,7 +213,8 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
             "auto, and with `algorithm` gptq, gptaq and awq"
         )
     max_length = options.max_length or spec.max_length
-    rows = tokenize_samples(spec, max_length, options.calibration)
+    few = not (runs_texts or searches)
+    rows = tokenize_samples(spec, max_length, options.calibration, few=few)
     if recipe is None:
         precision = find_precision(name)
     else:

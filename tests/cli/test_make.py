@@ -146,3 +146,27 @@ class TestExportTensorRT:
         assert code == 2
         assert message in err
         assert err.count("\n") == 1
+
+
+class TestCalibration:
+    def test_words(self, run, checkpoints, tmp_path):
+        corpus, out = tmp_path / "corpus.txt", tmp_path / "set.jsonl"
+        corpus.write_text("\n".join(TEXTS))
+        code, printed, err = run("calibration", checkpoints("kv2"), corpus, "-o", out, "--count", 3)
+        assert (code, err) == (0, "")
+        assert f"{out}: 3 texts of " in printed
+        assert f"--precision int4 --calibration {out}" in printed
+        assert sorted(json.loads(line)["text"] for line in out.read_text().splitlines()) == sorted(
+            TEXTS
+        )
+
+    def test_errors(self, run, checkpoints, tmp_path):
+        corpus = tmp_path / "corpus.txt"
+        arguments = ("-o", tmp_path / "set.jsonl")
+        code, _, err = run("calibration", checkpoints("kv2"), corpus, *arguments)
+        assert code == 2
+        assert f"{corpus} cannot be read: No such file or directory" in err
+        code, _, err = run("calibration", checkpoints("kv2", "reranker"), corpus, *arguments)
+        assert code == 2
+        assert "is a reranker: --embedder finds its pairs" in err
+        assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from embedport.exporters.calibration.layerwise import STAGES, Layer, Segment, em
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
+from embedport.exporters.texts import FEW
 from embedport.files import SINGLE
 from embedport.quantize.formats import plan_formats
 from embedport.texts.samples import builtin_samples
@@ -91,7 +92,7 @@ def test_the_manifest_says_what_it_was_calibrated_on(artifacts):
     recipe = artifacts("kv1", **options).artifact.manifest.recipe
     assert recipe["algorithm"] == "gptq"
     assert recipe["calibration"]["source"] == "built-in"
-    assert recipe["calibration"]["texts"] == len(TEXTS)
+    assert recipe["calibration"]["texts"] == FEW
     assert len(recipe["calibration"]["sha256"]) == 64
 
 

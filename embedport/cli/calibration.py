@@ -1,0 +1,86 @@
+"""`embedport calibration`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .inputs import TaskOption, check_task
+from .outputs import stdout_console
+
+
+def calibration(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The checkpoint to quantize: a folder or hub id.",
+            show_default=False,
+            metavar="MODEL",
+        ),
+    ],
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            help="Texts like those to be embedded: .txt, .jsonl, .parquet, or a URI.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The .jsonl file to write.", show_default=False)
+    ],
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens; default: ten times the inputs of the model's largest matrix.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Number of texts or pairs, instead of --tokens.", show_default=False),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            help="For a reranker: the embedding model that ranks documents for its pairs.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses among texts.")] = 0,
+    task: TaskOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Choose calibration texts, or a reranker's pairs, from your corpus.
+
+    Lines {"text": …, "prompt": "query"} mark queries, which a reranker needs.
+
+    Example: embedport calibration Qwen/Qwen3-Embedding-0.6B corpus.jsonl -o texts.jsonl
+    """
+    from ..calibration import build_calibration
+
+    built = build_calibration(
+        model,
+        corpus,
+        out,
+        tokens=tokens,
+        count=count,
+        embedder=embedder,
+        task=check_task(task),
+        seed=seed,
+        force=force,
+        progress=True,
+    )
+    noun = "texts" if embedder is None else "pairs"
+    console = stdout_console()
+    console.print(
+        f"{out}: {built.texts:,} {noun} of {built.tokens:,} tokens, {built.queries:,} queries",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Next: embedport export onnx {shlex.quote(model)} -o DIR --precision int4 --calibration "
+        f"{shlex.quote(str(out))}",
+        soft_wrap=True,
+    )
