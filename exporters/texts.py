@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_INPUT = 10
 # Built-in texts or pairs that are enough where nothing is rounded by them.
 FEW = 64
+# The value of `calibration` for all built-in texts.
+BUILTIN = "builtin"
+# Tokens of the built-in texts that a CPU runs by default: a model of 0.6B takes some six minutes
+# with them on two cores, and a quarter of an hour with all.
+CPU_TOKENS = 8192
 
 
 def reranker_head(weights: WeightSource) -> np.ndarray:
@@ -41,21 +46,30 @@ def reranker_head(weights: WeightSource) -> np.ndarray:
 
 
 def tokenize_samples(
-    spec: ModelSpec, max_length: int, calibration: str | Path | None, *, few: bool = False
+    spec: ModelSpec,
+    max_length: int,
+    calibration: str | Path | None,
+    *,
+    count: int | None = None,
+    most_tokens: int | None = None,
 ) -> list[np.ndarray]:
     """Token ids of the calibration texts in the task's template, int64 [tokens] each.
 
     Args:
         spec: The checkpoint's spec.
         max_length: Tokens after which a text is truncated.
-        calibration: The texts' file; None for the built-in texts.
-        few: Whether the first `FEW` built-in texts are enough; a file is always read whole.
+        calibration: The texts' file; None for the built-in texts within `count` and `most_tokens`,
+            `BUILTIN` for all of them.
+        count: Number of built-in texts, from the first; None for all.
+        most_tokens: The most tokens of built-in texts, from the first text; None for all.
 
     Raises:
         CheckpointError: The tokenizer gives ids beyond the embedding table.
     """
     path = spec.source.pipeline / "tokenizer.json"
-    count = FEW if few else None
+    limited = calibration is None
+    if str(calibration) == BUILTIN:
+        calibration, count = None, None
     if spec.task == "reranker":
         pairs = read_pairs(calibration) if calibration else calibration_pairs()[:count]
         tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
@@ -63,6 +77,9 @@ def tokenize_samples(
     else:
         texts = read_samples(calibration) if calibration else calibration_samples()[:count]
         rows = encode_samples(EmbeddingTokenizer(path, max_length, spec.inputs), spec, texts)
+    if limited and most_tokens is not None:
+        within = np.cumsum([len(row) for row in rows]) <= most_tokens
+        rows = rows[: max(1, int(within.sum()))]
     check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")
     return rows
 
@@ -157,13 +174,14 @@ def warn_of_few_tokens(spec: ModelSpec, recipe: Recipe, rows: Sequence[np.ndarra
     if tokens < advised:
         logger.warning(
             "the calibration has %s tokens, and %s, the largest matrix, has %s inputs: %s tokens "
-            "are advised, %d for each; `embedport calibration` makes such a file of your texts, to "
-            "give as `calibration`",
+            "are advised, %d for each; give `calibration` a file of your texts, which `embedport "
+            "calibration` makes, or %s for all built-in texts",
             f"{tokens:,}",
             name,
             f"{inputs:,}",
             f"{advised:,}",
             TOKENS_PER_INPUT,
+            BUILTIN,
         )
 
 
@@ -174,14 +192,15 @@ def describe_calibration(
 
     Args:
         rows: Token ids, int64 [tokens] each.
-        calibration: The texts' file; None for the built-in texts.
+        calibration: The texts' file; None or `BUILTIN` for the built-in texts.
     """
+    named = Path(calibration or BUILTIN).name
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.int64(len(row)).tobytes())
         digest.update(np.ascontiguousarray(row, np.int64).tobytes())
     return {
-        "source": Path(calibration).name if calibration else "built-in",
+        "source": "built-in" if named == BUILTIN else named,
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
         "sha256": digest.hexdigest(),

@@ -13,12 +13,15 @@ import pytest
 
 import embedport
 from embedport.calibration import LengthSampler, Limit, build_calibration
+from embedport.checkpoint.spec import ModelSpec
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 from embedport.errors import InputError
+from embedport.exporters import texts
 from embedport.exporters.calibration import builtin
 from embedport.exporters.checkpoints.quantize import estimate_checkpoint
 from embedport.exporters.configuration import read_configuration
 from embedport.exporters.onnx.export import estimate_onnx
+from embedport.exporters.onnx.plan import Options, plan_export
 from embedport.exporters.texts import encode_samples
 from embedport.texts.beir import read_beir
 from embedport.texts.prompts import EmbeddingTokenizer
@@ -180,6 +183,25 @@ class TestTexts:
         assert out.read_text() == "mine"
         build_calibration(builtin_embedder(), corpus, out, count=3, force=True)
         assert len(read_samples(out)) == 3
+
+
+def test_a_cpu_runs_some_of_the_built_in_texts(monkeypatch, caplog):
+    """The first ones, whole; `builtin` asks for all."""
+    monkeypatch.setattr(texts, "calibration_samples", builtin.calibration_samples)
+
+    def plan(**options):
+        spec = ModelSpec.from_checkpoint(builtin_embedder())
+        return plan_export(spec, Options(precision="int4", **options))
+
+    some, whole = plan(), plan(calibration="builtin")
+    assert sum(map(len, some.rows)) <= texts.CPU_TOKENS < sum(map(len, whole.rows))
+    assert len(whole.rows) == len(builtin.calibration_samples())
+    for row, expected in zip(some.rows, whole.rows, strict=False):
+        np.testing.assert_array_equal(row, expected)
+    records = [planned.recipe_record(None)["calibration"] for planned in (some, whole)]
+    assert [record["source"] for record in records] == ["built-in", "built-in"]
+    assert [record["texts"] for record in records] == [len(some.rows), len(whole.rows)]
+    assert len(plan(fast=True).rows) == texts.FEW
 
 
 @pytest.fixture(scope="module")

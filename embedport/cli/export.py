@@ -54,8 +54,8 @@ def export_onnx(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq, awq and auto; "
-            "default: built-in ones.",
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq, awq, auto; default: "
+            "built-in ones, on a CPU 8,192 tokens of them; builtin: all of them.",
             show_default=False,
         ),
     ] = None,

@@ -30,6 +30,7 @@ from ..configuration import fetch_weights, read_configuration
 from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import (
+    CPU_TOKENS,
     describe_calibration,
     reranker_head,
     tokenize_samples,
@@ -234,7 +235,8 @@ def _check(
     if not plan.is_calibrated:
         return form, []
     require("onnxruntime", "cpu")
-    rows = tokenize_samples(spec, spec.max_length, calibration)
+    most_tokens = CPU_TOKENS if device == "cpu" else None
+    rows = tokenize_samples(spec, spec.max_length, calibration, most_tokens=most_tokens)
     warn_of_few_tokens(spec, _recipe(spec, plan), rows)
     return form, rows
 

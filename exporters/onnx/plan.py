@@ -23,7 +23,13 @@ from ..calibration.search import Search
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import find_dialect
 from ..graph.precision import FLOAT, Precision, find_precision, weight_bytes
-from ..texts import describe_calibration, tokenize_retrieval, tokenize_samples
+from ..texts import (
+    CPU_TOKENS,
+    FEW,
+    describe_calibration,
+    tokenize_retrieval,
+    tokenize_samples,
+)
 from .apply_recipe import stored_recipe
 from .consumers import Shared, plan_shared
 
@@ -213,8 +219,18 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
             "auto, and with `algorithm` gptq, gptaq and awq"
         )
     max_length = options.max_length or spec.max_length
-    few = not (runs_texts or searches)
-    rows = tokenize_samples(spec, max_length, options.calibration, few=few)
+    count = None if runs_texts or searches else FEW
+    if recipe is not None and recipe.calibration is not None:
+        recorded = recipe.calibration.get("texts")
+        count = max(1, recorded) if isinstance(recorded, int) else None
+    rows = tokenize_samples(
+        spec,
+        max_length,
+        options.calibration,
+        count=count,
+        # A search measures each matrix on the CPU.
+        most_tokens=CPU_TOKENS if count is None and (options.device == "cpu" or searches) else None,
+    )
     if recipe is None:
         precision = find_precision(name)
     else:
