@@ -32,6 +32,7 @@ TABLE_FORMAT = "int8/128s"
 # Rows with options of their own.
 ONNX: dict[str, dict[str, Any]] = {
     "--precision int4": {"precision": "int4"},
+    "--precision int4 --calibration builtin": {"precision": "int4", "calibration": "builtin"},
     "--precision int4 --group-size 32": {"precision": "int4", "group_size": 32},
     "--precision int4 --embedding-bits 4": {"precision": "int4", "embedding_bits": 4},
     "--precision int4 --rotate": {"precision": "int4", "rotate": True},
@@ -46,6 +47,10 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "awq --symmetric": {"method": "awq", "symmetric": True},
     "awq --fast": {"method": "awq", "fast": True},
     "bnb-nf4": {"method": "bnb-nf4"},
+    "bnb-int8": {"method": "bnb-int8"},
+    "w8a8": {"method": "w8a8"},
+    "w8a8 --fast": {"method": "w8a8", "fast": True},
+    "fp8": {"method": "fp8"},
 }
 NAME = "rounding-demo"
 COLUMNS = (
