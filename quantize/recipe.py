@@ -19,6 +19,9 @@ ALGORITHMS = (
     *SCALINGS,
     *(f"{scaling}+{rounding}" for scaling in SCALINGS for rounding in ROUNDINGS),
 )
+# The default of 4 bits. Following the original model (GPTAQ) helps a vector, which all tokens before
+# it shape; it fits a reranker's few templates too closely (docs/quantization.md).
+BY_TASK = {"embedding": "gptaq", "reranker": "awq+gptq"}
 # Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
 RENAMED = {"hqq": "mse"}
 # No fp16: products may overflow it before their per-token scales are applied.

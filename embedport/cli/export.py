@@ -66,7 +66,7 @@ def export_onnx(
         str | None,
         typer.Option(
             help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, smoothquant, awq+gptaq, …; "
-            "default: gptaq for int4 and auto, otherwise rtn.",
+            "default: gptaq (rerankers: awq+gptq) for int4 and auto, otherwise rtn.",
             show_default=False,
         ),
     ] = None,

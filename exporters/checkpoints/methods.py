@@ -175,7 +175,7 @@ def plan_method(
         group_size or method.group_size,
         double_quant,
         symmetric or not method.zero_points,
-        method.fast if fast else method.algorithm,
+        method.fast if fast else _fitting(method.algorithm, spec),
         # A float's small values have small steps: rotation would only spread the large ones.
         rotate_heads=not (fast and method.group_size) and name != "fp8",
     )
@@ -194,6 +194,11 @@ def plan_method(
                 f"of {32 // plan.bits}; use `method` w8a8, fp8, bnb-int8 or bnb-nf4"
             )
     return plan
+
+
+def _fitting(algorithm: str, spec: ModelSpec) -> str:
+    """GPTAQ for an embedder, GPTQ for a reranker: see `recipe.BY_TASK`."""
+    return algorithm if spec.task == "embedding" else algorithm.replace("gptaq", "gptq")
 
 
 def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:

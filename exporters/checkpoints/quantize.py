@@ -97,7 +97,7 @@ def quantize_checkpoint(
         symmetric: Whether "awq" stores no zero points, for readers that take none.
         fast: Whether "gptq" and "awq" are those algorithms alone, and "w8a8" is rounded to nearest:
             quicker, and worse. By default "gptq" is GPTAQ, and "awq" and "w8a8" are AWQ's and
-            SmoothQuant's scaling with GPTAQ's rounding.
+            SmoothQuant's scaling with GPTAQ's rounding; for a reranker GPTQ in GPTAQ's place.
         form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for

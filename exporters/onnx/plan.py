@@ -15,7 +15,7 @@ from ...checkpoint.spec import ModelSpec
 from ...checkpoint.weights import Weights
 from ...errors import InputError
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
-from ...quantize.recipe import STORED, Recipe
+from ...quantize.recipe import BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
 from ...texts.beir import RetrievalSet
 from ..calibration.engines import check_device
@@ -342,7 +342,7 @@ def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target
         ranking = tokenize_retrieval(spec, max_length, options.retrieval)
     elif min_cosine is None and max_bytes is None:
         min_cosine = MIN_COSINE
-    algorithm = options.algorithm or ("rtn" if options.fast else "gptaq")
+    algorithm = options.algorithm or ("rtn" if options.fast else BY_TASK[spec.task])
     recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
     return Target(min_cosine, options.max_ndcg_loss, ranking, max_bytes, recipe)
 
@@ -376,7 +376,7 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
         embedding_bits=options.embedding_bits,
         fast=options.fast,
     )
-    algorithm = "gptaq" if precision == "int4" and not options.fast else "rtn"
+    algorithm = BY_TASK[spec.task] if precision == "int4" and not options.fast else "rtn"
     # Only GPUs multiply float8, so the rest computes in 16 bits.
     default = "bf16" if precision == FP8 else "fp32"
     recipe = Recipe(
