@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import load_json
+from ..strict_json import load_json
 
 ROUNDINGS = ("gptq", "gptaq")
 SCALINGS = ("awq", "smoothquant")

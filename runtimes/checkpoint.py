@@ -27,9 +27,9 @@ from safetensors import safe_open
 from ..bitsandbytes_ import importing_bitsandbytes
 from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import ModelSpec
+from ..checkpoint.tensor_files import TensorInfo, read_headers
 from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError, MissingPackageError, require
-from ..files import TensorInfo, read_headers
 from ..quantize.stored import open_weights, warn_of_activations
 from ..requirements import meets
 

@@ -13,16 +13,11 @@ import pytest
 
 from embedport import ModelSpec
 from embedport.checkpoint.hub import fetch
+from embedport.checkpoint.tensor_files import open_shard
 from embedport.errors import CheckpointError, InputError
-from embedport.files import (
-    MOST_VALUES,
-    SMALL,
-    check_links,
-    load_json,
-    open_shard,
-    parse_json,
-    read_small,
-)
+from embedport.files import SMALL, read_small
+from embedport.links import check_links
+from embedport.strict_json import MOST_VALUES, load_json, parse_json
 from embedport.texts import beir as beir_module
 from embedport.texts.beir import read_beir
 from embedport.texts.corpus import survey

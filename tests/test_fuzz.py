@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import embedport
+from embedport.checkpoint.tensor_files import SINGLE
 from embedport.cli import main
 from embedport.errors import EmbedportError
-from embedport.files import SINGLE
 from tests.synthetic import Geometry, write_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FIFOs, signals and /proc")

@@ -12,9 +12,10 @@ from ..checkpoint.hub import pin
 from ..checkpoint.pipeline import POOLING_MODES, ROLES, Activation, Form, Inputs, Outputs
 from ..checkpoint.spec import TASKS, Task
 from ..errors import ArtifactError
-from ..files import is_file_name, load_json
+from ..files import is_file_name
 from ..integrity import FileRecord
 from ..machine.engine import EngineRecord
+from ..strict_json import load_json
 
 FORMAT_VERSION = 5
 

@@ -16,9 +16,9 @@ from ...artifact.manifest import Manifest
 from ...bitsandbytes_ import importing_bitsandbytes
 from ...checkpoint.lora import open_floats
 from ...checkpoint.spec import ModelSpec, Task
+from ...checkpoint.tensor_files import read_headers
 from ...checkpoint.weights import Weights
 from ...errors import CheckpointError, InputError, VerificationError, require
-from ...files import read_headers
 from ...quantize.formats import matrices
 from ...quantize.recipe import Recipe
 from ...quantize.schemes import ScaleDtype

@@ -24,8 +24,8 @@ from ...artifact.layout import write_json
 from ...artifact.manifest import SharedRecord
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError, MissingPackageError, VerificationError
-from ...files import load_json
 from ...quantize.formats import MIXED, TABLE
+from ...strict_json import load_json
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import OLDER, find_dialect
 from ..graph.precision import Precision

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import embedport
 from embedport import demo
 from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.tensor_files import read_headers
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.calibration.gptq_awq import quantize_layers
 from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
-from embedport.files import read_headers
 from embedport.quantize.formats import Format, matrices
 from embedport.quantize.rotation import RotatedHeads
 from embedport.quantize.rtn import quantize_rtn
