@@ -187,7 +187,7 @@ def _fit(options: EngineOptions, manifest: Manifest, *, explicit: bool) -> Engin
                 f"profile {profile} has texts of {profile.max[1]:,} tokens, and the model takes "
                 f"{longest:,} (max_position_embeddings)"
             )
-    return replace(options, profiles=tuple(each.cut(longest) for each in options.profiles))
+    return replace(options, profiles=tuple(profile.cut(longest) for profile in options.profiles))
 
 
 def _open(
