@@ -228,3 +228,6 @@ def _print(artifact: Artifact, seconds: float) -> None:
         f"embedport validate {folder} {options}",
     ):
         console.print(f"  {command}", soft_wrap=True)
+    if "ORIGINAL" in manifest.source.options:
+        words = f"ORIGINAL: the checkpoint that {manifest.source.id} was quantized from"
+        console.print(words, soft_wrap=True)

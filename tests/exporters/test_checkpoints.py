@@ -302,6 +302,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
             {"method": "gptq"},
             "q_proj of 192 x 64 .*groups of 128; use `group_",
         ),
+        ("embedding", "kv2", {"method": "bnb-nf4"}, "down_proj of 64 x 160 .* blocks of 64 inputs"),
         ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "`symmetric` goes with awq"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
