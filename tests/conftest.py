@@ -150,6 +150,12 @@ def copied(tmp_path):
 
 
 @pytest.fixture
+def damageable(checkpoints, copied):
+    """A copy of a checkpoint, which a test may damage."""
+    return copied(checkpoints())
+
+
+@pytest.fixture
 def small_set(tmp_path):
     """A function that writes a part of the built-in retrieval set and returns its folder.
 

@@ -12,31 +12,26 @@ from embedport.errors import CheckpointError
 from embedport.files import SMALL, read_small
 
 
-@pytest.fixture
-def folder(checkpoints, copied):
-    return copied(checkpoints())
-
-
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
-def test_fifo(folder, name):
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
+def test_fifo(damageable, name):
+    (damageable / name).unlink()
+    os.mkfifo(damageable / name)
     with pytest.raises(CheckpointError, match=rf"{name}.*regular file, found a FIFO"):
-        ModelSpec.from_checkpoint(folder)
+        ModelSpec.from_checkpoint(damageable)
 
 
-def test_device(folder):
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to("/dev/urandom")
+def test_device(damageable):
+    (damageable / "config.json").unlink()
+    (damageable / "config.json").symlink_to("/dev/urandom")
     with pytest.raises(CheckpointError, match=r"config\.json.*regular file, found a device"):
-        ModelSpec.from_checkpoint(folder)
+        ModelSpec.from_checkpoint(damageable)
 
 
-def test_folder(folder):
-    (folder / "config.json").unlink()
-    (folder / "config.json").mkdir()
+def test_folder(damageable):
+    (damageable / "config.json").unlink()
+    (damageable / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json.*regular file, found a folder"):
-        ModelSpec.from_checkpoint(folder)
+        ModelSpec.from_checkpoint(damageable)
 
 
 def test_socket():
@@ -46,8 +41,8 @@ def test_socket():
             read_small(Path(base) / "s")
 
 
-def test_large_file(folder):
-    with (folder / "config.json").open("r+b") as file:
+def test_large_file(damageable):
+    with (damageable / "config.json").open("r+b") as file:
         file.truncate(4 << 30)  # takes no room
     with pytest.raises(CheckpointError, match=rf"{SMALL:,} bytes at most, found 4,294,967,296"):
-        ModelSpec.from_checkpoint(folder)
+        ModelSpec.from_checkpoint(damageable)

@@ -7,16 +7,11 @@ from embedport.errors import InputError
 from embedport.links import check_links
 
 
-@pytest.fixture
-def folder(checkpoints, copied):
-    return copied(checkpoints())
-
-
 @pytest.mark.parametrize("target", ["modules.json", "nowhere"])
-def test_link_to_nothing(folder, target):
+def test_link_to_nothing(damageable, target):
     """Taken for absent, it would be another model's pooling."""
-    (folder / "modules.json").unlink()
-    (folder / "modules.json").symlink_to(target)
+    (damageable / "modules.json").unlink()
+    (damageable / "modules.json").symlink_to(target)
     for look in (fetch, check_links):
         with pytest.raises(InputError, match=r"modules\.json is a link to .* leads to no file"):
-            look(folder)
+            look(damageable)

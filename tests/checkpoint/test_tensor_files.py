@@ -12,26 +12,21 @@ from embedport.errors import CheckpointError
 from embedport.files import SMALL
 
 
-@pytest.fixture
-def folder(checkpoints, copied):
-    return copied(checkpoints())
-
-
-def test_fifo(folder):
-    (folder / "model.safetensors").unlink()
-    os.mkfifo(folder / "model.safetensors")
+def test_fifo(damageable):
+    (damageable / "model.safetensors").unlink()
+    os.mkfifo(damageable / "model.safetensors")
     with pytest.raises(CheckpointError, match="should be a regular file, found a FIFO"):
-        open_shard(folder / "model.safetensors")
+        open_shard(damageable / "model.safetensors")
 
 
 @pytest.mark.parametrize("file", ["b" * 5000, "", "..", "a\0b", "a/b", 7, "é" * 200])
-def test_names_in_an_index(folder, file):
+def test_names_in_an_index(damageable, file):
     index = {"weight_map": {"norm.weight": file}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "modules.json").unlink()
-    (folder / "model.safetensors").unlink()
+    (damageable / "model.safetensors.index.json").write_text(json.dumps(index))
+    (damageable / "modules.json").unlink()
+    (damageable / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"norm\.weight should be in a file beside"):
-        ModelSpec.from_checkpoint(folder)
+        ModelSpec.from_checkpoint(damageable)
 
 
 def test_many_tiny_tensors(tmp_path):
