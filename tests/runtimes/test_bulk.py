@@ -21,7 +21,7 @@ from embedport.runtimes import bulk
 from embedport.runtimes.bulk import INDEX, Job, encode_corpus, run_here
 
 RAGGED = ["one", "", "two words", "long " * 90, " spaces ", "日本語 🥾", "one"] * 5
-MANY = [f"text {i} of many, {'word ' * (i % 7)}" for i in range(20_000)]
+MANY = [f"text {i} of many, {'word ' * (i % 7)}" for i in range(12_000)]
 COMMAND = [sys.executable, "-m", "embedport", "encode"]
 # Batches differ, and so does the order of fp32 sums.
 CLOSE: Any = {"atol": 2e-6, "rtol": 0}
@@ -202,7 +202,7 @@ def test_kill_9(artifact, vectors_of_many, tmp_path):
     corpus, output = write_many(tmp_path), tmp_path / "vectors"
     command = [*COMMAND, artifact, "--input", corpus, "--output", output, "--device", "cpu"]
     kept = {}
-    for number in (1, 4):
+    for number in (1, 3):
         with subprocess.Popen(command) as process:
             while not (output / f"{number:06}.npy").exists():
                 assert process.poll() is None, "it ended before it was killed"
@@ -210,7 +210,7 @@ def test_kill_9(artifact, vectors_of_many, tmp_path):
             process.kill()
         found = stamps(output)
         assert kept.items() <= found.items()
-        assert number < len(found) < 10
+        assert number < len(found) < 6
         assert not json.loads((output / INDEX).read_text())["complete"]
         kept = found
     subprocess.run(command, check=True)
