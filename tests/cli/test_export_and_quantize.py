@@ -40,7 +40,7 @@ class TestExport:
     def test_the_reference_of_a_quantized_checkpoint_is_its_original(
         self, run, checkpoints, quantized, copied, tmp_path
     ):
-        source = quantized("w8a8")
+        source = quantized("gptq")
         code, out, _ = run("export", "onnx", source, "-o", tmp_path / "out")
         assert code == 0
         assert f"embedport validate {tmp_path / 'out'} --reference {checkpoints('kv8')}\n" in out
