@@ -115,9 +115,9 @@ def quantize_checkpoint(
         DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written files lack tensors or hold others.
 
-    >>> artifact = quantize_checkpoint(checkpoint, folder / "tea-w8a8", method="w8a8")
+    >>> artifact = quantize_checkpoint(checkpoint, folder / "tea-fp8", method="fp8")
     >>> artifact.manifest.format, artifact.manifest.precision
-    ('checkpoint', 'w8a8')
+    ('checkpoint', 'fp8')
     """
     output = Path(output).expanduser().absolute()
     # Weights may be gigabytes to download: first check everything that does not need them.
