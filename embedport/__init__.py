@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .calibration import build_calibration
     from .checkpoint.spec import ModelSpec
     from .errors import EmbedportError
-    from .exporters import export, quantize_checkpoint
+    from .exporters import export, export_tensorrt, quantize_checkpoint
     from .runtimes import (
         Check,
         Embedder,
@@ -47,6 +47,7 @@ _HOMES = {
     "build_calibration": "calibration",
     "check": "runtimes",
     "export": "exporters",
+    "export_tensorrt": "exporters",
     "load": "runtimes",
     "load_embedder": "runtimes",
     "load_reranker": "runtimes",
@@ -69,6 +70,7 @@ __all__ = [
     "build_calibration",
     "check",
     "export",
+    "export_tensorrt",
     "load",
     "load_embedder",
     "load_reranker",

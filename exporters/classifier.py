@@ -8,7 +8,7 @@ from typing import Any
 
 from ..artifact.layout import turn_into_classifier, write_json
 from ..checkpoint.spec import ModelSpec
-from ..files import load_json
+from ..strict_json import load_json
 from ..texts.prompts import (
     DEFAULT_INSTRUCTION,
     END_OF_TEXT,

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..checkpoint.hub import fetch
 from ..checkpoint.modelcard import declared_task
 from ..checkpoint.spec import ModelSpec, Task, read_spec, with_own_head
-from ..files import INDEX
+from ..checkpoint.tensor_files import INDEX
 
 
 def read_configuration(

@@ -106,12 +106,12 @@ def estimate_seconds(
 
 def _layer_weights(spec: ModelSpec) -> Mapping[tuple[str, int], int]:
     """The weights of each projection of a layer, by its name and number of inputs."""
-    found = {}
+    weights = {}
     for name in matrices(spec):
         if name.startswith("layers.0."):
             shape = spec.tensor_shapes()[f"{name}.weight"]
-            found[name, shape[1]] = math.prod(shape)
-    return found
+            weights[name, shape[1]] = math.prod(shape)
+    return weights
 
 
 def _stage_inputs(spec: ModelSpec) -> list[int]:

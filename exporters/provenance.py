@@ -6,9 +6,11 @@ import platform
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-from ..artifact.manifest import AdapterRecord, SourceRecord
+from ..artifact.manifest import AdapterRecord, Manifest, SourceRecord
 from ..checkpoint.spec import ModelSpec
 from ..checkpoint.weights import Weights
+from ..errors import ArtifactError
+from ..files import MANIFEST
 from ..integrity import record_files
 
 # Called with (stage, done, total).
@@ -26,7 +28,21 @@ def source_record(weights: Weights) -> SourceRecord:
     records = record_files(weights.files)
     source = weights.spec.source
     files = {path.name: record.sha256 for path, record in records.items()}
-    return SourceRecord(source.id, source.revision, files, adapter_record(weights.spec))
+    adapter, original = adapter_record(weights.spec), _original(weights.spec)
+    return SourceRecord(source.id, source.revision, files, adapter, original)
+
+
+def _original(spec: ModelSpec) -> tuple[str, ...] | None:
+    """How `validate` names the original of a quantized checkpoint; None if it is not quantized.
+
+    Only checkpoints that embedport quantized say what they were made from.
+    """
+    if spec.quantization is None:
+        return None
+    try:
+        return Manifest.from_json(spec.source.folder / MANIFEST).source.options
+    except ArtifactError:
+        return ("--reference", "ORIGINAL")
 
 
 def adapter_record(spec: ModelSpec) -> AdapterRecord | None:

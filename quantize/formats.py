@@ -145,8 +145,8 @@ def plan_formats(
         # Eight bits are precise enough without a zero point, and run faster.
         symmetric = bits == 8 or dialect == "standard"
         size = group_size or (FAST_GROUP if fast else GROUP)
-        inputs = [spec.tensor_shapes()[f"{name}.weight"][1] for name in matrices(spec)]
-        if group_size is None and dialect == "standard" and any(each % size for each in inputs):
+        widths = [spec.tensor_shapes()[f"{name}.weight"][1] for name in matrices(spec)]
+        if group_size is None and dialect == "standard" and any(width % size for width in widths):
             size = FAST_GROUP  # engines take whole groups only
         format = Format(QuantScheme(bits, size, symmetric=symmetric))
     formats = dict.fromkeys(matrices(spec), format)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import load_json
+from ..strict_json import load_json
 
 ROUNDINGS = ("gptq", "gptaq")
 SCALINGS = ("awq", "smoothquant")
@@ -19,8 +19,8 @@ ALGORITHMS = (
     *SCALINGS,
     *(f"{scaling}+{rounding}" for scaling in SCALINGS for rounding in ROUNDINGS),
 )
-# The default of 4 bits. Following the original model (GPTAQ) helps a vector, which all tokens before
-# it shape; it fits a reranker's few templates too closely (docs/quantization.md).
+# The default of 4 bits. Following the original model (GPTAQ) helps vectors; it fits a reranker's few
+# templates too closely (docs/quantization.md).
 BY_TASK = {"embedding": "gptaq", "reranker": "awq+gptq"}
 # Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
 RENAMED = {"hqq": "mse"}

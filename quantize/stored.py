@@ -17,9 +17,9 @@ from ..checkpoint.quantization_config import (
     StoredQuantization,
 )
 from ..checkpoint.spec import ModelSpec
+from ..checkpoint.tensor_files import TensorInfo, open_shard, read_headers, read_octets
 from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError
-from ..files import TensorInfo, open_shard, read_headers, read_octets
 from .schemes import QuantizedTensor, QuantScheme
 from .unpacking import float_values, shift, unpack, unpack_awq, unpack_pairs
 

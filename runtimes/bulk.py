@@ -30,10 +30,10 @@ from ..checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
-from ..files import load_json, parse_json
 from ..integrity import record_files
 from ..progress import progress_bar
 from ..storage import ObjectPath, Place, open_to_read, writing
+from ..strict_json import load_json, parse_json
 from ..texts.corpus import Part
 from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt

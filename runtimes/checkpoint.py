@@ -27,9 +27,9 @@ from safetensors import safe_open
 from ..bitsandbytes_ import importing_bitsandbytes
 from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import ModelSpec
+from ..checkpoint.tensor_files import TensorInfo, read_headers
 from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError, MissingPackageError, require
-from ..files import TensorInfo, read_headers
 from ..quantize.stored import open_weights, warn_of_activations
 from ..requirements import meets
 
@@ -222,20 +222,24 @@ def _load_by_library(
                 f"another shape than {quantization.method} expects; quantize it again"
             )
     model.requires_grad_(False).eval()
-    if quantization.method == "compressed-tensors":
-        # The library unpacks all matrices at the model's first call: make that call here.
-        torch = require("torch", "torch")
-        token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-        try:
-            with _silent(transformers), torch.no_grad():
-                model(input_ids=token, use_cache=False)
-        except (RuntimeError, ValueError, KeyError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise CheckpointError(
-                f"{folder}: {quantization.method} cannot run it: {error}; quantize it again, or "
-                "export it, which unpacks its weights"
-            ) from error
+    # compressed-tensors unpacks its matrices at the first call, and bitsandbytes packs them again,
+    # which on CPUs with bf16 takes whole blocks of 64 inputs only: make that call here.
+    torch = require("torch", "torch")
+    token = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    try:
+        with _silent(transformers), torch.no_grad():
+            model(input_ids=token, use_cache=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        advice = (
+            "quantize the original again"
+            if quantization.method == "bitsandbytes"
+            else "quantize it again, or export it, which unpacks its weights"
+        )
+        raise CheckpointError(
+            f"{folder}: {quantization.method} cannot run it on {device}: {error}; {advice}"
+        ) from error
     return model.model if prefixed else model
 
 

@@ -16,7 +16,8 @@ from ..checkpoint.pipeline import Inputs, Outputs
 from ..checkpoint.spec import ModelSpec, Task, read_spec
 from ..checkpoint.weights import Weights
 from ..errors import InputError
-from ..files import MANIFEST, check_links
+from ..files import MANIFEST
+from ..links import check_links
 
 CONFIG = "config.json"
 # safetensors' floating-point dtypes to the names of precisions.

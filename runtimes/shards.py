@@ -56,11 +56,11 @@ def is_complete(path: Path, form: str, part: Part, width: int, dtype: str) -> bo
                 return _count_parquet(file) == part.rows
             if np.lib.format.read_magic(file) != (1, 0):
                 return False
-            shape, _, found = np.lib.format.read_array_header_1_0(file)
-            size = file.tell() + part.rows * width * found.itemsize
+            shape, _, stored = np.lib.format.read_array_header_1_0(file)
+            size = file.tell() + part.rows * width * stored.itemsize
             return (
                 shape == (part.rows, width)
-                and str(found) == dtype
+                and str(stored) == dtype
                 and os.fstat(file.fileno()).st_size == size
             )
     except (OSError, ValueError):

@@ -31,13 +31,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # The models are tiny: a second thread waits for the first most of its time, and is busy at it.
 os.environ["OMP_NUM_THREADS"] = "1"
-if find_spec("torch") is not None:
-    torch = import_module("torch")
-    torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        # Triton's kernels run in its interpreter, which it must know before it is imported.
-        os.environ["TRITON_INTERPRET"] = "1"
-
 DATA = Path(__file__).parent / "data"
 
 # kv heads 1, 2 and 8; tied and untied; head_dim other than hidden / heads.
@@ -48,6 +41,18 @@ GEOMETRIES = {
     # Every matrix has a multiple of 64 inputs, as blocks of 64 need.
     "blocks": Geometry(64, 2, 4, 2, 48, 192, tied=True),
 }
+
+
+def pytest_configure(config):
+    """Prepare torch where tests run; xdist's own process runs none, and need not import it."""
+    starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if starts_workers or find_spec("torch") is None:
+        return
+    torch = import_module("torch")
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Triton's kernels run in its interpreter, which it must know before it is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,6 +147,12 @@ def copied(tmp_path):
         return Path(shutil.copytree(folder, tmp_path / folder.name))
 
     return copy
+
+
+@pytest.fixture
+def damageable(checkpoints, copied):
+    """A copy of a checkpoint, which a test may damage."""
+    return copied(checkpoints())
 
 
 @pytest.fixture

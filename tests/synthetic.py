@@ -26,8 +26,8 @@ from tokenizers.trainers import BpeTrainer
 
 from embedport.artifact.layout import write_json, write_sentence_transformers
 from embedport.checkpoint.spec import DEFAULT_PROMPTS, ModelSpec, Task
+from embedport.checkpoint.tensor_files import INDEX, SINGLE
 from embedport.checkpoint.tokens import SPLIT
-from embedport.files import INDEX, SINGLE
 from embedport.texts.prompts import append_end_of_text
 
 # Qwen's special tokens in the order of their ids (Qwen3's tokenizer.json).

@@ -20,8 +20,8 @@ from embedport.exporters import texts
 from embedport.exporters.calibration import builtin
 from embedport.exporters.checkpoints.quantize import estimate_checkpoint
 from embedport.exporters.configuration import read_configuration
-from embedport.exporters.onnx.export import estimate_onnx
-from embedport.exporters.onnx.plan import Options, plan_export
+from embedport.exporters.onnx import Options, estimate_onnx
+from embedport.exporters.onnx.plan import plan_export
 from embedport.exporters.texts import encode_samples
 from embedport.texts.beir import read_beir
 from embedport.texts.prompts import EmbeddingTokenizer
@@ -105,9 +105,8 @@ class TestTexts:
         rows = encode_samples(tokenizer, spec, read_samples(built.path))
         assert built.tokens == sum(map(len, rows))
         assert 1400 <= built.tokens <= 1500
-        estimate = estimate_onnx(
-            builtin_embedder(), tmp_path / "out", precision="int4", calibration=built.path
-        )
+        options = Options(precision="int4", calibration=built.path)
+        estimate = estimate_onnx(builtin_embedder(), tmp_path / "out", options)
         steps = " ".join(estimate.steps)
         assert f"{built.texts} calibration texts of {built.tokens:,} tokens" in steps
 
@@ -248,9 +247,8 @@ class TestPairs:
             builtin_reranker(), definitions, tmp_path / "a.jsonl", tokens=3000, embedder=embedder
         )
         assert built.tokens <= 3000
-        estimate = estimate_onnx(
-            builtin_reranker(), tmp_path / "out", precision="int4", calibration=built.path
-        )
+        options = Options(precision="int4", calibration=built.path)
+        estimate = estimate_onnx(builtin_reranker(), tmp_path / "out", options)
         steps = " ".join(estimate.steps)
         assert f"{built.texts} calibration texts of {built.tokens:,} tokens" in steps
 
@@ -283,7 +281,7 @@ class TestFewTokens:
         assert "layers.0.self_attn.o_proj" in message or "layers.0.mlp.down_proj" in message
         assert "has 256 inputs: 2,560 tokens are advised, 10 for each" in message
         caplog.clear()
-        estimate_onnx(checkpoints("kv8"), tmp_path / "dry", **options)
+        estimate_onnx(checkpoints("kv8"), tmp_path / "dry", Options(**options))
         assert self.warnings(caplog) == [message]
 
     def test_checkpoints(self, checkpoints, tmp_path, caplog):
@@ -307,7 +305,7 @@ class TestFewTokens:
         texts.write_text("a text about tea\n")
         if "fast" not in options:
             options = options | {"calibration": texts}
-        estimate_onnx(checkpoints("kv8"), tmp_path / "out", **options)
+        estimate_onnx(checkpoints("kv8"), tmp_path / "out", Options(**options))
         assert self.warnings(caplog) == []
 
     def test_the_built_in_texts_are_enough_for_the_smallest_model(self, real_tokenizer):

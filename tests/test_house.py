@@ -1,6 +1,7 @@
 """The house: one import name, imports in one direction, a light front door."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from importlib.util import resolve_name
@@ -108,6 +109,23 @@ def test_public_names():
     assert dir(embedport) == sorted(embedport.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = embedport.nothing
+
+
+def test_public_functions_name_their_options():
+    """Editors, type checkers and `help` see every option: its name, its type and its default."""
+    checked = 0
+    for name in embedport.__all__:
+        value = getattr(embedport, name)
+        methods = vars(value).values() if inspect.isclass(value) else [value]
+        for function in filter(inspect.isfunction, methods):
+            if function.__name__.startswith("_"):
+                continue
+            checked += 1
+            for parameter in inspect.signature(function).parameters.values():
+                where = f"{name}: {function.__name__}({parameter.name})"
+                assert parameter.kind != parameter.VAR_KEYWORD, where
+                assert parameter.name == "self" or parameter.annotation != parameter.empty, where
+    assert checked > 20
 
 
 def test_rooms_are_one_copy_under_one_name():

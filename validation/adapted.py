@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoint.adapter import CONFIG, WEIGHTS, Adapter
 from ..checkpoint.spec import CLASSIFIER, ModelSpec
 from ..errors import CheckpointError, require
-from ..files import read_json
+from ..strict_json import read_json
 
 
 class ReferenceFolder:

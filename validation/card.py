@@ -19,7 +19,7 @@ import numpy as np
 
 from ..checkpoint.spec import ModelSpec
 from ..errors import CheckpointError, require
-from ..files import read_json
+from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
 from .live import LiveReference, choose_dtype, no_loading_bar, place
 from .reference import Arithmetic, Inputs

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.adapter import WEIGHTS
+from ..checkpoint.tensor_files import read_headers
 from ..errors import MissingPackageError, require
-from ..files import read_headers
 from ..integrity import record_files
 from ..runtimes import ModelInfo
 from .layers import LayerError

@@ -23,7 +23,8 @@ from safetensors.numpy import save
 
 from ..checkpoint.spec import TASKS, Task
 from ..errors import InputError
-from ..files import parse_json, written
+from ..files import written
+from ..strict_json import parse_json
 from ..texts.beir import RetrievalSet
 from ..texts.samples import Pair, Sample
 from .reference import Arithmetic, Inputs, Origin

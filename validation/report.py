@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..checkpoint.spec import Task
-from ..files import without_nan
+from ..strict_json import without_nan
 from .retrieval import RetrievalReport
 
 EXCERPT = 60

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
-from ..files import MANIFEST, check_links
+from ..files import MANIFEST
 from ..integrity import check_files, record_files
 from ..leftovers import OLD, lock, tidy_up
+from ..links import check_links
 from .card import model_card
 from .manifest import Manifest
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ..checkpoint.modules import MODULES, SETTINGS, TRANSFORMER
 from ..checkpoint.pooling import DENSE_FILE
-from ..files import load_json
+from ..strict_json import load_json
 
 PLAIN = {
     "": "sentence_transformers.models.Transformer",

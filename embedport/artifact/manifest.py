@@ -12,9 +12,10 @@ from ..checkpoint.hub import pin
 from ..checkpoint.pipeline import POOLING_MODES, ROLES, Activation, Form, Inputs, Outputs
 from ..checkpoint.spec import TASKS, Task
 from ..errors import ArtifactError
-from ..files import is_file_name, load_json
+from ..files import is_file_name
 from ..integrity import FileRecord
 from ..machine.engine import EngineRecord
+from ..strict_json import load_json
 
 FORMAT_VERSION = 5
 
@@ -57,12 +58,15 @@ class SourceRecord:
         revision: Its commit on the hub.
         files: File name to sha256, of its shards and the adapter's files.
         adapter: The adapter that was merged into its weights, if any.
+        original: For a quantized checkpoint, the options of `embedport validate` that name the
+            checkpoint that it was quantized from; None for a checkpoint that is not quantized.
     """
 
     id: str
     revision: str | None
     files: Mapping[str, str]
     adapter: AdapterRecord | None = None
+    original: tuple[str, ...] | None = None
 
     @property
     def pinned(self) -> str:
@@ -71,7 +75,12 @@ class SourceRecord:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Command line options of `embedport validate` to compare with this checkpoint."""
+        """Command line options of `embedport validate`: the reference of what was made from this.
+
+        A quantized checkpoint is no reference: its original is.
+        """
+        if self.original is not None:
+            return self.original
         adapter = () if self.adapter is None else ("--adapter", self.adapter.pinned)
         return ("--reference", self.pinned, *adapter)
 
@@ -282,6 +291,7 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     if source.adapter is not None:
         adapter = source.adapter
         texts |= {f"adapter's {i}": text for i, text in enumerate((adapter.id, *adapter.targets))}
+    texts |= {f"source's original {i}": text for i, text in enumerate(source.original or ())}
     maps = {"prompts": inputs.prompts, "versions": values["versions"]}
     maps |= {"source's files": source.files}
     sizes = {
@@ -356,6 +366,8 @@ def _is_size(value: object) -> bool:
 
 def _read_source(values: Mapping[str, Any]) -> SourceRecord:
     source = SourceRecord(**values)
+    if source.original is not None:
+        source = replace(source, original=tuple(source.original))
     if not values.get("adapter"):
         return source
     adapter = AdapterRecord(**values["adapter"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ..files import read_headers
+from ..checkpoint.tensor_files import read_headers
 
 # Part of the model to the names of its tensors.
 PARTS = {

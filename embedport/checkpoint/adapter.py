@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import TensorInfo, read_json, read_shard
+from ..strict_json import read_json
 from .keys import ADAPTER_NEUTRAL, ADAPTER_NOTES, ADAPTER_READ, refuse_unknown, shown
+from .tensor_files import TensorInfo, read_shard
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

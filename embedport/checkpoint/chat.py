@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..files import read_json, read_small
+from ..files import read_small
+from ..strict_json import read_json
 from .pipeline import MessageFormat
 
 TEMPLATE = "chat_template.jinja"

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError
-from ..files import MANIFEST, check_broken_links, read_json
+from ..files import MANIFEST
 from ..leftovers import tidy_up
+from ..links import check_broken_links
+from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER_CONFIG
 from .adapter import is_adapter, read_base
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import TensorInfo, open_shard
 from .adapter import CONFIG, WEIGHTS, Lora
 from .spec import ModelSpec
+from .tensor_files import TensorInfo, open_shard
 from .weights import Weights
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from ..errors import CheckpointError
-from ..files import load_json, read_json
+from ..strict_json import load_json, read_json
 from .chat import has_template, infer_format
 from .keys import (
     LOADING_NOTES,

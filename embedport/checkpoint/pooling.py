@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import open_shard
 from .pipeline import Dense, Outputs
+from .tensor_files import open_shard
 
 DENSE_FILE = "model.safetensors"
 # Lower bounds of a norm in torch.nn.functional.normalize, and of a token count in

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..files import read_json, tensor_names
+from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER
 from .adapter import Adapter, Merge, read_adapter
 from .chat import ChatTemplate, has_template, infer_format, read_template
@@ -26,6 +26,7 @@ from .modules import Modules, read_activation, read_modules, read_prompts
 from .pipeline import TASKS, Inputs, Outputs, Task
 from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
 from .rope import Rope, read_rope
+from .tensor_files import tensor_names
 from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 

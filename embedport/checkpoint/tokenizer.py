@@ -19,8 +19,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import CheckpointError
-from ..files import parse_json, read_small
+from ..files import read_small
 from ..integrity import cache_folder
+from ..strict_json import parse_json
 
 # Maximum bytes of the file; Qwen3's has 11 MB.
 LARGEST = 64 << 20

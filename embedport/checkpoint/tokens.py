@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import CheckpointError
-from ..files import read_json
+from ..strict_json import read_json
 from .chat import TOKENIZER_CONFIG
 from .keys import shown
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
-from ..files import TensorInfo, open_shard, read_headers
 from .spec import ModelSpec
+from .tensor_files import TensorInfo, open_shard, read_headers
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 

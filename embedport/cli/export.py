@@ -146,41 +146,43 @@ def export_onnx(
 
     Example: embedport export onnx Qwen/Qwen3-Embedding-0.6B -o qwen3-fp32
     """
-    from ..exporters.onnx import estimate_onnx
+    from ..exporters.onnx import Options, estimate_onnx
     from ..exporters.onnx import export_onnx as run
 
-    options: dict[str, Any] = {
+    options = Options(
+        precision=precision,
+        arithmetic=arithmetic,
+        dialect=dialect,
+        outputs=output,
+        dim=dim,
+        max_length=max_length,
+        calibration=calibration,
+        device=device,
+        algorithm=algorithm,
+        fast=fast,
+        rotate=rotate,
+        group_size=group_size,
+        embedding_bits=embedding_bits,
+        recipe=recipe,
+        min_cosine=min_cosine,
+        max_ndcg_loss=max_ndcg_loss,
+        retrieval=retrieval,
+        max_bytes=max_bytes,
+        average_bits=average_bits,
+        consumers=consumers or (),
+    )
+    places: dict[str, Any] = {
         "revision": revision,
         "task": task,
         "adapter": adapter,
-        "precision": precision,
-        "arithmetic": arithmetic,
-        "dialect": dialect,
-        "outputs": output,
-        "dim": dim,
-        "max_length": max_length,
-        "calibration": calibration,
-        "device": device,
-        "algorithm": algorithm,
-        "fast": fast,
-        "rotate": rotate,
-        "group_size": group_size,
-        "embedding_bits": embedding_bits,
-        "recipe": recipe,
-        "min_cosine": min_cosine,
-        "max_ndcg_loss": max_ndcg_loss,
-        "retrieval": retrieval,
-        "max_bytes": max_bytes,
-        "average_bits": average_bits,
-        "consumers": consumers or (),
         "force": force,
     }
     if dry_run:
-        print_estimate(estimate_onnx(checkpoint, out, **options), as_json=as_json)
+        print_estimate(estimate_onnx(checkpoint, out, options, **places), as_json=as_json)
         return
     start = time.monotonic()
     with stages() as progress:
-        artifact = run(checkpoint, out, **options, progress=progress)
+        artifact = run(checkpoint, out, **vars(options), **places, progress=progress)
     seconds = time.monotonic() - start
     if as_json:
         typer.echo(json.dumps(_facts(artifact, seconds)))
@@ -226,3 +228,6 @@ def _print(artifact: Artifact, seconds: float) -> None:
         f"embedport validate {folder} {options}",
     ):
         console.print(f"  {command}", soft_wrap=True)
+    if "ORIGINAL" in manifest.source.options:
+        words = f"ORIGINAL: the checkpoint that {manifest.source.id} was quantized from"
+        console.print(words, soft_wrap=True)

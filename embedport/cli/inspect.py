@@ -183,7 +183,7 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
 def _weights(spec: ModelSpec) -> dict[str, Any] | None:
     """The tensors' dtypes and shards; None if they are not on this disk."""
     from ..checkpoint.quantization_config import LibraryQuantization
-    from ..files import read_headers
+    from ..checkpoint.tensor_files import read_headers
     from ..quantize.stored import open_weights
 
     if not any(spec.source.folder.glob("*.safetensors")):

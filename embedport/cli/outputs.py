@@ -115,7 +115,7 @@ def to_json(value: object, indent: int | None = None) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
     except ValueError:
-        from ..files import without_nan
+        from ..strict_json import without_nan
 
         return json.dumps(without_nan(value), ensure_ascii=False, indent=indent)
 

@@ -107,7 +107,7 @@ def export_tensorrt(
         )
     seconds = time.monotonic() - start
     engine = artifact.manifest.engine
-    reason = None if engine else "; ".join(str(obstacle(each)) for each in LIBRARIES)
+    reason = None if engine else "; ".join(str(obstacle(library)) for library in LIBRARIES)
     if as_json:
         facts = {
             "artifact": str(artifact.folder),
@@ -123,7 +123,7 @@ def export_tensorrt(
         }
         typer.echo(json.dumps(facts))
     else:
-        options = [f"--profile {each}" for each in profile or []]
+        options = [f"--profile {text}" for text in profile or []]
         options += ["--version-compatible"] * version_compatible
         if hardware_compatible != "none":
             options.append(f"--hardware-compatible {hardware_compatible}")

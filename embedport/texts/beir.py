@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import MOST_TEXT, parse_json, read_small, written
+from ..files import MOST_TEXT, read_small, written
+from ..strict_json import parse_json
 from .corpus import titled_text
 
 BUILTIN = "builtin"

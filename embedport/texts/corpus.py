@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InputError
-from ..files import parse_json
 from ..progress import progress_bar
 from ..storage import Place, open_to_read, size_of
+from ..strict_json import parse_json
 from .prompts import check_text
 
 # Maximum bytes of a line; the longest text that a model reads has 200,000.

@@ -74,23 +74,23 @@ def read_parquet_part(path: Place, part: Part) -> list[Row]:
     Raises:
         InputError: The file has changed since the survey.
     """
-    found: list[Row] = []
+    rows_read: list[Row] = []
     with _open(path, digest=False) as (file, _, _):
         if part.offset < file.num_row_groups:
             for number, row in enumerate(_rows(path, file, part.offset)):
                 if number >= part.line:
-                    found.append(row)
-                if len(found) == part.rows:
+                    rows_read.append(row)
+                if len(rows_read) == part.rows:
                     break
     crc = 0
-    for row in found:
+    for row in rows_read:
         crc = zlib.crc32(row.text.encode(), crc)
-    if len(found) < part.rows or crc != part.crc32:
+    if len(rows_read) < part.rows or crc != part.crc32:
         raise InputError(
             f"{path} should hold the same {part.rows:,} texts from row {part.first:,} on as when "
             "the work began, found others: the file has changed"
         )
-    return found
+    return rows_read
 
 
 @contextmanager

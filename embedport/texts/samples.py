@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..files import MOST_TEXT, parse_json, read_small
+from ..files import MOST_TEXT, read_small
+from ..strict_json import parse_json
 from .corpus import is_jsonl, titled_text
 
 T = TypeVar("T")

@@ -159,7 +159,7 @@ def quantize_layers(
         originals = list(states) if follows else []
         _check_finite(source, "embed_tokens gives", states)
         if table is not None:
-            states = [quantize_mse(each[0], table.scheme).dequantize()[None] for each in states]
+            states = [quantize_mse(state[0], table.scheme).dequantize()[None] for state in states]
     for _ in range(first):
         advance()
     for number in range(first, source.spec.num_layers):

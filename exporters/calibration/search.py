@@ -212,7 +212,7 @@ def search_formats(
         chosen = _fit(upgrades, targets.max_bytes - smallest)
     else:
         judge = _Judge(design, apply, rows, targets, folder)
-        errors = sum(each.error for each in sensitivities) - np.cumsum(
+        errors = sum(matrix.error for matrix in sensitivities) - np.cumsum(
             [0.0, *(upgrade.gain for upgrade in upgrades)]
         )
         chosen = upgrades[: _fewest(np.maximum(errors, 0), targets.min_cosine, judge, upgrades)]
@@ -302,9 +302,9 @@ def _fewest(
             high, kept = middle, True
         else:
             low = middle + 1
-        found = 1 - judge.trials[middle].min_cosine
-        if errors[middle] > 0 and found > 0:
-            ratio = found / float(errors[middle])
+        error = 1 - judge.trials[middle].min_cosine
+        if errors[middle] > 0 and error > 0:
+            ratio = error / float(errors[middle])
     if high not in judge.trials and not judge.keeps(upgrades[:high]):
         raise InputError(
             f"no assignment keeps the target: fp32 itself gives a cosine of "
@@ -354,7 +354,7 @@ def _measure_matrices(
     # For each text the states of all models, the fp32 one first: [models, tokens, hidden_size].
     models = [np.concatenate(pair) for pair in zip(states, table, strict=True)]
     for number in range(design.spec.num_layers):
-        before = [each[:1] for each in models]
+        before = [states[:1] for states in models]
         with Layer(design, number, folder) as layer:
             run_layer(layer, rows, models)
         for name in matrices(design.spec):
@@ -368,29 +368,30 @@ def _measure_matrices(
             models = [np.concatenate(pair) for pair in zip(models, changed, strict=True)]
         advance()
     vectors = [
-        final_vectors(design, [each[i : i + 1] for each in models]) for i in range(len(names) + 1)
+        final_vectors(design, [states[i : i + 1] for states in models])
+        for i in range(len(names) + 1)
     ]
     return [
         Sensitivity(
             name,
             _levels(name)[0],
             _size(design, name, _levels(name)[0]),
-            max(0.0, 1 - float(_cosines(found, vectors[0]).mean())),
+            max(0.0, 1 - float(_cosines(changed, vectors[0]).mean())),
         )
-        for name, found in zip(names, vectors[1:], strict=True)
+        for name, changed in zip(names, vectors[1:], strict=True)
     ]
 
 
 def _sort_upgrades(design: Design, sensitivities: Sequence[Sensitivity]) -> list[_Upgrade]:
     """Upgrades of all matrices, sorted by the error removed per byte, most first."""
     upgrades = []
-    for each in sensitivities:
-        levels = _levels(each.name)
-        sizes = [_size(design, each.name, level) for level in levels]
+    for matrix in sensitivities:
+        levels = _levels(matrix.name)
+        sizes = [_size(design, matrix.name, level) for level in levels]
         for step in range(1, len(levels)):
-            gain = each.error * (ERRORS[step - 1] - ERRORS[step])
+            gain = matrix.error * (ERRORS[step - 1] - ERRORS[step])
             added = sizes[step] - sizes[step - 1]
-            upgrades.append(_Upgrade(each.name, levels[step], added, gain))
+            upgrades.append(_Upgrade(matrix.name, levels[step], added, gain))
     # The sort is stable: a matrix whose error is zero is still upgraded level by level.
     return sorted(upgrades, key=lambda upgrade: -upgrade.gain / upgrade.bytes)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ...checkpoint.spec import ModelSpec
-from ...files import read_json
 from ...quantize.gptq import DAMPING
+from ...strict_json import read_json
 from ...texts.prompts import find_answers, load_tokenizer
 from ...version import __version__
 from ..classifier import CLASSIFIER, classifier_values

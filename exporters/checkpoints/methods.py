@@ -46,6 +46,8 @@ class Method:
         return READERS[self.library]
 
 
+# Weights that share a scale in bitsandbytes' NF4.
+NF4_BLOCK = 64
 READERS = {
     "bitsandbytes": "transformers with bitsandbytes, vLLM, or embedport",
     "gptq": "GPTQModel, vLLM, or embedport",
@@ -146,8 +148,8 @@ def plan_method(
     """Check the options against the model.
 
     Raises:
-        InputError: The method is unknown, it does not take an option, or its groups or packed
-            words do not divide a matrix.
+        InputError: The method is unknown, it does not take an option, or its groups, blocks or
+            packed words do not divide a matrix.
     """
     if name not in METHODS:
         raise InputError(f"method should be one of {', '.join(METHODS)}, found {name!r}")
@@ -193,6 +195,12 @@ def plan_method(
                 f"{matrix} of {rows} x {columns} cannot be packed: its rows should be a multiple "
                 f"of {32 // plan.bits}; use `method` w8a8, fp8, bnb-int8 or bnb-nf4"
             )
+        if plan.name == "bnb-nf4" and columns % NF4_BLOCK:
+            raise InputError(
+                f"{matrix} of {rows} x {columns} cannot be in bitsandbytes' blocks of {NF4_BLOCK} "
+                f"inputs, since CPUs with bf16 take whole blocks of a row only; use `method` "
+                "bnb-int8, w8a8 or fp8"
+            )
     return plan
 
 
@@ -204,8 +212,7 @@ def _fitting(algorithm: str, spec: ModelSpec) -> str:
 def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:
     """The approximate bytes of a matrix, scales and zero points included."""
     rows, columns = shape
-    # bitsandbytes has one fp32 scale per 64 weights.
-    group = 64 if plan.name == "bnb-nf4" else plan.group_size or columns
+    group = NF4_BLOCK if plan.name == "bnb-nf4" else plan.group_size or columns
     return math.prod(shape) * plan.bits // 8 + rows * -(-columns // group) * 5 + 8 * columns
 
 

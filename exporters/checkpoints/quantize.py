@@ -16,9 +16,9 @@ from ...artifact.manifest import Manifest
 from ...bitsandbytes_ import importing_bitsandbytes
 from ...checkpoint.lora import open_floats
 from ...checkpoint.spec import ModelSpec, Task
+from ...checkpoint.tensor_files import read_headers
 from ...checkpoint.weights import Weights
 from ...errors import CheckpointError, InputError, VerificationError, require
-from ...files import read_headers
 from ...quantize.formats import matrices
 from ...quantize.recipe import Recipe
 from ...quantize.schemes import ScaleDtype
@@ -115,9 +115,9 @@ def quantize_checkpoint(
         DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written files lack tensors or hold others.
 
-    >>> artifact = quantize_checkpoint(checkpoint, folder / "tea-w8a8", method="w8a8")
+    >>> artifact = quantize_checkpoint(checkpoint, folder / "tea-fp8", method="fp8")
     >>> artifact.manifest.format, artifact.manifest.precision
-    ('checkpoint', 'w8a8')
+    ('checkpoint', 'fp8')
     """
     output = Path(output).expanduser().absolute()
     # Weights may be gigabytes to download: first check everything that does not need them.
@@ -170,32 +170,33 @@ def estimate_checkpoint(
     revision: str | None = None,
     task: Task | None = None,
     adapter: str | Path | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    double_quant: bool = False,
+    symmetric: bool = False,
+    fast: bool = False,
     form: Form | None = None,
     calibration: str | Path | None = None,
     device: str = "cpu",
     force: bool = False,
-    **options: Any,
 ) -> Estimate:
-    """Plan a quantization, and estimate what it would take; nothing is written.
+    """Plan a quantization and estimate its cost; writes nothing, and downloads only JSON.
 
-    Args:
-        checkpoint: As for `quantize_checkpoint`, and so are all others.
-        output: The artifact's folder.
-        method: The quantization method.
-        revision: A branch, tag or commit.
-        task: "embedding" or "reranker".
-        adapter: A LoRA adapter.
-        form: A reranker's form.
-        calibration: Texts or pairs.
-        device: Where texts would run.
-        force: Whether an existing artifact may be replaced.
-        **options: The options of the method.
+    The arguments are those of `quantize_checkpoint`.
 
     Raises:
         InputError, CheckpointError, MissingPackageError: As `quantize_checkpoint`.
     """
     spec = read_configuration(checkpoint, revision, task, adapter)
-    plan = plan_method(spec, method, **options)
+    plan = plan_method(
+        spec,
+        method,
+        bits=bits,
+        group_size=group_size,
+        double_quant=double_quant,
+        symmetric=symmetric,
+        fast=fast,
+    )
     _, rows = _check(spec, plan, form, calibration, device)
     check_place(Path(output).expanduser().absolute(), force)
     recipe, size = _recipe(spec, plan), _needed_bytes(spec, plan) - SPARE_BYTES

@@ -17,7 +17,7 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 
 from ...artifact.layout import write_json
-from ...files import INDEX, SINGLE
+from ...checkpoint.tensor_files import INDEX, SINGLE
 
 SHARD_BYTES = 4 << 30
 DTYPES = {

@@ -24,8 +24,8 @@ from ...artifact.layout import write_json
 from ...artifact.manifest import SharedRecord
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError, MissingPackageError, VerificationError
-from ...files import load_json
 from ...quantize.formats import MIXED, TABLE
+from ...strict_json import load_json
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import OLDER, find_dialect
 from ..graph.precision import Precision
@@ -137,7 +137,9 @@ def plan_shared(
     chosen = {consumer: CONSUMERS[consumer] for consumer in dict.fromkeys(names)}
 
     def having(need: str, value: bool = True) -> str:
-        return ", ".join(key for key, each in chosen.items() if getattr(each, need) is value)
+        return ", ".join(
+            key for key, consumer in chosen.items() if getattr(consumer, need) is value
+        )
 
     is_reranker = spec.task == "reranker"
     joining, older = having("templates", False) if is_reranker else "", having("older")
@@ -154,7 +156,7 @@ def plan_shared(
             f"{joining} joins query and document without the reranker's template, and would give "
             "scores without meaning: use sentence-transformers, or embedport itself"
         )
-    pooled = [key for key, each in chosen.items() if not (each.tokens or each.openvino)]
+    pooled = [key for key, consumer in chosen.items() if not (consumer.tokens or consumer.openvino)]
     if pooled and not (is_reranker or spec.outputs.include_prompt):
         raise InputError(
             f"{', '.join(pooled)} reads pooled vectors, and the model leaves its prompts out of "
@@ -314,23 +316,23 @@ def verify_shared(shared: Shared, folder: Path, ids: np.ndarray, expected: np.nd
         compiled = openvino.Core().compile_model(str(path), "CPU", hints)
         feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
         results = compiled(feeds)
-        found = {output.any_name: results[output] for output in compiled.outputs}
-        _compare(path, found, expected, ids)
+        outputs = {output.any_name: results[output] for output in compiled.outputs}
+        _compare(path, outputs, expected, ids)
         del results, compiled
 
 
 def _compare(
-    path: Path, found: dict[str, np.ndarray], expected: np.ndarray, ids: np.ndarray
+    path: Path, outputs: dict[str, np.ndarray], expected: np.ndarray, ids: np.ndarray
 ) -> None:
-    if "score" in found:
-        wrong = float(np.abs(found["score"] - expected).max()) > MOST_APART
-        words = f"{found['score']}, embedport's own graph {expected}"
-    elif "sentence_embedding" in found:
-        vectors = found["sentence_embedding"].ravel(), expected.ravel()
+    if "score" in outputs:
+        wrong = float(np.abs(outputs["score"] - expected).max()) > MOST_APART
+        words = f"{outputs['score']}, embedport's own graph {expected}"
+    elif "sentence_embedding" in outputs:
+        vectors = outputs["sentence_embedding"].ravel(), expected.ravel()
         cosine = float(vectors[0] @ vectors[1] / np.prod([np.linalg.norm(v) for v in vectors]))
         wrong, words = not cosine >= MIN_COSINE, f"vectors with a cosine of {cosine:.6f} to its own"
     else:
-        shape = found["last_hidden_state"].shape
+        shape = outputs["last_hidden_state"].shape
         wrong, words = shape[:2] != (1, len(ids)), f"hidden states of shape {shape}"
     if wrong:
         raise VerificationError(f"{path}: it gives {words} for a text of {len(ids)} tokens")

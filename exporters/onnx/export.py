@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -130,6 +129,9 @@ def export_onnx(
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
+    Returns:
+        The artifact.
+
     Raises:
         InputError: An option is wrong, the output exists, or the disk is too small.
         CheckpointError: The checkpoint is not a complete Qwen3 checkpoint.
@@ -137,6 +139,10 @@ def export_onnx(
             `device` cuda.
         DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written graph does not run or outputs NaN.
+
+    >>> artifact = embedport.export(checkpoint, folder / "tea-int8", precision="int8")
+    >>> artifact.manifest.task, artifact.manifest.precision
+    ('embedding', 'int8')
     """
     output = Path(output).expanduser().absolute()
     options = Options(
@@ -202,29 +208,29 @@ def export_onnx(
 def estimate_onnx(
     checkpoint: str | Path,
     output: str | Path,
+    options: Options,
     *,
     revision: str | None = None,
     task: Task | None = None,
     adapter: str | Path | None = None,
     force: bool = False,
-    **options: Any,
 ) -> Estimate:
-    """Plan an export, and estimate what it would take; nothing is written or downloaded but JSON.
+    """Plan an export and estimate its cost; writes nothing, and downloads only JSON.
 
     Args:
-        checkpoint: As for `export_onnx`, and so are all others.
-        output: The artifact's folder.
+        checkpoint: A folder in the hub's layout, or a hub id.
+        output: The folder that the artifact would have.
+        options: The options that decide what is in the graph.
         revision: A branch, tag or commit.
         task: "embedding" or "reranker".
         adapter: A LoRA adapter.
         force: Whether an existing artifact may be replaced.
-        **options: The options of `export_onnx` that decide what is in the graph.
 
     Raises:
         InputError, CheckpointError, MissingPackageError: As `export_onnx`.
     """
     spec = read_configuration(checkpoint, revision, task, adapter)
-    plan = plan_export(spec, Options(**options))
+    plan = plan_export(spec, options)
     require("onnxruntime", "cpu")
     check_place(Path(output).expanduser().absolute(), force)
     _warn_of_few_tokens(plan)

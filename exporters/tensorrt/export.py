@@ -105,6 +105,10 @@ def export_tensorrt(
         DeviceError: `target` is given, and its library cannot build here.
         VerificationError: The graph does not run, TensorRT rejects it, or the engine would
             multiply in other types.
+
+    >>> artifact = export_tensorrt(checkpoint, folder / "tea-rtx", target="rtx")  # doctest: +SKIP
+    >>> artifact.manifest.engine.builder  # doctest: +SKIP
+    'TensorRT for RTX 1.7.1.116'
     """
     options = EngineOptions(
         tuple(map(Profile.parse, PROFILES if profiles is None else profiles)),
@@ -183,7 +187,7 @@ def _fit(options: EngineOptions, manifest: Manifest, *, explicit: bool) -> Engin
                 f"profile {profile} has texts of {profile.max[1]:,} tokens, and the model takes "
                 f"{longest:,} (max_position_embeddings)"
             )
-    return replace(options, profiles=tuple(each.cut(longest) for each in options.profiles))
+    return replace(options, profiles=tuple(profile.cut(longest) for profile in options.profiles))
 
 
 def _open(

@@ -93,12 +93,12 @@ def computed_products(layers: Iterable[Layer]) -> dict[str, set[str]]:
     There is a layer for each profile. A product is in 8 bits only if both its inputs are: weights
     in 8 or 4 bits with another input are dequantized before they are multiplied.
     """
-    found: dict[str, set[str]] = {}
+    types: dict[str, set[str]] = {}
     for layer in layers:
         if layer.kind in PRODUCTS:
             for node in layer.nodes:
-                found.setdefault(node, set()).add(_product_type(layer))
-    return found
+                types.setdefault(node, set()).add(_product_type(layer))
+    return types
 
 
 def _product_type(layer: Layer) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from typing import Any
 
 import numpy as np
@@ -354,7 +355,7 @@ def test_quantized_graphs_are_of_the_merged_weights(bases, adapters, tmp_path, o
     assert cosines(found, merged).min() > (0.99 if options["precision"] == "int8" else 0.9)
 
 
-def test_the_other_commands_take_it(bases, adapters, tmp_path):
+def test_the_other_commands_take_it(bases, adapters, tmp_path, monkeypatch):
     adapter = adapters(bases(), target_modules="all-linear")
     expected = vectors(bases(), adapter=adapter)
     file = tmp_path / "texts.txt"
@@ -364,6 +365,8 @@ def test_the_other_commands_take_it(bases, adapters, tmp_path):
     run("encode", bases(), *common, "-o", f"{tmp_path}/vectors/")
     for path in (tmp_path / "vectors.npy", tmp_path / "vectors" / "000000.npy"):
         np.testing.assert_allclose(np.load(path), expected, atol=1e-5)
+    # The graph has the weights; the engine is made of it.
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     tensorrt = ("export", "tensorrt", bases(), "--adapter", adapter, "-o", tmp_path / "engine")
     assert run(*tensorrt).exit_code == 0
     quantize = ("quantize", bases(), "--adapter", adapter, "--method", "w8a8", "--fast")

@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from embedport import ModelSpec
+from embedport.checkpoint.tensor_files import INDEX, SINGLE
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError
-from embedport.files import INDEX, SINGLE
 
 
 def open_weights(folder):

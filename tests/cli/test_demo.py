@@ -1,5 +1,6 @@
 """The verb that shows everything at once."""
 
+import shutil
 import sys
 
 import pytest
@@ -20,7 +21,27 @@ def small(monkeypatch, small_set):
     monkeypatch.setattr("embedport.texts.beir._builtin", lambda: data)
 
 
-def test_demo(run, tmp_path, monkeypatch, small):
+@pytest.fixture(scope="module")
+def exported():
+    """The demo's artifacts by checkpoint and precision, once they were exported."""
+    return {}
+
+
+@pytest.fixture
+def exported_once(monkeypatch, exported, tmp_path_factory):
+    """The demo exports an artifact the first time; then it gets a copy."""
+
+    def export(checkpoint, output, precision):
+        key = (checkpoint.name, precision)
+        if key not in exported:
+            exported[key] = tmp_path_factory.mktemp("exported") / "artifact"
+            embedport.export(checkpoint, exported[key], precision=precision)
+        return embedport.Artifact.open(shutil.copytree(exported[key], output))
+
+    monkeypatch.setattr("embedport.demo.pipeline.export", export)
+
+
+def test_demo(run, tmp_path, monkeypatch, small, exported_once):
     """Against references recorded before, without torch; they are of the small set here."""
     places = {}
     for checkpoint in (builtin_embedder(), builtin_reranker()):
@@ -57,7 +78,7 @@ def test_demo(run, tmp_path, monkeypatch, small):
     assert parity is None
 
 
-def test_a_live_demo(run, tmp_path, monkeypatch, small):
+def test_a_live_demo(run, tmp_path, monkeypatch, small, exported_once):
     """The checkpoints themselves are the references."""
     with monkeypatch.context() as changes:
         changes.setitem(sys.modules, "torch", None)

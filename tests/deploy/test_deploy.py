@@ -16,7 +16,7 @@ import embedport
 from embedport.cli import main
 from embedport.deploy import deploy_docker, deploy_triton, deploy_vespa
 from embedport.errors import InputError
-from embedport.files import load_json
+from embedport.strict_json import load_json
 
 TEXTS = ["What is the capital of China?", "tea", "a " * 60, "日本語 🥾"]
 

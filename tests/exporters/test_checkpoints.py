@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 import embedport
 from embedport import demo
 from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.tensor_files import read_headers
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.calibration.gptq_awq import quantize_layers
 from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
-from embedport.files import read_headers
 from embedport.quantize.formats import Format, matrices
 from embedport.quantize.rotation import RotatedHeads
 from embedport.quantize.rtn import quantize_rtn
@@ -302,6 +302,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
             {"method": "gptq"},
             "q_proj of 192 x 64 .*groups of 128; use `group_",
         ),
+        ("embedding", "kv2", {"method": "bnb-nf4"}, "down_proj of 64 x 160 .* blocks of 64 inputs"),
         ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "`symmetric` goes with awq"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),

@@ -5,11 +5,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
+from embedport.checkpoint.tensor_files import SINGLE
 from embedport.errors import CheckpointError, VerificationError
 from embedport.exporters.calibration.fp16_overflow import LIMIT, choose_fp16
 from embedport.exporters.graph.precision import PRECISIONS, RESIDUAL
 from embedport.exporters.onnx import export as export_module
-from embedport.files import SINGLE
 from embedport.texts.samples import builtin_samples
 
 TEXTS = [sample.text for sample in builtin_samples()]

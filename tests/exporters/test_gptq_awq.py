@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.tensor_files import SINGLE
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.calibration import engines, gptq_awq
@@ -18,7 +19,6 @@ from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
 from embedport.exporters.texts import FEW
-from embedport.files import SINGLE
 from embedport.quantize.formats import plan_formats
 from embedport.texts.samples import builtin_samples
 from tests.synthetic import plant_outliers

@@ -52,10 +52,9 @@ def engines(tmp_path_factory, checkpoints):
     def make(precision, task):
         if (precision, task) not in made:
             folder = tmp_path_factory.mktemp("engine") / "artifact"
-            embedport.export(
+            embedport.export_tensorrt(
                 checkpoints("blocks", task),
                 folder,
-                format="tensorrt",
                 target="this-gpu",
                 precision=precision,
             )
@@ -84,8 +83,8 @@ def test_tensorrt_for_rtx(tmp_path, monkeypatch, checkpoints, precision, task):
         pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "artifact"
-    manifest = embedport.export(
-        checkpoints("blocks", task), folder, format="tensorrt", target="rtx", precision=precision
+    manifest = embedport.export_tensorrt(
+        checkpoints("blocks", task), folder, target="rtx", precision=precision
     ).manifest
     assert manifest.engine is not None
     expected = results(embedport.load(folder, device="cpu"), task)

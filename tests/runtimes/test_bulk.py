@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from embedport.runtimes import bulk
 from embedport.runtimes.bulk import INDEX, Job, encode_corpus, run_here
 
 RAGGED = ["one", "", "two words", "long " * 90, " spaces ", "日本語 🥾", "one"] * 5
-MANY = [f"text {i} of many, {'word ' * (i % 7)}" for i in range(20_000)]
+MANY = [f"text {i} of many, {'word ' * (i % 7)}" for i in range(12_000)]
 COMMAND = [sys.executable, "-m", "embedport", "encode"]
 # Batches differ, and so does the order of fp32 sums.
 CLOSE: Any = {"atol": 2e-6, "rtol": 0}
@@ -55,9 +56,9 @@ def job(artifact, tmp_path):
     return Job(str(artifact), path, tmp_path / "vectors")
 
 
-def write_many(folder):
+def write_many(folder, texts=MANY):
     path = folder / "many.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in MANY))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
@@ -201,7 +202,7 @@ def test_kill_9(artifact, vectors_of_many, tmp_path):
     corpus, output = write_many(tmp_path), tmp_path / "vectors"
     command = [*COMMAND, artifact, "--input", corpus, "--output", output, "--device", "cpu"]
     kept = {}
-    for number in (1, 4):
+    for number in (1, 3):
         with subprocess.Popen(command) as process:
             while not (output / f"{number:06}.npy").exists():
                 assert process.poll() is None, "it ended before it was killed"
@@ -209,7 +210,7 @@ def test_kill_9(artifact, vectors_of_many, tmp_path):
             process.kill()
         found = stamps(output)
         assert kept.items() <= found.items()
-        assert number < len(found) < 10
+        assert number < len(found) < 6
         assert not json.loads((output / INDEX).read_text())["complete"]
         kept = found
     subprocess.run(command, check=True)
@@ -382,8 +383,20 @@ def kill_one():
     print("killed one of", len(found), "after", len(list(output.glob("*.npy"))), flush=True)
 
 
-bulk.SHARD_ROWS = 500
-ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+def start():
+    \"""Start a cluster; Ray gives its own processes 30 s, which a busy machine may exceed.\"""
+    for attempt in range(3):
+        try:
+            return ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    sys.exit("Ray does not start")
+
+
+bulk.SHARD_ROWS = 200
+start()
 threading.Thread(target=kill_one, daemon=True).start()
 rows = []
 
@@ -405,8 +418,14 @@ except bulk.InputError as error:
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 def test_ray_with_an_actor_killed(artifact, vectors_of_many, tmp_path):
-    corpus, output = write_many(tmp_path), tmp_path / "vectors"
-    environment = os.environ | {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_TMPDIR": "/tmp"}
+    count = 8000
+    corpus, output = write_many(tmp_path, MANY[:count]), tmp_path / "vectors"
+    environment = os.environ | {
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_TMPDIR": "/tmp",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_register_timeout_seconds": "300",
+    }
     ended = subprocess.run(
         [sys.executable, "-c", RAY, artifact, corpus, output],
         capture_output=True,
@@ -414,8 +433,10 @@ def test_ray_with_an_actor_killed(artifact, vectors_of_many, tmp_path):
         env=environment,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "killed one of 2 after" in ended.stdout
-    assert f"rows {len(MANY)}" in ended.stdout
+    killed = re.search(r"killed one of 2 after (\d+)", ended.stdout)
+    assert killed is not None
+    assert int(killed[1]) < 35, "it was killed when its work was nearly done"
+    assert f"rows {count}" in ended.stdout
     assert "error /no cannot be read" in ended.stdout
-    np.testing.assert_allclose(stacked(output), vectors_of_many, **CLOSE)
+    np.testing.assert_allclose(stacked(output), vectors_of_many[:count], **CLOSE)
     assert len(shards(output)) == 40

@@ -181,48 +181,67 @@ def test_unknown_methods(folder, quantization, message):
         embedport.load(folder, device="cpu")
 
 
-def test_bitsandbytes_fetches_no_kernel(quantized, tmp_path, trap):
+# Two programs share what both import, and each runs in a copy of the process. None of it brings
+# bitsandbytes, whose first import is what they are about.
+FORKS = """
+import os, sys
+import torch, torch._dynamo, transformers.models.qwen3.modeling_qwen3
+assert not {"bitsandbytes", "peft", "sentence_transformers"} & sys.modules.keys()
+folder, *programs = sys.argv[1:]
+sys.path.insert(0, folder)
+for number, program in enumerate(programs):
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(f"{folder}/{number}.out", "w")
+        os.dup2(os.open(f"{folder}/{number}.err", os.O_CREAT | os.O_WRONLY), 2)
+        exec(program)
+        sys.stdout.close()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_kernels(quantized, checkpoints, tmp_path_factory):
+    """Load checkpoints of bitsandbytes, and open a reference, where a package `kernels` is a trap.
+
+    Returns:
+        The folder: 0.out and 0.err, 1.out and 1.err, and "sprung" if the trap is.
+    """
+    folder = tmp_path_factory.mktemp("kernels")
+    trap = code(folder / "sprung")
+    (folder / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {trap}")
+    load = (
+        "import embedport\n"
+        f"for folder in {[str(quantized(method)) for method in ('bnb-nf4', 'bnb-int8')]}:\n"
+        "    print(embedport.load(folder, device='cpu').encode(['a']).shape)\n"
+        "import kernels; print(kernels.get_kernel.__name__)"
+    )
+    refer = (
+        "from embedport.validation.opening import open_live\n"
+        f"open_live({str(checkpoints('kv1'))!r}, device='cpu')\n"
+        "print('bitsandbytes' in sys.modules)"
+    )
+    command = [sys.executable, "-c", FORKS, str(folder), load, refer]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    errors = [path.read_text() for path in sorted(folder.glob("*.err"))]
+    assert (ran.stdout, ran.stderr, errors) == ("0\n0\n", "", ["", ""])
+    return folder
+
+
+def test_bitsandbytes_fetches_no_kernel(without_kernels):
     """On a CPU with bf16 it would take code off the hub where the package `kernels` is.
 
     And say so where there is none, and of each 8-bit product that it rounds its input.
     """
-    (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {code(trap)}")
-    program = (
-        "import sys, embedport\n"
-        "for folder in sys.argv[1:]:\n"
-        "    print(embedport.load(folder, device='cpu').encode(['a']).shape)\n"
-        "import kernels; print(kernels.get_kernel)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", program, *map(str, map(quantized, ("bnb-nf4", "bnb-int8")))],
-        env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert found.stdout.startswith("(1, 128)\n(1, 128)\n")
-    assert found.stderr == ""
-    assert not trap.exists()
+    assert (without_kernels / "0.out").read_text() == "(1, 128)\n(1, 128)\nget_kernel\n"
+    assert not (without_kernels / "sprung").exists()
 
 
-def test_a_reference_fetches_no_kernel(checkpoints, tmp_path, trap):
+def test_a_reference_fetches_no_kernel(without_kernels):
     """sentence-transformers imports PEFT, and PEFT bitsandbytes, also of a plain checkpoint."""
-    (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **k):\n    {code(trap)}")
-    program = (
-        "import sys\n"
-        "from embedport.validation.opening import open_live\n"
-        "open_live(sys.argv[1], device='cpu')\n"
-        "print('bitsandbytes' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(checkpoints("kv1"))],
-        env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (result.stdout, result.stderr) == ("True\n", "")
-    assert not trap.exists()
+    assert (without_kernels / "1.out").read_text() == "True\n"
+    assert not (without_kernels / "sprung").exists()
 
 
 def test_damage_is_an_error_of_ours(folder):

@@ -275,6 +275,21 @@ def test_missing_package(quantized, monkeypatch, method, package):
         embedport.load(quantized(method), device="cpu")
 
 
+def test_a_checkpoint_that_bitsandbytes_cannot_run_here(quantized, monkeypatch):
+    """On a CPU with bf16 it takes whole blocks of 64 only, and says so at the first call."""
+    import bitsandbytes
+
+    def forward(self, x):
+        raise RuntimeError("shape '[64, 2]' is invalid for input of size 160")
+
+    folder = quantized("bnb-nf4")
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", forward)
+    with pytest.raises(
+        CheckpointError, match=r"cannot run it on cpu: shape '\[64, 2\]' is invalid"
+    ):
+        embedport.load(folder, device="cpu")
+
+
 @pytest.mark.parametrize("method", ["w8a8", "bnb-int8", "gptq"])
 def test_a_missing_tensor_is_not_made_up(quantized, copied, method):
     folder = copied(quantized(method))

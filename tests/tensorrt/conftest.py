@@ -317,8 +317,8 @@ def engines(tmp_path_factory, graphs, rtx):
     def make(task="embedding"):
         if task not in made:
             folder = tmp_path_factory.mktemp(task) / "engine"
-            made[task] = embedport.export(
-                graphs(task).folder, folder, format="tensorrt", target="rtx", profiles=PROFILES
+            made[task] = embedport.export_tensorrt(
+                graphs(task).folder, folder, target="rtx", profiles=PROFILES
             )
         return made[task]
 

@@ -70,10 +70,9 @@ def artifacts(tmp_path_factory, sources, rtx):
                 options |= {"fast": True, "arithmetic": "bf16", "dialect": "standard"}
                 embedport.export(source, folder / "graph", **options)
                 source, options = folder / "graph", {}
-            made[key] = embedport.export(
+            made[key] = embedport.export_tensorrt(
                 source,
                 folder / "engine",
-                format="tensorrt",
                 target="rtx",
                 profiles=profiles,
                 **options,
@@ -199,8 +198,8 @@ def test_an_fp32_engine_without_tf32(graphs, rtx, tmp_path, monkeypatch):
 
     make = rtx.Builder
     monkeypatch.setattr(rtx, "Builder", lambda logger: Builder(make(logger)))
-    artifact = embedport.export(
-        graphs().folder, tmp_path / "out", format="tensorrt", target="rtx", profiles=SINGLE
+    artifact = embedport.export_tensorrt(
+        graphs().folder, tmp_path / "out", target="rtx", profiles=SINGLE
     )
     assert [config.get_flag(rtx.BuilderFlag.TF32) for config in configs] == [False]
     assert make(rtx.Logger()).create_builder_config().get_flag(rtx.BuilderFlag.TF32)
@@ -237,10 +236,9 @@ class TestCapabilities:
 
     def test_unknown_to_the_library(self, checkpoints, tmp_path, rtx):
         with pytest.raises(InputError, match=r"for compute capability 7.5, 8.0, .*, found 9.0$"):
-            embedport.export(
+            embedport.export_tensorrt(
                 checkpoints("blocks"),
                 tmp_path / "out",
-                format="tensorrt",
                 compute_capabilities=["8.9", "9.0"],
             )
 
@@ -271,10 +269,9 @@ class TestRefused:
 
     def test_a_profile_beyond_the_graph(self, graphs, tmp_path):
         with pytest.raises(InputError, match=r"texts of 40,000 tokens, and the model takes 32,768"):
-            embedport.export(
+            embedport.export_tensorrt(
                 graphs().folder,
                 tmp_path / "out",
-                format="tensorrt",
                 target="rtx",
                 profiles=["1x1:1x8:1x40000"],
             )
@@ -332,9 +329,7 @@ class TestProgress:
 
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
-            embedport.export(
-                graphs().folder, tmp_path / "out", format="tensorrt", progress=progress
-            )
+            embedport.export_tensorrt(graphs().folder, tmp_path / "out", progress=progress)
         assert list(tmp_path.iterdir()) == []
         assert signal.getsignal(signal.SIGINT) is before
 
@@ -400,9 +395,7 @@ class TestOnThisGPU:
 
         trt.Builder = lambda logger: Builder(rtx.Builder(logger))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        artifact = embedport.export(
-            graphs().folder, tmp_path / "out", format="tensorrt", profiles=SINGLE
-        )
+        artifact = embedport.export_tensorrt(graphs().folder, tmp_path / "out", profiles=SINGLE)
         assert seen == [flags]
         engine = artifact.manifest.engine
         assert engine is not None

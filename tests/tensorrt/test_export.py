@@ -14,7 +14,7 @@ from embedport.artifact.manifest import Manifest
 from embedport.errors import DeviceError, InputError
 from embedport.exporters.tensorrt import obstacle
 from embedport.exporters.tensorrt.export import _choose_library
-from embedport.exporters.tensorrt.options import EngineOptions
+from embedport.exporters.tensorrt.options import EngineOptions, Target
 from embedport.machine.engine import Profile
 from embedport.runtimes import read_info
 
@@ -48,7 +48,7 @@ def test_default_profiles_are_no_longer_than_the_model(graphs, without, copied, 
     folder = copied(graphs().folder)
     path = folder / "embedport.json"
     path.write_text(path.read_text().replace(": 32768", ": 256"))
-    embedport.export(folder, tmp_path / "out", format="tensorrt")
+    embedport.export_tensorrt(folder, tmp_path / "out")
     script = (tmp_path / "out" / "engine" / "build.sh").read_text()
     assert "--maxShapes=input_ids:8x256,attention_mask:8x256" in script
     assert "--maxShapes=input_ids:256x256,attention_mask:256x256" in script
@@ -64,7 +64,7 @@ def test_no_room_for_the_engine(checkpoints, rtx, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     with pytest.raises(InputError, match=r"0\.00 GB free beside the graph, and its engine needs"):
-        embedport.export(checkpoints("blocks"), tmp_path / "out", format="tensorrt")
+        embedport.export_tensorrt(checkpoints("blocks"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,8 +108,8 @@ class TestWithoutAnEngine:
 
     @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int8", "int4"])
     def test_what_is_written(self, without, checkpoints, tmp_path, precision):
-        artifact = embedport.export(
-            checkpoints("blocks"), tmp_path / "out", format="tensorrt", precision=precision
+        artifact = embedport.export_tensorrt(
+            checkpoints("blocks"), tmp_path / "out", precision=precision
         )
         manifest = artifact.manifest
         assert (manifest.format, manifest.precision) == ("onnx", precision)
@@ -125,10 +125,9 @@ class TestWithoutAnEngine:
         np.testing.assert_allclose(found, check["sentence_embedding"], atol=0.02)
 
     def test_build_script(self, without, graphs, tmp_path):
-        embedport.export(
+        embedport.export_tensorrt(
             graphs().folder,
             tmp_path / "out",
-            format="tensorrt",
             profiles=PROFILES,
             version_compatible=True,
             hardware_compatible="same-capability",
@@ -190,14 +189,14 @@ class TestWithoutAnEngine:
 
     def test_again_without_the_engine(self, engines, without, tmp_path):
         """An artifact with an engine is a source too, and leaves the engine behind."""
-        again = embedport.export(engines().folder, tmp_path / "again", format="tensorrt")
+        again = embedport.export_tensorrt(engines().folder, tmp_path / "again")
         assert (again.manifest.format, again.manifest.engine) == ("onnx", None)
         assert "engine/model.plan" not in again.manifest.files
 
 
 def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path):
     def export(source, **options):
-        embedport.export(source, tmp_path / "out", format="tensorrt", **options)
+        embedport.export_tensorrt(source, tmp_path / "out", **options)
 
     with pytest.raises(InputError, match=r"precision should be one of fp16, bf16, .*'fp32'"):
         export(checkpoints("blocks"), precision="fp32")
@@ -225,15 +224,13 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
 
 def test_what_was_asked_for_and_cannot_be(graphs, without, tmp_path):
     """Nothing is written without an engine if it was said what it is for."""
-    for target, reason in [
-        (
-            "rtx",
-            r"`target` rtx: TensorRT for RTX is not installed: pip install 'embedport\[tensorrt",
-        ),
-        ("this-gpu", "`target` this-gpu: TensorRT is not installed"),
-    ]:
+    reasons: dict[Target, str] = {
+        "rtx": r"`target` rtx: TensorRT for RTX is not installed: pip install 'embedport\[tensorrt",
+        "this-gpu": "`target` this-gpu: TensorRT is not installed",
+    }
+    for target, reason in reasons.items():
         with pytest.raises(DeviceError, match=reason):
-            embedport.export(graphs().folder, tmp_path / "out", format="tensorrt", target=target)
+            embedport.export_tensorrt(graphs().folder, tmp_path / "out", target=target)
     assert list(tmp_path.iterdir()) == []
 
 

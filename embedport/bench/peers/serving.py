@@ -1,4 +1,4 @@
-"""The serving loop and helpers shared by all runners of a race. Needs only numpy, not embedport.
+"""The serving loop and helpers that all runners share. Needs only numpy, not embedport.
 
 A request is a line {"rows": FILE.npz, "batch_rows": N, "vectors": FILE.npy} on standard input; its
 answer is a line {"seconds": S, "peak_bytes": B} on standard output.

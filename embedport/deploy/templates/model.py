@@ -40,12 +40,12 @@ class TritonPythonModel:
         rows, lengths, parts, responses = [], [], [], {}
         for number, request in enumerate(requests):
             try:
-                found, prompt_lengths = self.tokenize(request)
+                ids, prompt_lengths = self.tokenize(request)
             except EmbedportError as error:
                 responses[number] = refuse(error)
                 continue
-            parts.append((number, len(rows), len(rows) + len(found)))
-            rows += found
+            parts.append((number, len(rows), len(rows) + len(ids)))
+            rows += ids
             lengths += prompt_lengths
         results = self.run(rows, lengths)
         for number, first, last in parts:

@@ -187,8 +187,9 @@ def test_an_onnxruntime_too_old_for_the_graph(rerankers, monkeypatch):
 
 def test_who_gets_a_continuation(checkpoints, tmp_path, rerankers):
     embedport.export(checkpoints("kv2"), tmp_path / "embedder")
-    for name, options in (("standard", {"dialect": "standard"}), ("16", {"precision": "bf16"})):
-        embedport.export(checkpoints("kv2", "reranker"), tmp_path / name, **options)
+    reranker = checkpoints("kv2", "reranker")
+    embedport.export(reranker, tmp_path / "standard", dialect="standard")
+    embedport.export(reranker, tmp_path / "16", precision="bf16")
     assert not list(tmp_path.rglob("continuation.onnx"))
     artifact = rerankers().artifact
     graph = artifact.manifest.graph

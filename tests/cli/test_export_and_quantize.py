@@ -37,6 +37,22 @@ class TestExport:
         assert "exists; choose another place or replace it with --force" in err
         assert run(*arguments, "--force")[0] == 0
 
+    def test_the_reference_of_a_quantized_checkpoint_is_its_original(
+        self, run, checkpoints, quantized, copied, tmp_path
+    ):
+        source = quantized("gptq")
+        code, out, _ = run("export", "onnx", source, "-o", tmp_path / "out")
+        assert code == 0
+        assert f"embedport validate {tmp_path / 'out'} --reference {checkpoints('kv8')}\n" in out
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"`embedport validate out --reference {checkpoints('kv8')}`" in card
+        # Of a checkpoint from elsewhere nothing says what it was quantized from.
+        foreign = copied(source)
+        (foreign / "embedport.json").unlink()
+        code, out, _ = run("export", "onnx", foreign, "-o", tmp_path / "other")
+        assert f"embedport validate {tmp_path / 'other'} --reference ORIGINAL\n" in out
+        assert f"ORIGINAL: the checkpoint that {foreign} was quantized from" in out
+
     def test_dry_run(self, run, checkpoints, tmp_path):
         source = checkpoints("kv8")
         options = ("--precision", "int4", "--group-size", 32, "--algorithm", "rtn")

@@ -1,0 +1,160 @@
+"""A checkpoint's safetensors files: the index, each file's header, and a tensor's raw bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from ..files import SMALL, check_regular, is_file_name
+from ..strict_json import parse_json, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor: its file, name as stored, dtype in safetensors' spelling, and shape."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes.
+
+        The first number in the dtype's name is its bits ("BF16", "F8_E4M3"); "BOOL" takes a byte.
+        """
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(bits.group()) if bits else 8) // 8
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """The names of all tensors in a checkpoint's folder, from the headers only."""
+    if not (folder / SINGLE).exists():
+        if (folder / INDEX).exists():
+            return set(_read_index(folder / INDEX))
+        # A hub checkpoint of which only the configuration was downloaded.
+        return set()
+    with open_shard(folder / SINGLE) as shard:
+        return set(shard.keys())
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint by its stored name, sharded or in a single file.
+
+    If a folder has both, the single file is read, as in transformers.
+
+    Raises:
+        CheckpointError: A shard is missing or damaged; or the index names a tensor that its shard
+            lacks, or a file outside the folder.
+    """
+    if (folder / SINGLE).exists():
+        return read_shard(folder / SINGLE)
+    index_path = folder / INDEX
+    if not index_path.exists():
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor {INDEX}"
+            + (f"; {pickled.name} is pickled and is not read, convert it" if pickled else "")
+        )
+    index = _read_index(index_path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(index.values())):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file} is missing; {INDEX} names it")
+        tensors |= read_shard(folder / file)
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(f"{folder / file} lacks tensor {name}; {INDEX} says it is there")
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{path}: weight_map should map tensors to shards, found {index!r}")
+    for name, file in index.items():
+        if not is_file_name(file):
+            raise CheckpointError(
+                f"{path}: {name} should be in a file beside the index, found {file!r}"
+            )
+    return index
+
+
+def read_shard(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file by its stored name.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or not safetensors.
+    """
+    tensors = {}
+    with open_shard(path) as shard:
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            view = shard.get_slice(name)
+            tensors[name] = TensorInfo(name, path, view.get_dtype(), tuple(view.get_shape()))
+    return tensors
+
+
+def open_shard(path: Path) -> Any:
+    """Memory-map a shard: a context manager with `keys()` and `get_slice(name)`.
+
+    Raises:
+        CheckpointError: The file is truncated or not safetensors, or its header is too large.
+    """
+    try:
+        _check_header(path)
+        return safe_open(path, framework="numpy")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); download it again"
+        ) from error
+
+
+def read_octets(info: TensorInfo) -> bytes:
+    """The raw bytes of a tensor, for dtypes that numpy does not have.
+
+    Raises:
+        CheckpointError: The file is damaged, or has changed since its header was read.
+    """
+    with open_shard(info.file), info.file.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            start, end = parse_json(file.read(size).decode())[info.name]["data_offsets"]
+            file.seek(8 + size + start)
+            octets = file.read(end - start)
+        except (LookupError, TypeError, ValueError, OSError) as error:
+            raise CheckpointError(f"{info.file}: its header is damaged: {error!r}") from error
+    if len(octets) != info.nbytes:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} should have {info.nbytes:,} bytes, found "
+            f"{len(octets):,}"
+        )
+    return octets
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header so large that reading it takes seconds and gigabytes.
+
+    A safetensors file begins with its header's size, 8 bytes, little-endian:
+    https://huggingface.co/docs/safetensors/index#format
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if SMALL < size <= os.fstat(file.fileno()).st_size:
+            raise ValueError(
+                f"the header should have {SMALL:,} bytes at most, about 40,000 tensors, found "
+                f"{size:,}"
+            )

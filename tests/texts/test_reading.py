@@ -1,0 +1,59 @@
+"""Files of texts and retrieval sets that are not what they should be."""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+
+from embedport.errors import InputError
+from embedport.texts import beir as beir_module
+from embedport.texts.beir import read_beir
+from embedport.texts.corpus import survey
+from embedport.texts.samples import read_samples
+
+
+def test_deep_lines(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ' + "[" * 5000 + "]" * 5000 + "}\n")
+    for read in (read_samples, lambda path: survey(path, 10, 100)):
+        with pytest.raises(InputError, match=r"texts\.jsonl:2 .* more than 64 deep"):
+            read(path)
+
+
+def test_devices():
+    for read in (read_samples, lambda path: survey(path, 10, 100)):
+        with pytest.raises(InputError, match=r"/dev/zero cannot be read.*found a device"):
+            read(Path("/dev/zero"))
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("embedport.texts.corpus.LONGEST_LINE", 1000)
+    (tmp_path / "a.txt").write_text("short\n" + "a" * 1001)
+    with pytest.raises(InputError, match=r"a\.txt:2 should have 1,000 bytes at most"):
+        survey(tmp_path / "a.txt", 10, 100)
+
+
+def test_a_pipe(tmp_path):
+    """A shell's <(command) is one."""
+    reading, writing = os.pipe()
+    os.write(writing, b"one\ntwo\n")
+    os.close(writing)
+    assert [each.text for each in read_samples(f"/dev/fd/{reading}")] == ["one", "two"]
+    os.close(reading)
+
+
+def test_compressed(small_set, monkeypatch):
+    folder = small_set(40, 5)
+    plain = (folder / "corpus.jsonl").read_bytes()
+    (folder / "corpus.jsonl").unlink()
+    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(plain) + gzip.compress(b""))
+    assert read_beir(folder).documents
+    monkeypatch.setattr(beir_module, "MOST_TEXT", 100)
+    monkeypatch.setattr(beir_module, "read_small", lambda path, limit: path.read_bytes())
+    with pytest.raises(InputError, match="100 bytes at most"):
+        read_beir(folder)
+    (folder / "corpus.jsonl.gz").write_bytes(zlib.compress(plain))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_beir(folder)
