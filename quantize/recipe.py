@@ -19,8 +19,8 @@ ALGORITHMS = (
     *SCALINGS,
     *(f"{scaling}+{rounding}" for scaling in SCALINGS for rounding in ROUNDINGS),
 )
-# The default of 4 bits. Following the original model (GPTAQ) helps vectors; it fits a reranker's few
-# templates too closely (docs/quantization.md).
+# The default of 4 bits. Following the original model (GPTAQ) helps vectors; it fits the few
+# templates of a reranker too closely (docs/quantization.md).
 BY_TASK = {"embedding": "gptaq", "reranker": "awq+gptq"}
 # Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
 RENAMED = {"hqq": "mse"}
