@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..artifact.manifest import Manifest
+    from ..artifact.manifest import GraphRecord, Manifest
     from ..checkpoint.hub import Source
     from ..checkpoint.quantization_config import LibraryQuantization, StoredQuantization
     from ..checkpoint.spec import ModelSpec, Task
@@ -65,11 +65,12 @@ def _artifact_facts(source: Source) -> dict[str, Any]:
     from ..artifact.sizes import checkpoint_sizes, graph_sizes
 
     artifact = Artifact.open(source.folder)
-    is_graph = artifact.manifest.graph is not None
+    graph = artifact.manifest.graph
     return {
         "artifact": source.id,
         "bytes": artifact.size,
-        "weights": graph_sizes(artifact.graph) if is_graph else checkpoint_sizes(artifact.folder),
+        "weights": graph_sizes(artifact.graph) if graph else checkpoint_sizes(artifact.folder),
+        "kernels_here": _kernels(graph) if graph else None,
         **asdict(artifact.manifest),
         **_words(artifact.folder, None, artifact.manifest),
     }
@@ -98,6 +99,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f", {graph['dialect']} dialect, opset {graph['opset']}: "
             f"{', '.join(graph['inputs'])} to {', '.join(graph['outputs'])}"
         )
+        rows["Kernels here"] = facts["kernels_here"]
         if shared := graph["shared"]:
             rows["Opened by"] = _openers(shared)
     if facts["engine"]:
@@ -111,6 +113,16 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows
+
+
+def _kernels(graph: GraphRecord) -> str:
+    """Whose code runs a graph on this machine's CPU."""
+    from ..runtimes.ort_custom_ops import choose_kernels
+
+    if not graph.has_functions:
+        return "none in this graph: onnxruntime's operators run"
+    name, reason = choose_kernels()
+    return f"embedport's for {name}" if name else f"none, onnxruntime's operators run: {reason}"
 
 
 def _openers(shared: Mapping[str, Any]) -> str:
