@@ -26,7 +26,8 @@ ALLOWED = {
     "runtimes": {*TRUNK, "quantize"},
     # The runtime computes an artifact's witness.
     "exporters": {*TRUNK, "quantize", "runtimes"},
-    "validation": {*TRUNK, "runtimes"},
+    # Formats, for the size of the next better precision.
+    "validation": {*TRUNK, "quantize", "runtimes"},
 }
 # exporters/ has packages of its own.
 EXPORTERS = {
