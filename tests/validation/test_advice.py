@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,8 +24,27 @@ def layers(*errors):
     return [LayerError(i, 9, error, error, 0.9) for i, error in enumerate(errors)]
 
 
-def test_an_artifact_that_fails_names_the_layer_and_the_next_precision(folders, tmp_path):
-    made = folders("embedding", precision="int8-weight")
+@pytest.fixture(scope="module")
+def made(checkpoints, tmp_path_factory):
+    """An int8-weight artifact with its witness."""
+    checkpoint = checkpoints("kv2", "embedding")
+    folder = tmp_path_factory.mktemp("artifact") / "model"
+    embedport.export(checkpoint, folder, precision="int8-weight")
+    return SimpleNamespace(artifact=folder, checkpoint=checkpoint)
+
+
+def origin_of(made):
+    return open_live(
+        made.checkpoint,
+        task="embedding",
+        adapter=None,
+        max_length=None,
+        revision=None,
+        device="cpu",
+    ).origin
+
+
+def test_an_artifact_that_fails_names_the_layer_and_the_next_precision(made, folders, tmp_path):
     page = tmp_path / "report.html"
     report = embedport.validate(
         made.artifact,
@@ -37,12 +57,12 @@ def test_an_artifact_that_fails_names_the_layer_and_the_next_precision(folders, 
     )
     layer, better = report.next_steps
     assert re.match(r"The error grows most in layer [12]: .* layers\.[01]\.\*", layer)
-    found = re.search(r"`embedport export onnx --precision fp32`, about (\S+) MB", better)
+    found = re.search(r"`embedport export onnx --precision fp32`, about (\S+) kB", better)
     assert found is not None, better
     # What an artifact of this precision really takes.
     parts = graph_sizes(Artifact.open(folders("embedding").artifact).graph)
     size = sum(sum(sizes.values()) for sizes in parts.values())
-    assert float(found[1]) * 10**6 == pytest.approx(size, rel=0.01)
+    assert float(found[1]) * 1000 == pytest.approx(size, rel=0.01)
     assert "The error grows most in layer" in page.read_text()
     assert all(f"- {step}" in report.to_markdown() for step in report.next_steps)
     assert report.machine.code.startswith(("embedport's kernels for", "onnxruntime's operators"))
@@ -66,17 +86,6 @@ def test_the_largest_growth_is_of_layers_with_as_many_tokens():
     assert largest_growth(layers(0.1, float("nan"))) is None
 
 
-def origin_of(made):
-    return open_live(
-        made.checkpoint,
-        task="embedding",
-        adapter=None,
-        max_length=None,
-        revision=None,
-        device="cpu",
-    ).origin
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -85,8 +94,7 @@ def origin_of(made):
         ("minimum cosine", "Next better precision: `embedport export onnx --precision fp32`"),
     ],
 )
-def test_steps_fit_the_gate(folders, name, words):
-    made = folders("embedding", precision="int8-weight")
+def test_steps_fit_the_gate(made, name, words):
     info, origin = read_info(made.artifact), origin_of(made)
     (*_, last) = next_steps([Gate(name, 1, "≤", 0)], info, origin, ())
     assert words in last
