@@ -26,7 +26,6 @@ BETTER = {
 }
 # Algorithms that round each matrix by itself.
 UNCALIBRATED = ("rtn", "mse")
-EXPORT = "embedport export onnx"
 
 
 def next_steps(
@@ -109,7 +108,7 @@ def _better(info: ModelInfo, origin: Origin) -> Iterator[str]:
         return
     recipe = info.artifact.manifest.recipe or {}
     if info.precision == "int4" and recipe.get("algorithm") in UNCALIBRATED:
-        yield f"Calibrate: `{EXPORT} --precision int4` without `--fast`, at about the same size."
+        yield "Calibrate: export with `--precision int4` without `--fast`, at about the same size."
     better = BETTER.get(info.precision)
     if better is None:
         yield "fp32 has no better precision: look for another pooling, prompt or checkpoint."
@@ -120,4 +119,4 @@ def _better(info: ModelInfo, origin: Origin) -> Iterator[str]:
             f", about {size_words(origin.sizes[better])} of weights; this artifact is "
             f"{size_words(info.artifact.size)}"
         )
-    yield f"Next better precision: `{EXPORT} --precision {better}`{sizes}."
+    yield f"Next better precision: export with `--precision {better}`{sizes}."

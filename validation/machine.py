@@ -80,7 +80,7 @@ def _describe_code(info: ModelInfo, device: str) -> str:
     kernels = find_kernels(manifest, device)
     if kernels is None:
         return f"onnxruntime's operators, without embedport's kernels: {choose_kernels()[1]}"
-    return f"embedport's kernels for {kernels}; for the rest onnxruntime's operators"
+    return f"embedport's kernels for {kernels} and onnxruntime's operators"
 
 
 def describe_export(info: ModelInfo) -> str:

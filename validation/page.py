@@ -64,8 +64,8 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         "passed": report.passed,
         "sentence": _sentence(report),
         "reasons": [_reason(gate) for gate in report.gates if gate.failed],
-        "subject": f"{report.precision} on {report.device}, against {report.reference} "
-        f"in {report.library}",
+        "subject": f"{report.precision} on {report.device}, against {report.reference}; "
+        f"computed by {report.machine.code}",
         "steps": report.next_steps,
         "gates": report.gates_table(),
         "parity": report.parity_table() if compared else None,
@@ -96,12 +96,14 @@ def _sentence(report: Report) -> str:
             "else was computed: no figure would mean anything."
         )
     if failed:
-        return f"{failed} of {count} gates fail on {inputs}, against {report.library}."
-    within = f"On {inputs} the artifact stays within every limit, against {report.library}"
+        return f"{failed} of {count} gates fail on {inputs} against {report.library}."
     left = sum(gate.passed is None for gate in report.gates)
-    if left:
-        return f"{within}: {count - left} gates hold, {left} could not be measured."
-    return f"{within}: all {count} gates hold."
+    held = f"{count - left} gates hold" if left else f"all {count} gates hold"
+    unmeasured = f"; {left} could not be measured" if left else ""
+    return (
+        f"On {inputs} the artifact stays within every limit: {held} against {report.library}"
+        f"{unmeasured}."
+    )
 
 
 def _reason(gate: Gate) -> str:

@@ -170,7 +170,8 @@ class Report:
         """The report for a model card, without any input texts."""
         steps = "\n".join(f"- {step}" for step in self.next_steps)
         parts = [f"**{self.verdict()}**", *filter(None, [steps])]
-        return "\n\n".join([*parts, *(table.to_markdown() for table in self._tables())])
+        tables = (*self._tables(), self._facts_table())
+        return "\n\n".join([*parts, *(table.to_markdown() for table in tables)])
 
     def verdict(self) -> str:
         """One sentence: the gates that fail, or how many hold, and against which library."""
@@ -197,6 +198,10 @@ class Report:
         yield from self._tables()
         if self.worst:
             yield self.worst_table()
+        yield self._facts_table()
+
+    def _facts_table(self) -> Table:
+        return fact_table(self.facts(), "How it was measured")
 
     def _tables(self) -> Iterator[Table]:
         """Yield the tables without input texts."""
@@ -208,7 +213,6 @@ class Report:
             if self.retrieval is not None:
                 yield self.retrieval_table(self.retrieval)
             yield self.invariance_table()
-        yield fact_table(self.facts(), "How it was measured")
 
     def gates_table(self) -> Table:
         """Each gate's value, limit and verdict."""

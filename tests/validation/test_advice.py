@@ -57,7 +57,7 @@ def test_an_artifact_that_fails_names_the_layer_and_the_next_precision(made, fol
     )
     layer, better = report.next_steps
     assert re.match(r"The error grows most in layer [12]: .* layers\.[01]\.\*", layer)
-    found = re.search(r"`embedport export onnx --precision fp32`, about (\S+) kB", better)
+    found = re.search(r"export with `--precision fp32`, about (\S+) kB", better)
     assert found is not None, better
     # What an artifact of this precision really takes.
     parts = graph_sizes(Artifact.open(folders("embedding").artifact).graph)
@@ -91,7 +91,7 @@ def test_the_largest_growth_is_of_layers_with_as_many_tokens():
     [
         ("inputs with other token ids", "tokenizer.json"),
         ("reference results with NaN", "The reference itself gives NaN"),
-        ("minimum cosine", "Next better precision: `embedport export onnx --precision fp32`"),
+        ("minimum cosine", "Next better precision: export with `--precision fp32`"),
     ],
 )
 def test_steps_fit_the_gate(made, name, words):
