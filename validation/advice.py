@@ -52,10 +52,11 @@ def other_weights(info: ModelInfo, origin: Origin) -> str:
         return ""
     made_from = info.artifact.manifest.source
     for name, sha256 in made_from.files.items():
-        if origin.files.get(name) != sha256:
+        here = origin.files.get(name)
+        if here != sha256:
             return (
-                f"the artifact was made from {made_from.pinned}, whose {name} differs from that of "
-                f"{origin.pinned}"
+                f"the artifact was made from {made_from.pinned}, whose {name} has the sha256 "
+                f"{sha256[:16]}…; that of {origin.pinned} has {here[:16] + '…' if here else 'none'}"
             )
     return ""
 

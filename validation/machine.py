@@ -69,7 +69,7 @@ def describe_machine(info: ModelInfo, device: str) -> Machine:
 
 
 def _describe_code(info: ModelInfo, device: str) -> str:
-    if info.artifact is None:
+    if info.artifact is None or info.checkpoint is not None:
         return "torch"
     manifest = info.artifact.manifest
     if manifest.engine is not None:

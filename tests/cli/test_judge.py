@@ -19,7 +19,7 @@ class TestValidate:
         arguments += ("--input", tmp_path / "texts.txt", "--no-record")
         code, out, _ = run(*arguments, "--report", tmp_path / "report.md")
         assert code == 0
-        assert out.startswith("Holds: ")
+        assert out.startswith("Holds against ")
         assert "**Holds" in (tmp_path / "report.md").read_text()
         code, out, _ = run(*arguments, "--min-cosine", 1.1, "--json")
         assert code == 1

@@ -586,7 +586,7 @@ def test_other_weights_than_it_was_made_of(folders, checkpoints, caplog):
         embedport.validate(
             artifact, checkpoints("kv2", **options), ["a"], device="cpu", record=False
         )
-        assert ("model.safetensors differs from that of" in caplog.text) == warned
+        assert ("model.safetensors has the sha256" in caplog.text) == warned
 
 
 def test_unknown_precision():
