@@ -20,9 +20,7 @@ VARIABLE = "EMBEDPORT_KERNELS"
 NONE = "none"
 # As setup.py names it; the second one on Windows.
 LIBRARY = ("_kernels.so", "_kernels.dll")
-NOT_BUILT = (
-    "embedport was installed without a C compiler; install gcc or clang, then embedport again"
-)
+NOT_BUILT = "embedport was built without a C compiler (install gcc or clang, then embedport again)"
 # choose_kernels sets a global that the next registration reads: hold this lock over both.
 _lock = threading.Lock()
 

@@ -425,7 +425,8 @@ def _read_pair(query: Any, document: Any) -> Pair:
 
 
 def _read_origin(values: Mapping[str, Any]) -> Origin:
-    values = {"adapter": None, "sizes": {}, **values}  # files of early versions lack these
+    early: dict[str, Any] = {"adapter": None, "sizes": {}}  # files of early versions lack these
+    values = early | dict(values)
     if values.keys() != {field.name for field in fields(Origin)}:
         raise ValueError(f"origin has the keys {sorted(values)}")
     for key in ("id", "library", "device", "stored", "recorded"):
