@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..checkpoint.spec import ModelSpec
@@ -91,6 +92,41 @@ def quantized_bytes(format: Format, shape: tuple[int, int]) -> int:
     codes = groups * (scheme.group_size or columns) * scheme.bits // 8
     zero_points = 0 if scheme.symmetric else -(-groups * scheme.bits // 8)
     return rows * (codes + 4 * groups + zero_points)
+
+
+def weight_bytes(
+    spec: ModelSpec, formats: Mapping[str, Format], float_bytes: Callable[[str], int]
+) -> int:
+    """The approximate bytes of a graph's weights.
+
+    Args:
+        spec: The model.
+        formats: The quantized matrices' formats.
+        float_bytes: Bytes of one value of any other tensor, by its name without ".weight".
+    """
+    total = 0
+    for name, shape in spec.tensor_shapes().items():
+        matrix = name.removesuffix(".weight")
+        if name == "lm_head.weight":
+            continue  # a reranker needs one row of it, an embedding model none
+        if matrix in formats:
+            total += quantized_bytes(formats[matrix], (shape[0], shape[1]))
+        else:
+            total += math.prod(shape) * float_bytes(matrix)
+    return total
+
+
+def artifact_bytes(spec: ModelSpec) -> dict[str, int]:
+    """Approximate bytes of an artifact's weights, by precision."""
+    sizes = {"fp32": 4, "fp16": 2, "bf16": 2} | dict.fromkeys(QUANTIZED, 4) | {FP8: 2}
+    formats = {
+        name: plan_formats(spec, name, dialect="standard" if name == FP8 else "ort")
+        for name in QUANTIZED
+    }
+    return {
+        name: weight_bytes(spec, formats.get(name, {}), lambda _, size=size: size)
+        for name, size in sizes.items()
+    }
 
 
 def matrices(spec: ModelSpec) -> list[str]:

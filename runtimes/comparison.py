@@ -12,7 +12,7 @@ from ..artifact.witness import WITNESS, Machine, describe_machine, read_witness
 from ..checkpoint.spec import Task
 from ..errors import ArtifactError, InputError, require
 from .embedder import Embedder
-from .ort_custom_ops import register_kernels
+from .ort_custom_ops import choose_kernels, register_kernels
 from .reranker import Reranker
 
 
@@ -231,7 +231,7 @@ def find_kernels(manifest: Manifest, device: str) -> str | None:
     """
     graph = manifest.graph
     assert graph is not None
-    if device != "cpu" or graph.dialect != "ort" or graph.arithmetic != "fp32":
+    if device != "cpu" or not graph.has_functions:
         return None
     return register_kernels(require("onnxruntime", "cpu").SessionOptions())
 
@@ -287,8 +287,10 @@ def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) 
         reasons.append("another kind of CPU: sums are taken in another order")
     if bool(exported.kernels) != bool(here.kernels) and device == "cpu":
         where = "here" if here.kernels else "where it was exported"
+        without = choose_kernels()[1]
         reasons.append(
-            f"embedport's kernels ran only {where}: onnxruntime's operators round differently"
+            f"embedport's kernels ran only {where}{without and f' ({without})'}: onnxruntime's "
+            "operators round differently"
         )
     if exported.onnxruntime != here.onnxruntime:
         reasons.append(

@@ -10,7 +10,6 @@ import ctypes
 import logging
 import os
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ logger = logging.getLogger(__name__)
 # For tests: "avx512", "avx2" or "neon" instead of the CPU's best instruction set, or "none".
 VARIABLE = "EMBEDPORT_KERNELS"
 NONE = "none"
+# As setup.py names it; the second one on Windows.
+LIBRARY = ("_kernels.so", "_kernels.dll")
+NOT_BUILT = "embedport was built without a C compiler (install gcc or clang, then embedport again)"
 # choose_kernels sets a global that the next registration reads: hold this lock over both.
 _lock = threading.Lock()
 
@@ -33,30 +35,47 @@ def register_kernels(options: Any) -> str | None:
         The kernels' instruction set, "avx512", "avx2" or "neon"; None if onnxruntime's operators
         run instead (the log says why).
     """
+    with _lock:
+        name, reason = _choose()
+        if name is not None:
+            try:
+                options.register_custom_ops_library(str(find_library()))
+            except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
+                name, reason = None, f"onnxruntime does not take the kernels ({error})"
+    if name is None:
+        logger.info("%s: onnxruntime's operators run instead", reason)
+    return name
+
+
+def choose_kernels() -> tuple[str | None, str]:
+    """Which kernels run on this machine; needs no onnxruntime.
+
+    Returns:
+        (The instruction set, "avx512", "avx2" or "neon", and ""; or None and the reason).
+    """
+    with _lock:
+        return _choose()
+
+
+def _choose() -> tuple[str | None, str]:
     name = os.environ.get(VARIABLE, "")
     if name == NONE:
-        return None
+        return None, f"{VARIABLE} is {NONE}"
     library = find_library()
     if library is None:
-        logger.info("the package was built without kernels: onnxruntime's operators run instead")
-        return None
+        return None, NOT_BUILT
     try:
-        with _lock:
-            choose = ctypes.CDLL(str(library)).choose_kernels
-            choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
-            chosen = choose(name.encode())
-            if chosen is None:
-                needed = name or "AVX2 with FMA, or NEON"
-                logger.info("the CPU has no %s: onnxruntime's operators run instead", needed)
-                return None
-            options.register_custom_ops_library(str(library))
-    except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
-        logger.info("the kernels do not run here (%s): onnxruntime's operators do", error)
-        return None
-    return chosen.decode()
+        choose = ctypes.CDLL(str(library)).choose_kernels
+    except (OSError, AttributeError) as error:
+        return None, f"the kernels cannot be loaded ({error})"
+    choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+    chosen = choose(name.encode())
+    if chosen is None:
+        return None, f"the CPU has no {name or 'AVX2 with FMA, or NEON'}"
+    return chosen.decode(), ""
 
 
 def find_library() -> Path | None:
     """The path of the kernels' library; None if the package was built without it."""
-    spec = find_spec(f"{__package__}._kernels")
-    return None if spec is None or spec.origin is None else Path(spec.origin)
+    paths = [Path(__file__).with_name(name) for name in LIBRARY]
+    return next(filter(Path.is_file, paths), None)

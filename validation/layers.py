@@ -8,6 +8,7 @@ a checkpoint, forward hooks in torch record the layers, as for the reference.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,23 @@ def _graph_errors(
             expected = [row[:, : basis.shape[1]] for row in expected]
         errors.append(_compare(layer, np.concatenate(states), np.concatenate(expected)))
     return tuple(errors)
+
+
+def largest_growth(errors: Sequence[LayerError]) -> tuple[LayerError, LayerError] | None:
+    """The errors before and after the layer in which the mean error grows most.
+
+    After the last layer of a pooled graph only each text's last token is left: it does not count.
+
+    Returns:
+        None if nothing can be compared: no layers, or errors that are not finite.
+    """
+    comparable = [error for error in errors if error.tokens == errors[0].tokens]
+    if len(comparable) < 2 or not all(math.isfinite(e.relative_error_mean) for e in errors):
+        return None
+    return max(
+        itertools.pairwise(comparable),
+        key=lambda pair: pair[1].relative_error_mean - pair[0].relative_error_mean,
+    )
 
 
 def sample_rows(rows: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from ..checkpoint.spec import ModelSpec
 from ..errors import DeviceError, InputError, require
 from ..integrity import record_files
 from ..progress import progress_bar
+from ..quantize.formats import artifact_bytes
 from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..runtimes.info import stored_float
 from ..texts.beir import RetrievalSet
@@ -70,6 +71,7 @@ class LiveReference(ABC):
             },
             log_odds=self.gives_log_odds(),
             adapter=None if spec.source.adapter is None else spec.source.adapter.pinned,
+            sizes=artifact_bytes(spec),
         )
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import PurePath
@@ -13,33 +12,14 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..errors import require
+from ..tables import Table
 from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
-from .layers import LayerError
-from .report import MEASURES, Comparison, Gate, Report, number
+from .layers import LayerError, largest_growth
+from .report import Gate, Report, from_one, number, short
 from .retrieval import CONFIDENCE, RetrievalReport
 
-WORST = 10
 TEMPLATE = "page.html.jinja"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of strings.
-
-    Attributes:
-        header: The columns' names.
-        rows: The rows, as long as the header.
-        failed: Indices of the rows to highlight.
-        text: Indices of the columns with words; the others hold figures.
-        long: Indices of the columns with long strings that may wrap anywhere.
-    """
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    failed: frozenset[int] = frozenset()
-    text: frozenset[int] = frozenset({0})
-    long: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -84,20 +64,22 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         "passed": report.passed,
         "sentence": _sentence(report),
         "reasons": [_reason(gate) for gate in report.gates if gate.failed],
-        "subject": f"{report.precision} on {report.device}, against {report.reference} "
-        f"in {report.library}",
-        "gates": _gates(report),
-        "parity": _parity(report.comparisons) if compared else None,
-        "dimensions": _dimensions(report.comparisons[0]) if compared else None,
-        "run": report.comparisons[0].reference if compared else "",
+        "subject": f"{report.precision} on {report.device}, against {report.reference}; "
+        f"computed by {report.machine.code}",
+        "steps": report.next_steps,
+        "gates": report.gates_table(),
+        "parity": report.parity_table() if compared else None,
+        "dimensions": report.dimensions_table()
+        if compared and report.comparisons[0].dimensions
+        else None,
         "agreement": _agreement(report, details) if compared else None,
         "scores": _scores(report.task, details) if details.reference_scores else None,
         "layers": _layers(details.layers) if details.layers else None,
         "why_no_layers": _why_no_layers(details),
-        "retrieval": _retrieval(retrieval) if retrieval else None,
-        "worst": _worst(report.task, details) if compared else None,
-        "invariance": _invariance(report) if compared else None,
-        "facts": list(_facts(report, details)),
+        "retrieval": _retrieval(report, retrieval) if retrieval else None,
+        "worst": report.worst_table() if compared else None,
+        "invariance": report.invariance_table() if compared else None,
+        "facts": report.facts(),
         "hashes": _hashes(details),
         "command": details.command,
     }
@@ -114,14 +96,14 @@ def _sentence(report: Report) -> str:
             "else was computed: no figure would mean anything."
         )
     if failed:
-        return f"{failed} of {count} gates fail on {inputs}."
+        return f"{failed} of {count} gates fail on {inputs} against {report.library}."
     left = sum(gate.passed is None for gate in report.gates)
-    if left:
-        return (
-            f"On {inputs} the artifact stays within every limit: {count - left} gates hold, "
-            f"{left} could not be measured."
-        )
-    return f"On {inputs} the artifact stays within every limit: all {count} gates hold."
+    held = f"{count - left} gates hold" if left else f"all {count} gates hold"
+    unmeasured = f"; {left} could not be measured" if left else ""
+    return (
+        f"On {inputs} the artifact stays within every limit: {held} against {report.library}"
+        f"{unmeasured}."
+    )
 
 
 def _reason(gate: Gate) -> str:
@@ -129,57 +111,10 @@ def _reason(gate: Gate) -> str:
     return f"{text} ({gate.detail})" if gate.detail else text
 
 
-def _gates(report: Report) -> Table:
-    return Table(
-        ("Gate", "Found", "Limit", "Verdict"),
-        tuple(
-            (
-                gate.title,
-                number(gate.value),
-                f"{gate.sense} {number(gate.limit)}",
-                gate.verdict,
-            )
-            for gate in report.gates
-        ),
-        failed=frozenset(i for i, gate in enumerate(report.gates) if gate.failed),
-    )
-
-
-def _parity(comparisons: tuple[Comparison, ...]) -> Table:
-    names = dict.fromkeys(name for run in comparisons for name in run.figures)
-    figures = (
-        (name, *(number(run.figures.get(name, math.nan)) for run in comparisons)) for name in names
-    )
-    return Table(
-        ("Against", *(run.reference for run in comparisons)),
-        (
-            *figures,
-            ("inputs compared", *(f"{run.compared:,}" for run in comparisons)),
-            (
-                "reference results with NaN",
-                *(str(run.reference_nonfinite) for run in comparisons),
-            ),
-        ),
-    )
-
-
-def _dimensions(comparison: Comparison) -> Table | None:
-    if not comparison.dimensions:
-        return None
-    names = tuple(next(iter(comparison.dimensions.values())))
-    return Table(
-        ("Dim.", *names),
-        tuple(
-            (str(dimension), *(number(figures[name]) for name in names))
-            for dimension, figures in comparison.dimensions.items()
-        ),
-    )
-
-
 def _agreement(report: Report, details: Details) -> Chart:
     """A histogram of the inputs' distances from the reference, and its caption."""
     embedding = report.task == "embedding"
-    noun, measure = "texts" if embedding else "pairs", _measure(report.task)
+    noun, measure = "texts" if embedding else "pairs", report.measure
     title = f"How far the {noun} are from the reference"
     distances = _distances(report.task, details)
     finite = distances[np.isfinite(distances)]
@@ -229,24 +164,20 @@ def _layers(errors: Sequence[LayerError]) -> tuple[Chart, Table]:
     comparable = [error for error in errors if error.tokens == errors[0].tokens]
     if len(comparable) < len(errors):
         caption += f"After that layer only each text's last token is left ({errors[-1].tokens}). "
-    if np.isfinite(means).all():
-        growth = np.diff(means[: len(comparable)])
-        among = "" if len(comparable) == len(errors) else ", of those before it,"
-        if len(growth):
-            caption += (
-                f"It grows most{among} in layer {comparable[int(growth.argmax()) + 1].layer}."
-            )
-    else:
+    if not np.isfinite(means).all():
         first = errors[int(np.flatnonzero(~np.isfinite(means))[0])].layer
         caption += f"It is not finite from layer {first} on."
+    elif growth := largest_growth(errors):
+        among = "" if len(comparable) == len(errors) else ", of those before it,"
+        caption += f"It grows most{among} in layer {growth[1].layer}."
     table = Table(
         ("Layer", "Mean error", "Largest error", "Largest 1 − cosine"),
         tuple(
             (
                 "embedding" if error.layer == 0 else str(error.layer),
-                _short(error.relative_error_mean),
-                _short(error.relative_error_max),
-                _short(_from_one(error.cosine_min)),
+                short(error.relative_error_mean),
+                short(error.relative_error_max),
+                short(from_one(error.cosine_min)),
             )
             for error in errors
         ),
@@ -263,7 +194,7 @@ def _why_no_layers(details: Details) -> str:
     )
 
 
-def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
+def _retrieval(report: Report, retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
     rows = retrieval.rows
     clear = [row for row in rows if not row.low <= 0 <= row.high]
     before = ""
@@ -276,77 +207,14 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
     )
     if not retrieval.measured:
         caption = "Not measured: the reference gives all candidates of a query the same score."
-    table = Table(
-        ("Measure", "Dim.", "Artifact", "Reference", f"Difference, {CONFIDENCE} % interval"),
-        tuple(
-            (
-                MEASURES.get(row.measure, row.measure),
-                "–" if row.dimension is None else str(row.dimension),
-                f"{row.artifact:.4f}",
-                f"{row.reference:.4f}",
-                f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]",
-            )
-            for row in rows
-        ),
-    )
     values = Chart(
         "Quality",
         retrieval_values(rows),
         f"{retrieval.name}: {retrieval.queries:,} queries, {retrieval.documents:,} documents. "
         f"Points are the artifact, rings the reference ({retrieval.reference}).{before}",
     )
-    return values, Chart("Difference", retrieval_differences(rows), caption), table
-
-
-def _worst(task: Task, details: Details) -> Table:
-    """The inputs farthest from the reference, starting with those that are not finite."""
-    distances = _distances(task, details)
-    order = np.argsort(-np.where(np.isnan(distances), np.inf, distances), kind="stable")[:WORST]
-    return Table(
-        ("Input", _measure(task).capitalize(), "Text"),
-        tuple((details.names[i], _short(distances[i]), details.excerpts[i]) for i in order),
-        long=frozenset({2}),
-    )
-
-
-def _invariance(report: Report) -> Table:
-    gate = _find_gate(report, "batch invariance")
-    embedding = report.task == "embedding"
-    header = ("Smallest cosine", _measure(report.task)) if embedding else ("Largest difference",)
-    cases = list(report.invariance.items())
-    failed = {
-        i
-        for i, (_, value) in enumerate(cases)
-        if gate and Gate(gate.name, value, gate.sense, gate.limit).failed
-    }
-    return Table(
-        ("A text alone and …", *header),
-        tuple(
-            (case, number(value), *([_short(_from_one(value))] if embedding else []))
-            for case, value in cases
-        ),
-        failed=frozenset(failed),
-    )
-
-
-def _facts(report: Report, details: Details) -> Iterator[tuple[str, str]]:
-    machine = details.machine
-    noun = "texts" if report.task == "embedding" else "pairs"
-    yield "Artifact", f"{report.artifact}, {report.precision} on {report.device}"
-    yield "Reference", f"{report.reference} in {report.library}"
-    if report.comparisons:
-        yield (
-            "Reference ran in",
-            "; ".join(run.reference for run in report.comparisons),
-        )
-    yield "Inputs", f"{report.inputs:,} {noun}, {report.tokens:,} tokens"
-    yield "Date", report.date
-    memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
-    yield "Processor", f"{machine.cpu}, {machine.cores} cores{memory}"
-    yield "System", f"{machine.system}, Python {machine.python}"
-    yield "Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    if machine.providers:
-        yield "onnxruntime offers", ", ".join(machine.providers)
+    difference = Chart("Difference", retrieval_differences(rows), caption)
+    return values, difference, report.retrieval_table(retrieval)
 
 
 def _hashes(details: Details) -> Table:
@@ -355,19 +223,10 @@ def _hashes(details: Details) -> Table:
     return Table(("Of", "File", "sha256"), tuple(rows), text=frozenset({0, 1}), long=frozenset({2}))
 
 
-def _measure(task: Task) -> str:
-    return "1 − cosine" if task == "embedding" else "difference"
-
-
 def _distances(task: Task, details: Details) -> np.ndarray:
     """Each input's distance from the reference: float64 [inputs], 0 is best."""
     values = np.array(details.agreement)
-    return _from_one(values) if task == "embedding" else values
-
-
-def _from_one(cosine: Any) -> Any:
-    """1 - cosine of a float or an array, at least 0: rounding can put a cosine above 1."""
-    return np.maximum(1 - cosine, 0)
+    return from_one(values) if task == "embedding" else values
 
 
 def _find_gate(report: Report, name: str) -> Gate | None:
@@ -375,12 +234,5 @@ def _find_gate(report: Report, name: str) -> Gate | None:
 
 
 def _inline(value: float) -> str:
-    """`_short` with non-breaking hyphens, for use in a sentence."""
-    return _short(value).replace("-", "\N{NON-BREAKING HYPHEN}")
-
-
-def _short(value: float) -> str:
-    """A figure with few digits: 1.2e-06, 0.0123."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "infinity"
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+    """`short` with non-breaking hyphens, for use in a sentence."""
+    return short(value).replace("-", "\N{NON-BREAKING HYPHEN}")

@@ -22,9 +22,11 @@ from ..runtimes import ModelInfo, load
 from ..texts.beir import RetrievalSet, read_beir, write_candidates
 from ..texts.ranking import candidate_pairs, rank_documents
 from ..texts.samples import Pair, Sample
+from .advice import next_steps, other_weights
 from .details import collect_details
 from .invariance import run_suite
 from .layers import layer_errors
+from .machine import describe_export, describe_machine
 from .measures import finite_rows
 from .page import render
 from .recorded import is_recorded, open_recorded
@@ -37,7 +39,7 @@ from .thresholds import Thresholds, find_thresholds
 
 logger = logging.getLogger(__name__)
 
-WORST = 5
+WORST = 10
 PACKAGES = (
     "embedport",
     "onnxruntime",
@@ -215,6 +217,10 @@ def validate(
                     Path(save_run),
                     rank_documents(set_results, results.shape[1], data, CANDIDATES),
                 )
+    layers = None
+    if page is not None and comparisons:
+        torch_device = "cpu" if runtime_device == "cpu" else "cuda"
+        layers = layer_errors(info, source, rows, device=torch_device)
     report = Report(
         artifact=str(artifact),
         precision=info.precision,
@@ -231,10 +237,11 @@ def validate(
         retrieval=quality,
         versions=_versions(origin),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        machine=describe_machine(info, runtime_device),
+        exported=describe_export(info),
+        next_steps=next_steps(gates, info, origin, layers),
     )
     if page is not None:
-        torch_device = "cpu" if runtime_device == "cpu" else "cuda"
-        layers = layer_errors(info, source, rows, device=torch_device) if comparisons else None
         details = collect_details(
             inputs,
             results,
@@ -323,27 +330,11 @@ def _compare_weights(info: ModelInfo, origin: Origin) -> None:
     Raises:
         InputError: The reference is recorded and its weight files differ.
     """
-    if info.artifact is None:
-        return
-    made_from = info.artifact.manifest.source
-    name = next(
-        (name for name in made_from.files if origin.files.get(name) != made_from.files[name]), None
-    )
-    if name is None:
-        return
-    if origin.recorded is not None:
-        raise InputError(
-            f"the artifact was made from {made_from.pinned}, whose {name} has the sha256 "
-            f"{made_from.files[name]}; the recorded reference is of {origin.pinned}, whose {name} "
-            f"has {origin.files.get(name, 'none')}: record a reference of the artifact's checkpoint"
-        )
-    logger.warning(
-        "the artifact was made from %s, whose %s differs from that of %s: the comparison may be "
-        "between two different models",
-        made_from.pinned,
-        name,
-        origin.id,
-    )
+    words = other_weights(info, origin)
+    if words and origin.recorded is not None:
+        raise InputError(f"{words}: record a reference of the artifact's checkpoint")
+    if words:
+        logger.warning("%s: the comparison may be between two different models", words)
 
 
 def _token_gate(

@@ -426,8 +426,8 @@ def _read_pair(query: Any, document: Any) -> Pair:
 
 
 def _read_origin(values: Mapping[str, Any]) -> Origin:
-    values = dict(values)
-    values.setdefault("adapter", None)  # missing in files from before adapters
+    early: dict[str, Any] = {"adapter": None, "sizes": {}}  # files of early versions lack these
+    values = early | dict(values)
     if values.keys() != {field.name for field in fields(Origin)}:
         raise ValueError(f"origin has the keys {sorted(values)}")
     for key in ("id", "library", "device", "stored", "recorded"):
@@ -435,6 +435,8 @@ def _read_origin(values: Mapping[str, Any]) -> Origin:
     for key in ("versions", "files"):
         for name, value in values[key].items():
             _text(name), _text(value)
+    for name, size in values["sizes"].items():
+        _text(name), _whole(size)
     if values["task"] not in TASKS:
         raise ValueError(f"task should be one of {', '.join(TASKS)}, found {values['task']!r}")
     _whole(values["hidden_size"]), _whole(values["vocab_size"])

@@ -8,7 +8,7 @@ they come from a file with the results of an earlier run: `recorded`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -40,6 +40,8 @@ class Origin:
         log_odds: Whether the library returns a reranker's scores as log-odds, not probabilities.
         recorded: Day of the recording, ISO 8601; None for a reference that runs here.
         adapter: The merged adapter's folder or hub id, and revision.
+        sizes: Precision to the approximate bytes of an artifact's weights; empty in files recorded
+            by early versions.
     """
 
     id: str
@@ -55,6 +57,7 @@ class Origin:
     log_odds: bool = False
     recorded: str | None = None
     adapter: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def pinned(self) -> str:

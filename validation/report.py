@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import PurePath
 from typing import Any, Literal
+
+import numpy as np
 
 from ..checkpoint.spec import Task
 from ..strict_json import without_nan
-from .retrieval import RetrievalReport
+from ..tables import Table, fact_table
+from .machine import Machine
+from .retrieval import CONFIDENCE, RetrievalReport
 
 EXCERPT = 60
 # ir-measures' names of measures to the usual ones.
 MEASURES = {"R@100": "recall@100", "RR": "MRR"}
 Sense = Literal["≥", "≤"]
-Table = tuple[str, list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,9 @@ class Report:
         retrieval: Retrieval quality, if a retrieval set was given.
         versions: Versions of the packages that ran the reference and the artifact.
         date: Day of the validation, ISO 8601.
+        machine: The machine that ran the artifact, and whose code ran there.
+        exported: The machine that exported the artifact, and whose code ran there; "" if not known.
+        next_steps: What to do about failed gates.
     """
 
     artifact: str
@@ -131,6 +138,9 @@ class Report:
     retrieval: RetrievalReport | None
     versions: Mapping[str, str]
     date: str
+    machine: Machine
+    exported: str
+    next_steps: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
@@ -158,34 +168,23 @@ class Report:
 
     def to_markdown(self) -> str:
         """The report for a model card, without any input texts."""
-        parts = [f"**{self.verdict()}**", self.method()]
-        parts += [_markdown(*table) for table in self._tables()]
-        return "\n\n".join(parts)
+        steps = "\n".join(f"- {step}" for step in self.next_steps)
+        parts = [f"**{self.verdict()}**", *filter(None, [steps])]
+        tables = (*self._tables(), self._facts_table())
+        return "\n\n".join([*parts, *(table.to_markdown() for table in tables)])
 
     def verdict(self) -> str:
-        """One sentence: the gates that fail, or how many hold."""
+        """One sentence: the gates that fail, or how many hold, and against which library."""
         failed = [gate.name for gate in self.gates if gate.failed]
         if failed:
-            return f"Does not hold: {', '.join(failed)}"
+            return f"Does not hold against {self.library}: {', '.join(failed)}"
         held = sum(gate.passed is True for gate in self.gates)
         left = [gate.name for gate in self.gates if gate.passed is None]
         unmeasured = f"; not measured: {', '.join(left)}" if left else ""
-        return f"Holds: {held} of {held} gates{unmeasured}"
-
-    def method(self) -> str:
-        """One sentence: what was compared, on which devices and with which versions."""
-        noun = "texts" if self.task == "embedding" else "pairs"
-        run = f"{self.comparisons[0].reference} of " if self.comparisons else ""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"{self.inputs:,} {noun}, {self.tokens:,} tokens; {self.precision} on {self.device} "
-            f"against {run}{self.reference} in {self.library}; {versions}; {self.date}."
-        )
+        return f"Holds against {self.library}: {held} of {held} gates{unmeasured}"
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The report for a terminal: `rich.print(report)`."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
         # Text, not str: rich would read markup in inputs and paths.
@@ -193,93 +192,130 @@ class Report:
         for gate in self.gates:
             if gate.detail and gate.failed:
                 yield Text(f"  {gate.name}: {gate.detail}", style="red")
-        yield Text(self.method(), style="dim")
-        for title, header, rows in (*self._tables(), *self._worst_table()):
-            table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-            for column in header:
-                side = "left" if column in (header[0], "Text") else "right"
-                table.add_column(column, justify=side, overflow="fold")
-            for row in rows:
-                style = "red" if row[-1] == "FAILS" else ""
-                table.add_row(*(Text(cell, style=style) for cell in row))
-            yield table
+        for step in self.next_steps:
+            yield Text(f"  → {step}")
+        yield Text()
+        yield from self._tables()
+        if self.worst:
+            yield self.worst_table()
+        yield self._facts_table()
+
+    def _facts_table(self) -> Table:
+        return fact_table(self.facts(), "How it was measured")
 
     def _tables(self) -> Iterator[Table]:
-        """Yield (title, header, rows) of each non-empty table."""
-        yield (
-            "Gates",
-            ["Gate", "Found", "Limit", ""],
-            [
-                [
-                    gate.title,
-                    number(gate.value),
-                    f"{gate.sense} {number(gate.limit)}",
-                    "FAILS" if gate.failed else gate.verdict,
-                ]
-                for gate in self.gates
-            ],
-        )
-        if not self.comparisons:
-            return
-        names = dict.fromkeys(name for run in self.comparisons for name in run.figures)
-        rows = [
-            [name, *(number(run.figures.get(name, math.nan)) for run in self.comparisons)]
-            for name in names
-        ]
-        rows += [
-            ["inputs compared", *(str(run.compared) for run in self.comparisons)],
-            [
-                "reference results with NaN",
-                *(str(run.reference_nonfinite) for run in self.comparisons),
-            ],
-        ]
-        yield "Parity", ["Against", *(run.reference for run in self.comparisons)], rows
-        dimensions = self.comparisons[0].dimensions
-        if dimensions:
-            yield (
-                "By dimension (MRL)",
-                ["Dimension", *next(iter(dimensions.values()))],
-                [[str(dim), *map(number, values.values())] for dim, values in dimensions.items()],
-            )
-        if self.retrieval is not None:
-            yield self._retrieval_table(self.retrieval)
-        yield (
-            "A text alone and …",
-            ["Arrangement", f"worst {self._measure()}"],
-            [[case, number(value)] for case, value in self.invariance.items()],
-        )
+        """Yield the tables without input texts."""
+        yield self.gates_table()
+        if self.comparisons:
+            yield self.parity_table()
+            if self.comparisons[0].dimensions:
+                yield self.dimensions_table()
+            if self.retrieval is not None:
+                yield self.retrieval_table(self.retrieval)
+            yield self.invariance_table()
 
-    def _retrieval_table(self, found: RetrievalReport) -> Table:
-        title = (
-            f"Retrieval on {found.name}: {found.queries:,} queries, {found.documents:,} documents, "
-            f"against {found.reference}"
+    def gates_table(self) -> Table:
+        """Each gate's value, limit and verdict."""
+        rows = tuple(
+            (gate.title, number(gate.value), f"{gate.sense} {number(gate.limit)}", gate.verdict)
+            for gate in self.gates
         )
-        if not found.measured:
+        failed = frozenset(i for i, gate in enumerate(self.gates) if gate.failed)
+        return Table(("Gate", "Found", "Limit", "Verdict"), rows, "Gates", failed)
+
+    def parity_table(self) -> Table:
+        """All figures, a column for each run of the reference."""
+        runs = self.comparisons
+        names = dict.fromkeys(name for run in runs for name in run.figures)
+        rows = (
+            *((name, *(number(run.figures.get(name, math.nan)) for run in runs)) for name in names),
+            ("inputs compared", *(f"{run.compared:,}" for run in runs)),
+            ("reference results with NaN", *(str(run.reference_nonfinite) for run in runs)),
+        )
+        return Table(("Against", *(run.reference for run in runs)), rows, "Parity")
+
+    def dimensions_table(self) -> Table:
+        """The figures at each MRL dimension."""
+        dimensions = self.comparisons[0].dimensions
+        rows = tuple(
+            (str(dim), *map(number, values.values())) for dim, values in dimensions.items()
+        )
+        return Table(("Dim.", *next(iter(dimensions.values()))), rows, "By dimension (MRL)")
+
+    def retrieval_table(self, retrieval: RetrievalReport) -> Table:
+        """Each measure of both sides, and the difference with its interval."""
+        title = (
+            f"Retrieval on {retrieval.name}: {retrieval.queries:,} queries, "
+            f"{retrieval.documents:,} documents, against {retrieval.reference}"
+        )
+        if not retrieval.measured:
             title += "; not measured: no query's reference scores differ"
-        if found.before is not None:
-            title += f"; nDCG@10 of the candidates as they came {found.before:.4f}"
-        header = ["Measure", "Dimension", "Artifact", "Reference", "Difference", "95 % interval"]
-        rows = [
-            [
+        if retrieval.before is not None:
+            title += f"; nDCG@10 of the candidates as they came {retrieval.before:.4f}"
+        rows = tuple(
+            (
                 MEASURES.get(row.measure, row.measure),
-                str(row.dimension or "—"),
+                str(row.dimension or "–"),
                 f"{row.artifact:.4f}",
                 f"{row.reference:.4f}",
-                f"{row.difference:+.4f}",
-                f"{row.low:+.4f} to {row.high:+.4f}",
-            ]
-            for row in found.rows
-        ]
-        return title, header, rows
+                f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]",
+            )
+            for row in retrieval.rows
+        )
+        difference = f"Difference, {CONFIDENCE} % interval"
+        return Table(("Measure", "Dim.", "Artifact", "Reference", difference), rows, title)
 
-    def _worst_table(self) -> Iterator[Table]:
-        """Not part of `_tables`, because it shows input texts."""
-        if self.worst:
-            rows = [[worst.name, number(worst.value), worst.text] for worst in self.worst]
-            yield "Worst", ["Input", self._measure(), "Text"], rows
+    def invariance_table(self) -> Table:
+        """The worst agreement of a text alone and in each arrangement."""
+        embedding = self.task == "embedding"
+        gate = next((gate for gate in self.gates if gate.name == "batch invariance"), None)
+        cases = list(self.invariance.items())
+        failed = frozenset(
+            i for i, (_, value) in enumerate(cases) if gate and replace(gate, value=value).failed
+        )
+        rows = tuple(
+            (case, number(value), *([short(from_one(value))] if embedding else []))
+            for case, value in cases
+        )
+        figures = ("Smallest cosine", self.measure) if embedding else ("Largest difference",)
+        return Table(("A text alone and …", *figures), rows, "Batch invariance", failed)
 
-    def _measure(self) -> str:
-        return "cosine" if self.task == "embedding" else "difference"
+    def worst_table(self) -> Table:
+        """The inputs farthest from the reference; shows the beginning of their texts."""
+        embedding = self.task == "embedding"
+        rows = tuple(
+            (worst.name, short(from_one(worst.value) if embedding else worst.value), worst.text)
+            for worst in self.worst
+        )
+        header = ("Input", self.measure.capitalize(), "Text")
+        return Table(header, rows, "Farthest from the reference", long=frozenset({2}))
+
+    @property
+    def measure(self) -> str:
+        """How far an input is from the reference: the figure's name."""
+        return "1 − cosine" if self.task == "embedding" else "difference"
+
+    def facts(self) -> dict[str, str]:
+        """How it was measured: what ran, where, on which inputs, in which versions."""
+        machine = self.machine
+        noun = "texts" if self.task == "embedding" else "pairs"
+        memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
+        sets = ", ".join(machine.instructions)
+        facts = {
+            "Artifact": f"{PurePath(self.artifact).name}, {self.precision} on {self.device}",
+            "Exported on": self.exported,
+            "Reference": f"{self.reference} in {self.library}",
+            "Reference ran in": "; ".join(run.reference for run in self.comparisons),
+            "Inputs": f"{self.inputs:,} {noun}, {self.tokens:,} tokens",
+            "Date": self.date,
+            "Processor": f"{machine.cpu}, {machine.cores} cores{memory}",
+            "Instruction sets": sets,
+            "Computed by": machine.code,
+            "System": f"{machine.system}, Python {machine.python}",
+            "Versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "onnxruntime offers": ", ".join(machine.providers),
+        }
+        return {name: value for name, value in facts.items() if value}
 
 
 def number(value: float | None) -> str:
@@ -302,6 +338,13 @@ def excerpt(text: str) -> str:
     return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 1]}…"
 
 
-def _markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def from_one(cosine: Any) -> Any:
+    """1 - cosine of a float or an array, at least 0: rounding can put a cosine above 1."""
+    return np.maximum(1 - cosine, 0)
+
+
+def short(value: float) -> str:
+    """A figure with few digits: 1.2e-06, 0.0123."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinity"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"

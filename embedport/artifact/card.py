@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..machine.engine import EngineRecord
+from ..tables import fact_table
 from .manifest import GraphRecord, Manifest
 
 NOT_VALIDATED = "Not validated yet: `embedport validate {name} {options}`"
@@ -30,7 +31,6 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     }
     if manifest.embedding_dim:
         rows["Dimensions"] = str(manifest.embedding_dim)
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     parity = parity_table or NOT_VALIDATED.format(name=name, options=" ".join(source.options))
     kinds = {
         "onnx": "An ONNX export",
@@ -40,7 +40,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     return (
         f"# {name}\n\n"
         f"{kinds[manifest.format]} of a Qwen3 {manifest.task} model by embedport.\n\n"
-        f"| | |\n| --- | --- |\n{table}\n\n"
+        f"{fact_table(rows).to_markdown()}\n\n"
         f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )

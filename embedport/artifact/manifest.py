@@ -148,6 +148,11 @@ class GraphRecord:
     limits_pairs: bool = False
     shared: SharedRecord | None = None
 
+    @property
+    def has_functions(self) -> bool:
+        """Whether parts of the graph are functions that embedport's kernels compute on a CPU."""
+        return self.dialect == "ort" and self.arithmetic == "fp32"
+
 
 @dataclass(frozen=True)
 class Manifest:

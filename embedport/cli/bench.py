@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..tables import Table, size_words
 from .inputs import TaskOption, check_task
-from .outputs import check_output, size_words, stderr_console, stdout_console, to_json, write_text
+from .outputs import check_output, stderr_console, stdout_console, to_json, write_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..bench.bench import Bench
     from ..bench.rounds import Result
 
@@ -103,36 +102,28 @@ def _print(result: Bench) -> None:
     )
 
 
-def _table(*columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-    return table
-
-
 def _workload_table(name: str, runners: dict[str, Result]) -> Table:
-    table = _table(name, "tokens/s", "from - to", "first is faster by", "batch")
-    for runner, result in runners.items():
-        table.add_row(
+    rows = (
+        (
             runner,
             f"{result.tokens_per_second:,.0f}",
             f"{result.from_to[0]:,.0f} - {result.from_to[1]:,.0f}",
             f"{result.ratio:.2f}",
             "own" if result.batch_rows is None else str(result.batch_rows),
         )
-    return table
+        for runner, result in runners.items()
+    )
+    return Table((name, "tokens/s", "from - to", "first is faster by", "batch"), tuple(rows))
 
 
 def _sides_table(result: Bench) -> Table:
-    table = _table("", "cold start, s", "peak memory", "on disk")
-    for name, runner in result.runners.items():
-        table.add_row(
+    rows = (
+        (
             name,
             f"{median(runner.cold_start):.2f}",
             size_words(runner.peak_bytes),
             size_words(runner.bytes),
         )
-    return table
+        for name, runner in result.runners.items()
+    )
+    return Table(("", "cold start, s", "peak memory", "on disk"), tuple(rows))

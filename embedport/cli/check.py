@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..tables import fact_table
 from .inputs import DeviceOption
 from .outputs import stdout_console, to_json
 
@@ -38,25 +39,19 @@ def check(
 
 
 def _print(result: Check) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout_console()
     console.print(
         Text(f"{result.artifact}: {result.verdict}", style="" if result.passed else "red")
     )
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    rows = {
+    facts = {
         "Compared": result.figures,
         "Exported on": str(result.exported),
         "Here": f"{result.here}; {result.precision} on {result.device}",
     }
     if result.reasons:
-        rows["Differs"] = "\n".join(result.reasons)
+        facts["Differs"] = "\n".join(result.reasons)
     elif not result.passed:
-        rows["Differs"] = "nothing known: the artifact's files were changed after its export"
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    console.print(table)
+        facts["Differs"] = "nothing known: the artifact's files were changed after its export"
+    console.print(fact_table(facts))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..tables import Table
 from .outputs import stderr_console, stdout_console
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from ..demo.pipeline import Demo
     from ..validation import Report
@@ -53,12 +53,12 @@ def demo(
 
 def _print_answers(console: Console, result: Demo) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
     console.rule(f"Three queries on {result.documents:,} documents, in int8", align="left")
     for answer in result.answers:
-        table = Table("", "", box=SIMPLE_HEAD, expand=True)
+        table = RichTable("", "", box=SIMPLE_HEAD, expand=True)
         table.add_column(Text(answer.query), overflow="ellipsis", no_wrap=True, ratio=1)
         for name, ranked in (("cosine", answer.found), ("reranked", answer.reranked)):
             for i, hit in enumerate(ranked):
@@ -85,32 +85,26 @@ def _print_parity(console: Console, result: Demo) -> None:
 
 def _parity(reports: Sequence[Report]) -> Table:
     """One column per precision: each gate's value and limit, then the other figures."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from ..validation.report import number
 
-    table = Table("", box=SIMPLE_HEAD)
-    for report in reports:
-        table.add_column(report.precision, justify="right")
+    rows: list[tuple[str, ...]] = []
     gates = [{gate.name: gate for gate in report.gates} for report in reports]
     for name in gates[0]:
-        row_gates = [by_name[name] for by_name in gates]
         shown = (
             number(g.value) if g.value is None else f"{number(g.value)} {g.sense} {number(g.limit)}"
-            for g in row_gates
+            for g in (by_name[name] for by_name in gates)
         )
-        table.add_row(name, *shown)
+        rows.append((name, *shown))
     figures = [report.comparisons[0].figures if report.comparisons else {} for report in reports]
     for name in figures[0]:
         if name not in gates[0]:
-            table.add_row(name, *(number(values.get(name, float("nan"))) for values in figures))
+            rows.append((name, *(number(values.get(name, float("nan"))) for values in figures)))
     quality = [report.retrieval.rows[0] for report in reports if report.retrieval is not None]
     if quality:
         shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
-        table.add_row("nDCG@10 (of the reference)", *shown)
+        rows.append(("nDCG@10 (of the reference)", *shown))
         before = [report.retrieval.before for report in reports if report.retrieval is not None]
         if before[0] is not None:
-            table.add_row("nDCG@10 before reranking", *(f"{value:.4f}" for value in before))
-    table.add_row("", *("holds" if report.passed else "FAILS" for report in reports))
-    return table
+            rows.append(("nDCG@10 before reranking", *(f"{value:.4f}" for value in before)))
+    rows.append(("", *("holds" if report.passed else "FAILS" for report in reports)))
+    return Table(("", *(report.precision for report in reports)), tuple(rows))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..tables import size_words
 from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
-from .outputs import print_estimate, size_words, stages, stdout_console
+from .outputs import print_estimate, stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact

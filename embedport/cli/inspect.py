@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..machine.engine import EngineRecord
+from ..tables import fact_table, size_words
 from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
-from .outputs import size_words, stdout_console
+from .outputs import stdout_console
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..artifact.manifest import Manifest
+    from ..artifact.manifest import GraphRecord, Manifest
     from ..checkpoint.hub import Source
     from ..checkpoint.quantization_config import LibraryQuantization, StoredQuantization
     from ..checkpoint.spec import ModelSpec, Task
@@ -56,7 +57,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     else:
-        _print(rows)
+        stdout_console().print(fact_table(rows))
 
 
 def _artifact_facts(source: Source) -> dict[str, Any]:
@@ -65,11 +66,12 @@ def _artifact_facts(source: Source) -> dict[str, Any]:
     from ..artifact.sizes import checkpoint_sizes, graph_sizes
 
     artifact = Artifact.open(source.folder)
-    is_graph = artifact.manifest.graph is not None
+    graph = artifact.manifest.graph
     return {
         "artifact": source.id,
         "bytes": artifact.size,
-        "weights": graph_sizes(artifact.graph) if is_graph else checkpoint_sizes(artifact.folder),
+        "weights": graph_sizes(artifact.graph) if graph else checkpoint_sizes(artifact.folder),
+        "kernels_here": _kernels(graph) if graph else None,
         **asdict(artifact.manifest),
         **_words(artifact.folder, None, artifact.manifest),
     }
@@ -98,6 +100,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f", {graph['dialect']} dialect, opset {graph['opset']}: "
             f"{', '.join(graph['inputs'])} to {', '.join(graph['outputs'])}"
         )
+        rows["Kernels here"] = facts["kernels_here"]
         if shared := graph["shared"]:
             rows["Opened by"] = _openers(shared)
     if facts["engine"]:
@@ -111,6 +114,16 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows
+
+
+def _kernels(graph: GraphRecord) -> str:
+    """Whose code runs a graph on this machine's CPU."""
+    from ..runtimes.ort_custom_ops import choose_kernels
+
+    if not graph.has_functions:
+        return "none in this graph: onnxruntime's operators run"
+    name, reason = choose_kernels()
+    return f"embedport's for {name}" if name else f"none, onnxruntime's operators run: {reason}"
 
 
 def _openers(shared: Mapping[str, Any]) -> str:
@@ -159,6 +172,7 @@ def _verdict(parity: Mapping[str, Any] | None) -> str:
 def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
     from ..checkpoint.spec import read_spec
     from ..exporters.provenance import adapter_record
+    from ..quantize.formats import artifact_bytes
     from ..quantize.stored import find_stored
 
     spec = read_spec(source, task)
@@ -175,7 +189,7 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
         **facts,
         "parameters": spec.parameters,
         "weights": _weights(spec),
-        "artifact_bytes": _artifact_bytes(spec) if exports else None,
+        "artifact_bytes": artifact_bytes(spec) if exports else None,
         "quantized": None if spec.quantization is None else _quantized(spec.quantization),
     }
 
@@ -198,21 +212,6 @@ def _weights(spec: ModelSpec) -> dict[str, Any] | None:
         "dtypes": sorted({info.dtype for info in tensors.values()}),
         "shards": {path.name: path.stat().st_size for path in files},
     }
-
-
-def _artifact_bytes(spec: ModelSpec) -> dict[str, int]:
-    """Approximate size in bytes of an artifact's weights, by precision."""
-    from ..exporters.graph.precision import FLOAT, PRECISIONS, Precision, weight_bytes
-    from ..quantize.formats import FP8, QUANTIZED, plan_formats
-
-    precisions = PRECISIONS | {
-        name: Precision(FLOAT, FLOAT, formats=plan_formats(spec, name, dialect="ort"))
-        for name in QUANTIZED
-        if name != FP8
-    }
-    float8 = plan_formats(spec, FP8, dialect="standard")
-    precisions[FP8] = replace(PRECISIONS["bf16"], formats=float8)
-    return {name: weight_bytes(spec, precision) for name, precision in precisions.items()}
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> dict[str, str]:
@@ -379,15 +378,3 @@ def _prompts(inputs: Mapping[str, Any]) -> str:
 
 def _at(source: str, revision: str | None) -> str:
     return f"{source} @ {revision}" if revision else source
-
-
-def _print(rows: dict[str, str]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    stdout_console().print(table)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import InputError
+from ..tables import size_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,14 +68,6 @@ def stages() -> Generator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield progress
-
-
-def size_words(size: int) -> str:
-    """Format a number of bytes: 812 B, 11.4 MB, 2.4 GB."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} B"
 
 
 def print_estimate(estimate: Estimate, *, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .outputs import size_words
+from ..tables import size_words
 
 
 def push(

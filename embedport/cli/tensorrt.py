@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..machine.engine import LIBRARIES
+from ..tables import size_words
 from .inputs import AdapterOption, RevisionOption, TaskOption
-from .outputs import size_words, stages, stdout_console
+from .outputs import stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact

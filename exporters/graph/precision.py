@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +9,8 @@ import onnx_ir as ir
 
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
-from ...quantize.formats import AUTO, MIXED, QUANTIZED, TABLE, Format, quantized_bytes
+from ...quantize import formats
+from ...quantize.formats import AUTO, MIXED, QUANTIZED, TABLE, Format
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 RESIDUAL = "residual stream"
@@ -65,16 +65,9 @@ class Precision:
 
 def weight_bytes(spec: ModelSpec, precision: Precision) -> int:
     """The approximate bytes of a graph's weights."""
-    total = 0
-    for name, shape in spec.tensor_shapes().items():
-        matrix = name.removesuffix(".weight")
-        if name == "lm_head.weight":
-            continue  # a reranker needs one row of it, an embedding model none
-        if matrix in precision.formats:
-            total += quantized_bytes(precision.formats[matrix], (shape[0], shape[1]))
-        else:
-            total += math.prod(shape) * precision.dtype_of(matrix).bitwidth // 8
-    return total
+    return formats.weight_bytes(
+        spec, precision.formats, lambda name: precision.dtype_of(name).bitwidth // 8
+    )
 
 
 def _by_layer(name: str) -> tuple[int, str]:

@@ -494,7 +494,11 @@ static void list_sets(struct set sets[SETS]) {
 #endif
 }
 
+#ifdef _WIN32
+#define EXPORTED __declspec(dllexport)
+#else
 #define EXPORTED __attribute__((visibility("default")))
+#endif
 
 /* The index of the set that the next call of RegisterCustomOps uses. */
 static int chosen = -1;

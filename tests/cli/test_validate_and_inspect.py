@@ -19,7 +19,7 @@ class TestValidate:
         arguments += ("--input", tmp_path / "texts.txt", "--no-record")
         code, out, _ = run(*arguments, "--report", tmp_path / "report.md")
         assert code == 0
-        assert out.startswith("Holds: ")
+        assert out.startswith("Holds against ")
         assert "**Holds" in (tmp_path / "report.md").read_text()
         code, out, _ = run(*arguments, "--min-cosine", 1.1, "--json")
         assert code == 1
@@ -79,10 +79,18 @@ class TestInspect:
         assert facts["files"].keys() >= {"onnx/model.onnx", "tokenizer.json"}
         assert facts["parity"] is None
         assert facts["precision"] == "fp32"
+        assert facts["kernels_here"].startswith(
+            ("embedport's for ", "none, onnxruntime's operators")
+        )
         code, out, _ = run("inspect", folders / "embedding")
         assert code == 0
         assert "all as the manifest says" in out
         assert "not validated" in out
+
+    def test_kernels_that_were_not_built(self, run, folders, monkeypatch):
+        monkeypatch.setattr("embedport.runtimes.ort_custom_ops.find_library", lambda: None)
+        out = " ".join(run("inspect", folders / "embedding")[1].split())
+        assert "Kernels here none, onnxruntime's operators run: embedport was built without" in out
 
     def test_checkpoint_artifact(self, run, quantized, copied):
         folder = copied(quantized("w8a8"))

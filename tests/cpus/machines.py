@@ -10,7 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,6 @@ CPU variant\t: 0x0
 CPU part\t: 0xd08
 CPU revision\t: 3
 """
-KERNELS = "_kernels.abi3.so"
 COMPILER = "aarch64-linux-gnu-gcc"
 
 
@@ -94,8 +94,7 @@ def make_arm(cache: Path) -> str:
     if not (cache / "root").is_dir():
         _make_root(cache)
     _install_wheels(cache)
-    _copy_package(cache)
-    return _compile_kernels(cache)
+    return _install_package(cache)
 
 
 def _make_root(cache: Path) -> None:
@@ -152,48 +151,21 @@ def _install_wheels(cache: Path) -> None:
     _run([uv, "pip", "install", "--quiet", "-r", str(locked), "--no-deps", *target, *platform])
 
 
-def _copy_package(cache: Path) -> None:
-    """A tree of its own, since the kernels lie inside; another machine's are not taken along."""
+def _install_package(cache: Path) -> str:
+    """The package's own wheel, compiled for aarch64, unpacked; its name is in the answer."""
+    built = cache / "built"
+    shutil.rmtree(built, ignore_errors=True)
+    # Without the compiler the build makes a wheel for any platform, as on a user's machine.
+    environment = {"CC": COMPILER, "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
+    _run([_uv(), "build", "--quiet", "-o", str(built)], os.environ | environment)
+    (wheel,) = built.glob("*.whl")
     source = cache / "source"
     shutil.rmtree(source, ignore_errors=True)
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(REPOSITORY / "embedport", source / "embedport", ignore=ignored)
-
-
-def _compile_kernels(cache: Path) -> str:
-    """By setuptools, as an installation does, with a compiler for aarch64."""
-    compiler = shutil.which(COMPILER)
-    if compiler is None:
-        return f"no kernels: {COMPILER} is missing (apt-get install gcc-aarch64-linux-gnu)"
-    build = cache / "kernels"
-    shutil.rmtree(build, ignore_errors=True)
-    script = (
-        "from setuptools import setup; "
-        f"setup(script_args=['-q', 'build_ext', '--build-lib', {str(build / 'lib')!r}, "
-        f"'--build-temp', {str(build / 'temp')!r}])"
-    )
-    # Of Python's own compiler only its flags are this machine's.
-    environment = os.environ | {
-        "CC": compiler,
-        "LDSHARED": f"{compiler} -shared",
-        "CFLAGS": "",
-        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
-    }
-    uv = [_uv(), "run", "--no-project", "--with", "setuptools>=77", "--python", sys.executable]
-    done = subprocess.run(
-        [*uv, "python", "-c", script],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (cache / "kernels.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    made = next((build / "lib").rglob("*.so"), None) if (build / "lib").is_dir() else None
-    if made is None:
-        return f"no kernels: they do not compile for aarch64 ({cache / 'kernels.log'})"
-    shutil.copy(made, cache / "source" / "embedport" / "runtimes" / KERNELS)
-    return "with the kernels"
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(source)
+    if wheel.stem.endswith("-any"):
+        return f"{wheel.name}, without kernels: apt-get install gcc-aarch64-linux-gnu"
+    return f"{wheel.name}, with kernels"
 
 
 def _uv() -> str:
@@ -212,7 +184,9 @@ def _find(program: str, package: str) -> str:
     return found
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+def _run(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY
+    )
     if done.returncode:
         raise MissingToolError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")

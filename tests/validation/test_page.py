@@ -17,10 +17,11 @@ import pytest
 import embedport
 from embedport.texts.samples import Pair, Sample
 from embedport.validation.charts import POINTS, choose_points
-from embedport.validation.details import Details, Machine
+from embedport.validation.details import Details
 from embedport.validation.layers import LayerError
+from embedport.validation.machine import Machine
 from embedport.validation.page import render
-from embedport.validation.report import Comparison, Gate, Report
+from embedport.validation.report import Comparison, Gate, Report, Worst
 from embedport.validation.retrieval import RetrievalReport, RetrievalRow
 
 EVIL = "<script>alert(1)</script><img src=https://example.org/x.png> \"'&{{ 7 * 7 }}"
@@ -88,10 +89,22 @@ def a_report(task="embedding", retrieval=True, **changes):
             Comparison("bf16, cuda", 1, 39, figures, {}),
         ),
         "invariance": {"equal-length batch": 1.0, "extra left padding": 0.99},
-        "worst": (),
+        "worst": tuple(Worst(f"text {i} ({EVIL})", 0.99, EVIL) for i in range(10)),
         "retrieval": a_retrieval(task) if retrieval else None,
         "versions": {"embedport": "0.1.0"},
         "date": "2026-01-02",
+        "machine": Machine(
+            EVIL,
+            ("avx2", "fma"),
+            "embedport's kernels for avx2",
+            4,
+            2**34,
+            "Debian",
+            "3.12",
+            ("CPUExecutionProvider",),
+        ),
+        "exported": "another CPU (neon)",
+        "next_steps": (),
     }
     return Report(**values | changes)
 
@@ -113,13 +126,10 @@ def some_details(task="embedding", **changes):
     distances = 10 ** generator.uniform(-9, -4, 40)
     scores = generator.uniform(0, 1, 400)
     values: dict[str, Any] = {
-        "names": tuple(f"text {i} ({EVIL})" for i in range(40)),
-        "excerpts": (EVIL,) * 40,
         "agreement": tuple((1 - distances if task == "embedding" else distances).tolist()),
         "reference_scores": tuple(scores.tolist()),
         "artifact_scores": tuple((scores + 1e-3).tolist()),
         "layers": tuple(LayerError(i, 90, 1e-4 * (i + 1), 2e-4 * (i + 1), 0.999) for i in range(5)),
-        "machine": Machine(EVIL, 4, 2**34, "Debian", "3.12", ("CPUExecutionProvider",)),
         "artifact_files": {"onnx/model.onnx": "a" * 64},
         "reference_files": {"model.safetensors": "b" * 64},
         "command": f"embedport validate {EVIL}",
@@ -174,6 +184,8 @@ def test_the_page_in_order(task, retrieval):
     assert ("rings the reference (bf16, cuda)" in page) is retrieval
     for fact in ("Debian, Python 3.12", "16.0 GiB", "a" * 64, "b" * 64, "2026-01-02"):
         assert fact in page
+    for fact in ("avx2, fma", "embedport's kernels for avx2", "another CPU (neon)"):
+        assert fact in html.unescape(page)
 
 
 def test_the_verdict_names_what_failed():
@@ -182,14 +194,21 @@ def test_the_verdict_names_what_failed():
         Gate("maximum score difference", math.nan, "≤", 0.01),
         Gate("batch invariance", 1.0, "≥", 0.999),
     )
-    page = render(a_report(gates=gates, invariance={"batches of 2": 1.0}), some_details())
+    steps = (f"The error grows most in layer 3 {EVIL}.", "Next: `--precision int8-weight`.")
+    report = a_report(gates=gates, invariance={"batches of 2": 1.0}, next_steps=steps)
+    page = render(report, some_details())
     texts = " ".join("".join(Parsed(page).texts).split())
-    assert "Does not hold 2 of 3 gates fail on 40 texts." in texts
+    assert (
+        "Does not hold 2 of 3 gates fail on 40 texts against sentence-transformers 6.2.0." in texts
+    )
     assert f"minimum cosine: 0.9800000, should be ≥ 0.9990000 (text 3 {EVIL})" in texts
     assert "maximum score difference: NaN, should be ≤ 0.0100000" in texts
     assert page.count('<tr class="failed">') == 2
+    assert steps[0] in texts
+    assert "<code>--precision int8-weight</code>" in page
     good = " ".join("".join(Parsed(a_page()).texts).split())
-    assert "✓ Holds On 40 texts the artifact stays within every limit: all 4 gates hold." in good
+    held = "all 4 gates hold against sentence-transformers 6.2.0."
+    assert f"✓ Holds On 40 texts the artifact stays within every limit: {held}" in good
 
 
 def test_other_token_ids_leave_no_figures():
@@ -234,7 +253,8 @@ def test_numbers_that_are_none_still_render():
     agreement = (math.nan, *[0.9999] * 39)
     lost = [LayerError(0, 90, 0.0, 0.0, 1.0), LayerError(1, 90, 1e-3, 2e-3, 0.99)]
     lost += [LayerError(i, 90, math.nan, math.nan, math.nan) for i in (2, 3)]
-    page = render(a_report(), some_details(agreement=agreement, layers=tuple(lost)))
+    report = a_report(worst=(Worst("text 0", math.nan, "a text"),))
+    page = render(report, some_details(agreement=agreement, layers=tuple(lost)))
     assert "1 without a finite result are left out" in page
     assert "not finite from layer 2 on" in page
     first_row = page[page.index("Farthest from the reference</h2>") :]

@@ -118,7 +118,7 @@ def test_neither_torch_nor_the_checkpoint(recordings, tmp_path, task):
     command += ["--device", "cpu", "--report", tmp_path / "page.html"]
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert found.returncode == 0, found.stderr
-    assert "Holds: " in found.stdout
+    assert "Holds against " in found.stdout
     parity = embedport.Artifact.open(artifact).manifest.parity
     assert parity is not None
     assert parity["library"].endswith(f"recorded {read_recorded(made.file).origin.recorded}")

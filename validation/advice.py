@@ -1,0 +1,123 @@
+"""What to do after a failed gate: the layer where the error grows, the next better precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..runtimes import ModelInfo
+from ..tables import size_words
+from .layers import LayerError, largest_growth
+from .reference import Origin
+from .report import Gate
+
+TOKENS = "inputs with other token ids"
+FINITE = "results with NaN or infinity"
+# Failures that belong to the reference.
+OF_REFERENCE = ("reference results with NaN", "retrieval: reference's NaN")
+# A graph's precision to the next better one.
+BETTER = {
+    "int4": "int8-weight",
+    "mixed": "int8-weight",
+    "int8": "int8-weight",
+    "fp8": "bf16",
+    "int8-weight": "fp32",
+    "bf16": "fp32",
+    "fp16": "fp32",
+}
+# Algorithms that round each matrix by itself.
+UNCALIBRATED = ("rtn", "mse")
+
+
+def next_steps(
+    gates: Sequence[Gate],
+    info: ModelInfo,
+    origin: Origin,
+    layers: Sequence[LayerError] | None,
+) -> tuple[str, ...]:
+    """What to do if a gate fails, the most telling first; empty if none fails.
+
+    Args:
+        gates: The gates.
+        info: The artifact, or the checkpoint.
+        origin: The reference.
+        layers: The error after each layer; None if it was not measured.
+    """
+    failed = {gate.name for gate in gates if gate.failed}
+    return tuple(_steps(failed, info, origin, layers)) if failed else ()
+
+
+def other_weights(info: ModelInfo, origin: Origin) -> str:
+    """How the reference's weight files differ from those the artifact was made of; "" if not."""
+    if info.artifact is None:
+        return ""
+    made_from = info.artifact.manifest.source
+    for name, sha256 in made_from.files.items():
+        here = origin.files.get(name)
+        if here != sha256:
+            return (
+                f"the artifact was made from {made_from.pinned}, whose {name} has the sha256 "
+                f"{sha256[:16]}…; that of {origin.pinned} has {here[:16] + '…' if here else 'none'}"
+            )
+    return ""
+
+
+def _steps(
+    failed: set[str], info: ModelInfo, origin: Origin, layers: Sequence[LayerError] | None
+) -> Iterator[str]:
+    if words := other_weights(info, origin):
+        yield f"Compare it with its own checkpoint: {words}."
+    if TOKENS in failed:
+        yield (
+            "Compare tokenizer.json and the prompts of both folders; if the checkpoint changed "
+            "since, export it again."
+        )
+        return
+    if failed <= set(OF_REFERENCE):
+        yield "The reference itself gives NaN: run it in fp32, on a CPU or a larger GPU."
+        return
+    if layers is None:
+        yield "Add `--report report.html` to see in which layer the error grows."
+    elif growth := largest_growth(layers):
+        before, after = growth
+        yield (
+            f"The error grows most in layer {after.layer}: the hidden states are off by "
+            f"{before.relative_error_mean:.2g} of their length before it and "
+            f"{after.relative_error_mean:.2g} after it." + _keep(info, after.layer)
+        )
+    yield from _better(info, origin)
+
+
+def _keep(info: ModelInfo, layer: int) -> str:
+    recipe = info.artifact.manifest.recipe if info.artifact else None
+    if info.precision == "fp8" or not recipe:
+        return ""
+    # The hidden state after layer 1 is that of layers.0.
+    prefix = f"layers.{layer - 1}."
+    count = sum(name.startswith(prefix) for name in recipe["formats"])
+    if not count:
+        return ""
+    return (
+        f" Its {count} quantized matrices, {prefix}*, stay in floating point if the recipe leaves "
+        "them out (`--recipe`); `--precision auto` finds such matrices by itself."
+    )
+
+
+def _better(info: ModelInfo, origin: Origin) -> Iterator[str]:
+    if info.artifact is None or info.artifact.manifest.graph is None:
+        if info.precision not in ("fp32", "fp16", "bf16"):
+            yield "Take a method with more bits, or the checkpoint as it is."
+        return
+    recipe = info.artifact.manifest.recipe or {}
+    if info.precision == "int4" and recipe.get("algorithm") in UNCALIBRATED:
+        yield "Calibrate: export with `--precision int4` without `--fast`, at about the same size."
+    better = BETTER.get(info.precision)
+    if better is None:
+        yield "fp32 has no better precision: look for another pooling, prompt or checkpoint."
+        return
+    sizes = ""
+    if better in origin.sizes:
+        sizes = (
+            f", about {size_words(origin.sizes[better])} of weights; this artifact is "
+            f"{size_words(info.artifact.size)}"
+        )
+    yield f"Next better precision: export with `--precision {better}`{sizes}."

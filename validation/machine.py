@@ -1,0 +1,97 @@
+"""The machine that a validation ran on, and whose code computed the artifact's results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+from ..artifact.witness import WITNESS, read_witness
+from ..errors import MissingPackageError, require
+from ..machine.cpu import read_cpu
+from ..runtimes import ModelInfo
+from ..runtimes.comparison import find_kernels
+from ..runtimes.ort_custom_ops import choose_kernels
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that a validation ran on.
+
+    Attributes:
+        cpu: The processor's name.
+        instructions: Its instruction sets that affect results.
+        code: Whose code computed the artifact's results: embedport's kernels, onnxruntime's
+            operators, TensorRT or torch.
+        cores: Number of cores that the process may use.
+        memory: Bytes of RAM; 0 if unknown.
+        system: The operating system.
+        python: Python's version.
+        providers: onnxruntime's execution providers, the preferred one first; empty if onnxruntime
+            is not installed.
+    """
+
+    cpu: str
+    instructions: tuple[str, ...]
+    code: str
+    cores: int
+    memory: int
+    system: str
+    python: str
+    providers: tuple[str, ...]
+
+
+def describe_machine(info: ModelInfo, device: str) -> Machine:
+    """This machine.
+
+    Args:
+        info: The artifact, or the checkpoint.
+        device: The device it ran on.
+    """
+    try:
+        ort = require("onnxruntime", "cpu")
+    except MissingPackageError:  # not needed to run a checkpoint
+        ort = None
+    cpu = read_cpu()
+    return Machine(
+        cpu=cpu.name or "unknown",
+        instructions=cpu.instructions,
+        code=_describe_code(info, device),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if os.name == "posix"
+        else 0,
+        system=_system(),
+        python=platform.python_version(),
+        providers=tuple(ort.get_available_providers()) if ort else (),
+    )
+
+
+def _describe_code(info: ModelInfo, device: str) -> str:
+    if info.artifact is None or info.checkpoint is not None:
+        return "torch"
+    manifest = info.artifact.manifest
+    if manifest.engine is not None:
+        return manifest.engine.builder
+    assert manifest.graph is not None
+    if device != "cpu" or not manifest.graph.has_functions:
+        return f"onnxruntime's operators on {device}"
+    kernels = find_kernels(manifest, device)
+    if kernels is None:
+        return f"onnxruntime's operators, without embedport's kernels: {choose_kernels()[1]}"
+    return f"embedport's kernels for {kernels} and onnxruntime's operators"
+
+
+def describe_export(info: ModelInfo) -> str:
+    """The machine that exported an artifact, and whose code ran there; "" if it is not known."""
+    if info.artifact is None or WITNESS not in info.artifact.manifest.files:
+        return ""
+    return str(read_witness(info.artifact.folder / WITNESS).machine)
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.platform()
