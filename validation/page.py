@@ -16,6 +16,7 @@ from ..errors import require
 from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
 from .layers import LayerError
+from .mteb_scores import TaskReport
 from .report import MEASURES, Comparison, Gate, Report, number
 from .retrieval import CONFIDENCE, RetrievalReport
 
@@ -95,6 +96,11 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         "layers": _layers(details.layers) if details.layers else None,
         "why_no_layers": _why_no_layers(details),
         "retrieval": _retrieval(retrieval) if retrieval else None,
+        "tasks": _tasks(report.mteb) if report.mteb else None,
+        "tasks_against": f"MTEB {report.mteb.version}, against the reference in "
+        f"{report.mteb.reference}. Intervals are bootstrapped over queries or pairs."
+        if report.mteb
+        else "",
         "worst": _worst(report.task, details) if compared else None,
         "invariance": _invariance(report) if compared else None,
         "facts": list(_facts(report, details)),
@@ -296,6 +302,28 @@ def _retrieval(retrieval: RetrievalReport) -> tuple[Chart, Chart, Table]:
         f"Points are the artifact, rings the reference ({retrieval.reference}).{before}",
     )
     return values, Chart("Difference", retrieval_differences(rows), caption), table
+
+
+def _tasks(found: TaskReport) -> Table:
+    return Table(
+        (
+            *("Task", "Measure", "Queries or pairs", "Artifact", "Reference", "Difference"),
+            f"{CONFIDENCE} % interval",
+        ),
+        tuple(
+            (
+                row.task,
+                row.measure,
+                "–" if row.samples is None else f"{row.samples:,}",
+                f"{row.artifact:.4f}",
+                f"{row.reference:.4f}",
+                f"{row.difference:+.4f}",
+                row.interval,
+            )
+            for row in found.rows
+        ),
+        text=frozenset({0, 1}),
+    )
 
 
 def _worst(task: Task, details: Details) -> Table:

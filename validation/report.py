@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..checkpoint.spec import Task
 from ..files import without_nan
+from .mteb_scores import TaskReport
 from .retrieval import RetrievalReport
 
 EXCERPT = 60
@@ -112,6 +113,7 @@ class Report:
             alone: the smallest cosine, or a reranker's largest score difference.
         worst: The inputs farthest from the reference, the worst first.
         retrieval: Retrieval quality, if a retrieval set was given.
+        mteb: Scores on MTEB's tasks, if any were given.
         versions: Versions of the packages that ran the reference and the artifact.
         date: Day of the validation, ISO 8601.
     """
@@ -131,6 +133,7 @@ class Report:
     retrieval: RetrievalReport | None
     versions: Mapping[str, str]
     date: str
+    mteb: TaskReport | None = None
 
     @property
     def passed(self) -> bool:
@@ -243,6 +246,8 @@ class Report:
             )
         if self.retrieval is not None:
             yield self._retrieval_table(self.retrieval)
+        if self.mteb is not None:
+            yield _task_table(self.mteb)
         yield (
             "A text alone and …",
             ["Arrangement", f"worst {self._measure()}"],
@@ -300,6 +305,24 @@ def excerpt(text: str) -> str:
     """The beginning of a text, on one line."""
     line = " ".join(text[: 4 * EXCERPT].split())
     return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 1]}…"
+
+
+def _task_table(found: TaskReport) -> Table:
+    return (
+        f"MTEB {found.version}, against {found.reference}",
+        ["Task", "Measure", "Artifact", "Reference", "Difference", "95 % interval"],
+        [
+            [
+                row.task,
+                row.measure,
+                f"{row.artifact:.4f}",
+                f"{row.reference:.4f}",
+                f"{row.difference:+.4f}",
+                row.interval,
+            ]
+            for row in found.rows
+        ],
+    )
 
 
 def _markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
