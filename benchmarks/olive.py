@@ -26,7 +26,6 @@ RECIPES = {
 # What onnxruntime-genai stores once more: tables of cosines and sines for all positions.
 CACHES = ("cos_cache", "sin_cache")
 BATCH_ROWS = 64
-CALIBRATION_TOKENS = 512
 COLUMNS = ("MB", "minimum cosine", "mean", "loss of nDCG@10", "from", "to", "seconds")
 
 # Rows of token ids to unit vectors, float32 [rows, dim].
@@ -122,7 +121,8 @@ def _write_rows(checkpoint: Path, path: Path) -> Path:
     from embedport.checkpoint.spec import ModelSpec
     from embedport.exporters.texts import tokenize_samples
 
-    rows = tokenize_samples(ModelSpec.from_checkpoint(checkpoint), CALIBRATION_TOKENS, None)
+    spec = ModelSpec.from_checkpoint(checkpoint)
+    rows = tokenize_samples(spec, spec.max_length, None)
     np.savez(path, ids=np.concatenate(rows), ends=np.cumsum([len(row) for row in rows]))
     return path
 
