@@ -1,6 +1,7 @@
 """Microsoft's Olive recipe for Qwen3-Embedding, beside our exports of as many bytes.
 
-The recipe takes its calibration texts from the hub; here both sides calibrate on the built-in ones.
+The recipe takes its calibration texts from the hub; here it gets all built-in ones, and our exports
+take as many of them as they do by default.
 """
 
 from __future__ import annotations
@@ -117,12 +118,12 @@ class _HeldOut:
 
 
 def _write_rows(checkpoint: Path, path: Path) -> Path:
-    """Write the built-in calibration texts as the export tokenizes them, with their prompts."""
+    """Write all built-in calibration texts as the export tokenizes them, with their prompts."""
     from embedport.checkpoint.spec import ModelSpec
-    from embedport.exporters.texts import tokenize_samples
+    from embedport.exporters.texts import BUILTIN, tokenize_samples
 
     spec = ModelSpec.from_checkpoint(checkpoint)
-    rows = tokenize_samples(spec, spec.max_length, None)
+    rows = tokenize_samples(spec, spec.max_length, BUILTIN)
     np.savez(path, ids=np.concatenate(rows), ends=np.cumsum([len(row) for row in rows]))
     return path
 
