@@ -20,6 +20,7 @@ from . import (
     kernels,
     levels,
     loaders,
+    olive,
     openvino,
     outliers,
     parity,
@@ -61,6 +62,7 @@ def everything(context: typer.Context) -> None:
         loaders.on_four_layers()
         levels.of_matmulnbits()
         profiling.of_int8()
+        olive.against_olive()
         openvino.runs_the_standard_dialect()
         engines.of_rtx(["demo", "0.6b"])
         parity.against_transformers()
@@ -171,6 +173,12 @@ def _levels(
         rounding.of_the_demo_pair(out, only)
     if kernels:
         levels.of_matmulnbits(out)
+
+
+@app.command("olive")
+def _olive(out: Out = RESULTS) -> None:
+    """Olive's 4-bit recipe on the demo embedder, beside ours at as many bytes."""
+    olive.against_olive(out)
 
 
 @app.command("kernels")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         load_reranker,
     )
     from .texts.prompts import query_prompt
-    from .validation import Report, record_reference, validate
+    from .validation import Report, mteb_model, record_reference, validate
 
 _HOMES = {
     "Artifact": "artifact.folder",
@@ -51,6 +51,7 @@ _HOMES = {
     "load": "runtimes",
     "load_embedder": "runtimes",
     "load_reranker": "runtimes",
+    "mteb_model": "validation",
     "quantize_checkpoint": "exporters",
     "query_prompt": "texts.prompts",
     "record_reference": "validation",
@@ -74,6 +75,7 @@ __all__ = [
     "load",
     "load_embedder",
     "load_reranker",
+    "mteb_model",
     "quantize_checkpoint",
     "query_prompt",
     "record_reference",

@@ -84,11 +84,12 @@ class CardReference(LiveReference):
         return self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
 
     def _pair_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Token ids of pairs with the model card's instruction."""
+        """Token ids of pairs with their own instruction or the model card's."""
         prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
         suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
         bodies = [
-            f"<Instruct>: {TASK}\n<Query>: {pair.query}\n<Document>: {pair.document}"
+            f"<Instruct>: {TASK if pair.instruction is None else pair.instruction}\n"
+            f"<Query>: {pair.query}\n<Document>: {pair.document}"
             for pair in pairs
         ]
         truncated = self.tokenizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def collect_details(
         reference_scores=tuple(reference_scores.tolist()),
         artifact_scores=tuple(artifact_scores.tolist()),
         layers=layers,
-        artifact_files=_hash(info.folder, _weight_files(info)),
+        artifact_files=weight_hashes(info),
         reference_files=dict(reference.files),
         command=shlex.join(command),
     )
@@ -92,11 +92,15 @@ def _weight_files(info: ModelInfo) -> list[Path]:
     return sorted(graph.parent.glob(f"{graph.name}*"))
 
 
-def _hash(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Path to sha256; the path is relative to the model's folder if it is inside."""
+def weight_hashes(info: ModelInfo) -> dict[str, str]:
+    """Path of the graph and its weights, or of each shard, to its sha256.
+
+    The path is relative to the model's folder if it is inside.
+    """
+    folder = info.folder
     return {
         (
             path.relative_to(folder) if path.is_relative_to(folder) else path
         ).as_posix(): record.sha256
-        for path, record in record_files(files).items()
+        for path, record in record_files(_weight_files(info)).items()
     }

@@ -105,7 +105,8 @@ class LibraryReference(LiveReference):
             return [[i] for i in range(len(inputs))]
         groups: dict[Any, list[int]] = {}
         for i, sample in enumerate(inputs):
-            groups.setdefault(sample.prompt if isinstance(sample, Sample) else None, []).append(i)
+            prompt = sample.prompt if isinstance(sample, Sample) else sample.instruction
+            groups.setdefault(prompt, []).append(i)
         return groups.values()
 
     def load(self, arithmetic: Arithmetic) -> Any:
@@ -158,7 +159,8 @@ def _call(model: Any, inputs: Inputs) -> Any:
     """Run the library on inputs with the same prompt, as one batch."""
     options: dict[str, Any] = {"batch_size": len(inputs), "show_progress_bar": False}
     if isinstance(inputs[0], Pair):
-        return model.predict([_content(given) for given in inputs], **options)
+        pairs = [_content(given) for given in inputs]
+        return model.predict(pairs, prompt=inputs[0].instruction, **options)
     texts, prompt = [_content(given) for given in inputs], inputs[0].prompt
     if prompt == "query":
         return model.encode_query(texts, **options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,22 @@ class LiveReference(ABC):
         """
         return self._run(inputs, self.token_ids(inputs), arithmetic, progress)
 
+    def opened(
+        self, arithmetic: Arithmetic, *, progress: bool = False
+    ) -> Callable[[Inputs], np.ndarray]:
+        """Load the model for several runs: gives a function of the inputs, as `run` is.
+
+        The model stays in memory as long as the function.
+
+        Args:
+            arithmetic: As for `run`.
+            progress: As for `run`.
+        """
+        model = self.load(arithmetic)
+        return lambda inputs: self._answers(
+            model, inputs, self.token_ids(inputs), arithmetic, progress
+        )
+
     def _run(
         self,
         inputs: Inputs,
@@ -162,8 +178,22 @@ class LiveReference(ABC):
         arithmetic: Arithmetic,
         progress: bool,
     ) -> np.ndarray:
-        torch = require("torch", "torch")
         model = self.load(arithmetic)
+        results = self._answers(model, inputs, rows, arithmetic, progress)
+        del model
+        release_memory(self.device)
+        return results
+
+    def _answers(
+        self,
+        model: Any,
+        inputs: Inputs,
+        rows: Sequence[Sequence[int]],
+        arithmetic: Arithmetic,
+        progress: bool,
+    ) -> np.ndarray:
+        """Run a loaded model on all inputs, in batches."""
+        torch = require("torch", "torch")
         budget = choose_batch_tokens(None, self.device)
         results: np.ndarray | None = None
         description = f"Reference in {arithmetic}"
@@ -188,8 +218,6 @@ class LiveReference(ABC):
                         results = np.empty((len(rows), *answers.shape[1:]), np.float32)
                     results[batch] = answers
                     advance(len(batch))
-        del model
-        release_memory(self.device)
         assert results is not None
         return results
 

@@ -77,6 +77,11 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         "layers": _layers(details.layers) if details.layers else None,
         "why_no_layers": _why_no_layers(details),
         "retrieval": _retrieval(report, retrieval) if retrieval else None,
+        "tasks": report.tasks_table(report.mteb) if report.mteb else None,
+        "tasks_against": f"MTEB {report.mteb.version}, against the reference in "
+        f"{report.mteb.reference}. Intervals are bootstrapped over queries or pairs."
+        if report.mteb
+        else "",
         "worst": report.worst_table() if compared else None,
         "invariance": report.invariance_table() if compared else None,
         "facts": report.facts(),

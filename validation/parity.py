@@ -28,6 +28,8 @@ from .invariance import run_suite
 from .layers import layer_errors
 from .machine import describe_export, describe_machine
 from .measures import finite_rows
+from .mteb_scores import TaskReport, TaskScore, compare_scores
+from .mteb_tasks import open_tasks, run_tasks, runner, task_facts
 from .page import render
 from .recorded import is_recorded, open_recorded
 from .recording import find_recorded
@@ -63,6 +65,7 @@ def validate(
     min_cosine: float | None = None,
     max_score_difference: float | None = None,
     retrieval: str | Path | RetrievalSet | None = None,
+    mteb: Sequence[Any] | None = None,
     max_ndcg_loss: float | None = None,
     save_run: str | Path | None = None,
     page: str | Path | None = None,
@@ -96,6 +99,8 @@ def validate(
         max_score_difference: Replaces the precision's limit.
         retrieval: A retrieval set to measure as well: a folder in BEIR layout, "builtin", or a
             `RetrievalSet`.
+        mteb: MTEB's tasks to run on both sides: names such as "STS17", or tasks of mteb's classes.
+            Each task's loss has the limit of nDCG@10.
         max_ndcg_loss: Replaces the precision's limit.
         save_run: File for each query's 50 best documents, which a reranker can take as candidates;
             for an embedding artifact.
@@ -116,7 +121,8 @@ def validate(
         ArtifactError: It is not an artifact, or its folder is not writable.
         CheckpointError: The reference is not a complete Qwen3 checkpoint.
         DeviceError: The requested device is not available.
-        MissingPackageError: torch, transformers or sentence-transformers is not installed.
+        MissingPackageError: torch, transformers or sentence-transformers is not installed, or mteb
+            for `mteb`.
 
     >>> validate(embedder, reference, device="cpu").passed
     True
@@ -126,6 +132,13 @@ def validate(
         require("matplotlib", "report")
     if retrieval is not None:
         require("ir_measures", "retrieval")
+    if mteb is not None:
+        if is_recorded(reference):
+            raise InputError(
+                f"{reference} is a recorded reference, which has no results of MTEB's tasks: give "
+                "the checkpoint itself"
+            )
+        require("mteb", "mteb")
     record_folder = find_recorded(artifact) if record else None
     # An Embedder or a Reranker, depending on the task.
     runtime: Any = load(artifact, device=device, task=task)
@@ -145,6 +158,7 @@ def validate(
         max_ndcg_loss=max_ndcg_loss,
     )
     data = _choose_set(retrieval, task=info.task, save_run=save_run)
+    tasks = [] if mteb is None else open_tasks(mteb, info.task)
     recorded_reference = None
     if is_recorded(reference):
         if adapter is not None:
@@ -154,7 +168,8 @@ def validate(
         if data is not None:
             recorded_reference.check_set(data)
     inputs = choose_inputs(info.task, texts, pairs, info.prompts)
-    _check_limits(inputs, data, min_cosine, max_score_difference, max_ndcg_loss)
+    measured = data is not None or bool(tasks)
+    _check_limits(inputs, measured, min_cosine, max_score_difference, max_ndcg_loss)
     source: Reference = (
         _open_live(reference, info.task, adapter, runtime.tokenizer.max_length, revision, device)
         if recorded_reference is None
@@ -171,7 +186,7 @@ def validate(
     comparisons: list[Comparison] = []
     invariance: dict[str, float] = {}
     worst: list[Worst] = []
-    quality = None
+    quality = task_report = None
     results = expected = None
     if gates[0].passed:
         raw_results = inputs.run(runtime, progress=progress)
@@ -180,6 +195,7 @@ def validate(
         set_results: Any = (
             None if data is None else inputs.run_set(runtime, data, progress=progress)
         )
+        task_scores = run_tasks(tasks, runner(runtime, progress=progress), info)
         for outcome in run_suite(
             runtime.model, rows, runtime.tokenizer.max_length, progress=progress
         ):
@@ -217,6 +233,16 @@ def validate(
                     Path(save_run),
                     rank_documents(set_results, results.shape[1], data, CANDIDATES),
                 )
+        if tasks:
+            reference_scores, task_arithmetic = _run_tasks(source, tasks, info, runs, progress)
+            task_report = compare_scores(
+                [task_facts(task) for task in tasks],
+                task_scores,
+                reference_scores,
+                version=version("mteb"),
+                run=origin.describe(task_arithmetic),
+            )
+            gates += _task_gates(task_report, task_scores, reference_scores, thresholds)
     layers = None
     if page is not None and comparisons:
         torch_device = "cpu" if runtime_device == "cpu" else "cuda"
@@ -235,6 +261,7 @@ def validate(
         invariance=invariance,
         worst=tuple(worst),
         retrieval=quality,
+        mteb=task_report,
         versions=_versions(origin),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=describe_machine(info, runtime_device),
@@ -275,7 +302,7 @@ def _choose_set(
 
 def _check_limits(
     task: EmbeddingTask | RerankerTask,
-    data: RetrievalSet | None,
+    measured: bool,
     min_cosine: float | None,
     max_score_difference: float | None,
     max_ndcg_loss: float | None,
@@ -291,8 +318,10 @@ def _check_limits(
                 f"{'queries' if kinds.pop() else 'documents'} only: give texts of both kinds, each "
                 "with its prompt"
             )
-    if max_ndcg_loss is not None and data is None:
-        raise InputError("`max_ndcg_loss` limits what is lost on a set: give `retrieval` too")
+    if max_ndcg_loss is not None and not measured:
+        raise InputError(
+            "`max_ndcg_loss` limits what is lost on a set or a task: give `retrieval` or `mteb` too"
+        )
 
 
 def _open_live(
@@ -386,6 +415,41 @@ def _measure_reference(
         quality = source.measure(data, dims, arithmetic, progress=progress)
         if not remaining or not quality.nonfinite:
             return quality, arithmetic
+
+
+def _run_tasks(
+    source: Any,
+    tasks: Sequence[Any],
+    info: ModelInfo,
+    runs: Mapping[Arithmetic, np.ndarray],
+    progress: bool,
+) -> tuple[list[TaskScore], Arithmetic]:
+    """The reference's results of MTEB's tasks, and the arithmetic, as in `_measure_reference`."""
+    remaining = list(runs)
+    while True:
+        arithmetic = remaining.pop(0)
+        run = source.opened(arithmetic, progress=progress)
+        scores = run_tasks(tasks, run, info)
+        del run  # and the model: the next arithmetic's may not fit beside it
+        if not remaining or not any(score.nonfinite for score in scores):
+            return scores, arithmetic
+
+
+def _task_gates(
+    report: TaskReport,
+    found: Sequence[TaskScore],
+    expected: Sequence[TaskScore],
+    thresholds: Thresholds,
+) -> list[Gate]:
+    nonfinite, reference = (sum(score.nonfinite for score in side) for side in (found, expected))
+    return [
+        Gate("MTEB: NaN or infinity", nonfinite, "≤", 0),
+        Gate("MTEB: reference's NaN", reference, "≤", 0),
+        *(
+            Gate(f"{row.task}: {row.measure} loss", -row.difference, "≤", thresholds.max_ndcg_loss)
+            for row in report.rows
+        ),
+    ]
 
 
 def _run_reference(

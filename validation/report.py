@@ -15,6 +15,7 @@ from ..checkpoint.spec import Task
 from ..strict_json import without_nan
 from ..tables import Table, fact_table
 from .machine import Machine
+from .mteb_scores import TaskReport
 from .retrieval import CONFIDENCE, RetrievalReport
 
 EXCERPT = 60
@@ -116,6 +117,7 @@ class Report:
             alone: the smallest cosine, or a reranker's largest score difference.
         worst: The inputs farthest from the reference, the worst first.
         retrieval: Retrieval quality, if a retrieval set was given.
+        mteb: Scores on MTEB's tasks, if any were given.
         versions: Versions of the packages that ran the reference and the artifact.
         date: Day of the validation, ISO 8601.
         machine: The machine that ran the artifact, and whose code ran there.
@@ -141,6 +143,7 @@ class Report:
     machine: Machine
     exported: str
     next_steps: tuple[str, ...]
+    mteb: TaskReport | None = None
 
     @property
     def passed(self) -> bool:
@@ -212,6 +215,8 @@ class Report:
                 yield self.dimensions_table()
             if self.retrieval is not None:
                 yield self.retrieval_table(self.retrieval)
+            if self.mteb is not None:
+                yield self.tasks_table(self.mteb)
             yield self.invariance_table()
 
     def gates_table(self) -> Table:
@@ -264,6 +269,25 @@ class Report:
         )
         difference = f"Difference, {CONFIDENCE} % interval"
         return Table(("Measure", "Dim.", "Artifact", "Reference", difference), rows, title)
+
+    def tasks_table(self, scores: TaskReport) -> Table:
+        """MTEB's score of each task, of both sides, and the difference with its interval."""
+        rows = tuple(
+            (
+                row.task,
+                row.measure,
+                "–" if row.samples is None else f"{row.samples:,}",
+                f"{row.artifact:.4f}",
+                f"{row.reference:.4f}",
+                f"{row.difference:+.4f}",
+                row.interval,
+            )
+            for row in scores.rows
+        )
+        header = ("Task", "Measure", "Queries or pairs", "Artifact", "Reference", "Difference")
+        title = f"MTEB {scores.version}, against {scores.reference}"
+        interval = f"{CONFIDENCE} % interval"
+        return Table((*header, interval), rows, title, text=frozenset({0, 1}))
 
     def invariance_table(self) -> Table:
         """The worst agreement of a text alone and in each arrangement."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..machine.engine import EngineRecord
 from ..tables import fact_table
 from .manifest import GraphRecord, Manifest
@@ -38,12 +40,53 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         "checkpoint": "A quantized checkpoint",
     }
     return (
-        f"# {name}\n\n"
+        f"{_metadata(manifest, name)}# {name}\n\n"
         f"{kinds[manifest.format]} of a Qwen3 {manifest.task} model by embedport.\n\n"
         f"{fact_table(rows).to_markdown()}\n\n"
         f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )
+
+
+def task_results(manifest: Manifest) -> list[Any]:
+    """The last validation's scores on MTEB's tasks, as the hub's evaluation results.
+
+    Each task has its score, the reference's, and the difference with its interval.
+    """
+    from huggingface_hub import EvalResult
+
+    results = []
+    for row in ((manifest.parity or {}).get("mteb") or {}).get("rows", ()):
+        interval = "" if row["low"] is None else f", {row['low']:+.4f} to {row['high']:+.4f} (95 %)"
+        names = {
+            "artifact": row["measure"],
+            "reference": f"{row['measure']} of the reference",
+            "difference": f"difference of {row['measure']}{interval}",
+        }
+        results += [
+            EvalResult(
+                task_type=row["type"],
+                dataset_type=row["dataset"],
+                dataset_name=f"MTEB {row['task']}",
+                dataset_revision=row["revision"],
+                metric_type=row["measure"] if side == "artifact" else f"{row['measure']}_{side}",
+                metric_name=metric,
+                metric_value=round(row[side], 6),
+            )
+            for side, metric in names.items()
+            if row[side] is not None
+        ]
+    return results
+
+
+def _metadata(manifest: Manifest, name: str) -> str:
+    """The hub's metadata with the scores on MTEB's tasks, if there are any."""
+    results = task_results(manifest)
+    if not results:
+        return ""
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(model_name=name, eval_results=results).to_yaml()}\n---\n\n"
 
 
 def _graph_rows(graph: GraphRecord, precision: str) -> dict[str, str]:

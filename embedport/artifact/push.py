@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.hub import HUB_ID
 from ..errors import InputError
 from ..files import MANIFEST
+from .card import task_results
 from .folder import CARD, Artifact
 from .manifest import Manifest
 
@@ -166,13 +167,13 @@ def _tags(manifest: Manifest) -> list[str]:
 
 
 def _results(manifest: Manifest) -> list[Any]:
-    """The last validation's gates as the hub's evaluation results."""
+    """The last validation's gates and scores as the hub's evaluation results."""
     from huggingface_hub import EvalResult
 
     parity = manifest.parity
     if parity is None:
         return []
-    return [
+    gates = [
         EvalResult(
             task_type=PIPELINES[manifest.task],
             dataset_type="parity",
@@ -184,3 +185,4 @@ def _results(manifest: Manifest) -> list[Any]:
         for gate in parity["gates"]
         if gate["value"] is not None
     ]
+    return gates + task_results(manifest)

@@ -49,6 +49,7 @@ PEERS = {
     for peer in (
         Peer("optimum-int8", "optimum_onnx.py", "int8", 8, "optimum-fp32"),
         Peer("openvino-int8", "openvino_ir.py", "int8", 8, "optimum-fp32"),
+        Peer("onnxruntime-genai-int4", "onnxruntime_genai_.py", "int4", 8),
         Peer("llama.cpp-q8_0", "llama_cpp_.py", "q8_0", 8),
         Peer("llama.cpp-q4_k_m", "llama_cpp_.py", "q4_k_m", 8),
         Peer("openvino-bf16", "openvino_ir.py", "bf16", 16, "optimum-fp32"),

@@ -67,6 +67,14 @@ def validate(
         float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
     ] = None,
     retrieval: RetrievalOption = None,
+    mteb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Also run MTEB's tasks on both sides, such as STS17,NFCorpus,SciFact.",
+            show_default=False,
+        ),
+    ] = None,
     max_queries: MaxQueriesOption = None,
     max_ndcg_loss: Annotated[
         float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
@@ -105,8 +113,8 @@ def validate(
     def find_task() -> Task:
         return read_info(artifact, checked_task).task
 
-    if retrieval is None and max_ndcg_loss is not None:
-        raise InputError("--max-ndcg-loss goes with --retrieval FOLDER")
+    if retrieval is None and mteb is None and max_ndcg_loss is not None:
+        raise InputError("--max-ndcg-loss goes with --retrieval FOLDER or --mteb TASK,…")
     texts, pairs = read_own(file, find_task)
     data = read_set(retrieval, candidates, max_queries, find_task)
     result = run(
@@ -120,6 +128,7 @@ def validate(
         min_cosine=min_cosine,
         max_score_difference=max_score_difference,
         retrieval=data,
+        mteb=None if mteb is None else [name.strip() for name in mteb.split(",") if name.strip()],
         max_ndcg_loss=max_ndcg_loss,
         save_run=save_run,
         page=report if report is not None and report.suffix == ".html" else None,

@@ -35,10 +35,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and a document for a reranker to score."""
+    """A query and a document for a reranker to score.
+
+    Attributes:
+        query: The query.
+        document: The document.
+        instruction: The criterion of relevance; None for the model's own.
+    """
 
     query: str
     document: str
+    instruction: str | None = None
 
 
 def builtin_samples() -> list[Sample]:

@@ -73,6 +73,15 @@ def test_a_reranker_in_both_libraries(cross_encoder, log_odds):
     np.testing.assert_allclose(comparable, expected, atol=1e-3)  # of weights in bf16, not fp16
 
 
+def test_a_pair_may_have_its_own_instruction(cross_encoder):
+    library, card = open_both(cross_encoder(), "reranker")
+    pairs = [*PAIRS[:2], Pair(PAIRS[0].query, PAIRS[0].document, "Find the statute")]
+    assert library.token_ids(pairs) == card.token_ids(pairs)
+    found, expected = (each.run(pairs, "fp32") for each in (library, card))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert abs(found[2] - found[0]) > 1e-4
+
+
 def test_it_is_called_as_users_call_it(checkpoints, copied):
     """encode_query, encode_document, and encode with a prompt or its name."""
     folder = copied(checkpoints("kv2", dtype="float32"))

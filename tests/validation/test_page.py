@@ -20,6 +20,7 @@ from embedport.validation.charts import POINTS, choose_points
 from embedport.validation.details import Details
 from embedport.validation.layers import LayerError
 from embedport.validation.machine import Machine
+from embedport.validation.mteb_scores import TaskReport, TaskRow
 from embedport.validation.page import render
 from embedport.validation.report import Comparison, Gate, Report, Worst
 from embedport.validation.retrieval import RetrievalReport, RetrievalRow
@@ -160,6 +161,17 @@ class Parsed(HTMLParser):
 
     def count(self, tag):
         return sum(name == tag for name, _ in self.elements)
+
+
+def test_tasks_of_mteb_are_on_the_page():
+    row = TaskRow("STS17", "STS", "cosine_spearman", EVIL, "1", 250, 0.78, 0.79, -0.01, -0.02, 0.0)
+    report = a_report(mteb=TaskReport("2.26", "bf16, cuda", (row,)))
+    page = render(report, some_details())
+    assert "<h2>MTEB</h2>" in page
+    assert "MTEB 2.26, against the reference in bf16, cuda" in page
+    for cell in ("STS17", "250", "0.7800", "0.7900", "-0.0100", "-0.0200 to +0.0000"):
+        assert f">{cell}</t" in page
+        assert cell in report.to_markdown() or cell == "250"
 
 
 @pytest.mark.parametrize("retrieval", [True, False])

@@ -1,0 +1,178 @@
+"""Microsoft's Olive recipe for Qwen3-Embedding, beside our exports of as many bytes.
+
+The recipe takes its calibration texts from the hub; here it gets all built-in ones, and our exports
+take as many of them as they do by default.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import CACHE
+from .machine import RESULTS, print_table, save
+from .process import run, script
+
+SCRIPT = Path(__file__).parent / "olive_recipe.py"
+RECIPES = {
+    "Olive: 35 % of the weights at 8 bits, the rest GPTQ/128": ("mixed", 128),
+    "Olive: GPTQ/128": ("gptq", 128),
+    "Olive: GPTQ/32": ("gptq", 32),
+}
+# What onnxruntime-genai stores once more: tables of cosines and sines for all positions.
+CACHES = ("cos_cache", "sin_cache")
+BATCH_ROWS = 64
+COLUMNS = ("MB", "minimum cosine", "mean", "loss of nDCG@10", "from", "to", "seconds")
+
+# Rows of token ids to unit vectors, float32 [rows, dim].
+Embed = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def against_olive(results: Path = RESULTS) -> None:
+    """The demo embedder by Olive's recipe and by ours: size, cosines to fp32, nDCG@10."""
+    import embedport
+    from embedport.demo.pipeline import builtin_embedder
+
+    source = builtin_embedder()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+        folder = Path(temporary)
+        held_out = _HeldOut(embedport.export(source, folder / "fp32").folder)
+        calibration = _write_rows(source, folder / "calibration.npz")
+        figures: dict[str, dict[str, Any]] = {}
+
+        def add(name: str, seconds: float, size: int, embed: Embed) -> None:
+            figures[name] = held_out.figures(embed) | {"bytes": size, "seconds": round(seconds, 1)}
+            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+
+        for number, (name, (kind, group)) in enumerate(RECIPES.items()):
+            out = folder / f"olive-{number}"
+            command = script(SCRIPT, kind, str(group), str(source), str(calibration), str(out))
+            finished = run(command)
+            model = out / "model.onnx"
+            add(name, finished.seconds, graph_bytes(model), _graph(model))
+        budget = figures[next(iter(RECIPES))]["bytes"]
+        cases: tuple[dict[str, Any], ...] = (
+            {"precision": "auto", "max_bytes": budget},
+            {"precision": "int4"},
+            {"precision": "int4", "group_size": 32},
+        )
+        for options in cases:
+            name = " ".join(f"--{key} {value}" for key, value in options.items()).replace("_", "-")
+            start = time.monotonic()
+            artifact = embedport.export(source, folder / name.replace(" ", ""), **options)
+            seconds = time.monotonic() - start
+            embedder = embedport.load_embedder(artifact.folder, device="cpu")
+            size = graph_bytes(artifact.graph)
+            add(f"embedport {name}", seconds, size, embedder.embed_rows)
+        save("olive-demo", {"rows": figures}, results)
+
+
+class _HeldOut:
+    """The demo's retrieval set, and what fp32 makes of it."""
+
+    def __init__(self, folder: Path) -> None:
+        import embedport
+        from embedport.texts.beir import BUILTIN, read_beir
+
+        self.data = read_beir(BUILTIN)
+        embedder = embedport.load_embedder(folder, device="cpu")
+        self.rows = [
+            row
+            for texts, prompt in ((self.data.queries, "query"), (self.data.documents, "document"))
+            for row in embedder.tokenizer.encode(
+                list(texts.values()), embedder.prompt_text(prompt)
+            ).ids
+        ]
+        self.vectors = embedder.embed_rows(self.rows)
+        self.ndcg = self._measure(self.vectors)
+
+    def figures(self, embed: Embed) -> dict[str, float]:
+        """Cosines to fp32, and the loss of nDCG@10 with its bootstrap interval over queries."""
+        from embedport.validation.retrieval import bootstrap
+
+        vectors = embed(self.rows)
+        cosines = (vectors.astype(np.float64) * self.vectors).sum(axis=1)
+        loss = self.ndcg - self._measure(vectors)
+        low, high = bootstrap(loss)
+        return {
+            "minimum cosine": float(cosines.min()),
+            "mean": float(cosines.mean()),
+            "loss of nDCG@10": float(loss.mean()),
+            "from": low,
+            "to": high,
+        }
+
+    def _measure(self, vectors: np.ndarray) -> np.ndarray:
+        from embedport.texts.ranking import NDCG, measure, rank_documents
+
+        count = len(self.data.queries)
+        pair = (vectors[:count], vectors[count:])
+        ranking = rank_documents(pair, vectors.shape[1], self.data)
+        return measure(ranking, self.data.relevance, (NDCG,))[NDCG]
+
+
+def _write_rows(checkpoint: Path, path: Path) -> Path:
+    """Write all built-in calibration texts as the export tokenizes them, with their prompts."""
+    from embedport.checkpoint.spec import ModelSpec
+    from embedport.exporters.texts import BUILTIN, tokenize_samples
+
+    spec = ModelSpec.from_checkpoint(checkpoint)
+    rows = tokenize_samples(spec, spec.max_length, BUILTIN)
+    np.savez(path, ids=np.concatenate(rows), ends=np.cumsum([len(row) for row in rows]))
+    return path
+
+
+def graph_bytes(model: Path) -> int:
+    """Bytes of a graph's weights, each stored once, without tables of cosines and sines."""
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    sizes = {
+        tensor.name: int(np.prod(tensor.dims, dtype=np.int64))
+        * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.initializer
+        if tensor.name not in CACHES
+    }
+    return sum(sizes.values())
+
+
+def _graph(model: Path) -> Embed:
+    """Run onnxruntime-genai's graph: rows of equal length together, so that nothing is padded."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    past = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
+
+    def embed(rows: Sequence[np.ndarray]) -> np.ndarray:
+        vectors: list[np.ndarray] = [np.empty(0)] * len(rows)
+        by_length: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            by_length.setdefault(len(row), []).append(i)
+        for group in by_length.values():
+            for start in range(0, len(group), BATCH_ROWS):
+                batch = group[start : start + BATCH_ROWS]
+                ids = np.stack([rows[i] for i in batch])
+                feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+                for value in past:
+                    feeds[value.name] = np.zeros(
+                        (len(batch), value.shape[1], 0, value.shape[3]), np.float32
+                    )
+                states = np.asarray(session.run(["hidden_states"], feeds)[0])[:, -1]
+                states /= np.linalg.norm(states, axis=1, keepdims=True)
+                for i, vector in zip(batch, states, strict=True):
+                    vectors[i] = vector
+        return np.stack(vectors)
+
+    return embed
+
+
+def _cells(name: str, figures: dict[str, Any]) -> list[str]:
+    values = figures | {"MB": figures["bytes"] / 1e6}
+    digits = {"MB": 2, "seconds": 0}
+    return [name, *(f"{values[key]:.{digits.get(key, 4)}f}" for key in COLUMNS)]
