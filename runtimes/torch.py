@@ -262,6 +262,13 @@ def _finish(torch: Any, head: Any, outputs: Outputs, last: Any) -> Any:
     return torch.sigmoid(scores) if outputs.activation == "sigmoid" else scores
 
 
+def chooses_cpu(device: str) -> bool:
+    """Whether a checkpoint opened on `device` runs on the CPU; false for an unknown device."""
+    if device != "auto":
+        return device == "cpu"
+    return find_spec("torch") is None or not require("torch", "torch").cuda.is_available()
+
+
 def _find_device(torch: Any, device: str) -> str:
     if device not in (*DEVICES, "auto"):
         raise InputError(
