@@ -22,6 +22,7 @@ from . import (
     loaders,
     openvino,
     outliers,
+    packed,
     parity,
     profiling,
     reranking,
@@ -144,6 +145,12 @@ def _checkpoints(
         checkpoints.on_the_demo_pair(out)
     if large:
         checkpoints.of_the_0_6b_geometry(checkpoint, out)
+
+
+@app.command("packed")
+def _packed(out: Out = RESULTS) -> None:
+    """Memory of a checkpoint on a CPU: in 16 bits, and in 4 bits that stay packed."""
+    packed.on_a_cpu(out)
 
 
 @app.command("loaders")

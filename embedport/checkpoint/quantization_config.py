@@ -141,9 +141,7 @@ class StoredQuantization:
     @property
     def graph_bits(self) -> int | None:
         """Bits of the codes if a graph can use them unchanged; else None."""
-        bits = {
-            None if format_.graph_group is None else format_.bits for format_ in self.formats
-        }
+        bits = {None if format_.graph_group is None else format_.bits for format_ in self.formats}
         return None if self.reorders or len(bits) > 1 else bits.pop()
 
 

@@ -312,7 +312,8 @@ class UnroundedOrtDialect(OrtDialect):
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         """MatMulNBits, which rounds no activations unless it is told to."""
-        inputs, attributes = _grouped(g, x, matrix)
+        inputs, sizes = _grouped(g, x, matrix)
+        attributes: dict[str, Any] = {**sizes}
         return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
 
 
