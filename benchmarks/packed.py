@@ -68,45 +68,9 @@ def on_a_cpu(results: Path = RESULTS) -> None:
     )
 
 
-def round_to_nearest(source: Path, out: Path, method: str) -> None:
-    """Write a checkpoint of `gptq` or `awq`, rounded to nearest: no calibration, in seconds.
-
-    Args:
-        source: The checkpoint.
-        out: The folder.
-        method: "gptq" or "awq".
-    """
-    import numpy as np
-
-    from embedport.artifact.layout import write_json
-    from embedport.checkpoint.lora import open_floats
-    from embedport.checkpoint.spec import ModelSpec
-    from embedport.exporters.checkpoints.config import checkpoint_config
-    from embedport.exporters.checkpoints.methods import plan_method
-    from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
-    from embedport.exporters.checkpoints.shards import ShardWriter
-    from embedport.exporters.companions import write_companions
-    from embedport.quantize.formats import matrices
-    from embedport.quantize.rtn import quantize_rtn
-
-    spec = ModelSpec.from_checkpoint(source)
-    plan, weights = plan_method(spec, method), open_floats(spec)
-    pack = gptq_parts if method == "gptq" else packed_parts
-    out.mkdir()
-    write_companions(spec, out)
-    write_json(out / "config.json", checkpoint_config(spec, plan, None))
-    quantized = {*matrices(spec)}
-    with ShardWriter(out, 4 * len(spec.tensor_shapes())) as shards:
-        for name in spec.tensor_shapes():
-            matrix = name.removesuffix(".weight")
-            if matrix not in quantized:
-                shards.add(name, weights.read(name))
-                continue
-            parts = pack(quantize_rtn(weights.read_fp32(name), plan.scheme))
-            for part, tensor in parts.items():
-                shards.add(f"{matrix}.{part}", np.ascontiguousarray(tensor))
-
-
 if __name__ == "__main__":
+    # A child process writes it: a child's peak memory starts at its parent's.
+    from tests.synthetic import round_to_nearest
+
     shutil.rmtree(sys.argv[2], ignore_errors=True)
     round_to_nearest(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -45,16 +45,17 @@ def written(caplog):
 @pytest.mark.parametrize(
     ("method", "task"), [("gptq", "embedding"), ("awq", "embedding"), ("awq", "reranker")]
 )
-def test_runs_packed(quantized, cache, monkeypatch, caplog, method, task):
+def test_runs_packed(rounded, cache, monkeypatch, caplog, method, task):
     """What torch gives of the unpacked weights, without torch's copy of them."""
-    folder = quantized(method, task)
+    folder = rounded(method, task)
     before = sorted(folder.rglob("*"))
     model = embedport.load(folder, device="cpu")
     assert isinstance(model.model, OnnxModel)
-    assert (model.device, model.precision) == ("cpu", f"{method} (computed in fp32)")
+    precision = read_info(folder).precision
+    assert (model.device, model.precision) == ("cpu", f"{precision} (computed in fp32)")
     assert "is written to" in caplog.text
     # It is still the checkpoint, and nothing was written beside it.
-    assert (model.info.folder, model.info.precision) == (folder, method)
+    assert (model.info.folder, model.info.precision) == (folder, precision)
     assert sorted(folder.rglob("*")) == before
     assert bulk.hash_model(model.info) == bulk.hash_model(read_info(folder))
     found = results(model)
@@ -71,11 +72,10 @@ def test_runs_packed(quantized, cache, monkeypatch, caplog, method, task):
 
 
 @pytest.mark.parametrize("case", ["groups", "rows"])
-def test_holds_the_checkpoints_own_numbers(quantized, copied, cache, case):
+def test_holds_the_checkpoints_own_numbers(rounded, copied, cache, case):
     """Codes, scales, zero points and the table, bit for bit; a scale a row stands in each group."""
-    folder = copied(quantized("gptq" if case == "rows" else "awq"))
+    folder = copied(rounded("gptq" if case == "rows" else "awq"))
     if case == "rows":
-        (folder / "embedport.json").unlink()
         give_one_group(folder)
     embedport.load(folder, device="cpu")
     (path,) = cache.rglob("model.onnx")
@@ -123,9 +123,9 @@ def change(folder, **quantization):
     path.write_text(json.dumps(config))
 
 
-def test_is_built_once(quantized, copied, cache, caplog):
+def test_is_built_once(rounded, copied, cache, caplog):
     """By one of several that ask; again for another checkpoint, or if it is damaged."""
-    folder = copied(quantized("gptq"))
+    folder = copied(rounded("gptq"))
     with ThreadPoolExecutor(3) as pool:
         models = list(pool.map(lambda _: embedport.load(folder, device="cpu"), range(3)))
     assert len(written(caplog)) == 1
@@ -142,19 +142,18 @@ def test_is_built_once(quantized, copied, cache, caplog):
     tensors = load_file(folder / "model.safetensors")
     tensors["norm.weight"] = tensors["norm.weight"][::-1].copy()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "embedport.json").unlink()
     assert not np.allclose(results(embedport.load(folder, device="cpu")), expected, atol=1e-3)
     assert len([*cache.iterdir()]) == 2
 
 
-def test_needs_no_torch(quantized, cache, monkeypatch):
+def test_needs_no_torch(rounded, cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    model = embedport.load(quantized("awq"))
+    model = embedport.load(rounded("awq"))
     assert model.device == "cpu"
     assert np.isfinite(results(model)).all()
 
 
-def test_says_why_it_is_unpacked(quantized, copied, cache, monkeypatch, caplog):
+def test_says_why_it_is_unpacked(rounded, copied, cache, monkeypatch, caplog):
     """Act-order, an unwritable cache, no onnxruntime: torch runs it, and a warning says so."""
 
     def load(folder):
@@ -166,7 +165,7 @@ def test_says_why_it_is_unpacked(quantized, copied, cache, monkeypatch, caplog):
         assert "its weights are unpacked to 16 bits, and torch runs it: " in record.message
         return record.message
 
-    folder = copied(quantized("gptq"))
+    folder = copied(rounded("gptq"))
     cache.parent.mkdir(parents=True)
     cache.write_text("not a folder")
     assert "its graph cannot be written" in load(folder)
@@ -174,7 +173,6 @@ def test_says_why_it_is_unpacked(quantized, copied, cache, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "onnxruntime, which multiplies by 4-bit weights, is not installed" in load(folder)
     monkeypatch.undo()
-    (folder / "embedport.json").unlink()
     tensors = load_file(folder / "model.safetensors")
     name = "layers.0.mlp.up_proj.g_idx"
     tensors[name] = tensors[name][::-1].copy()
