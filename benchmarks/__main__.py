@@ -148,9 +148,15 @@ def _checkpoints(
 
 
 @app.command("packed")
-def _packed(out: Out = RESULTS) -> None:
+def _packed(
+    products: Annotated[bool, typer.Option(help="A layer's products on a GPU instead.")] = False,
+    out: Out = RESULTS,
+) -> None:
     """Memory of a checkpoint on a CPU: in 16 bits, and in 4 bits that stay packed."""
-    packed.on_a_cpu(out)
+    if products:
+        packed.on_a_gpu(out)
+    else:
+        packed.on_a_cpu(out)
 
 
 @app.command("loaders")

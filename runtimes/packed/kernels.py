@@ -62,6 +62,7 @@ def multiply_packed(
         group=group,
         block_tokens=block,
         block_outputs=PACKED_OUTPUTS,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -93,6 +94,7 @@ def unpack(
         bits=bits,
         group=group,
         block_outputs=UNPACKED_ROWS,
+        enable_fp_fusion=True,
     )
 
 
@@ -126,6 +128,7 @@ def multiply_int8(
         block_inputs=INT8_INPUTS,
         neighbours=NEIGHBOURS,
         num_warps=8 if block == INT8_TOKENS else 4,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -141,7 +144,7 @@ def _values(
     has_zeros: tl.constexpr, has_levels: tl.constexpr,
 ):  # fmt: skip
     """The values of one part of the bytes `codes`, in fp32."""
-    picked = (codes >> (part * bits)) & ((1 << bits) - 1)
+    picked = (codes >> (part * bits)) & (255 >> (8 - bits))
     if has_levels:
         return tl.load(levels + picked.to(tl.int32)) * scales
     if has_zeros:

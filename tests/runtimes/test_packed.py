@@ -1,6 +1,10 @@
 """Weights that stay quantized on a GPU: kernels in Triton's interpreter, layers on a CPU."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from tests.synthetic import Geometry, round_to_nearest, write_checkpoint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
+COMPILE = Path(__file__).parent / "compile_packed.py"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -105,6 +110,17 @@ def test_packed_products(device, dtype, bits, group, form, shape):
     torch.testing.assert_close(found, product.repeat(matrices.FUSED_TOKENS, 1), **limits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile(capability):
+    """For GPUs that are not here: Triton's compiler and ptxas take every kernel."""
+    command = [sys.executable, str(COMPILE), str(capability)]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == ["tensor", "cores", "in", "7", "of", "7", "products"]
+
+
 def test_int8_products(device):
     """Integer sums are exact; the scales of tokens and channels are applied once, behind."""
     from embedport.runtimes.packed.matrices import ScaledMatrix
@@ -139,6 +155,8 @@ def test_matrices_of_one_form_are_one_product():
     assert isinstance(both, PackedMatrix)
     values = torch.cat([first.unpacked(), second.unpacked()])
     torch.testing.assert_close(both.unpacked(), values, rtol=0, atol=0)
+    if torch.cuda.is_available():
+        return
     mixed = stack([first, wide, PlainMatrix(second.unpacked().to(dtype))])
     assert isinstance(mixed, StackedMatrix)
     rows = Rows(random("cpu", 3, 64).to(dtype))
@@ -148,6 +166,8 @@ def test_matrices_of_one_form_are_one_product():
 
 
 def open_layers(monkeypatch, spec, dtype):
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu runs the layers themselves")
     from embedport.runtimes import varlen
     from embedport.runtimes.packed.reading import open_checkpoint
 
