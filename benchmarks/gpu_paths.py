@@ -132,9 +132,9 @@ def _in_fp16(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _quantized(method: str) -> Callable[[Path, Path], Path]:
+def _quantized(method: str, *, fast: bool = False) -> Callable[[Path, Path], Path]:
     def prepare(checkpoint: Path, out: Path) -> Path:
-        return embedport.quantize_checkpoint(checkpoint, out, method=method).folder
+        return embedport.quantize_checkpoint(checkpoint, out, method=method, fast=fast).folder
 
     return prepare
 
@@ -182,7 +182,7 @@ PATHS: dict[str, Callable[[Path, Path], Run]] = {
     "embedport torch": _torch(_as_stored),
     "embedport torch fp16": _torch(_in_fp16),
     "embedport torch fp8": _torch(_quantized("fp8")),
-    "embedport torch W8A8": _torch(_quantized("w8a8")),
+    "embedport torch W8A8": _torch(_quantized("w8a8", fast=True)),
     "embedport torch W4A16": _torch(_in_w4a16),
     "embedport torch NF4": _torch(_quantized("bnb-nf4")),
     "embedport onnxruntime CUDA fp16": _onnxruntime("cuda", "ort", precision="fp16"),

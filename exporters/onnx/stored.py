@@ -88,7 +88,8 @@ def _plan(weights: StoredWeights) -> Plan:
         outputs="pooled",
         dim=None,
         max_length=spec.max_length,
-        rows=tokenize_samples(spec, spec.max_length, None),
+        rows=tokenize_samples(spec, spec.max_length, None, few=True),
         calibration=None,
         consumers=(),
+        device="cpu",
     )

@@ -188,15 +188,24 @@ def small(tmp_path_factory, small_tokenizer):
         if method in ("gptq", "awq"):
             return round_to_nearest(source, out, method, group_size=32)
         name, _, double = method.partition(" ")
-        double_quant = bool(double)
+        fast, double_quant = name == "w8a8", bool(double)
         return embedport.quantize_checkpoint(
-            source, out, method=name, double_quant=double_quant
+            source, out, method=name, fast=fast, double_quant=double_quant
         ).folder
 
     return make
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bnb-nf4", "bnb-nf4 double", "w8a8"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "awq",
+        "bnb-nf4 double",
+        "w8a8",
+        pytest.param("gptq", marks=pytest.mark.slow),
+        pytest.param("bnb-nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_layers(small, monkeypatch, method):
     """The vectors of the unpacked weights, in 1.1 times the checkpoint's memory at most."""
     from embedport.runtimes.packed import matrices
