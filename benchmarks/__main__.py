@@ -223,9 +223,17 @@ def _parity() -> None:
 
 
 @app.command("gpu")
-def _gpu(checkpoint: Checkpoint = None, out: Path = gpu.RESULTS) -> None:
+def _gpu(
+    checkpoint: Checkpoint = None,
+    only: Annotated[
+        str, typer.Option(help="Paths with this in their name, and the reference; needs --out.")
+    ] = "",
+    out: Path = gpu.RESULTS,
+) -> None:
     """Every path on this machine's GPU; writes docs/gpu-results.json."""
-    gpu.all_paths(checkpoint, out)
+    if only and out == gpu.RESULTS:
+        raise typer.BadParameter(f"--only would drop the other rows of {out}: give --out FILE")
+    gpu.all_paths(checkpoint, out, only)
 
 
 @app.command("reranking")

@@ -155,7 +155,9 @@ def test_torch_stays_packed(quantized, method):
     assert isinstance(adapter._layers._layers[0].qkv, kind)
     for batch_tokens in (1, 1 << 14):
         for _ in range(3):  # the last ones from CUDA graphs
-            check(model.encode(TEXTS, batch_tokens=batch_tokens), expected, "bf16")
+            found = model.encode(TEXTS, batch_tokens=batch_tokens)
+            # compressed-tensors divides a token by its largest value / 127.5, our kernel by / 127.
+            check(found, expected, "fp8" if method == "w8a8" else "bf16")
 
 
 def test_torch_in_any_batch_and_thread(checkpoints):
