@@ -66,7 +66,8 @@ def load(
         CheckpointError: It is not a Qwen3 checkpoint, is incomplete, or has an unsupported format.
         DeviceError: The requested device is not available.
         MissingPackageError: The runtime it needs is not installed.
-        VerificationError: With `check`, the results differ from those of the export.
+        VerificationError: With `check`, the results differ from those of the export; or a 4-bit
+            checkpoint gives NaN on a CPU.
 
     >>> load(embedder, device="cpu").dim
     256
