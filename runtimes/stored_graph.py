@@ -117,7 +117,9 @@ def _key(spec: ModelSpec) -> str:
         for pattern in ("*.json", "*.jinja", "*/config.json"):
             files |= {*folder.glob(pattern)}
     files |= {source.pipeline / dense.path / DENSE_FILE for dense in spec.outputs.dense}
-    records = record_files(sorted(path for path in files if path.name != MANIFEST))
+    # Regular files only: a pipe or a device would never end.
+    regular = sorted(path for path in files if path.name != MANIFEST and path.is_file())
+    records = record_files(regular)
     facts = {
         "embedport": __version__,
         "task": spec.task,
