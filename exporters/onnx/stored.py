@@ -88,7 +88,7 @@ def _plan(weights: StoredWeights) -> Plan:
         outputs="pooled",
         dim=None,
         max_length=spec.max_length,
-        rows=tokenize_samples(spec, spec.max_length, None, few=True),
+        rows=tokenize_samples(spec, spec.max_length, None, count=1),
         calibration=None,
         consumers=(),
         device="cpu",
