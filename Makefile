@@ -49,6 +49,7 @@ vectors: $(UV)
 # A Python of one's own needs no uv.
 gpu: $(if $(findstring $(UV),$(GPU_PYTHON)),$(UV))
 	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m benchmarks packed --products
 	$(GPU_PYTHON) -m benchmarks gpu
 
 .tools/bin/uv:

@@ -23,6 +23,7 @@ from . import (
     olive,
     openvino,
     outliers,
+    packed,
     parity,
     profiling,
     reranking,
@@ -148,6 +149,18 @@ def _checkpoints(
         checkpoints.of_the_0_6b_geometry(checkpoint, out)
 
 
+@app.command("packed")
+def _packed(
+    products: Annotated[bool, typer.Option(help="A layer's products on a GPU instead.")] = False,
+    out: Out = RESULTS,
+) -> None:
+    """Memory of a checkpoint on a CPU: in 16 bits, and in 4 bits that stay packed."""
+    if products:
+        packed.on_a_gpu(out)
+    else:
+        packed.on_a_cpu(out)
+
+
 @app.command("loaders")
 def _loaders(
     demo: Annotated[bool, typer.Option(help="The demo pair.")] = True,
@@ -218,9 +231,17 @@ def _parity() -> None:
 
 
 @app.command("gpu")
-def _gpu(checkpoint: Checkpoint = None, out: Path = gpu.RESULTS) -> None:
+def _gpu(
+    checkpoint: Checkpoint = None,
+    only: Annotated[
+        str, typer.Option(help="Paths with this in their name, and the reference; needs --out.")
+    ] = "",
+    out: Path = gpu.RESULTS,
+) -> None:
     """Every path on this machine's GPU; writes docs/gpu-results.json."""
-    gpu.all_paths(checkpoint, out)
+    if only and out == gpu.RESULTS:
+        raise typer.BadParameter(f"--only would drop the other rows of {out}: give --out FILE")
+    gpu.all_paths(checkpoint, out, only)
 
 
 @app.command("reranking")

@@ -38,7 +38,7 @@ PACKAGES = (
 )
 
 
-def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
+def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "") -> None:
     """Measure each path in its own process and write docs/gpu-results.json.
 
     Without a GPU nothing is measured, and existing results are kept.
@@ -46,6 +46,8 @@ def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
     Args:
         source: An embedding checkpoint; random weights at the 0.6B geometry by default.
         results: The output file.
+        only: Measure the paths with this in their name, and the reference; the output file then
+            holds no others.
     """
     try:
         machine = _machine()
@@ -61,6 +63,8 @@ def all_paths(source: Path | None = None, results: Path = RESULTS) -> None:
         source = source or checkpoint("0.6b")
         inputs = _write_inputs(source, folder)
         for i, name in enumerate(PATHS):
+            if only not in name and name != REFERENCE:
+                continue
             place = folder / str(i)
             place.mkdir()
             rows[name] = _run(name, source, inputs, place)

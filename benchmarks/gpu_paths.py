@@ -27,6 +27,7 @@ from embedport.exporters.tensorrt import obstacle
 from embedport.exporters.tensorrt.options import BUILDERS, Target
 from embedport.machine.gpu import call
 from embedport.runtimes.batching import run_batches
+from tests.synthetic import round_to_nearest
 
 # (input_ids, attention_mask), int64 [rows, tokens], right-padded, to float32 [rows, dim].
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -131,8 +132,17 @@ def _in_fp16(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _in_fp8(checkpoint: Path, out: Path) -> Path:
-    return embedport.quantize_checkpoint(checkpoint, out, method="fp8").folder
+def _quantized(method: str, *, fast: bool = False) -> Callable[[Path, Path], Path]:
+    def prepare(checkpoint: Path, out: Path) -> Path:
+        return embedport.quantize_checkpoint(checkpoint, out, method=method, fast=fast).folder
+
+    return prepare
+
+
+def _in_w4a16(checkpoint: Path, out: Path) -> Path:
+    # Rounded to nearest: calibration would take longer than the device is lent for.
+    task = "reranker" if checkpoint == PAIR["reranker"] else "embedding"
+    return round_to_nearest(checkpoint, out, "awq", task)
 
 
 def _onnxruntime(device: str, dialect: str, **options: Any) -> Callable[[Path, Path], Run]:
@@ -171,7 +181,10 @@ PATHS: dict[str, Callable[[Path, Path], Run]] = {
     REFERENCE: _transformers("sdpa"),
     "embedport torch": _torch(_as_stored),
     "embedport torch fp16": _torch(_in_fp16),
-    "embedport torch fp8": _torch(_in_fp8),
+    "embedport torch fp8": _torch(_quantized("fp8")),
+    "embedport torch W8A8": _torch(_quantized("w8a8", fast=True)),
+    "embedport torch W4A16": _torch(_in_w4a16),
+    "embedport torch NF4": _torch(_quantized("bnb-nf4")),
     "embedport onnxruntime CUDA fp16": _onnxruntime("cuda", "ort", precision="fp16"),
     "sentence-transformers fp16": _sentence_transformers,
     "embedport onnxruntime CUDA bf16": _onnxruntime("cuda", "ort", precision="bf16"),
@@ -235,6 +248,7 @@ def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str
         del run
         start = time.perf_counter()
         run = PATHS[name](checkpoint, folder)
+        loaded = _allocated()
         run(*_full(arrays["1x32"]))
         start_up = time.perf_counter() - start
     except (NotRunError, MissingPackageError, DeviceError, ImportError) as error:
@@ -254,8 +268,18 @@ def measure(name: str, checkpoint: Path, inputs: Path, folder: Path) -> dict[str
         "first_start_seconds": round(prepared, 2),
         "start_up_seconds": round(start_up, 2),
         "tokens_per_second": speeds,
+        "loaded_bytes": loaded,
         "peak_bytes": peak,
     }
+
+
+def _allocated() -> int | None:
+    """Bytes of torch's tensors on the GPU; None without torch."""
+    if "torch" not in sys.modules:
+        return None
+    import torch
+
+    return torch.cuda.memory_allocated()
 
 
 def _run_pair(name: str, arrays: Any, folder: Path) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .checkpoint.spec import ModelSpec
     from .errors import EmbedportError
     from .exporters import export, export_tensorrt, quantize_checkpoint
+    from .exporters.onnx.stored import export_stored as export_stored
     from .runtimes import (
         Check,
         Embedder,
@@ -48,6 +49,8 @@ _HOMES = {
     "check": "runtimes",
     "export": "exporters",
     "export_tensorrt": "exporters",
+    # Not public. The runtimes ask for it here, since they may not import the exporters.
+    "export_stored": "exporters.onnx.stored",
     "load": "runtimes",
     "load_embedder": "runtimes",
     "load_reranker": "runtimes",

@@ -47,15 +47,19 @@ def tidy_up(output: str | Path) -> None:
                 os.close(descriptor)
 
 
-def lock(folder: Path) -> int | None:
+def lock(folder: Path, *, wait: bool = False) -> int | None:
     """Lock a folder until the descriptor is closed or the process ends.
+
+    Args:
+        folder: The folder.
+        wait: Whether to wait for another process to release it.
 
     Returns:
         The descriptor; None on systems without such locks, as on Windows, where no process is kept
         out and nothing is cleaned up.
 
     Raises:
-        BlockingIOError: Another process has locked it.
+        BlockingIOError: Another process has locked it, and `wait` is false.
     """
     try:
         import fcntl
@@ -63,7 +67,7 @@ def lock(folder: Path) -> int | None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):

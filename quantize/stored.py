@@ -9,7 +9,6 @@ import numpy as np
 
 from ..checkpoint.lora import open_floats
 from ..checkpoint.quantization_config import (
-    GRAPH_GROUPS,
     INSTEAD,
     Layout,
     LibraryQuantization,
@@ -104,9 +103,8 @@ class StoredWeights(Weights):
         super().__init__(spec)
         self.schemes: dict[str, QuantScheme] = {}
         for matrix, form in self.formats.items():
-            size = form.block[1]
-            ordered = matrix not in self._orders
-            if ordered and form.kind == "int" and form.block[0] == 1 and size in GRAPH_GROUPS:
+            size = form.graph_group
+            if size is not None and matrix not in self._orders:
                 middle = 1 << (form.bits - 1)
                 symmetric = bool((self._zero_points(matrix) == middle).all())
                 self.schemes[matrix] = QuantScheme(form.bits, size, symmetric)
@@ -333,13 +331,17 @@ class StoredWeights(Weights):
             matrix: The projection's name without ".weight", one of `schemes`.
 
         Returns:
-            The quantized tensor; its float32 scales equal the stored ones exactly.
+            The quantized tensor; its float32 scales equal the stored ones exactly. Groups larger
+            than the scheme's repeat their scale and zero point.
         """
+        scheme, codes = self.schemes[matrix], self._codes(matrix)
+        # The stored group of the first input of each group.
+        blocks = _blocks(codes.shape[1], self.formats[matrix].block[1])[:: scheme.group_size]
         return QuantizedTensor(
-            self.schemes[matrix],
-            np.ascontiguousarray(self._codes(matrix)),
-            np.ascontiguousarray(self._scales(matrix)),
-            np.ascontiguousarray(self._zero_points(matrix)),
+            scheme,
+            np.ascontiguousarray(codes),
+            self._scales(matrix).take(blocks, axis=1),
+            self._zero_points(matrix).take(blocks, axis=1),
         )
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:

@@ -76,13 +76,13 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     """Open a checkpoint for reading one tensor at a time, as torch tensors on the CPU.
 
     Args:
-        spec: A plain checkpoint, a quantized one that embedport dequantizes, or one that
-            `has_fp8_matrices`; only the last one's matrices stay fp8.
+        spec: A plain checkpoint, a quantized one that embedport dequantizes, or one that another
+            library runs; only the last one's matrices stay as they are stored.
 
     Returns:
         (read, read_scales). `read` takes a tensor's name in `spec.tensor_shapes()`. `read_scales`
-        takes a matrix's name without ".weight" and gives its scales [out, 1]; it is None if the
-        matrices are not fp8.
+        takes a matrix's name without ".weight" and gives its scales [out, 1]; it is None if
+        `read` gives matrices in floating point.
 
     Raises:
         CheckpointError: A tensor is missing, or has another shape or dtype.
@@ -90,7 +90,7 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     torch = require("torch", "torch")
     if not isinstance(spec.quantization, LibraryQuantization):
         warn_of_activations(spec)
-        return partial(_read, torch, open_weights(spec)), None
+        return partial(read_tensor, torch, open_weights(spec)), None
     headers = read_headers(spec.source.folder)
     _check_tensors(spec, headers)
     return (
@@ -104,16 +104,30 @@ def has_fp8_matrices(spec: ModelSpec) -> bool:
 
     Their sizes must also be multiples of 16, as fp8 products on a GPU require.
     """
+    return _has_scaled_matrices(spec, "fp8", "F8_E4M3")
+
+
+def has_int8_matrices(spec: ModelSpec) -> bool:
+    """Whether all projections are int8 with one scale per output row and one per token.
+
+    Neither has zero points. Their sizes are multiples of 16.
+    """
+    return _has_scaled_matrices(spec, "w8a8", "I8")
+
+
+def _has_scaled_matrices(spec: ModelSpec, precision: str, dtype: str) -> bool:
     quantization = spec.quantization
-    if not isinstance(quantization, LibraryQuantization) or quantization.precision != "fp8":
+    if not isinstance(quantization, LibraryQuantization) or quantization.precision != precision:
         return False
     (group,) = quantization.values["config_groups"].values()
     tokens = group["input_activations"]
+    form = (tokens.get("strategy"), tokens.get("dynamic"), tokens.get("symmetric", True))
     headers = read_headers(spec.source.folder)
-    return (tokens.get("strategy"), tokens.get("dynamic")) == ("token", True) and all(
-        _dtype_and_shape(headers, name) == ("F8_E4M3", shape)
+    return form == ("token", True, True) and all(
+        _dtype_and_shape(headers, name) == (dtype, shape)
         and not any(size % 16 for size in shape)
         and _dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
+        and _find(headers, f"{name}_zero_point") is None
         for name, shape in spec.tensor_shapes().items()
         if "_proj." in name
     )
@@ -175,7 +189,8 @@ def _make_config(spec: ModelSpec) -> Any:
     )
 
 
-def _read(torch: Any, weights: Weights, name: str) -> Any:
+def read_tensor(torch: Any, weights: Weights, name: str) -> Any:
+    """Read a tensor as torch's, on the CPU, in the stored dtype."""
     values = weights.read(name)
     if values.dtype.name == "bfloat16":  # an ml_dtypes type, which torch does not accept
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)

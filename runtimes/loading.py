@@ -18,8 +18,9 @@ from .embedder import Embedder
 from .info import Model, ModelInfo, choose_length, read_info
 from .onnxruntime import OnnxModel, check_device
 from .reranker import Reranker
+from .stored_graph import find_stored_graph
 from .tensorrt import TensorRTModel
-from .torch import TorchModel
+from .torch import TorchModel, chooses_cpu
 
 Tokenizer = TypeVar("Tokenizer")
 TOKENIZER = "tokenizer.json"
@@ -37,6 +38,9 @@ def load(
     """Load an artifact, or a Qwen3 checkpoint as it is.
 
     ONNX graphs run in onnxruntime; checkpoints, quantized or in fp32, fp16 or bf16, run in torch.
+    On a CPU, a checkpoint with 4-bit codes that a graph can hold runs in onnxruntime too: its graph
+    is built once, into the user's cache folder.
+
     Code that comes with a model is not run. The one exception is a version-compatible TensorRT
     engine, which contains code; its manifest says so.
 
@@ -62,7 +66,8 @@ def load(
         CheckpointError: It is not a Qwen3 checkpoint, is incomplete, or has an unsupported format.
         DeviceError: The requested device is not available.
         MissingPackageError: The runtime it needs is not installed.
-        VerificationError: With `check`, the results differ from those of the export.
+        VerificationError: With `check`, the results differ from those of the export; or a 4-bit
+            checkpoint gives NaN on a CPU.
 
     >>> load(embedder, device="cpu").dim
     256
@@ -178,6 +183,11 @@ def _reranker_tokenizer(info: ModelInfo, max_length: int) -> RerankerTokenizer:
 def _open(info: ModelInfo, device: str, read: Callable[[], Tokenizer]) -> tuple[Model, Tokenizer]:
     """Open the model and its tokenizer; `read` reads the tokenizer."""
     if info.checkpoint is not None:
+        graph = find_stored_graph(info.checkpoint) if chooses_cpu(device) else None
+        if graph is not None:
+            model, tokenizer = _open_graph(graph, "cpu", read)
+            model.precision = f"{info.precision} (computed in fp32)"
+            return model, tokenizer
         tokenizer = read()
         return TorchModel(info.checkpoint, info.precision, device), tokenizer
     assert info.artifact is not None

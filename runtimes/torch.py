@@ -28,7 +28,7 @@ from ..machine.engine import AMPERE
 from ..requirements import meets
 from ..texts.prompts import find_answers
 from .batching import pad
-from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, open_readers
+from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, has_int8_matrices, load_base
 from .info import stored_float
 
 logger = logging.getLogger(__name__)
@@ -226,8 +226,8 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
     compilers = [os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang")]
     obstacles = {
         "fp32 is for exactness": arithmetic == "fp32",
-        "its matrices are another library's": quantized and not has_fp8_matrices(spec),
-        "fp8 is multiplied beside bf16, on Hopper and later": quantized
+        "its matrices are another library's": quantized and not _stays_packed(spec),
+        "fp8 is multiplied beside bf16, on Hopper and later": has_fp8_matrices(spec)
         and (arithmetic != "bf16" or capability < HOPPER),
         "attention is bidirectional": not spec.causal,
         "layers have a sliding window": bool(spec.window_layers),
@@ -244,14 +244,23 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
+def _stays_packed(spec: ModelSpec) -> bool:
+    """Whether our layers multiply by the codes of a format that a library owns."""
+    if has_fp8_matrices(spec) or has_int8_matrices(spec):
+        return True
+    from .packed.nf4 import has_nf4_matrices
+
+    return has_nf4_matrices(spec)
+
+
 def open_packed(spec: ModelSpec, arithmetic: str, finish: Callable[[Any], Any]) -> Any:
     """Open a checkpoint as `PackedLayers` on the CUDA device; only if `why_padded` gives None."""
+    from .packed.reading import open_checkpoint
     from .varlen import PackedLayers
 
     torch = require("torch", "torch")
     dtype = getattr(torch, DTYPE_NAMES[arithmetic])
-    read, read_scales = open_readers(spec)
-    return PackedLayers(spec, dtype, "cuda", read, read_scales, finish)
+    return PackedLayers(spec, dtype, "cuda", open_checkpoint(spec, dtype, "cuda"), finish)
 
 
 def _finish(torch: Any, head: Any, outputs: Outputs, last: Any) -> Any:
@@ -260,6 +269,13 @@ def _finish(torch: Any, head: Any, outputs: Outputs, last: Any) -> Any:
         return last
     scores = last @ head
     return torch.sigmoid(scores) if outputs.activation == "sigmoid" else scores
+
+
+def chooses_cpu(device: str) -> bool:
+    """Whether a checkpoint opened on `device` runs on the CPU; false for an unknown device."""
+    if device != "auto":
+        return device == "cpu"
+    return find_spec("torch") is None or not require("torch", "torch").cuda.is_available()
 
 
 def _find_device(torch: Any, device: str) -> str:

@@ -1,7 +1,7 @@
 """Triton kernels for the steps between a layer's matrices, each a single pass over memory.
 
 Everything is computed in fp32 and rounded once, when it is stored. A row is a token. If the next
-matrix is fp8, its input is rounded in the same pass, with one scale per token.
+matrix is fp8 or int8, its input is rounded in the same pass, with one scale per token.
 """
 
 # ruff: noqa: ANN001, ANN202 - the Triton compiler gives a kernel's arguments their types.
@@ -17,13 +17,16 @@ import triton.language as tl
 # Any, for the type checker: triton.jit does not return a function.
 jit: Any = triton.jit
 E4M3 = torch.float8_e4m3fn
-LARGEST = tl.constexpr(torch.finfo(E4M3).max)
+# The largest code of dtypes that come with scales.
+LARGEST = {E4M3: 448.0, torch.int8: 127.0}
+# Adding it to a small fp32 number and taking it away rounds to an integer, halves to even.
+ROUNDING = tl.constexpr(1.5 * 2**23)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny * 1e3)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix's input: values [tokens, width]; for fp8 also scales, float32 [tokens, 1]."""
+    """A matrix's input: values [tokens, width]; for fp8, int8 also scales, float32 [tokens, 1]."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
@@ -43,7 +46,7 @@ def add_norm(
         delta: [tokens, width], contiguous; None adds nothing.
         weight: [width].
         eps: Added to the mean square.
-        dtype: The result's dtype; float8_e4m3fn comes with scales.
+        dtype: The result's dtype; float8_e4m3fn and int8 come with scales.
 
     Returns:
         x / sqrt(mean(x**2) + eps) * weight (RMSNorm, arXiv:1910.07467).
@@ -52,8 +55,8 @@ def add_norm(
     rows = _empty_rows(states, width, dtype)
     added = states if delta is None else delta
     arguments = (states, added, weight, rows.values, rows.scales, width, eps)
-    add, fp8 = delta is not None, dtype == E4M3
-    _launch(_add_norm, tokens, *arguments, add=add, fp8=fp8, block=power_of_two(width))
+    constants = {"add": delta is not None, "largest": LARGEST.get(dtype, 0.0)}
+    _launch(_add_norm, tokens, *arguments, **constants, block=power_of_two(width))
     return rows
 
 
@@ -101,7 +104,7 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
 
     Args:
         gate_up: [tokens, 2 * width], contiguous: gates, then ups.
-        dtype: The result's dtype; float8_e4m3fn comes with scales.
+        dtype: The result's dtype; float8_e4m3fn and int8 come with scales.
 
     Returns:
         [tokens, width].
@@ -109,21 +112,30 @@ def silu_mul(gate_up: torch.Tensor, dtype: torch.dtype) -> Rows:
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     rows = _empty_rows(gate_up, width, dtype)
     arguments = (gate_up, rows.values, rows.scales, width)
-    _launch(_silu_mul, tokens, *arguments, fp8=dtype == E4M3, block=power_of_two(width))
+    largest = LARGEST.get(dtype, 0.0)
+    _launch(_silu_mul, tokens, *arguments, largest=largest, block=power_of_two(width))
     return rows
 
 
-def to_fp8(values: torch.Tensor) -> Rows:
-    """Round each row to fp8 with the scale max|x| / 448; `values` [tokens, width], contiguous."""
+def round_rows(values: torch.Tensor, dtype: torch.dtype) -> Rows:
+    """Round each row of `values` [tokens, width], contiguous, if `dtype` comes with scales.
+
+    A row's scale is max|x| / 448 for float8_e4m3fn, max|x| / 127 for int8.
+    """
+    if dtype not in LARGEST:
+        return Rows(values)
     tokens, width = values.shape
-    rows = _empty_rows(values, width, E4M3)
-    _launch(_to_fp8, tokens, values, rows.values, rows.scales, width, block=power_of_two(width))
+    rows = _empty_rows(values, width, dtype)
+    arguments = (values, rows.values, rows.scales, width)
+    _launch(_round, tokens, *arguments, largest=LARGEST[dtype], block=power_of_two(width))
     return rows
 
 
 def _empty_rows(like: torch.Tensor, width: int, dtype: torch.dtype) -> Rows:
     tokens, device = len(like), like.device
-    scales = torch.empty((tokens, 1), dtype=torch.float32, device=device) if dtype == E4M3 else None
+    scales = None
+    if dtype in LARGEST:
+        scales = torch.empty((tokens, 1), dtype=torch.float32, device=device)
     return Rows(torch.empty((tokens, width), dtype=dtype, device=device), scales)
 
 
@@ -140,18 +152,20 @@ def power_of_two(width: int) -> int:
 
 
 @jit
-def _store(values, out, scales, row, columns, width, mask, fp8: tl.constexpr):
-    if fp8:
-        scale = tl.maximum(tl.max(tl.abs(values), axis=0), TINY) / LARGEST
+def _store(values, out, scales, row, columns, width, mask, largest: tl.constexpr):
+    if largest > 0:
+        scale = tl.maximum(tl.max(tl.abs(values), axis=0), TINY) / largest
         tl.store(scales + row, scale)
-        values = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
+        values = tl.minimum(tl.maximum(values / scale, -largest), largest)
+        if out.dtype.element_ty == tl.int8:
+            values = (values + ROUNDING) - ROUNDING
     tl.store(out + row * width + columns, values.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
 def _add_norm(
     states, delta, weight, out, scales, width, eps,
-    add: tl.constexpr, fp8: tl.constexpr, block: tl.constexpr,
+    add: tl.constexpr, largest: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
@@ -163,7 +177,7 @@ def _add_norm(
         tl.store(states + place, values, mask=mask)
     factor = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
     gains = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    _store(values * factor * gains, out, scales, row, columns, width, mask, fp8)
+    _store(values * factor * gains, out, scales, row, columns, width, mask, largest)
 
 
 @jit
@@ -198,20 +212,20 @@ def _norm_rope(
 
 
 @jit
-def _silu_mul(gate_up, out, scales, width, fp8: tl.constexpr, block: tl.constexpr):
+def _silu_mul(gate_up, out, scales, width, largest: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
     place = gate_up + row * 2 * width + columns
     gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
-    _store(gate * tl.sigmoid(gate) * up, out, scales, row, columns, width, mask, fp8)
+    _store(gate * tl.sigmoid(gate) * up, out, scales, row, columns, width, mask, largest)
 
 
 @jit
-def _to_fp8(values, out, scales, width, block: tl.constexpr):
+def _round(values, out, scales, width, largest: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
     inputs = tl.load(values + row * width + columns, mask=mask, other=0.0).to(tl.float32)
-    _store(inputs, out, scales, row, columns, width, mask, True)
+    _store(inputs, out, scales, row, columns, width, mask, largest)

@@ -2,8 +2,8 @@
 
 Matrices that read the same input are concatenated. Each step between matrices is one kernel
 (triton_kernels.py). The residual stream is fp32. After the last attention, only each text's last
-token is computed. fp8 matrices are multiplied as stored; each token is rounded with a scale of its
-own.
+token is computed. Quantized matrices are multiplied as stored (packed/); for fp8 and int8, each
+token is rounded with a scale of its own.
 
 Launches cost more than the work of small batches, so sizes that repeat become CUDA graphs. Sizes
 are rounded up for that; the extra tokens belong to no text. Long texts attend one at a time,
@@ -25,12 +25,13 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import ScalingType
 
 from ..checkpoint.spec import ModelSpec
 from ..errors import InputError
-from .checkpoint import ATTENTION_CHOICE, Read
-from .triton_kernels import E4M3, Rows, add_norm, norm_rope, power_of_two, silu_mul, to_fp8
+from .checkpoint import ATTENTION_CHOICE
+from .packed.matrices import Matrix
+from .packed.reading import STACKS, Checkpoint
+from .triton_kernels import add_norm, norm_rope, power_of_two, round_rows, silu_mul
 
 logger = logging.getLogger(__name__)
 
@@ -54,29 +55,6 @@ GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 # (tokens, texts, tokens of the longest text), each rounded up.
 Size = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """weight [out, in]; for fp8 also scales, float32 [1, out]."""
-
-    weight: torch.Tensor
-    scales: torch.Tensor | None
-
-    def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply each row by the matrix: [tokens, out] in `dtype`."""
-        if self.scales is None or rows.scales is None:
-            return functional.linear(rows.values, self.weight)
-        return functional.scaled_mm(
-            rows.values,
-            self.weight.t(),
-            rows.scales,
-            ScalingType.RowWise,
-            self.scales,
-            ScalingType.RowWise,
-            output_dtype=dtype,
-            use_fast_accum=True,
-        )
 
 
 @dataclass(frozen=True)
@@ -129,10 +107,9 @@ class PackedLayers:
 
     Args:
         spec: The checkpoint.
-        dtype: torch.float16 or torch.bfloat16, for everything that is not fp8.
+        dtype: torch.float16 or torch.bfloat16, for everything that is not quantized.
         device: "cuda"; tests emulate it on a CPU.
-        read: Reads a tensor by its name in `spec.tensor_shapes()`.
-        read_scales: If the matrices are fp8: reads a matrix's scales [out, 1] by its name.
+        checkpoint: Its tensors, on `device`.
         finish: Maps float32 [texts, hidden] after the final norm to the results.
     """
 
@@ -141,18 +118,16 @@ class PackedLayers:
         spec: ModelSpec,
         dtype: torch.dtype,
         device: str,
-        read: Read,
-        read_scales: Read | None,
+        checkpoint: Checkpoint,
         finish: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self._spec, self._dtype, self._device, self._finish = spec, dtype, device, finish
-        self._input_dtype = dtype if read_scales is None else E4M3
-        self._table = read("embed_tokens.weight").to(device, dtype)
+        self._input_dtype = checkpoint.rows
+        self._table = checkpoint.read("embed_tokens.weight").to(device, dtype)
         self._layers = [
-            _load_layer(f"layers.{i}", dtype, device, read, read_scales)
-            for i in range(spec.num_layers)
+            _load_layer(f"layers.{i}", dtype, device, checkpoint) for i in range(spec.num_layers)
         ]
-        self._norm = read("norm.weight").to(device, dtype)
+        self._norm = checkpoint.read("norm.weight").to(device, dtype)
         self._cos, self._sin = (table.to(device) for table in rotary_table(spec))
         self._lock = threading.Lock()
         self._seen: Counter[Size] = Counter()
@@ -245,7 +220,7 @@ class PackedLayers:
             attended = attend(qkv, heads, batch)
             if layer is self._layers[-1]:
                 states, attended = states[batch.last], attended[batch.last]
-            rows = Rows(attended) if self._input_dtype != E4M3 else to_fp8(attended)
+            rows = round_rows(attended, self._input_dtype)
             delta = layer.out(rows, dtype)
             rows = add_norm(states, delta, layer.mlp_norm, eps, self._input_dtype)
             rows = silu_mul(layer.gate_up(rows, dtype), self._input_dtype)
@@ -352,29 +327,22 @@ def rotary_table(spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor]:
     return (angles.cos() * factor).float(), (angles.sin() * factor).float()
 
 
-def _load_layer(
-    prefix: str, dtype: torch.dtype, device: str, read: Read, read_scales: Read | None
-) -> Layer:
+def _load_layer(prefix: str, dtype: torch.dtype, device: str, checkpoint: Checkpoint) -> Layer:
     def gain(name: str) -> torch.Tensor:
-        return read(f"{prefix}.{name}.weight").to(device, dtype)
+        return checkpoint.read(f"{prefix}.{name}.weight").to(device, dtype)
 
-    def matrix(*names: str) -> Matrix:
-        full = [f"{prefix}.{name}" for name in names]
-        weight = torch.cat([read(f"{name}.weight").to(device) for name in full])
-        if read_scales is None:
-            return Matrix(weight.to(dtype), None)
-        scales = torch.cat([read_scales(name).to(device, torch.float32) for name in full])
-        return Matrix(weight, scales.t().contiguous())
-
+    qkv, out, gate_up, down = (
+        checkpoint.stacked([f"{prefix}.{name}" for name in names]) for names in STACKS
+    )
     return Layer(
         gain("input_layernorm"),
-        matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        qkv,
         gain("self_attn.q_norm"),
         gain("self_attn.k_norm"),
-        matrix("self_attn.o_proj"),
+        out,
         gain("post_attention_layernorm"),
-        matrix("mlp.gate_proj", "mlp.up_proj"),
-        matrix("mlp.down_proj"),
+        gate_up,
+        down,
     )
 
 

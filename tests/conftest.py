@@ -18,7 +18,7 @@ from embedport.exporters.calibration.builtin import calibration_pairs, calibrati
 from embedport.exporters.texts import FEW
 from embedport.texts.beir import read_beir, write_candidates
 from embedport.texts.samples import builtin_samples
-from tests.synthetic import Geometry, train_tokenizer, write_checkpoint
+from tests.synthetic import Geometry, round_to_nearest, train_tokenizer, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
@@ -135,6 +135,22 @@ def quantized(tmp_path_factory, checkpoints):
             )
             made[key] = folder
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rounded(tmp_path_factory, checkpoints):
+    """A function ("gptq" or "awq", task) -> a folder in that format, rounded to nearest, cached."""
+    made = {}
+
+    def make(method, task="embedding"):
+        if (method, task) not in made:
+            folder = tmp_path_factory.mktemp(f"{task}-{method}") / "rounded"
+            made[method, task] = round_to_nearest(
+                checkpoints("kv8", task), folder, method, task, group_size=32
+            )
+        return made[method, task]
 
     return make
 

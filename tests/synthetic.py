@@ -25,9 +25,17 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.trainers import BpeTrainer
 
 from embedport.artifact.layout import write_json, write_sentence_transformers
+from embedport.checkpoint.lora import open_floats
 from embedport.checkpoint.spec import DEFAULT_PROMPTS, ModelSpec, Task
 from embedport.checkpoint.tensor_files import INDEX, SINGLE
 from embedport.checkpoint.tokens import SPLIT
+from embedport.exporters.checkpoints.config import checkpoint_config
+from embedport.exporters.checkpoints.methods import plan_method
+from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
+from embedport.exporters.checkpoints.shards import ShardWriter
+from embedport.exporters.companions import write_companions
+from embedport.quantize.formats import matrices
+from embedport.quantize.rtn import quantize_rtn
 from embedport.texts.prompts import append_end_of_text
 
 # Qwen's special tokens in the order of their ids (Qwen3's tokenizer.json).
@@ -119,6 +127,43 @@ def write_checkpoint(
     spec = ModelSpec.from_checkpoint(folder)
     _write_shards(spec, STORED[dtype], shard_bytes, seed)
     return folder
+
+
+def round_to_nearest(
+    source: Path, out: Path, method: str, task: Task = "embedding", *, group_size: int = 128
+) -> Path:
+    """Write a checkpoint in the format of `gptq` or `awq`, without calibration: in no time.
+
+    Args:
+        source: The checkpoint, in bf16 or fp16.
+        out: The folder.
+        method: "gptq" or "awq".
+        task: The checkpoint's task.
+        group_size: Inputs that share a scale.
+
+    Returns:
+        The folder.
+    """
+    spec = ModelSpec.from_checkpoint(source, task=task)
+    plan, weights = plan_method(spec, method, group_size=group_size), open_floats(spec)
+    pack = gptq_parts if method == "gptq" else packed_parts
+    out.mkdir()
+    write_companions(spec, out)
+    form = "causal-lm" if task == "reranker" else None
+    write_json(out / "config.json", checkpoint_config(spec, plan, form))
+    prefix = "model." if task == "reranker" else ""
+    quantized = {*matrices(spec)}
+    with ShardWriter(out, 4 * len(spec.tensor_shapes())) as shards:
+        for name in spec.tensor_shapes():
+            matrix = name.removesuffix(".weight")
+            if matrix not in quantized:
+                stored = name if name == "lm_head.weight" else prefix + name
+                shards.add(stored, weights.read(name))
+                continue
+            parts = pack(quantize_rtn(weights.read_fp32(name), plan.scheme))
+            for part, tensor in parts.items():
+                shards.add(f"{prefix}{matrix}.{part}", np.ascontiguousarray(tensor))
+    return out
 
 
 def plant_outliers(folder: Path, *, magnitude: float = 3000.0, seed: int = 0) -> None:

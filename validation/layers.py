@@ -62,7 +62,7 @@ def layer_errors(
     The last layer of a pooled graph keeps only each text's last token. A rotated residual stream is
     rotated back with the matrix in the graph; if the artifact has a baked-in MRL dimension, only
     that many values can be compared. For a checkpoint, transformers' layers are compared, even if
-    our own layers ran it (runtimes.packed).
+    our own layers (runtimes.varlen) or a graph (runtimes.stored_graph) ran it.
 
     Args:
         info: The artifact, or the checkpoint.

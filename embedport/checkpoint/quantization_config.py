@@ -62,8 +62,8 @@ FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
 }
 LIBRARY_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 UNREAD = ("sparsity_config", "transform_config", "kv_cache_scheme", "moe_sparsity_config")
-# Group sizes (inputs that share a scale) of the graph's own formats.
-GRAPH_GROUPS = (32, 64, 128)
+# Group sizes (inputs that share a scale) of the graph's own formats, the largest first.
+GRAPH_GROUPS = (128, 64, 32)
 LARGEST_BLOCK = 1 << 20
 INSTEAD = "give the original in bf16, fp16 or fp32"
 
@@ -85,6 +85,18 @@ class MatrixFormat:
     bits: int
     block: tuple[int | None, int | None]
     zero_point_offset: int = 0
+
+    @property
+    def graph_group(self) -> int | None:
+        """The group size in which a graph holds the codes; None if it cannot.
+
+        A graph has groups of 32, 64 or 128 inputs. Larger ones are cut into groups that share a
+        scale.
+        """
+        rows, size = self.block
+        if self.kind != "int" or rows != 1:
+            return None
+        return next((group for group in GRAPH_GROUPS if size is None or size % group == 0), None)
 
     def __str__(self) -> str:
         kind = f"{self.kind}{self.bits}"
@@ -128,16 +140,8 @@ class StoredQuantization:
 
     @property
     def graph_bits(self) -> int | None:
-        """Bits of the codes if a graph can use them unchanged; else None.
-
-        A graph uses integer codes in groups of 32, 64 or 128 consecutive inputs.
-        """
-        bits = {
-            format_.bits
-            if format_.kind == "int" and format_.block[0] == 1 and format_.block[1] in GRAPH_GROUPS
-            else None
-            for format_ in self.formats
-        }
+        """Bits of the codes if a graph can use them unchanged; else None."""
+        bits = {None if format_.graph_group is None else format_.bits for format_ in self.formats}
         return None if self.reorders or len(bits) > 1 else bits.pop()
 
 

@@ -307,6 +307,16 @@ class OrtDialect:
         )
 
 
+class UnroundedOrtDialect(OrtDialect):
+    """The dialect `ort`, but weights in groups are multiplied by activations that stay fp32."""
+
+    def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
+        """MatMulNBits, which rounds no activations unless it is told to."""
+        inputs, sizes = _grouped(g, x, matrix)
+        attributes: dict[str, Any] = {**sizes}
+        return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
+
+
 def matmul_groups(g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
     """MatMulNBits by a matrix; the product has the dtype of `x`."""
     inputs, attributes = _grouped(g, x, matrix)

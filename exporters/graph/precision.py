@@ -25,12 +25,14 @@ class Precision:
         residual: The dtype of the residual stream and its RMSNorms.
         kept: Projections ("layers.3.mlp.down_proj") with weights and arithmetic in fp32.
         formats: The quantized matrices' formats.
+        table: The dtype of an embedding table without a format; None for `compute`.
     """
 
     compute: ir.DataType
     residual: ir.DataType
     kept: frozenset[str] = frozenset()
     formats: Mapping[str, Format] = field(default_factory=dict)
+    table: ir.DataType | None = None
 
     @property
     def arithmetic(self) -> str:
@@ -45,9 +47,11 @@ class Precision:
         """
         return FLOAT16 if self.compute == BFLOAT16 else self.compute
 
-    def dtype_of(self, projection: str) -> ir.DataType:
-        """The dtype in which a projection is stored and computed."""
-        return FLOAT if projection in self.kept else self.compute
+    def dtype_of(self, matrix: str) -> ir.DataType:
+        """The dtype of the embedding table, or in which a projection is stored and computed."""
+        if matrix == TABLE and self.table is not None:
+            return self.table
+        return FLOAT if matrix in self.kept else self.compute
 
     @property
     def has_groups(self) -> bool:

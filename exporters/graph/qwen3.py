@@ -282,7 +282,7 @@ def embed(g: GraphBuilder, design: Design, batch: Batch) -> Stream:
     if TABLE in precision.formats:
         rows = design.dialect.gather_table(g, batch.input_ids, quantized(design, TABLE))
     else:
-        table = CheckpointTensor(f"{TABLE}.weight", design.weights, precision.compute)
+        table = CheckpointTensor(f"{TABLE}.weight", design.weights, precision.dtype_of(TABLE))
         rows = g.op("Gather", g.initializer(table), batch.input_ids, axis=0)
     return Stream(g.cast(rows, precision.residual), None)
 

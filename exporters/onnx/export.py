@@ -185,24 +185,57 @@ def export_onnx(
         write_companions(spec, folder)
         if spec.task == "reranker":
             write_classifier(spec, folder)
-        model = build_model(design)
-        graph, data = folder / plan.shared.own, plan.shared.data
-        _write_graph(model, graph, data, progress)
         continuation = plan_continuation(design)
         # A graph's parts: inputs, table, layers, output. A continuation has one more, its states.
         parts = spec.num_layers + 3
         # The graph runs for the verification and the witness; the continuation in two halves.
         steps = 2 * parts + 2 * (parts + 1) * bool(continuation)
         advance = counted(progress, "verify", steps)
-        with ThreadPoolExecutor(max_workers=1) as hashing:
-            # Hashes are cached: those for the manifest are ready when the verification ends.
-            hashing.submit(record_files, [graph.with_name(data), *weights.files])
-            shared = _verify(plan, design, graph, continuation, advance)
-        names = tuple(str(value.name) for value in model.graph.outputs)
-        manifest = _manifest(plan, design, weights, names, continuation, shared, search)
+        manifest = write_graphs(
+            plan, design, weights, continuation, search, folder, progress, advance
+        )
         make_witness(folder, manifest, lambda scope: advance())
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
+
+
+def write_graphs(
+    plan: Plan,
+    design: Design,
+    weights: Weights,
+    continuation: ContinuationRecord | None,
+    search: Search | None,
+    folder: Path,
+    progress: Progress,
+    advance: Callable[[], None],
+) -> Manifest:
+    """Write a design's graphs and their weights into a folder, and verify them.
+
+    Args:
+        plan: The finished plan.
+        design: The graph's design.
+        weights: The checkpoint's weights.
+        continuation: From `plan_continuation`.
+        search: What the search found; None without one.
+        folder: The artifact's folder.
+        progress: Called with ("write", done, total).
+        advance: Called after each part of a graph that was run.
+
+    Returns:
+        The manifest, still without files.
+
+    Raises:
+        VerificationError: A graph does not run, or outputs NaN or infinity.
+    """
+    model = build_model(design)
+    graph, data = folder / plan.shared.own, plan.shared.data
+    _write_graph(model, graph, data, progress)
+    with ThreadPoolExecutor(max_workers=1) as hashing:
+        # Hashes are cached: those for the manifest are ready when the verification ends.
+        hashing.submit(record_files, [graph.with_name(data), *weights.files])
+        shared = _verify(plan, design, graph, continuation, advance)
+    names = tuple(str(value.name) for value in model.graph.outputs)
+    return _manifest(plan, design, weights, names, continuation, shared, search)
 
 
 def estimate_onnx(

@@ -140,6 +140,25 @@ def test_torch(checkpoints, geometry, precision, task):
     assert adapter._layers._graphs
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "bnb-nf4", "w8a8"])
+def test_torch_stays_packed(quantized, method):
+    """Small batches, unpacked inside the product, and large ones: the CPU's vectors."""
+    pytest.importorskip("torch")
+    matrices = pytest.importorskip("embedport.runtimes.packed.matrices")
+    folder = quantized(method)
+    expected = results(embedport.load(folder, device="cpu"), "embedding")
+    model = embedport.load(folder, device="cuda")
+    assert isinstance(model, embedport.Embedder)
+    adapter: Any = model.model
+    kind = matrices.ScaledMatrix if method == "w8a8" else matrices.PackedMatrix
+    assert isinstance(adapter._layers._layers[0].qkv, kind)
+    for batch_tokens in (1, 1 << 14):
+        for _ in range(3):  # the last ones from CUDA graphs
+            found = model.encode(TEXTS, batch_tokens=batch_tokens)
+            # compressed-tensors divides a token by its largest value / 127.5, our kernel by / 127.
+            check(found, expected, "fp8" if method == "w8a8" else "bf16")
+
+
 def test_torch_in_any_batch_and_thread(checkpoints):
     pytest.importorskip("torch")
     model = embedport.load(checkpoints("kv8", dtype="float16"), device="cuda")

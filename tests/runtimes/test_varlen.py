@@ -12,7 +12,7 @@ from embedport.checkpoint.hub import Source
 from embedport.checkpoint.spec import read_spec
 from embedport.errors import InputError
 from embedport.runtimes import torch as adapter
-from embedport.runtimes.checkpoint import has_fp8_matrices, open_readers
+from embedport.runtimes.checkpoint import has_fp8_matrices
 
 # The interpreter takes its time.
 LENGTHS = (3, 1, 6)
@@ -71,10 +71,11 @@ def rows_of(spec):
 def open_layers(packed, spec, dtype):
     import torch
 
-    read, read_scales = open_readers(spec)
-    return packed.PackedLayers(
-        spec, getattr(torch, dtype), "cpu", read, read_scales, torch.nn.functional.normalize
-    )
+    from embedport.runtimes.packed.reading import open_checkpoint
+
+    kind = getattr(torch, dtype)
+    checkpoint = open_checkpoint(spec, kind, "cpu")
+    return packed.PackedLayers(spec, kind, "cpu", checkpoint, torch.nn.functional.normalize)
 
 
 def run(packed, folder, task, dtype):
@@ -305,11 +306,11 @@ def test_silu_mul(device, dtype):
 def test_to_fp8(device):
     import torch
 
-    from embedport.runtimes.triton_kernels import E4M3, to_fp8
+    from embedport.runtimes.triton_kernels import E4M3, round_rows
 
     values = random(device, (5, 96))[0].bfloat16()
     values[2] = 0
-    rows = to_fp8(values)
+    rows = round_rows(values, E4M3)
     assert rows.scales is not None
     torch.testing.assert_close(rows.scales[:, 0], values.float().abs().amax(dim=1) / 448)
     scaled = values.float() / rows.scales.clamp(min=1e-30)
@@ -377,7 +378,8 @@ def open_spec(folder):
         (None, None),
         ("gptq", None),
         ("fp8", None),
-        ("w8a8", "its matrices are another library's"),
+        ("w8a8", None),
+        ("bnb-nf4", None),
         ("bnb-int8", "its matrices are another library's"),
     ],
 )
@@ -420,14 +422,15 @@ def test_fp8_in_blocks_of_16_only(checkpoints, tmp_path):
     assert not has_fp8_matrices(open_spec(folder))
 
 
-def test_a_product_in_fp8(packed):
+def test_a_product_in_fp8():
     import torch
 
+    from embedport.runtimes.packed.matrices import ScaledMatrix
     from embedport.runtimes.triton_kernels import E4M3, Rows
 
     values, weight = (each.to(E4M3) for each in random("cpu", (5, 32), (48, 32)))
     row_scales, out_scales = (each.abs() for each in random("cpu", (5, 1), (1, 48)))
-    found = packed.Matrix(weight, out_scales)(Rows(values, row_scales), torch.bfloat16)
+    found = ScaledMatrix(weight, out_scales)(Rows(values, row_scales), torch.bfloat16)
     expected = (values.float() * row_scales) @ (weight.float().t() * out_scales)
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
 

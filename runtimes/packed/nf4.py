@@ -1,0 +1,124 @@
+"""Read bitsandbytes' NF4 matrices as they are stored.
+
+A matrix X [out, in] has X.weight uint8 [out * in / 2, 1], the first code of a byte in its upper
+half; X.weight.absmax, a scale for each `blocksize` weights; X.weight.quant_map, the 16 values; and
+X.weight.quant_state.bitsandbytes__nf4, JSON. With double quantization absmax is uint8, an index of
+nested_quant_map, times nested_absmax of its block, plus nested_offset
+(bitsandbytes.functional.QuantState).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ...checkpoint.quantization_config import GRAPH_GROUPS, LibraryQuantization
+from ...checkpoint.spec import ModelSpec
+from ...checkpoint.tensor_files import TensorInfo, read_headers
+from ...strict_json import parse_json
+
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """A matrix: codes uint8 [out, in], scales float32 [groups, out], levels float32 [16]."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    levels: torch.Tensor
+    group: int
+
+
+def has_nf4_matrices(spec: ModelSpec) -> bool:
+    """Whether all projections that are quantized are NF4 in whole blocks of 32, 64 or 128."""
+    quantization = spec.quantization
+    if not isinstance(quantization, LibraryQuantization) or quantization.precision != "bnb-nf4":
+        return False
+    headers = read_headers(spec.source.folder)
+    return all(
+        _is_plain(headers, name) or _fits(headers, name, shape)
+        for name, shape in spec.tensor_shapes().items()
+        if "_proj." in name and len(shape) == 2
+    )
+
+
+def read_nf4(headers: Mapping[str, TensorInfo], matrix: str, shape: tuple[int, ...]) -> Nf4 | None:
+    """Read a matrix of a checkpoint that `has_nf4_matrices`; None if it is not quantized.
+
+    Args:
+        headers: The checkpoint's tensors.
+        matrix: Its name, without ".weight".
+        shape: (out, in).
+    """
+    name = f"{matrix}.weight"
+    if _is_plain(headers, name):
+        return None
+    state = _state(headers, name)
+    outputs, width = shape
+    stored = _read(headers, name).view(outputs, width // 2)
+    group = int(state["blocksize"])
+    absmax = _read(headers, f"{name}.absmax")
+    if absmax.dtype == torch.uint8:
+        levels = _read(headers, f"{name}.nested_quant_map")[absmax.long()]
+        nested = _read(headers, f"{name}.nested_absmax")
+        factors = nested.repeat_interleave(int(state["nested_blocksize"]))[: len(absmax)]
+        absmax = levels * factors + float(state["nested_offset"])
+    scales = absmax.float().view(outputs, width // group).t().contiguous()
+    codes = torch.stack([stored >> 4, stored & 15], dim=2).flatten(1)
+    return Nf4(codes, scales, _read(headers, f"{name}.quant_map").float(), group)
+
+
+def _find(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    return headers.get(name) or headers.get(f"model.{name}")
+
+
+def _read(headers: Mapping[str, TensorInfo], name: str) -> torch.Tensor:
+    info = _find(headers, name)
+    assert info is not None
+    with safe_open(info.file, framework="pt") as shard:
+        return shard.get_tensor(info.name)
+
+
+def _state(headers: Mapping[str, TensorInfo], name: str) -> Mapping[str, Any]:
+    text = bytes(_read(headers, f"{name}.{STATE}").numpy()).decode("utf-8", "replace")
+    try:
+        state = parse_json(text)
+    except ValueError:
+        state = None
+    return state if isinstance(state, dict) else {}
+
+
+def _is_plain(headers: Mapping[str, TensorInfo], name: str) -> bool:
+    info = _find(headers, name)
+    return info is not None and info.dtype in ("BF16", "F16", "F32")
+
+
+def _fits(headers: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a matrix's parts are those that `read_nf4` reads."""
+    if _find(headers, f"{name}.{STATE}") is None:
+        return False
+    state, count = _state(headers, name), shape[0] * shape[1]
+    group, nested = state.get("blocksize"), state.get("nested_blocksize")
+    if group not in GRAPH_GROUPS or shape[1] % group:
+        return False
+    expected = {
+        "": ("U8", (count // 2, 1)),
+        ".absmax": ("F32" if nested is None else "U8", (count // group,)),
+        ".quant_map": ("F32", (16,)),
+    }
+    if nested is not None:
+        if not isinstance(nested, int) or nested < 1:
+            return False
+        if not isinstance(state.get("nested_offset"), float):
+            return False
+        expected[".nested_absmax"] = ("F32", (-(-count // group // nested),))
+        expected[".nested_quant_map"] = ("F32", (256,))
+    found = {part: _find(headers, f"{name}{part}") for part in expected}
+    return expected == {
+        part: None if info is None else (info.dtype, info.shape) for part, info in found.items()
+    }

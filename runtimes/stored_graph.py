@@ -1,0 +1,129 @@
+"""A 4-bit checkpoint on a CPU: its graph, built once into the user's cache folder.
+
+onnxruntime multiplies by packed 4-bit weights on a CPU, torch does not. The graph holds the
+checkpoint's own codes, scales and zero points, and computes in fp32 what they stand for.
+
+    ~/.cache/embedport/graphs/KEY/graph     an artifact without tokenizer and witness
+
+KEY is a hash of the checkpoint's files, the task and embedport's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..artifact.folder import Artifact
+from ..checkpoint.pooling import DENSE_FILE
+from ..checkpoint.quantization_config import StoredQuantization
+from ..checkpoint.spec import ModelSpec
+from ..checkpoint.tensor_files import read_headers
+from ..errors import ArtifactError, InputError
+from ..files import MANIFEST
+from ..integrity import cache_folder, record_files
+from ..leftovers import lock
+from ..quantize.stored import StoredWeights, warn_of_activations
+from ..version import __version__
+
+logger = logging.getLogger(__name__)
+
+BITS = 4
+
+
+def find_stored_graph(spec: ModelSpec) -> Artifact | None:
+    """Open a 4-bit checkpoint's graph for the CPU; build it if it is not in the cache.
+
+    Args:
+        spec: The checkpoint.
+
+    Returns:
+        The graph; None if the checkpoint has no 4-bit codes, or has them and runs unpacked, which
+        a warning says with the reason.
+
+    Raises:
+        CheckpointError: A tensor is missing, or has another shape or dtype.
+        VerificationError: The graph does not run, or outputs NaN.
+    """
+    quantization = spec.quantization
+    if not isinstance(quantization, StoredQuantization) or not any(
+        form.kind == "int" and form.bits == BITS for form in quantization.formats
+    ):
+        return None
+    weights = StoredWeights(spec)
+    reason = _why_unpacked(weights)
+    if reason is None:
+        try:
+            artifact = _open_cached(weights)
+            warn_of_activations(spec)
+            return artifact
+        except (OSError, InputError) as error:
+            reason = f"its graph cannot be written: {error}"
+    logger.warning(
+        "%s: its weights are unpacked to 16 bits, and torch runs it: %s",
+        spec.source.folder,
+        reason,
+    )
+    return None
+
+
+def _why_unpacked(weights: StoredWeights) -> str | None:
+    """Why a graph cannot run a checkpoint's codes; None if it can."""
+    if find_spec("onnxruntime") is None:
+        return "onnxruntime, which multiplies by 4-bit weights, is not installed"
+    if weights.spec.masked_layers:
+        return "attention has a mask, and in a graph it would take memory for all scores at once"
+    if lost := sorted(weights.formats.keys() - weights.schemes.keys()):
+        return (
+            f"a graph cannot hold {lost[0]} and {len(lost) - 1} others "
+            f"({' and '.join(weights.describe())})"
+        )
+    return None
+
+
+def _open_cached(weights: StoredWeights) -> Artifact:
+    folder = cache_folder("graphs") / _key(weights.spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "graph"
+    # Others wait for the process that builds it.
+    descriptor = lock(folder, wait=True)
+    try:
+        try:
+            return Artifact.open(place)
+        except (InputError, ArtifactError):  # not there, or damaged
+            shutil.rmtree(place, ignore_errors=True)
+        logger.warning(
+            "%s: a graph of its 4-bit weights is written to %s, once",
+            weights.spec.source.folder,
+            place,
+        )
+        # Exporters are above this package: they are found through the front door.
+        from .. import export_stored
+
+        return export_stored(weights, place)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _key(spec: ModelSpec) -> str:
+    """A hash of all that the graph depends on."""
+    source = spec.source
+    files: set[Path] = {info.file for info in read_headers(source.folder).values()}
+    for folder in {source.folder, source.pipeline}:
+        for pattern in ("*.json", "*.jinja", "*/config.json"):
+            files |= {*folder.glob(pattern)}
+    files |= {source.pipeline / dense.path / DENSE_FILE for dense in spec.outputs.dense}
+    # Regular files only: a pipe or a device would never end.
+    regular = sorted(path for path in files if path.name != MANIFEST and path.is_file())
+    records = record_files(regular)
+    facts = {
+        "embedport": __version__,
+        "task": spec.task,
+        "files": sorted((path.name, record.sha256) for path, record in records.items()),
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
