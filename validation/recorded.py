@@ -421,8 +421,9 @@ def _read_sample(text: Any, prompt: Any) -> Sample:
     return Sample(_text(text), None if prompt is None else _text(prompt))
 
 
-def _read_pair(query: Any, document: Any) -> Pair:
-    return Pair(_text(query), _text(document))
+def _read_pair(query: Any, document: Any, instruction: Any = None) -> Pair:
+    instruction = None if instruction is None else _text(instruction)
+    return Pair(_text(query), _text(document), instruction)
 
 
 def _read_origin(values: Mapping[str, Any]) -> Origin:

@@ -17,6 +17,8 @@ from .corpus import is_jsonl, titled_text
 T = TypeVar("T")
 # Minimum and maximum characters of a short text.
 SHORT = (20, 200)
+# What a line must hold.
+TEXTS = ("text", "query", "document")
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,11 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     for number, line in _lines(path):
         try:
             row = make(parse_json(line))
-            values = dict(vars(row))
-            if values.get("prompt", "") is None:  # the model's default prompt
-                del values["prompt"]
-            if not all(isinstance(value, str) for value in values.values()):
+            # None: the model's default prompt or instruction.
+            values = [
+                value for name, value in vars(row).items() if name in TEXTS or value is not None
+            ]
+            if not all(isinstance(value, str) for value in values):
                 raise TypeError("a value is not a string")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
