@@ -22,7 +22,7 @@ CASES = [
         for group in ("128", "128s")
         for rotate, algorithms in (
             (False, ("rtn", "mse", "awq", "gptq", "gptaq")),
-            (True, ("rtn", "gptq", "gptaq", "awq+gptaq")),
+            (True, ("rtn", "gptq", "gptaq", "awq+gptq", "awq+gptaq")),
         )
         for algorithm in algorithms
     ),
