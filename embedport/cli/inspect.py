@@ -143,15 +143,19 @@ def _part(part: str, sizes: Mapping[str, int]) -> str:
 
 def _quantization(recipe: Mapping[str, Any]) -> str:
     counts = Counter(recipe["formats"].values())
-    formats = ", ".join(f"{count} matrices {text}" for text, count in counts.most_common())
+    formats = ", ".join(
+        f"{count} {'matrix' if count == 1 else 'matrices'} {text}"
+        for text, count in counts.most_common()
+    )
     rotated = ", rotated" if recipe["rotate"] else ""
+    rotated += ", heads rotated" if recipe.get("rotate_heads") else ""
     if recipe.get("arithmetic", "fp32") != "fp32":
         rotated += f", computed in {recipe['arithmetic']}"
     calibration = recipe["calibration"]
     texts = ""
     if calibration is not None:
         texts = (
-            f"; calibrated on {calibration['texts']:,} texts of {calibration['source']}, "
+            f"; calibrated on {calibration['texts']:,} texts ({calibration['source']}), "
             f"sha256 {calibration['sha256'][:12]}"
         )
     return f"{recipe['algorithm']}{rotated}: {formats}{texts}"
