@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.spec import Task
 from ..errors import InputError
 from ..strict_json import load_json
 
@@ -19,8 +20,7 @@ ALGORITHMS = (
     *SCALINGS,
     *(f"{scaling}+{rounding}" for scaling in SCALINGS for rounding in ROUNDINGS),
 )
-# The default of 4 bits. Following the original model (GPTAQ) helps vectors; it fits the few
-# templates of a reranker too closely (docs/quantization.md).
+# The default of 4 bits by task: see `fit_to_task`.
 BY_TASK = {"embedding": "gptaq", "reranker": "awq+gptq"}
 # Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
 RENAMED = {"hqq": "mse"}
@@ -30,6 +30,19 @@ ARITHMETIC = ("fp32", "bf16")
 STORED = "stored"
 # Keys of an artifact's record that are no part of the recipe.
 RECORDED = ("search",)
+
+
+def fit_to_task(algorithm: str, task: Task) -> str:
+    """A calibrated algorithm with GPTQ in GPTAQ's place for a reranker.
+
+    Following the original model (GPTAQ) helps vectors; it fits the few templates of a reranker too
+    closely (measured in docs/quantization.md).
+
+    Args:
+        algorithm: One of `ALGORITHMS`.
+        task: The model's task.
+    """
+    return algorithm if task == "embedding" else algorithm.replace("gptaq", "gptq")
 
 
 @dataclass(frozen=True)

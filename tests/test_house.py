@@ -165,7 +165,7 @@ def test_exporting_and_running_need_no_torch(tmp_path):
 
 
 def build(tree, kind, **environment):
-    """What the build backend itself makes of a source tree: "sdist" or "wheel"."""
+    """The build backend's own result for a source tree: "sdist" or "wheel"."""
     out = tree.parent / "out"
     code = f"import sys; from setuptools import build_meta as b; b.build_{kind}(sys.argv[1])"
     done = subprocess.run(

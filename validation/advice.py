@@ -1,4 +1,4 @@
-"""What to do after a failed gate: the layer where the error grows, the next better precision."""
+"""Advice after a failed gate: the layer where the error grows, the next better precision."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def next_steps(
     origin: Origin,
     layers: Sequence[LayerError] | None,
 ) -> tuple[str, ...]:
-    """What to do if a gate fails, the most telling first; empty if none fails.
+    """List the next steps if a gate fails, the most telling first; empty if none fails.
 
     Args:
         gates: The gates.

@@ -1,4 +1,4 @@
-"""What runs the calibration texts and rounds matrices: onnxruntime and numpy, or torch on a GPU."""
+"""Engines that run calibration texts and round matrices: onnxruntime and numpy, or torch."""
 
 from __future__ import annotations
 
@@ -79,8 +79,7 @@ def open_engine(
         folder: Where a segment's graph may be written while it runs.
 
     Raises:
-        DeviceError: torch has no CUDA device here.
-        MissingPackageError: torch is not installed, for "cuda".
+        InputError, DeviceError, MissingPackageError: See `check_device`.
     """
     check_device(device)
     if device == "cpu":

@@ -14,7 +14,7 @@ from .moments import blocks
 
 # Tokens on the device at once.
 BLOCK = 16384
-# What each segment ends with: the projections that read its result.
+# The projections that read each segment's result.
 READERS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -125,7 +125,7 @@ class TorchSegment:
         return torch.cat(results)
 
     def _mask(self, count: int) -> torch.Tensor | None:
-        """What each token sees in a layer with a sliding window: bool [tokens, tokens]."""
+        """The attention mask of a layer with a sliding window: bool [tokens, tokens]."""
         window = self._spec.window
         if window is None or self._layer not in self._spec.masked_layers:
             return None

@@ -40,9 +40,10 @@ def apply_plan(
         weights: The source.
         plan: How to quantize it.
         rows: Token ids of the calibration texts, int64 [tokens] each.
-        layers: Where GPTQ and AWQ keep finished layers: see `kept_layers`.
-        advance: Called after each layer that GPTQ or AWQ has finished; twice a layer for both.
-        device: Where GPTQ and AWQ run the texts and round, "cpu" or "cuda".
+        layers: Where finished layers are kept: see `kept_layers`.
+        advance: Called after each layer of a calibrated method; twice a layer if channels are
+            scaled and errors compensated.
+        device: Where a calibrated method runs the texts and rounds, "cpu" or "cuda".
 
     Returns:
         (the tensors that are not quantized, the function that quantizes a matrix).
@@ -54,18 +55,13 @@ def apply_plan(
     def read(source: WeightSource, name: str) -> np.ndarray:
         return check_finite(source, f"{name}.weight", source.read_fp32(f"{name}.weight"))
 
+    if plan.is_calibrated:
+        pack = {"gptq": gptq_parts, "awq": packed_parts, "w8a8": int8_parts}[plan.name]
+        source, calibrated = calibrate(
+            weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
+        )
+        return source, lambda name: pack(calibrated(name))
     match plan.name:
-        case "gptq" | "awq":
-            pack = gptq_parts if plan.name == "gptq" else packed_parts
-            source, calibrated = calibrate(
-                weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
-            )
-            return source, lambda name: pack(calibrated(name))
-        case "w8a8" if "+" in plan.algorithm:
-            source, calibrated = calibrate(
-                weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
-            )
-            return source, lambda name: int8_parts(calibrated(name))
         case "w8a8":
             smooth = balanced(source).rounded(dtype)
             return smooth, lambda name: int8_parts(quantize_rtn(read(smooth, name), scheme))

@@ -11,6 +11,7 @@ import numpy as np
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
 from ...quantize.formats import GROUP_SIZES, matrices
+from ...quantize.recipe import fit_to_task
 from ...quantize.schemes import QuantScheme, ScaleDtype
 
 
@@ -177,7 +178,7 @@ def plan_method(
         group_size or method.group_size,
         double_quant,
         symmetric or not method.zero_points,
-        method.fast if fast else _fitting(method.algorithm, spec),
+        method.fast if fast else fit_to_task(method.algorithm, spec.task),
         # A float's small values have small steps: rotation would only spread the large ones.
         rotate_heads=not (fast and method.group_size) and name != "fp8",
     )
@@ -202,11 +203,6 @@ def plan_method(
                 "bnb-int8, w8a8 or fp8"
             )
     return plan
-
-
-def _fitting(algorithm: str, spec: ModelSpec) -> str:
-    """GPTAQ for an embedder, GPTQ for a reranker: see `recipe.BY_TASK`."""
-    return algorithm if spec.task == "embedding" else algorithm.replace("gptaq", "gptq")
 
 
 def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:

@@ -136,15 +136,14 @@ def quantize_checkpoint(
     spec = fetch_weights(spec)
     weights = open_floats(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
-    needed_bytes = _needed_bytes(spec, plan)
-    if "gpt" in plan.algorithm:
+    needed_bytes, recipe = _needed_bytes(spec, plan), _recipe(spec, plan)
+    if recipe.compensation is not None:
         needed_bytes += kept_bytes(spec, rows)
     with (
         kept_layers(output, used=plan.is_calibrated) as layers,
         staged(output, force=force, needs=needed_bytes) as folder,
     ):
-        passes = len(plan.algorithm.split("+"))
-        advance = counted(progress, "quantize", spec.num_layers * passes)
+        advance = counted(progress, "quantize", spec.num_layers * recipe.passes)
         source, quantize = apply_plan(weights, plan, rows, layers, advance, device)
         write_companions(spec, folder)
         write_json(folder / "config.json", checkpoint_config(spec, plan, form))

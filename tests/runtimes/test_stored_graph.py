@@ -46,7 +46,7 @@ def written(caplog):
     ("method", "task"), [("gptq", "embedding"), ("awq", "embedding"), ("awq", "reranker")]
 )
 def test_runs_packed(rounded, cache, monkeypatch, caplog, method, task):
-    """What torch gives of the unpacked weights, without torch's copy of them."""
+    """torch's vectors of the unpacked weights, without torch's copy of them."""
     folder = rounded(method, task)
     before = sorted(folder.rglob("*"))
     model = embedport.load(folder, device="cpu")
