@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..texts.ranking import candidate_pairs, rank_documents
 from ..texts.samples import Pair, Sample
 from .advice import next_steps, other_weights
 from .details import collect_details
+from .gates import finite_gate, invariance_gate, retrieval_gates, task_gates, token_gate
 from .invariance import run_suite
 from .layers import layer_errors
 from .machine import describe_export, describe_machine
@@ -35,12 +36,13 @@ from .recorded import is_recorded, open_recorded
 from .recording import find_recorded
 from .reference import Arithmetic, Inputs, Origin, Reference
 from .report import Comparison, Gate, Report, Worst, excerpt
-from .retrieval import CANDIDATES, SetQuality, compare_quality
+from .retrieval import CANDIDATES, RetrievalReport, SetQuality, compare_quality
 from .tasks import EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
 logger = logging.getLogger(__name__)
 
+# Inputs that the report lists.
 WORST = 10
 PACKAGES = (
     "embedport",
@@ -127,28 +129,14 @@ def validate(
     >>> validate(embedder, reference, device="cpu").passed
     True
     """
-    if page is not None:  # fail now rather than after hours of work
-        require("jinja2", "report")
-        require("matplotlib", "report")
-    if retrieval is not None:
-        require("ir_measures", "retrieval")
-    if mteb is not None:
-        if is_recorded(reference):
-            raise InputError(
-                f"{reference} is a recorded reference, which has no results of MTEB's tasks: give "
-                "the checkpoint itself"
-            )
-        require("mteb", "mteb")
+    _check_packages(reference, page=page, retrieval=retrieval, mteb=mteb)
     record_folder = find_recorded(artifact) if record else None
     # An Embedder or a Reranker, depending on the task.
     runtime: Any = load(artifact, device=device, task=task)
-    runtime_device = runtime.device
     info: ModelInfo = runtime.info
-    quantization = info.checkpoint and info.checkpoint.quantization
-    if page is not None and isinstance(quantization, LibraryQuantization):
-        from ..runtimes.checkpoint import require_library
-
-        require_library(quantization)  # the layer table runs transformers' own layers
+    max_length = runtime.tokenizer.max_length
+    if page is not None:
+        _check_layers(info)
     graph = info.artifact.manifest.graph if info.artifact else None
     thresholds = find_thresholds(
         info.precision,
@@ -159,21 +147,19 @@ def validate(
     )
     data = _choose_set(retrieval, task=info.task, save_run=save_run)
     tasks = [] if mteb is None else open_tasks(mteb, info.task)
-    recorded_reference = None
+    recorded = None
     if is_recorded(reference):
         if adapter is not None:
             raise InputError(f"{reference} is a recorded reference: record it with `adapter`")
-        recorded_reference = open_recorded(reference, info.task, runtime.tokenizer.max_length)
-        texts, pairs = recorded_reference.choose_inputs(texts, pairs, revision)
+        recorded = open_recorded(reference, info.task, max_length)
+        texts, pairs = recorded.choose_inputs(texts, pairs, revision)
         if data is not None:
-            recorded_reference.check_set(data)
+            recorded.check_set(data)
     inputs = choose_inputs(info.task, texts, pairs, info.prompts)
-    measured = data is not None or bool(tasks)
-    _check_limits(inputs, measured, min_cosine, max_score_difference, max_ndcg_loss)
-    source: Reference = (
-        _open_live(reference, info.task, adapter, runtime.tokenizer.max_length, revision, device)
-        if recorded_reference is None
-        else recorded_reference
+    is_measured = data is not None or bool(tasks)
+    _check_limits(inputs, is_measured, min_cosine, max_score_difference, max_ndcg_loss)
+    source: Reference = recorded or _open_live(
+        reference, info.task, adapter, max_length, revision, device
     )
     origin = source.origin
     if isinstance(inputs, RerankerTask):
@@ -181,70 +167,21 @@ def validate(
     _check_same_model(info, origin)
     _compare_weights(info, origin)
     rows = inputs.artifact_ids(runtime)
-    expected_rows = source.token_ids(inputs.inputs)
-    gates = [_token_gate(inputs, rows, expected_rows)]
-    comparisons: list[Comparison] = []
-    invariance: dict[str, float] = {}
-    worst: list[Worst] = []
-    quality = task_report = None
-    results = expected = None
-    if gates[0].passed:
-        raw_results = inputs.run(runtime, progress=progress)
-        results = inputs.comparable(raw_results)
-        # Vectors of queries and documents, or scores of pairs, depending on the task.
-        set_results: Any = (
-            None if data is None else inputs.run_set(runtime, data, progress=progress)
-        )
-        task_scores = run_tasks(tasks, runner(runtime, progress=progress), info)
-        for outcome in run_suite(
-            runtime.model, rows, runtime.tokenizer.max_length, progress=progress
-        ):
-            values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
-            invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
+    gate = token_gate(inputs, rows, source.token_ids(inputs.inputs))
+    runtime_device = runtime.device
+    judged = Judged((gate,))
+    if gate.passed:
+        measured = _measure_artifact(runtime, inputs, rows, data, tasks, progress=progress)
         del runtime  # artifact and reference may not fit into memory together
-        runs = _run_reference(source, inputs.inputs, info.precision, progress)
-        comparisons = [
-            inputs.compare(results, outputs, origin.describe(arithmetic))
-            for arithmetic, outputs in runs.items()
-        ]
-        expected = runs[next(iter(runs))]
-        worst = _find_worst(inputs, results, expected)
-        gates += [
-            _finite_gate(inputs, raw_results),
-            Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
-            *inputs.gates(comparisons[0], results, expected, thresholds),
-            _invariance_gate(inputs, invariance, thresholds),
-        ]
-        if data is not None:
-            artifact_quality = inputs.measure(set_results, data)
-            reference_quality, set_arithmetic = _measure_reference(
-                source, data, tuple(artifact_quality.measures), runs, progress
-            )
-            quality = compare_quality(
-                artifact_quality, reference_quality, data, origin.describe(set_arithmetic)
-            )
-            gates += [
-                Gate("retrieval: NaN or infinity", artifact_quality.nonfinite, "≤", 0),
-                Gate("retrieval: reference's NaN", reference_quality.nonfinite, "≤", 0),
-                Gate("nDCG@10 loss", quality.ndcg_loss, "≤", thresholds.max_ndcg_loss),
-            ]
-            if save_run is not None:
-                write_candidates(
-                    Path(save_run),
-                    rank_documents(set_results, results.shape[1], data, CANDIDATES),
-                )
-        if tasks:
-            reference_scores, task_arithmetic = _run_tasks(source, tasks, info, runs, progress)
-            task_report = compare_scores(
-                [task_facts(task) for task in tasks],
-                task_scores,
-                reference_scores,
-                version=version("mteb"),
-                run=origin.describe(task_arithmetic),
-            )
-            gates += _task_gates(task_report, task_scores, reference_scores, thresholds)
+        judged = _judge(
+            gate, measured, source, inputs, info, thresholds, data, tasks, progress=progress
+        )
+        if save_run is not None and data is not None:
+            width = measured.results.shape[1]
+            ranked = rank_documents(measured.set_results, width, data, CANDIDATES)
+            write_candidates(Path(save_run), ranked)
     layers = None
-    if page is not None and comparisons:
+    if page is not None and judged.comparisons:
         torch_device = "cpu" if runtime_device == "cpu" else "cuda"
         layers = layer_errors(info, source, rows, device=torch_device)
     report = Report(
@@ -256,23 +193,23 @@ def validate(
         task=info.task,
         inputs=len(rows),
         tokens=sum(map(len, rows)),
-        gates=tuple(gates),
-        comparisons=tuple(comparisons),
-        invariance=invariance,
-        worst=tuple(worst),
-        retrieval=quality,
-        mteb=task_report,
+        gates=judged.gates,
+        comparisons=judged.comparisons,
+        invariance=judged.invariance,
+        worst=judged.worst,
+        retrieval=judged.retrieval,
+        mteb=judged.mteb,
         versions=_versions(origin),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=describe_machine(info, runtime_device),
         exported=describe_export(info),
-        next_steps=next_steps(gates, info, origin, layers),
+        next_steps=next_steps(judged.gates, info, origin, layers),
     )
     if page is not None:
         details = collect_details(
             inputs,
-            results,
-            expected,
+            judged.results,
+            judged.expected,
             info=info,
             reference=origin,
             layers=layers,
@@ -284,6 +221,158 @@ def validate(
     if record_folder is not None:
         record_parity(record_folder, report.to_record(), report.to_markdown())
     return report
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The artifact's results.
+
+    Attributes:
+        raw: As the artifact gives them: vectors, float32 [texts, dim], or scores, float32 [pairs].
+        results: The same, made comparable with the reference's.
+        set_results: Those of the retrieval set; None without one.
+        task_scores: Its scores on MTEB's tasks.
+        invariance: Case of the invariance suite to the worst agreement with the text alone.
+    """
+
+    raw: np.ndarray
+    results: np.ndarray
+    set_results: Any
+    task_scores: list[TaskScore]
+    invariance: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Both sides compared; all but the gates is empty if the token ids differ.
+
+    Attributes:
+        gates: In the order in which they are checked.
+        comparisons: One for each run of the reference; the gates use the first.
+        invariance: As in `Measured`.
+        worst: The inputs farthest from the reference, the worst first.
+        retrieval: Quality on the retrieval set, if there is one.
+        mteb: Scores on MTEB's tasks, if there are any.
+        results: The artifact's comparable results.
+        expected: Those of the reference's run that the gates use.
+    """
+
+    gates: tuple[Gate, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    invariance: Mapping[str, float] = field(default_factory=dict)
+    worst: tuple[Worst, ...] = ()
+    retrieval: RetrievalReport | None = None
+    mteb: TaskReport | None = None
+    results: np.ndarray | None = None
+    expected: np.ndarray | None = None
+
+
+def _check_packages(
+    reference: str | Path,
+    *,
+    page: str | Path | None,
+    retrieval: str | Path | RetrievalSet | None,
+    mteb: Sequence[Any] | None,
+) -> None:
+    """Fail now rather than after hours of work."""
+    if page is not None:
+        require("jinja2", "report")
+        require("matplotlib", "report")
+    if retrieval is not None:
+        require("ir_measures", "retrieval")
+    if mteb is not None:
+        if is_recorded(reference):
+            raise InputError(
+                f"{reference} is a recorded reference, which has no results of MTEB's tasks: give "
+                "the checkpoint itself"
+            )
+        require("mteb", "mteb")
+
+
+def _check_layers(info: ModelInfo) -> None:
+    """Require what the page's table by layer runs in: transformers' own layers."""
+    quantization = info.checkpoint and info.checkpoint.quantization
+    if isinstance(quantization, LibraryQuantization):
+        from ..runtimes.checkpoint import require_library
+
+        require_library(quantization)
+
+
+def _measure_artifact(
+    runtime: Any,
+    inputs: EmbeddingTask | RerankerTask,
+    rows: list[np.ndarray],
+    data: RetrievalSet | None,
+    tasks: Sequence[Any],
+    *,
+    progress: bool,
+) -> Measured:
+    raw = inputs.run(runtime, progress=progress)
+    set_results = None if data is None else inputs.run_set(runtime, data, progress=progress)
+    task_scores = run_tasks(tasks, runner(runtime, progress=progress), runtime.info)
+    invariance = {}
+    for outcome in run_suite(runtime.model, rows, runtime.tokenizer.max_length, progress=progress):
+        values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
+        invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
+    return Measured(raw, inputs.comparable(raw), set_results, task_scores, invariance)
+
+
+def _judge(
+    tokens: Gate,
+    measured: Measured,
+    source: Reference,
+    inputs: EmbeddingTask | RerankerTask,
+    info: ModelInfo,
+    thresholds: Thresholds,
+    data: RetrievalSet | None,
+    tasks: Sequence[Any],
+    *,
+    progress: bool,
+) -> Judged:
+    """Run the reference and compare; `tokens` is the gate on token ids, which holds."""
+    describe = source.origin.describe
+    results = measured.results
+    runs = _run_reference(source, inputs.inputs, info.precision, progress)
+    comparisons = tuple(
+        inputs.compare(results, outputs, describe(arithmetic))
+        for arithmetic, outputs in runs.items()
+    )
+    expected = next(iter(runs.values()))
+    gates = [
+        tokens,
+        finite_gate(inputs, measured.raw),
+        Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
+        *inputs.gates(comparisons[0], results, expected, thresholds),
+        invariance_gate(inputs, measured.invariance, thresholds),
+    ]
+    retrieval = task_report = None
+    if data is not None:
+        quality = inputs.measure(measured.set_results, data)
+        reference_quality, arithmetic = _measure_reference(
+            source, data, tuple(quality.measures), runs, progress
+        )
+        retrieval = compare_quality(quality, reference_quality, data, describe(arithmetic))
+        gates += retrieval_gates(retrieval, quality, reference_quality, thresholds)
+    if tasks:
+        reference_scores, arithmetic = _run_tasks(source, tasks, info, runs, progress)
+        task_report = compare_scores(
+            [task_facts(task) for task in tasks],
+            measured.task_scores,
+            reference_scores,
+            version=version("mteb"),
+            run=describe(arithmetic),
+        )
+        gates += task_gates(task_report, measured.task_scores, reference_scores, thresholds)
+    return Judged(
+        gates=tuple(gates),
+        comparisons=comparisons,
+        invariance=measured.invariance,
+        worst=_find_worst(inputs, results, expected),
+        retrieval=retrieval,
+        mteb=task_report,
+        results=results,
+        expected=expected,
+    )
 
 
 def _choose_set(
@@ -366,41 +455,6 @@ def _compare_weights(info: ModelInfo, origin: Origin) -> None:
         logger.warning("%s: the comparison may be between two different models", words)
 
 
-def _token_gate(
-    task: EmbeddingTask | RerankerTask,
-    rows: Sequence[np.ndarray],
-    expected_rows: Sequence[Sequence[int]],
-) -> Gate:
-    different = [
-        i
-        for i, (ids, expected) in enumerate(zip(rows, expected_rows, strict=True))
-        if ids.tolist() != list(expected)
-    ]
-    detail = ""
-    if different:
-        i = different[0]
-        detail = (
-            f"{task.names[i]}, {excerpt(task.texts[i])!r}: "
-            f"{_first_difference(rows[i].tolist(), expected_rows[i])}"
-        )
-    return Gate("inputs with other token ids", len(different), "≤", 0, detail)
-
-
-def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> str:
-    shared = min(len(ids), len(expected))
-    position = next((i for i in range(shared) if ids[i] != expected[i]), shared)
-    artifact, reference = (
-        str(row[position]) if position < len(row) else "nothing" for row in (ids, expected)
-    )
-    return f"token {position} is {artifact}, in the reference {reference}"
-
-
-def _finite_gate(task: EmbeddingTask | RerankerTask, found: np.ndarray) -> Gate:
-    bad = np.flatnonzero(~finite_rows(found))
-    detail = ", ".join(task.names[i] for i in bad[:WORST])
-    return Gate("results with NaN or infinity", len(bad), "≤", 0, detail)
-
-
 def _measure_reference(
     source: Reference,
     data: RetrievalSet,
@@ -435,23 +489,6 @@ def _run_tasks(
             return scores, arithmetic
 
 
-def _task_gates(
-    report: TaskReport,
-    found: Sequence[TaskScore],
-    expected: Sequence[TaskScore],
-    thresholds: Thresholds,
-) -> list[Gate]:
-    nonfinite, reference = (sum(score.nonfinite for score in side) for side in (found, expected))
-    return [
-        Gate("MTEB: NaN or infinity", nonfinite, "≤", 0),
-        Gate("MTEB: reference's NaN", reference, "≤", 0),
-        *(
-            Gate(f"{row.task}: {row.measure} loss", -row.difference, "≤", thresholds.max_ndcg_loss)
-            for row in report.rows
-        ),
-    ]
-
-
 def _run_reference(
     source: Reference, inputs: Inputs, precision: str, progress: bool
 ) -> dict[Arithmetic, np.ndarray]:
@@ -470,25 +507,13 @@ def _run_reference(
 
 def _find_worst(
     task: EmbeddingTask | RerankerTask, found: np.ndarray, expected: np.ndarray
-) -> list[Worst]:
+) -> tuple[Worst, ...]:
     """The inputs farthest from the reference, starting with those that are not finite."""
     values = task.agreement(found, expected)
     badness = np.where(np.isnan(values), np.inf, -values if task.sense == "≥" else values)
-    return [
+    return tuple(
         Worst(task.names[i], float(values[i]), excerpt(task.texts[i]))
         for i in np.argsort(-badness, kind="stable")[:WORST]
-    ]
-
-
-def _invariance_gate(
-    task: EmbeddingTask | RerankerTask, invariance: Mapping[str, float], thresholds: Thresholds
-) -> Gate:
-    values = np.array(list(invariance.values()))
-    # argmin and argmax return the first NaN, if there is one.
-    worst = int(np.argmin(values) if task.sense == "≥" else np.argmax(values))
-    limit = task.invariance_limit(thresholds)
-    return Gate(
-        "batch invariance", float(values[worst]), task.sense, limit, list(invariance)[worst]
     )
 
 

@@ -1,0 +1,96 @@
+"""The gates that embedders and rerankers share; those on vectors or scores are in `tasks`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .measures import finite_rows
+from .mteb_scores import TaskReport, TaskScore
+from .report import Gate, excerpt
+from .retrieval import RetrievalReport, SetQuality
+from .tasks import EmbeddingTask, RerankerTask
+from .thresholds import Thresholds
+
+# Most inputs that a gate names.
+NAMED = 10
+
+
+def token_gate(
+    task: EmbeddingTask | RerankerTask,
+    rows: Sequence[np.ndarray],
+    expected_rows: Sequence[Sequence[int]],
+) -> Gate:
+    """Every input has the token ids that the reference really fed its model."""
+    different = [
+        i
+        for i, (ids, expected) in enumerate(zip(rows, expected_rows, strict=True))
+        if ids.tolist() != list(expected)
+    ]
+    detail = ""
+    if different:
+        i = different[0]
+        detail = (
+            f"{task.names[i]}, {excerpt(task.texts[i])!r}: "
+            f"{_first_difference(rows[i].tolist(), expected_rows[i])}"
+        )
+    return Gate("inputs with other token ids", len(different), "≤", 0, detail)
+
+
+def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> str:
+    shared = min(len(ids), len(expected))
+    position = next((i for i in range(shared) if ids[i] != expected[i]), shared)
+    artifact, reference = (
+        str(row[position]) if position < len(row) else "nothing" for row in (ids, expected)
+    )
+    return f"token {position} is {artifact}, in the reference {reference}"
+
+
+def finite_gate(task: EmbeddingTask | RerankerTask, found: np.ndarray) -> Gate:
+    """No result of the artifact is NaN or infinite."""
+    bad = np.flatnonzero(~finite_rows(found))
+    detail = ", ".join(task.names[i] for i in bad[:NAMED])
+    return Gate("results with NaN or infinity", len(bad), "≤", 0, detail)
+
+
+def task_gates(
+    report: TaskReport,
+    found: Sequence[TaskScore],
+    expected: Sequence[TaskScore],
+    thresholds: Thresholds,
+) -> list[Gate]:
+    """The loss of each MTEB task's main score, and that neither side gave NaN or infinity."""
+    nonfinite, reference = (sum(score.nonfinite for score in side) for side in (found, expected))
+    return [
+        Gate("MTEB: NaN or infinity", nonfinite, "≤", 0),
+        Gate("MTEB: reference's NaN", reference, "≤", 0),
+        *(
+            Gate(f"{row.task}: {row.measure} loss", -row.difference, "≤", thresholds.max_ndcg_loss)
+            for row in report.rows
+        ),
+    ]
+
+
+def retrieval_gates(
+    report: RetrievalReport, found: SetQuality, expected: SetQuality, thresholds: Thresholds
+) -> list[Gate]:
+    """The loss of nDCG@10 on the retrieval set, and that neither side gave NaN or infinity."""
+    return [
+        Gate("retrieval: NaN or infinity", found.nonfinite, "≤", 0),
+        Gate("retrieval: reference's NaN", expected.nonfinite, "≤", 0),
+        Gate("nDCG@10 loss", report.ndcg_loss, "≤", thresholds.max_ndcg_loss),
+    ]
+
+
+def invariance_gate(
+    task: EmbeddingTask | RerankerTask, invariance: Mapping[str, float], thresholds: Thresholds
+) -> Gate:
+    """A text gives the same result alone and in each case of the suite; the worst counts."""
+    values = np.array(list(invariance.values()))
+    # argmin and argmax return the first NaN, if there is one.
+    worst = int(np.argmin(values) if task.sense == "≥" else np.argmax(values))
+    limit = task.invariance_limit(thresholds)
+    return Gate(
+        "batch invariance", float(values[worst]), task.sense, limit, list(invariance)[worst]
+    )
