@@ -35,7 +35,8 @@ def wait_for(condition, process=None):
         with contextlib.suppress(OSError):
             if condition():
                 return
-        assert process is None or process.poll() is None, "it ended before it was killed"
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"it ended before it was killed: {process.communicate()}")
         time.sleep(0.02)
     raise AssertionError("waited in vain")
 
