@@ -151,7 +151,7 @@ class TestRefusals:
             (EMBEDDINGS, {"input": [1, 2]}, 400, "check_embedding_ctx_length=False"),
             (EMBEDDINGS, {"input": [[1, 2]]}, 400, "check_embedding_ctx_length=False"),
             (EMBEDDINGS, {"input": ["a", 1]}, 400, "input[1] should be a string, found a number"),
-            (EMBEDDINGS, {"input": [True]}, 400, "input[0] should be a string, found a truth value"),
+            (EMBEDDINGS, {"input": [True]}, 400, "input[0] should be a string, found a truth"),
             (EMBEDDINGS, {"input": ["a"] * 2049}, 422, "2,048 texts at most, found 2,049"),
             (EMBEDDINGS, {"input": "a" * 1_000_001}, 422, "1,000,000 characters at most"),
             (EMBEDDINGS, {"input": "a", "model": "b"}, 404, "served are: embedding"),
