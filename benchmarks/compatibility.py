@@ -290,7 +290,7 @@ def _run_python(
     row: Row, artifact: Path, inputs: Path, folder: Path
 ) -> tuple[np.ndarray, dict[str, str]]:
     environment = [
-        *("uv", "run", "--quiet", "--no-project", "--python", "3.11"),
+        *("uv", "run", "--quiet", "--no-project", "--isolated", "--python", "3.11"),
         *(argument for package in row.packages for argument in ("--with", package)),
     ]
     output = folder / "output.npz"
