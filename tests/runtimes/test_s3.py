@@ -159,7 +159,9 @@ def test_every_row_once(store, embedder, engine):
         raise AssertionError(said)
 
     with begin(2) as job:
+        actors = workers(job.pid)
         job.kill()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in actors), store.process)
     done = store.shards()
     with begin(len(done) + 2) as job:
         done |= store.shards()
