@@ -133,7 +133,7 @@ ROWS = (
         ("haystack-ai<3", *OPTIMUM),
     ),
     Row(
-        'the same classes with `backend="openvino"`',
+        'the same classes with `backend="openvino"` and the hint f32',
         "openvino",
         "sentence_transformers_.py",
         OPENVINO,
