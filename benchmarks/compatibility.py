@@ -206,13 +206,23 @@ def of_every_consumer(results: Path = RESULTS, only: Sequence[str] = ()) -> None
     for row in ROWS:
         if only and row.script and not any(text in row.name for text in only):
             continue
-        for task in row.tasks:
-            for precision in row.precisions if row.script else ("",):
-                figure = _figure(row, task, precision, folder, made)
-                print(json.dumps(figure), flush=True)
-                figures[_key(figure)] = figure
-        save("compatibility", {"rows": list(figures.values())}, results)
-    _write_page(list(figures.values()))
+        for task, precision in _cases(row):
+            figure = _figure(row, task, precision, folder, made)
+            print(json.dumps(figure), flush=True)
+            figures[_key(figure)] = figure
+        save("compatibility", {"rows": _in_order(figures)}, results)
+    _write_page(_in_order(figures))
+
+
+def _cases(row: Row) -> list[tuple[str, str]]:
+    """The tasks and precisions of a row."""
+    return [(task, one) for task in row.tasks for one in (row.precisions if row.script else ("",))]
+
+
+def _in_order(figures: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures in the order of the rows, without those of rows that are no more."""
+    keys = [(row.name, *case) for row in ROWS for case in _cases(row)]
+    return [figures[key] for key in keys if key in figures]
 
 
 def _key(figure: dict[str, Any]) -> tuple[str, str, str]:
