@@ -36,13 +36,24 @@ TORCH = "torch==2.15.0"
 OPTIMUM = ("sentence-transformers[onnx]<6", "optimum-onnx[onnxruntime]", "transformers<4.58", TORCH)
 OPENVINO = ("sentence-transformers[openvino]", "optimum-intel[openvino]", TORCH)
 NODE = ("@huggingface/transformers@4.3.2", "onnxruntime-node@1.30.0", "onnxruntime-web@1.30.0")
-# The onnxruntime inside software that does not run here.
+# Versions of onnxruntime, and software that does not run here and has them inside.
 INSIDE = {
     "1.20.1": "Triton 24.x, Jetson",
     "1.22.1": "text-embeddings-inference 1.9",
     "1.23.2": "",
+    "1.24.4": "",
     "1.26.0": "Vespa",
+    "1.27.0": "",
     "1.32.0": "",
+}
+# One artifact for all of these, by task: rerankers are refused by transformers.js and fastembed.
+ALL = "all five"
+TARGETS = {
+    "embedding": (
+        *("sentence-transformers", "transformers.js", "fastembed", "openvino"),
+        "older-onnxruntime",
+    ),
+    "reranker": ("sentence-transformers", "openvino", "older-onnxruntime"),
 }
 TEXTS = 16
 BOTH = ("embedding", "reranker")
@@ -54,7 +65,7 @@ class Row:
 
     Attributes:
         name: The consumer, as its user calls it.
-        target: The `--for` of the artifact; empty for the default artifact.
+        target: The `--for` of the artifact, or `ALL`; empty for the default artifact.
         script: The script's name in consumers/; None if it cannot run here.
         packages: What its environment takes; for a .mjs script, the npm package that is named.
         arguments: Further arguments of the script.
@@ -122,7 +133,7 @@ ROWS = (
         ("haystack-ai<3", *OPTIMUM),
     ),
     Row(
-        'the same classes with `backend="openvino"`',
+        'the same classes with `backend="openvino"` and the hint f32',
         "openvino",
         "sentence_transformers_.py",
         OPENVINO,
@@ -160,6 +171,16 @@ ROWS = (
         ("fp32", "int8", "int4"), BOTH),
     Row("onnxruntime-web (wasm, in Node.js)", "", "onnxruntime_js.mjs", ("onnxruntime-web",),
         ("web",), ("fp32", "int8"), BOTH),
+    Row("one artifact: sentence-transformers", ALL, "sentence_transformers_.py", OPTIMUM,
+        ("onnx",), tasks=BOTH),
+    Row("one artifact: transformers.js", ALL, "transformers_js.mjs",
+        ("@huggingface/transformers",)),
+    Row("one artifact: fastembed", ALL, "fastembed_.py", ("fastembed",)),
+    Row("one artifact: OpenVINO", ALL, "openvino_.py", ("openvino", "numpy"), ("f32",),
+        tasks=BOTH),
+    Row("one artifact: onnxruntime 1.20.1", ALL, "onnxruntime_.py",
+        ("onnxruntime==1.20.1", "numpy"), tasks=BOTH),
+    Row("infinity-emb", "sentence-transformers", reason="it pools by mean or first token only"),
     Row("text-embeddings-inference", "tei", reason="a Rust program; its onnxruntime runs above"),
     Row("Triton", "triton", reason="an image of its own; its onnxruntime runs above"),
     Row("Vespa", "older-onnxruntime", reason="a Java server; its onnxruntime runs above"),
@@ -185,13 +206,23 @@ def of_every_consumer(results: Path = RESULTS, only: Sequence[str] = ()) -> None
     for row in ROWS:
         if only and row.script and not any(text in row.name for text in only):
             continue
-        for task in row.tasks:
-            for precision in row.precisions if row.script else ("",):
-                figure = _figure(row, task, precision, folder, made)
-                print(json.dumps(figure), flush=True)
-                figures[_key(figure)] = figure
-        save("compatibility", {"rows": list(figures.values())}, results)
-    _write_page(list(figures.values()))
+        for task, precision in _cases(row):
+            figure = _figure(row, task, precision, folder, made)
+            print(json.dumps(figure), flush=True)
+            figures[_key(figure)] = figure
+        save("compatibility", {"rows": _in_order(figures)}, results)
+    _write_page(_in_order(figures))
+
+
+def _cases(row: Row) -> list[tuple[str, str]]:
+    """The tasks and precisions of a row."""
+    return [(task, one) for task in row.tasks for one in (row.precisions if row.script else ("",))]
+
+
+def _in_order(figures: dict[tuple[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures in the order of the rows, without those of rows that are no more."""
+    keys = [(row.name, *case) for row in ROWS for case in _cases(row)]
+    return [figures[key] for key in keys if key in figures]
 
 
 def _key(figure: dict[str, Any]) -> tuple[str, str, str]:
@@ -238,12 +269,12 @@ def _artifact(row: Row, task: str, precision: str, folder: Path, made: dict[str,
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
     from embedport.texts.samples import builtin_pairs, builtin_samples
 
-    key = f"{task}-{precision}-{row.target or 'default'}"
+    key = f"{task}-{precision}-{row.target.replace(' ', '-') or 'default'}"
     if key in made:
         return made[key]
     artifact = folder / key
     source = builtin_embedder() if task == "embedding" else builtin_reranker()
-    targets = [row.target] if row.target else []
+    targets = TARGETS[task] if row.target == ALL else [row.target] if row.target else []
     embedport.export(source, artifact, precision=precision, consumers=targets, **row.options)
     model = embedport.load(artifact, device="cpu")
     values: dict[str, Any]
@@ -269,7 +300,7 @@ def _run_python(
     row: Row, artifact: Path, inputs: Path, folder: Path
 ) -> tuple[np.ndarray, dict[str, str]]:
     environment = [
-        *("uv", "run", "--quiet", "--no-project", "--python", "3.11"),
+        *("uv", "run", "--quiet", "--no-project", "--isolated", "--python", "3.11"),
         *(argument for package in row.packages for argument in ("--with", package)),
     ]
     output = folder / "output.npz"
@@ -347,10 +378,14 @@ def _table(figures: Sequence[dict[str, Any]]) -> str:
         )
         cells = [_cell([each for each in own if each["task"] == task]) for task in BOTH]
         name = f"{consumer}; {words}" if words else consumer
-        lines.append(
-            f"| {name} | {f'`{target}`' if target else 'not needed'} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {name} | {_shown_target(target)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _shown_target(target: str) -> str:
+    if target in ("", ALL):
+        return target or "not needed"
+    return f"`{target}`"
 
 
 SHOWN = (

@@ -67,14 +67,19 @@ def run_on_ray(
 
     Raises:
         MissingPackageError: Ray is not installed.
-        InputError: A worker failed on its shard; the message is the worker's.
+        InputError: A worker failed on its shard, and the message is the worker's; or the cluster
+            cannot be reached or does not start.
     """
     require("ray", "ray")
     import ray
     import ray.data
 
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+        try:
+            ray.init(logging_level=logging.WARNING)
+        except Exception as error:  # its own, ConnectionError or RuntimeError, by what is wrong
+            place = os.environ.get("RAY_ADDRESS") or "on this machine"
+            raise InputError(f"no Ray cluster {place}: {' '.join(str(error).split())}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     gpus = 0 if job.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
     nodes = sum(node["Alive"] for node in ray.nodes())

@@ -18,6 +18,8 @@ from .folder import CARD, Artifact
 from .manifest import Manifest
 
 PIPELINES = {"embedding": "sentence-similarity", "reranker": "text-ranking"}
+# Consumers that are libraries on the hub, which finds their models by a tag of this name.
+LIBRARIES = ("sentence-transformers", "transformers.js", "openvino")
 UNQUANTIZED = ("fp32", "fp16", "bf16")
 
 
@@ -163,7 +165,9 @@ def _license(base: str) -> str | None:
 def _tags(manifest: Manifest) -> list[str]:
     runtime = ["onnx", "onnxruntime"] if manifest.graph is not None else []
     engine = ["tensorrt"] if manifest.engine is not None else []
-    return ["embedport", "qwen3", *runtime, *engine, manifest.precision, manifest.task]
+    shared = None if manifest.graph is None else manifest.graph.shared
+    opened_by = [name for name in LIBRARIES if shared is not None and name in shared.consumers]
+    return ["embedport", "qwen3", *runtime, *opened_by, *engine, manifest.precision, manifest.task]
 
 
 def _results(manifest: Manifest) -> list[Any]:

@@ -6,11 +6,11 @@ import contextlib
 import re
 import shutil
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from ..artifact.folder import Artifact, staged
-from ..artifact.manifest import GraphRecord
 from ..checkpoint.hub import fetch
 from ..errors import InputError
 from ..files import MANIFEST
@@ -46,8 +46,28 @@ def open_artifact(model: str) -> tuple[str, Artifact]:
     return name, Artifact.open(source.folder)
 
 
-def pooled_graph(artifact: Artifact) -> GraphRecord:
-    """The graph of an artifact that gives vectors or scores by itself.
+@dataclass(frozen=True)
+class ServerGraph:
+    """The graph that another server's onnxruntime runs.
+
+    Attributes:
+        path: Its file.
+        inputs: Names of its inputs.
+        output: The output with the text's vector or score.
+        requires: The onnxruntime that it needs.
+    """
+
+    path: Path
+    inputs: tuple[str, ...]
+    output: str
+    requires: str
+
+
+def pooled_graph(artifact: Artifact) -> ServerGraph:
+    """The graph that gives vectors or scores by itself.
+
+    It is the one for older versions of onnxruntime if the artifact has one (`--for triton`,
+    `older-onnxruntime` or `tei`): a server's may be older than embedport's own graph needs.
 
     Raises:
         InputError: The artifact has no graph, or one whose results are pooled outside it.
@@ -60,7 +80,10 @@ def pooled_graph(artifact: Artifact) -> GraphRecord:
             f"{artifact.folder}: its graph gives hidden states, and the server would have to pool "
             "them: export it without --output hidden"
         )
-    return graph
+    inputs, output, shared = tuple(graph.inputs), graph.outputs[0], graph.shared
+    if shared is not None and shared.paths and shared.opset < graph.opset:
+        return ServerGraph(artifact.folder / shared.paths[0], inputs, output, shared.requires)
+    return ServerGraph(artifact.graph, inputs, output, artifact.manifest.requires)
 
 
 @contextlib.contextmanager
@@ -77,25 +100,25 @@ def deployment(output: Path, artifacts: Sequence[Artifact]) -> Generator[Path]:
         yield folder
 
 
-def copy_graph(artifact: Artifact, folder: Path) -> None:
-    """Copy the graph, as model.onnx, and the files of its weights.
+def copy_graph(path: Path, folder: Path) -> None:
+    """Copy a graph, as model.onnx, and the files of its weights.
 
     Args:
-        artifact: An artifact with a graph.
+        path: The graph's file.
         folder: The folder to create.
     """
     import onnx
 
     folder.mkdir(parents=True)
-    shutil.copyfile(artifact.graph, folder / "model.onnx")
-    graph = onnx.load(str(artifact.graph), load_external_data=False).graph
+    shutil.copyfile(path, folder / "model.onnx")
+    graph = onnx.load(str(path), load_external_data=False).graph
     for name in {
         entry.value
         for tensor in graph.initializer
         for entry in tensor.external_data
         if entry.key == "location"
     }:
-        shutil.copyfile(artifact.graph.parent / name, folder / name)
+        shutil.copyfile(path.parent / name, folder / name)
 
 
 def copy_artifact(artifact: Artifact, folder: Path) -> None:

@@ -39,12 +39,12 @@ def deploy_triton(model: str, output: Path) -> None:
         "task": manifest.task,
         "dim": manifest.embedding_dim,
         "inputs": graph.inputs,
-        "output": graph.outputs[0],
-        "requires": manifest.requires,
+        "output": graph.output,
+        "requires": graph.requires,
         "version": __version__,
     }
     with deployment(output, [artifact]) as folder:
-        copy_graph(artifact, folder / f"{name}-graph" / "1")
+        copy_graph(graph.path, folder / f"{name}-graph" / "1")
         write(folder / f"{name}-graph" / "config.pbtxt", render("graph.pbtxt", **values))
         write(folder / name / "config.pbtxt", render("texts.pbtxt", **values))
         write(folder / "README.md", render("triton.md", **values))

@@ -31,15 +31,15 @@ def deploy_vespa(model: str, output: Path) -> None:
         "name": name,
         "dim": manifest.embedding_dim,
         "max_length": manifest.max_length,
-        "output": graph.outputs[0],
-        "requires": manifest.requires,
+        "output": graph.output,
+        "requires": graph.requires,
         "prompts": prompts,
         # Vespa puts a space between what it prepends and the text.
         "prepended": {role: escape(text[:-1]) for role, text in prompts.items() if _fits(text)},
         "by_hand": {role: text for role, text in prompts.items() if text and not _fits(text)},
     }
     with deployment(output, [artifact]) as folder:
-        copy_graph(artifact, folder / "models" / name)
+        copy_graph(graph.path, folder / "models" / name)
         shutil.copyfile(
             artifact.folder / "tokenizer.json", folder / "models" / name / "tokenizer.json"
         )

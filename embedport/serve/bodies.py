@@ -168,7 +168,7 @@ def _check_texts(value: Any, name: str, limits: Limits) -> list[str]:
     if not value:
         raise RequestError(400, f"{name} should hold at least one text", param=name)
     first = value[0][0] if isinstance(value[0], list) and value[0] else value[0]
-    if isinstance(first, int):
+    if type(first) is int:
         raise RequestError(
             400,
             f"{name} should be a list of strings, found token ids, which another tokenizer made; "

@@ -78,6 +78,8 @@ def serve(
         timeout_graceful_shutdown=GRACE_SECONDS,
         server_header=False,
     )
+    # Its warnings are of requests that are no HTTP, or ask for WebSockets: the client is told.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
     say(f"listening on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)")
@@ -132,7 +134,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # create_server puts the address behind the system's words.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise InputError(
             f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
         ) from error

@@ -142,7 +142,7 @@ def hub():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, checkpoints):
     folder = tmp_path_factory.mktemp("push") / "model"
-    embedport.export(checkpoints("kv2"), folder)
+    embedport.export(checkpoints("kv2"), folder, consumers=["sentence-transformers"])
     gates = [{"name": "minimum cosine", "value": 0.9999, "passed": True}]
     parity = {"inputs": 3, "library": "sentence-transformers 6.2.0", "gates": gates}
     record_parity(folder, parity, "| a table |")
@@ -197,7 +197,7 @@ def test_what_was_pushed_is_loaded(hub, run, folder):
     card = yaml.safe_load(front)
     assert card["license"] == "mit"
     assert (card["library_name"], card["pipeline_tag"]) == ("onnx", "sentence-similarity")
-    assert {"embedport", "onnxruntime", "fp32"} <= set(card["tags"])
+    assert {"embedport", "onnxruntime", "sentence-transformers", "fp32"} <= set(card["tags"])
     (result,) = card["model-index"][0]["results"]
     assert result["metrics"] == [
         {"type": "minimum_cosine", "value": 0.9999, "name": "minimum cosine"}

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import yaml
@@ -26,6 +27,7 @@ def folders(tmp_path_factory, checkpoints):
     base = tmp_path_factory.mktemp("deploy")
     for task in ("embedding", "reranker"):
         embedport.export(checkpoints("kv2", task), base / task)
+    embedport.export(checkpoints("kv2"), base / "older", consumers=["triton"])
     return base
 
 
@@ -98,10 +100,11 @@ class Triton:
 
 
 class TestTriton:
-    def test_vectors(self, folders, tmp_path, monkeypatch):
-        deploy_triton(str(folders / "embedding"), tmp_path / "repository")
+    @pytest.mark.parametrize("name", ["embedding", "older"])
+    def test_vectors(self, folders, tmp_path, monkeypatch, name):
+        deploy_triton(str(folders / name), tmp_path / "repository")
         triton = Triton(tmp_path / "repository")
-        model = triton.open(monkeypatch, "embedding")
+        model = triton.open(monkeypatch, name)
         embedder = embedport.load(folders / "embedding", device="cpu")
         assert isinstance(embedder, embedport.Embedder)
         prompts = ["query", "document", "query", "query"]
@@ -118,6 +121,15 @@ class TestTriton:
         np.testing.assert_allclose(prompted.tensors[0].values, expected, atol=1e-5)
         assert "no prompt is named 'queri'" in wrong.error
         assert len(triton.batches) == 1
+
+    def test_bytes_that_are_no_text(self, folders, tmp_path, monkeypatch):
+        deploy_triton(str(folders / "embedding"), tmp_path / "repository")
+        triton = Triton(tmp_path / "repository")
+        request = triton.request(TEXT=["a"])
+        request.tensors[0].values[0, 0] = b"\xff"
+        (wrong,) = triton.open(monkeypatch, "embedding").execute([request])
+        assert "TEXT should be UTF-8" in wrong.error
+        assert not triton.batches
 
     def test_scores(self, folders, tmp_path, monkeypatch):
         deploy_triton(str(folders / "reranker"), tmp_path / "repository")
@@ -203,6 +215,17 @@ class TestVespa:
         path = tmp_path / "app" / "models" / "embedding" / "model.onnx"
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         assert next(iter(session.get_outputs())).name == "sentence_embedding"
+
+
+def test_the_graph_for_older_versions_is_taken(folders, tmp_path):
+    """Triton's and Vespa's onnxruntime cannot be chosen: 1.20 takes opset 21 at most."""
+    deploy_triton(str(folders / "older"), tmp_path / "triton")
+    deploy_vespa(str(folders / "older"), tmp_path / "vespa")
+    for path in ("triton/older-graph/1", "vespa/models/older"):
+        graph = onnx.load(tmp_path / path / "model.onnx", load_external_data=False)
+        assert {entry.version for entry in graph.opset_import if not entry.domain} == {21}
+    for readme in tmp_path.glob("*/README.md"):
+        assert "onnxruntime>=1.20" in readme.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,13 @@
 """Texts from Parquet and vectors into Parquet and Arrow, on disk and in an object store."""
 
-import contextlib
 import json
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
-from pyarrow.fs import S3FileSystem
 
 import embedport
 from embedport.errors import InputError
@@ -27,7 +17,6 @@ from embedport.storage import ObjectPath, as_place
 
 TEXTS = ["one", "two words", "long " * 90, " spaces ", "日本語 🥾", "", "one"] * 5
 IDS = [f"doc-{i}" for i in range(len(TEXTS))]
-MOTO = shutil.which("moto_server")
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +49,6 @@ def check(table, expected, *, with_text):
         assert table["text"].to_pylist() == TEXTS
     vectors = np.stack(table["vector"].to_numpy())
     np.testing.assert_allclose(vectors, expected, atol=2e-6)
-
-
-def put(url, data):
-    headers = {"content-type": "application/octet-stream"}
-    urllib.request.urlopen(urllib.request.Request(url, data, headers, method="PUT")).close()
-    return True
-
-
-def get(url):
-    with urllib.request.urlopen(url) as answer:
-        return answer.read()
-
-
-def wait_for(condition):
-    for _ in range(3000):
-        with contextlib.suppress(OSError):
-            if condition():
-                return
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 class TestCorpora:
@@ -185,54 +154,6 @@ class TestObjectStores:
     def test_paths(self):
         path = ObjectPath("s3://bucket/a/?region=eu") / "b.npy"
         assert (str(path), path.name, path.suffix) == ("s3://bucket/a/b.npy", "b.npy", ".npy")
-
-    @pytest.mark.slow
-    @pytest.mark.skipif(MOTO is None, reason="needs an S3 server: pip install 'moto[server]'")
-    def test_s3_kill_9(self, embedder, tmp_path):
-        """Killed in the middle, the same command goes on: every row once, none lost."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        url = f"http://127.0.0.1:{port}"
-        environment = os.environ | {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-        }
-        server = subprocess.Popen([str(MOTO), "-p", str(port)], stderr=subprocess.DEVNULL)
-        try:
-            wait_for(lambda: put(f"{url}/bucket", b""))
-            texts = [f"text {i} of many, {'word ' * (i % 7)}" for i in range(20_000)]
-            rows = [{"_id": f"doc-{i}", "text": text} for i, text in enumerate(texts)]
-            put(f"{url}/bucket/c.jsonl", "\n".join(map(json.dumps, rows)).encode())
-
-            def stamps():
-                listing = get(f"{url}/bucket?list-type=2").decode()
-                shard = r"<Key>(v/\d+.parquet)</Key><LastModified>(.*?)</LastModified>"
-                return dict(re.findall(shard, listing))
-
-            command = [sys.executable, "-m", "embedport", "encode", str(embedder.info.folder)]
-            command += ["--input", "s3://bucket/c.jsonl", "-o", "s3://bucket/v/"]
-            command += ["--format", "parquet", "--device", "cpu"]
-            first = subprocess.Popen(command, env=environment)
-            wait_for(lambda: len(stamps()) >= 3)
-            first.send_signal(signal.SIGKILL)
-            first.wait()
-            done = stamps()
-            assert 3 <= len(done) < 10
-            subprocess.run(command, env=environment, check=True)
-            after = stamps()
-            assert len(after) == 10
-            assert {name: after[name] for name in done} == done
-            store = S3FileSystem(access_key="key", secret_key="secret", endpoint_override=url)
-            shards = [f"bucket/{name}" for name in sorted(after)]
-            table = pa.concat_tables(parquet.read_table(name, filesystem=store) for name in shards)
-            assert table["id"].to_pylist() == [f"doc-{i}" for i in range(20_000)]
-            vectors = np.stack(table["vector"].to_numpy())
-            np.testing.assert_allclose(vectors, embedder.encode(texts), atol=2e-6)
-        finally:
-            server.terminate()
-            server.wait()
 
 
 class TestFiles:

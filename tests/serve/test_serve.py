@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -150,6 +151,7 @@ class TestRefusals:
             (EMBEDDINGS, {"input": [1, 2]}, 400, "check_embedding_ctx_length=False"),
             (EMBEDDINGS, {"input": [[1, 2]]}, 400, "check_embedding_ctx_length=False"),
             (EMBEDDINGS, {"input": ["a", 1]}, 400, "input[1] should be a string, found a number"),
+            (EMBEDDINGS, {"input": [True]}, 400, "input[0] should be a string, found a truth"),
             (EMBEDDINGS, {"input": ["a"] * 2049}, 422, "2,048 texts at most, found 2,049"),
             (EMBEDDINGS, {"input": "a" * 1_000_001}, 422, "1,000,000 characters at most"),
             (EMBEDDINGS, {"input": "a", "model": "b"}, 404, "served are: embedding"),
@@ -316,10 +318,14 @@ class TestCommand:
             body = {"input": texts, "model": folder.name}
             answer = pool.submit(client.post, EMBEDDINGS, body)
             client.wait(lambda: client.metric("embedport_queued_texts") > 0)
+            with socket.create_connection(("127.0.0.1", client.port)) as connection:
+                connection.sendall(b"no HTTP\r\n\r\n")
+                assert connection.recv(12) == b"HTTP/1.1 400"
             os.kill(process.pid, signal.SIGTERM)
             assert len(vectors(answer.result())) == 40
         assert process.wait(30) == 0
-        assert process.stderr.read().endswith("embedport: stopped\n")
+        said = process.stderr.read().splitlines()
+        assert (len(said), said[-1]) == (2, "embedport: stopped")  # after the model's line
         process.stderr.close()
 
     @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from embedport.artifact.manifest import Manifest
-from embedport.errors import EmbedportError
+from embedport.errors import EmbedportError, InputError
 from embedport.runtimes.batching import make_batches, pad
 from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 
@@ -121,8 +121,15 @@ def refuse(error):
 
 
 def strings(request, name):
-    """The strings of an input [batch, 1]; None if the request does not have it."""
+    """The strings of an input [batch, 1]; None if the request does not have it.
+
+    Raises:
+        InputError: A string is not UTF-8.
+    """
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         return None
-    return [value.decode("utf-8", "replace") for value in tensor.as_numpy().reshape(-1)]
+    try:
+        return [value.decode("utf-8") for value in tensor.as_numpy().reshape(-1)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} should be UTF-8: {error}") from error
