@@ -491,6 +491,8 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
         prompts, default = read_prompts(folder)
         inputs, outputs = Inputs(prompts=prompts, default_prompt=default), Outputs()
     elif spec.score_rows is None:
+        # vLLM's note of the answer tokens; the card's template asks for "yes" or "no".
+        config.refuse("classifier_from_token", ["no", "yes"])
         inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
     else:
         inputs, outputs = Inputs(), Outputs(steps=())
@@ -498,9 +500,15 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
             inputs = Inputs(form="messages", message_format=infer_format(folder))
     split, side = read_token_settings(folder)
     inputs = replace(inputs, split_special_tokens=split, truncation_side=side)
-    if spec.task == "reranker" and inputs.form == "messages":
+    if inputs.form == "messages":
         template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
-        if not template.carries_pairs():
+        if spec.task == "embedding" and template.reads_task():
+            raise CheckpointError(
+                f"{template.path}: the chat template reads task, which sentence-transformers sets "
+                "for queries and documents, and that is not supported; set it in processing_kwargs "
+                "of sentence_bert_config.json if one value is right for all texts"
+            )
+        if spec.task == "reranker" and not template.carries_pairs():
             raise CheckpointError(
                 f"{template.path}: the chat template does not render the roles 'query' and "
                 "'document', so CrossEncoder would score a text without them; put a "

@@ -144,6 +144,32 @@ def test_a_generation_prompt_and_a_long_text(with_modules):
     np.testing.assert_allclose(found, sentence_transformer(folder).encode(texts), atol=1e-5)
 
 
+def test_a_template_that_reads_the_task_is_refused(with_modules):
+    """encode_query sets it, so the library itself gives a query other tokens than a text."""
+    folder = with_modules(LAST, UNIT, first=MESSAGES)
+    (folder / "chat_template.jinja").write_text("{% if task == 'query' %}find {% endif %}" + CHAT)
+    model = sentence_transformer(folder)
+    assert np.abs(model.encode_query(TEXTS) - model.encode(TEXTS)).max() > 0.01
+    with pytest.raises(CheckpointError, match="the chat template reads task"):
+        ModelSpec.from_checkpoint(folder)
+    values = {"chat_template": {"task": "query"}}
+    edit(folder / "sentence_bert_config.json", processing_kwargs=values)
+    expected = sentence_transformer(folder).encode(TEXTS)
+    np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"])
+def test_a_prompt_left_out_of_the_pooling(with_modules, end):
+    """A token at its end belongs to it unless the tokenizer's files name that as special."""
+    pooling = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
+    folder = with_modules(("Pooling", pooling), UNIT, prompts={"own": "Say: "}, default="own")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template(tokenizer, end)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = sentence_transformer(folder).encode(TEXTS)
+    np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
+
+
 def test_vectors_that_are_not_normalized(with_modules, tmp_path):
     folder = with_modules(LAST)
     expected = check(folder, tmp_path)

@@ -224,6 +224,16 @@ def test_a_plain_language_model_asks_for_the_task(descend):
         assert ModelSpec.from_checkpoint(folder).task == "reranker"
 
 
+def test_other_answer_tokens_without_modules_are_refused(descend):
+    """vLLM reads this key; the model card's template asks for "yes" or "no"."""
+    folder = descend("reranker")
+    edit(folder / "config.json", classifier_from_token=["no", "yes"])
+    assert ModelSpec.from_checkpoint(folder).task == "reranker"
+    edit(folder / "config.json", classifier_from_token=["Yes"])
+    with pytest.raises(CheckpointError, match=r"classifier_from_token is \['Yes'\], and only"):
+        ModelSpec.from_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
