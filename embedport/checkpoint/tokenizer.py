@@ -53,7 +53,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: The file is missing, damaged, or exceeds a limit.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} is missing; the checkpoint needs its fast tokenizer")
+        raise CheckpointError(
+            f"{path} is missing; the checkpoint needs its fast tokenizer, which transformers' "
+            "AutoTokenizer writes: from_pretrained, then save_pretrained"
+        )
     try:
         data = read_small(path, LARGEST)
         stamp = cache_folder("tokenizers") / f"{hashlib.sha256(data).hexdigest()}-{CHECKS}"

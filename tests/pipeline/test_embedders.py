@@ -375,6 +375,16 @@ def test_modules_refused(with_modules, modules, message):
         ModelSpec.from_checkpoint(folder)
 
 
+def test_a_pooling_without_modules_json_is_refused(with_modules):
+    """text-embeddings-inference reads it, and no other library."""
+    folder = with_modules(("Pooling", {"embedding_dimension": 64, "pooling_mode": "mean"}), UNIT)
+    (folder / "modules.json").unlink()
+    with pytest.raises(CheckpointError, match=r"1_Pooling.* has the pooling mean, but there is no"):
+        ModelSpec.from_checkpoint(folder, task="embedding")
+    edit(folder / "1_Pooling" / "config.json", pooling_mode="lasttoken")
+    assert ModelSpec.from_checkpoint(folder, task="embedding").outputs.last_token
+
+
 def test_a_tokenizer_that_transformers_would_change_is_refused(with_modules):
     folder = with_modules(LAST, UNIT)
     edit(folder / "tokenizer_config.json", pad_token="<|pad|>")

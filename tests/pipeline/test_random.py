@@ -150,6 +150,7 @@ def declare_reranker(draw, folder):
     """LogitScore with one or two tokens, or a classifier of one or two labels."""
     rows = draw(st.integers(1, 2))
     generator = np.random.default_rng(draw(st.integers(0, 99)))
+    activations = [None, "torch.nn.Identity", f"{NN}.Sigmoid"]
     if choose(draw, "logits", "labels") == "logits":
         tokens = draw(st.lists(st.integers(0, 999), min_size=2, max_size=2, unique=True))
         answers = {"true_token_id": tokens[0], "false_token_id": [None, tokens[1]][rows - 1]}
@@ -166,6 +167,7 @@ def declare_reranker(draw, folder):
                 "<|endoftext|>"
             ),
         )
+        activations = activations[: 4 - rows]  # two labels have no Sigmoid
         write_modules(folder, [])
         declare_texts(draw, folder, "sequence-classification", choose(draw, None, ROLES))
     prompted = draw(st.booleans())
@@ -175,7 +177,7 @@ def declare_reranker(draw, folder):
             "model_type": "CrossEncoder",
             "prompts": {"own": "Judge it: "} if prompted else {},
             "default_prompt_name": "own" if prompted else None,
-            "activation_fn": choose(draw, None, f"{NN}.Sigmoid", "torch.nn.Identity"),
+            "activation_fn": choose(draw, *activations),
         },
     )
 
@@ -192,12 +194,10 @@ def expected_vectors(folder, prompt):
 
 def expected_scores(folder):
     from sentence_transformers import CrossEncoder
-    from torch.nn import Identity
 
     model = CrossEncoder(str(folder), device="cpu")
     if model.num_labels == 2:
-        # Its probabilities are those of the logits, whatever activation its files name.
-        return model.predict(ODD_PAIRS, activation_fn=Identity(), apply_softmax=True)[:, 1]
+        return model.predict(ODD_PAIRS, apply_softmax=True)[:, 1]
     return model.predict(ODD_PAIRS, batch_size=3)
 
 

@@ -164,6 +164,28 @@ def test_classifier_with_two_labels(classifier):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_labels": 1}, "num_labels is 1 and id2label has 2 labels"),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"}},
+            "a Sigmoid for each of two labels",
+        ),
+    ],
+)
+def test_two_labels_refused(classifier, config, message):
+    """The library fails on the first; with the second its two scores do not add up to 1."""
+    folder = classifier(2, **config)
+    if "num_labels" in config:
+        with pytest.raises(RuntimeError, match="mismatched_sizes"):
+            cross_encoder(folder)
+    else:
+        assert np.abs(cross_encoder(folder).predict(PAIRS).sum(axis=1) - 1).max() > 1e-3
+    with pytest.raises(CheckpointError, match=message):
+        ModelSpec.from_checkpoint(folder)
+
+
 def test_classifier_with_another_activation(classifier, tmp_path):
     identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
     check(classifier(1, sentence_transformers=identity), tmp_path)
