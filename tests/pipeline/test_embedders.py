@@ -144,6 +144,20 @@ def test_a_generation_prompt_and_a_long_text(with_modules):
     np.testing.assert_allclose(found, sentence_transformer(folder).encode(texts), atol=1e-5)
 
 
+def test_a_prompt_left_out_of_the_pooling_with_nothing_behind_it(with_modules):
+    pooling = {"embedding_dimension": 64, "pooling_mode": "lasttoken", "include_prompt": False}
+    folder = with_modules(("Pooling", pooling), prompts={"own": "Say: "}, default="own")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template(tokenizer, None)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = sentence_transformer(folder).encode(["tea", ""])
+    assert not expected[1].any()
+    embedder = open_embedder(folder)
+    np.testing.assert_allclose(embedder.encode(["tea"]), expected[:1], atol=1e-5)
+    with pytest.raises(InputError, match="text 1 has no token behind the prompt's 4"):
+        embedder.encode(["tea", ""])
+
+
 def test_a_template_that_reads_the_task_is_refused(with_modules):
     """encode_query sets it, so the library itself gives a query other tokens than a text."""
     folder = with_modules(LAST, UNIT, first=MESSAGES)
