@@ -137,9 +137,12 @@ class Embedder:
         text = self.prompt_text(prompt)
         encoded = self.tokenizer.encode(texts, text)
         check_encoded(encoded, self.info.vocab_size, self.tokenizer.max_length, "text", first)
+        prompt_length = self.prompt_length(text)
+        if "lasttoken" in self.info.outputs.pooling:
+            _check_last_token(encoded, prompt_length, first)
         return self.embed_rows(
             encoded.ids,
-            prompt_length=self.prompt_length(text),
+            prompt_length=prompt_length,
             batch_tokens=batch_tokens,
             progress=progress,
         )
@@ -211,6 +214,22 @@ class Embedder:
     def prompt_length(self, text: str) -> int:
         """Number of a prompt's tokens to leave out of pooling; 0 if the model pools prompts."""
         return 0 if self.info.outputs.include_prompt else self.tokenizer.prompt_length(text)
+
+
+def _check_last_token(encoded: Encoded, prompt_length: int, first: int) -> None:
+    """Refuse a text of which nothing is left to pool: sentence-transformers makes its state zero.
+
+    Args:
+        encoded: The texts, each behind the prompt.
+        prompt_length: Tokens of the prompt that are left out of pooling.
+        first: The first text's number in messages.
+    """
+    for i, ids in enumerate(encoded.ids, first):
+        if len(ids) <= prompt_length:
+            raise InputError(
+                f"text {i} has no token behind the prompt's {prompt_length}, which the model "
+                "leaves out of its pooling: it is empty, or max_length is too small"
+            )
 
 
 def check_options(width: int, dim: int | None, precision: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from ..artifact.folder import Artifact
 from ..artifact.manifest import Manifest
 from ..checkpoint.hub import Source, fetch
+from ..checkpoint.modules import MODULES
 from ..checkpoint.pipeline import Inputs, Outputs
 from ..checkpoint.spec import ModelSpec, Task, read_spec
 from ..checkpoint.weights import Weights
@@ -117,7 +118,7 @@ def read_info(
     source = fetch(model, adapter=adapter)
     if (source.folder / MANIFEST).is_file():
         return _artifact_info(source, Artifact.open(source.folder), task)
-    if not (source.folder / CONFIG).is_file():
+    if not any((source.folder / name).is_file() for name in (CONFIG, MODULES)):
         raise InputError(
             f"{source.folder} is neither an artifact nor a checkpoint: it has no {MANIFEST} and no "
             f"{CONFIG}"

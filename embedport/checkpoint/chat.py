@@ -15,13 +15,12 @@ from ..errors import CheckpointError, InputError
 from ..files import read_small
 from ..strict_json import read_json
 from .pipeline import MessageFormat
+from .tokens import TOKENIZER_CONFIG, special_tokens
 
 TEMPLATE = "chat_template.jinja"
 FURTHER = "additional_chat_templates"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 # Template text by which sentence-transformers detects that a message's content is a list of parts.
 PARTS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
-NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # (query, document) pairs: the second changes the query of the first, the third its document.
 PROBES = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot"))
 
@@ -45,8 +44,9 @@ class ChatTemplate:
     ) -> None:
         self.path, text, _ = read_template(folder)
         self._structured = message_format == "structured"
-        self._values = {**_named_tokens(folder), **values}
+        self._values = {**special_tokens(folder)[0], **values}
         self._template = _compile(text, self.path)
+        self._text = text
 
     def text(self, text: str, prompt: str | None) -> list[Message]:
         """The messages of a text: the prompt as a system message, then a user message."""
@@ -86,6 +86,16 @@ class ChatTemplate:
             raise InputError(
                 f"{self.path}: the chat template rejects {_shortened(messages)}: {error}"
             ) from error
+
+    def reads_task(self) -> bool:
+        """Whether the template reads `task`, and the folder does not set it.
+
+        sentence-transformers then sets it, in encode_query and encode_document only.
+        """
+        from jinja2 import meta
+
+        names = meta.find_undeclared_variables(self._template.environment.parse(self._text))
+        return "task" in names and "task" not in self._values
 
     def carries_pairs(self) -> bool:
         """Whether the rendered text depends on both texts of a pair."""
@@ -137,19 +147,6 @@ def infer_format(folder: Path) -> MessageFormat:
     """The message format that sentence-transformers infers if none is declared."""
     _, text, several = read_template(folder)
     return "structured" if several or any(sign in text for sign in PARTS) else "flat"
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """The template variables bos_token, eos_token and so on."""
-    path = folder / TOKENIZER_CONFIG
-    values = read_json(path) if path.exists() else {}
-    tokens = {}
-    for name in NAMED_TOKENS:
-        token = values.get(f"{name}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            tokens[f"{name}_token"] = content
-    return tokens
 
 
 def _compile(text: str, path: Path) -> Any:

@@ -152,12 +152,6 @@ def read_modules(folder: Path, hidden_size: int) -> Modules | None:
     entries = _read_entries(path)
     settings = _read_settings(folder)
     kind: Kind = settings.values.get("model_type") or "SentenceTransformer"
-    name, module_folder = entries[0]
-    if name != "Transformer" or module_folder != folder:
-        raise CheckpointError(
-            f"{path}: the first module should be a Transformer with the path '', found {name} in "
-            f"{module_folder.name!r}"
-        )
     names = [name for name, _ in entries[1:]]
     modules = [
         _Module(name, place / "config.json", _read_config(place / "config.json"))
@@ -185,6 +179,23 @@ def read_modules(folder: Path, hidden_size: int) -> Modules | None:
         if not classifies:
             outputs = replace(outputs, answers=_read_answers(modules[0]))
     return Modules(kind, inputs, outputs, task == "sequence-classification", activation, max_length)
+
+
+def refuse_transformer_elsewhere(folder: Path) -> None:
+    """Refuse a modules.json whose first module is no Transformer in the folder itself.
+
+    Raises:
+        CheckpointError: It is another module, or in a folder of its own, as of early versions.
+    """
+    path = folder / MODULES
+    if not path.exists():
+        return
+    name, place = _read_entries(path)[0]
+    if name != "Transformer" or place != folder:
+        raise CheckpointError(
+            f"{path}: the first module should be a Transformer with the path '', found {name} in "
+            f"{place.name!r}; move the files of a Transformer up and change its path"
+        )
 
 
 def _read_entries(path: Path) -> list[tuple[str, Path]]:
@@ -374,6 +385,24 @@ def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """
     path = folder / SETTINGS
     return _read_prompts(_Module(SETTINGS, path, _read_config(path)), SENTENCE_ROLES)
+
+
+def refuse_lone_pooling(folder: Path, hidden_size: int) -> None:
+    """Refuse a pooling that no modules.json names, unless it is the model card's: the last token.
+
+    Raises:
+        CheckpointError: The folder has such a pooling.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.exists():
+        return
+    modes, _ = _read_pooling(_Module("Pooling", path, read_json(path)), hidden_size)
+    if modes != ("lasttoken",):
+        raise CheckpointError(
+            f"{path} has the pooling {', '.join(modes)}, but there is no {MODULES} to name it, and "
+            f"without one a vector is the last token's: put {MODULES} beside config.json, as "
+            "sentence-transformers writes it, or take the pooling out"
+        )
 
 
 def _read_prompts(settings: _Module, roles: Sequence[str]) -> tuple[dict[str, str], str | None]:

@@ -22,8 +22,15 @@ from .chat import ChatTemplate, has_template, infer_format, read_template
 from .hub import Source, fetch
 from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown, shown
 from .modelcard import declared_task
-from .modules import Modules, read_activation, read_modules, read_prompts
-from .pipeline import TASKS, Inputs, Outputs, Task
+from .modules import (
+    Modules,
+    read_activation,
+    read_modules,
+    read_prompts,
+    refuse_lone_pooling,
+    refuse_transformer_elsewhere,
+)
+from .pipeline import TASKS, Activation, Inputs, Outputs, Task
 from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
 from .rope import Rope, read_rope
 from .tensor_files import tensor_names
@@ -233,6 +240,7 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     folder = source.folder
     adapter = None if source.adapter is None else read_adapter(source.adapter.folder)
     _refuse_other_adapters(source)
+    refuse_transformer_elsewhere(source.pipeline)
     config = _Config(folder / "config.json")
     model_type = config.values.get("model_type")
     if model_type != "qwen3":
@@ -422,8 +430,15 @@ def _read_score_rows(
     if config.values.get("architectures") != [CLASSIFIER]:
         # sentence-transformers gives other classes one label.
         return None if modules is None else 1
+    labels, count = config.values.get("id2label"), config.values.get("num_labels")
+    if not isinstance(labels, dict | None):
+        raise CheckpointError(f"{config.path}: id2label should be an object, found {shown(labels)}")
+    if labels is not None and count not in (None, len(labels)):
+        raise CheckpointError(
+            f"{config.path}: num_labels is {count!r} and id2label has {len(labels)} labels; "
+            "transformers 5 reads the first and 4 the second: take out the one that is wrong"
+        )
     # transformers' default is two labels.
-    labels = config.values.get("id2label")
     rows = config.get("num_labels", int, 2) if labels is None else len(labels)
     if rows not in (1, 2):
         raise CheckpointError(
@@ -488,9 +503,12 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
     if modules is not None:
         inputs, outputs = modules.inputs, modules.outputs
     elif spec.task == "embedding":
+        refuse_lone_pooling(folder, spec.hidden_size)
         prompts, default = read_prompts(folder)
         inputs, outputs = Inputs(prompts=prompts, default_prompt=default), Outputs()
     elif spec.score_rows is None:
+        # vLLM's note of the answer tokens; the card's template asks for "yes" or "no".
+        config.refuse("classifier_from_token", ["no", "yes"])
         inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
     else:
         inputs, outputs = Inputs(), Outputs(steps=())
@@ -498,9 +516,15 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
             inputs = Inputs(form="messages", message_format=infer_format(folder))
     split, side = read_token_settings(folder)
     inputs = replace(inputs, split_special_tokens=split, truncation_side=side)
-    if spec.task == "reranker" and inputs.form == "messages":
+    if inputs.form == "messages":
         template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
-        if not template.carries_pairs():
+        if spec.task == "embedding" and template.reads_task():
+            raise CheckpointError(
+                f"{template.path}: the chat template reads task, which sentence-transformers sets "
+                "for queries and documents, and that is not supported; set it in processing_kwargs "
+                "of sentence_bert_config.json if one value is right for all texts"
+            )
+        if spec.task == "reranker" and not template.carries_pairs():
             raise CheckpointError(
                 f"{template.path}: the chat template does not render the roles 'query' and "
                 "'document', so CrossEncoder would score a text without them; put a "
@@ -519,20 +543,33 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
     return replace(spec, inputs=inputs, outputs=outputs)
 
 
-def _read_classifier_activation(spec: ModelSpec, config: _Config, modules: Modules | None) -> Any:
-    """The activation that CrossEncoder uses: its own settings, then config.json, then the default.
+def _read_classifier_activation(
+    spec: ModelSpec, config: _Config, modules: Modules | None
+) -> Activation:
+    """The activation of a classifier's score, Sigmoid by default.
 
-    With two labels the score is always the probability of the second: a sigmoid.
+    With two labels the score is the probability of the second: the sigmoid of the difference.
     """
-    if spec.score_rows == 2:
-        return "sigmoid"
+    declared = _declared_activation(config, modules)
+    if spec.score_rows == 1:
+        return declared or "sigmoid"
+    if declared == "sigmoid":
+        raise CheckpointError(
+            f"{spec.source.pipeline}: a Sigmoid for each of two labels is not supported; take "
+            "activation_fn out if the labels exclude each other, which a softmax then compares"
+        )
+    return "sigmoid"
+
+
+def _declared_activation(config: _Config, modules: Modules | None) -> Activation | None:
+    """The activation that CrossEncoder reads: of its own settings, else of config.json."""
     if modules is not None and modules.activation is not None:
         return modules.activation
     nested = config.values.get("sentence_transformers")
     if isinstance(nested, dict) and "activation_fn" in nested:
+        name = nested["activation_fn"]
         where = f"{config.path}: activation_fn of sentence_transformers"
-        return read_activation(nested["activation_fn"], where)
-    early_name = config.values.get("sbert_ce_default_activation_function")
-    if early_name is None:
-        return "sigmoid"
-    return read_activation(early_name, f"{config.path}: sbert_ce_default_activation_function")
+    else:
+        key = "sbert_ce_default_activation_function"
+        name, where = config.values.get(key), f"{config.path}: {key}"
+    return None if name is None else read_activation(name, where)

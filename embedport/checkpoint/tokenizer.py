@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from ..errors import CheckpointError
 from ..files import read_small
 from ..integrity import cache_folder
-from ..strict_json import parse_json
+from ..strict_json import parse_json, read_json
+from .tokens import TOKENIZER_CONFIG
 
 # Maximum bytes of the file; Qwen3's has 11 MB.
 LARGEST = 64 << 20
@@ -52,7 +53,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: The file is missing, damaged, or exceeds a limit.
     """
     if not path.exists():
-        raise CheckpointError(f"{path} is missing; the checkpoint needs its fast tokenizer")
+        raise CheckpointError(
+            f"{path} is missing; the checkpoint needs its fast tokenizer, which transformers' "
+            "AutoTokenizer writes: from_pretrained, then save_pretrained"
+        )
     try:
         data = read_small(path, LARGEST)
         stamp = cache_folder("tokenizers") / f"{hashlib.sha256(data).hexdigest()}-{CHECKS}"
@@ -65,10 +69,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     with tokenizing(path):
         tokenizer = Tokenizer.from_buffer(data)
+        _check_truncation(tokenizer, path)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode("a")
     return tokenizer
+
+
+def _check_truncation(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse a side of truncation in tokenizer.json that transformers would take from there."""
+    side = (tokenizer.truncation or {}).get("direction", "right")
+    config = path.parent / TOKENIZER_CONFIG
+    if side != "right" and not (config.exists() and read_json(config).get("truncation_side")):
+        raise CheckpointError(
+            f"{path}: truncation has the direction {side!r}, and {TOKENIZER_CONFIG} names no "
+            f"truncation_side: name it there, {side!r} or 'right'"
+        )
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..errors import CheckpointError
 from ..strict_json import read_json
-from .chat import TOKENIZER_CONFIG
 from .keys import shown
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Classes that use tokenizer.json unchanged, and classes that replace its normalizer and
 # pre-tokenizer with Qwen's.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -24,7 +24,7 @@ QWEN_END = "<|endoftext|>"
 # Files of earlier versions.
 TOKEN_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 # Keys that hold several tokens.
-FURTHER = ("additional_special_tokens", "extra_special_tokens")
+FURTHER = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 # Flags that decide where an added token matches in a text.
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 SPLIT = (
@@ -80,6 +80,29 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
     return bool(split), side
 
 
+def special_tokens(folder: Path) -> tuple[dict[str, str], set[str]]:
+    """(named tokens, all special tokens) of a tokenizer, as transformers 5 collects them.
+
+    The named ones are variables of a chat template: eos_token, pad_token, and names of the
+    checkpoint's own. A token that is special in tokenizer.json but not named is not among them.
+    """
+    values = _read(folder / TOKENIZER_CONFIG)
+    sources = (values, _read_token_map(values, folder))
+    is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
+    named: dict[str, str] = dict.fromkeys(QWEN_DEFAULTS, QWEN_END) if is_qwen else {}
+    others: set[str] = set()
+    for key, value in ((key, value) for source in sources for key, value in source.items()):
+        if key in FURTHER and isinstance(value, dict):
+            named |= {name: text for name, each in value.items() if (text := _content(each))}
+        elif key in FURTHER and isinstance(value, list):
+            others |= {text for each in value if (text := _content(each))}
+        elif key.endswith("_token"):
+            named.pop(key, None)
+            if text := _content(value):
+                named[key] = text
+    return named, {*named.values(), *others}
+
+
 def read_length(folder: Path, positions: int, declared: int | None) -> int:
     """Maximum tokens of a text; longer texts are truncated.
 
@@ -100,7 +123,8 @@ def read_length(folder: Path, positions: int, declared: int | None) -> int:
         return declared
     path = folder / TOKENIZER_CONFIG
     # Any number may stand here: transformers writes 1e30 for "no limit".
-    value = read_json(path).get("model_max_length") if path.exists() else None
+    values = _read(path)
+    value = values.get("model_max_length", values.get("max_len"))
     if isinstance(value, int | float) and value >= 1:
         return int(min(value, positions))
     return positions
@@ -128,6 +152,12 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
         )
     if is_qwen:
         _check_qwen(tokenizer, folder / "tokenizer.json")
+    for key, value in _read_token_map(values, folder).items():
+        if key not in FURTHER and (key.startswith("add_") or not key.endswith("_token")):
+            raise CheckpointError(
+                f"{folder / TOKEN_MAP}: {key} is {shown(value)}, and only tokens may stand here; "
+                f"put it into {TOKENIZER_CONFIG}"
+            )
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     named = list(_named(values, folder))
     for file, key, name in named:
@@ -197,15 +227,20 @@ def _named(values: dict[str, Any], folder: Path) -> Iterable[tuple[Path, str, st
     path = folder / TOKENIZER_CONFIG
     entries = list(_pairs(values, path))
     declared = values.get("added_tokens_decoder")
+    entries += _pairs(_read_token_map(values, folder), folder / TOKEN_MAP)
     if isinstance(declared, dict):
         entries += [(path, "added_tokens_decoder", token) for token in declared.values()]
-    else:  # transformers reads these only without added_tokens_decoder
-        entries += _pairs(_read(folder / TOKEN_MAP), folder / TOKEN_MAP)
+    else:  # transformers reads it only without added_tokens_decoder
         entries += [(folder / ADDED, ADDED, token) for token in _read(folder / ADDED)]
     for file, key, token in entries:
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
+        if (content := _content(token)) is not None:
             yield file, key, content
+
+
+def _content(token: object) -> str | None:
+    """The text of a token, which is given as a string or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _pairs(values: dict[str, Any], path: Path) -> Iterable[tuple[Path, str, Any]]:
@@ -216,6 +251,12 @@ def _pairs(values: dict[str, Any], path: Path) -> Iterable[tuple[Path, str, Any]
             yield from ((path, key, token) for token in tokens)
         elif key.endswith("_token") and not key.startswith("add_"):
             yield path, key, value
+
+
+def _read_token_map(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """special_tokens_map.json, which transformers reads only without added_tokens_decoder."""
+    has_decoder = isinstance(values.get("added_tokens_decoder"), dict)
+    return {} if has_decoder else _read(folder / TOKEN_MAP)
 
 
 def _read(path: Path) -> dict[str, Any]:

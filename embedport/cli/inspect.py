@@ -299,7 +299,7 @@ def _words(
         return {"tokens_added": None, "answers": answers}
     tokenizer = load_tokenizer(path)
     added_tokens: list[str] = []
-    if model.inputs.form == "text":
+    if model.inputs.form != "messages":
         added_tokens = tokenizer.encode("").tokens
     answer_tokens = None
     if answers is not None:
@@ -317,7 +317,7 @@ def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
     texts += ["special tokens in them are plain text"] * inputs["split_special_tokens"]
     texts += ["too long ones cut at the beginning"] * (inputs["truncation_side"] == "left")
     rows = {"Texts": "; ".join(texts)}
-    if facts["tokens_added"] is not None and inputs["form"] == "text":
+    if facts["tokens_added"] is not None and inputs["form"] != "messages":
         rows["Tokens added"] = " ".join(facts["tokens_added"]) or "none"
     rows["Prompts"] = _prompts(inputs)
     if "rope" in facts:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError, require
-from .inputs import BatchTokensOption, DeviceOption
+from .inputs import BatchTokensOption, DeviceOption, TaskOption, check_task
 
 KEY_VARIABLE = "EMBEDPORT_API_KEY"
 MODULES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn")
@@ -44,6 +44,7 @@ def serve(
         ),
     ] = None,
     batch_tokens: BatchTokensOption = None,
+    task: TaskOption = None,
     max_texts: Annotated[int, typer.Option(min=1, help="Most texts of a request.")] = 2048,
     max_body: Annotated[int, typer.Option(min=1, help="Most MiB of a request's body.")] = 16,
     max_queue: Annotated[
@@ -69,6 +70,7 @@ def serve(
         device=device,
         max_length=max_length,
         batch_tokens=batch_tokens,
+        task=check_task(task),
         limits=Limits(max_texts, max_body << 20, max_queue),
         api_key=key,
         say=_say,

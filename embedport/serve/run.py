@@ -10,6 +10,7 @@ from functools import partial
 
 import uvicorn
 
+from ..checkpoint.pipeline import Task
 from ..errors import InputError
 from ..runtimes import load
 from ..runtimes.info import choose_length, read_info
@@ -32,6 +33,7 @@ def serve(
     device: str = "auto",
     max_length: int | None = None,
     batch_tokens: int | None = None,
+    task: Task | None = None,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     api_key: str | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -45,6 +47,7 @@ def serve(
         device: As for `load`.
         max_length: As for `load`.
         batch_tokens: As for `Embedder.encode`.
+        task: As for `load`, for every model.
         limits: The limits.
         api_key: The key that requests must have; None for no key.
         say: Called with each message to the user.
@@ -60,7 +63,7 @@ def serve(
         )
     names = _name(artifacts)
     for artifact in artifacts:  # what is wrong with a folder is said before the port opens
-        choose_length(read_info(artifact), max_length)
+        choose_length(read_info(artifact, task), max_length)
     listener = _listen(host, port)
     failures: list[BaseException] = []
 
@@ -68,7 +71,7 @@ def serve(
         failures.append(error)
         server.should_exit = True
 
-    load_all = partial(_load, names, device, max_length, batch_tokens, say)
+    load_all = partial(_load, names, device, max_length, batch_tokens, task, say)
     app = create_app(load_all, limits, api_key=api_key, failed=fail)
     config = uvicorn.Config(
         app,
@@ -118,11 +121,12 @@ def _load(
     device: str,
     max_length: int | None,
     batch_tokens: int | None,
+    task: Task | None,
     say: Callable[[str], None],
 ) -> dict[str, ServedModel]:
     models = {}
     for name, artifact in names.items():
-        runner = load(artifact, device=device, max_length=max_length)
+        runner = load(artifact, device=device, max_length=max_length, task=task)
         models[name] = served(name, runner, batch_tokens)
         width = f" of {runner.dim} values" if hasattr(runner, "dim") else ""
         say(f"{name}: {runner.info.task} model{width}, {runner.precision} on {runner.device}")

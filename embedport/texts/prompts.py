@@ -29,7 +29,7 @@ from ..checkpoint.chat import ChatTemplate, Message
 from ..checkpoint.pipeline import ROLES, Inputs
 from ..checkpoint.spec import ModelSpec
 from ..checkpoint.tokenizer import load_tokenizer, tokenizing
-from ..checkpoint.tokens import check_as_transformers
+from ..checkpoint.tokens import check_as_transformers, special_tokens
 from ..errors import CheckpointError, InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -112,7 +112,7 @@ class _TextTokenizer(ABC):
     def __init__(self, path: Path, max_length: int, inputs: Inputs) -> None:
         self.tokenizer = load_tokenizer(path)
         check_as_transformers(self.tokenizer, path.parent)
-        self.inputs, self.max_length = inputs, max_length
+        self.folder, self.inputs, self.max_length = path.parent, inputs, max_length
         if inputs.lower_case:
             _lower(self.tokenizer)
         self.tokenizer.encode_special_tokens = inputs.split_special_tokens
@@ -205,15 +205,14 @@ class EmbeddingTokenizer(_TextTokenizer):
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt that are left out of pooling, counted as sentence-transformers does.
 
-        A special token at the end does not count. With a chat template it is 0.
+        A special token at the end does not count, if a file beside tokenizer.json names it. With a
+        chat template it is 0.
         """
         if not prompt or self.chat is not None:
             return 0
         encoding = self.tokenizer.encode(prompt)
-        special = {
-            i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special
-        }
-        return len(encoding.ids) - (encoding.ids[-1] in special)
+        _, special = special_tokens(self.folder)
+        return len(encoding.ids) - sum(token in special for token in encoding.tokens[-1:])
 
     def _messages(self, text: str, key: str) -> Sequence[Message]:
         assert self.chat is not None
@@ -223,7 +222,9 @@ class EmbeddingTokenizer(_TextTokenizer):
 class RerankerTokenizer(_TextTokenizer):
     """Pairs of texts to token ids for a reranker.
 
-    With the model card's template a row is prefix + body + suffix, each tokenized separately.
+    With the model card's template a row is prefix + body + suffix, each tokenized separately. The
+    body alone gets the special tokens that the tokenizer adds, as in the card's code; Qwen's own
+    rerankers add none.
 
     Args:
         path: The checkpoint's or artifact's tokenizer.json.
@@ -283,7 +284,7 @@ class RerankerTokenizer(_TextTokenizer):
     def _encode_bodies(self, pairs: Sequence[tuple[str, str]], instruction: str | None) -> Encoded:
         instruction = DEFAULT_INSTRUCTION if instruction is None else instruction
         bodies = [check_text(i, reranker_body(*p, instruction)) for i, p in enumerate(pairs)]
-        encoded = _encode(self.tokenizer, bodies, special=False)
+        encoded = _encode(self.tokenizer, bodies, special=True)
         rows = [np.concatenate([self.prefix, ids, self.suffix]) for ids in encoded.ids]
         return Encoded(rows, encoded.truncated)
 

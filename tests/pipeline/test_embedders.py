@@ -144,6 +144,46 @@ def test_a_generation_prompt_and_a_long_text(with_modules):
     np.testing.assert_allclose(found, sentence_transformer(folder).encode(texts), atol=1e-5)
 
 
+def test_a_prompt_left_out_of_the_pooling_with_nothing_behind_it(with_modules):
+    pooling = {"embedding_dimension": 64, "pooling_mode": "lasttoken", "include_prompt": False}
+    folder = with_modules(("Pooling", pooling), prompts={"own": "Say: "}, default="own")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template(tokenizer, None)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = sentence_transformer(folder).encode(["tea", ""])
+    assert not expected[1].any()
+    embedder = open_embedder(folder)
+    np.testing.assert_allclose(embedder.encode(["tea"]), expected[:1], atol=1e-5)
+    with pytest.raises(InputError, match="text 1 has no token behind the prompt's 4"):
+        embedder.encode(["tea", ""])
+
+
+def test_a_template_that_reads_the_task_is_refused(with_modules):
+    """encode_query sets it, so the library itself gives a query other tokens than a text."""
+    folder = with_modules(LAST, UNIT, first=MESSAGES)
+    (folder / "chat_template.jinja").write_text("{% if task == 'query' %}find {% endif %}" + CHAT)
+    model = sentence_transformer(folder)
+    assert np.abs(model.encode_query(TEXTS) - model.encode(TEXTS)).max() > 0.01
+    with pytest.raises(CheckpointError, match="the chat template reads task"):
+        ModelSpec.from_checkpoint(folder)
+    values = {"chat_template": {"task": "query"}}
+    edit(folder / "sentence_bert_config.json", processing_kwargs=values)
+    expected = sentence_transformer(folder).encode(TEXTS)
+    np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"])
+def test_a_prompt_left_out_of_the_pooling(with_modules, end):
+    """A token at its end belongs to it unless the tokenizer's files name that as special."""
+    pooling = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
+    folder = with_modules(("Pooling", pooling), UNIT, prompts={"own": "Say: "}, default="own")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    template(tokenizer, end)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = sentence_transformer(folder).encode(TEXTS)
+    np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
+
+
 def test_vectors_that_are_not_normalized(with_modules, tmp_path):
     folder = with_modules(LAST)
     expected = check(folder, tmp_path)
@@ -347,6 +387,16 @@ def test_modules_refused(with_modules, modules, message):
     )
     with pytest.raises(CheckpointError, match=message):
         ModelSpec.from_checkpoint(folder)
+
+
+def test_a_pooling_without_modules_json_is_refused(with_modules):
+    """text-embeddings-inference reads it, and no other library."""
+    folder = with_modules(("Pooling", {"embedding_dimension": 64, "pooling_mode": "mean"}), UNIT)
+    (folder / "modules.json").unlink()
+    with pytest.raises(CheckpointError, match=r"1_Pooling.* has the pooling mean, but there is no"):
+        ModelSpec.from_checkpoint(folder, task="embedding")
+    edit(folder / "1_Pooling" / "config.json", pooling_mode="lasttoken")
+    assert ModelSpec.from_checkpoint(folder, task="embedding").outputs.last_token
 
 
 def test_a_tokenizer_that_transformers_would_change_is_refused(with_modules):

@@ -164,6 +164,28 @@ def test_classifier_with_two_labels(classifier):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_labels": 1}, "num_labels is 1 and id2label has 2 labels"),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.Sigmoid"}},
+            "a Sigmoid for each of two labels",
+        ),
+    ],
+)
+def test_two_labels_refused(classifier, config, message):
+    """The library fails on the first; with the second its two scores do not add up to 1."""
+    folder = classifier(2, **config)
+    if "num_labels" in config:
+        with pytest.raises(RuntimeError, match="mismatched_sizes"):
+            cross_encoder(folder)
+    else:
+        assert np.abs(cross_encoder(folder).predict(PAIRS).sum(axis=1) - 1).max() > 1e-3
+    with pytest.raises(CheckpointError, match=message):
+        ModelSpec.from_checkpoint(folder)
+
+
 def test_classifier_with_another_activation(classifier, tmp_path):
     identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
     check(classifier(1, sentence_transformers=identity), tmp_path)
@@ -222,6 +244,16 @@ def test_a_plain_language_model_asks_for_the_task(descend):
     for header in ("tags:\n- transformers\n- reranker", "base_model: Qwen/Qwen3-Reranker-0.6B"):
         (folder / "README.md").write_text(f"---\n{header}\n---\nA model.\n")
         assert ModelSpec.from_checkpoint(folder).task == "reranker"
+
+
+def test_other_answer_tokens_without_modules_are_refused(descend):
+    """vLLM reads this key; the model card's template asks for "yes" or "no"."""
+    folder = descend("reranker")
+    edit(folder / "config.json", classifier_from_token=["no", "yes"])
+    assert ModelSpec.from_checkpoint(folder).task == "reranker"
+    edit(folder / "config.json", classifier_from_token=["Yes"])
+    with pytest.raises(CheckpointError, match=r"classifier_from_token is \['Yes'\], and only"):
+        ModelSpec.from_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

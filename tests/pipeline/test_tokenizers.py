@@ -21,6 +21,7 @@ TEXTS = [
     "Ångström\u0301 naïve ﬁ 日本語 12345 \r\n x",
 ]
 EXTRA = "<extra>"
+LEFT = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
 # Of transformers' Qwen2Tokenizer, which takes neither from the file.
 OWN = r"transformers' Qwen2Tokenizer"
 ADDS = "'<extra>', not an added token of tokenizer.json: transformers would add it"
@@ -65,12 +66,22 @@ COMPUTED = {
     "another end": settings(eos_token="<|im_end|>"),
     "tokens that are there": another("special_tokens_map.json", eos_token="<|im_end|>"),
     "names of files": settings(tokenizer_file="/other.json", vocab={"a": 0}),
+    "max_len": settings(model_max_length=None, max_len=4),
 }
 REFUSED = {
     "image_token": (settings(image_token=EXTRA), f"image_token names {ADDS}"),
     "a list": (settings(extra_special_tokens=[EXTRA]), f"extra_special_tokens names {ADDS}"),
     "an object": (settings(extra_special_tokens={"a": EXTRA}), ADDS),
+    "model_specific": (settings(model_specific_special_tokens={"a": EXTRA}), ADDS),
     "special_tokens_map": (another("special_tokens_map.json", unk_token=EXTRA), ADDS),
+    "more than tokens": (
+        another("special_tokens_map.json", add_bos_token=True),
+        "add_bos_token is True, and only tokens may stand here",
+    ),
+    "truncation": (
+        lambda folder: change(folder, lambda v: v.update(truncation=LEFT)),
+        "truncation has the direction 'left', and tokenizer_config.json names no truncation_side",
+    ),
     "added_tokens": (another("added_tokens.json", **{EXTRA: 5000}), ADDS),
     "add_prefix_space": (settings(add_prefix_space=True), "add_prefix_space is true"),
     "lstrip": (tokens("<|im_end|>", lstrip=True), f"lstrip of the added token .* {OWN} makes it"),
@@ -96,6 +107,33 @@ def test_as_transformers(descend, case):
     for text, ids in zip(TEXTS, tokenizer.encode(TEXTS).ids, strict=True):
         expected = theirs(text, truncation=True, max_length=longest)["input_ids"]
         np.testing.assert_array_equal(ids, expected)
+
+
+# Where a chat template's variables come from.
+VARIABLES = {
+    "the class": settings(eos_token=None, pad_token=None),
+    "none": settings(eos_token=None, pad_token=None, tokenizer_class="PreTrainedTokenizerFast"),
+    "the map": another("special_tokens_map.json", cls_token="<|im_end|>", eos_token="<|im_start|>"),
+    "a key": settings(image_token="<|im_end|>"),
+    "an object": settings(extra_special_tokens={"image_token": "<|im_end|>"}),
+}
+
+
+@pytest.mark.parametrize("case", VARIABLES)
+def test_variables_of_a_template(descend, case):
+    folder = descend()
+    VARIABLES[case](folder)
+    names = ("eos_token", "pad_token", "unk_token", "cls_token", "image_token")
+    chat = "{{ messages[0].content }}" + "".join(f"|{{{{ {name} }}}}" for name in names)
+    (folder / "chat_template.jinja").write_text(chat)
+    how = {"method": "forward", "method_output_name": "last_hidden_state"}
+    edit(folder / "sentence_bert_config.json", modality_config={"message": how})
+    spec = ModelSpec.from_checkpoint(folder)
+    tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "tea"}]
+    expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    np.testing.assert_array_equal(tokenizer.encode(["tea"]).ids[0], expected)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -27,6 +27,7 @@ from embedport.texts.samples import Pair, Sample
 SAMPLES = [
     *(Sample(text, "query") for text in ("What is TEA?", "a boat with sails")),
     *(Sample(text) for text in ("A leaf from China.", "Ships that sail", "Snow is cold.")),
+    Sample("Under the default prompt", None),
 ]
 PAIRS = [Pair("What is tea?", text) for text in ("A leaf.", "Snow is cold.", "A hot drink.")]
 TOKENS, COSINE, SCORE = "inputs with other token ids", "minimum cosine", "maximum score difference"
@@ -147,6 +148,17 @@ def own_head(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def single_file(folder: Path) -> None:
+    """Other weights in a single file, which transformers reads; the former ones in a shard."""
+    file, shard = folder / "model.safetensors", folder / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    file.rename(shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    others = {name: tensor[..., ::-1].copy() for name, tensor in tensors.items()}
+    save_file(others, file, metadata={"format": "pt"})
+
+
 @dataclass(frozen=True)
 class Misreading:
     """A declaration that a reader may miss.
@@ -175,6 +187,13 @@ MISREADINGS = [
     Misreading(
         "documents' prompt", "embedding", set_keys(SETTINGS, prompts={"document": "d: "}), {TOKENS}
     ),
+    Misreading(
+        "default prompt",
+        "embedding",
+        set_keys(SETTINGS, default_prompt_name="query"),
+        {TOKENS},
+    ),
+    Misreading("single file", "embedding", single_file, {COSINE}),
     Misreading(
         "lower case",
         "embedding",

@@ -13,7 +13,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
-from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer, query_prompt
+from embedport.texts.prompts import (
+    EmbeddingTokenizer,
+    RerankerTokenizer,
+    append_end_of_text,
+    query_prompt,
+)
 from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation import live as module
 from embedport.validation.card import CardReference
@@ -90,6 +95,19 @@ def test_reranker_ids(opened, max_length):
     found = tokenizer.encode([(pair.query, pair.document) for pair in PAIRS])
     assert reference.token_ids(PAIRS) == [ids.tolist() for ids in found.ids]
     assert found.truncated
+
+
+def test_reranker_ids_where_the_tokenizer_adds_tokens(checkpoints, copied):
+    """The model card's code adds them to the body alone."""
+    folder = copied(checkpoints("kv2", "reranker"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = append_end_of_text(tokenizer, folder / "tokenizer.json")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    expected = open_live(folder, max_length=400).token_ids(PAIRS)
+    assert expected[0].count(end) == 1
+    found = RerankerTokenizer(folder / "tokenizer.json", 400)
+    pairs = [(pair.query, pair.document) for pair in PAIRS]
+    assert [ids.tolist() for ids in found.encode(pairs).ids] == expected
 
 
 def test_vectors_are_the_last_tokens(opened):
