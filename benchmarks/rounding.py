@@ -39,6 +39,11 @@ ONNX: dict[str, dict[str, Any]] = {
     "--precision int4 --fast": {"precision": "int4", "fast": True},
     "--precision int8-weight": {"precision": "int8-weight"},
     "--precision auto --max-bytes 2850000": {"precision": "auto", "max_bytes": 2_850_000},
+    "--precision auto --max-bytes 2850000 --calibration builtin": {
+        "precision": "auto",
+        "max_bytes": 2_850_000,
+        "calibration": "builtin",
+    },
 }
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
