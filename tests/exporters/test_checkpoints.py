@@ -1,6 +1,7 @@
 """Quantized checkpoints: opened by the libraries that own the formats, read back bit for bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from embedport.exporters.calibration.gptq_awq import quantize_layers
 from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
+from embedport.quantize import nf4
 from embedport.quantize.formats import Format, matrices
 from embedport.quantize.rotation import RotatedHeads
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
 from embedport.quantize.unpacking import unpack
+from embedport.runtimes.packed.nf4 import read_nf4
 from embedport.texts.prompts import RerankerTokenizer
 from embedport.texts.samples import builtin_pairs
 
@@ -150,7 +153,8 @@ def test_bitsandbytes_tensors_are_transformers_own(
     from transformers import AutoModel, BitsAndBytesConfig
 
     name, _, double = method.partition(" ")
-    folder = quantized(name, double_quant=True) if double else quantized(name)
+    fast = {"fast": True} if name == "bnb-nf4" else {}
+    folder = quantized(name, **fast, **({"double_quant": True} if double else {}))
     if name == "bnb-int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -181,6 +185,63 @@ def test_bitsandbytes_tensors_are_transformers_own(
     assert ours.pop("llm_int8_skip_modules") == ["lm_head", "score"]
     del written["llm_int8_skip_modules"]
     assert ours == written
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_holds_the_cores_own_values(quantized, compensated, double_quant):
+    """bitsandbytes unpacks what was rounded, bit for bit; of quantized scales, what it reads."""
+    folder = quantized("bnb-nf4", **({"double_quant": True} if double_quant else {}))
+    headers = read_headers(folder)
+    for name, tensor in compensated.items():
+        stored = read_nf4(headers, name, tensor.codes.shape)
+        assert stored is not None
+        np.testing.assert_array_equal(stored.codes.numpy(), tensor.codes)
+        scales = stored.scales.numpy().T
+        if not double_quant:
+            np.testing.assert_array_equal(scales, tensor.scales)
+        np.testing.assert_allclose(scales, tensor.scales, rtol=0.1)
+        values = torch.from_numpy(replace(tensor, scales=scales).dequantize()).bfloat16()
+        assert torch.equal(unpack_by_bitsandbytes(headers, name), values)
+
+
+def unpack_by_bitsandbytes(headers, name):
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    prefix = f"{name}.weight"
+    parts = {}
+    for key, info in headers.items():
+        if key == prefix or key.startswith(f"{prefix}."):
+            with safe_open(info.file, "pt") as shard:
+                parts[key] = shard.get_tensor(info.name)
+    data = parts.pop(prefix)
+    return dequantize_4bit(data, QuantState.from_dict(parts, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def compensated(checkpoints, tmp_path_factory):
+    """Each projection of "kv8" rounded to NF4 by GPTAQ, on the texts of `quantized`."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv8")))
+    folder = tmp_path_factory.mktemp("nf4")
+    (folder / "texts.txt").write_text("a text about tea\nanother one\n")
+    rows = tokenize_samples(weights.spec, weights.spec.max_length, folder / "texts.txt")
+    scheme = QuantScheme(4, 64, symmetric=True, nf4=True)
+    formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
+    rotated = RotatedHeads.seeded(weights)
+    core = quantize_layers(weights, rotated, formats, rows, folder / "layers", lambda: None)
+    return {name: core(name) for name in formats}
+
+
+def test_nf4_rounds_to_bitsandbytes_own_codes():
+    from bitsandbytes.functional import get_4bit_type, quantize_4bit
+
+    np.testing.assert_array_equal(nf4.LEVELS, get_4bit_type("nf4", "cpu").numpy())
+    weight = np.random.default_rng(0).standard_normal((64, 256), np.float32)
+    tensor = quantize_rtn(weight, QuantScheme(4, 64, symmetric=True, nf4=True))
+    data, state = quantize_4bit(torch.from_numpy(weight), quant_type="nf4")
+    np.testing.assert_array_equal(tensor.scales.ravel(), state.absmax.numpy())
+    packed = data.numpy().reshape(64, 128)
+    codes = np.stack([packed >> 4, packed & 15], axis=2).reshape(64, 256)
+    assert (codes == tensor.codes).mean() > 0.9999  # bitsandbytes multiplies by 1 / absmax
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -331,7 +392,7 @@ def test_nothing_half_written(checkpoints, copied, tmp_path):
     for method in ("bnb-int8", "bnb-nf4", "w8a8", "fp8"):
         with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj.weight holds NaN"):
             embedport.quantize_checkpoint(
-                source, tmp_path / "out", method=method, fast=method == "w8a8"
+                source, tmp_path / "out", method=method, fast=method in ("bnb-nf4", "w8a8")
             )
     assert set(tmp_path.iterdir()) == before
 
