@@ -82,8 +82,9 @@ def test_as_transformers_runs_it(quantized, method, task):
     assert model.artifact is not None
     kind = AutoModel if task == "embedding" else AutoModelForCausalLM
     options = {}
-    if method in ("w8a8", "fp8"):  # with activations rounded
+    if method in ("w8a8", "fp8"):  # with activations rounded, and fp32 between the products
         options["quantization_config"] = CompressedTensorsConfig(dequantize=False)
+        options["dtype"] = torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is not the folder's own
         theirs = kind.from_pretrained(folder, use_safetensors=True, **options)
@@ -268,13 +269,24 @@ def test_a_full_gpu_is_said(checkpoints, monkeypatch):
         embedport.load(checkpoints("kv1"), device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("method", "package"), [("bnb-nf4", "bitsandbytes"), ("fp8", "compressed_tensors")]
-)
-def test_missing_package(quantized, monkeypatch, method, package):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+def test_missing_package(quantized, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'embedport\[quantize\]'"):
-        embedport.load(quantized(method), device="cpu")
+        embedport.load(quantized("bnb-nf4"), device="cpu")
+
+
+@pytest.mark.parametrize("method", ["w8a8", "fp8"])
+def test_rounded_activations_do_not_depend_on_the_batch(quantized, monkeypatch, method):
+    """Matrices stay in 8 bits, and no library is needed."""
+    monkeypatch.setitem(__import__("sys").modules, "compressed_tensors", None)
+    model = embedport.load(quantized(method, "reranker"), device="cpu")
+    np.testing.assert_allclose(results(model), results(model, batch_tokens=1), atol=1e-5)
+    layers = model.model._layers._base
+    assert {each.weight.element_size() for each in projections(layers)} == {1}
+
+
+def projections(layers):
+    return [module for name, module in layers.named_modules() if name.endswith("_proj")]
 
 
 def test_a_checkpoint_that_bitsandbytes_cannot_run_here(quantized, monkeypatch):
