@@ -18,7 +18,8 @@ from embedport.checkpoint.tensor_files import read_headers
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.calibration.gptq_awq import quantize_layers
-from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
+from embedport.exporters.checkpoints.methods import plan_method
+from embedport.exporters.checkpoints.packing import gptq_parts, nf4_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
 from embedport.quantize import nf4
@@ -28,7 +29,6 @@ from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
 from embedport.quantize.unpacking import unpack
-from embedport.runtimes.packed.nf4 import read_nf4
 from embedport.texts.prompts import RerankerTokenizer
 from embedport.texts.samples import builtin_pairs
 
@@ -187,48 +187,40 @@ def test_bitsandbytes_tensors_are_transformers_own(
     assert ours == written
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_nf4_holds_the_cores_own_values(quantized, compensated, double_quant):
-    """bitsandbytes unpacks what was rounded, bit for bit; of quantized scales, what it reads."""
-    folder = quantized("bnb-nf4", **({"double_quant": True} if double_quant else {}))
-    headers = read_headers(folder)
-    for name, tensor in compensated.items():
-        stored = read_nf4(headers, name, tensor.codes.shape)
-        assert stored is not None
-        np.testing.assert_array_equal(stored.codes.numpy(), tensor.codes)
-        scales = stored.scales.numpy().T
-        if not double_quant:
-            np.testing.assert_array_equal(scales, tensor.scales)
-        np.testing.assert_allclose(scales, tensor.scales, rtol=0.1)
-        values = torch.from_numpy(replace(tensor, scales=scales).dequantize()).bfloat16()
-        assert torch.equal(unpack_by_bitsandbytes(headers, name), values)
-
-
-def unpack_by_bitsandbytes(headers, name):
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    prefix = f"{name}.weight"
-    parts = {}
-    for key, info in headers.items():
-        if key == prefix or key.startswith(f"{prefix}."):
-            with safe_open(info.file, "pt") as shard:
-                parts[key] = shard.get_tensor(info.name)
-    data = parts.pop(prefix)
-    return dequantize_4bit(data, QuantState.from_dict(parts, torch.device("cpu")))
-
-
-@pytest.fixture(scope="module")
-def compensated(checkpoints, tmp_path_factory):
-    """Each projection of "kv8" rounded to NF4 by GPTAQ, on the texts of `quantized`."""
+def test_nf4_holds_the_cores_own_values(short, quantized, checkpoints, tmp_path):
+    """bitsandbytes unpacks what GPTAQ rounded, bit for bit; of quantized scales, what it reads."""
+    stored = load_file(quantized("bnb-nf4") / "model.safetensors")
     weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv8")))
-    folder = tmp_path_factory.mktemp("nf4")
-    (folder / "texts.txt").write_text("a text about tea\nanother one\n")
-    rows = tokenize_samples(weights.spec, weights.spec.max_length, folder / "texts.txt")
+    texts = short.file("embedding", tmp_path)
+    rows = tokenize_samples(weights.spec, weights.spec.max_length, texts)
     scheme = QuantScheme(4, 64, symmetric=True, nf4=True)
     formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
     rotated = RotatedHeads.seeded(weights)
-    core = quantize_layers(weights, rotated, formats, rows, folder / "layers", lambda: None)
-    return {name: core(name) for name in formats}
+    core = quantize_layers(weights, rotated, formats, rows, tmp_path / "layers", lambda: None)
+    for name in formats:
+        parts = {key: value for key, value in stored.items() if key.startswith(f"{name}.weight")}
+        values = torch.from_numpy(core(name).dequantize()).bfloat16()
+        assert torch.equal(unpack_by_bitsandbytes(parts), values)
+    plan = plan_method(weights.spec, "bnb-nf4", double_quant=True)
+    packed = nf4_parts(tensor := core(name), plan)
+    parts = {f"{name}.{part}": torch.from_numpy(value) for part, value in packed.items()}
+    absmax, nested = parts[f"{name}.weight.absmax"], parts[f"{name}.weight.nested_absmax"]
+    state = json.loads(bytes(packed["weight.quant_state.bitsandbytes__nf4"]))
+    factors = nested.repeat_interleave(state["nested_blocksize"])[: len(absmax)]
+    levels = parts[f"{name}.weight.nested_quant_map"][absmax.long()]
+    scales = (levels * factors + state["nested_offset"]).numpy().reshape(tensor.scales.shape)
+    np.testing.assert_allclose(scales, tensor.scales, rtol=0.1)
+    values = torch.from_numpy(replace(tensor, scales=scales).dequantize()).bfloat16()
+    assert torch.equal(unpack_by_bitsandbytes(parts), values)
+
+
+def unpack_by_bitsandbytes(parts):
+    """A matrix of its stored tensors: bfloat16 [out, in]."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    stats = {name: value for name, value in parts.items() if not name.endswith(".weight")}
+    (data,) = (value for name, value in parts.items() if name.endswith(".weight"))
+    return dequantize_4bit(data, QuantState.from_dict(stats, torch.device("cpu")))
 
 
 def test_nf4_rounds_to_bitsandbytes_own_codes():
