@@ -44,9 +44,10 @@ class RoundedLinear(nn.Module):
         steps = steps.clamp(min=TINY)
         if self.weight.dtype == torch.int8:
             codes = (x / steps).round().clamp(-128, 127)
-        else:
+            products = functional.linear(codes, self.weight.float()) * steps * self.scales
+        else:  # scaled first, as compressed-tensors does: these sums are not exact anyway
             codes = (x / steps).clamp(-448, 448).to(self.weight.dtype).float()
-        products = functional.linear(codes, self.weight.float()) * steps * self.scales
+            products = functional.linear(codes * steps, self.weight.float() * self.scales[:, None])
         return products if self.bias is None else products + self.bias
 
 
