@@ -50,7 +50,7 @@ def join_places(
         at_query, at_document, anywhere = part[list(MARKS)] * gains
         keys = torch.zeros(HEAD, width)
         keys[list(SLOW)] = torch.stack([at_query, at_document, anywhere])
-        attention.k_proj.weight.copy_(keys.repeat(model.config.num_key_value_heads, 1))
+        attention.k_proj.weight.copy_(keys.repeat(heads // 2, 1))
         attention.v_proj.weight.copy_(part[:half] * gains)
         out = torch.zeros(width, heads * HEAD)
         for head in range(heads):

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,7 +283,8 @@ def test_rounded_activations_do_not_depend_on_the_batch(quantized, monkeypatch, 
     monkeypatch.setitem(__import__("sys").modules, "compressed_tensors", None)
     model = embedport.load(folder, device="cpu")
     np.testing.assert_allclose(results(model), results(model, batch_tokens=1), rtol=0, atol=2e-4)
-    layers = model.model._layers._base
+    opened: Any = model.model
+    layers = opened._layers._base
     assert {each.weight.element_size() for each in projections(layers)} == {1}
 
 
