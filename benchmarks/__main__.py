@@ -179,11 +179,14 @@ def _levels(
     kernels: Annotated[bool, typer.Option(help="MatMulNBits' accuracy levels, 0.6B.")] = True,
     demo: Annotated[bool, typer.Option(help="Algorithms and groups on the demo pair.")] = True,
     only: Annotated[str, typer.Option(help="Rows of the demo pair that contain this.")] = "",
+    pair: Annotated[
+        Path | None, typer.Option(help="A pair of another width: see benchmarks.demo --width.")
+    ] = None,
     out: Out = RESULTS,
 ) -> None:
     """4 bits: what MatMulNBits' accuracy levels cost, and what each algorithm keeps."""
     if demo:
-        rounding.of_the_demo_pair(out, only)
+        rounding.of_the_demo_pair(out, only, pair)
     if kernels:
         levels.of_matmulnbits(out)
 

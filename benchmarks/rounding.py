@@ -1,4 +1,7 @@
-"""Four bits on the demo pair: algorithm, groups, zero points and file format."""
+"""Four bits on the demo pair: algorithm, groups, zero points and file format.
+
+The same on a pair of another width, made by `benchmarks.demo --width`: loss against width.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy as np
 from .checkpoint import CACHE
 from .machine import RESULTS, print_table, read_kept, save
 
+COMPARED = ("rtn", "gptq", "gptaq")
 # (groups as in a format's text, algorithm, whether attention heads are rotated); "s" is without
 # zero points.
 CASES = [
@@ -26,7 +30,7 @@ CASES = [
         )
         for algorithm in algorithms
     ),
-    *(("32", algorithm, True) for algorithm in ("rtn", "gptq", "gptaq")),
+    *((group, algorithm, True) for group in ("32", "32s") for algorithm in COMPARED),
 ]
 TABLE_FORMAT = "int8/128s"
 # Rows with options of their own.
@@ -38,6 +42,7 @@ ONNX: dict[str, dict[str, Any]] = {
     "--precision int4 --rotate": {"precision": "int4", "rotate": True},
     "--precision int4 --fast": {"precision": "int4", "fast": True},
     "--precision int8-weight": {"precision": "int8-weight"},
+    "--precision int8": {"precision": "int8"},
     "--precision auto --max-bytes 2850000": {"precision": "auto", "max_bytes": 2_850_000},
     "--precision auto --max-bytes 2850000 --calibration builtin": {
         "precision": "auto",
@@ -52,10 +57,26 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "awq --symmetric": {"method": "awq", "symmetric": True},
     "awq --fast": {"method": "awq", "fast": True},
     "bnb-nf4": {"method": "bnb-nf4"},
+    "bnb-nf4 --double-quant": {"method": "bnb-nf4", "double_quant": True},
+    "bnb-nf4 --fast": {"method": "bnb-nf4", "fast": True},
     "bnb-int8": {"method": "bnb-int8"},
     "w8a8": {"method": "w8a8"},
     "w8a8 --fast": {"method": "w8a8", "fast": True},
     "fp8": {"method": "fp8"},
+}
+# The rows of pairs of other widths.
+ACROSS_WIDTHS = {
+    *(
+        f"int4/{group}, {algorithm}, heads rotated"
+        for group in ("128", "128s", "32", "32s")
+        for algorithm in COMPARED
+    ),
+    "--precision int4",
+    "--precision int8",
+    "--method w8a8",
+    "--method gptq",
+    "--method awq",
+    "--method bnb-nf4",
 }
 NAME = "rounding-demo"
 COLUMNS = (
@@ -71,7 +92,7 @@ COLUMNS = (
 )
 
 
-def of_the_demo_pair(results: Path = RESULTS, only: str = "") -> None:
+def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | None = None) -> None:
     """Cosines and the loss of nDCG@10 on the held-out set; scores on the built-in pairs.
 
     Neither is in the built-in calibration set.
@@ -79,24 +100,28 @@ def of_the_demo_pair(results: Path = RESULTS, only: str = "") -> None:
     Args:
         results: Where the figures are kept; rows of earlier runs stay.
         only: Run the rows whose names contain this.
+        folder: A pair of another width, `embedder` and perhaps `reranker`: the rows that are
+            compared across widths.
     """
     import embedport
+    from embedport.demo.pipeline import builtin_embedder
 
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
         out = Path(temporary) / "out"
-        pair = _DemoPair(Path(temporary))
-        kept = read_kept(results / f"{NAME}.json", lambda saved: [saved["machine"]])
+        pair = _Pair(folder or builtin_embedder().parent, Path(temporary))
+        file = f"rounding-width-{pair.specs['embedding'].hidden_size}" if folder else NAME
+        kept = read_kept(results / f"{file}.json", lambda saved: [saved["machine"]])
         figures: dict[str, dict[str, Any]] = kept.get("rows", {})
 
         def row(name: str, make: Any) -> None:
-            if only not in name:
+            if only not in name or (folder is not None and name not in ACROSS_WIDTHS):
                 return
             figures[name] = pair.figures(
                 lambda task: make(pair.specs[task].source.folder, out), out
             )
             print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
-            save(NAME, {"rows": figures}, results)
+            save(file, {"rows": figures}, results)
 
         for group, algorithm, rotate in CASES:
             name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
@@ -125,29 +150,31 @@ def _by_recipe(text: str, recipe: dict[str, Any], path: Path) -> Any:
     return make
 
 
-class _DemoPair:
-    """The demo pair's specs and its results in fp32."""
+class _Pair:
+    """A pair's specs and its results in fp32; or an embedder's alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, checkpoints: Path, folder: Path) -> None:
         import embedport
         from embedport.checkpoint.spec import ModelSpec
-        from embedport.demo.pipeline import builtin_embedder, builtin_reranker
         from embedport.texts.beir import BUILTIN, read_beir
 
         self.data = read_beir(BUILTIN)
+        places = {"embedding": checkpoints / "embedder", "reranker": checkpoints / "reranker"}
         self.specs = {
-            "embedding": ModelSpec.from_checkpoint(builtin_embedder()),
-            "reranker": ModelSpec.from_checkpoint(builtin_reranker()),
+            task: ModelSpec.from_checkpoint(place)
+            for task, place in places.items()
+            if task == "embedding" or place.exists()
         }
         artifacts = {
             task: embedport.export(spec.source.folder, folder / task)
             for task, spec in self.specs.items()
         }
         self.vectors, self.ndcg = self._embed(artifacts["embedding"].folder)
-        self.scores = self._score(artifacts["reranker"].folder)
+        if "reranker" in self.specs:
+            self.scores = self._score(artifacts["reranker"].folder)
 
     def figures(self, make: Any, out: Path) -> dict[str, Any]:
-        """Quantize both, and compare with fp32."""
+        """Quantize, and compare with fp32."""
         from embedport.validation.retrieval import bootstrap
 
         found: dict[str, Any] = {}
@@ -194,4 +221,7 @@ class _DemoPair:
 def _cells(name: str, figures: dict[str, Any]) -> list[str]:
     values = figures | {"MB": figures["bytes"] / 1e6}
     digits = {"MB": 2, "seconds": 0, "mean": 5, "mean difference": 5}
-    return [name, *(f"{values[key]:.{digits.get(key, 4)}f}" for key in COLUMNS)]
+    return [
+        name,
+        *(f"{values[key]:.{digits.get(key, 4)}f}" if key in values else "" for key in COLUMNS),
+    ]

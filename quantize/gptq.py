@@ -96,14 +96,13 @@ def quantize_gptq(weight: np.ndarray, inputs: Curvature, scheme: QuantScheme) ->
         for i in range(end - start):
             scale, zero = scales[groups[start + i]], zeros[groups[start + i]]
             column = inputs.order[start + i]
-            rounded = np.rint(block[i] / scale) + zero
+            rounded = scheme.encode(block[i] / scale, zero)
             if scheme.limits_pairs and column ^ 1 < columns:
                 low, high = room(codes[column ^ 1] - zero)
                 rounded = np.clip(rounded, low + zero, high + zero)
-            rounded = np.clip(rounded, 0, scheme.levels - 1)
             codes[column] = rounded
             row = inputs.upper[start + i, start + i : end]
-            errors[i] = (block[i] - (rounded - zero) * scale) / row[0]
+            errors[i] = (block[i] - scheme.decode(rounded, zero) * scale) / row[0]
             block[i + 1 :] -= row[1:, None] * errors[i]
         remaining[end:] -= inputs.upper[start:end, end:].T @ errors
     return QuantizedTensor(scheme, np.ascontiguousarray(codes.T), base.scales, base.zero_points)

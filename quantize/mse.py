@@ -52,8 +52,7 @@ def _search(
     groups = Groups.of(weight, scheme)
 
     def squared_errors(scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
-        values = groups.round(scales, zeros)
-        values -= zeros[:, :, None]
+        values = scheme.decode(groups.round(scales, zeros), zeros[:, :, None])
         values *= scales[:, :, None]
         values -= groups.values
         return _sum(np.square(values, out=values).reshape(len(values), -1), scheme, importance)

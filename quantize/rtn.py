@@ -70,7 +70,7 @@ class Groups:
         """Scales, float32, and zero points, uint8, [out, groups], for a share of each range."""
         scheme, top = self.scheme, self.scheme.levels - 1
         if scheme.symmetric:
-            scales = share * self.high / (scheme.middle - 1)
+            scales = share * self.high / scheme.largest
             zeros = np.full(scales.shape, scheme.middle, np.uint8)
             return scheme.representable(np.maximum(scales, TINY)), zeros
         scales = np.maximum(share * (self.high - self.low) / top, TINY)
@@ -80,10 +80,7 @@ class Groups:
 
     def round(self, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
         """The nearest codes, as float32 [out, groups, size]."""
-        codes = self.values / scales[:, :, None]
-        np.rint(codes, out=codes)
-        codes += zeros[:, :, None]
-        return np.clip(codes, 0, self.scheme.levels - 1, out=codes)
+        return self.scheme.encode(self.values / scales[:, :, None], zeros[:, :, None])
 
     def quantize(self, scales: np.ndarray, zeros: np.ndarray) -> QuantizedTensor:
         """Round to the nearest codes of given scales and zero points."""

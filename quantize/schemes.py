@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import InputError
+from . import nf4
 
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -26,6 +27,8 @@ class QuantScheme:
         limits_pairs: Whether codes of inputs 2i and 2i + 1, around zero, sum to -128 .. 128, so
             that no CPU saturates a product with 8-bit activations: see `quantize.pairs`. Requires
             8 bits and one symmetric scale per output row.
+        nf4: Whether a code is the number of one of NF4's levels: see `quantize.nf4`. Requires 4
+            bits and no zero points.
     """
 
     bits: int
@@ -33,6 +36,7 @@ class QuantScheme:
     symmetric: bool
     scale_dtype: ScaleDtype = "float32"
     limits_pairs: bool = False
+    nf4: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -41,6 +45,8 @@ class QuantScheme:
             raise InputError(f"group_size should be at least 16, found {self.group_size}")
         if self.limits_pairs and (self.bits, self.group_size, self.symmetric) != (8, None, True):
             raise InputError(f"limits_pairs goes with 8 bits, no groups, symmetric; found {self}")
+        if self.nf4 and (self.bits, self.symmetric) != (4, True):
+            raise InputError(f"nf4 goes with 4 bits, symmetric; found {self}")
 
     @property
     def levels(self) -> int:
@@ -57,6 +63,24 @@ class QuantScheme:
     def middle(self) -> int:
         """The zero point of a symmetric scheme."""
         return 1 << (self.bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """The largest value of a symmetric scheme, in units of its scale."""
+        return 1 if self.nf4 else self.middle - 1
+
+    def encode(self, values: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """The nearest codes, as float32, of values in units of their scales; overwrites them."""
+        if self.nf4:
+            values[...] = nf4.BOUNDS.searchsorted(values)
+            return values
+        np.rint(values, out=values)
+        values += zeros
+        return np.clip(values, 0, self.levels - 1, out=values)
+
+    def decode(self, codes: np.ndarray, zeros: np.ndarray) -> np.ndarray:
+        """Values in units of their scales: float32."""
+        return nf4.LEVELS[codes.astype(np.uint8)] if self.nf4 else codes - zeros
 
 
 @dataclass(frozen=True)
@@ -76,10 +100,9 @@ class QuantizedTensor:
     zero_points: np.ndarray
 
     def dequantize(self) -> np.ndarray:
-        """(codes - zero_points) * scales: float32 [out, in]."""
-        return (self.codes - self._widen(self.zero_points).astype(np.float32)) * self._widen(
-            self.scales
-        )
+        """(codes - zero_points) * scales, or the codes' levels * scales: float32 [out, in]."""
+        zeros = self._widen(self.zero_points).astype(np.float32)
+        return self.scheme.decode(self.codes, zeros) * self._widen(self.scales)
 
     def signed_codes(self) -> np.ndarray:
         """Symmetric codes around zero: int8 [out, in]; 4-bit codes are in -8..7."""

@@ -12,6 +12,7 @@ import torch
 from ..errors import CheckpointError
 from .gptq import ATTEMPTS, BLOCK, DAMPING, NOT_FINITE, NOT_INVERTIBLE
 from .mse import quantize_mse
+from .nf4 import BOUNDS, LEVELS
 from .pairs import LARGEST, LIMIT
 from .schemes import QuantizedTensor, QuantScheme
 
@@ -57,6 +58,7 @@ def quantize_gptq(weight: torch.Tensor, inputs: Curvature, scheme: QuantScheme) 
     size = scheme.group_size or columns
     scales = torch.from_numpy(np.ascontiguousarray(base.scales.T)).to(device)
     zeros = torch.from_numpy(np.ascontiguousarray(base.zero_points.T, np.float32)).to(device)
+    bounds, levels = (torch.from_numpy(array).to(device) for array in (BOUNDS, LEVELS))
     remaining = weight.T[inputs.order].contiguous()
     codes = torch.full((columns, len(weight)), float(scheme.middle), device=device)
     for start in range(0, columns, BLOCK):
@@ -67,15 +69,21 @@ def quantize_gptq(weight: torch.Tensor, inputs: Curvature, scheme: QuantScheme) 
         for i in range(end - start):
             column = order[start + i]
             scale, zero = scales[column // size], zeros[column // size]
-            rounded = torch.round(block[i] / scale) + zero
-            if scheme.limits_pairs and column ^ 1 < columns:
-                partner = codes[column ^ 1] - zero
-                low = (-LIMIT - partner).clamp(min=-LARGEST) + zero
-                high = (LIMIT - partner).clamp(max=LARGEST) + zero
-                rounded = torch.minimum(torch.maximum(rounded, low), high)
-            rounded = rounded.clamp(0, scheme.levels - 1)
+            scaled = block[i] / scale
+            if scheme.nf4:
+                rounded = torch.bucketize(scaled, bounds)
+                value = levels[rounded]
+            else:
+                rounded = torch.round(scaled) + zero
+                if scheme.limits_pairs and column ^ 1 < columns:
+                    partner = codes[column ^ 1] - zero
+                    low = (-LIMIT - partner).clamp(min=-LARGEST) + zero
+                    high = (LIMIT - partner).clamp(max=LARGEST) + zero
+                    rounded = torch.minimum(torch.maximum(rounded, low), high)
+                rounded = rounded.clamp(0, scheme.levels - 1)
+                value = rounded - zero
             codes[column] = rounded
-            errors[i] = (block[i] - (rounded - zero) * scale) / roots[i, i]
+            errors[i] = (block[i] - value * scale) / roots[i, i]
             block[i + 1 :] -= roots[i, i + 1 :, None] * errors[i]
         remaining[end:] -= inputs.upper[start:end, end:].T @ errors
     rounded_codes = codes.T.to(torch.uint8).contiguous().cpu().numpy()

@@ -3,10 +3,10 @@
 Plain checkpoints, and quantized formats that embedport reads itself
 (`checkpoint.quantization_config`), are read tensor by tensor into a model on device "meta", which
 has no memory of its own: the process holds the model and one more tensor. Quantized matrices are
-unpacked, so the model takes as much memory as an unquantized one. bitsandbytes, and compressed-
-tensors with 8-bit weights and activations, are loaded by transformers and computed by those
-libraries: bitsandbytes keeps 8 and 4 bits in memory; compressed-tensors unpacks the weights and
-rounds each token's activations as servers' kernels do.
+unpacked, so the model takes as much memory as an unquantized one. 8-bit weights and activations
+stay so on a CPU: see `rounded_linear`. bitsandbytes, and compressed-tensors' other forms of 8-bit
+activations, are loaded by transformers and computed by those libraries: bitsandbytes keeps 8 and 4
+bits in memory; compressed-tensors unpacks the weights and rounds the activations.
 
 The configuration is built from the ModelSpec. Nothing else in config.json is read, so no code, name
 or path in it is followed. Weights are safetensors only, in files beside their index.
@@ -58,13 +58,19 @@ def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
         CheckpointError: A tensor is missing, or has another shape or dtype.
         MissingPackageError: The package that reads the checkpoint's format is not installed.
     """
-    if isinstance(spec.quantization, LibraryQuantization):
+    stays_rounded = device == "cpu" and rounds_tokens(spec)
+    if isinstance(spec.quantization, LibraryQuantization) and not stays_rounded:
         return _load_by_library(spec, spec.quantization, dtype, device)
     torch = require("torch", "torch")
-    read, _ = open_readers(spec)
+    read, read_scales = open_readers(spec)
     config = _make_config(spec)
     with torch.device("meta"):
         model = require("transformers", "torch").Qwen3Model(config)
+    if stays_rounded:
+        from .rounded_linear import round_projections
+
+        assert read_scales is not None
+        round_projections(model, read, read_scales)
     tensors = {name: read(name).to(device, dtype) for name in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
     # The rotary frequencies are not stored and are still on "meta": compute them anew.
@@ -97,6 +103,11 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
         partial(_read_stored, headers),
         lambda matrix: _read_stored(headers, f"{matrix}.weight_scale"),
     )
+
+
+def rounds_tokens(spec: ModelSpec) -> bool:
+    """Whether all projections and their inputs are 8-bit: see the two functions below."""
+    return has_fp8_matrices(spec) or has_int8_matrices(spec)
 
 
 def has_fp8_matrices(spec: ModelSpec) -> bool:

@@ -28,7 +28,7 @@ from ..machine.engine import AMPERE
 from ..requirements import meets
 from ..texts.prompts import find_answers
 from .batching import pad
-from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, has_int8_matrices, load_base
+from .checkpoint import ATTENTION_CHOICE, has_fp8_matrices, load_base, rounds_tokens
 from .info import stored_float
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
 
 def _stays_packed(spec: ModelSpec) -> bool:
     """Whether our layers multiply by the codes of a format that a library owns."""
-    if has_fp8_matrices(spec) or has_int8_matrices(spec):
+    if rounds_tokens(spec):
         return True
     from .packed.nf4 import has_nf4_matrices
 
@@ -292,9 +292,13 @@ def _find_device(torch: Any, device: str) -> str:
 
 
 def _choose_arithmetic(spec: ModelSpec, device: str) -> str:
-    """The stored dtype; fp32 for fp16 on a CPU, which has no fast fp16 arithmetic."""
+    """The stored dtype; on a CPU fp32 for fp16, which it has no fast arithmetic for.
+
+    There it is fp32 for activations that are rounded to 8 bits, too: see `rounded_linear`.
+    """
     stored = stored_float(spec)
-    return "fp32" if device == "cpu" and stored == "fp16" else stored
+    wide = device == "cpu" and (stored == "fp16" or rounds_tokens(spec))
+    return "fp32" if wide else stored
 
 
 def _read_head(spec: ModelSpec) -> np.ndarray:

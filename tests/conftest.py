@@ -125,10 +125,10 @@ def quantized(tmp_path_factory, checkpoints):
     def make(method, task="embedding", **options):
         key = (method, task, json.dumps(options))
         if key not in made:
-            if method in ("gptq", "awq", "w8a8"):
+            if method in ("bnb-nf4", "gptq", "awq", "w8a8") and not options.get("fast"):
                 file = "texts.txt" if task == "embedding" else "pairs.jsonl"
                 options |= {"calibration": base / file}
-                options |= {} if method == "w8a8" else {"group_size": 32}
+                options |= {"group_size": 32} if method in ("gptq", "awq") else {}
             folder = tmp_path_factory.mktemp(f"{task}-{method}") / "artifact"
             embedport.quantize_checkpoint(
                 checkpoints("kv8", task), folder, method=method, **options

@@ -28,7 +28,7 @@ from tests.synthetic import train_tokenizer
 from .answers import mine, train_answers
 from .embedder import PROMPT, Corpus, train_embedder
 from .joining import join_places
-from .model import GEOMETRY, load_model, save_model, split_prefix
+from .model import MAX_TOKENS, load_model, save_model, split_prefix
 from .places import train_places
 from .reranker import make_reranker
 from .retrieval import write_retrieval
@@ -37,9 +37,10 @@ from .wordnet import Split, Synset, read_synsets, split_synsets, texts_of
 
 VOCABULARY = 6144
 HELD_OUT = 3000
+# Pairs of heads of 64, up to the teacher's width.
+WIDTHS = (128, 256, 384)
 # Number of pairs to estimate the spread of scores from.
 SAMPLE = 64
-MAX_TOKENS = GEOMETRY.max_position_embeddings
 DEMO = Path(__file__).parents[2] / "embedport" / "demo"
 
 
@@ -52,11 +53,19 @@ def main(
     places_steps: int = 2000,
     answers_steps: int = 800,
     seed: int = 0,
+    width: Annotated[int, typer.Option(help="Hidden size: 128, 256 or 384.")] = 256,
     keep_embedder: Annotated[
         bool, typer.Option("--keep-embedder", help="Keep the existing embedder.")
     ] = False,
+    embedder_only: Annotated[
+        bool, typer.Option("--embedder-only", help="Leave the reranker out.")
+    ] = False,
 ) -> None:
     """Train the embedder and the reranker, and write the held-out set."""
+    if width not in WIDTHS:
+        raise typer.BadParameter(f"`width` should be one of {WIDTHS}, found {width}")
+    if width != 256 and out == DEMO:
+        raise typer.BadParameter("`width` goes with `out`: the package's pair has 256")
     start = time.perf_counter()
 
     def say(what: str) -> None:
@@ -66,7 +75,7 @@ def main(
     say(f"{len(split.embedder)} synsets for the embedder, {len(split.reranker)} for the reranker")
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _train_tokenizer(split.embedder)
-    corpus, table = _teach(split, tokenizer, work)
+    corpus, table = _teach(split, tokenizer, work, width)
     say(f"{len(corpus.index)} texts with the teacher's vectors")
     if not keep_embedder:
         trained = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
@@ -75,6 +84,8 @@ def main(
     embedder = load_model(out / "embedder")  # with weights rounded to bf16, as shipped
     write_retrieval(out / "retrieval", split, embedder, corpus)
     say("the held-out set is written")
+    if embedder_only:
+        return
     pairs = RerankerTokenizer(_save(tokenizer, work), MAX_TOKENS)
     reranker = make_reranker(embedder, tokenizer, seed)
     synsets = [*split.embedder, *split.reranker]
@@ -101,7 +112,7 @@ def _train_tokenizer(synsets: Sequence[Synset]) -> Tokenizer:
     return train_tokenizer(texts + templates * 1000, VOCABULARY)
 
 
-def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.ndarray]:
+def _teach(split: Split, tokenizer: Tokenizer, work: Path, width: int) -> tuple[Corpus, np.ndarray]:
     """Token ids of every text, and the teacher's vectors of those the embedder is trained on.
 
     Returns:
@@ -122,7 +133,7 @@ def _teach(split: Split, tokenizer: Tokenizer, work: Path) -> tuple[Corpus, np.n
     vectors = np.load(path)
     if len(vectors) != len(taught) + len(tokens):
         raise SystemExit(f"{path} is of other texts: delete it")
-    directions = principal_directions(vectors, GEOMETRY.hidden_size)
+    directions = principal_directions(vectors, width)
     targets = vectors.astype(np.float32) @ directions
     others = [
         text

@@ -12,12 +12,11 @@ from transformers import Qwen3Model
 
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
-from .model import GEOMETRY, compile_parts, last_states, make_model
+from .model import compile_parts, last_states, make_model
 from .optimizer import Optimizer
 from .wordnet import Synset
 
 PROMPT = query_prompt(DEFAULT_INSTRUCTION)
-DIMS = (GEOMETRY.hidden_size, GEOMETRY.hidden_size // 2, GEOMETRY.hidden_size // 4)
 TEMPERATURE = 0.05
 # Weight of the distance to the teacher; its gradients are small compared with InfoNCE's.
 DISTANCE_WEIGHT = 8.0
@@ -90,7 +89,8 @@ def _losses(
     with torch.autocast("cpu", torch.bfloat16):
         queries = last_states(model, [corpus.queries[text] for text, _ in pairs], corpus.prompt)
         documents = last_states(model, [corpus.documents[text] for _, text in pairs])
-    return pair_losses((queries, documents), pairs, corpus, DIMS)
+    width = model.config.hidden_size
+    return pair_losses((queries, documents), pairs, corpus, (width, width // 2, width // 4))
 
 
 def pair_losses(

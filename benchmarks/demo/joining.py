@@ -10,10 +10,9 @@ from transformers import Qwen3Model
 
 from embedport.texts.prompts import RerankerTokenizer
 
-from .model import GEOMETRY
-from .reranker import HALF, LAYERS, MARKS, WIDTH, answer_of, answers_of, last_layer
+from .model import HEAD
+from .reranker import LAYERS, MARKS, answer_of, answers_of, last_layer
 
-HEAD = GEOMETRY.head_dim
 # Coordinates of a head that the rotary embedding rotates least.
 SLOW = (HEAD // 2 - 1, HEAD - 1, HEAD // 2 - 2)
 # Norm gain of the queries and keys that look for the marks.
@@ -39,35 +38,37 @@ def join_places(
     """
     last, gains = last_layer(model), model.norm.weight.detach()
     attention, mlp = last.self_attn, last.mlp
+    width, heads = model.config.hidden_size, model.config.num_attention_heads
+    half = width // 2
     model.eval()
     size = _size_of_states(model, pairs, tokenizer)
     difference = gains * answer_of(model, tokenizer.tokenizer).detach()
-    part = torch.eye(WIDTH)
+    part = torch.eye(width)
     with torch.no_grad():
         for norm in (attention.q_norm, attention.k_norm):
             norm.weight.fill_(SHARP)
         at_query, at_document, anywhere = part[list(MARKS)] * gains
-        keys = torch.zeros(HEAD, WIDTH)
+        keys = torch.zeros(HEAD, width)
         keys[list(SLOW)] = torch.stack([at_query, at_document, anywhere])
-        attention.k_proj.weight.copy_(keys.repeat(GEOMETRY.num_kv_heads, 1))
-        attention.v_proj.weight.copy_(part[:HALF] * gains)
-        out = torch.zeros(WIDTH, GEOMETRY.num_heads * HEAD)
-        for head in range(GEOMETRY.num_heads):
+        attention.k_proj.weight.copy_(keys.repeat(heads // 2, 1))
+        attention.v_proj.weight.copy_(part[:half] * gains)
+        out = torch.zeros(width, heads * HEAD)
+        for head in range(heads):
             group, place = divmod(head, 2)
-            queries = torch.zeros(HEAD, WIDTH)
+            queries = torch.zeros(HEAD, width)
             queries[SLOW[place]], queries[SLOW[2]] = anywhere, -0.5 * anywhere
             rows = slice(head * HEAD, (head + 1) * HEAD)
             attention.q_proj.weight[rows] = queries
-            start = place * HALF + group * HEAD
+            start = place * half + group * HEAD
             out[:, rows] = part[:, start : start + HEAD]
         # The fetched vectors dominate the state, and by themselves do not change the answer.
         out -= torch.outer(difference, difference @ out) / (difference @ difference)
         attention.o_proj.weight.copy_(LOUD * size * out)
-        mlp.gate_proj.weight[: 2 * HALF] = torch.cat([part[:HALF], -part[:HALF]])
-        mlp.up_proj.weight[: 2 * HALF] = torch.cat([part[HALF:], part[HALF:]])
-        answer = difference / (difference @ difference) * size / HALF
-        mlp.down_proj.weight[:, :HALF] = answer[:, None]
-        mlp.down_proj.weight[:, HALF : 2 * HALF] = -answer[:, None]
+        mlp.gate_proj.weight[: 2 * half] = torch.cat([part[:half], -part[:half]])
+        mlp.up_proj.weight[: 2 * half] = torch.cat([part[half:], part[half:]])
+        answer = difference / (difference @ difference) * size / half
+        mlp.down_proj.weight[:, :half] = answer[:, None]
+        mlp.down_proj.weight[:, half : 2 * half] = -answer[:, None]
         mlp.down_proj.weight.mul_(SPREAD / answers_of(model, pairs, tokenizer).std())
 
 

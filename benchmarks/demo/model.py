@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -24,28 +23,39 @@ CHUNK = 64
 RECOMPILES = 32
 # Norm gain of queries and keys that makes attention nearly uniform.
 GENTLE = 0.4
-# The embedder's geometry, 6.7 MB in bf16; the reranker has one more layer, 7.9 MB.
-GEOMETRY = Geometry(256, 3, 4, 2, 64, 512, max_position_embeddings=4096)
+LAYERS = 3
+HEAD = 64
+MAX_TOKENS = 4096
 
 
-def make_model(table: np.ndarray, seed: int, num_layers: int = GEOMETRY.num_layers) -> Qwen3Model:
+def geometry(width: int, num_layers: int = LAYERS) -> Geometry:
+    """An embedder's sizes; at a width of 256 it has 6.7 MB in bf16."""
+    heads = width // HEAD
+    return Geometry(
+        width, num_layers, heads, heads // 2, HEAD, 2 * width, max_position_embeddings=MAX_TOKENS
+    )
+
+
+def make_model(table: np.ndarray, seed: int, num_layers: int = LAYERS) -> Qwen3Model:
     """The initial model: a text's vector is about the mean of its tokens' vectors.
 
     Args:
-        table: float32 [vocab_size, hidden], each token's initial vector.
+        table: float32 [vocab_size, hidden], each token's initial vector. Its width decides all
+            other sizes: see `geometry`.
         seed: Seed of all other weights.
         num_layers: Number of layers.
     """
     torch.manual_seed(seed)
+    sizes = geometry(table.shape[1], num_layers)
     config = Qwen3Config(
         vocab_size=len(table),
-        hidden_size=GEOMETRY.hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=GEOMETRY.num_heads,
-        num_key_value_heads=GEOMETRY.num_kv_heads,
-        head_dim=GEOMETRY.head_dim,
-        intermediate_size=GEOMETRY.intermediate_size,
-        max_position_embeddings=GEOMETRY.max_position_embeddings,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=sizes.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )
@@ -55,18 +65,18 @@ def make_model(table: np.ndarray, seed: int, num_layers: int = GEOMETRY.num_laye
     with torch.no_grad():
         model.embed_tokens.weight.copy_(torch.from_numpy(table))
         for number, layer in enumerate(model.layers):
-            _average(cast(Qwen3Attention, layer.self_attn), number)
+            _average(cast(Qwen3Attention, layer.self_attn), number, sizes)
     return model
 
 
-def _average(attention: Qwen3Attention, number: int) -> None:
+def _average(attention: Qwen3Attention, number: int, sizes: Geometry) -> None:
     """Initialize attention to average a slice of the coordinates, a different one per layer."""
-    kv_width = GEOMETRY.num_kv_heads * GEOMETRY.head_dim
-    shared = GEOMETRY.num_heads // GEOMETRY.num_kv_heads
-    first = number * kv_width % GEOMETRY.hidden_size
-    part = torch.eye(GEOMETRY.hidden_size)[first : first + kv_width]
+    kv_width = sizes.num_kv_heads * sizes.head_dim
+    shared = sizes.num_heads // sizes.num_kv_heads
+    first = number * kv_width % sizes.hidden_size
+    part = torch.eye(sizes.hidden_size)[first : first + kv_width]
     attention.v_proj.weight.copy_(part)
-    heads = part.view(GEOMETRY.num_kv_heads, GEOMETRY.head_dim, -1).repeat_interleave(shared, 0)
+    heads = part.view(sizes.num_kv_heads, sizes.head_dim, -1).repeat_interleave(shared, 0)
     attention.o_proj.weight.copy_(heads.flatten(0, 1).T / shared)
     for norm in (attention.q_norm, attention.k_norm):
         norm.weight.fill_(GENTLE)
@@ -136,8 +146,8 @@ def load_model(folder: Path) -> Qwen3Model:
 
 def save_model(model: Qwen3Model, folder: Path, task: Task, tokenizer: Tokenizer) -> None:
     """Write a bf16 checkpoint in the hub's layout."""
-    geometry = replace(GEOMETRY, num_layers=len(model.layers))
-    write_checkpoint(folder, geometry, task, tokenizer)  # its weights are replaced
+    sizes = geometry(model.config.hidden_size, len(model.layers))
+    write_checkpoint(folder, sizes, task, tokenizer)  # its weights are replaced
     prefix = "model." if task == "reranker" else ""
     tensors = {
         f"{prefix}{name}": value.detach().numpy().astype(ml_dtypes.bfloat16)

@@ -16,7 +16,7 @@ from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from .embedder import PROMPT
 from .model import chunk_states, common_prefix, compile_parts, split_prefix
 from .optimizer import Optimizer
-from .reranker import DOCUMENT_PLACE, HALF, MARKS, QUERY_PLACE, encode_pairs, last_layer, token_of
+from .reranker import DOCUMENT_PLACE, MARKS, QUERY_PLACE, encode_pairs, last_layer, token_of
 
 END_OF_MESSAGE = "<|im_end|>"
 MARK = 4.0
@@ -53,6 +53,7 @@ def train_places(
         seed: Seed of the pairs.
     """
     embedding, pairing = tokenizers
+    half = model.config.hidden_size // 2
     generator = np.random.default_rng(seed)
     queries, documents = (
         [_crop(candidates, generator) for _ in range(CROPS)] for candidates in texts
@@ -77,7 +78,7 @@ def train_places(
                     [rows[i] for i in chunk], [targets[i] for i in chunk], pairing.tokenizer
                 )
                 marks.append((states[..., MARKS] - goals.marks).square().mean() * share)
-                vectors = states[goals.rows, goals.columns, :HALF].float() / LENGTH
+                vectors = states[goals.rows, goals.columns, :half].float() / LENGTH
                 errors = (vectors - goals.vectors).square().sum(-1)
                 distances.append(errors[goals.at_place].mean() * share)
                 hints.append(errors[~goals.at_place].mean() * share)
@@ -105,7 +106,8 @@ class _Text:
 
     Attributes:
         ids: Token ids after the prompt; the last is the end-of-text token.
-        vectors: Unit vectors of the tokens' states, float16 [tokens, HALF]; the last is the text's.
+        vectors: Unit vectors of the tokens' states, float16 [tokens, hidden / 2]; the last is the
+            text's.
     """
 
     ids: Sequence[int]
@@ -116,10 +118,11 @@ def _read(
     embedder: Qwen3Model, texts: Sequence[str], prompt: str, tokenizer: EmbeddingTokenizer
 ) -> list[_Text]:
     rows, shared = split_prefix(tokenizer.encode(texts, prompt).ids)
+    half = embedder.config.hidden_size // 2
     by_index: dict[int, _Text] = {}
     with torch.inference_mode():
         for chunk, states in chunk_states(embedder, rows, shared):
-            units = normalize(states[..., :HALF], dim=-1).half()
+            units = normalize(states[..., :half], dim=-1).half()
             for index, vectors in zip(chunk, units, strict=True):
                 by_index[index] = _Text(rows[index], vectors[: len(rows[index])].clone())
     return [by_index[index] for index in range(len(rows))]
@@ -131,7 +134,7 @@ class _Goals:
 
     Attributes:
         rows, columns: Positions of the tokens with a target vector.
-        vectors: The target vectors, float32 [tokens, HALF].
+        vectors: The target vectors, float32 [tokens, hidden / 2].
         at_place: Whether a token is at one of the two places, bool [tokens].
         marks: Target values of the coordinates `MARKS`, float32 [rows, longest, 3].
     """

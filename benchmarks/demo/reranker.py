@@ -29,15 +29,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from embedport.texts.prompts import END_OF_TEXT, RerankerTokenizer
 
-from .model import GEOMETRY, last_states, make_model, split_prefix
+from .model import last_states, make_model, split_prefix
 
 LAYERS = 4
 # Tokens right after the query and the document; their states hold the two vectors.
 QUERY_PLACE, DOCUMENT_PLACE = "<Document", "</think>"
-WIDTH = GEOMETRY.hidden_size
-HALF = WIDTH // 2
 # The last coordinates of a state mark its token as the query's place, the document's, or neither.
-MARKS = (WIDTH - 3, WIDTH - 2, WIDTH - 1)
+MARKS = (-3, -2, -1)
 
 
 def make_reranker(embedder: Qwen3Model, tokenizer: Tokenizer, seed: int) -> Qwen3Model:

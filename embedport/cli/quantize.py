@@ -42,13 +42,13 @@ def quantize(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for gptq, awq and w8a8; default: "
+            help="Your texts (.txt, .jsonl) or pairs (.jsonl) for calibrated methods; default: "
             "built-in ones, on a CPU 8,192 tokens of them; builtin: all of them.",
             show_default=False,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where gptq, awq and w8a8 run: cpu, or cuda (in torch).")
+        str, typer.Option(help="Where calibration runs: cpu, or cuda (in torch).")
     ] = "cpu",
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="For bnb-nf4: quantize the scales too.")
@@ -58,7 +58,7 @@ def quantize(
     ] = False,
     fast: Annotated[
         bool,
-        typer.Option("--fast", help="For gptq, awq and w8a8: a simpler algorithm; quicker, worse."),
+        typer.Option("--fast", help="For gptq, awq, w8a8, bnb-nf4: simpler; quicker, worse."),
     ] = False,
     form: Annotated[
         str | None,

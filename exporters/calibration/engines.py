@@ -104,11 +104,14 @@ def check_device(device: str) -> None:
 
 
 def _has_product(format: Format) -> bool:
-    """Whether the graph has a product of matrices in a format; W8A8 checkpoints' codes have none.
+    """Whether the graph has a product of matrices in a format.
 
-    Their pairs are not limited, and without groups weights are multiplied by 8-bit activations.
+    NF4 has none, nor have W8A8 checkpoints' codes: their pairs are not limited, and without groups
+    weights are multiplied by 8-bit activations.
     """
     scheme = format.scheme
+    if scheme.nf4:
+        return False
     return scheme.limits_pairs if scheme.group_size is None else not format.activations
 
 

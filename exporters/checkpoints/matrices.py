@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,15 @@ from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
 from ..calibration.calibrate import calibrate
 from .methods import Plan, numpy_dtype
-from .packing import Parts, bitsandbytes_parts, fp8_parts, gptq_parts, int8_parts, packed_parts
+from .packing import (
+    Parts,
+    bitsandbytes_parts,
+    fp8_parts,
+    gptq_parts,
+    int8_parts,
+    nf4_parts,
+    packed_parts,
+)
 
 # A function from a matrix's name, without ".weight", to its stored tensors.
 Quantize = Callable[[str], Parts]
@@ -56,7 +65,12 @@ def apply_plan(
         return check_finite(source, f"{name}.weight", source.read_fp32(f"{name}.weight"))
 
     if plan.is_calibrated:
-        pack = {"gptq": gptq_parts, "awq": packed_parts, "w8a8": int8_parts}[plan.name]
+        pack = {
+            "bnb-nf4": partial(nf4_parts, plan=plan),
+            "gptq": gptq_parts,
+            "awq": packed_parts,
+            "w8a8": int8_parts,
+        }[plan.name]
         source, calibrated = calibrate(
             weights, source, plan.algorithm, formats, rows, layers, advance, dtype, device
         )

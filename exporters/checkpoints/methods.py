@@ -11,6 +11,7 @@ import numpy as np
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
 from ...quantize.formats import GROUP_SIZES, matrices
+from ...quantize.nf4 import BLOCK as NF4_BLOCK
 from ...quantize.recipe import fit_to_task
 from ...quantize.schemes import QuantScheme, ScaleDtype
 
@@ -47,8 +48,6 @@ class Method:
         return READERS[self.library]
 
 
-# Weights that share a scale in bitsandbytes' NF4.
-NF4_BLOCK = 64
 READERS = {
     "bitsandbytes": "transformers with bitsandbytes, vLLM, or embedport",
     "gptq": "GPTQModel, vLLM, or embedport",
@@ -58,7 +57,7 @@ READERS = {
 # for it takes symmetric codes only.
 METHODS = {
     "bnb-int8": Method("bitsandbytes", 8),
-    "bnb-nf4": Method("bitsandbytes", 4),
+    "bnb-nf4": Method("bitsandbytes", 4, algorithm="gptaq", fast="rtn"),
     "gptq": Method("gptq", 4, choices=(4, 8), group_size=128, algorithm="gptaq", fast="gptq"),
     "awq": Method(
         "compressed-tensors",
@@ -123,6 +122,8 @@ class Plan:
     @property
     def scheme(self) -> QuantScheme:
         """The scheme to quantize a matrix by."""
+        if self.name == "bnb-nf4":
+            return QuantScheme(4, NF4_BLOCK, symmetric=True, nf4=True)
         # AutoGPTQ's format always has fp16 scales.
         scales = "float16" if self.method.library == "gptq" else self.dtype
         return QuantScheme(self.bits, self.group_size, self.symmetric, scale_dtype=scales)

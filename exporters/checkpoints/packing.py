@@ -14,11 +14,16 @@ compressed-tensors: "pack-quantized" has weight_packed int32 [out, in * bits / 3
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from .methods import Plan, numpy_dtype
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 Parts = dict[str, np.ndarray]
 
@@ -93,8 +98,32 @@ def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
             "weight_format": np.array(0, np.uint8),
         }
     data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=plan.double_quant)
+    return _nf4_parts(data.numpy(), state)
+
+
+def nf4_parts(tensor: QuantizedTensor, plan: Plan) -> Parts:
+    """The same layout of codes and scales that are given."""
+    import torch
+    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+
+    state = QuantState(
+        torch.from_numpy(tensor.scales.ravel()),
+        torch.Size(tensor.codes.shape),
+        get_4bit_type("nf4", "cpu"),
+        tensor.scheme.group_size,
+        "nf4",
+        getattr(torch, plan.dtype),
+    )
+    if plan.double_quant:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=256)
+        state.nested = True
+    return _nf4_parts((tensor.codes[:, ::2] << 4 | tensor.codes[:, 1::2]).reshape(-1, 1), state)
+
+
+def _nf4_parts(data: np.ndarray, state: QuantState) -> Parts:
     tensors = state.as_dict(packed=True)
-    return {"weight": data.numpy()} | {f"weight.{k}": v.numpy() for k, v in tensors.items()}
+    return {"weight": data} | {f"weight.{k}": v.numpy() for k, v in tensors.items()}
 
 
 def _stored_scales(tensor: QuantizedTensor) -> np.ndarray:

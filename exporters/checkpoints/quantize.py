@@ -56,6 +56,7 @@ PARTS = 6
 # Disk for everything but weights.
 SPARE_BYTES = 64 << 20
 HEADS = ("lm_head.weight", "score.weight")
+CALIBRATED = "gptq and awq, and without `fast` with w8a8 and bnb-nf4"
 
 
 def quantize_checkpoint(
@@ -95,14 +96,15 @@ def quantize_checkpoint(
         group_size: Inputs that share a scale, 32, 64 or 128, for "gptq" and "awq"; 128 by default.
         double_quant: Whether the scales of "bnb-nf4" are quantized too.
         symmetric: Whether "awq" stores no zero points, for readers that take none.
-        fast: Whether "gptq" and "awq" are those algorithms alone, and "w8a8" is rounded to nearest:
-            quicker, and worse. By default "gptq" is GPTAQ, and "awq" and "w8a8" are AWQ's and
-            SmoothQuant's scaling with GPTAQ's rounding; for a reranker GPTQ in GPTAQ's place.
+        fast: Whether "gptq" and "awq" are those algorithms alone, and "w8a8" and "bnb-nf4" are
+            rounded to nearest: quicker, and worse. By default "gptq" and "bnb-nf4" are GPTAQ, and
+            "awq" and "w8a8" are AWQ's and SmoothQuant's scaling with GPTAQ's rounding; for a
+            reranker GPTQ in GPTAQ's place.
         form: A reranker's form: "causal-lm", its own, or "sequence-classification", with one logit
             W_yes - W_no.
         calibration: Texts (.txt, .jsonl) or pairs (.jsonl) instead of the built-in ones, for
-            "gptq", "awq" and "w8a8".
-        device: Where "gptq", "awq" and "w8a8" run the texts and round: "cpu", or "cuda", in torch.
+            "bnb-nf4", "gptq", "awq" and "w8a8".
+        device: Where these run the texts and round: "cpu", or "cuda", in torch.
         force: Whether to replace an existing artifact.
         progress: Called with (stage, done, total).
 
@@ -111,7 +113,7 @@ def quantize_checkpoint(
         CheckpointError: The checkpoint is not a complete Qwen3 checkpoint, is quantized already, or
             holds NaN or infinity.
         MissingPackageError: The format's library is not installed, or onnxruntime, which runs the
-            texts of "gptq", "awq" and "w8a8".
+            calibration texts.
         DeviceError: torch has no CUDA device here, for `device` cuda.
         VerificationError: The written files lack tensors or hold others.
 
@@ -220,13 +222,13 @@ def _check(
     form = _choose_form(spec, form)
     if calibration is not None and not plan.is_calibrated:
         raise InputError(
-            f"`method` {plan.name} runs no texts: `calibration` goes with gptq, awq and w8a8, "
-            "without `fast` for w8a8"
+            f"`method` {plan.name} runs no texts{' with `fast`' if plan.method.fast else ''}: "
+            f"`calibration` goes with {CALIBRATED}"
         )
     if device != "cpu" and not plan.is_calibrated:
         raise InputError(
-            f"`method` {plan.name} runs no texts: `device` goes with gptq, awq and w8a8, without "
-            "`fast` for w8a8"
+            f"`method` {plan.name} runs no texts{' with `fast`' if plan.method.fast else ''}: "
+            f"`device` goes with {CALIBRATED}"
         )
     check_device(device)
     with importing_bitsandbytes():

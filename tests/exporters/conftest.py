@@ -148,7 +148,7 @@ def quantized(checkpoints, short, tmp_path_factory):
         key = (method, task, geometry, json.dumps(options))
         if key not in made:
             folder = tmp_path_factory.mktemp("quantized")
-            if method in ("gptq", "awq", "w8a8"):
+            if method in ("bnb-nf4", "gptq", "awq", "w8a8") and not options.get("fast"):
                 options["calibration"] = short.file(task, folder)
             made[key] = embedport.quantize_checkpoint(
                 checkpoints(geometry, task), folder / f"{task}-{method}", method=method, **options

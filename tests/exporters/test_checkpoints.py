@@ -1,6 +1,7 @@
 """Quantized checkpoints: opened by the libraries that own the formats, read back bit for bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from embedport.checkpoint.tensor_files import read_headers
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.calibration.gptq_awq import quantize_layers
-from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
+from embedport.exporters.checkpoints.methods import plan_method
+from embedport.exporters.checkpoints.packing import gptq_parts, nf4_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.texts import tokenize_samples
+from embedport.quantize import nf4
 from embedport.quantize.formats import Format, matrices
 from embedport.quantize.rotation import RotatedHeads
 from embedport.quantize.rtn import quantize_rtn
@@ -150,7 +153,8 @@ def test_bitsandbytes_tensors_are_transformers_own(
     from transformers import AutoModel, BitsAndBytesConfig
 
     name, _, double = method.partition(" ")
-    folder = quantized(name, double_quant=True) if double else quantized(name)
+    fast = {"fast": True} if name == "bnb-nf4" else {}
+    folder = quantized(name, **fast, **({"double_quant": True} if double else {}))
     if name == "bnb-int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -181,6 +185,55 @@ def test_bitsandbytes_tensors_are_transformers_own(
     assert ours.pop("llm_int8_skip_modules") == ["lm_head", "score"]
     del written["llm_int8_skip_modules"]
     assert ours == written
+
+
+def test_nf4_holds_the_cores_own_values(short, quantized, checkpoints, tmp_path):
+    """bitsandbytes unpacks what GPTAQ rounded, bit for bit; of quantized scales, what it reads."""
+    stored = load_file(quantized("bnb-nf4") / "model.safetensors")
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv8")))
+    texts = short.file("embedding", tmp_path)
+    rows = tokenize_samples(weights.spec, weights.spec.max_length, texts)
+    scheme = QuantScheme(4, 64, symmetric=True, nf4=True)
+    formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
+    rotated = RotatedHeads.seeded(weights)
+    core = quantize_layers(weights, rotated, formats, rows, tmp_path / "layers", lambda: None)
+    for name in formats:
+        parts = {key: value for key, value in stored.items() if key.startswith(f"{name}.weight")}
+        values = torch.from_numpy(core(name).dequantize()).bfloat16()
+        assert torch.equal(unpack_by_bitsandbytes(parts), values)
+    plan = plan_method(weights.spec, "bnb-nf4", double_quant=True)
+    packed = nf4_parts(tensor := core(name), plan)
+    parts = {f"{name}.{part}": torch.from_numpy(value) for part, value in packed.items()}
+    absmax, nested = parts[f"{name}.weight.absmax"], parts[f"{name}.weight.nested_absmax"]
+    state = json.loads(bytes(packed["weight.quant_state.bitsandbytes__nf4"]))
+    factors = nested.repeat_interleave(state["nested_blocksize"])[: len(absmax)]
+    levels = parts[f"{name}.weight.nested_quant_map"][absmax.long()]
+    scales = (levels * factors + state["nested_offset"]).numpy().reshape(tensor.scales.shape)
+    np.testing.assert_allclose(scales, tensor.scales, rtol=0.1)
+    values = torch.from_numpy(replace(tensor, scales=scales).dequantize()).bfloat16()
+    assert torch.equal(unpack_by_bitsandbytes(parts), values)
+
+
+def unpack_by_bitsandbytes(parts):
+    """A matrix of its stored tensors: bfloat16 [out, in]."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    stats = {name: value for name, value in parts.items() if not name.endswith(".weight")}
+    (data,) = (value for name, value in parts.items() if name.endswith(".weight"))
+    return dequantize_4bit(data, QuantState.from_dict(stats, torch.device("cpu")))
+
+
+def test_nf4_rounds_to_bitsandbytes_own_codes():
+    from bitsandbytes.functional import get_4bit_type, quantize_4bit
+
+    np.testing.assert_array_equal(nf4.LEVELS, get_4bit_type("nf4", "cpu").numpy())
+    weight = np.random.default_rng(0).standard_normal((64, 256), np.float32)
+    tensor = quantize_rtn(weight, QuantScheme(4, 64, symmetric=True, nf4=True))
+    data, state = quantize_4bit(torch.from_numpy(weight), quant_type="nf4")
+    np.testing.assert_array_equal(tensor.scales.ravel(), state.absmax.numpy())
+    packed = data.numpy().reshape(64, 128)
+    codes = np.stack([packed >> 4, packed & 15], axis=2).reshape(64, 256)
+    assert (codes == tensor.codes).mean() > 0.9999  # bitsandbytes multiplies by 1 / absmax
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -331,7 +384,7 @@ def test_nothing_half_written(checkpoints, copied, tmp_path):
     for method in ("bnb-int8", "bnb-nf4", "w8a8", "fp8"):
         with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj.weight holds NaN"):
             embedport.quantize_checkpoint(
-                source, tmp_path / "out", method=method, fast=method == "w8a8"
+                source, tmp_path / "out", method=method, fast=method in ("bnb-nf4", "w8a8")
             )
     assert set(tmp_path.iterdir()) == before
 

@@ -13,8 +13,9 @@ from embedport.exporters.calibration.engines import CpuEngine, open_engine
 from embedport.exporters.calibration.gptq_awq import quantize_layers, scale_layers
 from embedport.exporters.calibration.layerwise import STAGES, embed_rows
 from embedport.exporters.calibration.torch_engine import TorchEngine
-from embedport.quantize.formats import TABLE, plan_formats
+from embedport.quantize.formats import TABLE, Format, plan_formats
 from embedport.quantize.rtn import quantize_rtn
+from embedport.quantize.schemes import QuantScheme
 
 ROWS = [np.random.default_rng(i).integers(0, 1000, size) for i, size in enumerate((1, 9, 80))]
 
@@ -61,10 +62,14 @@ def test_segments(checkpoints, copied, tmp_path, config):
 
 
 @pytest.mark.parametrize("follows", [False, True])
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "nf4"])
 def test_codes(checkpoints, tmp_path, follows, precision):
-    weights, _ = read(checkpoints("kv2"))
-    formats = plan_formats(weights.spec, precision, dialect="ort")
+    weights, formats = read(checkpoints("kv2"))
+    if precision == "nf4":
+        nf4 = Format(QuantScheme(4, 64, symmetric=True, nf4=True))
+        formats = dict.fromkeys(formats, nf4)
+    else:
+        formats = plan_formats(weights.spec, precision, dialect="ort")
     random = np.random.default_rng(0)
     mixing = random.normal(size=(64, 64))
     y = [(random.normal(size=(size, 64)) @ mixing).astype(np.float32) for size in (300, 9, 1)]

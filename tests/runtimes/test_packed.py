@@ -188,7 +188,7 @@ def small(tmp_path_factory, small_tokenizer):
         if method in ("gptq", "awq"):
             return round_to_nearest(source, out, method, group_size=32)
         name, _, double = method.partition(" ")
-        fast, double_quant = name == "w8a8", bool(double)
+        fast, double_quant = name in ("bnb-nf4", "w8a8"), bool(double)
         return embedport.quantize_checkpoint(
             source, out, method=name, fast=fast, double_quant=double_quant
         ).folder

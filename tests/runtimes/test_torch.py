@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,8 +83,9 @@ def test_as_transformers_runs_it(quantized, method, task):
     assert model.artifact is not None
     kind = AutoModel if task == "embedding" else AutoModelForCausalLM
     options = {}
-    if method in ("w8a8", "fp8"):  # with activations rounded
+    if method in ("w8a8", "fp8"):  # with activations rounded, and all else in fp32
         options["quantization_config"] = CompressedTensorsConfig(dequantize=False)
+        options["dtype"] = torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is not the folder's own
         theirs = kind.from_pretrained(folder, use_safetensors=True, **options)
@@ -268,13 +270,46 @@ def test_a_full_gpu_is_said(checkpoints, monkeypatch):
         embedport.load(checkpoints("kv1"), device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("method", "package"), [("bnb-nf4", "bitsandbytes"), ("fp8", "compressed_tensors")]
-)
-def test_missing_package(quantized, monkeypatch, method, package):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+def test_missing_package(quantized, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'embedport\[quantize\]'"):
-        embedport.load(quantized(method), device="cpu")
+        embedport.load(quantized("bnb-nf4"), device="cpu")
+
+
+@pytest.mark.parametrize("method", ["w8a8", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_rounded_activations_do_not_depend_on_the_batch(quantized, monkeypatch, method):
+    """Matrices stay in 8 bits, and no library is needed."""
+    folder = quantized(method, "reranker")
+    monkeypatch.setitem(__import__("sys").modules, "compressed_tensors", None)
+    model = embedport.load(folder, device="cpu")
+    np.testing.assert_allclose(results(model), results(model, batch_tokens=1), rtol=0, atol=2e-4)
+    opened: Any = model.model
+    layers = opened._layers._base
+    assert {each.weight.element_size() for each in projections(layers)} == {1}
+
+
+def projections(layers):
+    return [module for name, module in layers.named_modules() if name.endswith("_proj")]
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_int8_products_are_exact(rows):
+    """Against integer arithmetic, alone and in a batch to the bit; with a token of zeros."""
+    import torch
+
+    from embedport.runtimes.rounded_linear import RoundedLinear
+
+    generator = np.random.default_rng(0)
+    weight = generator.integers(-128, 128, (48, 320), np.int8)
+    scales, bias = generator.random((2, 48), np.float32)
+    x = generator.standard_normal((9, 320), np.float32)
+    x[3] = 0
+    layer = RoundedLinear(*(torch.from_numpy(each) for each in (weight, scales, bias)))
+    steps = np.maximum(np.abs(x).max(axis=1, keepdims=True) / np.float32(127.5), 1e-38)
+    codes = np.clip(np.rint(x / steps), -128, 127).astype(np.int64)
+    products = (codes @ weight.T.astype(np.int64)).astype(np.float32)
+    found = layer(torch.from_numpy(x[:rows])).numpy()
+    np.testing.assert_array_equal(found, (products * steps * scales + bias)[:rows])
 
 
 def test_a_checkpoint_that_bitsandbytes_cannot_run_here(quantized, monkeypatch):
