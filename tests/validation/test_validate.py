@@ -13,7 +13,7 @@ from embedport.artifact.folder import Artifact
 from embedport.errors import InputError
 from embedport.texts.prompts import Encoded, query_prompt
 from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
-from embedport.validation import parity
+from embedport.validation import gates
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.measures import unit
@@ -339,8 +339,8 @@ def test_token_ids_are_compared_before_any_number(folders, spoil, task, monkeypa
 
 
 def test_a_row_that_is_too_short_differs():
-    assert parity._first_difference([1, 2], [1, 2, 3]) == ("token 2 is nothing, in the reference 3")
-    assert parity._first_difference([1, 9], [1, 2]) == "token 1 is 9, in the reference 2"
+    assert gates._first_difference([1, 2], [1, 2, 3]) == ("token 2 is nothing, in the reference 3")
+    assert gates._first_difference([1, 9], [1, 2]) == "token 1 is 9, in the reference 2"
 
 
 def test_vectors_that_are_not_of_unit_length_fail(folders, spoil):
