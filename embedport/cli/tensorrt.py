@@ -37,6 +37,10 @@ def export_tensorrt(
             show_default=False,
         ),
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="For int4: round to nearest; seconds, not minutes, and worse."),
+    ] = False,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,6 +99,7 @@ def export_tensorrt(
             source,
             out,
             precision=precision,
+            fast=fast,
             profiles=profile,
             target=target,  # ty: ignore[invalid-argument-type] (checked there)
             compute_capabilities=compute_capability or (),

@@ -54,6 +54,7 @@ def export_tensorrt(
     output: str | Path,
     *,
     precision: str | None = None,
+    fast: bool = False,
     profiles: Sequence[str] | None = None,
     target: Target | None = None,
     compute_capabilities: Sequence[str] = (),
@@ -78,6 +79,7 @@ def export_tensorrt(
             in fp32); "fp8" and "int8" (weights and activations, one activation scale per token);
             or "int4" (weights in groups of 128). All but "fp16" compute in bf16 with an fp32
             residual stream.
+        fast: Whether "int4" is rounded to nearest: seconds, not minutes, and worse.
         profiles: Batches to tune for, each MIN:OPT:MAX in rows x tokens; by default `PROFILES`, cut
             to the length that the model takes.
         target: "rtx" for GPUs of RTX, "this-gpu" for the one of this machine; by default this
@@ -119,6 +121,8 @@ def export_tensorrt(
     )
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision should be one of {', '.join(PRECISIONS)}, found {precision!r}")
+    if fast and precision != "int4":
+        raise InputError("`fast` is of the precision int4, which runs calibration texts without it")
     source_artifact = _open(source, precision, revision, task, adapter)
     size = source_artifact.size if source_artifact else 0
     library = _choose_library(options)
@@ -129,7 +133,7 @@ def export_tensorrt(
                 make_witness(folder, manifest)
         else:
             manifest = _export_graph(
-                str(source), folder, precision or "bf16", revision, task, adapter, progress
+                str(source), folder, precision or "bf16", fast, revision, task, adapter, progress
             )
         graph = manifest.graph
         assert graph is not None
@@ -233,6 +237,7 @@ def _export_graph(
     source: str,
     folder: Path,
     precision: str,
+    fast: bool,
     revision: str | None,
     task: Task | None,
     adapter: str | Path | None,
@@ -247,6 +252,7 @@ def _export_graph(
             task=task,
             adapter=adapter,
             precision=precision,
+            fast=fast,
             arithmetic="bf16" if precision in QUANTIZED and precision != FP8 else None,
             dialect="standard",
             progress=progress,

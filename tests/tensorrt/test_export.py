@@ -109,13 +109,16 @@ class TestWithoutAnEngine:
     @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int8", "int4"])
     def test_what_is_written(self, without, checkpoints, tmp_path, precision):
         artifact = embedport.export_tensorrt(
-            checkpoints("blocks"), tmp_path / "out", precision=precision
+            checkpoints("blocks"), tmp_path / "out", precision=precision, fast=precision == "int4"
         )
         manifest = artifact.manifest
         assert (manifest.format, manifest.precision) == ("onnx", precision)
         assert manifest.engine is None
         assert manifest.graph is not None
         assert manifest.graph.arithmetic == ("fp16" if precision == "fp16" else "bf16")
+        if precision == "int4":
+            assert manifest.recipe is not None
+            assert manifest.recipe["algorithm"] == "rtn"
         assert "engine/model.plan" not in manifest.files
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
         embedder = embedport.load(tmp_path / "out")
@@ -215,6 +218,8 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
     ):
         with pytest.raises(InputError, match="`compute_capability` is for engines that TensorRT"):
             export(checkpoints("blocks"), **options)
+    with pytest.raises(InputError, match="`fast` is of the precision int4"):
+        export(checkpoints("blocks"), precision="int8", fast=True)
     with pytest.raises(InputError, match="is an artifact in fp32: it takes none of `precision`"):
         export(graphs().folder, precision="bf16")
     with pytest.raises(InputError, match="the pooled output in the ort dialect, and TensorRT"):
