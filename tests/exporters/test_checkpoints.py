@@ -56,7 +56,7 @@ def stored_integers(folder, bits):
     ("method", "bits", "precision", "task"),
     [
         ("gptq", 4, "int4", "embedding"),
-        ("gptq", 4, "int4", "reranker"),
+        pytest.param("gptq", 4, "int4", "reranker", marks=pytest.mark.slow),
         ("gptq", 8, "int8-weight", "embedding"),
         ("awq", 4, "int4", "embedding"),
     ],
@@ -80,7 +80,7 @@ def test_exported_with_the_same_integers(quantized, tmp_path, method, bits, prec
     assert artifact.manifest.recipe["algorithm"] == "stored"
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_gptq_holds_the_cores_own_codes(short, quantized, checkpoints, tmp_path, bits):
     options = {"bits": bits, "group_size": 32}
     folder = quantized("gptq", **options)

@@ -58,8 +58,15 @@ def massive_swiglu(checkpoints, copied):
     return folder
 
 
-@pytest.mark.parametrize("dialect", ["ort", "standard"])
-@pytest.mark.parametrize("kind", ["massive_residual", "massive_swiglu"])
+@pytest.mark.parametrize(
+    ("kind", "dialect"),
+    [
+        ("massive_residual", "standard"),
+        ("massive_swiglu", "ort"),
+        pytest.param("massive_residual", "ort", marks=pytest.mark.slow),
+        pytest.param("massive_swiglu", "standard", marks=pytest.mark.slow),
+    ],
+)
 def test_no_overflow(tmp_path, request, kind, dialect, reference_vectors):
     folder = request.getfixturevalue(kind)
     artifact = embedport.export(folder, tmp_path / "out", precision="fp16", dialect=dialect)
