@@ -138,8 +138,7 @@ class Embedder:
         encoded = self.tokenizer.encode(texts, text)
         check_encoded(encoded, self.info.vocab_size, self.tokenizer.max_length, "text", first)
         prompt_length = self.prompt_length(text)
-        if "lasttoken" in self.info.outputs.pooling:
-            _check_last_token(encoded, prompt_length, first)
+        self.check_pooled(encoded.ids, prompt_length, first)
         return self.embed_rows(
             encoded.ids,
             prompt_length=prompt_length,
@@ -215,21 +214,25 @@ class Embedder:
         """Number of a prompt's tokens to leave out of pooling; 0 if the model pools prompts."""
         return 0 if self.info.outputs.include_prompt else self.tokenizer.prompt_length(text)
 
+    def check_pooled(self, rows: Sequence[np.ndarray], prompt_length: int, first: int = 0) -> None:
+        """Refuse a text without a last token to pool: sentence-transformers makes its state zero.
 
-def _check_last_token(encoded: Encoded, prompt_length: int, first: int) -> None:
-    """Refuse a text of which nothing is left to pool: sentence-transformers makes its state zero.
+        Args:
+            rows: Token ids of each text behind its prompt, int64 [tokens].
+            prompt_length: Tokens of the prompt that are left out of pooling.
+            first: The first text's number in messages.
 
-    Args:
-        encoded: The texts, each behind the prompt.
-        prompt_length: Tokens of the prompt that are left out of pooling.
-        first: The first text's number in messages.
-    """
-    for i, ids in enumerate(encoded.ids, first):
-        if len(ids) <= prompt_length:
-            raise InputError(
-                f"text {i} has no token behind the prompt's {prompt_length}, which the model "
-                "leaves out of its pooling: it is empty, or max_length is too small"
-            )
+        Raises:
+            InputError: A text has no token behind the prompt's.
+        """
+        if "lasttoken" not in self.info.outputs.pooling:
+            return
+        for i, ids in enumerate(rows, first):
+            if len(ids) <= prompt_length:
+                raise InputError(
+                    f"text {i} has no token behind the prompt's {prompt_length}, which the model "
+                    "leaves out of its pooling: it is empty, or max_length is too small"
+                )
 
 
 def check_options(width: int, dim: int | None, precision: str) -> None:

@@ -146,7 +146,9 @@ class ServedEmbedder(ServedModel):
         text = self.embedder.prompt_text(prompt)
         encoded = self.embedder.tokenizer.encode(texts, text)
         ids = self._checked(encoded, "text", truncate=truncate)
-        return Rows(Lane(self, self.embedder.prompt_length(text)), ids)
+        prompt_length = self.embedder.prompt_length(text)
+        self.embedder.check_pooled(ids, prompt_length)
+        return Rows(Lane(self, prompt_length), ids)
 
     def pick(self, lengths: Sequence[int]) -> list[int]:
         """One batch of rows of similar length."""

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, DeviceError, InputError
+from embedport.serve.models import ServedEmbedder
 
 from .conftest import TEXTS, TYPES, change_tensors, edit, open_embedder, template, write_json
 
@@ -154,8 +155,11 @@ def test_a_prompt_left_out_of_the_pooling_with_nothing_behind_it(with_modules):
     assert not expected[1].any()
     embedder = open_embedder(folder)
     np.testing.assert_allclose(embedder.encode(["tea"]), expected[:1], atol=1e-5)
-    with pytest.raises(InputError, match="text 1 has no token behind the prompt's 4"):
+    message = "text 1 has no token behind the prompt's 4"
+    with pytest.raises(InputError, match=message):
         embedder.encode(["tea", ""])
+    with pytest.raises(InputError, match=message):
+        ServedEmbedder("own", embedder, None).tokenize(["tea", ""], None, truncate=False)
 
 
 def test_a_template_that_reads_the_task_is_refused(with_modules):
