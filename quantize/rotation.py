@@ -21,6 +21,8 @@ NORMS = {
     consumer: producer for consumer, producer in PRODUCERS.items() if producer.endswith("layernorm")
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+# Rows that are held in float64 at a time.
+BLOCK_ROWS = 4096
 
 
 class RotatedHeads:
@@ -48,15 +50,15 @@ class RotatedHeads:
         """Read a tensor, or a range of its rows: float32."""
         if name.endswith(".self_attn.v_proj.bias"):
             whole = self._source.read_fp32(name).reshape(-1, self.spec.head_dim)
-            return (whole @ self._rotation).reshape(-1)[rows]
+            return multiply(whole, self._rotation).reshape(-1)[rows]
         if name.endswith(".self_attn.v_proj.weight"):
             whole = self._source.read_fp32(name)
             heads = whole.reshape(-1, self.spec.head_dim, whole.shape[1])
-            return np.matmul(self._rotation.T, heads).reshape(whole.shape)[rows]
+            return np.concatenate([multiply(head.T, self._rotation).T for head in heads])[rows]
         values = self._source.read_fp32(name, rows)
         if name.endswith(".self_attn.o_proj.weight"):
-            heads = values.reshape(len(values), -1, self.spec.head_dim)
-            values = np.matmul(heads, self._rotation).reshape(values.shape)
+            heads = values.reshape(-1, self.spec.head_dim)
+            values = multiply(heads, self._rotation).reshape(values.shape)
         return values
 
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
@@ -88,29 +90,50 @@ class RotatedWeights:
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Read a tensor, or a range of its rows: float32."""
         if name == "embed_tokens.weight":
-            return self._source.read_fp32(name, rows) @ self._stream
+            return multiply(self._source.read_fp32(name, rows), self._stream)
         if name == "norm.weight":
             return np.ones_like(self._source.read_fp32(name, rows))
         if name.endswith(".self_attn.o_proj.bias"):
-            return (self._source.read_fp32(name) @ self._stream)[rows]
+            return multiply(self._source.read_fp32(name)[None], self._stream)[0, rows]
         match = LAYER.fullmatch(name)
         layer, part = match.groups() if match else ("", "")
         if part in NORMS.values():
             return np.ones_like(self._source.read_fp32(name, rows))
         values = self._source.read_fp32(name, rows if part not in WRITERS else slice(None))
         if part in NORMS:
-            return (values * self._gains(layer, part)) @ self._stream
+            return multiply(values * self._gains(layer, part), self._stream)
         if part in WRITERS:
-            return self._stream[:, rows].T @ values
+            return multiply(values.T, self._stream[:, rows]).T
         return values
 
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
         """W_yes - W_no for the final norm's output without gains: float32 [hidden]."""
         assert self.output_rotation is not None
-        return self.output_rotation @ self._source.answer_row(yes, no)
+        return multiply(self._source.answer_row(yes, no)[None], self.output_rotation.T)[0]
 
     def _gains(self, layer: str, part: str) -> np.ndarray:
         return self._source.read_fp32(f"{layer}.{NORMS[part]}.weight")
+
+
+def multiply(values: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Multiply in float64, so that the rounded result does not depend on a CPU's order of sums.
+
+    Weights that differ in the last bit round to other codes, and an artifact would depend on the
+    machine that exported it.
+
+    Args:
+        values: float32 [rows, in].
+        matrix: float32 [in, out].
+
+    Returns:
+        float32 [rows, out].
+    """
+    wide = matrix.astype(np.float64)
+    result = np.empty((len(values), matrix.shape[1]), np.float32)
+    for start in range(0, len(values), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        result[rows] = values[rows].astype(np.float64) @ wide
+    return result
 
 
 def orthogonal(size: int, generator: np.random.Generator) -> np.ndarray:

@@ -37,11 +37,16 @@ def _activations(source: WeightSource, layer: str, producer: str) -> np.ndarray:
     if values.ndim == 1:
         return np.abs(values)
     gains = source.read_fp32(f"{layer}.{PRODUCERS[producer]}.weight")
-    sizes = np.linalg.norm(values * gains, axis=1)
+    sizes = _norms(values * gains)
     if producer == "mlp.up_proj":
         gate = source.read_fp32(f"{layer}.mlp.gate_proj.weight")
-        sizes = sizes * np.linalg.norm(gate * gains, axis=1)
+        sizes = sizes * _norms(gate * gains)
     return sizes
+
+
+def _norms(rows: np.ndarray) -> np.ndarray:
+    """Euclidean norms: float32 [rows]; summed in float64, so that every CPU gives the same ones."""
+    return np.sqrt(np.square(rows).sum(axis=1, dtype=np.float64)).astype(np.float32)
 
 
 def _largest_weights(source: WeightSource, layer: str, producer: str) -> np.ndarray:
@@ -63,10 +68,14 @@ def smoothing_factors(activations: np.ndarray, weights: np.ndarray) -> np.ndarra
     Args:
         activations: Each channel's largest magnitude, float32 [channels].
         weights: The largest magnitude of the weights that read it, float32 [channels].
+
+    Returns:
+        float32 [channels], the same on every CPU.
     """
     used = (activations > 0) & (weights > 0)
-    factors = np.ones_like(activations)
+    # In float32, log and exp differ by a bit between CPUs, and artifacts with them.
+    factors = np.ones(activations.shape, np.float64)
     factors[used] = np.sqrt(activations[used] / weights[used])
     if used.any():
         factors[used] /= np.exp(np.log(factors[used]).mean())
-    return factors
+    return factors.astype(np.float32)

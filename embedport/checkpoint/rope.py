@@ -49,7 +49,8 @@ class Rope:
         3.2).
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        powers = np.float32(self.theta) ** exponents
+        # numpy's float32 power differs by a bit between CPUs, and artifacts with it.
+        powers = (np.float64(self.theta) ** exponents).astype(np.float32)
         unscaled = np.float32(1) / powers
         if self.kind == "default":
             return unscaled

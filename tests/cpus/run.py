@@ -1,12 +1,21 @@
-"""The same results on every CPU: checks run natively and on emulated CPUs, and a table of them.
+"""The same results on every CPU: checks run natively and on other CPUs, and a table of them.
 
     make test-cpus
     python tests/cpus/run.py [--cpu Haswell ...] [--folder build/cpus]
 
-On Debian and Ubuntu, with `apt-get install qemu-user`, and gcc-aarch64-linux-gnu for the kernels;
-Python for aarch64 and its wheels are downloaded into the folder the first time (60 MB). The CPUs:
+Where this CPU can hide its instruction sets (see hidden.py), older kinds of x86 run at its speed:
 
-    Haswell              AVX2 without VNNI, whose 8-bit products saturate
+    avx512-vnni          Cascade Lake and Ice Lake
+    avx512               AVX-512 without VNNI, whose 8-bit products saturate: Skylake's servers
+    avx2-vnni            VNNI in 256 bits: Alder Lake
+    avx2                 AVX2 without VNNI, whose 8-bit products saturate: Haswell, Zen 1 to 3
+    sse4.2               no AVX
+
+Others are emulated. On Debian and Ubuntu, with `apt-get install qemu-user`, and
+gcc-aarch64-linux-gnu for the kernels; Python for aarch64 and its wheels are downloaded into the
+folder the first time (60 MB):
+
+    Haswell              AVX2 without VNNI
     Nehalem              SSE4.2
     aarch64 cortex-a72   NEON
     aarch64 max          all that qemu knows: dot products, i8mm, SVE
@@ -33,6 +42,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from artifacts import write_artifacts  # noqa: E402
+from hidden import KINDS, CannotHideError, available_kinds, hiding_command  # noqa: E402
 from machines import (  # noqa: E402
     NATIVE,
     REPOSITORY,
@@ -86,7 +96,10 @@ def run_check(machine: Machine, check: Path, folder: Path) -> Outcome:
 
 
 def find_machines(wanted: list[str], folder: Path) -> Iterator[Machine]:
-    """The emulated CPUs that are asked for."""
+    """The CPUs that are asked for: first those that this one can imitate."""
+    for kind in KINDS:
+        if kind in wanted:
+            yield Machine(kind, (*hiding_command(kind, folder), sys.executable))
     for cpu in X86:
         if cpu in wanted:
             yield x86_machine(cpu)
@@ -129,13 +142,16 @@ def say(line: str) -> None:
 def main() -> int:
     """Prepare, run, and write the table; the exit code."""
     parser = argparse.ArgumentParser(description="The same results on every CPU.")
-    parser.add_argument("--cpu", action="append", choices=(*X86, *ARM), help="all by default")
+    parser.add_argument(
+        "--cpu", action="append", choices=(*KINDS, *X86, *ARM), help="all by default"
+    )
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "cpus")
     options = parser.parse_args()
     folder = options.folder.absolute()
     try:
-        machines = list(find_machines(options.cpu or [*X86, *ARM], folder))
-    except MissingToolError as error:
+        wanted = options.cpu or [*available_kinds(), *X86, *ARM]
+        machines = list(find_machines(wanted, folder))
+    except (CannotHideError, MissingToolError) as error:
         say(str(error))
         return 2
     prepared = folder / "prepared"

@@ -1,0 +1,64 @@
+"""Export the demo pair: the graphs should be the same files, to the last byte, on every CPU.
+
+    python check_export.py FOLDER
+
+The first run writes their digests into FOLDER, later ones compare: run natively first. It needs
+numpy, onnxruntime and what embedport itself needs. GPTQ and AWQ are not part of it: their moments
+are sums in an order of the BLAS library's. A line of JSON for each artifact: its name, how many of
+its files differ, and 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import embedport
+from embedport.demo.pipeline import builtin_embedder, builtin_reranker
+
+
+def digests(output: Path, checkpoint: Path, precision: str, **options: Any) -> dict[str, str]:
+    """Export, and digest the files of the graph."""
+    embedport.export(checkpoint, output, precision=precision, **options)
+    files = sorted((output / "onnx").iterdir())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def main() -> None:
+    """Each precision of both, and the options that compute most with weights."""
+    kept = Path(sys.argv[1], "digests.json")
+    expected = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    found: dict[str, dict[str, str]] = {}
+    int4 = {"fast": True}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("fp32", {}),
+        ("fp16", {}),
+        ("int8", {}),
+        ("int8", {"rotate": True}),
+        ("int4", {**int4, "rotate": False}),
+        ("int4", {**int4, "rotate": True}),
+    ]
+    with TemporaryDirectory() as folder:
+        for task, checkpoint in (
+            ("embedding", builtin_embedder()),
+            ("reranker", builtin_reranker()),
+        ):
+            for precision, options in cases:
+                rotated = "-rotated" if options.get("rotate") else ""
+                name = f"{task}-{precision}{rotated}"
+                files = digests(Path(folder, name), checkpoint, precision, **options)
+                found[name] = files
+                other = expected.get(name, files)
+                differing = sum(files.get(file) != other.get(file) for file in files | other)
+                record = {"name": name, "difference": differing, "limit": 0}
+                sys.stdout.write(json.dumps(record) + "\n")
+    if not expected:
+        kept.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
