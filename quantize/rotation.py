@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..checkpoint.products import multiply
 from ..checkpoint.spec import ModelSpec
 from .fold import LAYER, PRODUCERS
 from .source import WeightSource
@@ -21,8 +22,6 @@ NORMS = {
     consumer: producer for consumer, producer in PRODUCERS.items() if producer.endswith("layernorm")
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
-# Rows that are held in float64 at a time.
-BLOCK_ROWS = 4096
 
 
 class RotatedHeads:
@@ -54,7 +53,7 @@ class RotatedHeads:
         if name.endswith(".self_attn.v_proj.weight"):
             whole = self._source.read_fp32(name)
             heads = whole.reshape(-1, self.spec.head_dim, whole.shape[1])
-            return np.concatenate([multiply(head.T, self._rotation).T for head in heads])[rows]
+            return np.concatenate([_multiply_columns(self._rotation, head) for head in heads])[rows]
         values = self._source.read_fp32(name, rows)
         if name.endswith(".self_attn.o_proj.weight"):
             heads = values.reshape(-1, self.spec.head_dim)
@@ -103,7 +102,7 @@ class RotatedWeights:
         if part in NORMS:
             return multiply(values * self._gains(layer, part), self._stream)
         if part in WRITERS:
-            return multiply(values.T, self._stream[:, rows]).T
+            return _multiply_columns(self._stream[:, rows], values)
         return values
 
     def answer_row(self, yes: int, no: int | None) -> np.ndarray:
@@ -115,25 +114,9 @@ class RotatedWeights:
         return self._source.read_fp32(f"{layer}.{NORMS[part]}.weight")
 
 
-def multiply(values: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Multiply in float64, so that the rounded result does not depend on a CPU's order of sums.
-
-    Weights that differ in the last bit round to other codes, and an artifact would depend on the
-    machine that exported it.
-
-    Args:
-        values: float32 [rows, in].
-        matrix: float32 [in, out].
-
-    Returns:
-        float32 [rows, out].
-    """
-    wide = matrix.astype(np.float64)
-    result = np.empty((len(values), matrix.shape[1]), np.float32)
-    for start in range(0, len(values), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        result[rows] = values[rows].astype(np.float64) @ wide
-    return result
+def _multiply_columns(matrix: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Transposed matrix @ values, as `multiply`: float32 [out, columns], contiguous."""
+    return np.ascontiguousarray(multiply(values.T, matrix).T)
 
 
 def orthogonal(size: int, generator: np.random.Generator) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Matrices of 8 bits that round each token's activations to 8 bits too, on a CPU.
 
 Both stay what the checkpoint says: int8 or float8_e4m3fn, a scale for each output row and one for
-each token, as compressed-tensors computes it. Everything else is in fp32. In bf16 the shape of a
-batch changes last bits of the activations, and where that is a token's largest value, or a value
-between two codes, the token is rounded otherwise.
+each token, as compressed-tensors computes it. The shape of a batch must not change the last bits of
+activations: where that is a token's largest value, or a value between two codes, the token is
+rounded otherwise. So attention, whose sums depend on the padding, is in fp64, and the rest in fp32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional
 # The largest magnitude that a token's scale maps to: of int8, half of the range's 255 steps.
 LARGEST = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
 TINY = torch.finfo(torch.float32).tiny
+# Their results, and so attention, are in fp64.
+ATTENDS = ("q_proj", "k_proj", "v_proj")
 
 
 class RoundedLinear(nn.Module):
@@ -28,18 +30,25 @@ class RoundedLinear(nn.Module):
         weight: int8 or float8_e4m3fn [out, in].
         scales: float32 [out].
         bias: float32 [out], or None.
+        dtype: The dtype of its results.
     """
 
     def __init__(
-        self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.weight = nn.Buffer(weight, persistent=False)
         self.scales = nn.Buffer(scales, persistent=False)
         self.bias = None if bias is None else nn.Buffer(bias, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Round and multiply: float32 [..., in] to float32 [..., out]."""
+        """Round and multiply: [..., in], rounded to float32 first, to [..., out] in `dtype`."""
+        x = x.float()
         steps = x.abs().amax(-1, keepdim=True) / LARGEST[self.weight.dtype]
         steps = steps.clamp(min=TINY)
         if self.weight.dtype == torch.int8:
@@ -48,7 +57,7 @@ class RoundedLinear(nn.Module):
         else:  # scaled first, as compressed-tensors does: these sums are not exact anyway
             codes = (x / steps).clamp(-448, 448).to(self.weight.dtype).float()
             products = functional.linear(codes * steps, self.weight.float() * self.scales[:, None])
-        return products if self.bias is None else products + self.bias
+        return (products if self.bias is None else products + self.bias).to(self.dtype)
 
 
 def round_projections(
@@ -68,4 +77,5 @@ def round_projections(
         has_bias = model.get_submodule(name).bias is not None
         bias = read(f"{name}.bias").float() if has_bias else None
         scales = read_scales(name).float().flatten()
-        model.set_submodule(name, RoundedLinear(read(f"{name}.weight"), scales, bias))
+        dtype = torch.float64 if name.endswith(ATTENDS) else torch.float32
+        model.set_submodule(name, RoundedLinear(read(f"{name}.weight"), scales, bias, dtype))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .adapter import CONFIG, WEIGHTS, Lora
+from .products import multiply
 from .spec import ModelSpec
 from .tensor_files import TensorInfo, open_shard
 from .weights import Weights
@@ -59,7 +60,7 @@ def _delta(lora: Lora, rows: slice) -> np.ndarray:
             left, right = a[:, rows].astype(np.float32).T, b[:].astype(np.float32).T
         else:
             left, right = b[rows].astype(np.float32), a[:].astype(np.float32)
-    return (left * np.float32(lora.scaling)) @ right
+    return multiply(left * np.float32(lora.scaling), right)
 
 
 def open_floats(spec: ModelSpec, names: Iterable[str] | None = None) -> Weights:
