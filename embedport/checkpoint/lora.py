@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from .adapter import CONFIG, WEIGHTS, Lora
-from .products import multiply
 from .spec import ModelSpec
 from .tensor_files import TensorInfo, open_shard
 from .weights import Weights
+
+# Rows that are held in float64 at a time.
+BLOCK_ROWS = 4096
 
 
 class AdaptedWeights(Weights):
@@ -57,10 +59,16 @@ def _delta(lora: Lora, rows: slice) -> np.ndarray:
     with open_shard(lora.a.file) as shard:
         a, b = shard.get_slice(lora.a.name), shard.get_slice(lora.b.name)
         if lora.is_table:
-            left, right = a[:, rows].astype(np.float32).T, b[:].astype(np.float32).T
+            left, right = a[:, rows].T, b[:].T
         else:
-            left, right = b[rows].astype(np.float32), a[:].astype(np.float32)
-    return multiply(left * np.float32(lora.scaling), right)
+            left, right = b[rows], a[:]
+    # In float32 the order of sums, and so the last bit, depends on the CPU and on the rows read.
+    wide = right.astype(np.float64) * lora.scaling
+    result = np.empty((len(left), right.shape[1]), np.float32)
+    for start in range(0, len(left), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        result[block] = left[block].astype(np.float64) @ wide
+    return result
 
 
 def open_floats(spec: ModelSpec, names: Iterable[str] | None = None) -> Weights:

@@ -6,7 +6,7 @@ import pytest
 import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
-from embedport.quantize.rotation import RotatedHeads, RotatedWeights, orthogonal
+from embedport.quantize.rotation import RotatedHeads, RotatedWeights
 from embedport.quantize.smoothquant import balanced
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from tests.synthetic import plant_outliers
@@ -91,7 +91,7 @@ def test_rows_are_rows_of_the_whole(weights, transform):
     for name in weights.spec.tensor_shapes():
         if name != "lm_head.weight":
             whole = source.read_fp32(name)
-            np.testing.assert_allclose(source.read_fp32(name, slice(3, 9)), whole[3:9], atol=1e-5)
+            np.testing.assert_array_equal(source.read_fp32(name, slice(3, 9)), whole[3:9])
 
 
 def test_rotated_heads_leave_all_else(weights):
@@ -100,14 +100,6 @@ def test_rotated_heads_leave_all_else(weights):
         if name != "lm_head.weight":
             same = np.array_equal(rotated.read_fp32(name), weights.read_fp32(name))
             assert same != name.endswith(("v_proj.weight", "o_proj.weight")), name
-
-
-@pytest.mark.parametrize("size", [16, 96, 80, 7])
-def test_orthogonal(size):
-    matrix = orthogonal(size, np.random.default_rng(0))
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-5)
-    if size == 16:
-        np.testing.assert_allclose(np.abs(matrix), 0.25, atol=1e-6)
 
 
 def test_balance_takes_outlier_channels_away(checkpoints, copied):

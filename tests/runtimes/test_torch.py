@@ -304,7 +304,9 @@ def test_int8_products_are_exact(rows):
     scales, bias = generator.random((2, 48), np.float32)
     x = generator.standard_normal((9, 320), np.float32)
     x[3] = 0
-    layer = RoundedLinear(*(torch.from_numpy(each) for each in (weight, scales, bias)))
+    layer = RoundedLinear(
+        torch.from_numpy(weight), torch.from_numpy(scales), torch.from_numpy(bias)
+    )
     steps = np.maximum(np.abs(x).max(axis=1, keepdims=True) / np.float32(127.5), 1e-38)
     codes = np.clip(np.rint(x / steps), -128, 127).astype(np.int64)
     products = (codes @ weight.T.astype(np.int64)).astype(np.float32)
