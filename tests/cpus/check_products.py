@@ -2,14 +2,17 @@
 
     python check_products.py FOLDER
 
-Each runs in onnxruntime's operators, and in the kernels where they are built and go with the CPU. A
-line of JSON for each: its name, how far off it is, and how far it may be.
+Each runs in onnxruntime's operators, and in the kernels where they are built and go with the CPU;
+int8 of the standard dialect in OpenVINO too, where it is installed. A line of JSON for each: its
+name, how far off it is, and how far it may be.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +37,28 @@ def largest_difference(
     if kernels:
         register_kernels(options)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return _largest(lambda rows: session.run(None, {"x": rows})[0], x, expected)
+
+
+def in_openvino(graph: bytes, x: np.ndarray, expected: np.ndarray) -> float:
+    """The same in OpenVINO, with all else in fp32."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(graph, b"")
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return _largest(lambda rows: compiled([rows])[0], x, expected)
+
+
+def _largest(run: Callable[[np.ndarray], np.ndarray], x: np.ndarray, expected: np.ndarray) -> float:
     differences = [0.0]
     for count in ROWS:
-        (found,) = session.run(None, {"x": x[:, :count]})
-        differences.append(np.abs(found - expected[:, :count]).max())
+        differences.append(np.abs(run(x[:, :count]) - expected[:, :count]).max())
     return float(max(differences))
+
+
+def _write(name: str, difference: float) -> None:
+    sys.stdout.write(json.dumps({"name": name, "difference": difference, "limit": 0}) + "\n")
 
 
 def main() -> None:
@@ -48,9 +68,10 @@ def main() -> None:
         graph, x, expected = case["graph"].tobytes(), case["x"], case["expected"]
         for kernels in (False, True):
             difference = largest_difference(graph, x, expected, kernels=kernels)
-            name = f"{path.stem}{', kernels' if kernels else ''}"
-            record = {"name": name, "difference": difference, "limit": 0}
-            sys.stdout.write(json.dumps(record) + "\n")
+            _write(f"{path.stem}{', kernels' if kernels else ''}", difference)
+        of_openvino = path.stem.startswith("int8 ") and path.stem.endswith("standard fp32")
+        if of_openvino and find_spec("openvino") is not None:
+            _write(f"{path.stem}, OpenVINO", in_openvino(graph, x, expected))
 
 
 if __name__ == "__main__":

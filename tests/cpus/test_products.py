@@ -21,7 +21,8 @@ from embedport.runtimes.exact import saturates
 HERE = Path(__file__).parent
 PRODUCTS = runpy.run_path(str(HERE / "products.py"))
 ARTIFACTS = runpy.run_path(str(HERE / "artifacts.py"))
-largest_difference = runpy.run_path(str(HERE / "check_products.py"))["largest_difference"]
+CHECK = runpy.run_path(str(HERE / "check_products.py"))
+largest_difference = CHECK["largest_difference"]
 TEXTS = ["one text", "and another, somewhat longer", ""]
 
 
@@ -33,6 +34,17 @@ def test_worst_case_codes_are_multiplied_exactly(kernels):
     }
     assert len(differences) >= 18
     assert {name: each for name, each in differences.items() if each} == {}
+
+
+def test_worst_case_codes_in_openvino():
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    products = [
+        case
+        for case in PRODUCTS["cases"]()
+        if case.name.startswith("int8 ") and case.name.endswith("standard fp32")
+    ]
+    differences = [CHECK["in_openvino"](case.graph, case.x, case.expected) for case in products]
+    assert differences == [0, 0]
 
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
