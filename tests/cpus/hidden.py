@@ -2,9 +2,9 @@
 
     python tests/cpus/hidden.py avx2 make test
 
-Software asks `cpuid` for what it may use. Linux can make that instruction fault on Intel's CPUs and
-on AMD's from Zen 4 on (`cpuid_fault` in /proc/cpuinfo), and a preloaded library then gives the
-answer of another kind of CPU, to the command and to all that it starts. So the code that such a CPU
+Software asks `cpuid` for what it may use. Linux can make that instruction fault on CPUs that have
+`cpuid_fault` in /proc/cpuinfo, and a preloaded library (hide.c) then gives the answer of another
+kind of CPU, to the command and to all that it starts. So the code that such a CPU
 runs is run here: onnxruntime's, torch's, OpenVINO's and our own. /proc/cpuinfo is replaced for it
 in a mount namespace. Speeds are those of this CPU by that code. It needs gcc or clang.
 """
