@@ -37,7 +37,11 @@ def largest_difference(
     if kernels:
         register_kernels(options)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return _largest(lambda rows: session.run(None, {"x": rows})[0], x, expected)
+
+    def run(rows: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {"x": rows})[0])
+
+    return _largest(run, x, expected)
 
 
 def in_openvino(graph: bytes, x: np.ndarray, expected: np.ndarray) -> float:
