@@ -4,9 +4,9 @@
 
 Software asks `cpuid` for what it may use. Linux can make that instruction fault on CPUs that have
 `cpuid_fault` in /proc/cpuinfo, and a preloaded library (hide.c) then gives the answer of another
-kind of CPU, to the command and to all that it starts. So the code that such a CPU
-runs is run here: onnxruntime's, torch's, OpenVINO's and our own. /proc/cpuinfo is replaced for it
-in a mount namespace. Speeds are those of this CPU by that code. It needs gcc or clang.
+kind of CPU, to the command and to all that it starts. So the code that such a CPU runs is run here:
+onnxruntime's, torch's, OpenVINO's and our own. /proc/cpuinfo is replaced for it in a mount
+namespace. Speeds are those of this CPU by that code. It needs gcc or clang.
 """
 
 from __future__ import annotations
@@ -113,9 +113,12 @@ class CannotHideError(Exception):
 
 
 def available_kinds() -> list[str]:
-    """The kinds of CPU that this machine can imitate and is not; none without `cpuid_fault`."""
+    """The kinds of CPU that this machine can imitate and is not.
+
+    None without `cpuid_fault`, a C compiler, or the right to mount, which containers may lack.
+    """
     flags = _flags()
-    if "cpuid_fault" not in flags or _compiler() is None:
+    if "cpuid_fault" not in flags or _compiler() is None or not _may_mount():
         return []
     return [
         kind
@@ -157,11 +160,22 @@ def hiding_command(kind: str, folder: Path) -> tuple[str, ...]:
     rules = ",".join(
         f"{f.leaf:x}:{f.subleaf:x}:{f.register:x}:{1 << f.bit:x}" for f in KINDS[kind].values()
     )
-    # Only a namespace's root may mount; the user's own files keep their owner in it.
-    options = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
     script = f'mount --bind "$0" {CPUINFO} && export LD_PRELOAD="$1" HIDE_CPUID="$2" || exit 2'
     script += '; shift 2; exec "$@"'
-    return (unshare, *options, "sh", "-c", script, str(replaced), str(library), rules)
+    return (unshare, *_namespace(), "sh", "-c", script, str(replaced), str(library), rules)
+
+
+def _namespace() -> list[str]:
+    """Options of unshare: only a namespace's root may mount, so others become root in it."""
+    return ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
+
+
+def _may_mount() -> bool:
+    unshare, path = shutil.which("unshare"), str(CPUINFO)
+    if unshare is None:
+        return False
+    command = [unshare, *_namespace(), "mount", "--bind", path, path]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _without(cpuinfo: str, hidden: set[str]) -> str:

@@ -28,14 +28,11 @@ FLAGS = "flags\t\t: fpu avx2 avx_vnni avx512f avx512_vnni sha\n"
 
 
 @pytest.fixture(scope="module")
-def can_hide(tmp_path_factory):
+def can_hide():
     """Skip where the CPU, the kernel or the rights of a container do not allow it."""
     kinds = HIDDEN["available_kinds"]()
     if not kinds:
-        pytest.skip("cpuid does not fault here, or there is no C compiler")
-    hiding = HIDDEN["hiding_command"](kinds[-1], tmp_path_factory.mktemp("hidden"))
-    if subprocess.run([*hiding, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("mounts are not allowed here")
+        pytest.skip("cpuid does not fault here, nothing compiles C, or mounts are not allowed")
     return kinds
 
 

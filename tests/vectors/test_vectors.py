@@ -63,8 +63,6 @@ def test_vectors_are_the_same_without_vnni(demo, tmp_path, kind):
     if kind not in HIDDEN["available_kinds"]():
         pytest.skip("this CPU cannot imitate it")
     hiding = HIDDEN["hiding_command"](kind, tmp_path)
-    if subprocess.run([*hiding, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("mounts are not allowed here")
     folders = [str(demo(task, precision).artifact.folder) for task, precision in CASES]
     here = register_kernels(onnxruntime.SessionOptions())
     kernels = ["--kernels", str(find_library())] if here else []
