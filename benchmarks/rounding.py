@@ -43,6 +43,7 @@ ONNX: dict[str, dict[str, Any]] = {
     "--precision int4 --fast": {"precision": "int4", "fast": True},
     "--precision int8-weight": {"precision": "int8-weight"},
     "--precision int8": {"precision": "int8"},
+    "--precision auto --max-bytes 2600000": {"precision": "auto", "max_bytes": 2_600_000},
     "--precision auto --max-bytes 2850000": {"precision": "auto", "max_bytes": 2_850_000},
     "--precision auto --max-bytes 2850000 --calibration builtin": {
         "precision": "auto",

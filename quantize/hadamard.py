@@ -45,7 +45,13 @@ class Rotation:
 
     def of_rows(self, values: np.ndarray) -> np.ndarray:
         """Multiply rows by R: float32 [rows, size], like `values`."""
-        return np.ascontiguousarray(self.of_columns(values.T).T)
+        result = np.empty(values.shape, np.float32)
+        for start in range(0, len(values), BLOCK):
+            # Transposed block by block: for a whole matrix that takes longer than the transform.
+            rows = slice(start, start + BLOCK)
+            signed = np.multiply(values[rows].T, self.signs[:, None], order="C")
+            result[rows] = self._transform(signed).T
+        return result
 
     def of_columns(self, values: np.ndarray) -> np.ndarray:
         """Multiply columns by R transposed: float32 [size, columns], like `values`."""

@@ -67,7 +67,7 @@ def export_onnx(
         str | None,
         typer.Option(
             help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, smoothquant, awq+gptaq, …; "
-            "default: gptaq (rerankers: awq+gptq) for int4 and auto, otherwise rtn.",
+            "default: gptaq for int4 (rerankers: awq+gptq), awq+gptq for auto, otherwise rtn.",
             show_default=False,
         ),
     ] = None,

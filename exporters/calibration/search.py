@@ -2,11 +2,11 @@
 
 1. Measure: quantize each matrix alone to 4 bits and run the model. The matrix's error is what that
    does to the final vectors: 1 - cosine, on average over texts.
-2. Order: upgrades to more bits, by the error that they remove per byte. Eight bits have a sixteenth
-   of the step, so a 256th of the error.
-3. Choose: within a size, as many upgrades as fit. For a quality, find the fewest upgrades with
-   which whole models keep it, quantized by the algorithm of the result. If that runs texts, trials
-   are calibrated on three texts of four, and judged by the others.
+2. Predict: every other format's error is a part of that one. Errors of matrices add up.
+3. Choose: within a size, the formats with the least sum of errors. For a quality, order upgrades
+   by the error that they remove per byte, and find the fewest with which whole models keep it,
+   quantized by the algorithm of the result. If that runs texts, trials are calibrated on three
+   texts of four, and judged by the others.
 
 All steps run the operators that the artifact will have.
 """
@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_la
 
 # Fewest bytes first; "fp32" is a matrix without a format.
 FP32 = "fp32"
-LEVELS = ("int4/128", "int8/128s", FP32)
-TABLE_LEVELS = ("int4/64", "int8/128s", FP32)
-# The error of each level, relative to that of 4 bits.
-ERRORS = (1, 1 / 256, 0)
+LEVELS = ("int4/128", "int4/32", "int8/128s", FP32)
+TABLE_LEVELS = ("int4/64", "int4/32", "int8/128s", FP32)
+# The error of each level, relative to groups of 128 in 4 bits. A group's largest value sets its
+# step, and is smaller where the group is: measured by GPTAQ at three widths, docs/quantization.md.
+# Eight bits have a sixteenth of the step.
+ERRORS = {"int4/128": 1, "int4/64": 0.82, "int4/32": 0.66, "int8/128s": 1 / 256, FP32: 0}
+# Most sizes that are told apart when formats are chosen within a size.
+MOST_SIZES = 1 << 16
 # Every how many texts one judges trials, and the others calibrate them.
 JUDGES = 4
 # Tokens to judge trials by, and the longest text among them.
@@ -169,6 +174,15 @@ class Search:
 
 
 @dataclass(frozen=True)
+class _Level:
+    """A format that a matrix may have: its size, and the error predicted for it."""
+
+    format: str
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
 class _Upgrade:
     """A step of a matrix to its next level: the bytes it adds, and the error it removes."""
 
@@ -204,23 +218,24 @@ def search_formats(
     """
     measured = _select_texts(rows, _measured_tokens(design))
     sensitivities = _measure_matrices(design, quantize, measured, folder, advance)
-    upgrades = _sort_upgrades(design, sensitivities)
+    options = {each.name: _predict(design, each) for each in sensitivities}
     smallest = _bytes_of(design, _assign(design, []))
     trials: list[Trial] = []
     if targets.min_cosine is None and targets.ranking is None:
         assert targets.max_bytes is not None
-        chosen = _fit(upgrades, targets.max_bytes - smallest)
+        texts = _choose_within(options, max(0, targets.max_bytes - smallest))
     else:
+        upgrades = _sort_upgrades(options)
         judge = _Judge(design, apply, rows, targets, folder)
-        errors = sum(matrix.error for matrix in sensitivities) - np.cumsum(
+        errors = sum(levels[0].error for levels in options.values()) - np.cumsum(
             [0.0, *(upgrade.gain for upgrade in upgrades)]
         )
-        chosen = upgrades[: _fewest(np.maximum(errors, 0), targets.min_cosine, judge, upgrades)]
+        count = _fewest(np.maximum(errors, 0), targets.min_cosine, judge, upgrades)
+        texts = _assign(design, upgrades[:count])
         trials = list(judge.trials.values())
-    texts = _assign(design, chosen)
     size = _bytes_of(design, texts)
     if targets.max_bytes is not None and size > targets.max_bytes:
-        wanted = "the smallest choice" if not chosen else "what keeps the quality"
+        wanted = "the smallest choice" if size == smallest else "what keeps the quality"
         raise InputError(
             f"{wanted} takes {size:,} bytes, and max_bytes is {targets.max_bytes:,}; allow more "
             "bytes or a lower quality"
@@ -314,16 +329,41 @@ def _fewest(
     return high
 
 
-def _fit(upgrades: Sequence[_Upgrade], room: int) -> list[_Upgrade]:
-    """As many upgrades as fit into `room` bytes, in order; a matrix goes level by level."""
-    chosen, ended = [], set()
-    for upgrade in upgrades:
-        if upgrade.name not in ended and upgrade.bytes <= room:
-            chosen.append(upgrade)
-            room -= upgrade.bytes
-        else:
-            ended.add(upgrade.name)
-    return chosen
+def _choose_within(options: Mapping[str, Sequence[_Level]], room: int) -> dict[str, str]:
+    """The formats with the least sum of predicted errors (a knapsack problem, solved exactly).
+
+    Sizes are counted in units: the greatest that divides all of them, or a larger one, to which
+    they are rounded up, where there would be more than `MOST_SIZES`.
+
+    Args:
+        options: The levels of each matrix, fewest bytes first.
+        room: Bytes that all may take beyond their first levels.
+    """
+    added = {
+        name: [level.bytes - levels[0].bytes for level in levels]
+        for name, levels in options.items()
+    }
+    divisor = math.gcd(*(size for sizes in added.values() for size in sizes))
+    unit = max(divisor, math.ceil(room / MOST_SIZES), 1)
+    units = room // unit
+    taken = {name: [math.ceil(size / unit) for size in sizes] for name, sizes in added.items()}
+    # least[i] is the least error of the matrices so far within i units.
+    least = np.zeros(units + 1)
+    choices = {}
+    for name, levels in options.items():
+        errors = np.full((len(levels), units + 1), np.inf)
+        for row, level, size in zip(errors, levels, taken[name], strict=True):
+            if size <= units:
+                row[size:] = least[: units + 1 - size] + level.error
+        choices[name] = errors.argmin(axis=0).astype(np.uint8)
+        least = errors.min(axis=0)
+    texts = dict.fromkeys(options, "")
+    # The last matrix may take all units, the one before it what that leaves.
+    for name in reversed([*options]):
+        choice = int(choices[name][units])
+        texts[name] = options[name][choice].format
+        units -= taken[name][choice]
+    return texts
 
 
 def _measured_tokens(design: Design) -> int:
@@ -382,21 +422,27 @@ def _measure_matrices(
     ]
 
 
-def _sort_upgrades(design: Design, sensitivities: Sequence[Sensitivity]) -> list[_Upgrade]:
+def _predict(design: Design, matrix: Sensitivity) -> list[_Level]:
+    """The error of each of a matrix's levels, by that of its first, which was measured."""
+    levels = _levels(matrix.name)
+    error = matrix.error / ERRORS[levels[0]]
+    return [
+        _Level(level, _size(design, matrix.name, level), error * ERRORS[level]) for level in levels
+    ]
+
+
+def _sort_upgrades(options: Mapping[str, Sequence[_Level]]) -> list[_Upgrade]:
     """Upgrades of all matrices, sorted by the error removed per byte, most first."""
-    upgrades = []
-    for matrix in sensitivities:
-        levels = _levels(matrix.name)
-        sizes = [_size(design, matrix.name, level) for level in levels]
-        for step in range(1, len(levels)):
-            gain = matrix.error * (ERRORS[step - 1] - ERRORS[step])
-            added = sizes[step] - sizes[step - 1]
-            upgrades.append(_Upgrade(matrix.name, levels[step], added, gain))
+    upgrades = [
+        _Upgrade(name, to.format, to.bytes - of.bytes, of.error - to.error)
+        for name, levels in options.items()
+        for of, to in pairwise(levels)
+    ]
     # The sort is stable: a matrix whose error is zero is still upgraded level by level.
     return sorted(upgrades, key=lambda upgrade: -upgrade.gain / upgrade.bytes)
 
 
-def _levels(name: str) -> tuple[str, str, str]:
+def _levels(name: str) -> tuple[str, ...]:
     return TABLE_LEVELS if name == TABLE else LEVELS
 
 

@@ -107,7 +107,7 @@ def export_onnx(
         device: Where GPTQ and AWQ run the texts and round: "cpu", or "cuda", in torch.
         algorithm: The quantization algorithm: "rtn", "mse", "gptq", "gptaq", "awq", "smoothquant"
             (for "int8"), or a scaling and a rounding, such as "awq+gptaq". Default: for
-            "int4" and "auto" "gptaq", of a reranker "awq+gptq"; otherwise "rtn".
+            "int4" "gptaq", of a reranker "awq+gptq"; for "auto" "awq+gptq"; otherwise "rtn".
         fast: For "int4": round to nearest in smaller groups, in seconds instead of minutes.
         rotate: Whether to rotate the residual stream and attention heads before quantizing, to
             spread outliers. Default: both for "int8", heads alone for "int8-weight", "int4" and

@@ -15,7 +15,7 @@ from ...checkpoint.spec import ModelSpec
 from ...checkpoint.weights import Weights
 from ...errors import InputError
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
-from ...quantize.recipe import BY_TASK, STORED, Recipe
+from ...quantize.recipe import AUTO_ALGORITHM, BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
 from ...texts.beir import RetrievalSet
 from ..calibration.engines import check_device
@@ -342,7 +342,7 @@ def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target
         ranking = tokenize_retrieval(spec, max_length, options.retrieval)
     elif min_cosine is None and max_bytes is None:
         min_cosine = MIN_COSINE
-    algorithm = options.algorithm or ("rtn" if options.fast else BY_TASK[spec.task])
+    algorithm = options.algorithm or ("rtn" if options.fast else AUTO_ALGORITHM)
     recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
     return Target(min_cosine, options.max_ndcg_loss, ranking, max_bytes, recipe)
 

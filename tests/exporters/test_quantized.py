@@ -172,7 +172,7 @@ def test_auto_within_a_size(checkpoints, artifacts, tmp_path):
         )
         recipe = artifact.manifest.recipe
         assert recipe is not None
-        assert (recipe["algorithm"], recipe["rotate_heads"]) == ("gptaq", True)
+        assert (recipe["algorithm"], recipe["rotate_heads"]) == ("awq+gptq", True)
         search = recipe["search"]
         assert search["trials"] == []
         data = artifact.graph.with_name("model.onnx_data").stat().st_size
