@@ -16,9 +16,8 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -390,7 +389,8 @@ def _measure_matrices(
     """Run the fp32 model and, at the same time, one model for each matrix in 4 bits."""
     names = [TABLE]
     states = embed_rows(design.weights, rows)
-    table = embed_quantized(_with_formats(design, {TABLE: TABLE_LEVELS[0]}, quantize), rows, folder)
+    first = {name: _levels(design, name)[0] for name in (TABLE, *matrices(design.spec))}
+    table = embed_quantized(_with_formats(design, {TABLE: first[TABLE]}, quantize), rows, folder)
     # For each text the states of all models, the fp32 one first: [models, tokens, hidden_size].
     models = [np.concatenate(pair) for pair in zip(states, table, strict=True)]
     for number in range(design.spec.num_layers):
@@ -402,7 +402,7 @@ def _measure_matrices(
                 continue
             names.append(name)
             changed = list(before)
-            trial = _with_formats(design, {name: LEVELS[0]}, quantize)
+            trial = _with_formats(design, {name: first[name]}, quantize)
             with Layer(trial, number, folder) as layer:
                 run_layer(layer, rows, changed)
             models = [np.concatenate(pair) for pair in zip(models, changed, strict=True)]
@@ -414,8 +414,8 @@ def _measure_matrices(
     return [
         Sensitivity(
             name,
-            _levels(name)[0],
-            _size(design, name, _levels(name)[0]),
+            first[name],
+            _size(design, name, first[name]),
             max(0.0, 1 - float(_cosines(changed, vectors[0]).mean())),
         )
         for name, changed in zip(names, vectors[1:], strict=True)
@@ -424,7 +424,7 @@ def _measure_matrices(
 
 def _predict(design: Design, matrix: Sensitivity) -> list[_Level]:
     """The error of each of a matrix's levels, by that of its first, which was measured."""
-    levels = _levels(matrix.name)
+    levels = _levels(design, matrix.name)
     error = matrix.error / ERRORS[levels[0]]
     return [
         _Level(level, _size(design, matrix.name, level), error * ERRORS[level]) for level in levels
@@ -433,21 +433,38 @@ def _predict(design: Design, matrix: Sensitivity) -> list[_Level]:
 
 def _sort_upgrades(options: Mapping[str, Sequence[_Level]]) -> list[_Upgrade]:
     """Upgrades of all matrices, sorted by the error removed per byte, most first."""
-    upgrades = [
-        _Upgrade(name, to.format, to.bytes - of.bytes, of.error - to.error)
-        for name, levels in options.items()
-        for of, to in pairwise(levels)
-    ]
+    upgrades = [each for name, levels in options.items() for each in _upgrade(name, levels)]
     # The sort is stable: a matrix whose error is zero is still upgraded level by level.
     return sorted(upgrades, key=lambda upgrade: -upgrade.gain / upgrade.bytes)
 
 
-def _levels(name: str) -> tuple[str, ...]:
-    return TABLE_LEVELS if name == TABLE else LEVELS
+def _upgrade(name: str, levels: Sequence[_Level]) -> Iterator[_Upgrade]:
+    """Upgrades to the last level, each removing less error per byte than the one before it."""
+    rest = levels
+    while len(rest) > 1:
+        steps = [
+            _Upgrade(name, to.format, to.bytes - rest[0].bytes, rest[0].error - to.error)
+            for to in rest[1:]
+        ]
+        best = max(range(len(steps)), key=lambda i: steps[i].gain / steps[i].bytes)
+        yield steps[best]
+        rest = rest[best + 1 :]
+
+
+def _levels(design: Design, name: str) -> list[str]:
+    """A matrix's levels, without those that take as many bytes as one with less error.
+
+    Smaller groups take fewer bytes where the larger ones would be filled up with padding.
+    """
+    levels: list[str] = []
+    for level in reversed(TABLE_LEVELS if name == TABLE else LEVELS):
+        if not levels or _size(design, name, level) < _size(design, name, levels[0]):
+            levels.insert(0, level)
+    return levels
 
 
 def _assign(design: Design, upgrades: Sequence[_Upgrade]) -> dict[str, str]:
-    texts = {name: _levels(name)[0] for name in (TABLE, *matrices(design.spec))}
+    texts = {name: _levels(design, name)[0] for name in (TABLE, *matrices(design.spec))}
     return texts | {upgrade.name: upgrade.level for upgrade in upgrades}
 
 

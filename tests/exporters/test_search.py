@@ -1,12 +1,21 @@
-"""Choosing formats within a size, against every choice there is."""
+"""Choosing formats: within a size against every choice there is, and in the order of upgrades."""
 
 import itertools
 
 import numpy as np
 import pytest
 
+import embedport
 from embedport.exporters.calibration import search
-from embedport.exporters.calibration.search import _choose_within, _Level
+from embedport.exporters.calibration.search import (
+    _choose_within,
+    _Level,
+    _sort_upgrades,
+    _upgrade,
+)
+from tests.synthetic import Geometry, write_checkpoint
+
+GEOMETRY = Geometry(32, 2, 2, 1, 16, 64)
 
 
 def random_options(generator, matrices=6):
@@ -68,3 +77,37 @@ def test_a_large_matrix_takes_the_place_of_many_small_ones():
     assert texts == dict.fromkeys(small, "8") | {"table": "4"}
     options["table"][1] = _Level("8", 200, 1.0)
     assert _choose_within(options, 100) == dict.fromkeys(small, "4") | {"table": "8"}
+
+
+def test_upgrades_remove_ever_less_error_per_byte():
+    """A level that its neighbours beat is passed over."""
+    levels = [_Level("a", 0, 10), _Level("b", 10, 9.9), _Level("c", 20, 1), _Level("d", 60, 0)]
+    assert [each.level for each in _upgrade("m", levels)] == ["c", "d"]
+    same = [_Level("a", 0, 0), _Level("b", 10, 0), _Level("c", 20, 0)]
+    assert [each.level for each in _upgrade("m", same)] == ["b", "c"]
+    options = random_options(np.random.default_rng(1))
+    upgrades = _sort_upgrades(options)
+    rates = [upgrade.gain / upgrade.bytes for upgrade in upgrades]
+    assert rates == sorted(rates, reverse=True)
+    for name in options:
+        steps = [upgrade.level for upgrade in upgrades if upgrade.name == name]
+        assert steps == sorted(steps)
+        assert steps[-1] == "f3"
+
+
+@pytest.mark.parametrize("target", [{"max_bytes": 60_000}, {"min_cosine": 0.9}, {}])
+def test_matrices_narrower_than_a_group(small_tokenizer, tmp_path, target):
+    """Of 32 inputs, groups of 128 take more bytes than groups of 32, and 8 bits more than fp32."""
+    checkpoint = write_checkpoint(tmp_path / "m", GEOMETRY, "embedding", small_tokenizer)
+    artifact = embedport.export(
+        checkpoint, tmp_path / "auto", precision="auto", fast=True, **target
+    )
+    recipe = artifact.manifest.recipe
+    assert recipe is not None
+    formats = recipe["formats"]
+    narrow = {text for name, text in formats.items() if "down_proj" not in name}
+    assert narrow <= {"int4/32"}
+    found = recipe["search"]
+    assert found["bytes"] <= target.get("max_bytes", found["bytes"])
+    kept = [trial for trial in found["trials"] if trial["min_cosine"] >= found["min_cosine"]]
+    assert found["bytes"] == min((trial["bytes"] for trial in kept), default=found["bytes"])
