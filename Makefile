@@ -14,10 +14,6 @@ GPU_PYTHON ?= $(RUN) python
 demo: $(UV)
 	$(DEMO) embedport demo
 
-# Tests start some hundred interpreters: without bytecode each would compile torch again. Empty is
-# off; containers like to have it on.
-test test-all: export PYTHONDONTWRITEBYTECODE :=
-
 # All but the cases marked slow: ten minutes on two cores.
 test: $(UV)
 	$(RUN) pytest -m "not slow" --durations=15

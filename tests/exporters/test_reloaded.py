@@ -27,6 +27,11 @@ needs_gptqmodel = pytest.mark.skipif(
 )
 
 
+def marked(method, *others):
+    """A case of a method; of fp8 slow, which w8a8 shares the path of."""
+    return pytest.param(method, *others, marks=[pytest.mark.slow] if method == "fp8" else [])
+
+
 def reload(jobs, folder):
     """Run jobs in a fresh process: key to result."""
     folder.mkdir(exist_ok=True)
@@ -44,10 +49,16 @@ def job(key, loader, folder, rows):
 
 
 @pytest.fixture(scope="session")
-def reloaded(short, quantized, tmp_path_factory):
+def reloaded(request, short, quantized, tmp_path_factory):
     """The results of transformers and sentence-transformers, all from one fresh process."""
+    # Of the methods that this run asks for: fp8 is marked slow.
+    asked = {
+        item.callspec.params["method"]
+        for item in request.session.items
+        if "reloaded" in item.fixturenames
+    }
     jobs = []
-    for method in METHODS:
+    for method in sorted(asked):
         embedder, reranker = quantized(method), quantized(method, "reranker")
         classifier = quantized(method, "reranker", form="sequence-classification")
         rows, pairs = short.rows(embedder, "embedding"), short.rows(reranker, "reranker")
@@ -186,7 +197,7 @@ def largest_difference(a, b):
     return float(np.abs(1 / (1 + np.exp(-a)) - 1 / (1 + np.exp(-b))).max())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [marked(method) for method in METHODS])
 def test_transformers_loads_it(short, quantized, reloaded, method):
     hook = rounded_inputs(method)
     folder = quantized(method)
@@ -203,7 +214,7 @@ def test_transformers_loads_it(short, quantized, reloaded, method):
 
 @pytest.mark.parametrize(
     ("method", "opened"),
-    [*((method, "") for method in METHODS), *((m, "rounded ") for m in ROUNDED)],
+    [*(marked(method, "") for method in METHODS), *(marked(m, "rounded ") for m in ROUNDED)],
 )
 def test_sentence_transformers_loads_it(short, quantized, reloaded, method, opened):
     # It leaves activations as they are unless it is told; bitsandbytes' own operator rounds them.
