@@ -60,11 +60,14 @@ def against_olive(results: Path = RESULTS) -> None:
             figures[name] = held_out.figures(embed) | {"bytes": size, "seconds": round(seconds, 1)}
             print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
 
-        def build(kind: str, group: int, rows: Sequence[np.ndarray], out: Path) -> float:
+        def build(name: str, kind: str, group: int, texts: Sequence[np.ndarray]) -> None:
+            out = folder / f"olive-{len(figures)}"
             calibration = out.with_suffix(".npz")
-            np.savez(calibration, ids=np.concatenate(rows), ends=np.cumsum([*map(len, rows)]))
+            np.savez(calibration, ids=np.concatenate(texts), ends=np.cumsum([*map(len, texts)]))
             arguments = (kind, str(group), str(source), str(calibration), str(out))
-            return run(script(SCRIPT, *arguments)).seconds
+            seconds = run(script(SCRIPT, *arguments)).seconds
+            model = out / "model.onnx"
+            add(name, seconds, graph_bytes(model), _graph(model))
 
         def export(name: str, **options: Any) -> Artifact:
             start = time.monotonic()
@@ -74,12 +77,9 @@ def against_olive(results: Path = RESULTS) -> None:
             add(f"embedport {name}", seconds, graph_bytes(artifact.graph), embedder.embed_rows)
             return artifact
 
-        for number, (name, (kind, group)) in enumerate(RECIPES.items()):
-            out = folder / f"olive-{number}"
-            seconds = build(kind, group, rows, out)
-            model = out / "model.onnx"
-            add(name, seconds, graph_bytes(model), _graph(model))
-        mixture, (kind, group) = next(iter(RECIPES.items()))
+        for name, recipe in RECIPES.items():
+            build(name, *recipe, rows)
+        mixture = next(iter(RECIPES))
         budget = figures[mixture]["bytes"]
         size = f"--precision auto --max-bytes {budget}"
         export(size, precision="auto", max_bytes=budget)
@@ -92,15 +92,12 @@ def against_olive(results: Path = RESULTS) -> None:
         export("--precision int4", precision="int4")
         export("--precision int4 --group-size 32", precision="int4", group_size=32)
         for part in range(PARTS):
-            out = folder / f"olive-part-{part}"
             others = [row for i, row in enumerate(rows) if i % PARTS != part]
-            seconds = build(kind, group, others, out)
-            model = out / "model.onnx"
-            add(f"{mixture}, texts without part {part}", seconds, graph_bytes(model), _graph(model))
-        recipe = json.loads((mixed.folder / MANIFEST).read_text())["recipe"]
+            build(f"{mixture}, texts without part {part}", *RECIPES[mixture], others)
+        found = json.loads((mixed.folder / MANIFEST).read_text())["recipe"]
         for seed in SEEDS:
             file = folder / f"seed-{seed}.json"
-            file.write_text(json.dumps(recipe | {"seed": seed}))
+            file.write_text(json.dumps(found | {"seed": seed}))
             export(f"{size} --calibration {BUILTIN}, seed {seed}", recipe=file, calibration=BUILTIN)
         save("olive-demo", {"rows": figures}, results)
 
