@@ -22,8 +22,8 @@ ALGORITHMS = (
 )
 # The default of 4 bits by task: see `fit_to_task`.
 BY_TASK = {"embedding": "gptaq", "reranker": "awq+gptq"}
-# The default of formats that a search chooses. Where most errors are those of 8 bits, following the
-# original model costs more than it gains (measured in docs/quantization.md).
+# The default of `auto`. Where many matrices have 8 bits, GPTAQ's following of the original model
+# costs more than it gains (measured in docs/quantization.md).
 AUTO_ALGORITHM = "awq+gptq"
 # Names that older artifacts have in their recipes. Their "hqq" was a search for ranges.
 RENAMED = {"hqq": "mse"}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ...texts.ranking import NDCG, measure, rank_candidates, rank_documents
 from ..graph.initializers import QuantizedMatrices
 from ..graph.precision import weight_bytes
 from ..graph.qwen3 import Design
+from .choice import Level, Upgrade, choose_within, sort_upgrades
 from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_layer
 
 # Fewest bytes first; "fp32" is a matrix without a format.
@@ -41,8 +42,6 @@ TABLE_LEVELS = ("int4/64", "int4/32", "int8/128s", FP32)
 # step, and is smaller where the group is: measured by GPTAQ at three widths, docs/quantization.md.
 # Eight bits have a sixteenth of the step.
 ERRORS = {"int4/128": 1, "int4/64": 0.82, "int4/32": 0.66, "int8/128s": 1 / 256, FP32: 0}
-# Most sizes that are told apart when formats are chosen within a size.
-MOST_SIZES = 1 << 16
 # Every how many texts one judges trials, and the others calibrate them.
 JUDGES = 4
 # Tokens to judge trials by, and the longest text among them.
@@ -172,25 +171,6 @@ class Search:
         return record
 
 
-@dataclass(frozen=True)
-class _Level:
-    """A format that a matrix may have: its size, and the error predicted for it."""
-
-    format: str
-    bytes: int
-    error: float
-
-
-@dataclass(frozen=True)
-class _Upgrade:
-    """A step of a matrix to its next level: the bytes it adds, and the error it removes."""
-
-    name: str
-    level: str
-    bytes: int
-    gain: float
-
-
 def search_formats(
     design: Design,
     quantize: Quantize,
@@ -222,9 +202,9 @@ def search_formats(
     trials: list[Trial] = []
     if targets.min_cosine is None and targets.ranking is None:
         assert targets.max_bytes is not None
-        texts = _choose_within(options, max(0, targets.max_bytes - smallest))
+        texts = choose_within(options, max(0, targets.max_bytes - smallest))
     else:
-        upgrades = _sort_upgrades(options)
+        upgrades = sort_upgrades(options)
         judge = _Judge(design, apply, rows, targets, folder)
         errors = sum(levels[0].error for levels in options.values()) - np.cumsum(
             [0.0, *(upgrade.gain for upgrade in upgrades)]
@@ -273,7 +253,7 @@ class _Judge:
             self._ndcg = targets.ranking.ndcg(_run_model(design, targets.ranking.rows, folder))
         self.trials: dict[int, Trial] = {}
 
-    def keeps(self, upgrades: Sequence[_Upgrade]) -> bool:
+    def keeps(self, upgrades: Sequence[Upgrade]) -> bool:
         """Quantize and run a model with the first upgrades; record the trial."""
         texts = _assign(self._design, upgrades)
         ranking, loss = self._targets.ranking, None
@@ -291,7 +271,7 @@ class _Judge:
 
 
 def _fewest(
-    errors: np.ndarray, min_cosine: float | None, judge: _Judge, upgrades: Sequence[_Upgrade]
+    errors: np.ndarray, min_cosine: float | None, judge: _Judge, upgrades: Sequence[Upgrade]
 ) -> int:
     """Find the fewest upgrades that keep the quality, by bisection guided by predicted errors.
 
@@ -328,43 +308,6 @@ def _fewest(
     return high
 
 
-def _choose_within(options: Mapping[str, Sequence[_Level]], room: int) -> dict[str, str]:
-    """The formats with the least sum of predicted errors (a knapsack problem, solved exactly).
-
-    Sizes are counted in units: the greatest that divides all of them, or a larger one, to which
-    they are rounded up, where there would be more than `MOST_SIZES`.
-
-    Args:
-        options: The levels of each matrix, fewest bytes first.
-        room: Bytes that all may take beyond their first levels.
-    """
-    added = {
-        name: [level.bytes - levels[0].bytes for level in levels]
-        for name, levels in options.items()
-    }
-    divisor = math.gcd(*(size for sizes in added.values() for size in sizes))
-    unit = max(divisor, math.ceil(room / MOST_SIZES), 1)
-    units = room // unit
-    taken = {name: [math.ceil(size / unit) for size in sizes] for name, sizes in added.items()}
-    # least[i] is the least error of the matrices so far within i units.
-    least = np.zeros(units + 1)
-    choices = {}
-    for name, levels in options.items():
-        errors = np.full((len(levels), units + 1), np.inf)
-        for row, level, size in zip(errors, levels, taken[name], strict=True):
-            if size <= units:
-                row[size:] = least[: units + 1 - size] + level.error
-        choices[name] = errors.argmin(axis=0).astype(np.uint8)
-        least = errors.min(axis=0)
-    texts = dict.fromkeys(options, "")
-    # The last matrix may take all units, the one before it what that leaves.
-    for name in reversed([*options]):
-        choice = int(choices[name][units])
-        texts[name] = options[name][choice].format
-        units -= taken[name][choice]
-    return texts
-
-
 def _measured_tokens(design: Design) -> int:
     models = len(matrices(design.spec)) + 2
     return min(MEASURED_TOKENS, MEASURED_VALUES // (models * design.spec.hidden_size))
@@ -390,7 +333,10 @@ def _measure_matrices(
     names = [TABLE]
     states = embed_rows(design.weights, rows)
     first = {name: _levels(design, name)[0] for name in (TABLE, *matrices(design.spec))}
-    table = embed_quantized(_with_formats(design, {TABLE: first[TABLE]}, quantize), rows, folder)
+    table = states
+    if first[TABLE] != FP32:
+        trial = _with_formats(design, {TABLE: first[TABLE]}, quantize)
+        table = embed_quantized(trial, rows, folder)
     # For each text the states of all models, the fp32 one first: [models, tokens, hidden_size].
     models = [np.concatenate(pair) for pair in zip(states, table, strict=True)]
     for number in range(design.spec.num_layers):
@@ -422,33 +368,14 @@ def _measure_matrices(
     ]
 
 
-def _predict(design: Design, matrix: Sensitivity) -> list[_Level]:
+def _predict(design: Design, matrix: Sensitivity) -> list[Level]:
     """The error of each of a matrix's levels, by that of its first, which was measured."""
     levels = _levels(design, matrix.name)
-    error = matrix.error / ERRORS[levels[0]]
+    # Of a few inputs nothing is smaller than fp32, which has no error to predict from.
+    error = matrix.error / (ERRORS[levels[0]] or 1)
     return [
-        _Level(level, _size(design, matrix.name, level), error * ERRORS[level]) for level in levels
+        Level(level, _size(design, matrix.name, level), error * ERRORS[level]) for level in levels
     ]
-
-
-def _sort_upgrades(options: Mapping[str, Sequence[_Level]]) -> list[_Upgrade]:
-    """Upgrades of all matrices, sorted by the error removed per byte, most first."""
-    upgrades = [each for name, levels in options.items() for each in _upgrade(name, levels)]
-    # The sort is stable: a matrix whose error is zero is still upgraded level by level.
-    return sorted(upgrades, key=lambda upgrade: -upgrade.gain / upgrade.bytes)
-
-
-def _upgrade(name: str, levels: Sequence[_Level]) -> Iterator[_Upgrade]:
-    """Upgrades to the last level, each removing less error per byte than the one before it."""
-    rest = levels
-    while len(rest) > 1:
-        steps = [
-            _Upgrade(name, to.format, to.bytes - rest[0].bytes, rest[0].error - to.error)
-            for to in rest[1:]
-        ]
-        best = max(range(len(steps)), key=lambda i: steps[i].gain / steps[i].bytes)
-        yield steps[best]
-        rest = rest[best + 1 :]
 
 
 def _levels(design: Design, name: str) -> list[str]:
@@ -463,7 +390,7 @@ def _levels(design: Design, name: str) -> list[str]:
     return levels
 
 
-def _assign(design: Design, upgrades: Sequence[_Upgrade]) -> dict[str, str]:
+def _assign(design: Design, upgrades: Sequence[Upgrade]) -> dict[str, str]:
     texts = {name: _levels(design, name)[0] for name in (TABLE, *matrices(design.spec))}
     return texts | {upgrade.name: upgrade.level for upgrade in upgrades}
 
@@ -484,7 +411,7 @@ def _bytes_of(design: Design, texts: Mapping[str, str]) -> int:
 
 
 def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:
-    formats = {name: Format.parse(text) for name, text in texts.items()}
+    formats = {name: Format.parse(text) for name, text in texts.items() if text != FP32}
     quantized = QuantizedMatrices(lambda name: quantize(name, formats[name].scheme))
     return replace(design, precision=replace(design.precision, formats=formats), matrices=quantized)
 

@@ -28,7 +28,7 @@ needs_gptqmodel = pytest.mark.skipif(
 
 
 def marked(method, *others):
-    """A case of a method; of fp8 slow, which w8a8 shares the path of."""
+    """A case of a method; fp8 is slow, since w8a8 takes the same path in the same library."""
     return pytest.param(method, *others, marks=[pytest.mark.slow] if method == "fp8" else [])
 
 

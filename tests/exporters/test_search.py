@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.exporters.calibration import search
-from embedport.exporters.calibration.search import (
-    _choose_within,
-    _Level,
-    _sort_upgrades,
+from embedport.exporters.calibration import choice
+from embedport.exporters.calibration.choice import (
+    Level,
     _upgrade,
+    choose_within,
+    sort_upgrades,
 )
 from tests.synthetic import Geometry, write_checkpoint
 
@@ -25,7 +25,7 @@ def random_options(generator, matrices=6):
         sizes = np.cumsum(generator.integers(1, 40, 4)) * 64
         errors = np.sort(generator.random(4))[::-1] * generator.choice([1, 10])
         options[f"m{i}"] = [
-            _Level(f"f{level}", int(size), float(error))
+            Level(f"f{level}", int(size), float(error))
             for level, (size, error) in enumerate(zip(sizes, errors, strict=True))
         ]
     return options
@@ -46,7 +46,7 @@ def test_no_choice_is_better(seed):
     options = random_options(generator)
     smallest = sum(levels[0].bytes for levels in options.values())
     room = int(generator.integers(0, 9000))
-    texts = _choose_within(options, room)
+    texts = choose_within(options, room)
     assert list(texts) == list(options)
     assert total(options, texts, "bytes") <= smallest + room
     best = min(
@@ -61,9 +61,9 @@ def test_sizes_are_rounded_up_where_there_are_many(monkeypatch):
     """Never beyond the size, and little worse."""
     options = random_options(np.random.default_rng(0))
     smallest, room = sum(levels[0].bytes for levels in options.values()), 6000
-    exact = _choose_within(options, room)
-    monkeypatch.setattr(search, "MOST_SIZES", 40)
-    texts = _choose_within(options, room)
+    exact = choose_within(options, room)
+    monkeypatch.setattr(choice, "MOST_SIZES", 40)
+    texts = choose_within(options, room)
     assert total(options, texts, "bytes") <= smallest + room
     assert total(options, exact, "error") <= total(options, texts, "error")
     assert total(options, texts, "error") < total(options, exact, "error") * 1.5
@@ -71,22 +71,22 @@ def test_sizes_are_rounded_up_where_there_are_many(monkeypatch):
 
 def test_a_large_matrix_takes_the_place_of_many_small_ones():
     """The embedding table: in the order of error per byte the small ones would leave no room."""
-    small = {f"m{i}": [_Level("4", 10, 1.0), _Level("8", 20, 0.4)] for i in range(10)}
-    options = small | {"table": [_Level("4", 100, 8.0), _Level("8", 200, 3.0)]}
-    texts = _choose_within(options, 100)
+    small = {f"m{i}": [Level("4", 10, 1.0), Level("8", 20, 0.4)] for i in range(10)}
+    options = small | {"table": [Level("4", 100, 8.0), Level("8", 200, 3.0)]}
+    texts = choose_within(options, 100)
     assert texts == dict.fromkeys(small, "8") | {"table": "4"}
-    options["table"][1] = _Level("8", 200, 1.0)
-    assert _choose_within(options, 100) == dict.fromkeys(small, "4") | {"table": "8"}
+    options["table"][1] = Level("8", 200, 1.0)
+    assert choose_within(options, 100) == dict.fromkeys(small, "4") | {"table": "8"}
 
 
 def test_upgrades_remove_ever_less_error_per_byte():
     """A level that its neighbours beat is passed over."""
-    levels = [_Level("a", 0, 10), _Level("b", 10, 9.9), _Level("c", 20, 1), _Level("d", 60, 0)]
+    levels = [Level("a", 0, 10), Level("b", 10, 9.9), Level("c", 20, 1), Level("d", 60, 0)]
     assert [each.level for each in _upgrade("m", levels)] == ["c", "d"]
-    same = [_Level("a", 0, 0), _Level("b", 10, 0), _Level("c", 20, 0)]
+    same = [Level("a", 0, 0), Level("b", 10, 0), Level("c", 20, 0)]
     assert [each.level for each in _upgrade("m", same)] == ["b", "c"]
     options = random_options(np.random.default_rng(1))
-    upgrades = _sort_upgrades(options)
+    upgrades = sort_upgrades(options)
     rates = [upgrade.gain / upgrade.bytes for upgrade in upgrades]
     assert rates == sorted(rates, reverse=True)
     for name in options:
@@ -95,9 +95,21 @@ def test_upgrades_remove_ever_less_error_per_byte():
         assert steps[-1] == "f3"
 
 
+def test_matrices_narrower_than_their_scales(small_tokenizer, tmp_path):
+    """Nothing is smaller than fp32, so nothing but the attention's output is quantized."""
+    geometry = Geometry(4, 1, 1, 1, 16, 4)
+    checkpoint = write_checkpoint(tmp_path / "m", geometry, "embedding", small_tokenizer)
+    artifact = embedport.export(
+        checkpoint, tmp_path / "auto", precision="auto", fast=True, max_bytes=20_000
+    )
+    recipe = artifact.manifest.recipe
+    assert recipe is not None
+    assert {*recipe["formats"]} <= {"layers.0.self_attn.o_proj"}
+
+
 @pytest.mark.parametrize("target", [{"max_bytes": 60_000}, {"min_cosine": 0.9}])
 def test_matrices_narrower_than_a_group(small_tokenizer, tmp_path, target):
-    """Of 32 inputs, groups of 128 take more bytes than groups of 32, and 8 bits more than fp32."""
+    """For 32 inputs groups of 128 take more bytes than groups of 32, and 8 bits more than fp32."""
     checkpoint = write_checkpoint(tmp_path / "m", GEOMETRY, "embedding", small_tokenizer)
     artifact = embedport.export(
         checkpoint, tmp_path / "auto", precision="auto", fast=True, **target
