@@ -1,5 +1,6 @@
 """Checkpoints in the hub's layout: small, seeded, of several geometries, made once a session."""
 
+import gc
 import json
 import lzma
 import os
@@ -53,6 +54,12 @@ def pytest_configure(config):
     if not torch.cuda.is_available():
         # Triton's kernels run in its interpreter, which it must know before it is imported.
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish():
+    """Keep the garbage collector off what stays: of torch and others that is a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
