@@ -104,21 +104,20 @@ def check_device(device: str) -> None:
 
 
 def _has_product(format: Format) -> bool:
-    """Whether the graph has a product of matrices in a format.
+    """Whether a segment multiplies by a format's codes; if not, by the values they stand for.
 
-    NF4 has none, nor have W8A8 checkpoints' codes: their pairs are not limited, and without groups
-    weights are multiplied by 8-bit activations.
+    Only weights in groups: 8-bit activations would be made by the operator before the segment,
+    with scales that the segment does not get. No graph has a product of NF4.
     """
     scheme = format.scheme
-    if scheme.nf4:
-        return False
-    return scheme.limits_pairs if scheme.group_size is None else not format.activations
+    return scheme.group_size is not None and not format.activations and not scheme.nf4
 
 
 class CpuEngine:
-    """onnxruntime's products, in the formats of the graph, and numpy's rounding.
+    """onnxruntime's products of segments, and numpy's rounding.
 
-    Formats that a graph cannot multiply by are dequantized.
+    Matrices that are quantized in groups are multiplied by the graph's operators, others
+    dequantized.
 
     Args:
         source: The weights.

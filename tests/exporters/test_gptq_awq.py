@@ -19,7 +19,7 @@ from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
 from embedport.exporters.texts import FEW
-from embedport.quantize.formats import plan_formats
+from embedport.quantize.formats import Format, plan_formats
 from embedport.texts.samples import builtin_samples
 from tests.synthetic import plant_outliers
 
@@ -40,6 +40,21 @@ def test_gptq_is_closer_than_rounding(artifacts, task):
         return ((outputs(algorithm=algorithm, **options) - outputs()) ** 2).mean()
 
     assert error("gptq") < 0.75 * error("rtn")
+
+
+def test_calibration_does_not_round_activations(checkpoints, tmp_path):
+    """Formats that round them are calibrated like those that do not."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv2")))
+    formats = plan_formats(weights.spec, "int8", dialect="standard")
+    rounded, plain = (
+        quantize_layers(weights, weights, each, ROWS, tmp_path / name, lambda: None)
+        for name, each in (
+            ("rounded", formats),
+            ("plain", {name: Format(format.scheme) for name, format in formats.items()}),
+        )
+    )
+    for name in formats:
+        np.testing.assert_array_equal(rounded(name).codes, plain(name).codes)
 
 
 def test_awq_on_outliers(checkpoints, copied, tmp_path):
