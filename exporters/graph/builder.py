@@ -185,13 +185,13 @@ class _FunctionBuilder(GraphBuilder):
         opsets: dict[str, int],
     ) -> ir.Function:
         """Build the function from everything recorded, named after the scope."""
-        kinds = {
-            name: ir.AttributeType.INT if isinstance(value, int) else ir.AttributeType.FLOAT
-            for name, value in attributes.items()
-        }
+        integer, real = ir.AttributeType.INT, ir.AttributeType.FLOAT
         return ir.Function(
             DOMAIN,
             self.scope,
             graph=ir.Graph(inputs, outputs, nodes=self._tape.nodes, opset_imports=opsets),
-            attributes=[ir.Attr(name, kind, None) for name, kind in kinds.items()],
+            attributes=[
+                ir.Attr(name, integer if isinstance(value, int) else real, None)
+                for name, value in attributes.items()
+            ],
         )

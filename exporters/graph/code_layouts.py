@@ -50,16 +50,6 @@ def blocks(tensor: QuantizedTensor) -> np.ndarray:
     return packed(padded, tensor.scheme.bits).reshape(rows, groups, -1)
 
 
-def table(tensor: QuantizedTensor) -> np.ndarray:
-    """GatherBlockQuantized's data: uint8 [rows, width * bits / 8]."""
-    return packed(tensor.codes, tensor.scheme.bits)
-
-
-def zero_points(tensor: QuantizedTensor) -> np.ndarray:
-    """uint8 [out, ceil(blocks * bits / 8)], packed like the codes."""
-    return packed(tensor.zero_points, tensor.scheme.bits)
-
-
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack codes: uint8 [n, m] to bytes [n, ceil(m * bits / 8)], the lower nibble first."""
     if bits == 8:

@@ -315,6 +315,53 @@ def norm_heads(
     )
 
 
+def standard_attention(
+    g: GraphBuilder,
+    norm: Norm,
+    spec: ModelSpec,
+    heads: Heads,
+    position_ids: ir.Value | None,
+    cache: tuple[ir.Value, ir.Value],
+    compute: ir.DataType,
+    mask: ir.Value | None = None,
+) -> ir.Value:
+    """Norm and rotate queries and keys, then the standard's Attention.
+
+    Heads come first, as TensorRT's parser takes them.
+
+    Args:
+        g: The graph.
+        norm: The dialect's norm.
+        spec: The model.
+        heads: Queries, keys and values.
+        position_ids: int64 [batch, size].
+        cache: Cosines and sines, each [size, head_dim / 2], in the dtype to rotate in.
+        compute: The dtype of attention.
+        mask: bool [batch, 1, size, size], true for the keys that a query sees; None for all keys
+            up to the query's own position.
+
+    Returns:
+        [batch, size, num_heads * head_dim].
+    """
+
+    def heads_first(x: ir.Value) -> ir.Value:
+        return g.op("Transpose", x, perm=[0, 2, 1, 3])
+
+    def rotated(x: ir.Value) -> ir.Value:
+        return g.cast(g.op("RotaryEmbedding", heads_first(x), *cache, position_ids), compute)
+
+    q, k = norm_heads(g, norm, spec, heads, cache[0].dtype)
+    v = g.cast(apply_scales(g, heads.v), compute)
+    v = heads_first(g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim])))
+    inputs, scale = (rotated(q), rotated(k), v), attention_scale(spec)
+    if mask is None:
+        attended = g.op("Attention", *inputs, is_causal=1, scale=scale)
+    else:
+        attended = g.op("Attention", *inputs, mask, scale=scale)
+    width = spec.num_heads * spec.head_dim
+    return g.op("Reshape", heads_first(attended), g.constant([0, 0, width]))
+
+
 def row_scales(g: GraphBuilder, x: ir.Value, codes: ir.DataType) -> ir.Value:
     """Each token's largest magnitude / the largest code: [batch, size, n] to [.., 1]."""
     largest = g.op("ReduceMax", g.op("Abs", x), g.constant([-1]), keepdims=1)

@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -15,13 +14,10 @@ from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...quantize.source import WeightSource
 from . import code_layouts
-from .tensors import transposed
+from .code_layouts import packed
+from .tensors import lazy_tensor, transposed
 
-INT8, INT4, UINT8 = (
-    ir.DataType.INT8,
-    ir.DataType.INT4,
-    ir.DataType.UINT8,
-)
+INT8, INT4, UINT8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT8
 # Matrices to cache: two threads write the codes, scales and zero points one after another.
 REMEMBERED = 2
 
@@ -48,23 +44,6 @@ class QuantizedMatrices:
             return self._recent[name]
 
 
-class QuantizedPart(ir.LazyTensor):
-    """Codes, scales or zero points of a matrix, in the layout of an operator."""
-
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[], np.ndarray],
-        dtype: ir.DataType,
-        shape: tuple[int, ...],
-    ) -> None:
-        super().__init__(lambda: ir.tensor(make(), dtype=dtype), dtype, ir.Shape(shape), name=name)
-
-    def tofile(self, file: BinaryIO) -> None:
-        """Write the tensor without keeping it."""
-        file.write(self._evaluate().tobytes())
-
-
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """A matrix [out, in] of a graph, as initializers in the layouts of the dialects' operators.
@@ -86,7 +65,7 @@ class QuantizedMatrix:
         """Groups per output row."""
         return -(-self.shape[1] // (self.scheme.group_size or self.shape[1]))
 
-    def codes_transposed(self) -> QuantizedPart:
+    def codes_transposed(self) -> ir.LazyTensor:
         """int8 or int4 [in, out], around zero.
 
         Codes without groups are multiplied with 8-bit activations, so they are checked when they
@@ -101,47 +80,51 @@ class QuantizedMatrix:
         dtype = INT8 if self.scheme.bits == 8 else INT4
         return self._part("codes", make, dtype, self.shape[::-1])
 
-    def codes_in_blocks(self) -> QuantizedPart:
+    def codes_in_blocks(self) -> ir.LazyTensor:
         """uint8 [out, groups, group_size * bits / 8]."""
         assert self.scheme.group_size is not None
         size = self.scheme.group_size * self.scheme.bits // 8
         return self._part("codes", code_layouts.blocks, UINT8, (self.shape[0], self.groups, size))
 
-    def codes_as_table(self) -> QuantizedPart:
+    def codes_as_table(self) -> ir.LazyTensor:
         """uint8 [out, in * bits / 8]."""
-        width = self.shape[1] * self.scheme.bits // 8
-        return self._part("codes", code_layouts.table, UINT8, (self.shape[0], width))
+        bits = self.scheme.bits
+        shape = (self.shape[0], self.shape[1] * bits // 8)
+        return self._part("codes", lambda tensor: packed(tensor.codes, bits), UINT8, shape)
 
-    def codes_signed(self) -> QuantizedPart:
+    def codes_signed(self) -> ir.LazyTensor:
         """int8 [out, in], around zero."""
         assert self.scheme.bits == 8
         return self._part("codes", QuantizedTensor.signed_codes, INT8, self.shape)
 
-    def scales(self, dtype: ir.DataType) -> QuantizedPart:
+    def scales(self, dtype: ir.DataType) -> ir.LazyTensor:
         """[out, groups] in a floating dtype."""
-        return self._scales(lambda scales: scales, dtype, (self.shape[0], self.groups))
+        return self._scales(np.asarray, dtype, (self.shape[0], self.groups))
 
-    def scales_flat(self, dtype: ir.DataType) -> QuantizedPart:
+    def scales_flat(self, dtype: ir.DataType) -> ir.LazyTensor:
         """[out] in a floating dtype, for one group per output row."""
         return self._scales(lambda scales: scales[:, 0], dtype, self.shape[:1])
 
-    def scales_transposed(self, dtype: ir.DataType) -> QuantizedPart:
+    def scales_transposed(self, dtype: ir.DataType) -> ir.LazyTensor:
         """[groups, out] in a floating dtype."""
         return self._scales(np.transpose, dtype, (self.groups, self.shape[0]))
 
-    def zero_points(self) -> QuantizedPart | None:
+    def zero_points(self) -> ir.LazyTensor | None:
         """uint8 [out, ceil(groups * bits / 8)]; None for a symmetric scheme."""
         if self.scheme.symmetric:
             return None
-        width = -(-self.groups * self.scheme.bits // 8)
-        return self._part("zero_points", code_layouts.zero_points, UINT8, (self.shape[0], width))
+        bits = self.scheme.bits
+        shape = (self.shape[0], -(-self.groups * bits // 8))
+        return self._part(
+            "zero_points", lambda tensor: packed(tensor.zero_points, bits), UINT8, shape
+        )
 
     def _scales(
         self,
         arrange: Callable[[np.ndarray], np.ndarray],
         dtype: ir.DataType,
         shape: tuple[int, ...],
-    ) -> QuantizedPart:
+    ) -> ir.LazyTensor:
         def make(tensor: QuantizedTensor) -> np.ndarray:
             return np.ascontiguousarray(arrange(tensor.scales), dtype.numpy())
 
@@ -153,8 +136,8 @@ class QuantizedMatrix:
         make: Callable[[QuantizedTensor], np.ndarray],
         dtype: ir.DataType,
         shape: tuple[int, ...],
-    ) -> QuantizedPart:
-        return QuantizedPart(
+    ) -> ir.LazyTensor:
+        return lazy_tensor(
             f"{self.name}.{part}", lambda: make(self.matrices(self.name)), dtype, shape
         )
 
@@ -173,18 +156,18 @@ class Float8Matrix:
     shape: tuple[int, int]
     weights: WeightSource
 
-    def codes_transposed(self) -> QuantizedPart:
+    def codes_transposed(self) -> ir.LazyTensor:
         """float8_e4m3fn [in, out]."""
-        return QuantizedPart(
+        return lazy_tensor(
             f"{self.name}.codes",
             lambda: transposed(self._quantize()[0]),
             ir.DataType.FLOAT8E4M3FN,
             self.shape[::-1],
         )
 
-    def scales_flat(self, dtype: ir.DataType) -> QuantizedPart:
+    def scales_flat(self, dtype: ir.DataType) -> ir.LazyTensor:
         """[out] in a floating dtype."""
-        return QuantizedPart(
+        return lazy_tensor(
             f"{self.name}.scales",
             lambda: self._quantize()[1][:, 0].astype(dtype.numpy()),
             dtype,

@@ -1,7 +1,7 @@
-"""Masked attention in operators of the ONNX standard, for both dialects.
+"""The mask of attention that is bidirectional, where padding is masked, or in a sliding window.
 
-It is bidirectional, where padding must be masked, or within a sliding window. The scores of all
-pairs of tokens are in memory at once.
+Both dialects then run the standard's Attention: the scores of all pairs of tokens are in memory at
+once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,7 @@ import onnx_ir as ir
 
 from ...checkpoint.spec import ModelSpec
 from .builder import GraphBuilder
-from .dialect import (
-    BOOL,
-    Dialect,
-    Heads,
-    Positions,
-    apply_scales,
-    attention_scale,
-    norm_heads,
-    number_positions,
-)
+from .dialect import BOOL, Positions, number_positions
 
 
 class Sight(NamedTuple):
@@ -56,42 +47,3 @@ def describe_sight(g: GraphBuilder, spec: ModelSpec, positions: Positions) -> Si
     shape = g.op("Concat", positions.batch, g.constant([1]), size, size, axis=0)
     mask = g.op("Expand", seen, shape)
     return Sight(number_positions(g, positions, positions.arange), mask)
-
-
-def attend_masked(
-    g: GraphBuilder,
-    dialect: Dialect,
-    spec: ModelSpec,
-    heads: Heads,
-    sight: Sight,
-    cache: tuple[ir.Value, ir.Value],
-    compute: ir.DataType,
-) -> ir.Value:
-    """Norm and rotate queries and keys, then attention of each token to those that it sees.
-
-    Args:
-        g: The graph.
-        dialect: Provides the norm.
-        spec: The model.
-        heads: Queries, keys and values.
-        sight: From `describe_sight`.
-        cache: Cosines and sines, each [size, head_dim / 2], in the dtype to rotate in.
-        compute: The dtype of attention.
-
-    Returns:
-        [batch, size, num_heads * head_dim].
-    """
-
-    def heads_first(x: ir.Value) -> ir.Value:
-        return g.op("Transpose", x, perm=[0, 2, 1, 3])
-
-    def rotated(x: ir.Value) -> ir.Value:
-        return g.cast(g.op("RotaryEmbedding", heads_first(x), *cache, sight.position_ids), compute)
-
-    q, k = norm_heads(g, dialect.norm, spec, heads, cache[0].dtype)
-    v = g.cast(apply_scales(g, heads.v), compute)
-    values = heads_first(g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim])))
-    scale = attention_scale(spec)
-    attended = g.op("Attention", rotated(q), rotated(k), values, sight.mask, scale=scale)
-    width = spec.num_heads * spec.head_dim
-    return g.op("Reshape", heads_first(attended), g.constant([0, 0, width]))

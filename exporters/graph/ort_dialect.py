@@ -312,8 +312,7 @@ class UnroundedOrtDialect(OrtDialect):
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         """MatMulNBits, which rounds no activations unless it is told to."""
-        inputs, sizes = _grouped(g, x, matrix)
-        attributes: dict[str, Any] = {**sizes}
+        inputs, attributes = _grouped(g, x, matrix)
         return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
 
 
@@ -325,7 +324,7 @@ def matmul_groups(g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.V
 
 def _grouped(
     g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix
-) -> tuple[list[ir.Value], dict[str, int]]:
+) -> tuple[list[ir.Value], dict[str, Any]]:
     """MatMulNBits' inputs and attributes."""
     inputs = [
         x,

@@ -11,6 +11,7 @@ from ...checkpoint.pipeline import Dense, Outputs
 from ...checkpoint.pooling import FEWEST, SHORTEST, DenseWeights
 from .builder import GraphBuilder
 from .dialect import BOOL, FLOAT, INT64, Positions
+from .tensors import lazy_tensor
 
 # Excluded tokens get the lowest float32 value: the verification would refuse an infinity.
 LOWEST = float(np.finfo(np.float32).min)
@@ -140,25 +141,23 @@ def shorten(g: GraphBuilder, vectors: ir.Value, dim: int) -> ir.Value:
 def _multiply(
     g: GraphBuilder, x: ir.Value, dense: Dense, read: Callable[[Dense], DenseWeights]
 ) -> ir.Value:
-    def weight(part: str, pick: Callable[[DenseWeights], np.ndarray | None]) -> ir.Value:
+    def weight(part: str) -> ir.Value:
         size = (dense.in_features, dense.out_features)
-        shape = ir.Shape(size if part != "bias" else size[1:])
+        shape = size if part != "bias" else size[1:]
+        # The parts are named like the attributes of DenseWeights.
+        tensor = lazy_tensor(
+            f"{dense.path}.{part}", lambda: getattr(read(dense), part).T, FLOAT, shape
+        )
+        return g.initializer(tensor)
 
-        def tensor() -> ir.TensorProtocol:
-            array = pick(read(dense))
-            assert array is not None
-            return ir.tensor(np.ascontiguousarray(array.T), dtype=FLOAT)
-
-        return g.initializer(ir.LazyTensor(tensor, FLOAT, shape, name=f"{dense.path}.{part}"))
-
-    y = g.op("MatMul", x, weight("weight", lambda weights: weights.weight))
+    y = g.op("MatMul", x, weight("weight"))
     if dense.bias:
-        y = g.op("Add", y, weight("bias", lambda weights: weights.bias))
+        y = g.op("Add", y, weight("bias"))
     y = _ACTIVATIONS[dense.activation](g, y)
     if not dense.residual:
         return y
     if dense.in_features != dense.out_features:
-        x = g.op("MatMul", x, weight("residual", lambda weights: weights.residual))
+        x = g.op("MatMul", x, weight("residual"))
     return g.op("Add", y, x)
 
 

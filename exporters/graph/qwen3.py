@@ -35,8 +35,11 @@ from ...quantize.formats import TABLE
 from ...quantize.source import WeightSource
 from .builder import GraphBuilder
 from .dialect import (
+    BOOL,
+    FLOAT,
     FLOAT8,
     INT8,
+    INT64,
     Activations,
     AttentionValues,
     Dialect,
@@ -45,16 +48,14 @@ from .dialect import (
     Positions,
     ScaledTensor,
     apply_scales,
+    standard_attention,
 )
 from .initializers import Float8Matrix, QuantizedMatrices, QuantizedMatrix
-from .masked import Sight, attend_masked, describe_sight
+from .masked import Sight, describe_sight
 from .pooling import describe_steps, normalize, pool, shorten
 from .precision import Precision
 from .tensors import CheckpointTensor
 
-BOOL = ir.DataType.BOOL
-FLOAT = ir.DataType.FLOAT
-INT64 = ir.DataType.INT64
 INPUTS = ("input_ids", "attention_mask")
 # Number of the prompt's tokens: a further input if the prompt is excluded from pooling.
 PROMPT_LENGTH = "prompt_length"
@@ -170,7 +171,7 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     """
     g = GraphBuilder()
     spec = design.spec
-    inputs = [ir.val(name, dtype=INT64, shape=("batch", "sequence")) for name in INPUTS]
+    inputs = text_inputs()
     prompt_length = None
     if PROMPT_LENGTH in design.inputs:
         prompt_length = ir.val(PROMPT_LENGTH, dtype=INT64, shape=(1,))
@@ -200,6 +201,11 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
         ir_version=design.dialect.ir_version,
         name=f"qwen3_{spec.task}",
     )
+
+
+def text_inputs() -> list[ir.Value]:
+    """The inputs `input_ids` and `attention_mask`, int64 [batch, sequence]."""
+    return [ir.val(name, dtype=INT64, shape=("batch", "sequence")) for name in INPUTS]
 
 
 def describe_inputs(
@@ -336,18 +342,19 @@ def describe_attention(
     names = [f"{prefix}.{name}_proj" for name in "qkv"]
     q, k, v = linears(g, design, names, x, taps)
     heads = Heads(q.value, k.value, v, gains("q", q.value.dtype), gains("k", k.value.dtype))
+    compute = design.precision.compute
     if layer in design.spec.masked_layers:
         assert batch.sight is not None
-        compute = design.precision.compute
-        return attend_masked(
-            g, design.dialect, design.spec, heads, batch.sight, batch.cache, compute
+        position_ids, mask = batch.sight
+        return standard_attention(
+            g, design.dialect.norm, design.spec, heads, position_ids, batch.cache, compute, mask
         )
     past = batch.past
     if past is not None:
         indices = g.constant([2 * layer, 2 * layer + 1])
         past = LayerPast(past.states, indices, past.kept)
     attended, *states = design.dialect.attention(
-        g, design.spec, heads, batch.attention, batch.cache, design.precision.compute, past
+        g, design.spec, heads, batch.attention, batch.cache, compute, past
     )
     taps.states.extend(states)
     return attended
@@ -473,9 +480,9 @@ def describe_outputs(
     pending = ScaledTensor(g.cast(apply_scales(g, stream.pending), FLOAT))
     stream = Stream(g.cast(stream.residual, FLOAT), pending)
     (normed, *_), _ = add_norm(g, design, "norm.weight", stream)
+    plain = outputs.steps == ("normalize",) and outputs.last_token and outputs.truncate is None
     rotation = design.weights.output_rotation
     # For a reranker, the rotation is in the head instead.
-    plain = outputs.steps == ("normalize",) and outputs.last_token and outputs.truncate is None
     if rotation is not None and design.head is None:
         if not design.tokens and plain:
             rotation = rotation[:, : design.dim]

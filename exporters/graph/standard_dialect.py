@@ -17,10 +17,9 @@ from .dialect import (
     Rows,
     ScaledTensor,
     apply_scales,
-    attention_scale,
-    norm_heads,
     number_positions,
     row_scales,
+    standard_attention,
 )
 from .initializers import Float8Matrix, QuantizedMatrix
 
@@ -122,22 +121,9 @@ class StandardDialect:
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
-        """Attention with heads first, as TensorRT's parser takes it; only the causal mask."""
+        """Attention."""
         assert past is None
-        position_ids = values.position_ids
-
-        def heads_first(x: ir.Value) -> ir.Value:
-            return g.op("Transpose", x, perm=[0, 2, 1, 3])
-
-        def rotated(x: ir.Value) -> ir.Value:
-            result = g.op("RotaryEmbedding", heads_first(x), *cache, position_ids)
-            return g.cast(result, compute)
-
-        q, k = norm_heads(g, self.norm, spec, heads, cache[0].dtype)
-        v = g.cast(apply_scales(g, heads.v), compute)
-        v = g.op("Reshape", v, g.constant([0, 0, spec.num_kv_heads, spec.head_dim]))
-        v = heads_first(v)
-        queries, keys = rotated(q), rotated(k)
-        attended = g.op("Attention", queries, keys, v, is_causal=1, scale=attention_scale(spec))
-        width = spec.num_heads * spec.head_dim
-        return [g.op("Reshape", heads_first(attended), g.constant([0, 0, width]))]
+        attended = standard_attention(
+            g, self.norm, spec, heads, values.position_ids, cache, compute
+        )
+        return [attended]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -17,6 +17,13 @@ from ...quantize.source import WeightSource
 CHUNK_BYTES = 32 << 20
 TRANSPOSED_ROWS = 16
 FP16_MAX = 65504.0
+
+
+def lazy_tensor(
+    name: str, make: Callable[[], np.ndarray], dtype: ir.DataType, shape: tuple[int, ...]
+) -> ir.LazyTensor:
+    """An initializer whose values are made when it is written, and not kept."""
+    return ir.LazyTensor(lambda: ir.tensor(make(), dtype=dtype), dtype, ir.Shape(shape), name=name)
 
 
 class CheckpointTensor(ir.LazyTensor):
@@ -66,8 +73,7 @@ class CheckpointTensor(ir.LazyTensor):
         if self.dtype == ir.DataType.FLOAT16 and max(np.max(values), -np.min(values)) > FP16_MAX:
             raise CheckpointError(
                 f"{self._weights.spec.source.folder}: tensor {self.name} has values beyond "
-                f"{FP16_MAX:.0f}, "
-                "the largest fp16; export with `precision` bf16 or fp32"
+                f"{FP16_MAX:.0f}, the largest fp16; export with `precision` bf16 or fp32"
             )
         return values if self.dtype == ir.DataType.FLOAT else values.astype(target)
 
