@@ -10,6 +10,8 @@ even if no text shows it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .fold import CONSUMERS, PRODUCERS, FoldedWeights, reduce_kv
@@ -23,8 +25,9 @@ def balanced(source: WeightSource) -> FoldedWeights:
     def factors(layer: str, producer: str) -> np.ndarray:
         key = (layer, producer)
         if key not in cache:
+            readers = [f"{layer}.{consumer}" for consumer in CONSUMERS[producer]]
             cache[key] = smoothing_factors(
-                _activations(source, layer, producer), _largest_weights(source, layer, producer)
+                _activations(source, layer, producer), largest_weights(source, readers)
             )
         return cache[key]
 
@@ -49,17 +52,17 @@ def _norms(rows: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(rows).sum(axis=1, dtype=np.float64)).astype(np.float32)
 
 
-def _largest_weights(source: WeightSource, layer: str, producer: str) -> np.ndarray:
-    """The largest magnitude among the weights that read each channel: float32 [channels]."""
-    largest = [
-        reduce_kv(
-            source.spec,
-            consumer,
-            np.abs(source.read_fp32(f"{layer}.{consumer}.weight")).max(axis=0),
-        )
-        for consumer in CONSUMERS[producer]
-    ]
-    return np.max(largest, axis=0)
+def largest_weights(source: WeightSource, names: Sequence[str]) -> np.ndarray:
+    """The largest magnitude among the weights that read each channel: float32 [channels].
+
+    Args:
+        source: The weights.
+        names: Projections that read the same tensor.
+    """
+    largest = np.max(
+        [np.abs(source.read_fp32(f"{name}.weight")).max(axis=0) for name in names], axis=0
+    )
+    return reduce_kv(source.spec, names[0].split(".", 2)[2], largest)
 
 
 def smoothing_factors(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -77,12 +77,12 @@ def choose_within(options: Mapping[str, Sequence[Level]], room: int) -> dict[str
 
 def sort_upgrades(options: Mapping[str, Sequence[Level]]) -> list[Upgrade]:
     """Upgrades of all matrices, sorted by the error removed per byte, most first."""
-    upgrades = [each for name, levels in options.items() for each in _upgrade(name, levels)]
+    upgrades = [upgrade for name, levels in options.items() for upgrade in _upgrades(name, levels)]
     # The sort is stable: a matrix whose error is zero is still upgraded level by level.
     return sorted(upgrades, key=lambda upgrade: -upgrade.gain / upgrade.bytes)
 
 
-def _upgrade(name: str, levels: Sequence[Level]) -> Iterator[Upgrade]:
+def _upgrades(name: str, levels: Sequence[Level]) -> Iterator[Upgrade]:
     """Upgrades to the last level, each removing less error per byte than the one before it."""
     rest = levels
     while len(rest) > 1:

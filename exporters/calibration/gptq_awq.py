@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from ...checkpoint.spec import ModelSpec
@@ -33,8 +33,8 @@ from ...quantize.awq import search_factors
 from ...quantize.fold import PRODUCERS, FoldedWeights, expand_kv, reduce_kv
 from ...quantize.formats import Format, matrices
 from ...quantize.mse import quantize_mse
-from ...quantize.schemes import QuantizedTensor, QuantScheme
-from ...quantize.smoothquant import smoothing_factors
+from ...quantize.schemes import QuantizedTensor
+from ...quantize.smoothquant import largest_weights, smoothing_factors
 from ...quantize.source import WeightSource
 from ...version import __version__
 from .engines import open_engine
@@ -91,25 +91,6 @@ def kept_layers(output: Path, *, used: bool) -> Generator[Path]:
             os.close(lock_descriptor)
 
 
-class CalibratedMatrices:
-    """Matrices quantized by GPTQ, one file per layer.
-
-    Args:
-        folder: The folder that `quantize_layers` wrote to.
-        schemes: Each matrix's scheme, by name.
-    """
-
-    def __init__(self, folder: Path, schemes: Mapping[str, QuantScheme]) -> None:
-        self._folder = folder
-        self._schemes = schemes
-
-    def __call__(self, name: str) -> QuantizedTensor:
-        """Read a matrix from its layer's file."""
-        stored = load_file(_layer_file(self._folder, int(name.split(".")[1])))
-        parts = (stored[f"{name}.{part}"] for part in PARTS)
-        return QuantizedTensor(self._schemes[name], *parts)
-
-
 def quantize_layers(
     weights: Weights,
     source: WeightSource,
@@ -121,7 +102,7 @@ def quantize_layers(
     table: Format | None = None,
     follows: bool = True,
     device: str = "cpu",
-) -> CalibratedMatrices:
+) -> Callable[[str], QuantizedTensor]:
     """Quantize a model's projections by GPTQ or GPTAQ.
 
     Args:
@@ -136,34 +117,22 @@ def quantize_layers(
             original matrix with the quantized layers' inputs (GPTQ).
         device: "cpu" or "cuda".
 
+    Returns:
+        A function that reads a projection's codes from its layer's file, by its name.
+
     Raises:
         CheckpointError: An activation is not finite, or a Hessian cannot be inverted.
         InputError: A layer cannot be written.
     """
     name = "gptaq" if follows else "gptq"
     _prepare(folder, f"{_request(weights, source, formats, rows)} {name} {table}")
-    schemes = {name: format.scheme for name, format in formats.items()}
-    matrices_of_layers = CalibratedMatrices(folder, schemes)
     engine = open_engine(device, source, formats, folder)
     outputs = source.spec.outputs
     last = LAST if follows and (source.spec.task == "reranker" or outputs.last_token) else 1
-    finished = sorted(folder.glob(STATES))
-    originals: list[np.ndarray] = []
-    if finished:
-        stored = load_file(finished[-1])
-        states = [stored[str(i)] for i in range(len(rows))]
-        originals = [stored[f"original.{i}"] for i in range(len(rows) if follows else 0)]
-        first = int(finished[-1].stem.partition("-")[2]) + 1
-    else:
-        states, first = embed_rows(source, rows), 0
-        originals = list(states) if follows else []
-        _check_finite(source, "embed_tokens gives", states)
-        if table is not None:
-            states = [quantize_mse(state[0], table.scheme).dequantize()[None] for state in states]
+    first, states, originals = _first_states(source, rows, folder, table, follows=follows)
     for _ in range(first):
         advance()
     for number in range(first, source.spec.num_layers):
-        file, states_file = _layer_file(folder, number), folder / f"states-{number:03}.safetensors"
         done: dict[str, QuantizedTensor] = {}
         inputs: list[np.ndarray] = []
         original_inputs: list[np.ndarray] = []
@@ -175,17 +144,51 @@ def quantize_layers(
                 inputs = segment.run(rows, states, inputs)
                 names = [name for name in segment.names if name in formats]
             if names:
-                with _named(source, names[0]):
+                try:
                     done |= engine.quantize(names, inputs, original_inputs, last)
-        _save(
-            {f"{name}.{part}": getattr(done[name], part) for name in done for part in PARTS}, file
-        )
+                except CheckpointError as error:
+                    place = f"{source.spec.source.folder}: {names[0]}"
+                    raise CheckpointError(f"{place}: {error}") from error
+        codes = {f"{name}.{part}": getattr(done[name], part) for name in done for part in PARTS}
+        _save(codes, _layer_file(folder, number))
         _check_finite(source, f"layer {number} gives", states)
         kept = {str(i): state for i, state in enumerate(states)}
-        _save(kept | {f"original.{i}": state for i, state in enumerate(originals)}, states_file)
-        (folder / f"states-{number - 1:03}.safetensors").unlink(missing_ok=True)
+        kept |= {f"original.{i}": state for i, state in enumerate(originals)}
+        _save(kept, _states_file(folder, number))
+        _states_file(folder, number - 1).unlink(missing_ok=True)
         advance()
-    return matrices_of_layers
+
+    def read(name: str) -> QuantizedTensor:
+        with safe_open(_layer_file(folder, int(name.split(".")[1])), framework="numpy") as file:
+            parts = [file.get_tensor(f"{name}.{part}") for part in PARTS]
+        return QuantizedTensor(formats[name].scheme, *parts)
+
+    return read
+
+
+def _first_states(
+    source: WeightSource,
+    rows: Sequence[np.ndarray],
+    folder: Path,
+    table: Format | None,
+    *,
+    follows: bool,
+) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
+    """The first layer that is not quantized yet, and the texts' states before it.
+
+    The original model's states are the third; empty for GPTQ.
+    """
+    if finished := sorted(folder.glob(STATES)):
+        stored = load_file(finished[-1])
+        states = [stored[str(i)] for i in range(len(rows))]
+        originals = [stored[f"original.{i}"] for i in range(len(rows) if follows else 0)]
+        return int(finished[-1].stem.partition("-")[2]) + 1, states, originals
+    states = embed_rows(source, rows)
+    _check_finite(source, "embed_tokens gives", states)
+    originals = list(states) if follows else []
+    if table is not None:
+        states = [quantize_mse(state[0], table.scheme).dequantize()[None] for state in states]
+    return 0, states, originals
 
 
 def scale_layers(
@@ -241,11 +244,9 @@ def scale_layers(
                 _check_finite(source, f"{names[0]} takes", inputs)
                 sample = _sample(inputs)
                 producer = PRODUCERS[names[0].removeprefix(f"{prefix}.")]
-                if scaling == "awq":
-                    found = _search_factors(source, names, sample, formats)
-                else:
-                    found = _smoothing_factors(source, names, inputs)
-                stored[f"{producer}.factors"] = found
+                stored[f"{producer}.factors"] = _find_factors(
+                    source, scaling, names, formats, inputs, sample
+                )
                 stored[f"{producer}.squares"] = np.square(sample).mean(axis=0)
         _check_finite(source, f"layer {number} gives", states)
         if not finished:
@@ -255,7 +256,7 @@ def scale_layers(
             (factors if kind == "factors" else squares)[prefix, producer] = values
         advance()
 
-    def find_factors(layer: str, producer: str) -> np.ndarray:
+    def read_factors(layer: str, producer: str) -> np.ndarray:
         # A tensor that no quantized matrix reads is not scaled.
         shape = source.spec.tensor_shapes()[f"{layer}.{producer}.weight"]
         return factors.get((layer, producer), np.ones(shape[0], np.float32))
@@ -265,7 +266,7 @@ def scale_layers(
         key = f"{layer}.{number}", PRODUCERS[part]
         return squares[key] / expand_kv(source.spec, part, factors[key]) ** 2
 
-    return FoldedWeights(source, find_factors), importance
+    return FoldedWeights(source, read_factors), importance
 
 
 def _check_finite(source: WeightSource, what: str, values: Iterable[np.ndarray]) -> None:
@@ -274,15 +275,6 @@ def _check_finite(source: WeightSource, what: str, values: Iterable[np.ndarray])
             f"{source.spec.source.folder}: {what} NaN or infinity on the calibration texts; the "
             "checkpoint is damaged, download it again"
         )
-
-
-@contextlib.contextmanager
-def _named(source: WeightSource, name: str) -> Generator[None]:
-    """Add the checkpoint and the matrix to an error."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.spec.source.folder}: {name}: {error}") from error
 
 
 def _sample(inputs: Sequence[np.ndarray]) -> np.ndarray:
@@ -298,26 +290,23 @@ def _sample(inputs: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([inputs[i][place] for i, place in zip(texts, places, strict=True)])
 
 
-def _search_factors(
-    source: WeightSource, names: list[str], inputs: np.ndarray, formats: Mapping[str, Format]
+def _find_factors(
+    source: WeightSource,
+    scaling: str,
+    names: Sequence[str],
+    formats: Mapping[str, Format],
+    inputs: Sequence[np.ndarray],
+    sample: np.ndarray,
 ) -> np.ndarray:
-    """AWQ's factors for the output channels of the tensor that the named matrices read."""
-    matrices = [source.read_fp32(f"{name}.weight") for name in names]
-    schemes = [formats[name].scheme for name in names]
+    """A factor for each output channel of the norm or projection that the named matrices read."""
     consumer = names[0].split(".", 2)[2]
-    return reduce_kv(source.spec, consumer, search_factors(matrices, inputs, schemes))
-
-
-def _smoothing_factors(
-    source: WeightSource, names: list[str], inputs: Sequence[np.ndarray]
-) -> np.ndarray:
-    """SmoothQuant's factors for the output channels of the tensor that the named matrices read."""
-    consumer = names[0].split(".", 2)[2]
+    if scaling == "awq":
+        weights = [source.read_fp32(f"{name}.weight") for name in names]
+        schemes = [formats[name].scheme for name in names]
+        return reduce_kv(source.spec, consumer, search_factors(weights, sample, schemes))
     activations = np.max([np.abs(text).max(axis=0) for text in inputs], axis=0)
-    matrices = [source.read_fp32(f"{name}.weight") for name in names]
-    weights = np.max([np.abs(matrix).max(axis=0) for matrix in matrices], axis=0)
-    channels = [reduce_kv(source.spec, consumer, values) for values in (activations, weights)]
-    return smoothing_factors(*channels)
+    activations = reduce_kv(source.spec, consumer, activations)
+    return smoothing_factors(activations, largest_weights(source, names))
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
@@ -331,6 +320,10 @@ def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:
 
 def _layer_file(folder: Path, number: int) -> Path:
     return folder / f"layer-{number:03}.safetensors"
+
+
+def _states_file(folder: Path, number: int) -> Path:
+    return folder / f"states-{number:03}.safetensors"
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:

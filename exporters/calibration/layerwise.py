@@ -21,7 +21,15 @@ from ...runtimes.part_session import open_session
 from ..graph.builder import GraphBuilder
 from ..graph.dialect import apply_scales
 from ..graph.precision import FLOAT
-from ..graph.qwen3 import INPUTS, Design, Stream, Taps, describe_inputs, describe_layer, embed
+from ..graph.qwen3 import (
+    Design,
+    Stream,
+    Taps,
+    describe_inputs,
+    describe_layer,
+    embed,
+    text_inputs,
+)
 
 DATA = "part.onnx_data"
 # The inputs that projections share, in a layer's order: q, k, v; o; gate, up; down.
@@ -43,11 +51,11 @@ def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]
 
 
 class _Part:
-    """A session of a part of the model; `with` closes it and deletes its graph.
+    """A part of the model in a session; `with` closes it and deletes its graph.
 
     Args:
         design: The model.
-        g: The graph.
+        g: The part's nodes.
         inputs: Its inputs.
         outputs: Its outputs.
         folder: Where the graph may be written while it runs.
@@ -63,9 +71,15 @@ class _Part:
         folder: Path,
         name: str,
     ) -> None:
+        dialect = design.dialect
+        model = g.model(
+            inputs, outputs, opsets=dialect.opsets, ir_version=dialect.ir_version, name=name
+        )
+        _remove_unused(model.graph)
         self._temporary = tempfile.TemporaryDirectory(dir=folder)
-        place = Path(self._temporary.name)
-        self._session = _open(design, g, list(inputs), list(outputs), place, name)
+        path = Path(self._temporary.name) / "part.onnx"
+        ir.save(model, path, external_data=DATA)
+        self.session: Any = open_session(ir.load(path), path.parent, pack=True, kernels=True)
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +91,7 @@ class _Part:
         traceback: TracebackType | None,
     ) -> None:
         # The variable of `with` outlives the block: else this session and the next would be open.
-        del self._session
+        del self.session
         self._temporary.cleanup()
 
 
@@ -98,10 +112,9 @@ class Layer(_Part):
     def __init__(self, design: Design, layer: int, folder: Path) -> None:
         described = _describe(design, layer)
         g, taps = described.g, described.taps
-        outputs = [described.out]
         self.probes = list(taps.probes)
-        for value in taps.probes.values():
-            outputs.append(g.op("ReduceMax", g.op("Abs", value), keepdims=0))
+        outputs = [described.out]
+        outputs += [g.op("ReduceMax", g.op("Abs", x), keepdims=0) for x in taps.probes.values()]
         self.inputs = list(described.shared.values())
         super().__init__(
             design,
@@ -121,18 +134,18 @@ class Layer(_Part):
             ids: int64 [tokens].
             state: The stream before the layer; n states of the same text are run at once.
         """
-        return self._session.run(self._outputs[:1], _feeds(ids, state))[0]
+        return self.session.run(self._outputs[:1], _feeds(ids, state))[0]
 
     def run_probed(
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Like `run`, plus the largest magnitude of each watched value, by name."""
-        out, *magnitudes = self._session.run(self._outputs, _feeds(ids, state))
+        out, *magnitudes = self.session.run(self._outputs, _feeds(ids, state))
         return out, dict(zip(self.probes, magnitudes, strict=True))
 
     def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
         """The shared input of each group in `inputs`: float32 [tokens, in] each."""
-        inputs = self._session.run(self._inputs, _feeds(ids, state))
+        inputs = self.session.run(self._inputs, _feeds(ids, state))
         return [x[0] for x in inputs]
 
 
@@ -193,7 +206,7 @@ class Segment(_Part):
         for i, ids in enumerate(rows):
             values = [ids[None], np.ones((1, len(ids)), np.int64), states[i]]
             values += [inputs[i][None]] if inputs else []
-            states[i], *x = self._session.run(None, dict(zip(self._feeds, values, strict=True)))
+            states[i], *x = self.session.run(None, dict(zip(self._feeds, values, strict=True)))
             results += [x[0][0]] if x else []
             if inputs:
                 inputs[i] = inputs[i][:0]
@@ -222,7 +235,7 @@ class _Described(NamedTuple):
 
 def _describe(design: Design, layer: int) -> _Described:
     g = GraphBuilder()
-    ids, mask = _inputs()
+    ids, mask = text_inputs()
     stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
     batch = describe_inputs(g, design, ids, mask)
     out, taps = describe_layer(g, design, layer, Stream(stream, None), batch)
@@ -252,11 +265,10 @@ def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.nda
 def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
     """Each text's embeddings from the design's own, possibly quantized, table."""
     g = GraphBuilder()
-    ids, mask = _inputs()
-    out = embed(g, design, describe_inputs(g, design, ids, mask)).residual
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        session = _open(design, g, [ids, mask], [out], Path(temporary), "embed_tokens")
-        return [session.run(None, _feeds(row))[0] for row in rows]
+    inputs = text_inputs()
+    out = embed(g, design, describe_inputs(g, design, *inputs)).residual
+    with _Part(design, g, inputs, [out], folder, "embed_tokens") as part:
+        return [part.session.run(None, _feeds(row))[0] for row in rows]
 
 
 def final_vectors(design: Design, states: Sequence[np.ndarray]) -> np.ndarray:
@@ -293,32 +305,7 @@ def _remove_unused(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _inputs() -> list[ir.Value]:
-    return [ir.val(name, dtype=ir.DataType.INT64, shape=("batch", "sequence")) for name in INPUTS]
-
-
 def _feeds(ids: np.ndarray, state: np.ndarray | None = None) -> dict[str, np.ndarray]:
     rows = np.tile(ids, (1 if state is None else len(state), 1))
     feeds = {"input_ids": rows, "attention_mask": np.ones_like(rows)}
     return feeds if state is None else feeds | {"stream": state}
-
-
-def _open(
-    design: Design,
-    g: GraphBuilder,
-    inputs: list[ir.Value],
-    outputs: list[ir.Value],
-    folder: Path,
-    name: str,
-) -> Any:
-    model = g.model(
-        inputs,
-        outputs,
-        opsets=design.dialect.opsets,
-        ir_version=design.dialect.ir_version,
-        name=name,
-    )
-    _remove_unused(model.graph)
-    path = folder / "part.onnx"
-    ir.save(model, path, external_data=DATA)
-    return open_session(ir.load(path), folder, pack=True, kernels=True)

@@ -39,7 +39,7 @@ def measure_moments(
     cross = np.zeros_like(hessian) if originals else None
     total = 0.0
     for texts in blocks(inputs, BLOCK):
-        weights = weights_of([inputs[i] for i in texts], last)
+        weights = token_weights([inputs[i] for i in texts], last)
         total += float((weights**2).sum())
         y = np.concatenate([inputs[i] for i in texts]) * weights
         # numpy computes half of a matrix's product with its own transpose.
@@ -53,7 +53,7 @@ def measure_moments(
     return Moments(hessian, cross)
 
 
-def weights_of(texts: Sequence[np.ndarray], last: int) -> np.ndarray:
+def token_weights(texts: Sequence[np.ndarray], last: int) -> np.ndarray:
     """The root of each token's count: float32 [tokens, 1]."""
     weights = np.ones((sum(map(len, texts)), 1), np.float32)
     weights[np.cumsum([len(text) for text in texts]) - 1] = np.sqrt(last)

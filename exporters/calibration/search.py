@@ -25,6 +25,7 @@ import numpy as np
 
 from ...errors import InputError
 from ...quantize.formats import TABLE, Format, matrices, quantized_bytes
+from ...quantize.recipe import Recipe
 from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...texts.beir import RetrievalSet
 from ...texts.ranking import NDCG, measure, rank_candidates, rank_documents
@@ -86,14 +87,15 @@ class RankingTarget:
         data: The retrieval set.
         rows: Token ids, int64 [tokens] each: queries, then documents; for a reranker, those of
             `candidate_pairs`.
-        head: A reranker's head, float32 [hidden, 1]; None for an embedder.
         max_loss: The largest allowed loss of nDCG@10.
+        head: A reranker's head, float32 [hidden, 1]; None for an embedder, and until the weights
+            are read.
     """
 
     data: RetrievalSet
     rows: Sequence[np.ndarray]
-    head: np.ndarray | None
     max_loss: float
+    head: np.ndarray | None = None
 
     def ndcg(self, vectors: np.ndarray) -> float:
         """nDCG@10 of the final vectors of `rows`, [rows, hidden]."""
@@ -109,20 +111,22 @@ class RankingTarget:
 
 
 @dataclass(frozen=True)
-class Targets:
+class Target:
     """The quality or size that a search keeps.
 
     Attributes:
-        min_cosine: Smallest cosine of a text's vector to that of the fp32 model.
+        min_cosine: The smallest allowed cosine of a text's vector to that of the fp32 model; None
+            if only retrieval or the size counts.
         ranking: Retrieval quality to keep.
-        max_bytes: Most bytes of the graph's weights.
-        holds_out: Whether texts that judge trials do not calibrate them.
+        max_bytes: The most bytes of the graph's weights.
+        recipe: The algorithm and rotation that the result will have, still without formats. If it
+            is calibrated, texts that judge trials do not calibrate them.
     """
 
     min_cosine: float | None
     ranking: RankingTarget | None
     max_bytes: int | None
-    holds_out: bool
+    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def search_formats(
     quantize: Quantize,
     apply: Apply,
     rows: Sequence[np.ndarray],
-    targets: Targets,
+    target: Target,
     folder: Path,
     advance: Callable[[], None],
 ) -> Search:
@@ -187,7 +191,7 @@ def search_formats(
         quantize: A function from a matrix's name and a scheme to the quantized matrix.
         apply: A function that quantizes whole models, by the algorithm of the result.
         rows: Token ids of the texts, int64 [tokens] each.
-        targets: What to keep.
+        target: What to keep.
         folder: Where graphs may be written while they run.
         advance: Called after each layer whose matrices were measured.
 
@@ -197,34 +201,34 @@ def search_formats(
     """
     measured = _select_texts(rows, _measured_tokens(design))
     sensitivities = _measure_matrices(design, quantize, measured, folder, advance)
-    options = {each.name: _predict(design, each) for each in sensitivities}
+    options = {matrix.name: _predict(design, matrix) for matrix in sensitivities}
     smallest = _bytes_of(design, _assign(design, []))
     trials: list[Trial] = []
-    if targets.min_cosine is None and targets.ranking is None:
-        assert targets.max_bytes is not None
-        texts = choose_within(options, max(0, targets.max_bytes - smallest))
+    if target.min_cosine is None and target.ranking is None:
+        assert target.max_bytes is not None
+        texts = choose_within(options, max(0, target.max_bytes - smallest))
     else:
         upgrades = sort_upgrades(options)
-        judge = _Judge(design, apply, rows, targets, folder)
+        judge = _Judge(design, apply, rows, target, folder)
         errors = sum(levels[0].error for levels in options.values()) - np.cumsum(
             [0.0, *(upgrade.gain for upgrade in upgrades)]
         )
-        count = _fewest(np.maximum(errors, 0), targets.min_cosine, judge, upgrades)
+        count = _fewest(np.maximum(errors, 0), target.min_cosine, judge, upgrades)
         texts = _assign(design, upgrades[:count])
         trials = list(judge.trials.values())
     size = _bytes_of(design, texts)
-    if targets.max_bytes is not None and size > targets.max_bytes:
+    if target.max_bytes is not None and size > target.max_bytes:
         wanted = "the smallest choice" if size == smallest else "what keeps the quality"
         raise InputError(
-            f"{wanted} takes {size:,} bytes, and max_bytes is {targets.max_bytes:,}; allow more "
+            f"{wanted} takes {size:,} bytes, and max_bytes is {target.max_bytes:,}; allow more "
             "bytes or a lower quality"
         )
     return Search(
         {name: text for name, text in texts.items() if text != FP32},
         size,
-        targets.min_cosine,
-        None if targets.ranking is None else targets.ranking.max_loss,
-        targets.max_bytes,
+        target.min_cosine,
+        None if target.ranking is None else target.ranking.max_loss,
+        target.max_bytes,
         trials,
         sensitivities,
     )
@@ -238,36 +242,37 @@ class _Judge:
         design: Design,
         apply: Apply,
         rows: Sequence[np.ndarray],
-        targets: Targets,
+        target: Target,
         folder: Path,
     ) -> None:
-        self._design, self._apply, self._targets, self._folder = design, apply, targets, folder
+        self._design, self._apply, self._target, self._folder = design, apply, target, folder
         self._calibration, judges = rows, rows
-        if targets.holds_out and len(rows) > 1:
+        if target.recipe.is_calibrated and len(rows) > 1:
             self._calibration = [row for i, row in enumerate(rows) if i % JUDGES]
             judges = rows[::JUDGES]
         self._rows = _select_texts(judges, TOKENS)
         self._expected = _run_model(design, self._rows, folder)
         self._ndcg = 0.0
-        if targets.ranking is not None:
-            self._ndcg = targets.ranking.ndcg(_run_model(design, targets.ranking.rows, folder))
+        if target.ranking is not None:
+            self._ndcg = target.ranking.ndcg(_run_model(design, target.ranking.rows, folder))
         self.trials: dict[int, Trial] = {}
 
     def keeps(self, upgrades: Sequence[Upgrade]) -> bool:
         """Quantize and run a model with the first upgrades; record the trial."""
         texts = _assign(self._design, upgrades)
-        ranking, loss = self._targets.ranking, None
+        ranking, loss = self._target.ranking, 0.0
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             model = self._apply(texts, self._calibration, Path(folder))
-            cosine = _min_cosine(_run_model(model, self._rows, self._folder), self._expected)
+            vectors = _run_model(model, self._rows, self._folder)
+            cosine = float(_cosines(vectors, self._expected).min())
             if ranking is not None:
                 loss = self._ndcg - ranking.ndcg(_run_model(model, ranking.rows, self._folder))
         size = _bytes_of(self._design, texts)
-        self.trials[len(upgrades)] = Trial(dict(Counter(texts.values())), size, cosine, loss)
-        least = self._targets.min_cosine
-        return (least is None or cosine >= least) and (
-            ranking is None or loss is None or loss <= ranking.max_loss
+        self.trials[len(upgrades)] = Trial(
+            dict(Counter(texts.values())), size, cosine, None if ranking is None else loss
         )
+        least = self._target.min_cosine
+        return (least is None or cosine >= least) and (ranking is None or loss <= ranking.max_loss)
 
 
 def _fewest(
@@ -403,7 +408,7 @@ def _size(design: Design, name: str, level: str) -> int:
 
 
 def _bytes_of(design: Design, texts: Mapping[str, str]) -> int:
-    formats = {name: Format.parse(text) for name, text in texts.items() if text != FP32}
+    formats = _parse(texts)
     rotation = design.weights.output_rotation
     # A reranker's rotation is in its head.
     added = 0 if rotation is None or design.spec.task == "reranker" else rotation.nbytes
@@ -411,19 +416,23 @@ def _bytes_of(design: Design, texts: Mapping[str, str]) -> int:
 
 
 def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:
-    formats = {name: Format.parse(text) for name, text in texts.items() if text != FP32}
+    formats = _parse(texts)
     quantized = QuantizedMatrices(lambda name: quantize(name, formats[name].scheme))
     return replace(design, precision=replace(design.precision, formats=formats), matrices=quantized)
+
+
+def _parse(texts: Mapping[str, str]) -> dict[str, Format]:
+    return {name: Format.parse(text) for name, text in texts.items() if text != FP32}
 
 
 def _run_model(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
     """Final vectors of a whole model, some texts at a time: a retrieval set may be large."""
     vectors = []
     for part in _split_texts(rows):
-        table = TABLE in design.precision.formats
-        states = (
-            embed_quantized(design, part, folder) if table else embed_rows(design.weights, part)
-        )
+        if TABLE in design.precision.formats:
+            states = embed_quantized(design, part, folder)
+        else:
+            states = embed_rows(design.weights, part)
         for number in range(design.spec.num_layers):
             with Layer(design, number, folder) as layer:
                 run_layer(layer, part, states)
@@ -447,7 +456,3 @@ def _split_texts(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 def _cosines(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(actual, axis=1) * np.linalg.norm(expected, axis=1)
     return np.nan_to_num((actual * expected).sum(axis=1) / lengths, nan=-1.0)
-
-
-def _min_cosine(actual: np.ndarray, expected: np.ndarray) -> float:
-    return float(_cosines(actual, expected).min())

@@ -11,7 +11,7 @@ from ...quantize.formats import Format
 from ...quantize.schemes import QuantizedTensor
 from ...quantize.source import WeightSource
 from ...quantize.torch_gptq import Curvature, quantize_gptq
-from .moments import BLOCK, blocks, weights_of
+from .moments import BLOCK, blocks, token_weights
 from .torch_segment import TorchSegment
 
 
@@ -63,7 +63,7 @@ class TorchEngine:
         cross = torch.zeros_like(hessian) if originals else None
         total = 0.0
         for texts in blocks(inputs, BLOCK):
-            weights = weights_of([inputs[i] for i in texts], last)
+            weights = token_weights([inputs[i] for i in texts], last)
             total += float((weights**2).sum())
             y = self._join(inputs, texts, weights)
             hessian.addmm_(y.T, y)

@@ -16,12 +16,13 @@ from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
 from ...errors import EmbedportError, require
 from ...integrity import record_files
+from ...quantize.rows import quantize_rows
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
 from ..calibration.gptq_awq import kept_bytes, kept_layers
-from ..calibration.search import FP32, TRIALS, RankingTarget, Search, Targets, search_formats
+from ..calibration.search import FP32, TRIALS, Search, search_formats
 from ..classifier import write_classifier
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
@@ -31,7 +32,7 @@ from ..graph.precision import FLOAT16, Precision, weight_bytes
 from ..graph.qwen3 import Design, build_model
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import reranker_head, warn_of_few_tokens
-from .apply_recipe import apply_recipe, quantize_rows, rotated
+from .apply_recipe import apply_recipe, rotated
 from .consumers import verify_shared, write_shared
 from .continuation import plan_continuation, write_continuation
 from .plan import Options, Plan, adopt_codes, plan_export
@@ -346,10 +347,9 @@ def _prepare(
 def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Search:
     target = plan.target
     assert target is not None
-    source, ranking = rotated(weights, target.recipe), None
-    if target.ranking is not None and target.max_ndcg_loss is not None:
-        head = reranker_head(weights) if plan.spec.task == "reranker" else None
-        ranking = RankingTarget(*target.ranking, head, target.max_ndcg_loss)
+    if target.ranking is not None and plan.spec.task == "reranker":
+        target = replace(target, ranking=replace(target.ranking, head=reranker_head(weights)))
+    source = rotated(weights, target.recipe)
 
     def apply(texts: Mapping[str, str], rows: Sequence[np.ndarray], folder: Path) -> Design:
         formats = {name: text for name, text in texts.items() if text != FP32}
@@ -365,7 +365,7 @@ def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> S
         lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
         apply,
         plan.rows,
-        Targets(target.min_cosine, ranking, target.max_bytes, target.recipe.is_calibrated),
+        target,
         folder,
         counted(progress, "search", plan.spec.num_layers),
     )

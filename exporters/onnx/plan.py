@@ -17,9 +17,8 @@ from ...errors import InputError
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
 from ...quantize.recipe import AUTO_ALGORITHM, BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
-from ...texts.beir import RetrievalSet
 from ..calibration.engines import check_device
-from ..calibration.search import Search
+from ..calibration.search import RankingTarget, Search, Target
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import find_dialect
 from ..graph.precision import FLOAT, Precision, find_precision, weight_bytes
@@ -83,25 +82,6 @@ class Options:
         return any(
             option is not None for option in (self.arithmetic, self.group_size, self.embedding_bits)
         )
-
-
-@dataclass(frozen=True)
-class Target:
-    """The quality or size that a search of formats keeps.
-
-    Attributes:
-        min_cosine: The smallest allowed cosine of a text; None if only retrieval counts.
-        max_ndcg_loss: The largest allowed loss of nDCG@10 on `ranking`.
-        ranking: The retrieval set and its token ids, int64 [tokens] each.
-        max_bytes: The most bytes of the graph's weights.
-        recipe: The algorithm and rotation that the result will have, still without formats.
-    """
-
-    min_cosine: float | None
-    max_ndcg_loss: float | None
-    ranking: tuple[RetrievalSet, list[np.ndarray]] | None
-    max_bytes: int | None
-    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -338,13 +318,14 @@ def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target
     min_cosine, ranking, max_bytes = options.min_cosine, None, options.max_bytes
     if options.average_bits is not None:
         max_bytes = int(options.average_bits * weight_bytes(spec, find_precision("fp32")) / 32)
-    if options.retrieval is not None:
-        ranking = tokenize_retrieval(spec, max_length, options.retrieval)
+    if options.retrieval is not None and options.max_ndcg_loss is not None:
+        data, rows = tokenize_retrieval(spec, max_length, options.retrieval)
+        ranking = RankingTarget(data, rows, options.max_ndcg_loss)
     elif min_cosine is None and max_bytes is None:
         min_cosine = MIN_COSINE
     algorithm = options.algorithm or ("rtn" if options.fast else AUTO_ALGORITHM)
     recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
-    return Target(min_cosine, options.max_ndcg_loss, ranking, max_bytes, recipe)
+    return Target(min_cosine, ranking, max_bytes, recipe)
 
 
 def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:

@@ -156,7 +156,7 @@ def test_a_layer_is_closed(checkpoints, tmp_path):
     """The variable of `with` outlives the block; the layer's weights do not."""
     weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv1")))
     with Layer(Design(weights, OrtDialect(), PRECISIONS["fp32"]), 0, tmp_path) as layer:
-        session = weakref.ref(layer._session)
+        session = weakref.ref(layer.session)
         assert session() is not None
     assert session() is None
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import embedport
 from embedport.exporters.calibration import choice
 from embedport.exporters.calibration.choice import (
     Level,
-    _upgrade,
+    _upgrades,
     choose_within,
     sort_upgrades,
 )
@@ -82,9 +82,9 @@ def test_a_large_matrix_takes_the_place_of_many_small_ones():
 def test_upgrades_remove_ever_less_error_per_byte():
     """A level that its neighbours beat is passed over."""
     levels = [Level("a", 0, 10), Level("b", 10, 9.9), Level("c", 20, 1), Level("d", 60, 0)]
-    assert [each.level for each in _upgrade("m", levels)] == ["c", "d"]
+    assert [each.level for each in _upgrades("m", levels)] == ["c", "d"]
     same = [Level("a", 0, 0), Level("b", 10, 0), Level("c", 20, 0)]
-    assert [each.level for each in _upgrade("m", same)] == ["b", "c"]
+    assert [each.level for each in _upgrades("m", same)] == ["b", "c"]
     options = random_options(np.random.default_rng(1))
     upgrades = sort_upgrades(options)
     rates = [upgrade.gain / upgrade.bytes for upgrade in upgrades]
