@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..artifact.layout import copy_modules, write_sentence_transformers
 from ..checkpoint.chat import FURTHER
+from ..checkpoint.modules import MODULES
 from ..checkpoint.spec import ModelSpec
 from ..checkpoint.tokenizer import LARGEST
 from ..errors import InputError
-from ..files import read_small
+from ..files import SMALL, read_small
 
 COPIED = (
     "config.json",
@@ -33,20 +34,25 @@ def write_companions(spec: ModelSpec, folder: Path) -> None:
         InputError: A file of the checkpoint cannot be read.
     """
     source = spec.source.pipeline
+    origins = [(spec.source.folder if name in OF_THE_BASE else source) / name for name in COPIED]
+    for origin in origins:
+        if origin.exists():
+            _copy(origin, folder / origin.name)
+    for origin in sorted((source / FURTHER).glob("*.jinja")):
+        _copy(origin, folder / FURTHER / origin.name)
+    _copy(source / "tokenizer.json", folder / "tokenizer.json", LARGEST)
     try:
-        for name in COPIED:
-            origin = spec.source.folder if name in OF_THE_BASE else source
-            if (origin / name).exists():
-                (folder / name).write_bytes(read_small(origin / name))
-        for template in sorted((source / FURTHER).glob("*.jinja")):
-            (folder / FURTHER).mkdir(exist_ok=True)
-            (folder / FURTHER / template.name).write_bytes(read_small(template))
-        name = "tokenizer.json"
-        (folder / name).write_bytes(read_small(source / name, LARGEST))
-        name = "modules.json"
         copied = copy_modules(source, folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{source / name} cannot be copied: {error}") from error
+        raise InputError(f"{source / MODULES} cannot be copied: {error}") from error
     if spec.task == "embedding" and not copied:
         inputs = spec.inputs
         write_sentence_transformers(folder, spec.hidden_size, inputs.prompts, inputs.default_prompt)
+
+
+def _copy(origin: Path, copy: Path, limit: int = SMALL) -> None:
+    try:
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(read_small(origin, limit))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{origin} cannot be copied: {error}") from error

@@ -34,6 +34,7 @@ from ..graph.precision import weight_bytes
 from ..graph.qwen3 import Design
 from .choice import Level, Upgrade, choose_within, sort_upgrades
 from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_layer
+from .moments import blocks
 
 # Fewest bytes first; "fp32" is a matrix without a format.
 FP32 = "fp32"
@@ -54,7 +55,7 @@ MEASURED_TOKENS = 512
 MEASURED_VALUES = 1 << 27
 # Whole models that are run at most once one of them keeps the quality.
 TRIALS = 8
-# Tokens of a retrieval set to run together: states take 4 KB per token of the 0.6B model.
+# Tokens of a retrieval set to run together, about: states take 4 KB per token of the 0.6B model.
 PART_TOKENS = 1 << 17
 
 Quantize = Callable[[str, QuantScheme], QuantizedTensor]
@@ -428,7 +429,8 @@ def _parse(texts: Mapping[str, str]) -> dict[str, Format]:
 def _run_model(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.ndarray:
     """Final vectors of a whole model, some texts at a time: a retrieval set may be large."""
     vectors = []
-    for part in _split_texts(rows):
+    for block in blocks(rows, PART_TOKENS):
+        part = [rows[i] for i in block]
         if TABLE in design.precision.formats:
             states = embed_quantized(design, part, folder)
         else:
@@ -438,19 +440,6 @@ def _run_model(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.n
                 run_layer(layer, part, states)
         vectors.append(final_vectors(design, states))
     return np.concatenate(vectors)
-
-
-def _split_texts(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Texts in order, in parts of at most `PART_TOKENS`; a longer text is a part of its own."""
-    parts: list[list[np.ndarray]] = [[]]
-    tokens = 0
-    for row in rows:
-        if parts[-1] and tokens + len(row) > PART_TOKENS:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(row)
-        tokens += len(row)
-    return parts
 
 
 def _cosines(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:

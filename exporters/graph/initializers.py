@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import onnx_ir as ir
@@ -30,18 +30,13 @@ class QuantizedMatrices:
     """
 
     def __init__(self, quantize: Callable[[str], QuantizedTensor]) -> None:
-        self._quantize = quantize
+        self._quantize = lru_cache(REMEMBERED)(quantize)
         self._lock = threading.Lock()
-        self._recent: OrderedDict[str, QuantizedTensor] = OrderedDict()
 
     def __call__(self, name: str) -> QuantizedTensor:
         """Quantize the matrix `name` or take it from the cache; threads share the result."""
         with self._lock:
-            if name not in self._recent:
-                while len(self._recent) >= REMEMBERED:
-                    self._recent.popitem(last=False)
-                self._recent[name] = self._quantize(name)
-            return self._recent[name]
+            return self._quantize(name)
 
 
 @dataclass(frozen=True)

@@ -10,27 +10,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ...checkpoint.spec import ModelSpec
-from . import ort_attention
 from .builder import GraphBuilder
-from .dialect import (
-    FLOAT,
-    FLOAT16,
-    INT64,
-    MICROSOFT,
-    UINT8,
-    Activations,
-    AttentionValues,
-    Heads,
-    LayerPast,
-    Positions,
-    Rows,
-    ScaledTensor,
-    apply_scales,
-    row_scales,
-)
+from .dialect import FLOAT, INT64, MICROSOFT, UINT8, Rows, row_scales
 from .initializers import QuantizedMatrix
-from .ort_dialect import ZERO_POINT, OrtDialect, add_norm, matmul_groups, norm, swiglu
+from .ort_dialect import ZERO_POINT, OrtDialect
 
 
 class OlderDialect(OrtDialect):
@@ -41,36 +24,7 @@ class OlderDialect(OrtDialect):
     opsets = {"": 21, MICROSOFT: 1}  # noqa: RUF012 (read only)
     ir_version = 10
     requires = "onnxruntime>=1.20"
-
-    def attention_values(
-        self, g: GraphBuilder, positions: Positions, compute: ir.DataType
-    ) -> AttentionValues:
-        """Lengths; GroupQueryAttention rotates, except in bf16."""
-        return super().attention_values(g, positions, FLOAT16 if compute == FLOAT else compute)
-
-    def cos_sin(
-        self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
-    ) -> tuple[ir.Value, ir.Value]:
-        """Cos and Sin."""
-        return g.op("Cos", angles), g.op("Sin", angles)
-
-    def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """SimplifiedLayerNormalization."""
-        return norm(g, x, weight, eps)
-
-    def add_norm(
-        self, g: GraphBuilder, residual: ir.Value, x: ScaledTensor, weight: ir.Value, eps: float
-    ) -> tuple[Activations, ir.Value]:
-        """SkipSimplifiedLayerNormalization."""
-        value = g.cast(apply_scales(g, x), residual.dtype or FLOAT)
-        normed, total = add_norm(g, residual, value, weight, eps)
-        return Activations(normed), total
-
-    def swiglu(
-        self, g: GraphBuilder, gate: ScaledTensor, up: ir.Value, width: int, dtype: ir.DataType
-    ) -> Activations:
-        """QuickGelu with alpha 1."""
-        return Activations(swiglu(g, g.cast(apply_scales(g, gate), dtype), g.cast(up, dtype)))
+    has_functions = False
 
     def quantize_rows(self, g: GraphBuilder, x: ir.Value, width: int, codes: ir.DataType) -> Rows:
         """Divide by the scale, round to even, shift to uint8 around 128."""
@@ -78,10 +32,6 @@ class OlderDialect(OrtDialect):
         rounded = g.op("Round", g.op("Div", x, scales))
         shifted = g.op("Add", rounded, g.constant(float(ZERO_POINT), FLOAT))
         return Rows(g.cast(shifted, UINT8), scales)
-
-    def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """MatMulNBits."""
-        return matmul_groups(g, x, matrix)
 
     def gather_table(self, g: GraphBuilder, ids: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
         """Gather codes and scales, unpack 4-bit codes, and multiply group by group."""
@@ -100,20 +50,6 @@ class OlderDialect(OrtDialect):
         shifted = g.op("Sub", values, zeros)
         product = g.op("Mul", shifted, g.op("Unsqueeze", scales, g.constant([3])))
         return g.op("Reshape", product, g.constant([0, 0, matrix.shape[1]]))
-
-    def attention(
-        self,
-        g: GraphBuilder,
-        spec: ModelSpec,
-        heads: Heads,
-        values: AttentionValues,
-        cache: tuple[ir.Value, ir.Value],
-        compute: ir.DataType,
-        past: LayerPast | None,
-    ) -> list[ir.Value]:
-        """GroupQueryAttention."""
-        assert past is None
-        return [ort_attention.fused(g, norm, spec, heads, values, cache, compute)]
 
 
 def _unpacked(g: GraphBuilder, codes: ir.Value, bits: int) -> ir.Value:

@@ -14,7 +14,6 @@ from .dialect import (
     BFLOAT16,
     BOOL,
     FLOAT,
-    FLOAT16,
     INT8,
     INT64,
     MICROSOFT,
@@ -41,7 +40,10 @@ SMALL_ROW = 128
 
 
 class OrtDialect:
-    """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime."""
+    """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime.
+
+    In fp32, for CPUs, they are in functions, which embedport has kernels for.
+    """
 
     name = "ort"
     # Adds the input query_seqlens; without it a past works only for a batch of one row.
@@ -50,13 +52,18 @@ class OrtDialect:
     ir_version = 11
     # Earlier, GatherBlockQuantized reads wrong rows if a row has an odd number of 4-bit groups.
     requires = "onnxruntime>=1.27"
+    has_functions = True
+
+    def _uses_functions(self, dtype: ir.DataType | None) -> bool:
+        """Whether operators in a dtype are in functions."""
+        return self.has_functions and dtype == FLOAT
 
     def attention_values(
         self, g: GraphBuilder, positions: Positions, compute: ir.DataType
     ) -> AttentionValues:
-        """Lengths, and position_ids in fp32 and bf16, which rotate before attention.
+        """Lengths, and position_ids if `attention` rotates: in its function, and in bf16.
 
-        `small` and `short` are in fp32 only, `lengths` only with a past.
+        `small` and `short` are for its function only, `lengths` only with a past.
         """
         last, total = g.op("Sub", positions.lengths, g.constant(1)), positions.size
         arange = positions.arange
@@ -71,10 +78,10 @@ class OrtDialect:
         values = AttentionValues(last=per_row(last), total=g.cast(total, ir.DataType.INT32))
         if positions.past is not None:
             values = values._replace(lengths=per_row(positions.lengths))
-        if compute == FLOAT16:
+        if compute != BFLOAT16 and not self._uses_functions(compute):
             return values
         values = values._replace(position_ids=number_positions(g, positions, arange))
-        if compute == BFLOAT16:
+        if not self._uses_functions(compute):
             return values
         short = positions.short
         if short is None:
@@ -86,12 +93,12 @@ class OrtDialect:
     def cos_sin(
         self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
     ) -> tuple[ir.Value, ir.Value]:
-        """Cos and Sin; in fp32, for CPUs, as a function with a custom kernel."""
+        """Cos and Sin."""
 
         def describe(f: GraphBuilder, angles: ir.Value) -> list[ir.Value]:
             return [f.op("Cos", angles), f.op("Sin", angles)]
 
-        if compute != FLOAT:
+        if not self._uses_functions(compute):
             return g.op("Cos", angles), g.op("Sin", angles)
         cosines, sines = g.call(
             "CosSin", angles, dtypes=[FLOAT] * 2, describe=describe, opsets=self.opsets
@@ -99,8 +106,8 @@ class OrtDialect:
         return cosines, sines
 
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-        """SimplifiedLayerNormalization; in fp32 as a function with a custom kernel."""
-        if x.dtype != FLOAT:
+        """SimplifiedLayerNormalization."""
+        if not self._uses_functions(x.dtype):
             return norm(g, x, weight, eps)
         return g.call(
             "Norm",
@@ -115,12 +122,12 @@ class OrtDialect:
     def add_norm(
         self, g: GraphBuilder, residual: ir.Value, x: ScaledTensor, weight: ir.Value, eps: float
     ) -> tuple[Activations, ir.Value]:
-        """SkipSimplifiedLayerNormalization; after an 8-bit product it also quantizes for the next.
+        """SkipSimplifiedLayerNormalization.
 
-        In fp32 it is a function with a custom kernel.
+        After an 8-bit product, its function also quantizes for the next one.
         """
         dtype = residual.dtype or FLOAT
-        if dtype != FLOAT or (x.scales is None and x.value.dtype != FLOAT):
+        if not self._uses_functions(dtype) or (x.scales is None and x.value.dtype != FLOAT):
             normed, total = add_norm(g, residual, g.cast(apply_scales(g, x), dtype), weight, eps)
             return Activations(normed), total
         if x.scales is None:
@@ -162,12 +169,12 @@ class OrtDialect:
     def swiglu(
         self, g: GraphBuilder, gate: ScaledTensor, up: ir.Value, width: int, dtype: ir.DataType
     ) -> Activations:
-        """QuickGelu with alpha 1 is silu; between 8-bit products it also quantizes for the next.
+        """QuickGelu with alpha 1 is silu.
 
-        In fp32 it is a function with a custom kernel.
+        Between 8-bit products, its function also quantizes for the next one.
         """
         plain = gate.value.dtype == up.dtype == FLOAT
-        if dtype != FLOAT or (gate.scales is None and not plain):
+        if not self._uses_functions(dtype) or (gate.scales is None and not plain):
             return Activations(swiglu(g, g.cast(apply_scales(g, gate), dtype), g.cast(up, dtype)))
         if gate.scales is None:
             (product,) = g.call(
@@ -230,11 +237,11 @@ class OrtDialect:
         )
 
     def matmul_groups(self, g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-        """MatMulNBits; in fp32, for CPUs, as a function with a custom kernel."""
+        """MatMulNBits."""
         inputs, attributes = _grouped(g, x, matrix)
         has_zero_points = len(inputs) > 3
         # The kernel's 8-bit weights are int8; less a zero point, a code would need 9 bits.
-        if x.dtype != FLOAT or (matrix.scheme.bits == 8 and has_zero_points):
+        if not self._uses_functions(x.dtype) or (matrix.scheme.bits == 8 and has_zero_points):
             return _matmul_groups(g, *inputs, **attributes)
 
         def describe(f: GraphBuilder, *inputs: ir.Value) -> list[ir.Value]:
@@ -277,8 +284,8 @@ class OrtDialect:
         compute: ir.DataType,
         past: LayerPast | None,
     ) -> list[ir.Value]:
-        """In fp32, for CPUs, a function with a custom kernel; in 16 bits GroupQueryAttention."""
-        if compute != FLOAT:
+        """GroupQueryAttention, or in its function what is fastest for the rows' length."""
+        if not self._uses_functions(compute):
             assert past is None
             return [ort_attention.fused(g, norm, spec, heads, values, cache, compute)]
         v, scales = heads.v
@@ -314,12 +321,6 @@ class UnroundedOrtDialect(OrtDialect):
         """MatMulNBits, which rounds no activations unless it is told to."""
         inputs, attributes = _grouped(g, x, matrix)
         return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **attributes)
-
-
-def matmul_groups(g: GraphBuilder, x: ir.Value, matrix: QuantizedMatrix) -> ir.Value:
-    """MatMulNBits by a matrix; the product has the dtype of `x`."""
-    inputs, attributes = _grouped(g, x, matrix)
-    return _matmul_groups(g, *inputs, **attributes)
 
 
 def _grouped(

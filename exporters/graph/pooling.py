@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from ...checkpoint.pipeline import Dense, Outputs
+from ...checkpoint.pipeline import Dense, Outputs, PoolingMode
 from ...checkpoint.pooling import FEWEST, SHORTEST, DenseWeights
 from .builder import GraphBuilder
 from .dialect import BOOL, FLOAT, INT64, Positions
@@ -40,69 +40,53 @@ def pool(
     if prompt_length is not None:
         after = g.op("GreaterOrEqual", places, prompt_length, dtype=BOOL)
         real = g.op("And", real, after)
-    pooled = [_POOLINGS[mode](g, states, real, places) for mode in outputs.pooling]
+    pooled = [_pool_by(g, mode, states, real, places) for mode in outputs.pooling]
     return pooled[0] if len(pooled) == 1 else g.op("Concat", *pooled, axis=1)
 
 
-def _token(g: GraphBuilder, states: ir.Value, index: ir.Value) -> ir.Value:
-    """The token at an index, int64 [batch, 1]: [batch, size, n] to [batch, n]."""
-    return g.op("GatherND", states, index, batch_dims=1)
+def _pool_by(
+    g: GraphBuilder, mode: PoolingMode, states: ir.Value, real: ir.Value, places: ir.Value
+) -> ir.Value:
+    """One pooling, float32 [batch, n].
 
-
-def _cls(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
-    first = g.op("ArgMax", g.cast(real, INT64), axis=1, keepdims=1)
-    return _token(g, states, first)
-
-
-def _last(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
-    marked = g.op("Mul", g.cast(real, INT64), places)
-    return _token(g, states, g.op("ReduceMax", marked, g.constant([1]), keepdims=1))
-
-
-def _max(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
-    mask = g.op("Unsqueeze", real, g.constant([2]))
-    masked = g.op("Where", mask, states, g.constant(LOWEST, FLOAT), dtype=FLOAT)
-    return g.op("ReduceMax", masked, g.constant([1]), keepdims=0)
-
-
-def _mean(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
-    weights = g.cast(real, FLOAT)
-    return g.op("Div", _sum(g, states, real, weights), _total(g, weights))
-
-
-def _mean_sqrt(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
-    weights = g.cast(real, FLOAT)
-    return g.op("Div", _sum(g, states, real, weights), g.op("Sqrt", _total(g, weights)))
-
-
-def _weighted(g: GraphBuilder, states: ir.Value, real: ir.Value, places: ir.Value) -> ir.Value:
-    numbers = g.cast(g.op("Add", places, g.constant(1)), FLOAT)
-    weights = g.op("Mul", g.cast(real, FLOAT), numbers)
-    return g.op("Div", _sum(g, states, real, weights), _total(g, weights))
-
-
-def _sum(g: GraphBuilder, states: ir.Value, real: ir.Value, weights: ir.Value) -> ir.Value:
-    # Padding is set to zero: a weight of zero is not enough, 0 x infinity is NaN.
-    mask = g.op("Unsqueeze", real, g.constant([2]))
-    masked = g.op("Where", mask, states, g.constant(0, FLOAT), dtype=FLOAT)
+    Args:
+        g: The graph.
+        mode: How to pool.
+        states: float32 [batch, size, n].
+        real: bool [batch, size], the tokens to pool.
+        places: int64 [1, size], the tokens' places in their row.
+    """
+    match mode:
+        case "cls":
+            index = g.op("ArgMax", g.cast(real, INT64), axis=1, keepdims=1)
+            return g.op("GatherND", states, index, batch_dims=1)
+        case "lasttoken":
+            marked = g.op("Mul", g.cast(real, INT64), places)
+            index = g.op("ReduceMax", marked, g.constant([1]), keepdims=1)
+            return g.op("GatherND", states, index, batch_dims=1)
+        case "max":
+            masked = _masked(g, states, real, LOWEST)
+            return g.op("ReduceMax", masked, g.constant([1]), keepdims=0)
+        case "weightedmean":
+            numbers = g.cast(g.op("Add", places, g.constant(1)), FLOAT)
+            weights = g.op("Mul", g.cast(real, FLOAT), numbers)
+        case _:
+            weights = g.cast(real, FLOAT)
+    # A weight of zero would not exclude a token: zero times infinity is NaN.
+    masked = _masked(g, states, real, 0)
     rows = g.op("MatMul", g.op("Unsqueeze", weights, g.constant([1])), masked)
-    return g.op("Squeeze", rows, g.constant([1]))
-
-
-def _total(g: GraphBuilder, weights: ir.Value) -> ir.Value:
+    pooled = g.op("Squeeze", rows, g.constant([1]))
     total = g.op("ReduceSum", weights, g.constant([1]), keepdims=1)
-    return g.op("Max", total, g.constant(FEWEST, FLOAT))
+    total = g.op("Max", total, g.constant(FEWEST, FLOAT))
+    if mode == "mean_sqrt_len_tokens":
+        total = g.op("Sqrt", total)
+    return g.op("Div", pooled, total)
 
 
-_Pooling = Callable[[GraphBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
-_POOLINGS: Mapping[str, _Pooling] = {
-    "cls": _cls,
-    "lasttoken": _last,
-    "max": _max,
-    "mean": _mean,
-    "mean_sqrt_len_tokens": _mean_sqrt,
-    "weightedmean": _weighted,
-}
+def _masked(g: GraphBuilder, states: ir.Value, real: ir.Value, value: float) -> ir.Value:
+    """The states with a value in place of the tokens that are not pooled."""
+    mask = g.op("Unsqueeze", real, g.constant([2]))
+    return g.op("Where", mask, states, g.constant(value, FLOAT), dtype=FLOAT)
 
 
 def describe_steps(
