@@ -11,7 +11,7 @@ without it, that one is onnx/model.onnx.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..graph.dialect import Dialect
 from ..graph.dialect_table import OLDER, find_dialect
 from ..graph.precision import Precision
 from ..graph.qwen3 import Design, build_model
+from .saving import save_over_weights
 from .verify import run_texts
 
 GRAPH = "onnx/model.onnx"
@@ -129,63 +130,61 @@ def plan_shared(
     Raises:
         InputError: A name is unknown, or a consumer cannot read the model in this precision.
     """
-    for consumer in names:
-        if consumer not in CONSUMERS:
-            raise InputError(
-                f"`consumers` should be one of {', '.join(CONSUMERS)}, found {consumer!r}"
-            )
-    chosen = {consumer: CONSUMERS[consumer] for consumer in dict.fromkeys(names)}
-
-    def having(need: str, value: bool = True) -> str:
-        return ", ".join(
-            key for key, consumer in chosen.items() if getattr(consumer, need) is value
+    if unknown := [key for key in names if key not in CONSUMERS]:
+        raise InputError(
+            f"`consumers` should be one of {', '.join(CONSUMERS)}, found {unknown[0]!r}"
         )
+    chosen = {key: CONSUMERS[key] for key in names}
+
+    def those(condition: Callable[[Consumer], bool]) -> str:
+        return ", ".join(key for key, consumer in chosen.items() if condition(consumer))
 
     is_reranker = spec.task == "reranker"
-    joining, older = having("templates", False) if is_reranker else "", having("older")
-    tokens = "" if is_reranker else having("tokens")
+    older = those(lambda consumer: consumer.older)
+    named = those(lambda consumer: consumer.named)
+    openvino = those(lambda consumer: consumer.openvino)
+    tokens = those(lambda consumer: consumer.tokens)
+    joining = those(lambda consumer: not consumer.templates) if is_reranker else ""
+    pooled = those(lambda consumer: not (consumer.tokens or consumer.openvino))
     if chosen and outputs == "hidden":
         raise InputError("`consumers` decides the outputs: give it without `outputs` hidden")
-    if dim is not None and (tokens or having("openvino")):
+    # `dim` is for embedders only.
+    if dim is not None and (tokens or openvino):
         raise InputError(
-            f"{tokens or having('openvino')} pools the tokens' vectors itself, which `dim` does "
-            "not shorten: leave it out, and truncate there"
+            f"{tokens or openvino} pools the tokens' vectors itself, which `dim` does not shorten: "
+            "leave it out, and truncate there"
         )
     if joining and spec.inputs.form != "text":
         raise InputError(
             f"{joining} joins query and document without the reranker's template, and would give "
             "scores without meaning: use sentence-transformers, or embedport itself"
         )
-    pooled = [key for key, consumer in chosen.items() if not (consumer.tokens or consumer.openvino)]
     if pooled and not (is_reranker or spec.outputs.include_prompt):
         raise InputError(
-            f"{', '.join(pooled)} reads pooled vectors, and the model leaves its prompts out of "
-            "pooling (include_prompt of its Pooling is false), which takes a further input"
+            f"{pooled} reads pooled vectors, and the model leaves its prompts out of pooling "
+            "(include_prompt of its Pooling is false), which takes a further input"
         )
     if older:
         _check_older(spec, dialect, name, precision, older)
-    if having("openvino"):
+    if openvino:
         _check_openvino(dialect, name, precision)
-    if having("named") and is_reranker:
-        raise InputError(
-            "transformers.js has no class for Qwen3's rerankers: leave it out of `consumers`"
-        )
-    if having("named") and name not in DTYPES:
-        raise InputError(
-            f"transformers.js has no file name for {name}: it reads {', '.join(DTYPES)}"
-        )
-    lacks_logits = is_reranker and having("tokens") and dialect.name == "standard"
-    stem, dtype = DTYPES[name] if having("named") else ("model", None)
+    if named and is_reranker:
+        raise InputError(f"{named} has no class for Qwen3's rerankers: leave it out of `consumers`")
+    if named and name not in DTYPES:
+        raise InputError(f"{named} has no file name for {name}: it reads {', '.join(DTYPES)}")
+    # A reranker's own graph gives the logits too, but not in the standard dialect.
+    lacks_output = not is_reranker or dialect.name == "standard"
+    stem, dtype = DTYPES[name] if named else ("model", None)
     paths: tuple[str, ...] = ()
-    if tokens or older or joining or lacks_logits:
+    if older or joining or (tokens and lacks_output):
         paths = tuple(dict.fromkeys((GRAPH, f"onnx/{stem}.onnx")))
     return Shared(
         names=tuple(chosen),
         dialect=OLDER if older else dialect,
         paths=paths,
-        tokens=bool(tokens),
+        tokens=bool(tokens) and not is_reranker,
         data=f"{stem}.onnx_data",
-        openvino=bool(having("openvino")),
+        openvino=bool(openvino),
         js=dtype,
     )
 
@@ -246,7 +245,9 @@ def write_shared(shared: Shared, design: Design, folder: Path) -> SharedRecord |
     outputs: tuple[str, ...] = ()
     for path in shared.paths:
         graph = replace(design, dialect=shared.dialect, shared=shared.tokens or is_reranker)
-        outputs = _write(graph, folder / shared.own, folder / path)
+        model = build_model(graph)
+        save_over_weights(model, folder / shared.own, folder / path)
+        outputs = tuple(str(value.name) for value in model.graph.outputs)
     if shared.openvino:
         _write_openvino(design, folder / shared.own, folder)
     if shared.js is not None:
@@ -261,24 +262,13 @@ def write_shared(shared: Shared, design: Design, folder: Path) -> SharedRecord |
     )
 
 
-def _write(design: Design, own: Path, path: Path) -> tuple[str, ...]:
-    """Write a graph over the weights of embedport's own; return its outputs' names."""
-    weights = ir.load(own).graph.initializers
-    model = build_model(design)
-    for name, value in model.graph.initializers.items():
-        # Constants keep their values: they are small, and numbered differently.
-        if isinstance(value.const_value, ir.LazyTensor):
-            value.const_value = weights[name].const_value
-    ir.save(model, path)
-    return tuple(str(value.name) for value in model.graph.outputs)
-
-
 def _write_openvino(design: Design, own: Path, folder: Path) -> None:
     """Convert the standard dialect's graph to OpenVINO's format."""
     openvino = _import_openvino()
     temporary = own.with_name("openvino.onnx")
     try:
-        _write(replace(design, dialect=find_dialect("standard"), shared=True), own, temporary)
+        graph = replace(design, dialect=find_dialect("standard"), shared=True)
+        save_over_weights(build_model(graph), own, temporary)
         (folder / OPENVINO).parent.mkdir()
         model = openvino.Core().read_model(temporary)
         openvino.save_model(model, folder / OPENVINO, compress_to_fp16=False)

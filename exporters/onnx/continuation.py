@@ -10,14 +10,12 @@ With an empty past it computes the same as the first graph, so a runtime needs o
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 from ...artifact.manifest import ContinuationRecord
 from ...errors import require
 from ...requirements import meets
-from ..graph.qwen3 import Design, build_model
+from ..graph.qwen3 import Design
 
 CONTINUATION = "onnx/continuation.onnx"
 
@@ -37,20 +35,3 @@ def plan_continuation(design: Design) -> ContinuationRecord | None:
     if not meets(needs, require("onnxruntime", "cpu").__version__):
         return None
     return ContinuationRecord(CONTINUATION, needs)
-
-
-def write_continuation(design: Design, graph: Path, path: Path) -> None:
-    """Write a graph's continuation.
-
-    Args:
-        design: The design of the graph.
-        graph: The written graph.
-        path: The continuation's path, in the same folder.
-    """
-    weights = ir.load(graph).graph.initializers
-    model = build_model(design, continues=True)
-    for name, value in model.graph.initializers.items():
-        # Constants keep their values: they are small, and numbered differently.
-        if isinstance(value.const_value, ir.LazyTensor):
-            value.const_value = weights[name].const_value
-    ir.save(model, path)

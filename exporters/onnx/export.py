@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from ...artifact.folder import Artifact, check_place, staged, write_manifest
 from ...artifact.manifest import ContinuationRecord, GraphRecord, Manifest, SharedRecord
 from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
-from ...errors import EmbedportError, require
+from ...errors import require
 from ...integrity import record_files
 from ...quantize.rows import quantize_rows
 from ...quantize.rtn import quantize_rtn
@@ -34,8 +33,9 @@ from ..provenance import Progress, counted, source_record, versions
 from ..texts import reranker_head, warn_of_few_tokens
 from .apply_recipe import apply_recipe, rotated
 from .consumers import verify_shared, write_shared
-from .continuation import plan_continuation, write_continuation
+from .continuation import plan_continuation
 from .plan import Options, Plan, adopt_codes, plan_export
+from .saving import save_graph, save_over_weights
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
 
@@ -195,7 +195,7 @@ def export_onnx(
         manifest = write_graphs(
             plan, design, weights, continuation, search, folder, progress, advance
         )
-        make_witness(folder, manifest, lambda scope: advance())
+        make_witness(folder, manifest, advance)
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
 
@@ -230,7 +230,7 @@ def write_graphs(
     """
     model = build_model(design)
     graph, data = folder / plan.shared.own, plan.shared.data
-    _write_graph(model, graph, data, progress)
+    save_graph(model, graph, data, progress)
     with ThreadPoolExecutor(max_workers=1) as hashing:
         # Hashes are cached: those for the manifest are ready when the verification ends.
         hashing.submit(record_files, [graph.with_name(data), *weights.files])
@@ -392,11 +392,11 @@ def _verify(
     """Run the written graph on one text; write the other graphs and compare them with it."""
     ids = plan.rows[0][: CALIBRATION_TOKENS[plan.spec.task]]
     folder = graph.parent.parent
-    expected = verify_graph(graph, ids, lambda scope: advance())
+    expected = verify_graph(graph, ids, advance)
     if continuation is not None:
         path = folder / continuation.path
-        write_continuation(design, graph, path)
-        verify_continuation(path, ids, expected, lambda scope: advance())
+        save_over_weights(build_model(design, continues=True), graph, path)
+        verify_continuation(path, ids, expected, advance)
     record = write_shared(plan.shared, design, folder)
     verify_shared(plan.shared, folder, ids, expected)
     return record
@@ -444,21 +444,3 @@ def _manifest(
         files={},
         recipe=plan.recipe_record(search),
     )
-
-
-def _write_graph(model: ir.Model, path: Path, data: str, progress: Progress) -> None:
-    path.parent.mkdir()
-    try:
-        ir.save(
-            model,
-            path,
-            external_data=data,
-            max_workers=2,  # one converts a tensor while the other's goes to the disk
-            callback=lambda tensor, info: progress("write", info.index + 1, info.total),
-        )
-    except ir.serde.SerdeError as error:
-        # Small tensors are read while the graph is serialized, and onnx-ir wraps what that raises.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, EmbedportError):
-            cause = cause.__cause__
-        raise cause or error from None

@@ -94,13 +94,13 @@ class Plan:
         name: The precision's name in the manifest.
         precision: The graph's dtypes and formats.
         recipe: How the matrices are quantized; None if they are not, or not before the search.
+        max_length: Tokens after which a text is truncated.
+        rows: Token ids of the calibration texts, int64 [tokens] each.
         target: What the search keeps; None without a search.
         stored_bits: The bits of a quantized checkpoint whose codes the graph takes unchanged; None
             if it takes none.
         outputs: "pooled" or "hidden".
         dim: Leading values of the embedding to keep; None for all.
-        max_length: Tokens after which a text is truncated.
-        rows: Token ids of the calibration texts, int64 [tokens] each.
         calibration: The calibration texts' file; None for the built-in texts.
         consumers: Other software that will open the artifact.
         device: Where GPTQ and AWQ run the texts and round, "cpu" or "cuda".
@@ -111,15 +111,15 @@ class Plan:
     name: str
     precision: Precision
     recipe: Recipe | None
-    target: Target | None
-    stored_bits: int | None
-    outputs: str
-    dim: int | None
     max_length: int
     rows: list[np.ndarray]
-    calibration: str | Path | None
-    consumers: Sequence[str]
-    device: str
+    target: Target | None = None
+    stored_bits: int | None = None
+    outputs: str = "pooled"
+    dim: int | None = None
+    calibration: str | Path | None = None
+    consumers: Sequence[str] = ()
+    device: str = "cpu"
 
     @property
     def is_calibrated(self) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ...artifact.folder import Artifact, staged, write_manifest
-from ...checkpoint.spec import ModelSpec
 from ...quantize.formats import parse_formats
 from ...quantize.recipe import STORED, Recipe
 from ...quantize.stored import StoredWeights
@@ -24,12 +23,6 @@ from .apply_recipe import apply_recipe, stored_recipe
 from .continuation import plan_continuation
 from .export import write_graphs
 from .plan import Plan
-
-DTYPES = {
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "F32": ir.DataType.FLOAT,
-}
 
 
 def export_stored(weights: StoredWeights, output: Path) -> Artifact:
@@ -70,8 +63,9 @@ def export_stored(weights: StoredWeights, output: Path) -> Artifact:
 
 
 def _plan(weights: StoredWeights) -> Plan:
-    spec: ModelSpec = weights.spec
+    spec = weights.spec
     recipe = stored_recipe(weights, Recipe({}, STORED))
+    table = weights.tensors["embed_tokens.weight"].dtype  # "F16", "BF16" or "F32"
     dialect = UnroundedOrtDialect()
     return Plan(
         spec=spec,
@@ -80,16 +74,9 @@ def _plan(weights: StoredWeights) -> Plan:
         precision=replace(
             PRECISIONS["fp32"],
             formats=parse_formats(spec, recipe.formats, dialect.name),
-            table=DTYPES[weights.tensors["embed_tokens.weight"].dtype],
+            table=ir.DataType.from_short_name(table.lower()),
         ),
         recipe=recipe,
-        target=None,
-        stored_bits=None,
-        outputs="pooled",
-        dim=None,
         max_length=spec.max_length,
         rows=tokenize_samples(spec, spec.max_length, None, count=1),
-        calibration=None,
-        consumers=(),
-        device="cpu",
     )

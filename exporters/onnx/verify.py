@@ -24,7 +24,7 @@ MOST_APART = 1e-4
 def verify_graph(
     path: Path,
     ids: np.ndarray,
-    advance: Callable[[str], None] = lambda scope: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Check a graph's structure, its external data, and its numbers on one text.
 
@@ -34,7 +34,7 @@ def verify_graph(
     Args:
         path: The graph.
         ids: Token ids, int64 [tokens].
-        advance: Called with each part's name when it has run.
+        advance: Called after each part of the graph.
 
     Returns:
         The graph's first output for the text, float32 [1, …].
@@ -58,7 +58,7 @@ def run_texts(path: Path, ids: np.ndarray) -> dict[str, np.ndarray]:
         VerificationError: As `verify_graph`.
     """
     model = _open_graph(path)
-    (outputs,) = run_parts(model, path, [_feeds(ids)], lambda scope: None)
+    (outputs,) = run_parts(model, path, [_feeds(ids)], lambda: None)
     names = [str(value.name) for value in model.graph.outputs]
     return dict(zip(names, outputs, strict=True))
 
@@ -67,7 +67,7 @@ def verify_continuation(
     path: Path,
     ids: np.ndarray,
     expected: np.ndarray,
-    advance: Callable[[str], None] = lambda scope: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Check a continuation graph: a text run in two parts gives the same result as in one.
 
@@ -75,7 +75,7 @@ def verify_continuation(
         path: The graph.
         ids: Token ids, int64 [tokens], at least two.
         expected: The output for the text of the graph without a past.
-        advance: Called with each part's name when it has run.
+        advance: Called after each part of the graph.
 
     Raises:
         VerificationError: As `verify_graph`, or the results differ.
@@ -122,7 +122,7 @@ def run_parts(
     model: ir.Model,
     path: Path,
     batches: Sequence[dict[str, np.ndarray]],
-    advance: Callable[[str], None],
+    advance: Callable[[], None],
     *,
     as_loaded: bool = False,
 ) -> list[list[np.ndarray]]:
@@ -132,7 +132,7 @@ def run_parts(
         model: The graph.
         path: Its file, with its weights beside it.
         batches: Inputs by name.
-        advance: Called with each part's name when it has run.
+        advance: Called after each part of the graph.
         as_loaded: Whether to optimize and pack parts and use the package's kernels, as
             `embedport.load` does. This copies a layer's weights.
 
@@ -152,7 +152,7 @@ def run_parts(
         read_later = {name for name, last in last_reader.items() if last > i}
         for j in range(len(states)):
             states[j] = _run_through(session, path, scope, states[j], read_later)
-        advance(scope)
+        advance()
     return [[values[name] for name in outputs] for values in states]
 
 

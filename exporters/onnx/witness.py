@@ -25,14 +25,14 @@ from .verify import run_parts
 
 
 def make_witness(
-    folder: Path, manifest: Manifest, advance: Callable[[str], None] = lambda scope: None
+    folder: Path, manifest: Manifest, advance: Callable[[], None] = lambda: None
 ) -> None:
     """Run the witness's rows through an artifact's graph on the CPU, and write the results.
 
     Args:
         folder: The artifact's folder, complete except for the manifest.
         manifest: Its manifest.
-        advance: Called with each part's name when it has run.
+        advance: Called after each part of the graph.
 
     Raises:
         VerificationError: onnxruntime rejects a part, or outputs NaN or infinity.

@@ -300,7 +300,7 @@ def _write_scripts(
     ids = _sample(folder, manifest)[: first.max[1]]
     scopes = len({str(node.name).split("/")[0] for node in ir.load(folder / graph.path).graph})
     advance = counted(progress, "check", scopes)
-    expected = verify_graph(folder / graph.path, ids, lambda scope: advance())
+    expected = verify_graph(folder / graph.path, ids, advance)
     # The first profile's shape; further rows repeat the text.
     rows, tokens = first.padded(1, len(ids))
     input_ids = np.zeros((rows, tokens), np.int64)

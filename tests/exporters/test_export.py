@@ -17,7 +17,9 @@ import embedport
 from embedport.artifact.folder import Artifact, record_parity, staged
 from embedport.artifact.manifest import Manifest
 from embedport.checkpoint.hub import fetch
+from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError, VerificationError
+from embedport.exporters.companions import write_companions
 from embedport.exporters.onnx import export as export_module
 from embedport.exporters.onnx import verify
 from embedport.leftovers import lock
@@ -318,8 +320,8 @@ class TestVerification:
             given[scope] = [weakref.ref(each) for each in found.values()]
             return found
 
-        def advance(scope):
-            kept[scope] = {
+        def advance():
+            kept[[*given][-1]] = {
                 name for name, refs in given.items() if any(ref() is not None for ref in refs)
             }
 
@@ -366,6 +368,14 @@ def test_a_long_text_is_not_run_whole(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "verify_graph", watched)
     embedport.export(checkpoints("kv2"), tmp_path / "out", precision="fp16", calibration=texts)
     assert lengths == [export_module.CALIBRATION_TOKENS["embedding"]]
+
+
+def test_the_file_that_cannot_be_copied_is_named(checkpoints, copied, tmp_path):
+    folder = copied(checkpoints("kv2"))
+    spec = ModelSpec.from_checkpoint(folder)
+    (folder / "additional_chat_templates" / "tools.jinja").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"templates/tools\.jinja cannot be copied: "):
+        write_companions(spec, tmp_path)
 
 
 def test_parity_is_recorded(artifacts, copied):
