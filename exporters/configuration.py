@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint.hub import fetch
 from ..checkpoint.modelcard import declared_task
+from ..checkpoint.modules import MODULES
 from ..checkpoint.spec import ModelSpec, Task, read_spec, with_own_head
 from ..checkpoint.tensor_files import INDEX
 
@@ -21,11 +22,11 @@ def read_configuration(
     For a hub id, the weights are downloaded only if the configuration does not tell the task.
     """
     source = fetch(checkpoint, revision, weights=False, adapter=adapter)
-    task_is_known = (source.pipeline / "modules.json").is_file() or (
-        source.folder / INDEX
-    ).is_file()
-    task_is_known = task_is_known or declared_task(source.folder) is not None
-    if task is None and not task_is_known:
+    if task is None and not (
+        (source.pipeline / MODULES).is_file()
+        or (source.folder / INDEX).is_file()
+        or declared_task(source.folder) is not None
+    ):
         # Tensor names tell the task; without an index they are only in the weight file.
         fetch(source.id, source.revision)
     return read_spec(source, task)

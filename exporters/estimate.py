@@ -33,7 +33,7 @@ class Estimate:
 
     Attributes:
         steps: What would be done, a line each.
-        bytes: Of the weights that would be written; None if a search would decide it.
+        bytes: The size of the weights that would be written; None if a search would decide it.
         memory_bytes: The largest resident memory, about.
         seconds: The time, about, if nothing else runs on the machine.
     """

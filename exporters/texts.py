@@ -67,9 +67,8 @@ def tokenize_samples(
         CheckpointError: The tokenizer gives ids beyond the embedding table.
     """
     path = spec.source.pipeline / "tokenizer.json"
-    limited = calibration is None
     if str(calibration) == BUILTIN:
-        calibration, count = None, None
+        calibration, count, most_tokens = None, None, None
     if spec.task == "reranker":
         pairs = read_pairs(calibration) if calibration else calibration_pairs()[:count]
         tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
@@ -77,7 +76,7 @@ def tokenize_samples(
     else:
         texts = read_samples(calibration) if calibration else calibration_samples()[:count]
         rows = encode_samples(EmbeddingTokenizer(path, max_length, spec.inputs), spec, texts)
-    if limited and most_tokens is not None:
+    if calibration is None and most_tokens is not None:
         within = np.cumsum([len(row) for row in rows]) <= most_tokens
         rows = rows[: max(1, int(within.sum()))]
     check_ids(np.concatenate(rows), spec.vocab_size, path, "ids of texts")

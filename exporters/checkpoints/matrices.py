@@ -16,7 +16,7 @@ from ...quantize.rtn import quantize_rtn
 from ...quantize.smoothquant import balanced
 from ...quantize.source import WeightSource
 from ..calibration.calibrate import calibrate
-from .methods import Plan, numpy_dtype
+from .methods import Plan
 from .packing import (
     Parts,
     bitsandbytes_parts,
@@ -57,7 +57,7 @@ def apply_plan(
     Returns:
         (the tensors that are not quantized, the function that quantizes a matrix).
     """
-    scheme, dtype = plan.scheme, numpy_dtype(plan.dtype)
+    scheme, dtype = plan.scheme, np.dtype(plan.dtype)
     source: WeightSource = RotatedHeads.seeded(weights) if plan.rotate_heads else weights
     formats = dict.fromkeys(matrices(weights.spec), Format(scheme))
 

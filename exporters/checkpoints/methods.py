@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import ml_dtypes
-import numpy as np
-
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
 from ...quantize.formats import GROUP_SIZES, matrices
@@ -183,6 +180,11 @@ def plan_method(
         # A float's small values have small steps: rotation would only spread the large ones.
         rotate_heads=not (fast and method.group_size) and name != "fp8",
     )
+    _check_shapes(spec, plan)
+    return plan
+
+
+def _check_shapes(spec: ModelSpec, plan: Plan) -> None:
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
         if plan.group_size is not None and columns % plan.group_size:
@@ -203,7 +205,6 @@ def plan_method(
                 f"inputs, since CPUs with bf16 take whole blocks of a row only; use `method` "
                 "bnb-int8, w8a8 or fp8"
             )
-    return plan
 
 
 def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:
@@ -211,8 +212,3 @@ def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:
     rows, columns = shape
     group = NF4_BLOCK if plan.name == "bnb-nf4" else plan.group_size or columns
     return math.prod(shape) * plan.bits // 8 + rows * -(-columns // group) * 5 + 8 * columns
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """A dtype by its name, including those of ml_dtypes."""
-    return np.dtype(getattr(ml_dtypes, name, name))

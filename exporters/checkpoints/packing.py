@@ -20,7 +20,7 @@ import numpy as np
 
 from ...quantize.fp8 import quantize_fp8
 from ...quantize.schemes import QuantizedTensor, QuantScheme
-from .methods import Plan, numpy_dtype
+from .methods import Plan
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -68,16 +68,13 @@ def packed_parts(tensor: QuantizedTensor) -> Parts:
 
 def int8_parts(tensor: QuantizedTensor) -> Parts:
     """compressed-tensors' "int-quantized"."""
-    return {
-        "weight": tensor.signed_codes(),
-        "weight_scale": _stored_scales(tensor),
-    }
+    return {"weight": tensor.signed_codes(), "weight_scale": _stored_scales(tensor)}
 
 
 def fp8_parts(weight: np.ndarray, scheme: QuantScheme) -> Parts:
     """compressed-tensors' "float-quantized", from float32 [out, in]."""
     values, scales = quantize_fp8(weight, scheme)
-    return {"weight": values, "weight_scale": scales.astype(numpy_dtype(scheme.scale_dtype))}
+    return {"weight": values, "weight_scale": scales.astype(scheme.scale_dtype)}
 
 
 def bitsandbytes_parts(weight: np.ndarray, plan: Plan) -> Parts:
@@ -127,4 +124,4 @@ def _nf4_parts(data: np.ndarray, state: QuantState) -> Parts:
 
 
 def _stored_scales(tensor: QuantizedTensor) -> np.ndarray:
-    return tensor.scales.astype(numpy_dtype(tensor.scheme.scale_dtype))
+    return tensor.scales.astype(tensor.scheme.scale_dtype)

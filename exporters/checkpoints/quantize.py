@@ -38,7 +38,7 @@ from ..texts import (
 )
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
-from .methods import Plan, numpy_dtype, plan_method, quantized_bytes
+from .methods import Plan, plan_method, quantized_bytes
 from .serving import write_serving_files
 from .shards import ShardWriter
 
@@ -220,16 +220,12 @@ def _check(
             f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
         )
     form = _choose_form(spec, form)
-    if calibration is not None and not plan.is_calibrated:
-        raise InputError(
-            f"`method` {plan.name} runs no texts{' with `fast`' if plan.method.fast else ''}: "
-            f"`calibration` goes with {CALIBRATED}"
-        )
-    if device != "cpu" and not plan.is_calibrated:
-        raise InputError(
-            f"`method` {plan.name} runs no texts{' with `fast`' if plan.method.fast else ''}: "
-            f"`device` goes with {CALIBRATED}"
-        )
+    for option, is_given in (("calibration", calibration is not None), ("device", device != "cpu")):
+        if is_given and not plan.is_calibrated:
+            raise InputError(
+                f"`method` {plan.name} runs no texts{' with `fast`' if plan.method.fast else ''}: "
+                f"`{option}` goes with {CALIBRATED}"
+            )
     check_device(device)
     with importing_bitsandbytes():
         for package in NEEDED[plan.method.library]:
@@ -276,8 +272,8 @@ def _write_tensors(
     prefix = "" if spec.task == "embedding" else "model."
     shapes = spec.tensor_shapes()
     quantized = set(matrices(spec))
+    dtype = np.dtype(plan.dtype)
     advance = counted(progress, "write", len(shapes))
-    written: set[str] = set()
     with ShardWriter(folder, len(shapes) * PARTS) as shards:
         for name, shape in shapes.items():
             advance()
@@ -285,22 +281,15 @@ def _write_tensors(
             if matrix in quantized:
                 for part, tensor in quantize(matrix).items():
                     shards.add(f"{prefix}{matrix}.{part}", check_finite(source, name, tensor))
-                    written.add(f"{prefix}{matrix}.{part}")
-                continue
-            is_head = name in HEADS
-            if is_head and form == "sequence-classification":
-                continue
-            stored = name if is_head else prefix + name
-            dtype = numpy_dtype(plan.dtype)
-            shards.add_rows(stored, dtype, shape, _pieces(source, name, shape, dtype))
-            written.add(stored)
+            elif name not in HEADS or form != "sequence-classification":
+                stored = name if name in HEADS else prefix + name
+                shards.add_rows(stored, dtype, shape, _pieces(source, name, shape, dtype))
         if form == "sequence-classification":
-            row = reranker_head(source).T.astype(numpy_dtype(plan.dtype))
+            row = reranker_head(source).T.astype(dtype)
             shards.add(HEADS[1], check_finite(source, HEADS[1], row))
-            written.add(HEADS[1])
     stored_names = read_headers(folder).keys()
-    if stored_names != written:
-        wrong_names = ", ".join(sorted(stored_names ^ written)[:3])
+    if stored_names != shards.names:
+        wrong_names = ", ".join(sorted(stored_names ^ shards.names)[:3])
         raise VerificationError(f"{folder}: tensors lost or added while writing: {wrong_names}")
 
 

@@ -9,6 +9,7 @@ quantized. https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +49,13 @@ class ShardWriter:
         folder: The shards' folder.
         tensors: The largest number of tensors to write.
         shard_bytes: A new shard begins before a tensor would exceed this many bytes.
+
+    Attributes:
+        names: The stored names of the tensors so far.
     """
 
     def __init__(self, folder: Path, tensors: int, shard_bytes: int = SHARD_BYTES) -> None:
+        self.names: set[str] = set()
         self._folder = folder
         self._header_bytes = 8 + -(-(tensors * ENTRY_BYTES + 1024) // 4096) * 4096
         self._shard_bytes = shard_bytes
@@ -77,7 +82,8 @@ class ShardWriter:
             shape: The whole tensor's shape.
             pieces: Ranges of its rows, in order.
         """
-        size = int(np.prod(shape)) * dtype.itemsize
+        self.names.add(name)
+        size = math.prod(shape) * dtype.itemsize
         if size % ALIGNMENT:
             # A tensor that would misalign the next one is written at the shard's end.
             flat = [np.ascontiguousarray(piece).reshape(-1) for piece in pieces]
