@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
-from .source import WeightSource
+from .source import DerivedWeights, WeightSource
 
 LAYER = re.compile(r"(layers\.\d+)\.(.+)\.weight")
 # The only bias that factors apply to.
@@ -33,7 +33,7 @@ PRODUCERS = {
 Factors = Callable[[str, str], np.ndarray]
 
 
-class FoldedWeights:
+class FoldedWeights(DerivedWeights):
     """A weight source with channel factors folded in.
 
     Args:
@@ -42,10 +42,8 @@ class FoldedWeights:
     """
 
     def __init__(self, source: WeightSource, factors: Factors) -> None:
-        self._source = source
+        super().__init__(source)
         self._factors = factors
-        self.spec: ModelSpec = source.spec
-        self.output_rotation = source.output_rotation
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Read a tensor, or a range of its rows: float32."""
@@ -82,10 +80,6 @@ class FoldedWeights:
             return np.where(usable, gains / np.where(usable, stored, 1), original)
 
         return FoldedWeights(self._source, factors)
-
-    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
-        """W_yes - W_no: float32 [hidden]."""
-        return self._source.answer_row(yes, no)
 
 
 def expand_kv(spec: ModelSpec, consumer: str, channels: np.ndarray) -> np.ndarray:

@@ -38,12 +38,7 @@ def quantize_mse(
     # numpy computes without the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(lambda chunk: search(chunk, scheme, importance), chunks))
-    return QuantizedTensor(
-        scheme,
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate([part.zero_points for part in parts]),
-    )
+    return QuantizedTensor.concatenate(parts)
 
 
 def _search(

@@ -89,15 +89,11 @@ def find_excess(codes: np.ndarray) -> tuple[int, int] | None:
     Returns:
         (output row, first input of the pair), or None.
     """
-    even = codes.shape[1] // 2 * 2
-    sums = np.add(codes[:, 0:even:2], codes[:, 1:even:2], dtype=np.int16)
-    if sums.size == 0 or (sums.max() <= LIMIT and sums.min() >= -LIMIT):
-        return None
-    row, place = np.argwhere(np.abs(sums) > LIMIT)[0]
-    return int(row), 2 * int(place)
+    places = np.argwhere(np.abs(_sums(codes, np.int16)) > LIMIT)
+    return (int(places[0, 0]), 2 * int(places[0, 1])) if len(places) else None
 
 
-def _sums(values: np.ndarray) -> np.ndarray:
+def _sums(values: np.ndarray, dtype: type | None = None) -> np.ndarray:
     """Sums of inputs 2i and 2i + 1, [out, in // 2]; an odd last input has no partner."""
     even = values.shape[1] // 2 * 2
-    return values[:, 0:even:2] + values[:, 1:even:2]
+    return np.add(values[:, 0:even:2], values[:, 1:even:2], dtype=dtype)

@@ -133,25 +133,19 @@ class Recipe:
             raise InputError(f"{path} is not a recipe: {error}") from error
         if isinstance(values, dict) and "format_version" in values:
             values = values.get("recipe")
-        known = {field.name for field in fields(cls)}
-        if (
-            not isinstance(values, dict)
-            or "formats" not in values
-            or not isinstance(values["formats"], dict)
-        ):
+        if not isinstance(values, dict) or not isinstance(values.get("formats"), dict):
             raise InputError(
                 f'{path} should hold {{"formats": {{"layers.0.mlp.down_proj": "int8", …}}, …}}, '
                 "or be the embedport.json of a quantized artifact"
             )
         values = {key: value for key, value in values.items() if key not in RECORDED}
-        if unknown := sorted(values.keys() - known):
-            raise InputError(f"{path}: {unknown[0]!r} is not part of a recipe; its parts: {known}")
-        for key, kind in (
-            ("rotate", bool),
-            ("rotate_heads", bool),
-            ("balance", bool),
-            ("seed", int),
-        ):
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(values.keys() - {*known}):
+            raise InputError(
+                f"{path}: {unknown[0]!r} is not part of a recipe; its parts: {', '.join(known)}"
+            )
+        kinds = {"rotate": bool, "rotate_heads": bool, "balance": bool, "seed": int}
+        for key, kind in kinds.items():
             if key in values and type(values[key]) is not kind:
                 raise InputError(f"{path}: {key} should be {kind.__name__}, found {values[key]!r}")
         calibration = values.get("calibration")
@@ -162,6 +156,7 @@ class Recipe:
                 f"{path}: calibration should be null or an artifact's record with source and "
                 f"sha256, found {calibration!r}"
             )
-        if values.get("algorithm") in RENAMED:
-            values["algorithm"] = RENAMED[values["algorithm"]]
+        algorithm = values.get("algorithm")
+        if isinstance(algorithm, str):
+            values["algorithm"] = RENAMED.get(algorithm, algorithm)
         return cls(**values)

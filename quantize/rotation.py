@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checkpoint.spec import ModelSpec
 from .fold import LAYER, PRODUCERS
 from .hadamard import Rotation
-from .source import WeightSource
+from .source import DerivedWeights, WeightSource
 
 # Matrices that read the residual stream, each with the norm it reads through.
 NORMS = {
@@ -24,21 +23,19 @@ NORMS = {
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
-class RotatedHeads:
+class RotatedHeads(DerivedWeights):
     """A weight source whose attention's values are rotated, head by head.
 
     The function stays the same, and so does every tensor's shape: any software can run it.
 
     Args:
         source: The original weights.
-        rotation: Of size head_dim.
+        rotation: A rotation of size head_dim.
     """
 
     def __init__(self, source: WeightSource, rotation: Rotation) -> None:
-        self._source = source
+        super().__init__(source)
         self._rotation = rotation
-        self.spec: ModelSpec = source.spec
-        self.output_rotation = source.output_rotation
 
     @classmethod
     def seeded(cls, source: WeightSource, seed: int = 0) -> RotatedHeads:
@@ -60,12 +57,8 @@ class RotatedHeads:
             values = self._rotation.of_rows(heads).reshape(values.shape)
         return values
 
-    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
-        """W_yes - W_no: float32 [hidden]."""
-        return self._source.answer_row(yes, no)
 
-
-class RotatedWeights:
+class RotatedWeights(DerivedWeights):
     """A weight source that computes the same function in a rotated basis.
 
     The vectors must be in the checkpoint's own basis, so the final norm's gains cannot be folded
@@ -79,12 +72,11 @@ class RotatedWeights:
     """
 
     def __init__(self, source: WeightSource, seed: int = 0) -> None:
-        self.spec: ModelSpec = source.spec
         generator = np.random.default_rng(seed)
-        self._stream = Rotation.random(self.spec.hidden_size, generator)
-        self._source = RotatedHeads(source, Rotation.random(self.spec.head_dim, generator))
-        gains = source.read_fp32("norm.weight")
-        self.output_rotation: np.ndarray | None = self._stream.matrix().T * gains
+        self._stream = Rotation.random(source.spec.hidden_size, generator)
+        heads = Rotation.random(source.spec.head_dim, generator)
+        super().__init__(RotatedHeads(source, heads))
+        self.output_rotation = self._stream.matrix().T * source.read_fp32("norm.weight")
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Read a tensor, or a range of its rows: float32."""

@@ -17,14 +17,6 @@ def quantize_rows(
 ) -> QuantizedTensor:
     """Quantize a matrix, one range of rows at a time."""
     shape = source.spec.tensor_shapes()[f"{name}.weight"]
-    parts = [
-        quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in row_ranges(shape)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return QuantizedTensor(
-        scheme,
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate([part.zero_points for part in parts]),
+    return QuantizedTensor.concatenate(
+        [quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in row_ranges(shape)]
     )

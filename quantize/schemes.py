@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,7 +56,7 @@ class QuantScheme:
 
     def representable(self, scales: np.ndarray) -> np.ndarray:
         """Round positive scales to `scale_dtype`, with none becoming zero: float32."""
-        dtype = np.dtype(getattr(ml_dtypes, self.scale_dtype, self.scale_dtype))
+        dtype = np.dtype(self.scale_dtype)  # ml_dtypes tells numpy its dtypes' names
         smallest = np.float32(ml_dtypes.finfo(dtype).smallest_subnormal)
         return np.maximum(scales.astype(dtype).astype(np.float32), smallest)
 
@@ -102,6 +103,18 @@ class QuantizedTensor:
     codes: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """Put ranges of a matrix's rows together."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            parts[0].scheme,
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate([part.zero_points for part in parts]),
+        )
 
     def dequantize(self) -> np.ndarray:
         """(codes - zero_points) * scales, or the codes' levels * scales: float32 [out, in]."""

@@ -11,6 +11,7 @@ even if no text shows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -20,16 +21,13 @@ from .source import WeightSource
 
 def balanced(source: WeightSource) -> FoldedWeights:
     """Fold the smoothing factors into a source's weights."""
-    cache: dict[tuple[str, str], np.ndarray] = {}
 
+    @cache
     def factors(layer: str, producer: str) -> np.ndarray:
-        key = (layer, producer)
-        if key not in cache:
-            readers = [f"{layer}.{consumer}" for consumer in CONSUMERS[producer]]
-            cache[key] = smoothing_factors(
-                _activations(source, layer, producer), largest_weights(source, readers)
-            )
-        return cache[key]
+        readers = [f"{layer}.{consumer}" for consumer in CONSUMERS[producer]]
+        return smoothing_factors(
+            _activations(source, layer, producer), largest_weights(source, readers)
+        )
 
     return FoldedWeights(source, factors)
 

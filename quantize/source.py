@@ -36,7 +36,24 @@ class WeightSource(Protocol):
         ...
 
 
-class DequantizedWeights:
+class DerivedWeights:
+    """A source that reads another one's tensors, and changes some of them.
+
+    Args:
+        source: The other source.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self.spec: ModelSpec = source.spec
+        self.output_rotation: np.ndarray | None = source.output_rotation
+
+    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
+        """W_yes - W_no: float32 [hidden]."""
+        return self._source.answer_row(yes, no)
+
+
+class DequantizedWeights(DerivedWeights):
     """A source with some of its projections replaced by what their codes stand for.
 
     Args:
@@ -45,10 +62,8 @@ class DequantizedWeights:
     """
 
     def __init__(self, source: WeightSource, done: Mapping[str, QuantizedTensor]) -> None:
-        self._source = source
+        super().__init__(source)
         self._done = done
-        self.spec: ModelSpec = source.spec
-        self.output_rotation = source.output_rotation
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Read a tensor, or a range of its rows: float32."""
@@ -56,10 +71,6 @@ class DequantizedWeights:
         if matrix in self._done:
             return self._done[matrix].dequantize()[rows]
         return self._source.read_fp32(name, rows)
-
-    def answer_row(self, yes: int, no: int | None) -> np.ndarray:
-        """W_yes - W_no: float32 [hidden]."""
-        return self._source.answer_row(yes, no)
 
 
 def row_ranges(shape: tuple[int, ...]) -> list[slice]:

@@ -136,14 +136,19 @@ class StoredWeights(Weights):
     def _part(self, matrix: str, part: str | None) -> TensorInfo | None:
         return None if part is None else self._parts.get(f"{matrix}.{part}")
 
+    def _present(self, matrix: str, part: str | None) -> TensorInfo:
+        """A part that is known to be there."""
+        info = self._part(matrix, part)
+        assert info is not None
+        return info
+
     def _find_format(self, matrix: str) -> MatrixFormat | None:
         """The format that a matrix's parts match; None if it is not quantized."""
         formats = [form for form in self.quantization.formats if self._has_codes(matrix, form)]
         if not formats:
             return None
         shape = self._shapes[f"{matrix}.weight"]
-        codes = self._part(matrix, _NAMES[formats[0].layout].codes)
-        assert codes is not None
+        codes = self._present(matrix, _NAMES[formats[0].layout].codes)
         if not matrix.startswith("layers.") or len(shape) != 2:
             raise CheckpointError(
                 f"{codes.file}: {matrix} is quantized, and only projections of layers are read so; "
@@ -172,8 +177,7 @@ class StoredWeights(Weights):
 
     def _problem(self, matrix: str, form: MatrixFormat) -> tuple[int, str] | None:
         """The first problem with a matrix's parts: (number of correct parts before it, message)."""
-        codes = self._part(matrix, _NAMES[form.layout].codes)
-        assert codes is not None
+        codes = self._present(matrix, _NAMES[form.layout].codes)
         for correct, (part, (shapes, dtypes)) in enumerate(self._expected(matrix, form).items()):
             info = self._part(matrix, part)
             if info is None:
@@ -256,9 +260,7 @@ class StoredWeights(Weights):
             return shard.get_tensor(info.name)
 
     def _read_named(self, matrix: str, part: str | None) -> np.ndarray:
-        info = self._part(matrix, part)
-        assert info is not None
-        return self._read_part(info)
+        return self._read_part(self._present(matrix, part))
 
     def _codes(self, matrix: str) -> np.ndarray:
         """Read a matrix's codes: uint8 [out, in]."""
@@ -277,8 +279,7 @@ class StoredWeights(Weights):
             case _ if form.kind == "int":
                 codes = shift(stored, form.bits)
                 if form.bits < 8 and codes.size and codes.max() >> form.bits:
-                    info = self._part(matrix, _WEIGHT)
-                    assert info is not None
+                    info = self._present(matrix, _WEIGHT)
                     raise CheckpointError(
                         f"{info.file}: tensor {info.name} should hold integers of {form.bits} bits "
                         f"by config.json, found {stored.min()} to {stored.max()}"
@@ -298,8 +299,7 @@ class StoredWeights(Weights):
             return stored.astype(np.float32).reshape(self._grid(matrix, form))
         divisor = self._read_named(matrix, names.divisor).reshape(())
         if not (np.isfinite(divisor) and divisor > 0):
-            info = self._part(matrix, names.divisor)
-            assert info is not None
+            info = self._present(matrix, names.divisor)
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} should be above 0, found {divisor}"
             )
