@@ -101,7 +101,7 @@ def estimate_seconds(
         products += tokens * (sum(weights.values()) + squares) + 3 * corrections
         sessions *= 2
     seconds += spec.num_layers * (2 * products / _products_per_second() + sessions * SESSION)
-    return seconds * max(1, recipe.passes) + (SEARCHED + ROUNDED) * 1e-9 * total
+    return seconds * recipe.passes + (SEARCHED + ROUNDED) * 1e-9 * total
 
 
 def _layer_weights(spec: ModelSpec) -> Mapping[tuple[str, int], int]:
