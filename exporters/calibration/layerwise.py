@@ -102,30 +102,16 @@ class Layer(_Part):
         design: The model.
         layer: The layer's number.
         folder: Where the graph may be written while it runs.
-
-    Attributes:
-        probes: Names of the magnitudes that `run_probed` returns.
-        inputs: For each input that `run_inputs` returns, the names of the projections that share
-            it.
     """
 
     def __init__(self, design: Design, layer: int, folder: Path) -> None:
         described = _describe(design, layer)
-        g, taps = described.g, described.taps
-        self.probes = list(taps.probes)
-        outputs = [described.out]
-        outputs += [g.op("ReduceMax", g.op("Abs", x), keepdims=0) for x in taps.probes.values()]
-        self.inputs = list(described.shared.values())
-        super().__init__(
-            design,
-            g,
-            described.inputs,
-            [*outputs, *described.shared],
-            folder,
-            f"layer_{layer}",
-        )
-        self._outputs = [value.name for value in outputs]
-        self._inputs = [value.name for value in described.shared]
+        g, probes = described.g, described.taps.probes
+        magnitudes = [g.op("ReduceMax", g.op("Abs", x), keepdims=0) for x in probes.values()]
+        outputs = [described.out, *magnitudes]
+        super().__init__(design, g, described.inputs, outputs, folder, f"layer_{layer}")
+        self._probes = list(probes)
+        self._out = described.out.name
 
     def run(self, ids: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The residual stream after the layer: float32 [n, tokens, hidden_size], like `state`.
@@ -134,19 +120,14 @@ class Layer(_Part):
             ids: int64 [tokens].
             state: The stream before the layer; n states of the same text are run at once.
         """
-        return self.session.run(self._outputs[:1], _feeds(ids, state))[0]
+        return self.session.run([self._out], _feeds(ids, state))[0]
 
     def run_probed(
         self, ids: np.ndarray, state: np.ndarray
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Like `run`, plus the largest magnitude of each watched value, by name."""
-        out, *magnitudes = self.session.run(self._outputs, _feeds(ids, state))
-        return out, dict(zip(self.probes, magnitudes, strict=True))
-
-    def run_inputs(self, ids: np.ndarray, state: np.ndarray) -> list[np.ndarray]:
-        """The shared input of each group in `inputs`: float32 [tokens, in] each."""
-        inputs = self.session.run(self._inputs, _feeds(ids, state))
-        return [x[0] for x in inputs]
+        out, *magnitudes = self.session.run(None, _feeds(ids, state))
+        return out, dict(zip(self._probes, magnitudes, strict=True))
 
 
 class Segment(_Part):

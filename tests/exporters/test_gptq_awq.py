@@ -27,6 +27,17 @@ TEXTS = [sample.text for sample in builtin_samples()]
 ROWS = [np.random.default_rng(i).integers(0, 1000, 30) for i in range(4)]
 
 
+def shared_inputs(weights, folder):
+    """For each input that projections of layer 0 share: (their names, each text's [tokens, in])."""
+    design = Design(weights, OrtDialect(), PRECISIONS["fp32"])
+    states, inputs, stages = embed_rows(weights, ROWS), [], []
+    for stage in range(STAGES):
+        with Segment(design, 0, folder, stage) as segment:
+            inputs = segment.run(ROWS, states, inputs)
+            stages.append((segment.names, list(inputs)))
+    return stages
+
+
 @pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_gptq_is_closer_than_rounding(artifacts, task):
     pairs = [(a, b) for a, b in zip(TEXTS[:16], TEXTS[16:32], strict=True)]
@@ -82,13 +93,10 @@ def test_awq_counts_an_error_by_what_it_is_multiplied_with(checkpoints, tmp_path
     folded, importance = scale_layers(
         weights, weights, formats, ROWS, tmp_path / "layers", lambda: None
     )
-    states = embed_rows(folded, ROWS)
-    with Layer(Design(folded, OrtDialect(), PRECISIONS["fp32"]), 0, tmp_path) as layer:
-        inputs = [layer.run_inputs(*each) for each in zip(ROWS, states, strict=True)]
-        for number, names in enumerate(layer.inputs):
-            squares = np.square(np.concatenate([each[number] for each in inputs])).mean(axis=0)
-            for name in names:
-                np.testing.assert_allclose(importance(name), squares, rtol=1e-3)
+    for names, inputs in shared_inputs(folded, tmp_path):
+        squares = np.square(np.concatenate(inputs)).mean(axis=0)
+        for name in names:
+            np.testing.assert_allclose(importance(name), squares, rtol=1e-3)
 
 
 def test_awq_takes_tokens_from_all_places():
@@ -170,11 +178,8 @@ def test_smoothquant_measures_activations(checkpoints, tmp_path):
     folded, _ = scale_layers(
         weights, weights, formats, ROWS, folder, lambda: None, scaling="smoothquant"
     )
-    states = embed_rows(weights, ROWS)
-    with Layer(Design(weights, OrtDialect(), PRECISIONS["fp32"]), 0, tmp_path) as layer:
-        inputs = [layer.run_inputs(*each) for each in zip(ROWS, states, strict=True)]
-        names = layer.inputs[2]
-        largest = np.max([np.abs(texts[2]).max(axis=0) for texts in inputs], axis=0)
+    names, inputs = shared_inputs(weights, tmp_path)[2]
+    largest = np.max([np.abs(text).max(axis=0) for text in inputs], axis=0)
     reading = np.max(
         [np.abs(weights.read_fp32(f"{name}.weight")).max(axis=0) for name in names], axis=0
     )

@@ -8,34 +8,55 @@ import pytest
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.exporters.calibration import moments
-from embedport.exporters.calibration.layerwise import STAGES, Layer, Segment, embed_rows
+from embedport.exporters.calibration.layerwise import Layer, Segment
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
 
+# The projections that share an input, by the first of them.
+READERS = {
+    "self_attn.q_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attn.o_proj": ["self_attn.o_proj"],
+    "mlp.gate_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.down_proj": ["mlp.down_proj"],
+}
 ROWS = [np.arange(5, 5 + size) for size in (1, 9, 40)]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_segments_compute_the_layer(checkpoints, copied, tmp_path, causal):
+    """Their inputs of projections are those of transformers."""
+    import torch
+    from transformers import AutoModel
+
     folder = copied(checkpoints("kv2"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"is_causal": causal}))
+    block = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    values = {name: [] for name in ("", *READERS)}
+    ended = []
+    for name, seen in values.items():
+        block.layers[1].get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0].numpy())
+        )
+    block.layers[1].register_forward_hook(lambda module, inputs, out: ended.append(out.numpy()))
+    with torch.no_grad():
+        for ids in ROWS:
+            block(input_ids=torch.from_numpy(ids)[None])
     weights = Weights(ModelSpec.from_checkpoint(folder))
     design = Design(weights, OrtDialect(), PRECISIONS["fp32"])
-    states = embed_rows(weights, ROWS)
-    ended, inputs, stages = list(states), [], []
-    for stage in range(STAGES + 1):
+    states, inputs = list(values[""]), []
+    for stage, name in enumerate([*READERS, None]):
         with Segment(design, 1, tmp_path, stage) as segment:
-            inputs = segment.run(ROWS, ended, inputs)
-            stages.append((segment.names, list(inputs)))
-    assert stages.pop() == ([], [])
+            inputs = segment.run(ROWS, states, inputs)
+            assert segment.names == [f"layers.1.{each}" for each in READERS.get(name, ())]
+        for found, expected in zip(inputs, values.get(name, []), strict=True):
+            np.testing.assert_allclose(found, expected[0], rtol=1e-4, atol=1e-5)
     with Layer(design, 1, tmp_path) as layer:
-        assert [names for names, _ in stages] == layer.inputs
-        for i, (ids, state) in enumerate(zip(ROWS, states, strict=True)):
-            for (_, found), expected in zip(stages, layer.run_inputs(ids, state), strict=True):
-                np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(ended[i], layer.run(ids, state), rtol=1e-4, atol=1e-5)
+        for i, ids in enumerate(ROWS):
+            np.testing.assert_allclose(states[i], ended[i], rtol=1e-4, atol=1e-5)
+            whole = layer.run(ids, values[""][i])
+            np.testing.assert_allclose(whole, ended[i], rtol=1e-4, atol=1e-5)
 
 
 def test_moments_are_means_over_tokens(monkeypatch):
