@@ -85,6 +85,8 @@ class Recipe:
             )
         if self.arithmetic not in ARITHMETIC:
             raise InputError(f"arithmetic should be fp32 or bf16, found {self.arithmetic!r}")
+        if self.seed < 0:
+            raise InputError(f"seed should be 0 or more, found {self.seed}")
         if self.rotate and self.rotate_heads:
             raise InputError("rotate turns heads too: rotate_heads should be false, found true")
         if self.algorithm == STORED and (self.rotate or self.rotate_heads or self.balance):

@@ -245,6 +245,7 @@ def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message
         ({"formats": {}, "rotate": "no"}, "rotate should be bool, found 'no'"),
         ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
         ({"formats": {}, "algorithm": ["rtn"]}, "algorithm should be one of rtn, mse"),
+        ({"formats": {}, "seed": -1}, "seed should be 0 or more, found -1"),
         (
             {"formats": {}, "algorithm": "stored", "rotate": True},
             "should be false, found True, False and F",
