@@ -10,25 +10,20 @@ KEY is a hash of the checkpoint's files, the task and embedport's version.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..artifact.folder import Artifact
-from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.quantization_config import StoredQuantization
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.tensor_files import read_headers
 from ..errors import ArtifactError, InputError
-from ..files import MANIFEST
-from ..integrity import cache_folder, record_files
+from ..integrity import cache_folder
 from ..leftovers import lock
 from ..quantize.stored import StoredWeights, warn_of_activations
 from ..version import __version__
+from .info import hash_files, hash_json
 
 logger = logging.getLogger(__name__)
 
@@ -112,18 +107,5 @@ def _open_cached(weights: StoredWeights) -> Artifact:
 
 def _key(spec: ModelSpec) -> str:
     """A hash of all that the graph depends on."""
-    source = spec.source
-    files: set[Path] = {info.file for info in read_headers(source.folder).values()}
-    for folder in {source.folder, source.pipeline}:
-        for pattern in ("*.json", "*.jinja", "*/config.json"):
-            files |= {*folder.glob(pattern)}
-    files |= {source.pipeline / dense.path / DENSE_FILE for dense in spec.outputs.dense}
-    # Regular files only: a pipe or a device would never end.
-    regular = sorted(path for path in files if path.name != MANIFEST and path.is_file())
-    records = record_files(regular)
-    facts = {
-        "embedport": __version__,
-        "task": spec.task,
-        "files": sorted((path.name, record.sha256) for path, record in records.items()),
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    facts = {"embedport": __version__, "task": spec.task, "files": hash_files(spec)}
+    return hash_json(facts)[:32]

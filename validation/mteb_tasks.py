@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -17,8 +16,8 @@ import numpy as np
 from ..checkpoint.spec import Task
 from ..errors import EmbedportError, InputError, require
 from ..runtimes import Embedder, ModelInfo, Reranker
+from ..runtimes.info import hash_json, hash_model
 from ..texts.samples import Pair, Sample
-from .details import weight_hashes
 from .measures import finite_rows
 from .mteb_scores import Samples, TaskFacts, TaskScore
 
@@ -43,7 +42,7 @@ def mteb_model(model: Embedder | Reranker) -> Any:
     An embedding model gets each task's own instruction in Qwen3-Embedding's format, unless its
     folder declares a query prompt of another form: then its own prompts are used. A reranker gets
     the query's instruction, or the task's, or its own. mteb keeps results by name and revision; the
-    revision is a hash of the weights, the prompts, the device and the longest input.
+    revision is a hash of the model's files, the prompts, the device and the longest input.
 
     Args:
         model: From `embedport.load`.
@@ -60,8 +59,9 @@ def mteb_model(model: Embedder | Reranker) -> Any:
     >>> results = mteb.evaluate(model, mteb.get_task("SciFact"))  # doctest: +SKIP
     """
     info = model.info
-    facts = [weight_hashes(info), dict(info.prompts), model.device, model.tokenizer.max_length]
-    revision = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    prompts = sorted(info.prompts.items())
+    facts = [hash_model(info), prompts, model.device, model.tokenizer.max_length]
+    revision = hash_json(facts)[:16]
     if isinstance(model, Embedder):
         return _by_protocol(lambda samples: _embed(model.encode, samples), info, revision)
     return _by_protocol(lambda pairs: _score(model.score, pairs), info, revision)
