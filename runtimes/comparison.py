@@ -14,6 +14,7 @@ from ..errors import ArtifactError, InputError, require
 from .embedder import Embedder
 from .ort_custom_ops import choose_kernels, register_kernels
 from .reranker import Reranker
+from .vectors import cosines
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,14 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     limits = find_limits(manifest, loaded.device, witness.machine, here)
     differences = np.abs(results.astype(np.float64) - expected)
     if isinstance(loaded, Reranker):
-        worst, cosine, limit = _largest(differences), None, limits.max_difference
+        # argmax and argmin return the first NaN, if there is one.
+        worst, cosine, limit = int(differences.argmax()), None, limits.max_difference
         passed = bool(differences.max() <= limit)
     else:
-        cosines = row_cosines(results, expected)
-        worst, limit = _largest(-cosines), limits.min_cosine
-        cosine = float(cosines[worst])
-        passed = bool(cosine >= limit)
+        row_cosines = cosines(results, expected)
+        worst, limit = int(row_cosines.argmin()), limits.min_cosine
+        cosine = float(row_cosines[worst])
+        passed = cosine >= limit
     return Check(
         artifact=info.name,
         task=info.task,
@@ -201,25 +203,6 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
         here=here,
         reasons=_reasons(manifest, loaded.device, witness.machine, here),
     )
-
-
-def _largest(values: np.ndarray) -> int:
-    """Index of the largest value, or of the first NaN if there is one."""
-    return int(np.argmax(np.where(np.isnan(values), np.inf, values)))
-
-
-def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines of the rows of two arrays, float64 [n], computed in float64.
-
-    float32 would not do: the cosine's own rounding, 6e-8, is most of fp32's limit.
-
-    Args:
-        a: float32 [n, dim].
-        b: float32 [n, dim].
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
 def find_kernels(manifest: Manifest, device: str) -> str | None:

@@ -20,7 +20,7 @@ from ..artifact.folder import Artifact
 from ..artifact.segments import emulate_16_bits, segments
 from ..runtimes import ModelInfo
 from ..runtimes.part_session import open_session
-from .measures import cosines
+from ..runtimes.vectors import cosines
 from .reference import Reference
 
 TEXTS = 8

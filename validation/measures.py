@@ -10,24 +10,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..texts.ranking import unit
+from ..runtimes.vectors import cosines
 
 TOP_K = 10
-# Largest error of a unit vector's length in 16 bits.
-UNIT = 1e-2
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
     """Mask of the rows without NaN and infinity: [n] or [n, dim] to bool [n]."""
     return np.asarray(np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row-wise cosines of two [n, dim] arrays: float64 [n].
-
-    NaN if a row is not finite, 0 if it is zero.
-    """
-    return (unit(a) * unit(b)).sum(axis=1)
 
 
 def cosine_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

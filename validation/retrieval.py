@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtimes import Embedder, Reranker
-from ..runtimes.vectors import MRL_DIMS
 from ..texts.beir import RetrievalSet
 from ..texts.ranking import NDCG, Vectors, candidate_pairs, measure, rank_candidates, rank_documents
 from .measures import finite_rows
@@ -109,11 +108,6 @@ def bootstrap(differences: np.ndarray) -> tuple[float, float]:
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
-
-
-def choose_dims(width: int) -> tuple[int, ...]:
-    """The dimensions to rank by: the full width, and each MRL dimension below it."""
-    return (width, *(dim for dim in MRL_DIMS if dim < width))
 
 
 def vector_quality(vectors: Vectors, dims: Sequence[int], data: RetrievalSet) -> SetQuality:

@@ -13,14 +13,14 @@ from ..checkpoint.spec import Task
 from ..errors import InputError
 from ..runtimes import Embedder, Reranker
 from ..runtimes.embedder import check_encoded, describe_nonfinite
-from ..runtimes.vectors import MRL_DIMS
+from ..runtimes.vectors import MRL_DIMS, cosines, mrl_dims
 from ..texts.beir import RetrievalSet
 from ..texts.prompts import Encoded, check_text
 from ..texts.ranking import Vectors, unit
 from ..texts.samples import Pair, Sample, builtin_pairs, builtin_samples, prompted_samples
-from .measures import cosine_figures, cosines, difference_figures, finite_rows, rank_figures
+from .measures import cosine_figures, difference_figures, finite_rows, rank_figures
 from .report import Comparison, Gate, Sense
-from .retrieval import SetQuality, choose_dims, encode_set, score_quality, score_set, vector_quality
+from .retrieval import SetQuality, encode_set, score_quality, score_set, vector_quality
 from .thresholds import Thresholds
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class EmbeddingTask:
 
     def measure(self, found: Vectors, data: RetrievalSet) -> SetQuality:
         """The artifact's retrieval quality, from the vectors that `run_set` returned."""
-        return vector_quality(found, choose_dims(found[0].shape[1]), data)
+        return vector_quality(found, mrl_dims(found[0].shape[1]), data)
 
     def gates(
         self,

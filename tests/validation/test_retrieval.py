@@ -10,13 +10,13 @@ import pytest
 
 import embedport
 from embedport.errors import InputError
+from embedport.runtimes.vectors import mrl_dims
 from embedport.texts import ranking
 from embedport.texts.beir import RetrievalSet, read_beir, write_candidates
 from embedport.texts.ranking import candidate_pairs, measure, search
 from embedport.validation.library import LibraryReference
 from embedport.validation.retrieval import (
     bootstrap,
-    choose_dims,
     compare_quality,
     score_quality,
     vector_quality,
@@ -159,14 +159,14 @@ def test_equal_vectors_lose_nothing_and_swapped_ones_show(folder):
     generator = np.random.default_rng(0)
     documents = generator.standard_normal((5, 64)).astype(np.float32)
     queries = documents[:3] + 0.1 * generator.standard_normal((3, 64)).astype(np.float32)
-    right = vector_quality((queries, documents), choose_dims(64), data)
+    right = vector_quality((queries, documents), mrl_dims(64), data)
     same = compare_quality(right, right, data, "fp16, cuda")
     assert same.ndcg_loss == 0
     assert {(row.low, row.high) for row in same.rows} == {(0, 0)}
     assert [row.dimension for row in same.rows] == [64] * 3 + [32] * 3
     assert same.rows[0].artifact == 1
     assert same.reference == "fp16, cuda"
-    wrong = vector_quality((queries[::-1], documents), choose_dims(64), data)
+    wrong = vector_quality((queries[::-1], documents), mrl_dims(64), data)
     swapped = compare_quality(wrong, right, data, "fp16, cuda")
     assert swapped.ndcg_loss is not None
     assert swapped.ndcg_loss > 0.2

@@ -12,11 +12,11 @@ import embedport
 from embedport.artifact.folder import Artifact
 from embedport.errors import InputError
 from embedport.texts.prompts import Encoded, query_prompt
+from embedport.texts.ranking import unit
 from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation import gates
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
-from embedport.validation.measures import unit
 from embedport.validation.tasks import EmbeddingTask, RerankerTask
 from embedport.validation.thresholds import THRESHOLDS, find_thresholds
 
