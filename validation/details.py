@@ -46,7 +46,7 @@ class Details:
 
 def collect_details(
     task: EmbeddingTask | RerankerTask,
-    found: np.ndarray | None,
+    results: np.ndarray | None,
     expected: np.ndarray | None,
     *,
     info: ModelInfo,
@@ -58,7 +58,7 @@ def collect_details(
 
     Args:
         task: The inputs.
-        found: The artifact's results, float32 [inputs] or [inputs, dim]; None if the token ids
+        results: The artifact's results, float32 [inputs] or [inputs, dim]; None if the token ids
             differ.
         expected: The reference's results, with the same dim or more.
         info: The artifact, or the checkpoint.
@@ -67,9 +67,9 @@ def collect_details(
         command: Arguments of the command line.
     """
     agreement = reference_scores = artifact_scores = np.empty(0)
-    if found is not None and expected is not None:
-        agreement = task.agreement(found, expected)
-        artifact_scores, reference_scores = map(np.ravel, task.scores(found, expected))
+    if results is not None and expected is not None:
+        agreement = task.agreement(results, expected)
+        artifact_scores, reference_scores = map(np.ravel, task.scores(results, expected))
     return Details(
         agreement=tuple(agreement.tolist()),
         reference_scores=tuple(reference_scores.tolist()),

@@ -11,7 +11,6 @@ import contextlib
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..texts.beir import RetrievalSet
 from ..texts.ranking import Vectors, candidate_pairs
 from ..texts.samples import Pair, Sample
 from .adapted import ReferenceFolder, merge_adapter
+from .machine import package_versions
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
 
@@ -61,7 +61,7 @@ class LiveReference(ABC):
             revision=spec.source.revision,
             task=spec.task,
             library=self.library,
-            versions=_versions(self.packages),
+            versions=package_versions(self.packages),
             device=device,
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
@@ -354,11 +354,3 @@ def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[lis
         for ids in rows:
             base(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False)
     return states
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

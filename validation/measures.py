@@ -20,6 +20,13 @@ def finite_rows(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
 
 
+def sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    """Probabilities of log-odds, float32; NaN and infinity stay, so that gates find them."""
+    with np.errstate(over="ignore"):
+        probabilities = (1 / (1 + np.exp(-log_odds.astype(np.float64)))).astype(np.float32)
+    return np.where(np.isfinite(log_odds), probabilities, log_odds)
+
+
 def cosine_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """Summary of the cosines of finite rows [n, dim]; empty without rows."""
     if not len(a):

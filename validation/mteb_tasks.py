@@ -17,9 +17,10 @@ from ..checkpoint.spec import Task
 from ..errors import EmbedportError, InputError, require
 from ..runtimes import Embedder, ModelInfo, Reranker
 from ..runtimes.info import hash_json, hash_model
-from ..texts.samples import Pair, Sample
+from ..texts.samples import Sample
 from .measures import finite_rows
 from .mteb_scores import Samples, TaskFacts, TaskScore
+from .tasks import score_pairs
 
 # Samples to vectors [samples, dim], or pairs to scores [pairs].
 Run = Callable[[Any], np.ndarray]
@@ -63,35 +64,21 @@ def mteb_model(model: Embedder | Reranker) -> Any:
     facts = [hash_model(info), prompts, model.device, model.tokenizer.max_length]
     revision = hash_json(facts)[:16]
     if isinstance(model, Embedder):
-        return _by_protocol(lambda samples: _embed(model.encode, samples), info, revision)
-    return _by_protocol(lambda pairs: _score(model.score, pairs), info, revision)
+        return _by_protocol(partial(_embed, model.encode), info, revision)
+    return _by_protocol(partial(score_pairs, model.score), info, revision)
 
 
 def runner(model: Embedder | Reranker, *, progress: bool) -> Run:
     """A function that runs a loaded model and returns NaN where the model gives it."""
     if isinstance(model, Embedder):
-        embed = partial(model.embed_texts, progress=progress)
-        return lambda samples: _embed(embed, samples)
-    score = partial(model.score_pairs, progress=progress)
-    return lambda pairs: _score(score, pairs)
+        return partial(_embed, partial(model.embed_texts, progress=progress))
+    return partial(score_pairs, partial(model.score_pairs, progress=progress))
 
 
 def _embed(embed: Callable[..., np.ndarray], samples: Sequence[Sample]) -> np.ndarray:
     """Vectors of samples, which share a prompt: float32 [samples, dim]."""
     prompt = samples[0].prompt if samples else None
     return embed([sample.text for sample in samples], prompt=prompt)
-
-
-def _score(score: Callable[..., np.ndarray], pairs: Sequence[Pair]) -> np.ndarray:
-    """Scores of pairs, which may have several instructions: float32 [pairs]."""
-    groups: dict[str | None, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        groups.setdefault(pair.instruction, []).append(i)
-    scores = np.empty(len(pairs), np.float32)
-    for instruction, indices in groups.items():
-        texts = [(pairs[i].query, pairs[i].document) for i in indices]
-        scores[indices] = score(texts, instruction=instruction)
-    return scores
 
 
 def _by_protocol(run: Run, info: ModelInfo, revision: str = "unknown") -> Any:
@@ -126,20 +113,20 @@ def open_tasks(tasks: Iterable[Any], task: Task) -> list[Any]:
     opened: list[Any] = []
     for given in tasks:
         try:
-            found = mteb.get_task(given) if isinstance(given, str) else given
+            named = mteb.get_task(given) if isinstance(given, str) else given
         except KeyError as error:  # its message names similar tasks
             raise InputError(
                 f"mteb {mteb.__version__} has no such task: {error.args[0]}"
             ) from error
-        opened += getattr(found.metadata, "tasks", None) or [found]
+        opened += getattr(named.metadata, "tasks", None) or [named]
     if not opened:
         raise InputError("give at least one of MTEB's tasks, such as STS17")
-    for found in opened:
-        if set(found.metadata.modalities) != {"text"}:
-            raise InputError(f"{found.metadata.name} has inputs other than text")
-        _load(found)
+    for one in opened:
+        if set(one.metadata.modalities) != {"text"}:
+            raise InputError(f"{one.metadata.name} has inputs other than text")
+        _load(one)
         if task == "reranker":
-            _check_candidates(found)
+            _check_candidates(one)
     return opened
 
 

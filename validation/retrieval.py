@@ -105,8 +105,13 @@ def bootstrap(differences: np.ndarray) -> tuple[float, float]:
     generator = np.random.default_rng(0)
     count = len(differences)
     means = [differences[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
+    return interval(means)
+
+
+def interval(resampled: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The interval that holds 95 % of a figure's values on resamples."""
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(resampled, [tail, 100 - tail])
     return float(low), float(high)
 
 
@@ -144,23 +149,23 @@ def score_quality(scores: np.ndarray, data: RetrievalSet) -> SetQuality:
 
 
 def compare_quality(
-    found: SetQuality, expected: SetQuality, data: RetrievalSet, run: str
+    artifact: SetQuality, reference: SetQuality, data: RetrievalSet, run: str
 ) -> RetrievalReport:
     """Compare the artifact's retrieval quality with the reference's.
 
     Args:
-        found: The artifact's quality.
-        expected: The reference's quality, at the same dimensions.
+        artifact: The artifact's quality.
+        reference: The reference's quality, at the same dimensions.
         data: The retrieval set.
         run: The name of the reference's run.
     """
     rows = [
-        _row(name, dim or None, values, expected.measures[dim][name])
-        for dim, measures in found.measures.items()
+        _row(name, dim or None, values, reference.measures[dim][name])
+        for dim, measures in artifact.measures.items()
         for name, values in measures.items()
     ]
     before = None
-    if 0 in found.measures:
+    if 0 in artifact.measures:
         candidates = {query: data.candidates[query] for query in data.queries}
         before = float(measure(candidates, data.relevance, RERANKER_MEASURES)[NDCG].mean())
     return RetrievalReport(
@@ -170,7 +175,7 @@ def compare_quality(
         run,
         tuple(rows),
         before,
-        bool(expected.varies.any()),
+        bool(reference.varies.any()),
     )
 
 
