@@ -225,7 +225,7 @@ def _load_by_library(
     prefixed = any(name.startswith("model.") for name in headers)
     model_class = _prefixed_model(transformers) if prefixed else transformers.Qwen3Model
     library, again = f"{folder}: {quantization.method}", "quantize it again"
-    with _silent(transformers), _refusing(f"{library} cannot load it", again):
+    with _silent(), _refusing(f"{library} cannot load it", again):
         model, loading_info = model_class.from_pretrained(
             folder,
             config=config,
@@ -254,7 +254,7 @@ def _load_by_library(
         else f"{again}, or export it, which unpacks its weights"
     )
     refusing = _refusing(f"{library} cannot run it on {device}", advice)
-    with _silent(transformers), refusing, torch.no_grad():
+    with _silent(), refusing, torch.no_grad():
         model(input_ids=token, use_cache=False)
     return model.model if prefixed else model
 
@@ -316,17 +316,27 @@ def _prefixed_model(transformers: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _silent(transformers: Any) -> Generator[None]:
-    """Silence progress bars and warnings, such as that on the unused head; errors still raise."""
-    logging = transformers.utils.logging
-    had_bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+def no_loading_bar() -> Generator[None]:
+    """Hide transformers' progress bar during loading."""
+    logging = require("transformers", "torch").utils.logging
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silent() -> Generator[None]:
+    """Silence progress bars and warnings, such as that on the unused head; errors still raise."""
+    logging = require("transformers", "torch").utils.logging
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         # compressed-tensors has progress bars of its own that cannot be turned off.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with no_loading_bar(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()

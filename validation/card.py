@@ -19,9 +19,10 @@ import numpy as np
 
 from ..checkpoint.spec import ModelSpec
 from ..errors import CheckpointError, require
+from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
-from .live import LiveReference, choose_dtype, no_loading_bar, place
+from .live import LiveReference, choose_dtype, place
 from .reference import Arithmetic, Inputs
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"

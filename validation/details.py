@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -75,32 +74,28 @@ def collect_details(
         reference_scores=tuple(reference_scores.tolist()),
         artifact_scores=tuple(artifact_scores.tolist()),
         layers=layers,
-        artifact_files=weight_hashes(info),
+        artifact_files=_weight_hashes(info),
         reference_files=dict(reference.files),
         command=shlex.join(command),
     )
 
 
-def _weight_files(info: ModelInfo) -> list[Path]:
-    """The shards, or the graph and the weight files beside it."""
-    if info.checkpoint is not None:
-        source = info.checkpoint.source
-        files = sorted({info.file for info in read_headers(source.folder).values()})
-        return files + ([] if source.adapter is None else [source.adapter.folder / WEIGHTS])
-    assert info.artifact is not None
-    graph = info.artifact.graph
-    return sorted(graph.parent.glob(f"{graph.name}*"))
-
-
-def weight_hashes(info: ModelInfo) -> dict[str, str]:
+def _weight_hashes(info: ModelInfo) -> dict[str, str]:
     """Path of the graph and its weights, or of each shard, to its sha256.
 
     The path is relative to the model's folder if it is inside.
     """
-    folder = info.folder
-    return {
-        (
-            path.relative_to(folder) if path.is_relative_to(folder) else path
-        ).as_posix(): record.sha256
-        for path, record in record_files(_weight_files(info)).items()
-    }
+    if info.checkpoint is not None:
+        source = info.checkpoint.source
+        paths = sorted({tensor.file for tensor in read_headers(source.folder).values()})
+        paths += [] if source.adapter is None else [source.adapter.folder / WEIGHTS]
+    else:
+        assert info.artifact is not None
+        graph = info.artifact.graph
+        paths = sorted(graph.parent.glob(f"{graph.name}*"))
+    hashes = {}
+    for path, record in record_files(paths).items():
+        is_inside = path.is_relative_to(info.folder)
+        name = path.relative_to(info.folder) if is_inside else path
+        hashes[name.as_posix()] = record.sha256
+    return hashes

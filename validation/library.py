@@ -17,9 +17,10 @@ import numpy as np
 from ..checkpoint.spec import CLASSIFIER, ModelSpec
 from ..errors import CheckpointError, require
 from ..runtimes.batching import group_indices
+from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
-from .live import LiveReference, choose_dtype, no_loading_bar, place
+from .live import LiveReference, choose_dtype, place
 from .measures import sigmoid
 from .reference import Arithmetic, Inputs
 

@@ -7,10 +7,9 @@ checkpoint that stores fp32.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -310,19 +309,6 @@ def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> A
             f"{spec.source.folder}: the reference in {arithmetic} does not fit into the "
             "GPU's free memory; use device='cpu'"
         ) from error
-
-
-@contextlib.contextmanager
-def no_loading_bar() -> Generator[None]:
-    """Hide transformers' progress bar during loading."""
-    logging = require("transformers", "torch").utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[list[np.ndarray]]:

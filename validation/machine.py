@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from ..artifact.witness import WITNESS, read_witness
 from ..errors import MissingPackageError, require
 from ..machine.cpu import read_cpu
 from ..runtimes import ModelInfo
+from ..runtimes.batching import count_cores
 from ..runtimes.comparison import find_kernels
 from ..runtimes.ort_custom_ops import choose_kernels
 
@@ -61,7 +61,7 @@ def describe_machine(info: ModelInfo, device: str) -> Machine:
         cpu=cpu.name or "unknown",
         instructions=cpu.instructions,
         code=_describe_code(info, device),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        cores=count_cores(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if os.name == "posix"
         else 0,

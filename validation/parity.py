@@ -158,9 +158,20 @@ def validate(
     inputs = choose_inputs(info.task, texts, pairs, info.prompts)
     is_measured = data is not None or bool(tasks)
     _check_limits(inputs, is_measured, min_cosine, max_score_difference, max_ndcg_loss)
-    source: Reference = recorded or _open_live(
-        reference, info.task, adapter, max_length, revision, device
-    )
+    source: Reference
+    if recorded is None:
+        from .opening import open_live  # needs torch, which a recorded reference does not
+
+        source = open_live(
+            reference,
+            task=info.task,
+            adapter=adapter,
+            max_length=max_length,
+            revision=revision,
+            device=device,
+        )
+    else:
+        source = recorded
     origin = source.origin
     if isinstance(inputs, RerankerTask):
         inputs = replace(inputs, log_odds=origin.log_odds)
@@ -424,26 +435,6 @@ def _check_limits(
         raise InputError(
             "`max_ndcg_loss` limits what is lost on a set or a task: give `retrieval` or `mteb` too"
         )
-
-
-def _open_live(
-    reference: str | Path,
-    task: Task,
-    adapter: str | Path | None,
-    max_length: int,
-    revision: str | None,
-    device: str,
-) -> Reference:
-    from .opening import open_live  # needs torch, which a recorded reference does not
-
-    return open_live(
-        reference,
-        task=task,
-        adapter=adapter,
-        max_length=max_length,
-        revision=revision,
-        device=device,
-    )
 
 
 def _check_same_model(info: ModelInfo, origin: Origin) -> None:
