@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
-from ..errors import CheckpointError, require
+from ..errors import CheckpointError, InputError, require
 from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
@@ -88,6 +88,12 @@ class CardReference(LiveReference):
         """Token ids of pairs with their own instruction or the model card's."""
         prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
         suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
+        template = len(prefix) + len(suffix)
+        if template >= self.limit:
+            raise InputError(
+                f"max_length {self.limit} leaves no room: the reranker's prefix and suffix alone "
+                f"take {template} tokens"
+            )
         bodies = [
             f"<Instruct>: {TASK if pair.instruction is None else pair.instruction}\n"
             f"<Query>: {pair.query}\n<Document>: {pair.document}"
@@ -98,7 +104,7 @@ class CardReference(LiveReference):
             padding=False,
             truncation="longest_first",
             return_attention_mask=False,
-            max_length=self.limit - len(prefix) - len(suffix),
+            max_length=self.limit - template,
         )["input_ids"]
         return [[*prefix, *ids, *suffix] for ids in truncated]
 

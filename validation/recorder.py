@@ -74,6 +74,8 @@ def record_reference(
     """
     path = Path(output).expanduser()
     _check_place(path, force)
+    if max_length is not None and max_length < 1:
+        raise InputError(f"max_length should be at least 1, found {max_length}")
     data = None
     if retrieval is not None:
         require("ir_measures", "retrieval")
