@@ -192,9 +192,9 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         if missing:
             run(job, missing, advance)
     with _as_input_error(job.output):
-        if lost := _missing(job.output, index):
-            name = shard_name(lost[0][0], index.format)
-            raise InputError(f"{job.output}: {len(lost)} shards are missing, such as {name}")
+        if missing := _missing(job.output, index):
+            name = shard_name(missing[0][0], index.format)
+            raise InputError(f"{job.output}: {len(missing)} shards are missing, such as {name}")
         if isinstance(job.output, Path):
             for partial in job.output.glob(".*.partial-*"):
                 partial.unlink(missing_ok=True)

@@ -72,40 +72,34 @@ def _why_unpacked(weights: StoredWeights) -> str | None:
         return "onnxruntime, which multiplies by 4-bit weights, is not installed"
     if weights.spec.masked_layers:
         return "attention has a mask, and in a graph it would take memory for all scores at once"
-    if lost := sorted(weights.formats.keys() - weights.schemes.keys()):
+    if unpacked := sorted(weights.formats.keys() - weights.schemes.keys()):
         return (
-            f"a graph cannot hold {lost[0]} and {len(lost) - 1} others "
+            f"a graph cannot hold {unpacked[0]} and {len(unpacked) - 1} others "
             f"({' and '.join(weights.describe())})"
         )
     return None
 
 
 def _open_cached(weights: StoredWeights) -> Artifact:
-    folder = cache_folder("graphs") / _key(weights.spec)
+    spec = weights.spec
+    facts = {"embedport": __version__, "task": spec.task, "files": hash_files(spec)}
+    folder = cache_folder("graphs") / hash_json(facts)[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / "graph"
+    graph = folder / "graph"
     # Others wait for the process that builds it.
     descriptor = lock(folder, wait=True)
     try:
         try:
-            return Artifact.open(place)
+            return Artifact.open(graph)
         except (InputError, ArtifactError):  # not there, or damaged
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(graph, ignore_errors=True)
         logger.warning(
-            "%s: a graph of its 4-bit weights is written to %s, once",
-            weights.spec.source.folder,
-            place,
+            "%s: a graph of its 4-bit weights is written to %s, once", spec.source.folder, graph
         )
         # Exporters are above this package: they are found through the front door.
         from .. import export_stored
 
-        return export_stored(weights, place)
+        return export_stored(weights, graph)
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _key(spec: ModelSpec) -> str:
-    """A hash of all that the graph depends on."""
-    facts = {"embedport": __version__, "task": spec.task, "files": hash_files(spec)}
-    return hash_json(facts)[:32]

@@ -63,8 +63,8 @@ def other_weights(info: ModelInfo, origin: Origin) -> str:
 def _steps(
     failed: set[str], info: ModelInfo, origin: Origin, layers: Sequence[LayerError] | None
 ) -> Iterator[str]:
-    if words := other_weights(info, origin):
-        yield f"Compare it with its own checkpoint: {words}."
+    if difference := other_weights(info, origin):
+        yield f"Compare it with its own checkpoint: {difference}."
     if TOKENS in failed:
         yield (
             "Compare tokenizer.json and the prompts of both folders; if the checkpoint changed "

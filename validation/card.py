@@ -22,7 +22,7 @@ from ..errors import CheckpointError, InputError, require
 from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
-from .live import LiveReference, choose_dtype, place
+from .live import LiveReference, cast_and_move, choose_dtype
 from .reference import Arithmetic, Inputs
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
@@ -123,7 +123,7 @@ class CardReference(LiveReference):
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        return place(self.adapted(model, arithmetic), self.spec, arithmetic, self.device)
+        return cast_and_move(self.adapted(model, arithmetic), self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Run one batch: see `LiveReference`."""

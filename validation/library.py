@@ -20,7 +20,7 @@ from ..runtimes.batching import group_indices
 from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
-from .live import LiveReference, choose_dtype, place
+from .live import LiveReference, cast_and_move, choose_dtype
 from .measures import sigmoid
 from .reference import Arithmetic, Inputs
 
@@ -114,7 +114,7 @@ class LibraryReference(LiveReference):
         """Load the model with sentence-transformers: see `LiveReference`."""
         model = self._open({"dtype": choose_dtype(self.spec, arithmetic)}, device="cpu")
         model[0].model = self.adapted(model[0].model, arithmetic)
-        return place(model, self.spec, arithmetic, self.device)
+        return cast_and_move(model, self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Run one batch: see `LiveReference`."""

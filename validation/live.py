@@ -53,7 +53,7 @@ class LiveReference(ABC):
 
     def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
         self.spec, self.max_length, self.device = spec, max_length, device
-        self.place = ReferenceFolder(spec)
+        self._opened_folder = ReferenceFolder(spec)
         weights = open_floats(spec)  # checks names: libraries fill a missing tensor randomly
         self.origin = Origin(
             id=spec.source.id,
@@ -76,7 +76,7 @@ class LiveReference(ABC):
     @property
     def folder(self) -> Path:
         """The folder that the library opens: the base's weights and the files beside them."""
-        return self.place.folder
+        return self._opened_folder.folder
 
     @property
     @abstractmethod
@@ -293,7 +293,7 @@ def choose_dtype(spec: ModelSpec, arithmetic: Arithmetic) -> Any:
     return torch.float16
 
 
-def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> Any:
+def cast_and_move(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> Any:
     """Convert a loaded model to an arithmetic and move it to a device.
 
     Raises:

@@ -151,15 +151,15 @@ def compare_scores(
         run: The name of the reference's run.
     """
     rows = []
-    for task, ours, theirs in zip(facts, artifact, reference, strict=True):
-        low, high = task_interval(ours.subsets, theirs.subsets) or (None, None)
+    for task, score, expected in zip(facts, artifact, reference, strict=True):
+        low, high = task_interval(score.subsets, expected.subsets) or (None, None)
         rows.append(
             TaskRow(
                 **vars(task),
-                samples=None if low is None else sum(map(len, ours.subsets.values())),
-                artifact=ours.score,
-                reference=theirs.score,
-                difference=ours.score - theirs.score,
+                samples=None if low is None else sum(map(len, score.subsets.values())),
+                artifact=score.score,
+                reference=expected.score,
+                difference=score.score - expected.score,
                 low=low,
                 high=high,
             )
@@ -182,17 +182,19 @@ def task_interval(
     Returns:
         (low, high), or None if there are no results by query or pair, or not the same ones.
     """
-    sizes = [{key: len(one) for key, one in side.items()} for side in (artifact, reference)]
-    if not sizes[0] or sizes[0] != sizes[1]:
+    sizes, expected = (
+        {key: len(samples) for key, samples in side.items()} for side in (artifact, reference)
+    )
+    if not sizes or sizes != expected:
         return None
     generator = np.random.default_rng(0)
     differences = np.zeros(RESAMPLES)
-    for key, ours in artifact.items():
-        count = len(ours)
+    for key, samples in artifact.items():
+        count = len(samples)
         step = max(1, CHUNK // count)
         for start in range(0, RESAMPLES, step):
             part = slice(start, min(start + step, RESAMPLES))
             indices = generator.integers(0, count, (part.stop - part.start, count))
-            differences[part] += ours.resampled(indices) - reference[key].resampled(indices)
+            differences[part] += samples.resampled(indices) - reference[key].resampled(indices)
     differences = differences[np.isfinite(differences)] / len(artifact)
     return interval(differences) if len(differences) else None

@@ -121,12 +121,12 @@ def open_tasks(tasks: Iterable[Any], task: Task) -> list[Any]:
         opened += getattr(named.metadata, "tasks", None) or [named]
     if not opened:
         raise InputError("give at least one of MTEB's tasks, such as STS17")
-    for one in opened:
-        if set(one.metadata.modalities) != {"text"}:
-            raise InputError(f"{one.metadata.name} has inputs other than text")
-        _load(one)
+    for mteb_task in opened:
+        if set(mteb_task.metadata.modalities) != {"text"}:
+            raise InputError(f"{mteb_task.metadata.name} has inputs other than text")
+        _load(mteb_task)
         if task == "reranker":
-            _check_candidates(one)
+            _check_candidates(mteb_task)
     return opened
 
 
@@ -136,12 +136,12 @@ def _load(task: Any) -> None:
         with _quiet():
             task.load_data()
     except Exception as error:  # the hub and its libraries raise their own classes
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise InputError(
             f"the data of MTEB's {task.metadata.name} ({dataset.get('path')} at "
             f"{dataset.get('revision')}) cannot be loaded; it comes from the hub, or from the "
             "cache (HF_HOME) of a machine that has loaded it: "
-            f"{type(error).__name__}: {said}"
+            f"{type(error).__name__}: {message}"
         ) from error
 
 
@@ -223,15 +223,15 @@ def _run_task(task: Any, run: Run, info: ModelInfo) -> TaskScore:
         except EmbedportError:
             raise
         except Exception as error:  # a task may fail in its own way
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise InputError(
-                f"MTEB's {task.metadata.name} failed: {type(error).__name__}: {said}"
+                f"MTEB's {task.metadata.name} failed: {type(error).__name__}: {message}"
             ) from error
         path = Path(folder) / task.prediction_file_name
         pairs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     score = float(results.task_results[0].get_score())
     subsets = queries or _pair_results(task, pairs)
-    if subsets and abs(np.mean([one.score for one in subsets.values()]) - score) > ROUNDING:
+    if subsets and abs(np.mean([samples.score for samples in subsets.values()]) - score) > ROUNDING:
         subsets = {}  # the task's score is something else
     return TaskScore(score, subsets, counting.nonfinite)
 

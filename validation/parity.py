@@ -452,11 +452,11 @@ def _compare_weights(info: ModelInfo, origin: Origin) -> None:
     Raises:
         InputError: The reference is recorded and its weight files differ.
     """
-    words = other_weights(info, origin)
-    if words and origin.recorded is not None:
-        raise InputError(f"{words}: record a reference of the artifact's checkpoint")
-    if words:
-        logger.warning("%s: the comparison may be between two different models", words)
+    difference = other_weights(info, origin)
+    if difference and origin.recorded is not None:
+        raise InputError(f"{difference}: record a reference of the artifact's checkpoint")
+    if difference:
+        logger.warning("%s: the comparison may be between two different models", difference)
 
 
 def _first_finite(
