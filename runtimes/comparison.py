@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ..artifact.witness import WITNESS, Machine, describe_machine, read_witness
 from ..checkpoint.spec import Task
 from ..errors import ArtifactError, InputError, require
 from .embedder import Embedder
+from .info import ModelInfo
 from .ort_custom_ops import choose_kernels, register_kernels
 from .reranker import Reranker
 from .vectors import cosines
@@ -144,19 +146,7 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
             engine.
     """
     info = loaded.info
-    artifact = info.artifact
-    if artifact is None or artifact.manifest.graph is None:
-        raise InputError(
-            f"{info.folder} is a checkpoint, and only an artifact of `embedport export` keeps "
-            "vectors to compare with; `embedport validate` compares a checkpoint"
-        )
-    manifest = artifact.manifest
-    path = artifact.folder / WITNESS
-    if WITNESS not in manifest.files:
-        raise ArtifactError(
-            f"{artifact.folder} has no {WITNESS}: the embedport that exported it kept nothing to "
-            "compare with; export it again with `embedport export`"
-        )
+    manifest, path = _find_witness(info)
     witness = read_witness(path)
     here = describe_machine(kernels=find_kernels(manifest, loaded.device))
     # An engine takes rows up to its largest profile.
@@ -203,6 +193,22 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
         here=here,
         reasons=_reasons(manifest, loaded.device, witness.machine, here),
     )
+
+
+def _find_witness(info: ModelInfo) -> tuple[Manifest, Path]:
+    """The manifest and the witness's path of an artifact; refuses a model without a witness."""
+    artifact = info.artifact
+    if artifact is None or artifact.manifest.graph is None:
+        raise InputError(
+            f"{info.folder} is a checkpoint, and only an artifact of `embedport export` keeps "
+            "vectors to compare with; `embedport validate` compares a checkpoint"
+        )
+    if WITNESS not in artifact.manifest.files:
+        raise ArtifactError(
+            f"{artifact.folder} has no {WITNESS}: the embedport that exported it kept nothing to "
+            "compare with; export it again with `embedport export`"
+        )
+    return artifact.manifest, artifact.folder / WITNESS
 
 
 def find_kernels(manifest: Manifest, device: str) -> str | None:

@@ -14,7 +14,7 @@ from ..integrity import record_files
 from ..runtimes import ModelInfo
 from .layers import LayerError
 from .reference import Origin
-from .tasks import EmbeddingTask, RerankerTask
+from .tasks import AnyTask
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Details:
 
 
 def collect_details(
-    task: EmbeddingTask | RerankerTask,
+    task: AnyTask,
     results: np.ndarray | None,
     expected: np.ndarray | None,
     *,

@@ -10,7 +10,7 @@ from .measures import finite_rows
 from .mteb_scores import TaskReport, TaskScore
 from .report import Gate, excerpt
 from .retrieval import RetrievalReport, SetQuality
-from .tasks import EmbeddingTask, RerankerTask
+from .tasks import AnyTask
 from .thresholds import Thresholds
 
 # Most inputs that a gate names.
@@ -18,7 +18,7 @@ NAMED = 10
 
 
 def token_gate(
-    task: EmbeddingTask | RerankerTask,
+    task: AnyTask,
     rows: Sequence[np.ndarray],
     expected_rows: Sequence[Sequence[int]],
 ) -> Gate:
@@ -47,7 +47,7 @@ def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> str:
     return f"token {position} is {artifact}, in the reference {reference}"
 
 
-def finite_gate(task: EmbeddingTask | RerankerTask, results: np.ndarray) -> Gate:
+def finite_gate(task: AnyTask, results: np.ndarray) -> Gate:
     """No result of the artifact is NaN or infinite."""
     bad = np.flatnonzero(~finite_rows(results))
     detail = ", ".join(task.names[i] for i in bad[:NAMED])
@@ -82,9 +82,7 @@ def retrieval_gates(
     ]
 
 
-def invariance_gate(
-    task: EmbeddingTask | RerankerTask, invariance: Mapping[str, float], thresholds: Thresholds
-) -> Gate:
+def invariance_gate(task: AnyTask, invariance: Mapping[str, float], thresholds: Thresholds) -> Gate:
     """A text gives the same result alone and in each case of the suite; the worst counts."""
     values = np.array(list(invariance.values()))
     # argmin and argmax return the first NaN, if there is one.

@@ -36,7 +36,7 @@ from .recording import find_recorded
 from .reference import Arithmetic, Inputs, Origin, Reference
 from .report import Comparison, Gate, Report, Worst, excerpt
 from .retrieval import CANDIDATES, RetrievalReport, compare_quality
-from .tasks import EmbeddingTask, RerankerTask, choose_inputs
+from .tasks import AnyTask, EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
 logger = logging.getLogger(__name__)
@@ -311,7 +311,7 @@ def _check_layers(info: ModelInfo) -> None:
 
 def _measure_artifact(
     runtime: Any,
-    inputs: EmbeddingTask | RerankerTask,
+    inputs: AnyTask,
     rows: list[np.ndarray],
     data: RetrievalSet | None,
     tasks: Sequence[Any],
@@ -332,7 +332,7 @@ def _judge(
     tokens: Gate,
     measured: Measured,
     source: Reference,
-    inputs: EmbeddingTask | RerankerTask,
+    inputs: AnyTask,
     info: ModelInfo,
     thresholds: Thresholds,
     data: RetrievalSet | None,
@@ -414,7 +414,7 @@ def _choose_set(
 
 
 def _check_limits(
-    task: EmbeddingTask | RerankerTask,
+    task: AnyTask,
     measured: bool,
     min_cosine: float | None,
     max_score_difference: float | None,
@@ -489,9 +489,7 @@ def _run_reference(
     return {arithmetic: outputs[arithmetic] for arithmetic in order}
 
 
-def _find_worst(
-    task: EmbeddingTask | RerankerTask, results: np.ndarray, expected: np.ndarray
-) -> tuple[Worst, ...]:
+def _find_worst(task: AnyTask, results: np.ndarray, expected: np.ndarray) -> tuple[Worst, ...]:
     """The inputs farthest from the reference, starting with those that are not finite."""
     values = task.agreement(results, expected)
     badness = np.where(np.isnan(values), np.inf, -values if task.sense == "≥" else values)

@@ -333,6 +333,9 @@ class RerankerTask:
         return thresholds.max_invariance_difference
 
 
+AnyTask = EmbeddingTask | RerankerTask
+
+
 def score_pairs(score: Callable[..., np.ndarray], pairs: Sequence[Pair]) -> np.ndarray:
     """Scores of pairs, which may have several instructions.
 
@@ -381,7 +384,7 @@ def choose_inputs(
     texts: Sequence[str | Sample] | None,
     pairs: Sequence[tuple[str, str] | Pair] | None,
     prompts: Iterable[str] = (),
-) -> EmbeddingTask | RerankerTask:
+) -> AnyTask:
     """The inputs for an artifact's task: the caller's, or built-in ones.
 
     Args:
