@@ -107,11 +107,7 @@ def _graph_errors(
         expected = [[row[:, : basis.shape[1]] for row in rows] for rows in expected]
     manifest = artifact.manifest
     only_last = manifest.task == "reranker" or manifest.outputs.last_token
-    if graph.output == "pooled" and only_last:
-        # A graph that pads rows to an even number of tokens has the token twice.
-        states[-1] = [row[:1] for row in states[-1]]
-        expected[-1] = [row[-1:] for row in expected[-1]]
-    return _compare_layers(states, expected)
+    return _compare_layers(states, expected, last=graph.output == "pooled" and only_last)
 
 
 def largest_growth(errors: Sequence[LayerError]) -> tuple[LayerError, LayerError] | None:
@@ -190,14 +186,21 @@ def _total(residual: np.ndarray, *product: np.ndarray) -> np.ndarray:
 
 
 def _compare_layers(
-    states: Sequence[Sequence[np.ndarray]], expected: Sequence[Sequence[np.ndarray]]
+    states: list[list[np.ndarray]], expected: list[list[np.ndarray]], *, last: bool = False
 ) -> tuple[LayerError, ...]:
-    """Compare each layer's rows of hidden states, float32 [tokens, hidden] each."""
+    """Compare each layer's rows of hidden states, float32 [tokens, hidden] each.
+
+    With `last`, the artifact's last layer has each row's last token only.
+    """
     if len(states) != len(expected):
         raise InputError(
             f"the artifact has {len(states) - 1} layers and the reference {len(expected) - 1}: "
             "give the checkpoint that it was made from"
         )
+    if last:
+        # A graph that pads rows to an even number of tokens has the token twice.
+        states[-1] = [row[:1] for row in states[-1]]
+        expected[-1] = [row[-1:] for row in expected[-1]]
     return tuple(
         _compare(layer, np.concatenate(rows), np.concatenate(expected_rows))
         for layer, (rows, expected_rows) in enumerate(zip(states, expected, strict=True))
