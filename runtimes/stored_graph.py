@@ -1,7 +1,7 @@
 """A 4-bit checkpoint on a CPU: its graph, built once into the user's cache folder.
 
 onnxruntime multiplies by packed 4-bit weights on a CPU, torch does not. The graph holds the
-checkpoint's own codes, scales and zero points, and computes in fp32 what they stand for.
+checkpoint's own codes, scales and zero points, and computes in fp32 with their values.
 
     ~/.cache/embedport/graphs/KEY/graph     an artifact without tokenizer and witness
 

@@ -117,7 +117,7 @@ class TorchModel:
             ) from error
 
     def check_process(self) -> None:
-        """Go on in a fork of the process that opened the model, where torch's threads are missing.
+        """Continue in a fork of the process that opened the model: torch's threads are missing.
 
         On a CPU, torch then runs on one thread; CUDA does not survive a fork.
 
