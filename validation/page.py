@@ -211,7 +211,10 @@ def _retrieval(report: Report, retrieval: RetrievalReport) -> tuple[Chart, Chart
         else "all include zero, so no difference shows."
     )
     if not retrieval.measured:
-        caption = "Not measured: the reference gives all candidates of a query the same score."
+        caption = (
+            "Not measured: the reference gives all candidates of a query the same score, or ranks "
+            "no relevant document in the top ten."
+        )
     values = Chart(
         "Quality",
         retrieval_values(rows),

@@ -258,7 +258,10 @@ class Report:
             f"{retrieval.documents:,} documents, against {retrieval.reference}"
         )
         if not retrieval.measured:
-            title += "; not measured: no query's reference scores differ"
+            title += (
+                "; not measured: no query's reference scores differ, or none ranks a relevant "
+                "document in the top ten"
+            )
         if retrieval.before is not None:
             title += f"; nDCG@10 of the candidates as they came {retrieval.before:.4f}"
         rows = tuple(

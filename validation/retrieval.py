@@ -81,7 +81,8 @@ class RetrievalReport:
         reference: The reference run's arithmetic and device.
         rows: The measures, at full width first.
         before: nDCG@10 of a reranker's candidates in their given order; None for an embedder.
-        measured: False if the reference gives every query's candidates equal scores.
+        measured: False if no loss could show: the reference gives every query's candidates equal
+            scores, or ranks no relevant document in the top ten.
     """
 
     name: str
@@ -168,6 +169,7 @@ def compare_quality(
     if 0 in artifact.measures:
         candidates = {query: data.candidates[query] for query in data.queries}
         before = float(measure(candidates, data.relevance, RERANKER_MEASURES)[NDCG].mean())
+    reference_ndcg = next(iter(reference.measures.values()))[NDCG]
     return RetrievalReport(
         data.name,
         len(data.queries),
@@ -175,7 +177,7 @@ def compare_quality(
         run,
         tuple(rows),
         before,
-        bool(reference.varies.any()),
+        bool(reference.varies.any() and reference_ndcg.any()),
     )
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from dataclasses import replace
 from math import log2
 
 import numpy as np
@@ -192,6 +193,15 @@ def test_equal_scores_measure_nothing(folder):
     # One query's are enough.
     expected = score_quality(np.array([0.1, *[0.5] * 14], np.float32), data)
     assert compare_quality(found, expected, data, "fp32, cpu").ndcg_loss is not None
+
+
+def test_a_reference_that_finds_nothing_measures_nothing(folder):
+    """Nothing can be lost of a quality of zero."""
+    data = read_beir(folder)
+    right = score_quality(np.arange(15, dtype=np.float32), data)
+    nothing = replace(right, measures={0: {"nDCG@10": np.zeros(3)}})
+    report = compare_quality(nothing, nothing, data, "fp32, cpu")
+    assert (report.measured, report.ndcg_loss) == (False, None)
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
