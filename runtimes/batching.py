@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ..attention import SHORT_ROW
 from ..errors import InputError
 from ..progress import progress_bar
 
+Key = TypeVar("Key", bound=Hashable)
 # Batch tokens per CPU core. Half is as fast, within noise; double is slower (docs/benchmarks.md).
 CORE_TOKENS = 256
 # Enough to keep an H100 busy; more gains little and takes memory.
@@ -88,6 +90,14 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
             batches.append([row])
             longest = lengths[row]
     return batches
+
+
+def group_indices(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """Each key's positions in `keys`, in order; keys in order of first appearance."""
+    indices: dict[Key, list[int]] = {}
+    for i, key in enumerate(keys):
+        indices.setdefault(key, []).append(i)
+    return indices
 
 
 def pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

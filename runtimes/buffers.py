@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,12 @@ def allocate(owner: object, function: str, size: int) -> int:
         DeviceError: There is not enough memory.
     """
     address = int(call(function, size))
-    finalizer = weakref.finalize(owner, call, FREE[function], address)
-    # Not at process exit: CUDA may be shut down already, and all memory is freed anyway.
-    finalizer.atexit = False
+    free_with(owner, FREE[function], address)
     return address
+
+
+def free_with(owner: object, function: str, handle: Any) -> None:
+    """Free a CUDA handle by `function` when its owner is freed; the newest handle goes first."""
+    finalizer = weakref.finalize(owner, call, function, handle)
+    # Not at process exit: CUDA may be shut down already, and everything is freed anyway.
+    finalizer.atexit = False

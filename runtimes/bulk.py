@@ -16,7 +16,6 @@ of the texts; blank lines have none.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -26,18 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.adapter import CONFIG as ADAPTER_CONFIG
-from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
-from ..integrity import record_files
 from ..progress import progress_bar
 from ..storage import ObjectPath, Place, open_to_read, writing
 from ..strict_json import load_json, parse_json
 from ..texts.corpus import Part
 from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
-from .info import ModelInfo, choose_length, read_info
+from .info import choose_length, hash_json, hash_model, read_info
+from .loading import load_embedder
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
 from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
@@ -195,9 +192,9 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         if missing:
             run(job, missing, advance)
     with _as_input_error(job.output):
-        if lost := _missing(job.output, index):
-            name = shard_name(lost[0][0], index.format)
-            raise InputError(f"{job.output}: {len(lost)} shards are missing, such as {name}")
+        if missing := _missing(job.output, index):
+            name = shard_name(missing[0][0], index.format)
+            raise InputError(f"{job.output}: {len(missing)} shards are missing, such as {name}")
         if isinstance(job.output, Path):
             for partial in job.output.glob(".*.partial-*"):
                 partial.unlink(missing_ok=True)
@@ -214,23 +211,10 @@ def run_here(job: Job, shards: Sequence[tuple[int, Part]], advance: Callable[[in
 
 
 def open_embedder(job: Job) -> Embedder:
-    """Load the job's model.
-
-    Raises:
-        InputError: It is a reranker.
-    """
-    from . import load
-
-    embedder = load(
-        job.model,
-        device=job.device,
-        max_length=job.max_length,
-        task=job.task,
-        adapter=job.adapter,
+    """Load the job's model."""
+    return load_embedder(
+        job.model, device=job.device, max_length=job.max_length, adapter=job.adapter
     )
-    if not isinstance(embedder, Embedder):
-        raise InputError(f"{job.model} is a reranker: it gives scores, not vectors")
-    return embedder
 
 
 def encode_shard(
@@ -303,7 +287,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         max_length=max_length,
         dim=dim,
         precision=job.precision,
-        ranges=_sha256(json.dumps(info.ranges)) if job.precision in IN_8_BITS else None,
+        ranges=hash_json(info.ranges) if job.precision in IN_8_BITS else None,
         dtype=str(empty.dtype),
         width=empty.shape[1],
         rows=corpus.rows,
@@ -311,25 +295,6 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         with_text=job.with_text,
         shards=corpus.parts,
     )
-
-
-def hash_model(info: ModelInfo) -> str:
-    """One sha256 over all files that determine a model's vectors."""
-    if info.artifact is not None:
-        records = dict(info.artifact.manifest.files)
-    else:
-        assert info.checkpoint is not None
-        source = info.checkpoint.source
-        paths = [source.folder / "config.json", source.pipeline / "tokenizer.json"]
-        paths += sorted(source.folder.glob("*.safetensors"))
-        if source.adapter is not None:
-            paths += [source.adapter.folder / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-        records = {path.name: record for path, record in record_files(paths).items()}
-    return _sha256(json.dumps({name: record.sha256 for name, record in sorted(records.items())}))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _prepare(output: Place, index: Index, force: bool) -> None:
@@ -395,22 +360,16 @@ def _check_same(output: Place, existing: Index, index: Index) -> None:
 
 def _missing(output: Place, index: Index) -> list[tuple[int, Part]]:
     """The shards that are not there, or damaged: these are embedded again."""
-    shards = enumerate(index.shards)
-    kind = (index.width, index.dtype)
-    if isinstance(output, ObjectPath):
-        sizes = output.sizes()
-        return [
-            (number, part)
-            for number, part in shards
-            if not has_size(
-                sizes.get(shard_name(number, index.format), 0), index.format, part, *kind
-            )
-        ]
-    return [
-        (number, part)
-        for number, part in shards
-        if not is_complete(output / shard_name(number, index.format), index.format, part, *kind)
-    ]
+    sizes = output.sizes() if isinstance(output, ObjectPath) else {}
+
+    def is_there(number: int, part: Part) -> bool:
+        name = shard_name(number, index.format)
+        form = (index.format, part, index.width, index.dtype)
+        if isinstance(output, ObjectPath):
+            return has_size(sizes.get(name, 0), *form)
+        return is_complete(output / name, *form)
+
+    return [shard for shard in enumerate(index.shards) if not is_there(*shard)]
 
 
 @contextlib.contextmanager

@@ -100,8 +100,8 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     headers = read_headers(spec.source.folder)
     _check_tensors(spec, headers)
     return (
-        partial(_read_stored, headers),
-        lambda matrix: _read_stored(headers, f"{matrix}.weight_scale"),
+        partial(read_stored, headers),
+        lambda matrix: read_stored(headers, f"{matrix}.weight_scale"),
     )
 
 
@@ -135,29 +135,31 @@ def _has_scaled_matrices(spec: ModelSpec, precision: str, dtype: str) -> bool:
     form = (tokens.get("strategy"), tokens.get("dynamic"), tokens.get("symmetric", True))
     headers = read_headers(spec.source.folder)
     return form == ("token", True, True) and all(
-        _dtype_and_shape(headers, name) == (dtype, shape)
+        dtype_and_shape(headers, name) == (dtype, shape)
         and not any(size % 16 for size in shape)
-        and _dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
-        and _find(headers, f"{name}_zero_point") is None
+        and dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
+        and find_tensor(headers, f"{name}_zero_point") is None
         for name, shape in spec.tensor_shapes().items()
         if "_proj." in name
     )
 
 
-def _find(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+def find_tensor(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    """A stored tensor, with "model." before its name or without."""
     return headers.get(name) or headers.get(f"model.{name}")
 
 
-def _dtype_and_shape(
+def dtype_and_shape(
     headers: Mapping[str, TensorInfo], name: str
 ) -> tuple[str | None, tuple[int, ...] | None]:
-    info = _find(headers, name)
+    """A stored tensor's dtype and shape; (None, None) if it is missing."""
+    info = find_tensor(headers, name)
     return (None, None) if info is None else (info.dtype, info.shape)
 
 
-def _read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
+def read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
     """Read a tensor in its stored dtype, with torch: numpy has no fp8."""
-    info = _find(headers, name)
+    info = find_tensor(headers, name)
     assert info is not None
     with safe_open(info.file, framework="pt") as shard:
         return shard.get_tensor(info.name)
@@ -222,51 +224,50 @@ def _load_by_library(
     # match them.
     prefixed = any(name.startswith("model.") for name in headers)
     model_class = _prefixed_model(transformers) if prefixed else transformers.Qwen3Model
-    with _silent(transformers):
-        try:
-            model, loading_info = model_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (RuntimeError, ValueError, KeyError) as error:
-            if isinstance(error, require("torch", "torch").OutOfMemoryError):
-                raise
-            raise CheckpointError(
-                f"{folder}: {quantization.method} cannot load it: {error}; quantize it again"
-            ) from error
+    library, again = f"{folder}: {quantization.method}", "quantize it again"
+    with _silent(), _refusing(f"{library} cannot load it", again):
+        model, loading_info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     # transformers fills missing tensors with random numbers.
     for problem in ("missing_keys", "mismatched_keys"):
         if loading_info[problem]:
             raise CheckpointError(
                 f"{folder}: tensor {sorted(map(str, loading_info[problem]))[0]} is missing or has "
-                f"another shape than {quantization.method} expects; quantize it again"
+                f"another shape than {quantization.method} expects; {again}"
             )
     model.requires_grad_(False).eval()
     # compressed-tensors unpacks its matrices at the first call, and bitsandbytes packs them again,
     # which on CPUs with bf16 takes whole blocks of 64 inputs only: make that call here.
     torch = require("torch", "torch")
     token = torch.zeros((1, 1), dtype=torch.int64, device=device)
-    try:
-        with _silent(transformers), torch.no_grad():
-            model(input_ids=token, use_cache=False)
-    except (RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        advice = (
-            "quantize the original again"
-            if quantization.method == "bitsandbytes"
-            else "quantize it again, or export it, which unpacks its weights"
-        )
-        raise CheckpointError(
-            f"{folder}: {quantization.method} cannot run it on {device}: {error}; {advice}"
-        ) from error
+    advice = (
+        "quantize the original again"
+        if quantization.method == "bitsandbytes"
+        else f"{again}, or export it, which unpacks its weights"
+    )
+    refusing = _refusing(f"{library} cannot run it on {device}", advice)
+    with _silent(), refusing, torch.no_grad():
+        model(input_ids=token, use_cache=False)
     return model.model if prefixed else model
+
+
+@contextlib.contextmanager
+def _refusing(problem: str, advice: str) -> Generator[None]:
+    """Turn a library's errors, except for full memory, into CheckpointError."""
+    try:
+        yield
+    except require("torch", "torch").OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{problem}: {error}; {advice}") from error
 
 
 def require_library(quantization: LibraryQuantization) -> None:
@@ -285,7 +286,7 @@ def require_library(quantization: LibraryQuantization) -> None:
 def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
     """Check that every tensor is there, and the shapes of unquantized ones."""
     for name, shape in spec.tensor_shapes().items():
-        info = _find(headers, name)
+        info = find_tensor(headers, name)
         if info is None:
             raise CheckpointError(
                 f"{spec.source.folder}: tensor {name} (or model.{name}) is missing; quantize it "
@@ -315,17 +316,27 @@ def _prefixed_model(transformers: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _silent(transformers: Any) -> Generator[None]:
-    """Silence progress bars and warnings, such as that on the unused head; errors still raise."""
-    logging = transformers.utils.logging
-    had_bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+def no_loading_bar() -> Generator[None]:
+    """Hide transformers' progress bar during loading."""
+    logging = require("transformers", "torch").utils.logging
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silent() -> Generator[None]:
+    """Silence progress bars and warnings, such as that on the unused head; errors still raise."""
+    logging = require("transformers", "torch").utils.logging
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         # compressed-tensors has progress bars of its own that cannot be turned off.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with no_loading_bar(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.set_verbosity(level)
-        if had_bars:
-            logging.enable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from ..artifact.witness import WITNESS, Machine, describe_machine, read_witness
 from ..checkpoint.spec import Task
 from ..errors import ArtifactError, InputError, require
 from .embedder import Embedder
+from .info import ModelInfo
 from .ort_custom_ops import choose_kernels, register_kernels
 from .reranker import Reranker
+from .vectors import cosines
 
 
 @dataclass(frozen=True)
@@ -143,19 +146,7 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
             engine.
     """
     info = loaded.info
-    artifact = info.artifact
-    if artifact is None or artifact.manifest.graph is None:
-        raise InputError(
-            f"{info.folder} is a checkpoint, and only an artifact of `embedport export` keeps "
-            "vectors to compare with; `embedport validate` compares a checkpoint"
-        )
-    manifest = artifact.manifest
-    path = artifact.folder / WITNESS
-    if WITNESS not in manifest.files:
-        raise ArtifactError(
-            f"{artifact.folder} has no {WITNESS}: the embedport that exported it kept nothing to "
-            "compare with; export it again with `embedport export`"
-        )
+    manifest, path = _find_witness(info)
     witness = read_witness(path)
     here = describe_machine(kernels=find_kernels(manifest, loaded.device))
     # An engine takes rows up to its largest profile.
@@ -179,13 +170,14 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     limits = find_limits(manifest, loaded.device, witness.machine, here)
     differences = np.abs(results.astype(np.float64) - expected)
     if isinstance(loaded, Reranker):
-        worst, cosine, limit = _largest(differences), None, limits.max_difference
+        # argmax and argmin return the first NaN, if there is one.
+        worst, cosine, limit = int(differences.argmax()), None, limits.max_difference
         passed = bool(differences.max() <= limit)
     else:
-        cosines = row_cosines(results, expected)
-        worst, limit = _largest(-cosines), limits.min_cosine
-        cosine = float(cosines[worst])
-        passed = bool(cosine >= limit)
+        row_cosines = cosines(results, expected)
+        worst, limit = int(row_cosines.argmin()), limits.min_cosine
+        cosine = float(row_cosines[worst])
+        passed = cosine >= limit
     return Check(
         artifact=info.name,
         task=info.task,
@@ -203,23 +195,20 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     )
 
 
-def _largest(values: np.ndarray) -> int:
-    """Index of the largest value, or of the first NaN if there is one."""
-    return int(np.argmax(np.where(np.isnan(values), np.inf, values)))
-
-
-def row_cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines of the rows of two arrays, float64 [n], computed in float64.
-
-    float32 would not do: the cosine's own rounding, 6e-8, is most of fp32's limit.
-
-    Args:
-        a: float32 [n, dim].
-        b: float32 [n, dim].
-    """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+def _find_witness(info: ModelInfo) -> tuple[Manifest, Path]:
+    """The manifest and the witness's path of an artifact; refuses a model without a witness."""
+    artifact = info.artifact
+    if artifact is None or artifact.manifest.graph is None:
+        raise InputError(
+            f"{info.folder} is a checkpoint, and only an artifact of `embedport export` keeps "
+            "vectors to compare with; `embedport validate` compares a checkpoint"
+        )
+    if WITNESS not in artifact.manifest.files:
+        raise ArtifactError(
+            f"{artifact.folder} has no {WITNESS}: the embedport that exported it kept nothing to "
+            "compare with; export it again with `embedport export`"
+        )
+    return artifact.manifest, artifact.folder / WITNESS
 
 
 def find_kernels(manifest: Manifest, device: str) -> str | None:

@@ -57,13 +57,8 @@ def saturates() -> bool:
     x = ir.val("x", dtype=ir.DataType.UINT8, shape=(None, width))
     codes = ir.tensor(np.full((width, outputs), 127, np.int8), name="codes")
     weights = ir.val("codes", const_value=codes)
-    node = ir.node("MatMulInteger", [x, weights])
-    (out,) = node.outputs
-    out.name, out.type, out.shape = (
-        "product",
-        ir.TensorType(ir.DataType.INT32),
-        ir.Shape((None, outputs)),
-    )
+    out = ir.val("product", dtype=ir.DataType.INT32, shape=(None, outputs))
+    node = ir.node("MatMulInteger", [x, weights], outputs=[out])
     graph = ir.Graph(
         [x], [out], nodes=[node], initializers=[weights], opset_imports={"": 23}, name="product"
     )

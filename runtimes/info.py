@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,17 @@ import numpy as np
 
 from ..artifact.folder import Artifact
 from ..artifact.manifest import Manifest
+from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from ..checkpoint.hub import Source, fetch
 from ..checkpoint.modules import MODULES
 from ..checkpoint.pipeline import Inputs, Outputs
+from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.spec import ModelSpec, Task, read_spec
+from ..checkpoint.tensor_files import read_headers
 from ..checkpoint.weights import Weights
 from ..errors import InputError
 from ..files import MANIFEST
+from ..integrity import record_files
 from ..links import check_links
 
 CONFIG = "config.json"
@@ -199,6 +205,37 @@ def stored_float(spec: ModelSpec) -> str:
     """
     name = "embed_tokens.weight"
     return FLOATS[Weights(spec, [name]).tensors[name].dtype]
+
+
+def hash_model(info: ModelInfo) -> str:
+    """One sha256 over all files that determine a model's results."""
+    if info.artifact is not None:
+        files = sorted(info.artifact.manifest.files.items())
+        return hash_json({name: record.sha256 for name, record in files})
+    assert info.checkpoint is not None
+    return hash_json(hash_files(info.checkpoint))
+
+
+def hash_files(spec: ModelSpec) -> list[tuple[str, str]]:
+    """(name, sha256) of all files that determine a checkpoint's results, sorted."""
+    source = spec.source
+    paths = {info.file for info in read_headers(source.folder).values()}
+    paths |= {source.pipeline / dense.path / DENSE_FILE for dense in spec.outputs.dense}
+    folders = {source.folder, source.pipeline}
+    if source.adapter is not None:
+        folders.add(source.adapter.folder)
+        paths.add(source.adapter.folder / ADAPTER_WEIGHTS)
+    for folder in folders:
+        for pattern in ("*.json", "*.jinja", "*/config.json"):
+            paths.update(folder.glob(pattern))
+    # Regular files only: reading a pipe or a device would never end.
+    regular = [path for path in paths if path.name != MANIFEST and path.is_file()]
+    return sorted((path.name, record.sha256) for path, record in record_files(regular).items())
+
+
+def hash_json(value: object) -> str:
+    """The sha256 of a value's JSON text."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def choose_length(info: ModelInfo, max_length: int | None) -> int:

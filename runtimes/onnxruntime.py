@@ -255,7 +255,7 @@ def _open_session(
                 logger.warning(
                     "onnxruntime has CUDA built in but found no working GPU: using the CPU"
                 )
-            elif nodes := _fallen_back(session):
+            elif nodes := fallen_back(session):
                 logger.warning("CUDA has no kernels for %s: using the CPU", _summarize(nodes))
             else:
                 return "cuda", session
@@ -271,17 +271,13 @@ def _open_session(
             f"{PROVIDERS[device]} could not start on this machine (no GPU, or its libraries are "
             "missing; onnxruntime's log says which); use device='cpu'"
         )
-    if device != "cpu" and (nodes := _fallen_back(session)):
+    if device != "cpu" and (nodes := fallen_back(session)):
         raise DeviceError(
             f"{artifact.graph}: {PROVIDERS[device]} has no kernels for {_summarize(nodes)}, which "
             "would run on the CPU; export with `precision` bf16 or `arithmetic` bf16 (GPUs have no "
             "int8 activations in the ort dialect), or use device='cpu'"
         )
     return device, session
-
-
-def _fallen_back(session: Any) -> list[str]:
-    return fallen_back(session.get_provider_graph_assignment_info())
 
 
 def _summarize(nodes: list[str]) -> str:

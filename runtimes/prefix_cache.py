@@ -13,7 +13,7 @@ import numpy as np
 
 from ..attention import SHORT_ROW
 from ..progress import progress_bar
-from .batching import make_batches, pad
+from .batching import group_indices, make_batches, pad
 
 # Maximum length of a prefix. Its keys and values, 0.2 to 0.3 MB per token over all layers, stay in
 # memory while a group runs.
@@ -49,14 +49,13 @@ def group_rows(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[list[in
         keys: Each row's key; rows with equal keys form a group.
         lengths: Tokens of each row.
     """
+    lengths_and_keys = zip((length > SHORT_ROW for length in lengths), keys, strict=True)
+    groups = group_indices(lengths_and_keys)
     ordered = []
-    for short in (True, False):
-        groups: dict[Hashable, list[int]] = {}
-        for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
-            if (length <= SHORT_ROW) == short:
-                groups.setdefault(key, []).append(row)
-        alone = [group[0] for group in groups.values() if len(group) == 1]
-        ordered += [group for group in groups.values() if len(group) > 1]
+    for is_long in (False, True):
+        kind = [group for (long, _), group in groups.items() if long == is_long]
+        alone = [group[0] for group in kind if len(group) == 1]
+        ordered += [group for group in kind if len(group) > 1]
         ordered += [alone] if alone else []
     return ordered
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +101,15 @@ def engine_cache(artifact: Artifact) -> Path:
     return folder
 
 
-def fallen_back(subgraphs: Sequence[Any]) -> list[str]:
+def fallen_back(session: Any) -> list[str]:
     """Nodes that fell back to the CPU in a session on a GPU, as "name (operator)".
 
     Args:
-        subgraphs: From `InferenceSession.get_provider_graph_assignment_info()`.
+        session: An InferenceSession, opened with RECORD_NODES.
     """
     return [
         f"{node.name} ({node.op_type})"
-        for subgraph in subgraphs
+        for subgraph in session.get_provider_graph_assignment_info()
         if subgraph.ep_name == PROVIDERS["cpu"]
         for node in subgraph.get_nodes()
         if node.op_type not in BOOKKEEPING and not node.name.startswith(POSITIONS)

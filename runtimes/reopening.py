@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.spec import Task
 from .info import ModelInfo
 
 if TYPE_CHECKING:
     from .embedder import Embedder
     from .reranker import Reranker
 
-Reopening = tuple[str, str | None, str, str, int]
+Reopening = tuple[str, str | None, Task, str, int]
 
 
 def reopening(info: ModelInfo, device: str, max_length: int) -> Reopening:
@@ -46,13 +47,7 @@ def reopen(recipe: Reopening, ranges: Mapping[str, Any] | None = None) -> Embedd
     from .embedder import Embedder
 
     folder, adapter, task, device, max_length = recipe
-    runner = load(
-        Path(folder),
-        device=device,
-        max_length=max_length,
-        task="reranker" if task == "reranker" else "embedding",
-        adapter=adapter,
-    )
+    runner = load(Path(folder), device=device, max_length=max_length, task=task, adapter=adapter)
     if isinstance(runner, Embedder):
         runner.ranges = ranges
     return runner

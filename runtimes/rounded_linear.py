@@ -1,9 +1,9 @@
-"""Matrices of 8 bits that round each token's activations to 8 bits too, on a CPU.
+"""8-bit matrices on a CPU that round each token's activations to 8 bits, too.
 
-Both stay what the checkpoint says: int8 or float8_e4m3fn, a scale for each output row and one for
-each token, as compressed-tensors computes it. The shape of a batch must not change the last bits of
-activations: where that is a token's largest value, or a value between two codes, the token is
-rounded otherwise. So attention, whose sums depend on the padding, is in fp64, and the rest in fp32.
+As in compressed-tensors, both are int8 or float8_e4m3fn, with one scale per output row and one per
+token. The shape of a batch must not change an activation's last bit: in a token's largest value, or
+in a value half-way between two codes, that changes the token's codes. So attention, whose sums
+depend on the padding, runs in fp64, and the rest in fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 # The largest magnitude that a token's scale maps to: of int8, half of the range's 255 steps.
 LARGEST = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
 TINY = torch.finfo(torch.float32).tiny
-# Their results, and so attention, are in fp64.
+# Projections whose results, and so attention, are in fp64.
 ATTENDS = ("q_proj", "k_proj", "v_proj")
 
 

@@ -1,7 +1,7 @@
-"""Files of a shard's vectors: what is in them, and whether one is complete.
+"""A shard's file: how it is written, and whether it is complete.
 
-A file gets its name only when it is complete, in an object store too. So a local file is opened to
-see that it was not damaged since; an object is taken at its size.
+A file gets its name only when it is complete, in an object store too. A local file may be damaged
+later, so its header is read as well; an object is judged by its size.
 """
 
 from __future__ import annotations

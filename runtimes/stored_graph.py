@@ -1,7 +1,7 @@
 """A 4-bit checkpoint on a CPU: its graph, built once into the user's cache folder.
 
 onnxruntime multiplies by packed 4-bit weights on a CPU, torch does not. The graph holds the
-checkpoint's own codes, scales and zero points, and computes in fp32 what they stand for.
+checkpoint's own codes, scales and zero points, and computes in fp32 with their values.
 
     ~/.cache/embedport/graphs/KEY/graph     an artifact without tokenizer and witness
 
@@ -10,25 +10,20 @@ KEY is a hash of the checkpoint's files, the task and embedport's version.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..artifact.folder import Artifact
-from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.quantization_config import StoredQuantization
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.tensor_files import read_headers
 from ..errors import ArtifactError, InputError
-from ..files import MANIFEST
-from ..integrity import cache_folder, record_files
+from ..integrity import cache_folder
 from ..leftovers import lock
 from ..quantize.stored import StoredWeights, warn_of_activations
 from ..version import __version__
+from .info import hash_files, hash_json
 
 logger = logging.getLogger(__name__)
 
@@ -77,53 +72,34 @@ def _why_unpacked(weights: StoredWeights) -> str | None:
         return "onnxruntime, which multiplies by 4-bit weights, is not installed"
     if weights.spec.masked_layers:
         return "attention has a mask, and in a graph it would take memory for all scores at once"
-    if lost := sorted(weights.formats.keys() - weights.schemes.keys()):
+    if unpacked := sorted(weights.formats.keys() - weights.schemes.keys()):
         return (
-            f"a graph cannot hold {lost[0]} and {len(lost) - 1} others "
+            f"a graph cannot hold {unpacked[0]} and {len(unpacked) - 1} others "
             f"({' and '.join(weights.describe())})"
         )
     return None
 
 
 def _open_cached(weights: StoredWeights) -> Artifact:
-    folder = cache_folder("graphs") / _key(weights.spec)
+    spec = weights.spec
+    facts = {"embedport": __version__, "task": spec.task, "files": hash_files(spec)}
+    folder = cache_folder("graphs") / hash_json(facts)[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / "graph"
+    graph = folder / "graph"
     # Others wait for the process that builds it.
     descriptor = lock(folder, wait=True)
     try:
         try:
-            return Artifact.open(place)
+            return Artifact.open(graph)
         except (InputError, ArtifactError):  # not there, or damaged
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(graph, ignore_errors=True)
         logger.warning(
-            "%s: a graph of its 4-bit weights is written to %s, once",
-            weights.spec.source.folder,
-            place,
+            "%s: a graph of its 4-bit weights is written to %s, once", spec.source.folder, graph
         )
         # Exporters are above this package: they are found through the front door.
         from .. import export_stored
 
-        return export_stored(weights, place)
+        return export_stored(weights, graph)
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _key(spec: ModelSpec) -> str:
-    """A hash of all that the graph depends on."""
-    source = spec.source
-    files: set[Path] = {info.file for info in read_headers(source.folder).values()}
-    for folder in {source.folder, source.pipeline}:
-        for pattern in ("*.json", "*.jinja", "*/config.json"):
-            files |= {*folder.glob(pattern)}
-    files |= {source.pipeline / dense.path / DENSE_FILE for dense in spec.outputs.dense}
-    # Regular files only: a pipe or a device would never end.
-    regular = sorted(path for path in files if path.name != MANIFEST and path.is_file())
-    records = record_files(regular)
-    facts = {
-        "embedport": __version__,
-        "task": spec.task,
-        "files": sorted((path.name, record.sha256) for path, record in records.items()),
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import mmap
 import threading
-import weakref
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..artifact.folder import Artifact
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..machine.engine import EngineRecord, choose_profile
 from ..machine.gpu import call, current_device, load_tensorrt, make_logger
-from .buffers import Buffer, allocate
+from .buffers import Buffer, allocate, free_with
 from .kernel_cache import KernelCache
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class TensorRTModel:
             sha256 = manifest.files[self._record.path].sha256
             self._kernels = KernelCache(self._trt, self._engine, sha256)
         self._stream = int(call("cudaStreamCreate"))
-        _destroy_with(self, "cudaStreamDestroy", self._stream)
+        free_with(self, "cudaStreamDestroy", self._stream)
         # Batches run one at a time, so all contexts share one scratch buffer.
         self._scratch_size = self._engine.device_memory_size_v2
         self._scratch = allocate(self, "cudaMalloc", max(1, self._scratch_size))
@@ -101,15 +100,10 @@ class TensorRTModel:
     def __call__(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, *, prompt_length: int = 0
     ) -> np.ndarray:
-        """Run a batch, in parts if it has more rows than the engine takes at once.
+        """Run a batch: see `Model`.
 
-        Args:
-            input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, sequence], 1 at real tokens; padding on either side.
-            prompt_length: Not used: models that do not pool their prompts get no engine.
-
-        Returns:
-            float32: embeddings [batch, dim], or scores [batch].
+        It runs in parts if it has more rows than the engine takes at once. `prompt_length` is not
+        used: models that do not pool their prompts get no engine.
 
         Raises:
             InputError: The texts are longer than the engine takes.
@@ -186,7 +180,7 @@ class TensorRTModel:
             graph = call("cudaGraphInstantiate", template, 0)
         finally:
             call("cudaGraphDestroy", template)
-        _destroy_with(self, "cudaGraphExecDestroy", graph)
+        free_with(self, "cudaGraphExecDestroy", graph)
         return _Captured(context, graph)
 
     def _enqueue(self, context: trt.IExecutionContext, shape: tuple[int, int]) -> None:
@@ -212,13 +206,6 @@ class TensorRTModel:
         for name, buffer in (*self._inputs.items(), (self._output_name, self._output)):
             context.set_tensor_address(name, buffer.device)
         return context
-
-
-def _destroy_with(owner: object, function: str, handle: Any) -> None:
-    """Destroy a CUDA handle when its owner is freed; the newest handle goes first."""
-    finalizer = weakref.finalize(owner, call, function, handle)
-    # Not at process exit: CUDA may be shut down already, and everything is freed anyway.
-    finalizer.atexit = False
 
 
 def load_engine(path: Path, record: EngineRecord, errors: list[str]) -> tuple[ModuleType, Any]:

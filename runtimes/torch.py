@@ -94,16 +94,7 @@ class TorchModel:
     def __call__(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, *, prompt_length: int = 0
     ) -> np.ndarray:
-        """Run a batch.
-
-        Args:
-            input_ids: int64 [batch, sequence].
-            attention_mask: int64 [batch, sequence], 1 at real tokens; padding on either side.
-            prompt_length: Number of leading tokens to leave out of pooling, for a model that does
-                not pool its prompts.
-
-        Returns:
-            float32: embeddings [batch, dim], or scores [batch].
+        """Run a batch: see `Model`.
 
         Raises:
             InputError: The batch does not fit into the GPU's memory.
@@ -126,7 +117,7 @@ class TorchModel:
             ) from error
 
     def check_process(self) -> None:
-        """Go on in a fork of the process that opened the model, where torch's threads are missing.
+        """Continue in a fork of the process that opened the model: torch's threads are missing.
 
         On a CPU, torch then runs on one thread; CUDA does not survive a fork.
 

@@ -170,11 +170,11 @@ def _add_norm(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
-    place = row * width + columns
-    values = tl.load(states + place, mask=mask, other=0.0)
+    offsets = row * width + columns
+    values = tl.load(states + offsets, mask=mask, other=0.0)
     if add:
-        values += tl.load(delta + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(states + place, values, mask=mask)
+        values += tl.load(delta + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(states + offsets, values, mask=mask)
     factor = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
     gains = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     _store(values * factor * gains, out, scales, row, columns, width, mask, largest)
@@ -191,9 +191,9 @@ def _norm_rope(
     columns = tl.arange(0, block)[None, :]
     inside = columns < half
     mask = (head < rotated) & inside
-    place = qkv + row * width + head * (2 * half) + columns
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + half, mask=mask, other=0.0).to(tl.float32)
+    pointers = qkv + row * width + head * (2 * half) + columns
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + half, mask=mask, other=0.0).to(tl.float32)
     squares = tl.sum(first * first + second * second, axis=1) / (2 * half)
     factor = tl.rsqrt(squares + eps)[:, None]
     query = head < heads
@@ -207,8 +207,8 @@ def _norm_rope(
     c = tl.load(cos + angle, mask=inside, other=0.0)
     s = tl.load(sin + angle, mask=inside, other=0.0)
     kind = qkv.dtype.element_ty
-    tl.store(place, (first * c - second * s).to(kind), mask=mask)
-    tl.store(place + half, (second * c + first * s).to(kind), mask=mask)
+    tl.store(pointers, (first * c - second * s).to(kind), mask=mask)
+    tl.store(pointers + half, (second * c + first * s).to(kind), mask=mask)
 
 
 @jit
@@ -216,9 +216,9 @@ def _silu_mul(gate_up, out, scales, width, largest: tl.constexpr, block: tl.cons
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     mask = columns < width
-    place = gate_up + row * 2 * width + columns
-    gate = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(place + width, mask=mask, other=0.0).to(tl.float32)
+    pointers = gate_up + row * 2 * width + columns
+    gate = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(pointers + width, mask=mask, other=0.0).to(tl.float32)
     _store(gate * tl.sigmoid(gate) * up, out, scales, row, columns, width, mask, largest)
 
 

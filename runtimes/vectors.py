@@ -1,4 +1,4 @@
-"""Shorten vectors (MRL), and quantize them to 8 bits or 1 bit per value for a vector database."""
+"""Vectors: compared, shortened (MRL), and quantized to 8 bits or 1 bit per value."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..errors import InputError
+from ..texts.ranking import unit
 
 VECTOR_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 # The precisions that need each value's range.
@@ -30,6 +31,15 @@ def shorten(vectors: np.ndarray, dim: int, *, unit_length: bool = True) -> np.nd
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Row-wise cosines of two [n, dim] arrays: float64 [n].
+
+    NaN if a row is not finite, 0 if it is zero. Computed in float64: float32's own rounding, 6e-8,
+    is most of what fp32 may differ by.
+    """
+    return (unit(a) * unit(b)).sum(axis=1)
+
+
 def measure_ranges(
     vectors: np.ndarray, *, unit_length: bool = True
 ) -> dict[str, list[list[float]]]:
@@ -43,15 +53,15 @@ def measure_ranges(
         Width, as a string, to [minima, maxima], two lists of that width.
     """
     ranges = {}
-    for dim in ranged_dims(vectors.shape[1]):
+    for dim in mrl_dims(vectors.shape[1]):
         cut = shorten(vectors, dim, unit_length=unit_length)
         bounds = (cut.min(axis=0), cut.max(axis=0))
         ranges[str(dim)] = [[float(f"{x:.{DIGITS}g}") for x in bound] for bound in bounds]
     return ranges
 
 
-def ranged_dims(width: int) -> tuple[int, ...]:
-    """The widths at which ranges are measured: the full one and the MRL dimensions below it."""
+def mrl_dims(width: int) -> tuple[int, ...]:
+    """The full width, and the MRL dimensions below it."""
     return (width, *(dim for dim in MRL_DIMS if dim < width))
 
 
@@ -95,17 +105,13 @@ def quantize_vectors(
         if it is positive; the first value is the highest bit.
 
     Raises:
-        InputError: The precision is unknown, or needs ranges and there are none for this width.
+        InputError: The precision needs ranges, and there are none for this width.
     """
     if precision == "float32":
         return vectors
     if precision in ("binary", "ubinary"):
         bits = np.packbits(vectors > 0, axis=1)
         return bits if precision == "ubinary" else (bits ^ 0x80).view(np.int8)
-    if precision not in VECTOR_PRECISIONS:
-        raise InputError(
-            f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
-        )
     check_ranges(precision, vectors.shape[1], ranges)
     assert ranges is not None
     low, high = (np.asarray(bound, np.float32) for bound in ranges[str(vectors.shape[1])])

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
-from ..errors import CheckpointError, require
+from ..errors import CheckpointError, InputError, require
+from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
-from .live import LiveReference, choose_dtype, no_loading_bar, place
+from .live import LiveReference, cast_and_move, choose_dtype
 from .reference import Arithmetic, Inputs
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
@@ -87,6 +88,12 @@ class CardReference(LiveReference):
         """Token ids of pairs with their own instruction or the model card's."""
         prefix = self.tokenizer.encode(PREFIX, add_special_tokens=False)
         suffix = self.tokenizer.encode(SUFFIX, add_special_tokens=False)
+        template = len(prefix) + len(suffix)
+        if template >= self.limit:
+            raise InputError(
+                f"max_length {self.limit} leaves no room: the reranker's prefix and suffix alone "
+                f"take {template} tokens"
+            )
         bodies = [
             f"<Instruct>: {TASK if pair.instruction is None else pair.instruction}\n"
             f"<Query>: {pair.query}\n<Document>: {pair.document}"
@@ -97,7 +104,7 @@ class CardReference(LiveReference):
             padding=False,
             truncation="longest_first",
             return_attention_mask=False,
-            max_length=self.limit - len(prefix) - len(suffix),
+            max_length=self.limit - template,
         )["input_ids"]
         return [[*prefix, *ids, *suffix] for ids in truncated]
 
@@ -116,7 +123,7 @@ class CardReference(LiveReference):
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        return place(self.adapted(model, arithmetic), self.spec, arithmetic, self.device)
+        return cast_and_move(self.adapted(model, arithmetic), self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Run one batch: see `LiveReference`."""

@@ -178,7 +178,7 @@ def retrieval_differences(rows: Sequence[RetrievalRow]) -> str:
                 x, y, reach, fmt=marker, c=color, ms=4.5, lw=1.4, capsize=2.5, label=measure
             )
         axes.set_ylabel("artifact − reference")
-        _set_places(axes, rows)
+        _set_x_axis(axes, rows)
 
     return _svg(draw, "Difference of retrieval quality, artifact less reference")
 
@@ -197,7 +197,7 @@ def retrieval_values(rows: Sequence[RetrievalRow]) -> str:
                 x, [row.artifact for row in group], marker, c=color, ms=4, mew=0, label=measure
             )
         axes.set(ylabel="quality", ylim=(0, 1))
-        _set_places(axes, rows)
+        _set_x_axis(axes, rows)
 
     return _svg(draw, "Retrieval quality of the artifact and of the reference")
 
@@ -206,11 +206,11 @@ def _by_measure(
     rows: Sequence[RetrievalRow],
 ) -> Iterator[tuple[str, list[RetrievalRow], list[float], str, str]]:
     """Yield (measure, its rows, their x positions, color, marker)."""
-    measures, places = _measures(rows), _places(rows)
+    measures, labels = _measures(rows), _x_labels(rows)
     for i, measure in enumerate(measures):
         group = [row for row in rows if row.measure == measure]
         shift = 0.0 if group[0].dimension is None else 0.22 * (i - (len(measures) - 1) / 2)
-        x = [places.index(_place(row)) + shift for row in group]
+        x = [labels.index(_x_label(row)) + shift for row in group]
         yield (
             MEASURES.get(measure, measure),
             group,
@@ -224,19 +224,19 @@ def _measures(rows: Sequence[RetrievalRow]) -> list[str]:
     return list(dict.fromkeys(row.measure for row in rows))
 
 
-def _places(rows: Sequence[RetrievalRow]) -> list[str]:
+def _x_labels(rows: Sequence[RetrievalRow]) -> list[str]:
     """The labels of the x axis."""
-    return list(dict.fromkeys(map(_place, rows)))
+    return list(dict.fromkeys(map(_x_label, rows)))
 
 
-def _place(row: RetrievalRow) -> str:
+def _x_label(row: RetrievalRow) -> str:
     return row.measure if row.dimension is None else str(row.dimension)
 
 
-def _set_places(axes: Any, rows: Sequence[RetrievalRow]) -> None:
-    places = _places(rows)
-    axes.set_xticks(range(len(places)), places)
-    axes.set_xlim(-0.5, len(places) - 0.5)
+def _set_x_axis(axes: Any, rows: Sequence[RetrievalRow]) -> None:
+    labels = _x_labels(rows)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlim(-0.5, len(labels) - 0.5)
     axes.grid(visible=False, axis="x")
     if rows[0].dimension is not None:
         axes.set_xlabel("dimensions (MRL)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from ..integrity import record_files
 from ..runtimes import ModelInfo
 from .layers import LayerError
 from .reference import Origin
-from .tasks import EmbeddingTask, RerankerTask
+from .tasks import AnyTask
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Details:
 
 
 def collect_details(
-    task: EmbeddingTask | RerankerTask,
-    found: np.ndarray | None,
+    task: AnyTask,
+    results: np.ndarray | None,
     expected: np.ndarray | None,
     *,
     info: ModelInfo,
@@ -58,7 +57,7 @@ def collect_details(
 
     Args:
         task: The inputs.
-        found: The artifact's results, float32 [inputs] or [inputs, dim]; None if the token ids
+        results: The artifact's results, float32 [inputs] or [inputs, dim]; None if the token ids
             differ.
         expected: The reference's results, with the same dim or more.
         info: The artifact, or the checkpoint.
@@ -67,40 +66,36 @@ def collect_details(
         command: Arguments of the command line.
     """
     agreement = reference_scores = artifact_scores = np.empty(0)
-    if found is not None and expected is not None:
-        agreement = task.agreement(found, expected)
-        artifact_scores, reference_scores = map(np.ravel, task.scores(found, expected))
+    if results is not None and expected is not None:
+        agreement = task.agreement(results, expected)
+        artifact_scores, reference_scores = map(np.ravel, task.scores(results, expected))
     return Details(
         agreement=tuple(agreement.tolist()),
         reference_scores=tuple(reference_scores.tolist()),
         artifact_scores=tuple(artifact_scores.tolist()),
         layers=layers,
-        artifact_files=weight_hashes(info),
+        artifact_files=_weight_hashes(info),
         reference_files=dict(reference.files),
         command=shlex.join(command),
     )
 
 
-def _weight_files(info: ModelInfo) -> list[Path]:
-    """The shards, or the graph and the weight files beside it."""
-    if info.checkpoint is not None:
-        source = info.checkpoint.source
-        files = sorted({info.file for info in read_headers(source.folder).values()})
-        return files + ([] if source.adapter is None else [source.adapter.folder / WEIGHTS])
-    assert info.artifact is not None
-    graph = info.artifact.graph
-    return sorted(graph.parent.glob(f"{graph.name}*"))
-
-
-def weight_hashes(info: ModelInfo) -> dict[str, str]:
+def _weight_hashes(info: ModelInfo) -> dict[str, str]:
     """Path of the graph and its weights, or of each shard, to its sha256.
 
     The path is relative to the model's folder if it is inside.
     """
-    folder = info.folder
-    return {
-        (
-            path.relative_to(folder) if path.is_relative_to(folder) else path
-        ).as_posix(): record.sha256
-        for path, record in record_files(_weight_files(info)).items()
-    }
+    if info.checkpoint is not None:
+        source = info.checkpoint.source
+        paths = sorted({tensor.file for tensor in read_headers(source.folder).values()})
+        paths += [] if source.adapter is None else [source.adapter.folder / WEIGHTS]
+    else:
+        assert info.artifact is not None
+        graph = info.artifact.graph
+        paths = sorted(graph.parent.glob(f"{graph.name}*"))
+    hashes = {}
+    for path, record in record_files(paths).items():
+        is_inside = path.is_relative_to(info.folder)
+        name = path.relative_to(info.folder) if is_inside else path
+        hashes[name.as_posix()] = record.sha256
+    return hashes

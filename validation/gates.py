@@ -10,7 +10,7 @@ from .measures import finite_rows
 from .mteb_scores import TaskReport, TaskScore
 from .report import Gate, excerpt
 from .retrieval import RetrievalReport, SetQuality
-from .tasks import EmbeddingTask, RerankerTask
+from .tasks import AnyTask
 from .thresholds import Thresholds
 
 # Most inputs that a gate names.
@@ -18,7 +18,7 @@ NAMED = 10
 
 
 def token_gate(
-    task: EmbeddingTask | RerankerTask,
+    task: AnyTask,
     rows: Sequence[np.ndarray],
     expected_rows: Sequence[Sequence[int]],
 ) -> Gate:
@@ -47,24 +47,23 @@ def _first_difference(ids: Sequence[int], expected: Sequence[int]) -> str:
     return f"token {position} is {artifact}, in the reference {reference}"
 
 
-def finite_gate(task: EmbeddingTask | RerankerTask, found: np.ndarray) -> Gate:
+def finite_gate(task: AnyTask, results: np.ndarray) -> Gate:
     """No result of the artifact is NaN or infinite."""
-    bad = np.flatnonzero(~finite_rows(found))
+    bad = np.flatnonzero(~finite_rows(results))
     detail = ", ".join(task.names[i] for i in bad[:NAMED])
     return Gate("results with NaN or infinity", len(bad), "≤", 0, detail)
 
 
 def task_gates(
     report: TaskReport,
-    found: Sequence[TaskScore],
-    expected: Sequence[TaskScore],
+    artifact: Sequence[TaskScore],
+    reference: Sequence[TaskScore],
     thresholds: Thresholds,
 ) -> list[Gate]:
     """The loss of each MTEB task's main score, and that neither side gave NaN or infinity."""
-    nonfinite, reference = (sum(score.nonfinite for score in side) for side in (found, expected))
     return [
-        Gate("MTEB: NaN or infinity", nonfinite, "≤", 0),
-        Gate("MTEB: reference's NaN", reference, "≤", 0),
+        Gate("MTEB: NaN or infinity", sum(score.nonfinite for score in artifact), "≤", 0),
+        Gate("MTEB: reference's NaN", sum(score.nonfinite for score in reference), "≤", 0),
         *(
             Gate(f"{row.task}: {row.measure} loss", -row.difference, "≤", thresholds.max_ndcg_loss)
             for row in report.rows
@@ -73,19 +72,17 @@ def task_gates(
 
 
 def retrieval_gates(
-    report: RetrievalReport, found: SetQuality, expected: SetQuality, thresholds: Thresholds
+    report: RetrievalReport, artifact: SetQuality, reference: SetQuality, thresholds: Thresholds
 ) -> list[Gate]:
     """The loss of nDCG@10 on the retrieval set, and that neither side gave NaN or infinity."""
     return [
-        Gate("retrieval: NaN or infinity", found.nonfinite, "≤", 0),
-        Gate("retrieval: reference's NaN", expected.nonfinite, "≤", 0),
+        Gate("retrieval: NaN or infinity", artifact.nonfinite, "≤", 0),
+        Gate("retrieval: reference's NaN", reference.nonfinite, "≤", 0),
         Gate("nDCG@10 loss", report.ndcg_loss, "≤", thresholds.max_ndcg_loss),
     ]
 
 
-def invariance_gate(
-    task: EmbeddingTask | RerankerTask, invariance: Mapping[str, float], thresholds: Thresholds
-) -> Gate:
+def invariance_gate(task: AnyTask, invariance: Mapping[str, float], thresholds: Thresholds) -> Gate:
     """A text gives the same result alone and in each case of the suite; the worst counts."""
     values = np.array(list(invariance.values()))
     # argmin and argmax return the first NaN, if there is one.

@@ -51,7 +51,7 @@ class Outcome:
     """A case's results and the results of its rows run alone: float32 [rows] or [rows, dim]."""
 
     case: str
-    found: np.ndarray
+    results: np.ndarray
     alone: np.ndarray
 
 

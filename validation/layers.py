@@ -18,9 +18,10 @@ import onnx_ir as ir
 
 from ..artifact.folder import Artifact
 from ..artifact.segments import emulate_16_bits, segments
+from ..errors import InputError
 from ..runtimes import ModelInfo
 from ..runtimes.part_session import open_session
-from .measures import cosines
+from ..runtimes.vectors import cosines
 from .reference import Reference
 
 TEXTS = 8
@@ -75,6 +76,7 @@ def layer_errors(
         and the graph has no matrix to rotate it back, as in a reranker.
 
     Raises:
+        InputError: The reference has another number of layers.
         MissingPackageError: onnxruntime, torch or transformers is not installed.
     """
     sample = sample_rows(rows)
@@ -82,14 +84,8 @@ def layer_errors(
         from ..runtimes.torch import load_layers
         from .live import watch_layers
 
-        artifact_states = watch_layers(load_layers(info.checkpoint, device), sample, device)
-        reference_states = reference.hidden_states(sample)
-        return tuple(
-            _compare(layer, np.concatenate(layer_states), np.concatenate(expected))
-            for layer, (layer_states, expected) in enumerate(
-                zip(artifact_states, reference_states, strict=True)
-            )
-        )
+        states = watch_layers(load_layers(info.checkpoint, device), sample, device)
+        return _compare_layers(states, reference.hidden_states(sample))
     assert info.artifact is not None
     return _graph_errors(info.artifact, reference, sample)
 
@@ -104,21 +100,14 @@ def _graph_errors(
     basis = _basis(model, reference) if rotated else None
     if basis is None and (rotated or (artifact.manifest.recipe or {}).get("rotate")):
         return ()
-    reference_states = reference.hidden_states(sample)
+    expected = reference.hidden_states(sample)
+    states = list(_artifact_states(model, artifact, sample))
+    if basis is not None:
+        states = [[row @ basis for row in rows] for rows in states]
+        expected = [[row[:, : basis.shape[1]] for row in rows] for rows in expected]
     manifest = artifact.manifest
     only_last = manifest.task == "reranker" or manifest.outputs.last_token
-    pooled = graph.output == "pooled" and only_last
-    errors = []
-    for layer, states in enumerate(_artifact_states(model, artifact, sample)):
-        expected = reference_states[layer]
-        if pooled and layer == len(reference_states) - 1:
-            # A graph that pads rows to an even number of tokens has the token twice.
-            states, expected = [row[:1] for row in states], [row[-1:] for row in expected]
-        if basis is not None:
-            states = [row @ basis for row in states]
-            expected = [row[:, : basis.shape[1]] for row in expected]
-        errors.append(_compare(layer, np.concatenate(states), np.concatenate(expected)))
-    return tuple(errors)
+    return _compare_layers(states, expected, last=graph.output == "pooled" and only_last)
 
 
 def largest_growth(errors: Sequence[LayerError]) -> tuple[LayerError, LayerError] | None:
@@ -196,12 +185,33 @@ def _total(residual: np.ndarray, *product: np.ndarray) -> np.ndarray:
     return residual + math.prod(product) if product else residual
 
 
-def _compare(layer: int, found: np.ndarray, expected: np.ndarray) -> LayerError:
-    """Compare hidden states: float32 [tokens, hidden] each."""
+def _compare_layers(
+    states: list[list[np.ndarray]], expected: list[list[np.ndarray]], *, last: bool = False
+) -> tuple[LayerError, ...]:
+    """Compare each layer's rows of hidden states, float32 [tokens, hidden] each.
+
+    With `last`, the artifact's last layer has each row's last token only.
+    """
+    if len(states) != len(expected):
+        raise InputError(
+            f"the artifact has {len(states) - 1} layers and the reference {len(expected) - 1}: "
+            "give the checkpoint that it was made from"
+        )
+    if last:
+        # A graph that pads rows to an even number of tokens has the token twice.
+        states[-1] = [row[:1] for row in states[-1]]
+        expected[-1] = [row[-1:] for row in expected[-1]]
+    return tuple(
+        _compare(layer, np.concatenate(rows), np.concatenate(expected_rows))
+        for layer, (rows, expected_rows) in enumerate(zip(states, expected, strict=True))
+    )
+
+
+def _compare(layer: int, states: np.ndarray, expected: np.ndarray) -> LayerError:
     sizes = np.linalg.norm(expected.astype(np.float64), axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.linalg.norm(found.astype(np.float64) - expected, axis=1) / sizes
-    agreement = cosines(found, expected)
+        errors = np.linalg.norm(states.astype(np.float64) - expected, axis=1) / sizes
+    agreement = cosines(states, expected)
     return LayerError(
-        layer, len(found), float(errors.mean()), float(errors.max()), float(agreement.min())
+        layer, len(states), float(errors.mean()), float(errors.max()), float(agreement.min())
     )

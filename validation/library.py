@@ -16,9 +16,12 @@ import numpy as np
 
 from ..checkpoint.spec import CLASSIFIER, ModelSpec
 from ..errors import CheckpointError, require
+from ..runtimes.batching import group_indices
+from ..runtimes.checkpoint import no_loading_bar
 from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
-from .live import LiveReference, choose_dtype, no_loading_bar, place
+from .live import LiveReference, cast_and_move, choose_dtype
+from .measures import sigmoid
 from .reference import Arithmetic, Inputs
 
 # Inputs tokenized in one call.
@@ -103,17 +106,15 @@ class LibraryReference(LiveReference):
         if self.spec.score_rows is not None and self.spec.inputs.skipped_token is None:
             # transformers refuses batches for a classifier without pad_token_id.
             return [[i] for i in range(len(inputs))]
-        groups: dict[Any, list[int]] = {}
-        for i, sample in enumerate(inputs):
-            prompt = sample.prompt if isinstance(sample, Sample) else sample.instruction
-            groups.setdefault(prompt, []).append(i)
-        return groups.values()
+        return group_indices(
+            given.prompt if isinstance(given, Sample) else given.instruction for given in inputs
+        ).values()
 
     def load(self, arithmetic: Arithmetic) -> Any:
         """Load the model with sentence-transformers: see `LiveReference`."""
         model = self._open({"dtype": choose_dtype(self.spec, arithmetic)}, device="cpu")
         model[0].model = self.adapted(model[0].model, arithmetic)
-        return place(model, self.spec, arithmetic, self.device)
+        return cast_and_move(model, self.spec, arithmetic, self.device)
 
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Run one batch: see `LiveReference`."""
@@ -121,9 +122,8 @@ class LibraryReference(LiveReference):
         if self.spec.task == "embedding":
             return results
         if results.ndim == 2:  # logits of no and yes
-            results = results[:, 1] - results[:, 0]
-            return _sigmoid(results)
-        return _sigmoid(results) if self.origin.log_odds else results
+            return sigmoid(results[:, 1] - results[:, 0])
+        return sigmoid(results) if self.origin.log_odds else results
 
     def layers_of(self, model: Any) -> Any:
         """The module with `embed_tokens` and `layers`."""
@@ -176,7 +176,3 @@ def _call(model: Any, inputs: Inputs) -> Any:
 def _content(given: Sample | Pair) -> Any:
     """An input as the library takes it: a text, or a pair of texts."""
     return given.text if isinstance(given, Sample) else (given.query, given.document)
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return (1 / (1 + np.exp(-values.astype(np.float64)))).astype(np.float32)

@@ -7,11 +7,9 @@ checkpoint that stores fp32.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from ..texts.beir import RetrievalSet
 from ..texts.ranking import Vectors, candidate_pairs
 from ..texts.samples import Pair, Sample
 from .adapted import ReferenceFolder, merge_adapter
+from .machine import package_versions
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
 
@@ -54,14 +53,14 @@ class LiveReference(ABC):
 
     def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
         self.spec, self.max_length, self.device = spec, max_length, device
-        self.place = ReferenceFolder(spec)
+        self._opened_folder = ReferenceFolder(spec)
         weights = open_floats(spec)  # checks names: libraries fill a missing tensor randomly
         self.origin = Origin(
             id=spec.source.id,
             revision=spec.source.revision,
             task=spec.task,
             library=self.library,
-            versions=_versions(self.packages),
+            versions=package_versions(self.packages),
             device=device,
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
@@ -77,7 +76,7 @@ class LiveReference(ABC):
     @property
     def folder(self) -> Path:
         """The folder that the library opens: the base's weights and the files beside them."""
-        return self.place.folder
+        return self._opened_folder.folder
 
     @property
     @abstractmethod
@@ -294,7 +293,7 @@ def choose_dtype(spec: ModelSpec, arithmetic: Arithmetic) -> Any:
     return torch.float16
 
 
-def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> Any:
+def cast_and_move(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> Any:
     """Convert a loaded model to an arithmetic and move it to a device.
 
     Raises:
@@ -310,19 +309,6 @@ def place(model: Any, spec: ModelSpec, arithmetic: Arithmetic, device: str) -> A
             f"{spec.source.folder}: the reference in {arithmetic} does not fit into the "
             "GPU's free memory; use device='cpu'"
         ) from error
-
-
-@contextlib.contextmanager
-def no_loading_bar() -> Generator[None]:
-    """Hide transformers' progress bar during loading."""
-    logging = require("transformers", "torch").utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[list[np.ndarray]]:
@@ -354,11 +340,3 @@ def watch_layers(base: Any, rows: Sequence[np.ndarray], device: str) -> list[lis
         for ids in rows:
             base(input_ids=torch.from_numpy(ids)[None].to(device), use_cache=False)
     return states
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions

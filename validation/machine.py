@@ -1,16 +1,19 @@
-"""The machine that a validation ran on, and whose code computed the artifact's results."""
+"""The machine and packages of a validation, and whose code computed the artifact's results."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from ..artifact.witness import WITNESS, read_witness
 from ..errors import MissingPackageError, require
 from ..machine.cpu import read_cpu
 from ..runtimes import ModelInfo
+from ..runtimes.batching import count_cores
 from ..runtimes.comparison import find_kernels
 from ..runtimes.ort_custom_ops import choose_kernels
 
@@ -58,7 +61,7 @@ def describe_machine(info: ModelInfo, device: str) -> Machine:
         cpu=cpu.name or "unknown",
         instructions=cpu.instructions,
         code=_describe_code(info, device),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        cores=count_cores(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if os.name == "posix"
         else 0,
@@ -88,6 +91,15 @@ def describe_export(info: ModelInfo) -> str:
     if info.artifact is None or WITNESS not in info.artifact.manifest.files:
         return ""
     return str(read_witness(info.artifact.folder / WITNESS).machine)
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _system() -> str:

@@ -10,11 +10,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..texts.ranking import unit
+from ..runtimes.vectors import cosines
 
 TOP_K = 10
-# Largest error of a unit vector's length in 16 bits.
-UNIT = 1e-2
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
@@ -22,12 +20,11 @@ def finite_rows(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
 
 
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row-wise cosines of two [n, dim] arrays: float64 [n].
-
-    NaN if a row is not finite, 0 if it is zero.
-    """
-    return (unit(a) * unit(b)).sum(axis=1)
+def sigmoid(log_odds: np.ndarray) -> np.ndarray:
+    """Probabilities of log-odds, float32; NaN and infinity stay, so that gates find them."""
+    with np.errstate(over="ignore"):
+        probabilities = (1 / (1 + np.exp(-log_odds.astype(np.float64)))).astype(np.float32)
+    return np.where(np.isfinite(log_odds), probabilities, log_odds)
 
 
 def cosine_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import require
-from .retrieval import CONFIDENCE, RESAMPLES
+from .retrieval import RESAMPLES, interval
 
 # Values that are resampled at a time.
 CHUNK = 2_000_000
@@ -91,10 +91,13 @@ class Samples:
     gold: np.ndarray | None = None
     ranked: bool = False
 
+    def __len__(self) -> int:
+        return len(self.values)
+
     @property
     def score(self) -> float:
         """The subset's score."""
-        return float(self.resampled(np.arange(len(self.values))[None])[0])
+        return float(self.resampled(np.arange(len(self))[None])[0])
 
     def resampled(self, indices: np.ndarray) -> np.ndarray:
         """The subset's score on resamples: int64 [resamples, samples] to float64 [resamples].
@@ -132,8 +135,8 @@ class TaskScore:
 
 def compare_scores(
     facts: Sequence[TaskFacts],
-    found: Sequence[TaskScore],
-    expected: Sequence[TaskScore],
+    artifact: Sequence[TaskScore],
+    reference: Sequence[TaskScore],
     *,
     version: str,
     run: str,
@@ -142,30 +145,30 @@ def compare_scores(
 
     Args:
         facts: The tasks.
-        found: The artifact's result of each.
-        expected: The reference's.
+        artifact: The artifact's result of each.
+        reference: The reference's.
         version: mteb's version.
         run: The name of the reference's run.
     """
     rows = []
-    for task, ours, theirs in zip(facts, found, expected, strict=True):
-        interval = task_interval(ours.subsets, theirs.subsets)
+    for task, score, expected in zip(facts, artifact, reference, strict=True):
+        low, high = task_interval(score.subsets, expected.subsets) or (None, None)
         rows.append(
             TaskRow(
                 **vars(task),
-                samples=interval and sum(len(one.values) for one in ours.subsets.values()),
-                artifact=ours.score,
-                reference=theirs.score,
-                difference=ours.score - theirs.score,
-                low=interval and interval[0],
-                high=interval and interval[1],
+                samples=None if low is None else sum(map(len, score.subsets.values())),
+                artifact=score.score,
+                reference=expected.score,
+                difference=score.score - expected.score,
+                low=low,
+                high=high,
             )
         )
     return TaskReport(version, run, tuple(rows))
 
 
 def task_interval(
-    found: Mapping[tuple[str, str], Samples], expected: Mapping[tuple[str, str], Samples]
+    artifact: Mapping[tuple[str, str], Samples], reference: Mapping[tuple[str, str], Samples]
 ) -> tuple[float, float] | None:
     """The 95 % bootstrap interval of the difference of a task's scores, seeded.
 
@@ -173,27 +176,25 @@ def task_interval(
     scores averaged.
 
     Args:
-        found: The artifact's results by split and subset.
-        expected: The reference's.
+        artifact: The artifact's results by split and subset.
+        reference: The reference's.
 
     Returns:
         (low, high), or None if there are no results by query or pair, or not the same ones.
     """
-    sizes = [{key: len(one.values) for key, one in side.items()} for side in (found, expected)]
-    if not sizes[0] or sizes[0] != sizes[1]:
+    sizes, expected = (
+        {key: len(samples) for key, samples in side.items()} for side in (artifact, reference)
+    )
+    if not sizes or sizes != expected:
         return None
     generator = np.random.default_rng(0)
     differences = np.zeros(RESAMPLES)
-    for key, ours in found.items():
-        count = len(ours.values)
+    for key, samples in artifact.items():
+        count = len(samples)
         step = max(1, CHUNK // count)
         for start in range(0, RESAMPLES, step):
             part = slice(start, min(start + step, RESAMPLES))
             indices = generator.integers(0, count, (part.stop - part.start, count))
-            differences[part] += ours.resampled(indices) - expected[key].resampled(indices)
-    differences = differences[np.isfinite(differences)] / len(found)
-    if not len(differences):
-        return None
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(differences, [tail, 100 - tail])
-    return float(low), float(high)
+            differences[part] += samples.resampled(indices) - reference[key].resampled(indices)
+    differences = differences[np.isfinite(differences)] / len(artifact)
+    return interval(differences) if len(differences) else None

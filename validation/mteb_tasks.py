@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -17,10 +16,11 @@ import numpy as np
 from ..checkpoint.spec import Task
 from ..errors import EmbedportError, InputError, require
 from ..runtimes import Embedder, ModelInfo, Reranker
-from ..texts.samples import Pair, Sample
-from .details import weight_hashes
+from ..runtimes.info import hash_json, hash_model
+from ..texts.samples import Sample
 from .measures import finite_rows
 from .mteb_scores import Samples, TaskFacts, TaskScore
+from .tasks import score_pairs
 
 # Samples to vectors [samples, dim], or pairs to scores [pairs].
 Run = Callable[[Any], np.ndarray]
@@ -43,7 +43,7 @@ def mteb_model(model: Embedder | Reranker) -> Any:
     An embedding model gets each task's own instruction in Qwen3-Embedding's format, unless its
     folder declares a query prompt of another form: then its own prompts are used. A reranker gets
     the query's instruction, or the task's, or its own. mteb keeps results by name and revision; the
-    revision is a hash of the weights, the prompts, the device and the longest input.
+    revision is a hash of the model's files, the prompts, the device and the longest input.
 
     Args:
         model: From `embedport.load`.
@@ -60,38 +60,25 @@ def mteb_model(model: Embedder | Reranker) -> Any:
     >>> results = mteb.evaluate(model, mteb.get_task("SciFact"))  # doctest: +SKIP
     """
     info = model.info
-    facts = [weight_hashes(info), dict(info.prompts), model.device, model.tokenizer.max_length]
-    revision = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    prompts = sorted(info.prompts.items())
+    facts = [hash_model(info), prompts, model.device, model.tokenizer.max_length]
+    revision = hash_json(facts)[:16]
     if isinstance(model, Embedder):
-        return _by_protocol(lambda samples: _embed(model.encode, samples), info, revision)
-    return _by_protocol(lambda pairs: _score(model.score, pairs), info, revision)
+        return _by_protocol(partial(_embed, model.encode), info, revision)
+    return _by_protocol(partial(score_pairs, model.score), info, revision)
 
 
 def runner(model: Embedder | Reranker, *, progress: bool) -> Run:
     """A function that runs a loaded model and returns NaN where the model gives it."""
     if isinstance(model, Embedder):
-        embed = partial(model.embed_texts, progress=progress)
-        return lambda samples: _embed(embed, samples)
-    score = partial(model.score_pairs, progress=progress)
-    return lambda pairs: _score(score, pairs)
+        return partial(_embed, partial(model.embed_texts, progress=progress))
+    return partial(score_pairs, partial(model.score_pairs, progress=progress))
 
 
 def _embed(embed: Callable[..., np.ndarray], samples: Sequence[Sample]) -> np.ndarray:
     """Vectors of samples, which share a prompt: float32 [samples, dim]."""
     prompt = samples[0].prompt if samples else None
     return embed([sample.text for sample in samples], prompt=prompt)
-
-
-def _score(score: Callable[..., np.ndarray], pairs: Sequence[Pair]) -> np.ndarray:
-    """Scores of pairs, which may have several instructions: float32 [pairs]."""
-    groups: dict[str | None, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        groups.setdefault(pair.instruction, []).append(i)
-    scores = np.empty(len(pairs), np.float32)
-    for instruction, indices in groups.items():
-        texts = [(pairs[i].query, pairs[i].document) for i in indices]
-        scores[indices] = score(texts, instruction=instruction)
-    return scores
 
 
 def _by_protocol(run: Run, info: ModelInfo, revision: str = "unknown") -> Any:
@@ -126,20 +113,20 @@ def open_tasks(tasks: Iterable[Any], task: Task) -> list[Any]:
     opened: list[Any] = []
     for given in tasks:
         try:
-            found = mteb.get_task(given) if isinstance(given, str) else given
+            named = mteb.get_task(given) if isinstance(given, str) else given
         except KeyError as error:  # its message names similar tasks
             raise InputError(
                 f"mteb {mteb.__version__} has no such task: {error.args[0]}"
             ) from error
-        opened += getattr(found.metadata, "tasks", None) or [found]
+        opened += getattr(named.metadata, "tasks", None) or [named]
     if not opened:
         raise InputError("give at least one of MTEB's tasks, such as STS17")
-    for found in opened:
-        if set(found.metadata.modalities) != {"text"}:
-            raise InputError(f"{found.metadata.name} has inputs other than text")
-        _load(found)
+    for mteb_task in opened:
+        if set(mteb_task.metadata.modalities) != {"text"}:
+            raise InputError(f"{mteb_task.metadata.name} has inputs other than text")
+        _load(mteb_task)
         if task == "reranker":
-            _check_candidates(found)
+            _check_candidates(mteb_task)
     return opened
 
 
@@ -149,12 +136,12 @@ def _load(task: Any) -> None:
         with _quiet():
             task.load_data()
     except Exception as error:  # the hub and its libraries raise their own classes
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise InputError(
             f"the data of MTEB's {task.metadata.name} ({dataset.get('path')} at "
             f"{dataset.get('revision')}) cannot be loaded; it comes from the hub, or from the "
             "cache (HF_HOME) of a machine that has loaded it: "
-            f"{type(error).__name__}: {said}"
+            f"{type(error).__name__}: {message}"
         ) from error
 
 
@@ -236,15 +223,15 @@ def _run_task(task: Any, run: Run, info: ModelInfo) -> TaskScore:
         except EmbedportError:
             raise
         except Exception as error:  # a task may fail in its own way
-            said = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise InputError(
-                f"MTEB's {task.metadata.name} failed: {type(error).__name__}: {said}"
+                f"MTEB's {task.metadata.name} failed: {type(error).__name__}: {message}"
             ) from error
         path = Path(folder) / task.prediction_file_name
         pairs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     score = float(results.task_results[0].get_score())
     subsets = queries or _pair_results(task, pairs)
-    if subsets and abs(np.mean([one.score for one in subsets.values()]) - score) > ROUNDING:
+    if subsets and abs(np.mean([samples.score for samples in subsets.values()]) - score) > ROUNDING:
         subsets = {}  # the task's score is something else
     return TaskScore(score, subsets, counting.nonfinite)
 

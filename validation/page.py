@@ -127,7 +127,7 @@ def _agreement(report: Report, details: Details) -> Chart:
     left_out = f" {lost:,} without a finite result are left out." if lost else ""
     if not len(finite):
         return Chart(title, None, f"There is no finite result to show.{left_out}")
-    gate = _find_gate(report, "minimum cosine" if embedding else "maximum score difference")
+    gate = report.find_gate("minimum cosine" if embedding else "maximum score difference")
     limit = None if gate is None else 1 - gate.limit if embedding else gate.limit
     words = [f"median {_inline(np.median(finite))}", f"worst {_inline(finite.max())}"]
     words += [] if limit is None else [f"limit {_inline(limit)}"]
@@ -211,7 +211,10 @@ def _retrieval(report: Report, retrieval: RetrievalReport) -> tuple[Chart, Chart
         else "all include zero, so no difference shows."
     )
     if not retrieval.measured:
-        caption = "Not measured: the reference gives all candidates of a query the same score."
+        caption = (
+            "Not measured: the reference gives all candidates of a query the same score, or ranks "
+            "no relevant document in the top ten."
+        )
     values = Chart(
         "Quality",
         retrieval_values(rows),
@@ -232,10 +235,6 @@ def _distances(task: Task, details: Details) -> np.ndarray:
     """Each input's distance from the reference: float64 [inputs], 0 is best."""
     values = np.array(details.agreement)
     return from_one(values) if task == "embedding" else values
-
-
-def _find_gate(report: Report, name: str) -> Gate | None:
-    return next((gate for gate in report.gates if gate.name == name), None)
 
 
 def _inline(value: float) -> str:

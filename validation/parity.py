@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from .details import collect_details
 from .gates import finite_gate, invariance_gate, retrieval_gates, task_gates, token_gate
 from .invariance import run_suite
 from .layers import layer_errors
-from .machine import describe_export, describe_machine
+from .machine import describe_export, describe_machine, package_versions
 from .measures import finite_rows
 from .mteb_scores import TaskReport, TaskScore, compare_scores
 from .mteb_tasks import open_tasks, run_tasks, runner, task_facts
@@ -36,12 +35,13 @@ from .recorded import is_recorded, open_recorded
 from .recording import find_recorded
 from .reference import Arithmetic, Inputs, Origin, Reference
 from .report import Comparison, Gate, Report, Worst, excerpt
-from .retrieval import CANDIDATES, RetrievalReport, SetQuality, compare_quality
-from .tasks import EmbeddingTask, RerankerTask, choose_inputs
+from .retrieval import CANDIDATES, RetrievalReport, compare_quality
+from .tasks import AnyTask, EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
 logger = logging.getLogger(__name__)
 
+Results = TypeVar("Results")
 # Inputs that the report lists.
 WORST = 10
 PACKAGES = (
@@ -158,9 +158,20 @@ def validate(
     inputs = choose_inputs(info.task, texts, pairs, info.prompts)
     is_measured = data is not None or bool(tasks)
     _check_limits(inputs, is_measured, min_cosine, max_score_difference, max_ndcg_loss)
-    source: Reference = recorded or _open_live(
-        reference, info.task, adapter, max_length, revision, device
-    )
+    source: Reference
+    if recorded is None:
+        from .opening import open_live  # needs torch, which a recorded reference does not
+
+        source = open_live(
+            reference,
+            task=info.task,
+            adapter=adapter,
+            max_length=max_length,
+            revision=revision,
+            device=device,
+        )
+    else:
+        source = recorded
     origin = source.origin
     if isinstance(inputs, RerankerTask):
         inputs = replace(inputs, log_odds=origin.log_odds)
@@ -199,7 +210,7 @@ def validate(
         worst=judged.worst,
         retrieval=judged.retrieval,
         mteb=judged.mteb,
-        versions=_versions(origin),
+        versions=package_versions(PACKAGES) | dict(origin.versions),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=describe_machine(info, runtime_device),
         exported=describe_export(info),
@@ -300,7 +311,7 @@ def _check_layers(info: ModelInfo) -> None:
 
 def _measure_artifact(
     runtime: Any,
-    inputs: EmbeddingTask | RerankerTask,
+    inputs: AnyTask,
     rows: list[np.ndarray],
     data: RetrievalSet | None,
     tasks: Sequence[Any],
@@ -312,7 +323,7 @@ def _measure_artifact(
     task_scores = run_tasks(tasks, runner(runtime, progress=progress), runtime.info)
     invariance = {}
     for outcome in run_suite(runtime.model, rows, runtime.tokenizer.max_length, progress=progress):
-        values = inputs.agreement(*map(inputs.comparable, (outcome.found, outcome.alone)))
+        values = inputs.agreement(*map(inputs.comparable, (outcome.results, outcome.alone)))
         invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
     return Measured(raw, inputs.comparable(raw), set_results, task_scores, invariance)
 
@@ -321,7 +332,7 @@ def _judge(
     tokens: Gate,
     measured: Measured,
     source: Reference,
-    inputs: EmbeddingTask | RerankerTask,
+    inputs: AnyTask,
     info: ModelInfo,
     thresholds: Thresholds,
     data: RetrievalSet | None,
@@ -333,11 +344,16 @@ def _judge(
     describe = source.origin.describe
     results = measured.results
     runs = _run_reference(source, inputs.inputs, info.precision, progress)
+    expected = next(iter(runs.values()))
+    if expected.shape[1:] < results.shape[1:]:
+        raise InputError(
+            f"the artifact's vectors have {results.shape[1]} values and the reference's "
+            f"{expected.shape[1]}: give the checkpoint that it was made from"
+        )
     comparisons = tuple(
         inputs.compare(results, outputs, describe(arithmetic))
         for arithmetic, outputs in runs.items()
     )
-    expected = next(iter(runs.values()))
     gates = [
         tokens,
         finite_gate(inputs, measured.raw),
@@ -348,13 +364,21 @@ def _judge(
     retrieval = task_report = None
     if data is not None:
         quality = inputs.measure(measured.set_results, data)
-        reference_quality, arithmetic = _measure_reference(
-            source, data, tuple(quality.measures), runs, progress
+        dims = tuple(quality.measures)
+        reference_quality, arithmetic = _first_finite(
+            lambda arithmetic: source.measure(data, dims, arithmetic, progress=progress),
+            lambda quality: quality.nonfinite,
+            runs,
         )
         retrieval = compare_quality(quality, reference_quality, data, describe(arithmetic))
         gates += retrieval_gates(retrieval, quality, reference_quality, thresholds)
     if tasks:
-        reference_scores, arithmetic = _run_tasks(source, tasks, info, runs, progress)
+        live: Any = source  # a recorded reference is refused with tasks
+        reference_scores, arithmetic = _first_finite(
+            lambda arithmetic: run_tasks(tasks, live.opened(arithmetic, progress=progress), info),
+            lambda scores: sum(score.nonfinite for score in scores),
+            runs,
+        )
         task_report = compare_scores(
             [task_facts(task) for task in tasks],
             measured.task_scores,
@@ -390,7 +414,7 @@ def _choose_set(
 
 
 def _check_limits(
-    task: EmbeddingTask | RerankerTask,
+    task: AnyTask,
     measured: bool,
     min_cosine: float | None,
     max_score_difference: float | None,
@@ -413,26 +437,6 @@ def _check_limits(
         )
 
 
-def _open_live(
-    reference: str | Path,
-    task: Task,
-    adapter: str | Path | None,
-    max_length: int,
-    revision: str | None,
-    device: str,
-) -> Reference:
-    from .opening import open_live  # needs torch, which a recorded reference does not
-
-    return open_live(
-        reference,
-        task=task,
-        adapter=adapter,
-        max_length=max_length,
-        revision=revision,
-        device=device,
-    )
-
-
 def _check_same_model(info: ModelInfo, origin: Origin) -> None:
     sizes = (info.hidden_size, info.vocab_size)
     if sizes != (origin.hidden_size, origin.vocab_size):
@@ -448,45 +452,25 @@ def _compare_weights(info: ModelInfo, origin: Origin) -> None:
     Raises:
         InputError: The reference is recorded and its weight files differ.
     """
-    words = other_weights(info, origin)
-    if words and origin.recorded is not None:
-        raise InputError(f"{words}: record a reference of the artifact's checkpoint")
-    if words:
-        logger.warning("%s: the comparison may be between two different models", words)
+    difference = other_weights(info, origin)
+    if difference and origin.recorded is not None:
+        raise InputError(f"{difference}: record a reference of the artifact's checkpoint")
+    if difference:
+        logger.warning("%s: the comparison may be between two different models", difference)
 
 
-def _measure_reference(
-    source: Reference,
-    data: RetrievalSet,
-    dims: Sequence[int],
-    runs: Mapping[Arithmetic, np.ndarray],
-    progress: bool,
-) -> tuple[SetQuality, Arithmetic]:
-    """The reference's quality in the first arithmetic without NaN or infinity, else the last."""
-    remaining = list(runs)
-    while True:
-        arithmetic = remaining.pop(0)
-        quality = source.measure(data, dims, arithmetic, progress=progress)
-        if not remaining or not quality.nonfinite:
-            return quality, arithmetic
-
-
-def _run_tasks(
-    source: Any,
-    tasks: Sequence[Any],
-    info: ModelInfo,
-    runs: Mapping[Arithmetic, np.ndarray],
-    progress: bool,
-) -> tuple[list[TaskScore], Arithmetic]:
-    """The reference's results of MTEB's tasks, and the arithmetic, as in `_measure_reference`."""
-    remaining = list(runs)
-    while True:
-        arithmetic = remaining.pop(0)
-        run = source.opened(arithmetic, progress=progress)
-        scores = run_tasks(tasks, run, info)
-        del run  # and the model: the next arithmetic's may not fit beside it
-        if not remaining or not any(score.nonfinite for score in scores):
-            return scores, arithmetic
+def _first_finite(
+    run: Callable[[Arithmetic], Results],
+    nonfinite: Callable[[Results], int],
+    arithmetics: Iterable[Arithmetic],
+) -> tuple[Results, Arithmetic]:
+    """The reference's results in the first arithmetic without NaN or infinity, else the last."""
+    *others, last = arithmetics
+    for arithmetic in others:
+        results = run(arithmetic)
+        if not nonfinite(results):
+            return results, arithmetic
+    return run(last), last
 
 
 def _run_reference(
@@ -505,22 +489,11 @@ def _run_reference(
     return {arithmetic: outputs[arithmetic] for arithmetic in order}
 
 
-def _find_worst(
-    task: EmbeddingTask | RerankerTask, found: np.ndarray, expected: np.ndarray
-) -> tuple[Worst, ...]:
+def _find_worst(task: AnyTask, results: np.ndarray, expected: np.ndarray) -> tuple[Worst, ...]:
     """The inputs farthest from the reference, starting with those that are not finite."""
-    values = task.agreement(found, expected)
+    values = task.agreement(results, expected)
     badness = np.where(np.isnan(values), np.inf, -values if task.sense == "≥" else values)
     return tuple(
         Worst(task.names[i], float(values[i]), excerpt(task.texts[i]))
         for i in np.argsort(-badness, kind="stable")[:WORST]
     )
-
-
-def _versions(origin: Origin) -> dict[str, str]:
-    """Package versions: those installed here, overridden by the ones the reference ran with."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions | dict(origin.versions)

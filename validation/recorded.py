@@ -208,7 +208,10 @@ class RecordedReference:
 
 def is_recorded(reference: str | Path) -> bool:
     """Whether a reference is a recorded file, not a checkpoint's folder or hub id."""
-    return Path(reference).expanduser().is_file()
+    try:
+        return Path(reference).expanduser().is_file()
+    except (OSError, RuntimeError):  # a name too long, or another user's folder: no file
+        return False
 
 
 def describe_set(data: RetrievalSet, task: Task) -> SetRecord:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
+from ..runtimes.vectors import mrl_dims
 from ..texts.beir import RetrievalSet, read_beir
 from ..texts.prompts import check_text
 from ..texts.ranking import candidate_pairs
@@ -20,7 +21,6 @@ from .layers import sample_rows
 from .live import LiveReference
 from .opening import open_live
 from .recorded import Layers, RecordedReference, describe_set, write_recorded
-from .retrieval import choose_dims
 from .tasks import choose_inputs
 
 
@@ -74,6 +74,8 @@ def record_reference(
     """
     path = Path(output).expanduser()
     _check_place(path, force)
+    if max_length is not None and max_length < 1:
+        raise InputError(f"max_length should be at least 1, found {max_length}")
     data = None
     if retrieval is not None:
         require("ir_measures", "retrieval")
@@ -100,7 +102,7 @@ def record_reference(
     qualities = {}
     if data is not None:
         width = next(iter(results.values())).shape[-1]
-        dims = (0,) if source.spec.task == "reranker" else choose_dims(width)
+        dims = (0,) if source.spec.task == "reranker" else mrl_dims(width)
         qualities = {
             name: source.measure(data, dims, name, progress=progress) for name in arithmetics
         }

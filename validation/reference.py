@@ -69,15 +69,15 @@ class Origin:
     def runner(self) -> str:
         """The library and its version, for people."""
         version = self.versions.get(self.library)
-        words = f"{self.library} {version}" if version else self.library
-        return f"{words}, recorded {self.recorded}" if self.recorded else words
+        text = f"{self.library} {version}" if version else self.library
+        return f"{text}, recorded {self.recorded}" if self.recorded else text
 
     def describe(self, arithmetic: Arithmetic) -> str:
         """A run's arithmetic and device, for people."""
-        words: str = arithmetic
+        text: str = arithmetic
         if arithmetic == "fp32" and self.stored != "fp32":
-            words = "fp32 on fp16-rounded weights"
-        return f"{words}, {self.device}"
+            text = "fp32 on fp16-rounded weights"
+        return f"{text}, {self.device}"
 
 
 class Reference(Protocol):

@@ -150,6 +150,10 @@ class Report:
         """Whether no gate fails."""
         return not any(gate.failed for gate in self.gates)
 
+    def find_gate(self, name: str) -> Gate | None:
+        """The gate of this name, if it was checked."""
+        return next((gate for gate in self.gates if gate.name == name), None)
+
     def to_record(self) -> dict[str, Any]:
         """The report for a manifest, as JSON values (NaN becomes None) and without any input texts.
 
@@ -254,7 +258,10 @@ class Report:
             f"{retrieval.documents:,} documents, against {retrieval.reference}"
         )
         if not retrieval.measured:
-            title += "; not measured: no query's reference scores differ"
+            title += (
+                "; not measured: no query's reference scores differ, or none ranks a relevant "
+                "document in the top ten"
+            )
         if retrieval.before is not None:
             title += f"; nDCG@10 of the candidates as they came {retrieval.before:.4f}"
         rows = tuple(
@@ -292,7 +299,7 @@ class Report:
     def invariance_table(self) -> Table:
         """The worst agreement of a text alone and in each arrangement."""
         embedding = self.task == "embedding"
-        gate = next((gate for gate in self.gates if gate.name == "batch invariance"), None)
+        gate = self.find_gate("batch invariance")
         cases = list(self.invariance.items())
         failed = frozenset(
             i for i, (_, value) in enumerate(cases) if gate and replace(gate, value=value).failed

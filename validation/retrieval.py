@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtimes import Embedder, Reranker
-from ..runtimes.vectors import MRL_DIMS
 from ..texts.beir import RetrievalSet
 from ..texts.ranking import NDCG, Vectors, candidate_pairs, measure, rank_candidates, rank_documents
 from .measures import finite_rows
@@ -82,7 +81,8 @@ class RetrievalReport:
         reference: The reference run's arithmetic and device.
         rows: The measures, at full width first.
         before: nDCG@10 of a reranker's candidates in their given order; None for an embedder.
-        measured: False if the reference gives every query's candidates equal scores.
+        measured: False if no loss could show: the reference gives every query's candidates equal
+            scores, or ranks no relevant document in the top ten.
     """
 
     name: str
@@ -106,14 +106,14 @@ def bootstrap(differences: np.ndarray) -> tuple[float, float]:
     generator = np.random.default_rng(0)
     count = len(differences)
     means = [differences[generator.integers(0, count, count)].mean() for _ in range(RESAMPLES)]
+    return interval(means)
+
+
+def interval(resampled: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The interval that holds 95 % of a figure's values on resamples."""
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(resampled, [tail, 100 - tail])
     return float(low), float(high)
-
-
-def choose_dims(width: int) -> tuple[int, ...]:
-    """The dimensions to rank by: the full width, and each MRL dimension below it."""
-    return (width, *(dim for dim in MRL_DIMS if dim < width))
 
 
 def vector_quality(vectors: Vectors, dims: Sequence[int], data: RetrievalSet) -> SetQuality:
@@ -150,25 +150,26 @@ def score_quality(scores: np.ndarray, data: RetrievalSet) -> SetQuality:
 
 
 def compare_quality(
-    found: SetQuality, expected: SetQuality, data: RetrievalSet, run: str
+    artifact: SetQuality, reference: SetQuality, data: RetrievalSet, run: str
 ) -> RetrievalReport:
     """Compare the artifact's retrieval quality with the reference's.
 
     Args:
-        found: The artifact's quality.
-        expected: The reference's quality, at the same dimensions.
+        artifact: The artifact's quality.
+        reference: The reference's quality, at the same dimensions.
         data: The retrieval set.
         run: The name of the reference's run.
     """
     rows = [
-        _row(name, dim or None, values, expected.measures[dim][name])
-        for dim, measures in found.measures.items()
+        _row(name, dim or None, values, reference.measures[dim][name])
+        for dim, measures in artifact.measures.items()
         for name, values in measures.items()
     ]
     before = None
-    if 0 in found.measures:
+    if 0 in artifact.measures:
         candidates = {query: data.candidates[query] for query in data.queries}
         before = float(measure(candidates, data.relevance, RERANKER_MEASURES)[NDCG].mean())
+    reference_ndcg = next(iter(reference.measures.values()))[NDCG]
     return RetrievalReport(
         data.name,
         len(data.queries),
@@ -176,7 +177,7 @@ def compare_quality(
         run,
         tuple(rows),
         before,
-        bool(expected.varies.any()),
+        bool(reference.varies.any() and reference_ndcg.any()),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -12,15 +13,16 @@ import numpy as np
 from ..checkpoint.spec import Task
 from ..errors import InputError
 from ..runtimes import Embedder, Reranker
+from ..runtimes.batching import group_indices
 from ..runtimes.embedder import check_encoded, describe_nonfinite
-from ..runtimes.vectors import MRL_DIMS
+from ..runtimes.vectors import MRL_DIMS, cosines, mrl_dims
 from ..texts.beir import RetrievalSet
 from ..texts.prompts import Encoded, check_text
 from ..texts.ranking import Vectors, unit
 from ..texts.samples import Pair, Sample, builtin_pairs, builtin_samples, prompted_samples
-from .measures import cosine_figures, cosines, difference_figures, finite_rows, rank_figures
+from .measures import cosine_figures, difference_figures, finite_rows, rank_figures, sigmoid
 from .report import Comparison, Gate, Sense
-from .retrieval import SetQuality, choose_dims, encode_set, score_quality, score_set, vector_quality
+from .retrieval import SetQuality, encode_set, score_quality, score_set, vector_quality
 from .thresholds import Thresholds
 
 logger = logging.getLogger(__name__)
@@ -86,57 +88,56 @@ class EmbeddingTask:
             logger.error(message)
         return vectors
 
-    def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def agreement(self, results: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The row-wise cosines: [n, dim] and [n, dim or more] to float64 [n]."""
-        return cosines(found, expected[:, : found.shape[1]])
+        return cosines(results, expected[:, : results.shape[1]])
 
-    def comparable(self, found: np.ndarray) -> np.ndarray:
+    def comparable(self, results: np.ndarray) -> np.ndarray:
         """The artifact's vectors, unchanged."""
-        return found
+        return results
 
-    def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, results: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scores of every query with every document, of vectors that are finite on both sides.
 
         Scores are cosines. If the reference normalizes its vectors, the artifact's score is the
         plain dot product, as users compute it, so a vector that is not of unit length shows.
 
         Args:
-            found: float32 [texts, dim].
+            results: float32 [texts, dim].
             expected: float32 [texts, dim or more].
 
         Returns:
             (the artifact's, the reference's), float64 [queries, documents].
         """
         if not _is_unit(expected):
-            found = unit(found)
-        expected = unit(expected[:, : found.shape[1]])
-        good = finite_rows(found) & finite_rows(expected)
+            results = unit(results)
+        expected = unit(expected[:, : results.shape[1]])
+        good = finite_rows(results) & finite_rows(expected)
         queries, documents = good & self.is_query, good & ~self.is_query
-        scores = found[queries].astype(np.float64) @ found[documents].T
+        scores = results[queries].astype(np.float64) @ results[documents].T
         return scores, expected[queries] @ expected[documents].T
 
-    def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
+    def compare(self, results: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
         """Compare the artifact's vectors with one run of the reference.
 
         Args:
-            found: float32 [texts, dim]; dim is less than hidden_size if the artifact has a baked-in
-                MRL dimension.
-            expected: float32 [texts, hidden_size].
+            results: float32 [texts, dim].
+            expected: float32 [texts, dim or more]: an artifact may have a baked-in MRL dimension.
             run: The run's name.
         """
-        width = found.shape[1]
-        scores, expected_scores = self.scores(found, expected)
-        good = finite_rows(found) & finite_rows(expected[:, :width])
+        width = results.shape[1]
+        scores, expected_scores = self.scores(results, expected)
+        good = finite_rows(results) & finite_rows(expected[:, :width])
         expected = unit(expected[:, :width])
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
             compared=int(good.sum()),
-            figures=cosine_figures(found[good], expected[good])
+            figures=cosine_figures(results[good], expected[good])
             | difference_figures(scores, expected_scores)
             | rank_figures(zip(scores, expected_scores, strict=True)),
             dimensions={
-                dim: cosine_figures(found[good, :dim], expected[good, :dim])
+                dim: cosine_figures(results[good, :dim], expected[good, :dim])
                 for dim in MRL_DIMS
                 if dim < width and good.any()
             },
@@ -146,14 +147,14 @@ class EmbeddingTask:
         """The artifact's vectors of a retrieval set."""
         return encode_set(embedder, data, progress=progress)
 
-    def measure(self, found: Vectors, data: RetrievalSet) -> SetQuality:
+    def measure(self, results: Vectors, data: RetrievalSet) -> SetQuality:
         """The artifact's retrieval quality, from the vectors that `run_set` returned."""
-        return vector_quality(found, choose_dims(found[0].shape[1]), data)
+        return vector_quality(results, mrl_dims(results[0].shape[1]), data)
 
     def gates(
         self,
         comparison: Comparison,
-        found: np.ndarray,
+        results: np.ndarray,
         expected: np.ndarray,
         thresholds: Thresholds,
     ) -> list[Gate]:
@@ -161,13 +162,13 @@ class EmbeddingTask:
 
         Args:
             comparison: From `compare`.
-            found: float32 [texts, dim].
+            results: float32 [texts, dim].
             expected: float32 [texts, dim or more].
             thresholds: The limits.
         """
         figures, limit = comparison.figures, thresholds.min_cosine
         gates = [
-            _length_gate(found, expected, thresholds),
+            _length_gate(results, expected, thresholds),
             Gate("minimum cosine", figures.get("minimum cosine", np.nan), "≥", limit),
         ]
         if MRL_GATE in comparison.dimensions:
@@ -196,11 +197,9 @@ class EmbeddingTask:
 
     def _by_prompt(self) -> Iterable[tuple[str | None, list[int]]]:
         """Each prompt with the indices of its texts."""
-        indices: dict[str | None, list[int]] = {}
         for i, sample in enumerate(self.samples):
             check_text(i, (sample.prompt or "") + sample.text)
-            indices.setdefault(sample.prompt, []).append(i)
-        return indices.items()
+        return group_indices(sample.prompt for sample in self.samples).items()
 
 
 @dataclass(frozen=True)
@@ -234,39 +233,41 @@ class RerankerTask:
 
     def artifact_ids(self, reranker: Reranker) -> list[np.ndarray]:
         """Each pair's token ids, by the artifact's tokenizer."""
-        return reranker.tokenizer.encode(self._tuples()).ids
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.pairs)
+        for instruction, indices in group_indices(pair.instruction for pair in self.pairs).items():
+            pairs = [(self.pairs[i].query, self.pairs[i].document) for i in indices]
+            encoded = reranker.tokenizer.encode(pairs, instruction)
+            for i, row in zip(indices, encoded.ids, strict=True):
+                rows[i] = row
+        return rows
 
     def run(self, reranker: Reranker, *, progress: bool) -> np.ndarray:
         """The artifact's scores: float32 [pairs]."""
-        return reranker.score_pairs(self._tuples(), progress=progress)
+        return score_pairs(partial(reranker.score_pairs, progress=progress), self.pairs)
 
-    def agreement(self, found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    def agreement(self, results: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The absolute score differences: [n] and [n] to float64 [n]."""
         with np.errstate(invalid="ignore"):  # infinity - infinity
-            return np.abs(found.astype(np.float64) - expected)
+            return np.abs(results.astype(np.float64) - expected)
 
-    def comparable(self, found: np.ndarray) -> np.ndarray:
+    def comparable(self, results: np.ndarray) -> np.ndarray:
         """The artifact's scores as probabilities, [pairs]; NaN and infinity stay as they are."""
-        if not self.log_odds:
-            return found
-        with np.errstate(over="ignore"):
-            probabilities = (1 / (1 + np.exp(-found.astype(np.float64)))).astype(np.float32)
-        return np.where(np.isfinite(found), probabilities, found)
+        return sigmoid(results) if self.log_odds else results
 
-    def scores(self, found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, results: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(artifact's, reference's) scores that are finite on both sides: float64 [pairs]."""
-        good = finite_rows(found) & finite_rows(expected)
-        return found[good].astype(np.float64), expected[good].astype(np.float64)
+        good = finite_rows(results) & finite_rows(expected)
+        return results[good].astype(np.float64), expected[good].astype(np.float64)
 
-    def compare(self, found: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
+    def compare(self, results: np.ndarray, expected: np.ndarray, run: str) -> Comparison:
         """Compare the artifact's scores [pairs] with one run of the reference [pairs]."""
-        good = finite_rows(found) & finite_rows(expected)
+        good = finite_rows(results) & finite_rows(expected)
         return Comparison(
             reference=run,
             reference_nonfinite=int((~finite_rows(expected)).sum()),
             compared=int(good.sum()),
-            figures=difference_figures(found[good], expected[good])
-            | rank_figures((found[rows], expected[rows]) for rows in self._by_query(good)),
+            figures=difference_figures(results[good], expected[good])
+            | rank_figures((results[rows], expected[rows]) for rows in self._by_query(good)),
             dimensions={},
         )
 
@@ -274,14 +275,14 @@ class RerankerTask:
         """The artifact's scores of a retrieval set's candidates, [pairs]."""
         return score_set(reranker, data, progress=progress)
 
-    def measure(self, found: np.ndarray, data: RetrievalSet) -> SetQuality:
+    def measure(self, results: np.ndarray, data: RetrievalSet) -> SetQuality:
         """The artifact's reranking quality, from the scores that `run_set` returned."""
-        return score_quality(found, data)
+        return score_quality(results, data)
 
     def gates(
         self,
         comparison: Comparison,
-        found: np.ndarray,
+        results: np.ndarray,
         expected: np.ndarray,
         thresholds: Thresholds,
     ) -> list[Gate]:
@@ -289,27 +290,27 @@ class RerankerTask:
 
         Args:
             comparison: From `compare`.
-            found: float32 [pairs].
+            results: float32 [pairs].
             expected: float32 [pairs].
             thresholds: The limits.
         """
         return [
             _score_gate(comparison, thresholds),
-            self._order_gate(found, expected, thresholds.tie_margin),
+            self._order_gate(results, expected, thresholds.tie_margin),
         ]
 
-    def _order_gate(self, found: np.ndarray, expected: np.ndarray, margin: float) -> Gate:
+    def _order_gate(self, results: np.ndarray, expected: np.ndarray, margin: float) -> Gate:
         """The gate on document pairs of one query that the artifact does not rank as the reference.
 
         Documents whose reference scores differ by the margin or less are tied and not counted.
         """
         ordered, swapped, detail = 0, 0, ""
-        for rows in self._by_query(finite_rows(found) & finite_rows(expected)):
+        for rows in self._by_query(finite_rows(results) & finite_rows(expected)):
             order = rows[np.argsort(-expected[rows], kind="stable")]
             for place, higher in enumerate(order[:-1]):
                 lower = order[place + 1 :]
                 lower = lower[expected[higher] - expected[lower] > margin]
-                swapped_documents = lower[found[lower] >= found[higher]]
+                swapped_documents = lower[results[lower] >= results[higher]]
                 if len(swapped_documents) and not detail:
                     detail = f"pair {swapped_documents[0]} is not below pair {higher}"
                 ordered += len(lower)
@@ -323,17 +324,33 @@ class RerankerTask:
 
     def _by_query(self, good: np.ndarray) -> list[np.ndarray]:
         """Indices of each query's pairs where `good`, bool [pairs], is true."""
-        rows: dict[str, list[int]] = {}
-        for i in np.flatnonzero(good):
-            rows.setdefault(self.pairs[i].query, []).append(int(i))
-        return [np.array(indices) for indices in rows.values()]
+        queries = group_indices((pair.query, pair.instruction) for pair in self.pairs)
+        groups = [np.array(indices) for indices in queries.values()]
+        return [rows[good[rows]] for rows in groups if good[rows].any()]
 
     def invariance_limit(self, thresholds: Thresholds) -> float:
         """The limit for the invariance suite."""
         return thresholds.max_invariance_difference
 
-    def _tuples(self) -> list[tuple[str, str]]:
-        return [(pair.query, pair.document) for pair in self.pairs]
+
+AnyTask = EmbeddingTask | RerankerTask
+
+
+def score_pairs(score: Callable[..., np.ndarray], pairs: Sequence[Pair]) -> np.ndarray:
+    """Scores of pairs, which may have several instructions.
+
+    Args:
+        score: Maps (query, document) tuples and the keyword `instruction` to scores.
+        pairs: The pairs.
+
+    Returns:
+        float32 [pairs].
+    """
+    scores = np.empty(len(pairs), np.float32)
+    for instruction, indices in group_indices(pair.instruction for pair in pairs).items():
+        texts = [(pairs[i].query, pairs[i].document) for i in indices]
+        scores[indices] = score(texts, instruction=instruction)
+    return scores
 
 
 def _is_unit(vectors: np.ndarray) -> bool:
@@ -342,15 +359,15 @@ def _is_unit(vectors: np.ndarray) -> bool:
     return bool((np.abs(lengths - 1) < UNIT).all())
 
 
-def _length_gate(found: np.ndarray, expected: np.ndarray, thresholds: Thresholds) -> Gate:
+def _length_gate(results: np.ndarray, expected: np.ndarray, thresholds: Thresholds) -> Gate:
     """The gate on the vectors' length: 1, or the reference's if it does not normalize."""
-    lengths = np.linalg.norm(found.astype(np.float64), axis=1)
+    lengths = np.linalg.norm(results.astype(np.float64), axis=1)
     name, limit = "vectors' length to 1", thresholds.max_length_error
     if not _is_unit(expected):
         name = "vectors' length to the reference's"
-        lengths /= np.linalg.norm(expected[:, : found.shape[1]].astype(np.float64), axis=1)
+        lengths /= np.linalg.norm(expected[:, : results.shape[1]].astype(np.float64), axis=1)
         # An error that the cosine limit allows can change the length by this much.
-        limit = max(limit, (2 * (1 - thresholds.min_cosine)) ** 0.5)
+        limit = max(limit, (2 * max(1 - thresholds.min_cosine, 0)) ** 0.5)
     lengths = lengths[np.isfinite(lengths)]
     error = float(np.abs(lengths - 1).max()) if len(lengths) else np.nan
     return Gate(name, error, "≤", limit)
@@ -367,7 +384,7 @@ def choose_inputs(
     texts: Sequence[str | Sample] | None,
     pairs: Sequence[tuple[str, str] | Pair] | None,
     prompts: Iterable[str] = (),
-) -> EmbeddingTask | RerankerTask:
+) -> AnyTask:
     """The inputs for an artifact's task: the caller's, or built-in ones.
 
     Args:

@@ -99,10 +99,10 @@ def find_thresholds(
     thresholds = THRESHOLDS[precision]
     if arithmetic != "fp32" and precision not in ("fp16", "bf16"):
         thresholds = replace(thresholds, **IN_16_BITS)
-    if min_cosine is not None:
-        thresholds = replace(thresholds, min_cosine=min_cosine)
-    if max_score_difference is not None:
-        thresholds = replace(thresholds, max_score_difference=max_score_difference)
-    if max_ndcg_loss is not None:
-        thresholds = replace(thresholds, max_ndcg_loss=max_ndcg_loss)
-    return thresholds
+    overrides = {
+        "min_cosine": min_cosine,
+        "max_score_difference": max_score_difference,
+        "max_ndcg_loss": max_ndcg_loss,
+    }
+    given = {name: limit for name, limit in overrides.items() if limit is not None}
+    return replace(thresholds, **given)

@@ -167,15 +167,15 @@ def _multiply_packed(
     is_row, is_output = row < tokens, output < outputs
     x_row = x + row.to(tl.int64)[:, None] * width
     # Bytes are read as [inputs, outputs].
-    place = codes + output.to(tl.int64)[None, :] * (groups * part_width) + column[:, None]
+    pointers = codes + output.to(tl.int64)[None, :] * (groups * part_width) + column[:, None]
     sums = tl.zeros((block_tokens, block_outputs), tl.float32)
     for index in range(groups):
-        packed = tl.load(place + index * part_width, mask=is_output[None, :], other=0)
-        beside = index * outputs + output
-        scale = tl.load(scales + beside, mask=is_output, other=0).to(tl.float32)[None, :]
+        packed = tl.load(pointers + index * part_width, mask=is_output[None, :], other=0)
+        offsets = index * outputs + output
+        scale = tl.load(scales + offsets, mask=is_output, other=0).to(tl.float32)[None, :]
         zero = scale
         if zeros is not None:
-            zero = tl.load(zeros + beside, mask=is_output, other=0)[None, :]
+            zero = tl.load(zeros + offsets, mask=is_output, other=0)[None, :]
         for part in tl.static_range(parts):
             inputs = index * group + part * part_width + column
             mask = is_row[:, None] & (inputs < width)[None, :]
@@ -184,9 +184,9 @@ def _multiply_packed(
                 packed, scale, zero, levels, bits, part, zeros is not None, levels is not None
             )
             sums = tl.dot(rows, values.to(rows.dtype), sums)
-    place = out + row.to(tl.int64)[:, None] * outputs + output[None, :]
+    pointers = out + row.to(tl.int64)[:, None] * outputs + output[None, :]
     mask = is_row[:, None] & is_output[None, :]
-    tl.store(place, sums.to(out.dtype.element_ty), mask=mask)
+    tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -202,13 +202,13 @@ def _unpack(
     column = tl.arange(0, part_width)
     is_output = output < outputs
     row = output.to(tl.int64)[:, None]
-    place = codes + row * (groups * part_width) + index * part_width + column[None, :]
-    packed = tl.load(place, mask=is_output[:, None], other=0)
-    beside = index * outputs + output
-    scale = tl.load(scales + beside, mask=is_output, other=0).to(tl.float32)[:, None]
+    pointers = codes + row * (groups * part_width) + index * part_width + column[None, :]
+    packed = tl.load(pointers, mask=is_output[:, None], other=0)
+    offsets = index * outputs + output
+    scale = tl.load(scales + offsets, mask=is_output, other=0).to(tl.float32)[:, None]
     zero = scale
     if zeros is not None:
-        zero = tl.load(zeros + beside, mask=is_output, other=0)[:, None]
+        zero = tl.load(zeros + offsets, mask=is_output, other=0)[:, None]
     for part in tl.static_range(parts):
         inputs = index * group + part * part_width + column
         values = _values(
@@ -235,15 +235,17 @@ def _multiply_int8(
     is_row, is_output = row < tokens, output < outputs
     column = tl.arange(0, block_inputs)
     x_place = x + row.to(tl.int64)[:, None] * width + column[None, :]
-    place = weight + output.to(tl.int64)[None, :] * width + column[:, None]
+    pointers = weight + output.to(tl.int64)[None, :] * width + column[:, None]
     sums = tl.zeros((block_tokens, block_outputs), tl.int32)
     for start in range(0, width, block_inputs):
         is_input = start + column < width
         rows = tl.load(x_place + start, mask=is_row[:, None] & is_input[None, :], other=0)
-        values = tl.load(place + start, mask=is_input[:, None] & is_output[None, :], other=0)
+        values = tl.load(pointers + start, mask=is_input[:, None] & is_output[None, :], other=0)
         sums = tl.dot(rows, values, sums, out_dtype=tl.int32)
     row_scale = tl.load(x_scales + row, mask=is_row, other=0)[:, None]
     scale = tl.load(scales + output, mask=is_output, other=0)[None, :]
-    place = out + row.to(tl.int64)[:, None] * outputs + output[None, :]
+    pointers = out + row.to(tl.int64)[:, None] * outputs + output[None, :]
     mask = is_row[:, None] & is_output[None, :]
-    tl.store(place, (sums.to(tl.float32) * row_scale * scale).to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        pointers, (sums.to(tl.float32) * row_scale * scale).to(out.dtype.element_ty), mask=mask
+    )

@@ -25,11 +25,6 @@ class Matrix(Protocol):
         """Multiply each row by the matrix: [tokens, out] in `dtype`."""
         ...
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors, without a buffer that matrices share."""
-        ...
-
 
 @dataclass(frozen=True)
 class PlainMatrix:
@@ -40,11 +35,6 @@ class PlainMatrix:
     def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
         """As `Matrix`."""
         return functional.linear(rows.values, self.weight)
-
-    @property
-    def nbytes(self) -> int:
-        """As `Matrix`."""
-        return self.weight.nbytes
 
 
 @dataclass(frozen=True)
@@ -69,11 +59,6 @@ class ScaledMatrix:
             output_dtype=dtype,
             use_fast_accum=True,
         )
-
-    @property
-    def nbytes(self) -> int:
-        """As `Matrix`."""
-        return self.weight.nbytes + self.scales.nbytes
 
 
 @dataclass(frozen=True)
@@ -110,26 +95,6 @@ class PackedMatrix:
         kernels.unpack(*parts, weight)
         return functional.linear(rows.values, weight)
 
-    @property
-    def nbytes(self) -> int:
-        """As `Matrix`."""
-        parts = (self.codes, self.scales, self.zeros, self.levels)
-        return sum(part.nbytes for part in parts if part is not None)
-
-    def unpacked(self) -> torch.Tensor:
-        """Its values in plain torch, float32 [out, in]: what both kernels should give."""
-        parts = self.codes.view(len(self.codes), len(self.scales), -1)
-        if self.bits == 4:
-            parts = torch.cat([parts & 15, parts >> 4], dim=2)
-        scales = self.scales.t().float()[:, :, None]
-        if self.levels is not None:
-            values = self.levels[parts.long()] * scales
-        else:
-            middle = 1 << (self.bits - 1)
-            zeros = middle if self.zeros is None else self.zeros.t().float()[:, :, None]
-            values = (parts.float() - zeros) * scales
-        return values.flatten(1)[:, : self.width]
-
 
 @dataclass(frozen=True)
 class StackedMatrix:
@@ -140,11 +105,6 @@ class StackedMatrix:
     def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
         """As `Matrix`."""
         return torch.cat([part(rows, dtype) for part in self.parts], dim=1)
-
-    @property
-    def nbytes(self) -> int:
-        """As `Matrix`."""
-        return sum(part.nbytes for part in self.parts)
 
 
 def pack(codes: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -170,7 +130,10 @@ def stack(parts: Sequence[Matrix]) -> Matrix:
             torch.cat([part.weight for part in scaled]),
             torch.cat([part.scales for part in scaled], dim=1),
         )
-    forms = {(part.bits, part.group, part.levels is None) for part in packed}
+    forms = {
+        (part.bits, part.group, part.levels if part.levels is None else tuple(part.levels.tolist()))
+        for part in packed
+    }
     if len(packed) < len(parts) or len(forms) > 1:
         return StackedMatrix(parts)
     zeros = None

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ...checkpoint.quantization_config import GRAPH_GROUPS, LibraryQuantization
 from ...checkpoint.spec import ModelSpec
 from ...checkpoint.tensor_files import TensorInfo, read_headers
 from ...strict_json import parse_json
+from ..checkpoint import dtype_and_shape, find_tensor, read_stored
 
 STATE = "quant_state.bitsandbytes__nf4"
 
@@ -60,32 +60,21 @@ def read_nf4(headers: Mapping[str, TensorInfo], matrix: str, shape: tuple[int, .
         return None
     state = _state(headers, name)
     outputs, width = shape
-    stored = _read(headers, name).view(outputs, width // 2)
+    stored = read_stored(headers, name).view(outputs, width // 2)
     group = int(state["blocksize"])
-    absmax = _read(headers, f"{name}.absmax")
+    absmax = read_stored(headers, f"{name}.absmax")
     if absmax.dtype == torch.uint8:
-        levels = _read(headers, f"{name}.nested_quant_map")[absmax.long()]
-        nested = _read(headers, f"{name}.nested_absmax")
+        levels = read_stored(headers, f"{name}.nested_quant_map")[absmax.long()]
+        nested = read_stored(headers, f"{name}.nested_absmax")
         factors = nested.repeat_interleave(int(state["nested_blocksize"]))[: len(absmax)]
         absmax = levels * factors + float(state["nested_offset"])
     scales = absmax.float().view(outputs, width // group).t().contiguous()
     codes = torch.stack([stored >> 4, stored & 15], dim=2).flatten(1)
-    return Nf4(codes, scales, _read(headers, f"{name}.quant_map").float(), group)
-
-
-def _find(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
-    return headers.get(name) or headers.get(f"model.{name}")
-
-
-def _read(headers: Mapping[str, TensorInfo], name: str) -> torch.Tensor:
-    info = _find(headers, name)
-    assert info is not None
-    with safe_open(info.file, framework="pt") as shard:
-        return shard.get_tensor(info.name)
+    return Nf4(codes, scales, read_stored(headers, f"{name}.quant_map").float(), group)
 
 
 def _state(headers: Mapping[str, TensorInfo], name: str) -> Mapping[str, Any]:
-    text = bytes(_read(headers, f"{name}.{STATE}").numpy()).decode("utf-8", "replace")
+    text = bytes(read_stored(headers, f"{name}.{STATE}").numpy()).decode("utf-8", "replace")
     try:
         state = parse_json(text)
     except ValueError:
@@ -94,13 +83,13 @@ def _state(headers: Mapping[str, TensorInfo], name: str) -> Mapping[str, Any]:
 
 
 def _is_plain(headers: Mapping[str, TensorInfo], name: str) -> bool:
-    info = _find(headers, name)
+    info = find_tensor(headers, name)
     return info is not None and info.dtype in ("BF16", "F16", "F32")
 
 
 def _fits(headers: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> bool:
     """Whether a matrix's parts are those that `read_nf4` reads."""
-    if _find(headers, f"{name}.{STATE}") is None:
+    if find_tensor(headers, f"{name}.{STATE}") is None:
         return False
     state, count = _state(headers, name), shape[0] * shape[1]
     group, nested = state.get("blocksize"), state.get("nested_blocksize")
@@ -118,7 +107,4 @@ def _fits(headers: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) 
             return False
         expected[".nested_absmax"] = ("F32", (-(-count // group // nested),))
         expected[".nested_quant_map"] = ("F32", (256,))
-    found = {part: _find(headers, f"{name}{part}") for part in expected}
-    return expected == {
-        part: None if info is None else (info.dtype, info.shape) for part, info in found.items()
-    }
+    return all(dtype_and_shape(headers, f"{name}{part}") == form for part, form in expected.items())

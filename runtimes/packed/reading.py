@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 def open_checkpoint(spec: ModelSpec, dtype: torch.dtype, device: str) -> Checkpoint:
-    """Open a checkpoint whose matrices stay as they are stored, where a product takes them so.
+    """Open a checkpoint; its matrices stay as they are stored if a product takes their format.
 
     Codes of 4 and 8 bits in groups stay packed, and so does NF4. Other formats are unpacked to
     `dtype`, and a warning names one.

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -243,6 +244,20 @@ def test_another_model(job, checkpoints, tmp_path):
     other = embedport.export(checkpoints("kv2"), tmp_path / "other", precision="int8").folder
     with pytest.raises(InputError, match="whose model_sha256 was"):
         encode_corpus(replace(job, model=str(other)), run_here)
+
+
+def test_a_checkpoint_that_pools_otherwise_is_another_model(job, checkpoints, tmp_path):
+    """Its weights, config.json and tokenizer.json are the same: a job must not go on with it."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints("kv2"), folder)
+    job = replace(job, model=str(folder), device="cpu")
+    encode_corpus(job, run_here)
+    path = folder / "1_Pooling" / "config.json"
+    config = json.loads(path.read_text())
+    modes = {"pooling_mode_lasttoken": False, "pooling_mode_mean_tokens": True}
+    path.write_text(json.dumps(config | modes))
+    with pytest.raises(InputError, match="whose model_sha256 was"):
+        encode_corpus(job, run_here)
 
 
 @pytest.mark.parametrize(

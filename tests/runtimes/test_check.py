@@ -158,7 +158,7 @@ def test_a_saturating_product_would_be_found():
     # The zero point's part is taken away as onnxruntime does, exactly.
     zero = 128 * b.astype(np.int64).sum(0)
     exact = a.astype(np.int64) @ b.astype(np.int64) - zero
-    cosines = comparison.row_cosines(saturating(a, b) - zero, exact)
+    cosines = comparison.cosines(saturating(a, b) - zero, exact)
     assert cosines.min() < comparison.UNLIKE["int8"].min_cosine
 
 

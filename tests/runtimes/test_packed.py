@@ -77,6 +77,21 @@ def make_packed(device, dtype, bits, group, form, shape=(40, 144)):
     return matrix, expected.to(device)
 
 
+def unpacked(matrix):
+    """A packed matrix's values in plain torch, float32 [out, in]."""
+    parts = matrix.codes.view(len(matrix.codes), len(matrix.scales), -1)
+    if matrix.bits == 4:
+        parts = torch.cat([parts & 15, parts >> 4], dim=2)
+    scales = matrix.scales.t().float()[:, :, None]
+    if matrix.levels is not None:
+        values = matrix.levels[parts.long()] * scales
+    else:
+        middle = 1 << (matrix.bits - 1)
+        zeros = middle if matrix.zeros is None else matrix.zeros.t().float()[:, :, None]
+        values = (parts.float() - zeros) * scales
+    return values.flatten(1)[:, : matrix.width]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("bits", "group", "form", "shape"),
@@ -96,7 +111,7 @@ def test_packed_products(device, dtype, bits, group, form, shape):
     if (device, dtype) == ("cpu", torch.bfloat16):
         pytest.skip("Triton's interpreter multiplies the bits of bf16 as integers")
     matrix, expected = make_packed(device, dtype, bits, group, form, shape)
-    torch.testing.assert_close(matrix.unpacked(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(unpacked(matrix), expected, rtol=1e-6, atol=1e-7)
     x = random(device, 5, shape[1]).to(dtype)
     parts = (matrix.codes, matrix.scales, matrix.zeros, matrix.levels, bits, group)
     out = torch.full(shape, float("nan"), dtype=dtype, device=device)
@@ -153,14 +168,19 @@ def test_matrices_of_one_form_are_one_product():
     wide, _ = make_packed("cpu", dtype, 4, 64, "symmetric", (16, 64))
     both = stack([first, second])
     assert isinstance(both, PackedMatrix)
-    values = torch.cat([first.unpacked(), second.unpacked()])
-    torch.testing.assert_close(both.unpacked(), values, rtol=0, atol=0)
+    values = torch.cat([unpacked(first), unpacked(second)])
+    torch.testing.assert_close(unpacked(both), values, rtol=0, atol=0)
+    nf4, _ = make_packed("cpu", dtype, 4, 32, "nf4", (16, 64))
+    assert nf4.levels is not None
+    assert isinstance(stack([nf4, nf4]), PackedMatrix)
+    other = replace(nf4, levels=nf4.levels.flip(0))
+    assert isinstance(stack([nf4, other]), StackedMatrix)  # a product has one table of levels
     if torch.cuda.is_available():
         return
-    mixed = stack([first, wide, PlainMatrix(second.unpacked().to(dtype))])
+    mixed = stack([first, wide, PlainMatrix(unpacked(second).to(dtype))])
     assert isinstance(mixed, StackedMatrix)
     rows = Rows(random("cpu", 3, 64).to(dtype))
-    values = torch.cat([first.unpacked(), wide.unpacked(), second.unpacked()])
+    values = torch.cat([unpacked(first), unpacked(wide), unpacked(second)])
     expected = rows.values.float() @ values.to(dtype).float().t()
     torch.testing.assert_close(mixed(rows, dtype).float(), expected, rtol=2**-7, atol=2e-2)
 
@@ -216,8 +236,8 @@ def test_layers(small, monkeypatch, method):
     rows = rows_of(spec)
     ids, lengths = np.concatenate(rows), np.array(LENGTHS)
     found = layers(ids, lengths)
-    unpacked = replace(spec, quantization=find_stored(spec)) if method == "w8a8" else spec
-    base, finish = load_base(unpacked, torch.float32, "cpu"), torch.nn.functional.normalize
+    plain = replace(spec, quantization=find_stored(spec)) if method == "w8a8" else spec
+    base, finish = load_base(plain, torch.float32, "cpu"), torch.nn.functional.normalize
     if method == "w8a8":
         for module in base.modules():
             if isinstance(module, torch.nn.Linear):
@@ -242,5 +262,12 @@ def weight_bytes(layers):
     for layer in layers._layers:
         gains = (layer.input_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)
         matrices = (layer.qkv, layer.out, layer.gate_up, layer.down)
-        total += sum(each.nbytes for each in (*gains, *matrices))
+        total += sum(gain.nbytes for gain in gains) + sum(map(matrix_bytes, matrices))
     return total
+
+
+def matrix_bytes(matrix):
+    """Bytes of a matrix's tensors, without the buffer that matrices share."""
+    parts = {name: part for name, part in vars(matrix).items() if name != "buffer"}
+    stacked = sum(map(matrix_bytes, parts.pop("parts", ())))
+    return stacked + sum(part.nbytes for part in parts.values() if isinstance(part, torch.Tensor))

@@ -68,7 +68,7 @@ def differing(model, max_length=64):
     return {
         outcome.case
         for outcome in run_suite(model, ROWS, max_length)
-        if not np.allclose(outcome.found, outcome.alone, atol=1e-5)
+        if not np.allclose(outcome.results, outcome.alone, atol=1e-5)
     }
 
 
@@ -119,8 +119,8 @@ def test_long_rows_are_tried_as_far_as_the_model_takes_them(max_length, expected
 
 def test_scores_are_one_number_a_row():
     for outcome in run_suite(lambda ids, mask: correct(ids, mask)[:, 0], ROWS, 64):
-        np.testing.assert_allclose(outcome.found, outcome.alone, atol=1e-6)
-        assert outcome.found.ndim == 1
+        np.testing.assert_allclose(outcome.results, outcome.alone, atol=1e-6)
+        assert outcome.results.ndim == 1
 
 
 @pytest.mark.parametrize("rows", [ROWS, [np.arange(400)] * 36, ROWS[:3], [np.arange(1)]])

@@ -1,5 +1,6 @@
 """The error layer by layer, on graphs of every kind and on a layer that was changed."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from embedport.errors import InputError
 from embedport.runtimes import read_info
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.layers import TEXTS, TOKENS, layer_errors, sample_rows
@@ -90,6 +92,23 @@ def test_nan_stays_nan(folders, tmp_path):
     errors = layer_errors(read_info(made.artifact), reference, rows)
     assert errors[0].relative_error_max < 1e-6
     assert np.isnan([errors[1].relative_error_mean, errors[1].cosine_min]).all()
+
+
+def test_a_checkpoint_with_fewer_layers(folders, tmp_path):
+    made = folders("embedding")
+    checkpoint = Path(shutil.copytree(made.checkpoint, tmp_path / "shallow"))
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["layer_types"] = (config.get("layer_types") or [])[:1] or None
+    path.write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (shard,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(shard)
+    first = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(first, shard, metadata={"format": "pt"})
+    reference = open_live(checkpoint, task="embedding", max_length=512)
+    rows = reference.token_ids(builtin_samples()[:2])
+    with pytest.raises(InputError, match="the artifact has 2 layers and the reference 1"):
+        layer_errors(read_info(made.artifact), reference, rows)
 
 
 def test_the_sample_is_bounded():

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from embedport.runtimes.vectors import cosines
 from embedport.validation.measures import (
     cosine_figures,
-    cosines,
     difference_figures,
     finite_rows,
     kendall_tau,

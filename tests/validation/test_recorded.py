@@ -26,7 +26,13 @@ from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.opening import open_live
-from embedport.validation.recorded import KEY, describe_set, read_recorded, write_recorded
+from embedport.validation.recorded import (
+    KEY,
+    describe_set,
+    is_recorded,
+    read_recorded,
+    write_recorded,
+)
 from embedport.validation.tasks import choose_inputs
 
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 200]
@@ -226,6 +232,26 @@ def test_inputs_cut_elsewhere(folders, tmp_path):
         made.checkpoint, file, ["tea"], device="cpu", max_length=33, force=True
     )
     assert validate(made.artifact, file).passed
+
+
+def test_a_length_without_room(checkpoints, tmp_path):
+    for task, max_length, message in (
+        ("embedding", 0, "max_length should be at least 1, found 0"),
+        ("reranker", 5, "max_length 5 leaves no room"),
+    ):
+        with pytest.raises(InputError, match=message):
+            embedport.record_reference(
+                checkpoints("kv2", task),
+                tmp_path / "short.reference",
+                task=task,
+                device="cpu",
+                max_length=max_length,
+            )
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/model"])
+def test_names_that_no_file_can_have(name):
+    assert not is_recorded(name)
 
 
 def test_another_set(folders, tmp_path, data):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from dataclasses import replace
 from math import log2
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 
 import embedport
 from embedport.errors import InputError
+from embedport.runtimes.vectors import mrl_dims
 from embedport.texts import ranking
 from embedport.texts.beir import RetrievalSet, read_beir, write_candidates
 from embedport.texts.ranking import candidate_pairs, measure, search
 from embedport.validation.library import LibraryReference
 from embedport.validation.retrieval import (
     bootstrap,
-    choose_dims,
     compare_quality,
     score_quality,
     vector_quality,
@@ -159,14 +160,14 @@ def test_equal_vectors_lose_nothing_and_swapped_ones_show(folder):
     generator = np.random.default_rng(0)
     documents = generator.standard_normal((5, 64)).astype(np.float32)
     queries = documents[:3] + 0.1 * generator.standard_normal((3, 64)).astype(np.float32)
-    right = vector_quality((queries, documents), choose_dims(64), data)
+    right = vector_quality((queries, documents), mrl_dims(64), data)
     same = compare_quality(right, right, data, "fp16, cuda")
     assert same.ndcg_loss == 0
     assert {(row.low, row.high) for row in same.rows} == {(0, 0)}
     assert [row.dimension for row in same.rows] == [64] * 3 + [32] * 3
     assert same.rows[0].artifact == 1
     assert same.reference == "fp16, cuda"
-    wrong = vector_quality((queries[::-1], documents), choose_dims(64), data)
+    wrong = vector_quality((queries[::-1], documents), mrl_dims(64), data)
     swapped = compare_quality(wrong, right, data, "fp16, cuda")
     assert swapped.ndcg_loss is not None
     assert swapped.ndcg_loss > 0.2
@@ -192,6 +193,15 @@ def test_equal_scores_measure_nothing(folder):
     # One query's are enough.
     expected = score_quality(np.array([0.1, *[0.5] * 14], np.float32), data)
     assert compare_quality(found, expected, data, "fp32, cpu").ndcg_loss is not None
+
+
+def test_a_reference_that_finds_nothing_measures_nothing(folder):
+    """Nothing can be lost of a quality of zero."""
+    data = read_beir(folder)
+    right = score_quality(np.arange(15, dtype=np.float32), data)
+    nothing = replace(right, measures={0: {"nDCG@10": np.zeros(3)}})
+    report = compare_quality(nothing, nothing, data, "fp32, cpu")
+    assert (report.measured, report.ndcg_loss) == (False, None)
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import embedport
 from embedport.artifact.folder import Artifact
 from embedport.errors import InputError
 from embedport.texts.prompts import Encoded, query_prompt
+from embedport.texts.ranking import unit
 from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation import gates
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
-from embedport.validation.measures import unit
 from embedport.validation.tasks import EmbeddingTask, RerankerTask
 from embedport.validation.thresholds import THRESHOLDS, find_thresholds
 
@@ -264,6 +265,9 @@ def test_lengths_are_the_references():
         assert (length.passed, cosine.passed) == (error == 0, True)
         # Cosines: long vectors are no better.
         assert comparison.figures["maximum score difference"] == pytest.approx(0, abs=1e-6)
+    beyond = find_thresholds("fp32", min_cosine=1.1)  # no cosine reaches it
+    length, cosine, *_ = task.gates(comparison, expected, expected, beyond)
+    assert (length.passed, cosine.passed) == (True, False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -544,8 +548,9 @@ def test_each_text_is_run_under_its_prompt(folders):
         np.testing.assert_allclose(vector, expected, atol=1e-6)
 
 
-def test_pairs_may_be_tuples(folders):
-    report = validate(folders("reranker"), pairs=[("a query", "a document"), ("b", "a document")])
+def test_pairs_may_be_tuples_or_have_an_instruction(folders):
+    pairs = [("a query", "a document"), Pair("b", "a document", "Find the statute")]
+    report = validate(folders("reranker"), pairs=pairs)
     assert report.passed
     figures = report.comparisons[0].figures
     assert {name for name, value in figures.items() if value is not None} == {
@@ -577,6 +582,15 @@ def test_another_models_checkpoint(folders, checkpoints):
         InputError, match=r"the artifact was made from .*\(64, \d+\); the reference"
     ):
         embedport.validate(folders("embedding").artifact, checkpoints("kv1"), device="cpu")
+
+
+def test_a_checkpoint_with_shorter_vectors(folders, tmp_path):
+    made = folders("embedding")
+    checkpoint = Path(shutil.copytree(made.checkpoint, tmp_path / "shorter"))
+    path = checkpoint / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 24}))
+    with pytest.raises(InputError, match="vectors have 64 values and the reference's 24"):
+        embedport.validate(made.artifact, checkpoint, ["a"], device="cpu", record=False)
 
 
 def test_other_weights_than_it_was_made_of(folders, checkpoints, caplog):
