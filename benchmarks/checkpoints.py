@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CACHE, checkpoint, require_space
+from .checkpoint import CACHE, checkpoint, require_space, scratch
 from .machine import RESULTS, describe, print_table, read_kept
 from .process import ours, run
 
@@ -37,15 +36,13 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
     from embedport.texts.beir import BUILTIN, read_beir
 
     _read(results)
-    CACHE.mkdir(parents=True, exist_ok=True)
     # Fewer queries for the reranker, which scores fifty pairs per query.
     sets = {
         "embedding": read_beir(BUILTIN),
         "reranker": read_beir(BUILTIN, max_queries=RERANKED_QUERIES),
     }
     sources = {"embedding": builtin_embedder(), "reranker": builtin_reranker()}
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         for name, options in WAYS.items():
             row_figures: dict[str, dict[str, Any]] = {}
             for task, source in sources.items():

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from embedport.errors import DeviceError, MissingPackageError, require
 from embedport.machine.gpu import call, current_device
 from embedport.validation.measures import cosines
 
-from .checkpoint import CACHE, ROOT, checkpoint
+from .checkpoint import ROOT, checkpoint, scratch
 from .gpu_paths import PAIR, PATHS, REFERENCE
 from .machine import describe, print_table
 
@@ -57,9 +56,7 @@ def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "
             _write(results, {"machine": None, "rows": _rows_not_run(str(error))})
         return
     rows: dict[str, Any] = {}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         source = source or checkpoint("0.6b")
         inputs = _write_inputs(source, folder)
         for i, name in enumerate(PATHS):

@@ -7,7 +7,6 @@ the CPU's instructions in every case.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -17,7 +16,7 @@ import numpy as np
 
 from embedport.runtimes.ort_custom_ops import NONE, VARIABLE, register_kernels
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours
 
@@ -34,17 +33,16 @@ def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
         results: Folder of the results.
     """
     source = checkpoint("0.6b-4")
-    CACHE.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     for precision in PRECISIONS:
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            graph = export_ours(source, Path(folder), precision) / "onnx" / "model.onnx"
+        with scratch() as folder:
+            graph = export_ours(source, folder, precision) / "onnx" / "model.onnx"
             figures[precision] = _race(graph, rounds)
     rows = []
     for precision, shapes in figures.items():
         for shape, runners in shapes.items():
             cells = [
-                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**each) for each in runners.values()
+                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**speed) for speed in runners.values()
             ]
             rows.append([precision, shape, *cells])
     print_table(["", "rows x tokens", *next(iter(figures["fp32"].values()))], rows)

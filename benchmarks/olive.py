@@ -9,7 +9,6 @@ more times, without a quarter of the texts each, and ours is rounded in more ran
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from embedport.artifact.folder import Artifact
 
-from .checkpoint import CACHE
+from .checkpoint import scratch
 from .machine import RESULTS, print_table, save
 from .process import run, script
 
@@ -49,16 +48,14 @@ def against_olive(results: Path = RESULTS) -> None:
     from embedport.files import MANIFEST
 
     source = builtin_embedder()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         held_out = _HeldOut(embedport.export(source, folder / "fp32").folder)
         rows = _tokenize(source)
         figures: dict[str, dict[str, Any]] = {}
 
         def add(name: str, seconds: float, size: int, embed: Embed) -> None:
             figures[name] = held_out.figures(embed) | {"bytes": size, "seconds": round(seconds, 1)}
-            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+            print_table(["", *COLUMNS], [_cells(*row) for row in figures.items()])
 
         def build(name: str, kind: str, group: int, texts: Sequence[np.ndarray]) -> None:
             out = folder / f"olive-{len(figures)}"
@@ -77,8 +74,8 @@ def against_olive(results: Path = RESULTS) -> None:
             add(f"embedport {name}", seconds, graph_bytes(artifact.graph), embedder.embed_rows)
             return artifact
 
-        for name, recipe in RECIPES.items():
-            build(name, *recipe, rows)
+        for name, (kind, group) in RECIPES.items():
+            build(name, kind, group, rows)
         mixture = next(iter(RECIPES))
         budget = figures[mixture]["bytes"]
         size = f"--precision auto --max-bytes {budget}"
@@ -94,10 +91,10 @@ def against_olive(results: Path = RESULTS) -> None:
         for part in range(PARTS):
             others = [row for i, row in enumerate(rows) if i % PARTS != part]
             build(f"{mixture}, texts without part {part}", *RECIPES[mixture], others)
-        found = json.loads((mixed.folder / MANIFEST).read_text())["recipe"]
+        recipe = json.loads((mixed.folder / MANIFEST).read_text())["recipe"]
         for seed in SEEDS:
             file = folder / f"seed-{seed}.json"
-            file.write_text(json.dumps(found | {"seed": seed}))
+            file.write_text(json.dumps(recipe | {"seed": seed}))
             export(f"{size} --calibration {BUILTIN}, seed {seed}", recipe=file, calibration=BUILTIN)
         save("olive-demo", {"rows": figures}, results)
 

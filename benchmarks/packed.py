@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import run
 
@@ -39,10 +38,9 @@ print(embedder.precision, before, peak(), sep="|")
 def on_a_cpu(results: Path = RESULTS) -> None:
     """Peak memory of a bf16 checkpoint and of its W4A16, when the graph is built and afterwards."""
     figures: dict[str, dict[str, Any]] = {}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        os.environ["XDG_CACHE_HOME"] = temporary
-        source, out = checkpoint(GEOMETRY), Path(temporary) / "w4a16"
+    with scratch() as temporary:
+        os.environ["XDG_CACHE_HOME"] = str(temporary)
+        source, out = checkpoint(GEOMETRY), temporary / "w4a16"
         run([sys.executable, "-m", "benchmarks.packed", str(source), str(out), "awq"])
         for name, folder, library in (
             ("bf16", source, "torch"),

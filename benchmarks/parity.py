@@ -47,7 +47,7 @@ def against_transformers() -> None:
     keys = ("minimum cosine", "maximum score difference", "Kendall tau")
     print_table(
         ["artifact", *keys],
-        [[case, *(each.get(key, "") for key in keys)] for case, each in figures.items()],
+        [[case, *(row.get(key, "") for key in keys)] for case, row in figures.items()],
     )
     save("parity-0.6b", {"artifacts": figures})
 

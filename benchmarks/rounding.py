@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoint import CACHE
+from .checkpoint import scratch
 from .machine import RESULTS, print_table, read_kept, save
 
 COMPARED = ("rtn", "gptq", "gptaq")
@@ -107,10 +106,9 @@ def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | Non
     import embedport
     from embedport.demo.pipeline import builtin_embedder
 
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        out = Path(temporary) / "out"
-        pair = _Pair(folder or builtin_embedder().parent, Path(temporary))
+    with scratch() as temporary:
+        out = temporary / "out"
+        pair = _Pair(folder or builtin_embedder().parent, temporary)
         file = f"rounding-width-{pair.specs['embedding'].hidden_size}" if folder else NAME
         kept = read_kept(results / f"{file}.json", lambda saved: [saved["machine"]])
         figures: dict[str, dict[str, Any]] = kept.get("rows", {})
@@ -121,13 +119,13 @@ def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | Non
             figures[name] = pair.figures(
                 lambda task: make(pair.specs[task].source.folder, out), out
             )
-            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+            print_table(["", *COLUMNS], [_cells(*figure) for figure in figures.items()])
             save(file, {"rows": figures}, results)
 
         for group, algorithm, rotate in CASES:
             name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
             recipe = {"algorithm": algorithm, "rotate_heads": rotate}
-            row(name, _by_recipe(f"int4/{group}", recipe, Path(temporary) / "recipe.json"))
+            row(name, _by_recipe(f"int4/{group}", recipe, temporary / "recipe.json"))
         for name, options in ONNX.items():
             row(name, lambda source, out, o=options: embedport.export(source, out, **o))
         for name, options in CHECKPOINTS.items():
