@@ -105,6 +105,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Like `read_json`, but empty if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def without_nan(value: Any) -> Any:
     """Return a value for JSON, which has no NaN and no infinity: they become None."""
     if isinstance(value, float) and not math.isfinite(value):

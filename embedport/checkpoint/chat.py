@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..files import read_small
-from ..strict_json import read_json
+from ..strict_json import read_optional_json
 from .pipeline import MessageFormat
 from .tokens import TOKENIZER_CONFIG, special_tokens
 
@@ -123,11 +123,12 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return path, text, any((folder / FURTHER).glob("*.jinja"))
     path = folder / TOKENIZER_CONFIG
-    template = read_json(path).get("chat_template") if path.exists() else None
+    template = read_optional_json(path).get("chat_template")
     several = isinstance(template, list)
     if several:
-        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        texts = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        template = texts[-1] if texts else None
     if not isinstance(template, str) or not template:
         raise CheckpointError(
             f"{folder} has no chat template ({TEMPLATE}, or chat_template in {TOKENIZER_CONFIG})"
@@ -137,10 +138,8 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
 
 def has_template(folder: Path) -> bool:
     """Whether a folder has a chat template."""
-    path = folder / TOKENIZER_CONFIG
-    if (folder / TEMPLATE).exists():
-        return True
-    return path.exists() and bool(read_json(path).get("chat_template"))
+    settings = folder / TOKENIZER_CONFIG
+    return (folder / TEMPLATE).exists() or bool(read_optional_json(settings).get("chat_template"))
 
 
 def infer_format(folder: Path) -> MessageFormat:

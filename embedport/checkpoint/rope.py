@@ -124,8 +124,9 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
     theta = values.get("rope_theta") if theta is None else theta
     if theta is None:
         raise CheckpointError(f"{path}: rope_theta is missing")
+    theta = _number(theta, f"{path}: rope_theta")
     if kind == "default":
-        return Rope("default", _number(theta, f"{path}: rope_theta"))
+        return Rope("default", theta)
     numbers = {
         name: _number(parameters[name], f"{where}: {name}")
         for name in NUMBERS
@@ -140,7 +141,6 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
         )
     if factor is None:
         raise CheckpointError(f"{where}: factor is missing")
-    theta = _number(theta, f"{path}: rope_theta")
     if kind == "linear":
         return Rope("linear", theta, factor)
     truncate = parameters.get("truncate", True)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..strict_json import read_json
@@ -33,21 +32,15 @@ from .modules import (
 from .pipeline import TASKS, Activation, Inputs, Outputs, Task
 from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
 from .rope import Rope, read_rope
+from .settings import Settings
 from .tensor_files import tensor_names
 from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 
 CLASSIFIER = "Qwen3ForSequenceClassification"
 ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
-
-# Model card: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B (config_sentence_transformers.json).
-DEFAULT_PROMPTS = {
-    "query": (
-        "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
-        "Query:"
-    ),
-    "document": "",
-}
+# Their tensors fill a header of `files.SMALL`; a larger number would only fill the memory.
+MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -204,35 +197,6 @@ class ModelSpec:
         return shapes
 
 
-class _Config:
-    """A JSON file, read strictly: each error names the file, the key and the value found."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values = read_json(path)
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.values.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path}: {key} is missing")
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"{self.path}: {key} should be {kind.__name__}, found {value!r}")
-        if kind in (int, float) and value <= 0:
-            raise CheckpointError(f"{self.path}: {key} should be positive, found {value!r}")
-        return value
-
-    def refuse(self, key: str, *accepted: object) -> None:
-        """Raise unless the value is absent, null or one of `accepted`."""
-        value = self.values.get(key)
-        if value is not None and value not in accepted:
-            expected = " or ".join(repr(option) for option in accepted) or "absent"
-            raise CheckpointError(
-                f"{self.path}: {key} is {value!r}, and only {expected} is supported"
-            )
-
-
 def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     """Read the spec of a checkpoint that is on disk; see `ModelSpec.from_checkpoint`."""
     if task is not None and task not in TASKS:
@@ -241,7 +205,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     adapter = None if source.adapter is None else read_adapter(source.adapter.folder)
     _refuse_other_adapters(source)
     refuse_transformer_elsewhere(source.pipeline)
-    config = _Config(folder / "config.json")
+    path = folder / "config.json"
+    config = Settings(path, read_json(path))
     model_type = config.values.get("model_type")
     if model_type != "qwen3":
         raise CheckpointError(f"{config.path}: model_type should be 'qwen3', found {model_type!r}")
@@ -254,6 +219,10 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     refuse_unknown(config.values, config.path, CONFIG_READ, CONFIG_NOTES)
     config.refuse("hidden_act", "silu", "swish")
     layers = config.get("num_hidden_layers", int)
+    if layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"{config.path}: num_hidden_layers should be {MOST_LAYERS:,} at most, found {layers:,}"
+        )
     causal = _read_causal(config)
     window, window_layers = _read_windows(config, layers, causal)
     heads = config.get("num_attention_heads", int)
@@ -312,19 +281,16 @@ def with_own_head(spec: ModelSpec) -> ModelSpec:
     """
     if not spec.tied or spec.task != "reranker" or spec.score_rows is not None:
         return spec
-    has_head = "lm_head.weight" in tensor_names(spec.source.folder)
-    has_head = has_head or (spec.adapter is not None and spec.adapter.has_lm_head)
-    return replace(spec, tied=False) if has_head else spec
+    replaced = spec.adapter is not None and spec.adapter.has_lm_head
+    has_head = replaced or "lm_head.weight" in tensor_names(spec.source.folder)
+    return replace(spec, tied=not has_head)
 
 
 def _refuse_other_adapters(source: Source) -> None:
     """Refuse an adapter in the checkpoint's folder if none was asked for."""
     if source.adapter is not None:
         return
-    prefixes = ("", "*/")
-    adapters = [
-        path for prefix in prefixes for path in sorted(source.folder.glob(f"{prefix}{ADAPTER}"))
-    ]
+    adapters = [*source.folder.glob(ADAPTER), *sorted(source.folder.glob(f"*/{ADAPTER}"))]
     if adapters:
         raise CheckpointError(
             f"{adapters[0]}: the checkpoint's folder holds an adapter: give `adapter` "
@@ -366,14 +332,14 @@ def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
         )
 
 
-def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | None, tuple[int, ...]]:
+def _read_windows(
+    config: Settings, layers: int, causal: bool
+) -> tuple[int | None, tuple[int, ...]]:
     """(sliding window in tokens, the layers that have it), as in transformers' Qwen3Config."""
-    size = None
     # Absent keys have transformers' defaults.
-    if config.get("use_sliding_window", bool, False) and (
-        config.values.get("sliding_window", 4096) is not None
-    ):
-        size = config.get("sliding_window", int, 4096)
+    uses_window = config.get("use_sliding_window", bool, False)
+    has_window = uses_window and config.values.get("sliding_window", 4096) is not None
+    size = config.get("sliding_window", int, 4096) if has_window else None
     kinds = config.values.get("layer_types")
     if kinds is None:
         first = layers if size is None else config.values.get("max_window_layers", 28)
@@ -384,7 +350,11 @@ def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | Non
         window_layers = tuple(range(first, layers))
     else:
         allowed = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(allowed):
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or any(kind not in allowed for kind in kinds)
+        ):
             raise CheckpointError(
                 f"{config.path}: layer_types should be {layers} of {' or '.join(allowed)}, found "
                 f"{shown(kinds)}"
@@ -402,7 +372,7 @@ def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | Non
     return (size, window_layers) if window_layers else (None, ())
 
 
-def _read_causal(config: _Config) -> bool:
+def _read_causal(config: Settings) -> bool:
     causal = config.get("is_causal", bool, True)
     if config.values.get("use_bidirectional_attention") and causal:
         raise CheckpointError(
@@ -415,7 +385,7 @@ def _read_causal(config: _Config) -> bool:
 
 
 def _read_score_rows(
-    config: _Config, modules: Modules | None, adapter: Adapter | None
+    config: Settings, modules: Modules | None, adapter: Adapter | None
 ) -> int | None:
     """Rows of a sequence classifier's head; None if the model is not one."""
     if modules is not None and not modules.classifier:
@@ -450,7 +420,7 @@ def _read_score_rows(
 
 def _find_task(
     source: Source,
-    config: _Config,
+    config: Settings,
     modules: Modules | None,
     task: Task | None,
     adapter: Adapter | None,
@@ -498,7 +468,7 @@ def _find_task(
     return declared
 
 
-def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) -> ModelSpec:
+def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -> ModelSpec:
     folder = spec.source.pipeline
     if modules is not None:
         inputs, outputs = modules.inputs, modules.outputs
@@ -544,7 +514,7 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
 
 
 def _read_classifier_activation(
-    spec: ModelSpec, config: _Config, modules: Modules | None
+    spec: ModelSpec, config: Settings, modules: Modules | None
 ) -> Activation:
     """The activation of a classifier's score, Sigmoid by default.
 
@@ -561,7 +531,7 @@ def _read_classifier_activation(
     return "sigmoid"
 
 
-def _declared_activation(config: _Config, modules: Modules | None) -> Activation | None:
+def _declared_activation(config: Settings, modules: Modules | None) -> Activation | None:
     """The activation that CrossEncoder reads: of its own settings, else of config.json."""
     if modules is not None and modules.activation is not None:
         return modules.activation
