@@ -339,7 +339,7 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type is"),
         ("config_sentence_transformers.json", {"similarity_fn_name": "maxsim"}, "similarity_fn"),
         ("config_sentence_transformers.json", {"query_prefix": "q"}, "'query_prefix' is not known"),
-        ("sentence_bert_config.json", {"transformer_task": ["x"]}, "transformer_task should be one"),
+        ("sentence_bert_config.json", {"transformer_task": ["x"]}, "transformer_task should be"),
         ("sentence_bert_config.json", {"query_length": 32}, "'query_length' is not known here"),
         ("sentence_bert_config.json", {"query_expansion": {"length": 32}}, "'query_expansion' is"),
         ("sentence_bert_config.json", {"model_args": {"subfolder": "x"}}, "model_args sets subf"),
