@@ -7,12 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embedport.bench.machine import installed_versions
 from embedport.errors import DeviceError, MissingPackageError, require
 from embedport.machine.gpu import call, current_device
 from embedport.validation.measures import cosines
@@ -83,12 +83,7 @@ def _machine() -> dict[str, Any]:
     _, total = call("cudaMemGetInfo")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions = installed_versions(PACKAGES)
     with contextlib.suppress(MissingPackageError):
         # The imported module's version: two packages provide the module.
         versions["onnxruntime"] = require("onnxruntime", "gpu").__version__

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -80,14 +81,7 @@ def _open(graph: Path, name: str) -> Any:
     options.log_severity_level = 3
     # Otherwise the threads of idle sessions would spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = name
-    try:
+    with mock.patch.dict(os.environ, {VARIABLE: name}):
         if register_kernels(options) is None and name != NONE:
             return None
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

@@ -143,15 +143,15 @@ def build_calibration(
     else:
         ranker = load_embedder(embedder)
         built = _build_pairs(spec, str(corpus), rows, output, limit, seed, ranker, progress)
-    wanted, found = (count, built.texts) if tokens is None else (tokens, built.tokens)
+    noun, given = ("texts or pairs", built.texts) if tokens is None else ("tokens", built.tokens)
+    wanted = count if tokens is None else tokens
     # The next text may not have fitted; that much is no lack of texts.
-    if wanted is not None and found < 0.9 * wanted:
-        unit_name = "texts or pairs" if tokens is None else "tokens"
+    if wanted is not None and given < 0.9 * wanted:
         logger.warning(
             "%s gives %s %s of the %s wanted: it has too few different texts",
             corpus,
-            f"{found:,}",
-            unit_name,
+            f"{given:,}",
+            noun,
             f"{wanted:,}",
         )
     return built
@@ -167,7 +167,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _read(corpus: str | Path, progress: bool) -> Iterator[Sample]:
-    place = as_place(str(corpus)) if isinstance(corpus, str) else corpus
+    place = as_place(corpus) if isinstance(corpus, str) else corpus
     for row in stream_rows(place, progress=progress):
         if row.text.strip():
             yield Sample(row.text, row.prompt)
@@ -218,7 +218,7 @@ def _build_pairs(
     queries = LengthSampler(Limit(count=-(-most_pairs // BANDS)), seed)
     documents = LengthSampler(Limit(POOL_TOKENS, POOL), seed)
     for batch in _batches(rows):
-        lengths = [len(ids) for ids in embedder.tokenizer.encode([each.text for each in batch]).ids]
+        lengths = [len(ids) for ids in embedder.tokenizer.encode([row.text for row in batch]).ids]
         for sample, length in zip(batch, lengths, strict=True):
             if sample.prompt == "query":
                 queries.add(sample, length)

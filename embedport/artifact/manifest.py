@@ -335,6 +335,9 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
         yield key, values[key], "a size", _is_size(values[key])
     for key, size in (("embedding_dim", values["embedding_dim"]), ("truncate", outputs.truncate)):
         yield key, size, "a size", size is None or _is_size(size)
+    for answer in outputs.answers or ():
+        is_id = _is_size(answer, least=0) and answer < values["vocab_size"]
+        yield "answers", answer, "token ids", answer is None or is_id
     for dense in outputs.dense:
         for key, size in (("in", dense.in_features), ("out", dense.out_features)):
             yield f"{key}_features of Dense", size, "a size", _is_size(size)

@@ -18,18 +18,18 @@ from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER
 from .adapter import Adapter, Merge, read_adapter
 from .chat import ChatTemplate, has_template, infer_format, read_template
+from .classifier import CLASSIFIER, read_score_activation, read_score_rows
 from .hub import Source, fetch
 from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown, shown
 from .modelcard import declared_task
 from .modules import (
     Modules,
-    read_activation,
     read_modules,
     read_prompts,
     refuse_lone_pooling,
     refuse_transformer_elsewhere,
 )
-from .pipeline import TASKS, Activation, Inputs, Outputs, Task
+from .pipeline import TASKS, Inputs, Outputs, Task
 from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
 from .rope import Rope, read_rope
 from .settings import Settings
@@ -37,7 +37,6 @@ from .tensor_files import tensor_names
 from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 
-CLASSIFIER = "Qwen3ForSequenceClassification"
 ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
 # Their tensors fill a header of `files.SMALL`; a larger number would only fill the memory.
 MOST_LAYERS = 4096
@@ -265,7 +264,7 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         window_layers=window_layers,
         attention_bias=config.get("attention_bias", bool, False),
         quantization=read_quantization(config.values.get("quantization_config"), config.path),
-        score_rows=_read_score_rows(config, modules, adapter) if task == "reranker" else None,
+        score_rows=read_score_rows(config, modules, adapter) if task == "reranker" else None,
         adapter=adapter,
     )
     spec = with_own_head(_with_pipeline(spec, config, modules))
@@ -384,40 +383,6 @@ def _read_causal(config: Settings) -> bool:
     return causal
 
 
-def _read_score_rows(
-    config: Settings, modules: Modules | None, adapter: Adapter | None
-) -> int | None:
-    """Rows of a sequence classifier's head; None if the model is not one."""
-    if modules is not None and not modules.classifier:
-        return None
-    if adapter is not None and adapter.labels is not None:
-        if adapter.labels not in (1, 2):
-            raise CheckpointError(
-                f"{adapter.folder}: score.weight should have one row, yes, or two, no and yes; "
-                f"found {adapter.labels}"
-            )
-        return adapter.labels
-    if config.values.get("architectures") != [CLASSIFIER]:
-        # sentence-transformers gives other classes one label.
-        return None if modules is None else 1
-    labels, count = config.values.get("id2label"), config.values.get("num_labels")
-    if not isinstance(labels, dict | None):
-        raise CheckpointError(f"{config.path}: id2label should be an object, found {shown(labels)}")
-    if labels is not None and count not in (None, len(labels)):
-        raise CheckpointError(
-            f"{config.path}: num_labels is {count!r} and id2label has {len(labels)} labels; "
-            "transformers 5 reads the first and 4 the second: take out the one that is wrong"
-        )
-    # transformers' default is two labels.
-    rows = config.get("num_labels", int, 2) if labels is None else len(labels)
-    if rows not in (1, 2):
-        raise CheckpointError(
-            f"{config.path}: a reranker should have one label, yes, or two, no and yes; found "
-            f"{rows}: {labels!r}"
-        )
-    return rows
-
-
 def _find_task(
     source: Source,
     config: Settings,
@@ -503,7 +468,8 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
     if spec.score_rows is not None:
         skipped = config.values.get("pad_token_id")
         inputs = replace(inputs, skipped_token=skipped if isinstance(skipped, int) else None)
-        outputs = replace(outputs, activation=_read_classifier_activation(spec, config, modules))
+        activation = read_score_activation(spec.score_rows, config, modules, folder)
+        outputs = replace(outputs, activation=activation)
     for answer in outputs.answers or ():
         if answer is not None and answer >= spec.vocab_size:
             raise CheckpointError(
@@ -511,35 +477,3 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
                 f"{spec.vocab_size}"
             )
     return replace(spec, inputs=inputs, outputs=outputs)
-
-
-def _read_classifier_activation(
-    spec: ModelSpec, config: Settings, modules: Modules | None
-) -> Activation:
-    """The activation of a classifier's score, Sigmoid by default.
-
-    With two labels the score is the probability of the second: the sigmoid of the difference.
-    """
-    declared = _declared_activation(config, modules)
-    if spec.score_rows == 1:
-        return declared or "sigmoid"
-    if declared == "sigmoid":
-        raise CheckpointError(
-            f"{spec.source.pipeline}: a Sigmoid for each of two labels is not supported; take "
-            "activation_fn out if the labels exclude each other, which a softmax then compares"
-        )
-    return "sigmoid"
-
-
-def _declared_activation(config: Settings, modules: Modules | None) -> Activation | None:
-    """The activation that CrossEncoder reads: of its own settings, else of config.json."""
-    if modules is not None and modules.activation is not None:
-        return modules.activation
-    nested = config.values.get("sentence_transformers")
-    if isinstance(nested, dict) and "activation_fn" in nested:
-        name = nested["activation_fn"]
-        where = f"{config.path}: activation_fn of sentence_transformers"
-    else:
-        key = "sbert_ce_default_activation_function"
-        name, where = config.values.get(key), f"{config.path}: {key}"
-    return None if name is None else read_activation(name, where)

@@ -62,19 +62,14 @@ def bench(
     from ..bench.bench import bench as run
 
     check_output(out, ".json")
-    console = stderr_console()
-    with console.status("Starting") as status:
-
-        def say(stage: str) -> None:
-            status.update(stage)
-
+    with stderr_console().status("Starting") as status:
         result = run(
             artifacts,
             peers=peers or (),
             checkpoint=checkpoint,
             rounds=rounds,
             quick=quick,
-            say=say,
+            say=status.update,
             task=check_task(task),
         )
     text = to_json(result.to_dict(), indent=2)

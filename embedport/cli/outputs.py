@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Generator, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..tables import size_words
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..artifact.folder import Artifact
     from ..exporters.estimate import Estimate
     from ..exporters.provenance import Progress
 
@@ -68,6 +70,22 @@ def stages() -> Generator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield progress
+
+
+def print_written(artifact: Artifact, seconds: float, *facts: str) -> None:
+    """Print what was written: folder, task, precision, further facts, size and time."""
+    from rich.text import Text
+
+    manifest, size = artifact.manifest, size_words(artifact.size)
+    words = ", ".join([manifest.task, manifest.precision, *facts, size, f"in {seconds:.1f} s"])
+    line = Text.assemble((str(artifact.folder), "bold"), f": {words}")
+    stdout_console().print(line, soft_wrap=True)
+
+
+def validate_command(artifact: Artifact) -> str:
+    """The command that compares an artifact with the checkpoint that it was made from."""
+    options = artifact.manifest.source.options
+    return shlex.join(["embedport", "validate", str(artifact.folder), *options])
 
 
 def print_estimate(estimate: Estimate, *, as_json: bool) -> None:
