@@ -15,6 +15,7 @@ from .inputs import (
     AdapterOption,
     BatchTokensOption,
     DeviceOption,
+    ModelArgument,
     TaskOption,
     check_task,
     read_texts,
@@ -33,12 +34,7 @@ MOST_COMPARED = 7
 
 
 def encode(
-    artifact: Annotated[
-        Path,
-        typer.Argument(
-            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
-        ),
-    ],
+    artifact: ModelArgument,
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts to embed.", show_default=False)
     ] = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
+from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
 from .outputs import print_estimate, print_written, stages, stdout_console, validate_command
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ def export_onnx(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-    ],
+    out: ArtifactOut,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4, fp8 or auto.")
     ] = "fp32",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
+from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
 from .outputs import print_estimate, print_written, stages, stdout_console, validate_command
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ def quantize(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-    ],
+    out: ArtifactOut,
     method: Annotated[
         str,
         typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.", show_default=False),

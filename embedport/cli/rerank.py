@@ -14,6 +14,7 @@ from .inputs import (
     AdapterOption,
     BatchTokensOption,
     DeviceOption,
+    ModelArgument,
     TaskOption,
     check_task,
     read_texts,
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
 
 
 def rerank(
-    artifact: Annotated[
-        Path,
-        typer.Argument(
-            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
-        ),
-    ],
+    artifact: ModelArgument,
     query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
     documents: Annotated[
         list[str] | None, typer.Argument(help="Documents to rank.", show_default=False)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..machine.engine import LIBRARIES
-from .inputs import AdapterOption, RevisionOption, TaskOption
+from .inputs import AdapterOption, ArtifactOut, RevisionOption, TaskOption
 from .outputs import print_written, stages, stdout_console
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ def export_tensorrt(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-    ],
+    out: ArtifactOut,
     precision: Annotated[
         str | None,
         typer.Option(
