@@ -13,7 +13,7 @@ import logging
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
@@ -23,9 +23,9 @@ from .checkpoint.spec import ModelSpec, Task
 from .errors import InputError
 from .exporters.configuration import read_configuration
 from .exporters.texts import advised_tokens, encode_samples
-from .files import written
 from .runtimes import Embedder, load_embedder
 from .storage import as_place
+from .strict_json import write_jsonl
 from .texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from .texts.ranking import search, unit
 from .texts.samples import Pair, Sample
@@ -196,7 +196,7 @@ def _build_texts(
         else {"text": sample.text, "prompt": sample.prompt}
         for sample, _ in chosen
     ]
-    _write(output, lines)
+    write_jsonl(output, lines)
     queries = sum(sample.prompt == "query" for sample, _ in chosen)
     return Calibration(output, len(chosen), queries, sum(tokens for _, tokens in chosen))
 
@@ -243,7 +243,7 @@ def _build_pairs(
             total += len(ids)
     if not chosen:
         raise InputError(f"{corpus} holds no pair that fits into {limit.tokens} tokens")
-    _write(output, [{"query": pair.query, "document": pair.document} for pair in chosen])
+    write_jsonl(output, [{"query": pair.query, "document": pair.document} for pair in chosen])
     return Calibration(output, len(chosen), len({pair.query for pair in chosen}), total)
 
 
@@ -375,9 +375,3 @@ def _hash(sample: Sample, seed: int) -> int:
 def _batches(rows: Iterator[Sample]) -> Iterator[list[Sample]]:
     while batch := list(islice(rows, BATCH)):
         yield batch
-
-
-def _write(path: Path, lines: Iterable[object]) -> None:
-    with written(path) as file:
-        for line in lines:
-            file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())

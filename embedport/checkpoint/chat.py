@@ -83,8 +83,9 @@ class ChatTemplate:
                 **{"add_generation_prompt": False, **self._values},
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
             raise InputError(
-                f"{self.path}: the chat template rejects {_shortened(messages)}: {error}"
+                f"{self.path}: the chat template rejects messages with the roles {roles}: {error}"
             ) from error
 
     def reads_task(self) -> bool:
@@ -183,8 +184,3 @@ def _compile(text: str, path: Path) -> Any:
         return environment.from_string(text)
     except (jinja2.TemplateError, RecursionError) as error:
         raise CheckpointError(f"{path}: the chat template is not valid: {error}") from error
-
-
-def _shortened(messages: Sequence[Message]) -> str:
-    roles = ", ".join(str(message["role"]) for message in messages)
-    return f"messages with the roles {roles}"

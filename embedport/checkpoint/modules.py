@@ -7,7 +7,7 @@ are not implemented are refused; `keys` lists the keys that do not affect result
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -203,7 +203,7 @@ def _optional_integer(settings: Settings, key: str) -> int | None:
 def _check_order(path: Path, names: Sequence[str], task: str, kind: Kind) -> None:
     """Check which modules follow the Transformer, and that its task goes with them."""
     if kind == "SentenceTransformer":
-        fits = names[:1] == ["Pooling"] and all(name in _STEPS for name in names[1:])
+        fits = names[:1] == ["Pooling"] and {*names[1:]} <= {"Dense", "Normalize"}
         followers, expected = "Pooling, and then Dense and Normalize", "feature-extraction"
     else:
         fits = names in ([], ["LogitScore"])
@@ -391,10 +391,13 @@ def _read_vectors(
     steps: list[Step] = []
     width = hidden_size * len(modes)
     for name, module in zip(names[1:], modules[1:], strict=True):
-        step = _STEPS[name](module, width)
-        if isinstance(step, Dense):
-            width = step.out_features
-        steps.append(step)
+        if name == "Dense":
+            dense = _read_dense(module, width)
+            steps.append(dense)
+            width = dense.out_features
+        else:
+            _check_normalize(module)
+            steps.append("normalize")
     return Outputs(
         pooling=modes,
         include_prompt=include_prompt,
@@ -428,13 +431,12 @@ def _read_pooling(module: Settings, hidden_size: int) -> tuple[tuple[PoolingMode
     return tuple(modes), module.get("include_prompt", bool, True)
 
 
-def _read_normalize(module: Settings, width: int) -> Step:
+def _check_normalize(module: Settings) -> None:
     _check_tensors(module)
     refuse_unknown(module.values, module.path, ("module_input_name", "module_output_name"))
-    return "normalize"
 
 
-def _read_dense(module: Settings, width: int) -> Step:
+def _read_dense(module: Settings, width: int) -> Dense:
     _check_tensors(module)
     read = (
         "in_features",
@@ -462,12 +464,6 @@ def _read_dense(module: Settings, width: int) -> Step:
         activation=activation,
         residual=module.get("use_residual", bool, False),
     )
-
-
-_STEPS: Mapping[str, Callable[[Settings, int], Step]] = {
-    "Dense": _read_dense,
-    "Normalize": _read_normalize,
-}
 
 
 def _check_tensors(module: Settings) -> None:
@@ -507,10 +503,10 @@ def read_activation(value: object, where: str) -> Activation:
     Raises:
         CheckpointError: The class is not supported.
     """
-    name = str(value)
-    for supported in ("Sigmoid", "Identity"):
-        if name.startswith("torch.nn.") and name.rpartition(".")[2] == supported:
-            return "sigmoid" if supported == "Sigmoid" else "identity"
+    known: dict[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "identity"}
+    package, _, name = str(value).rpartition(".")
+    if f"{package}.".startswith("torch.nn.") and name in known:
+        return known[name]
     raise CheckpointError(
         f"{where} is {shown(value)}, and only torch.nn's Sigmoid and Identity are supported"
     )

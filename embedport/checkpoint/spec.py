@@ -224,21 +224,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         )
     causal = _read_causal(config)
     window, window_layers = _read_windows(config, layers, causal)
-    heads = config.get("num_attention_heads", int)
-    # An absent key means transformers' default, 32; null means the number of heads.
-    kv_heads = config.values.get("num_key_value_heads", 32)
-    kv_heads = heads if kv_heads is None else config.get("num_key_value_heads", int, 32)
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"{config.path}: num_attention_heads ({heads}) should be a multiple of "
-            f"num_key_value_heads ({kv_heads})"
-        )
+    heads, kv_heads, head_dim = _read_heads(config)
     hidden = config.get("hidden_size", int)
-    head_dim = config.get("head_dim", int, 128)
-    if head_dim % 16:
-        raise CheckpointError(
-            f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
-        )
     positions = config.get("max_position_embeddings", int)
     modules = read_modules(source.pipeline, hidden)
     task = _find_task(source, config, modules, task, adapter)
@@ -329,6 +316,25 @@ def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
             f"{theirs}, or its chat template, differs from the base's in {base}, and nothing says "
             "which one the model needs: put the adapter's into a copy of the base, or take it out"
         )
+
+
+def _read_heads(config: Settings) -> tuple[int, int, int]:
+    """(query heads, heads of keys and values, width of a head)."""
+    heads = config.get("num_attention_heads", int)
+    # An absent key means transformers' default, 32; null means the number of heads.
+    kv_heads = config.values.get("num_key_value_heads", 32)
+    kv_heads = heads if kv_heads is None else config.get("num_key_value_heads", int, 32)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{config.path}: num_attention_heads ({heads}) should be a multiple of "
+            f"num_key_value_heads ({kv_heads})"
+        )
+    head_dim = config.get("head_dim", int, 128)
+    if head_dim % 16:
+        raise CheckpointError(
+            f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
+        )
+    return heads, kv_heads, head_dim
 
 
 def _read_windows(
@@ -452,19 +458,7 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
     split, side = read_token_settings(folder)
     inputs = replace(inputs, split_special_tokens=split, truncation_side=side)
     if inputs.form == "messages":
-        template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
-        if spec.task == "embedding" and template.reads_task():
-            raise CheckpointError(
-                f"{template.path}: the chat template reads task, which sentence-transformers sets "
-                "for queries and documents, and that is not supported; set it in processing_kwargs "
-                "of sentence_bert_config.json if one value is right for all texts"
-            )
-        if spec.task == "reranker" and not template.carries_pairs():
-            raise CheckpointError(
-                f"{template.path}: the chat template does not render the roles 'query' and "
-                "'document', so CrossEncoder would score a text without them; put a "
-                "chat_template.jinja with both beside it (docs/checkpoint-files.md has Qwen3's)"
-            )
+        _check_template(folder, inputs, spec.task)
     if spec.score_rows is not None:
         skipped = config.values.get("pad_token_id")
         inputs = replace(inputs, skipped_token=skipped if isinstance(skipped, int) else None)
@@ -477,3 +471,20 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
                 f"{spec.vocab_size}"
             )
     return replace(spec, inputs=inputs, outputs=outputs)
+
+
+def _check_template(folder: Path, inputs: Inputs, task: Task) -> None:
+    """Refuse a chat template that sentence-transformers would render in another way."""
+    template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
+    if task == "embedding" and template.reads_task():
+        raise CheckpointError(
+            f"{template.path}: the chat template reads task, which sentence-transformers sets "
+            "for queries and documents, and that is not supported; set it in processing_kwargs "
+            "of sentence_bert_config.json if one value is right for all texts"
+        )
+    if task == "reranker" and not template.carries_pairs():
+        raise CheckpointError(
+            f"{template.path}: the chat template does not render the roles 'query' and "
+            "'document', so CrossEncoder would score a text without them; put a "
+            "chat_template.jinja with both beside it (docs/checkpoint-files.md has Qwen3's)"
+        )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..strict_json import to_json
 from ..tables import Table, size_words
 from .inputs import TaskOption, check_task
-from .outputs import check_output, stderr_console, stdout_console, to_json, write_text
+from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
     from ..bench.bench import Bench

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, require
+from ..strict_json import to_json
 from .inputs import (
     AdapterOption,
     BatchTokensOption,
@@ -20,7 +21,7 @@ from .inputs import (
     check_task,
     read_texts,
 )
-from .outputs import check_output, stdout_console, to_json
+from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
     import numpy as np

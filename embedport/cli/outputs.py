@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,28 +121,9 @@ def check_output(path: Path | None, *suffixes: str) -> None:
         raise InputError(f"{path} cannot be written: {which}")
 
 
-def to_json(value: object, indent: int | None = None) -> str:
-    """Format as JSON, on one line unless indented; NaN and infinity become null."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    except ValueError:
-        from ..strict_json import without_nan
-
-        return json.dumps(without_nan(value), ensure_ascii=False, indent=indent)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     from ..files import written
 
     with written(path) as file:
         file.write(text.encode("utf-8"))
-
-
-def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Write one JSON object per line."""
-    from ..files import written
-
-    with written(path) as file:
-        for row in rows:
-            file.write(f"{to_json(row)}\n".encode())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..strict_json import to_json, write_jsonl
 from .inputs import (
     AdapterOption,
     BatchTokensOption,
@@ -19,7 +20,7 @@ from .inputs import (
     check_task,
     read_texts,
 )
-from .outputs import check_output, stdout_console, to_json, write_jsonl
+from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
     from ..runtimes import Ranked
