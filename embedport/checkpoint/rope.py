@@ -143,6 +143,8 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
         raise CheckpointError(f"{where}: factor is missing")
     if kind == "linear":
         return Rope("linear", theta, factor)
+    if theta <= 1:
+        raise CheckpointError(f"{path}: rope_theta should be above 1 with yarn, found {theta:g}")
     truncate = parameters.get("truncate", True)
     if not isinstance(truncate, bool):
         raise CheckpointError(f"{where}: truncate should be true or false, found {truncate!r}")
@@ -171,9 +173,8 @@ def _attention_factor(numbers: Mapping[str, float], factor: float) -> float:
     return grown(1.0)
 
 
-def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+def _number(value: Any, where: str) -> float:
+    # Beyond these bounds a product overflows.
+    if type(value) not in (int, float) or not 1e-300 < value < 1e300:
         raise CheckpointError(f"{where} should be a positive number, found {shown(value)}")
-    if value > 1e300:
-        raise CheckpointError(f"{where} is too large, found {shown(value)}")
     return float(value)

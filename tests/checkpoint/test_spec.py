@@ -140,6 +140,14 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"rope_scaling": {"rope_type": "dynamic"}}, "type 'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "base": 2}}, "base is not known"),
+        (
+            {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+            "rope_theta should be above 1 with yarn, found 1",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 1e-310}},
+            "beta_fast should be a positive number",
+        ),
         ({"rope_scaling": [1]}, r"rope_scaling should be an object, found \[1\]"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"quantization_config": {"bits": 4}}, "quantized by None"),
