@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from ..errors import CheckpointError
+from ..files import is_file_name
 from ..strict_json import load_json, read_optional_json
 from .chat import has_template, infer_format
 from .keys import (
@@ -167,8 +168,6 @@ def _read_entries(path: Path) -> list[tuple[str, Path]]:
         names = [str(entry["name"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a list of modules: {error}") from error
-    if not types:
-        raise CheckpointError(f"{path} names no module")
     if len(set(names)) < len(names):
         raise CheckpointError(f"{path}: each module should have a unique name, found {names}")
     modules = []
@@ -184,10 +183,12 @@ def _read_entries(path: Path) -> list[tuple[str, Path]]:
                 "Normalize, Dropout and LogitScore are"
             )
         parts = PurePosixPath(place).parts
-        if len(parts) > 1 or ".." in parts or place.startswith(("/", "\\")):
-            raise CheckpointError(f"{path}: {place!r} should be a folder beside the file")
+        if len(parts) > 1 or not all(map(is_file_name, parts)):
+            raise CheckpointError(f"{path}: {shown(place)} should be a folder beside the file")
         if name != "Dropout":  # has no effect after training
             modules.append((name, path.parent / place))
+    if not modules:
+        raise CheckpointError(f"{path} names no module")
     return modules
 
 

@@ -376,6 +376,11 @@ def test_refused(with_modules, file, changes, message):
         (["Router", "Pooling"], "module Router is not supported"),
         (["my_code.Transformer", "Pooling"], "my_code.Transformer is code of the checkpoint's"),
         ([], "names no module"),
+        (["Dropout"], "names no module"),
+        (
+            ["Transformer", f"sentence_transformers.{'b' * 300}.Pooling"],
+            "should be a folder beside",
+        ),
     ],
 )
 def test_modules_refused(with_modules, modules, message):
