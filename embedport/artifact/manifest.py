@@ -283,12 +283,14 @@ class Manifest:
         parts = [record.path for record in records if record]
         if graph and graph.shared:
             parts += [*graph.shared.paths, *filter(None, [graph.shared.openvino])]
-        parts += [dense.path for dense in values["outputs"].dense]
-        for name in (*parts, *values["files"]):
+        folders = [dense.path for dense in values["outputs"].dense]
+        for name in (*parts, *folders, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
             if not all(map(is_file_name, name.split("/"))):
                 raise ArtifactError(f"{path}: {name[:100]!r} cannot be a file's name")
+        if unlisted := [name for name in parts if name not in values["files"]]:
+            raise ArtifactError(f"{path}: {unlisted[0]!r} is not among its files")
         return cls(**values)
 
 
@@ -325,6 +327,13 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
     ):
         yield key, value, " or ".join(map(str, allowed)), value in allowed
     for key, value in (
+        ("lower_case", inputs.lower_case),
+        ("split_special_tokens", inputs.split_special_tokens),
+        ("include_prompt", outputs.include_prompt),
+        *((key, getattr(graph, key)) for key in ("masked", "limits_pairs") if graph is not None),
+    ):
+        yield key, value, "true or false", isinstance(value, bool)
+    for key, value in (
         ("template_values", inputs.template_values),
         *((key, values[key]) for key in ("recipe", "ranges", "parity")),
     ):
@@ -335,6 +344,9 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
         yield key, values[key], "a size", _is_size(values[key])
     for key, size in (("embedding_dim", values["embedding_dim"]), ("truncate", outputs.truncate)):
         yield key, size, "a size", size is None or _is_size(size)
+    # Any number: a checkpoint's pad_token_id may be no token's.
+    skipped = inputs.skipped_token
+    yield "skipped_token", skipped, "a number or null", isinstance(skipped, int | None)
     for answer in outputs.answers or ():
         is_id = _is_size(answer, least=0) and answer < values["vocab_size"]
         yield "answers", answer, "token ids", answer is None or is_id
@@ -396,7 +408,7 @@ def _read_source(values: Mapping[str, Any]) -> SourceRecord:
     source = SourceRecord(**values)
     if source.original is not None:
         source = replace(source, original=tuple(source.original))
-    if not values.get("adapter"):
+    if source.adapter is None:
         return source
     adapter = AdapterRecord(**values["adapter"])
     return replace(source, adapter=replace(adapter, targets=tuple(adapter.targets)))
@@ -406,9 +418,9 @@ def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
     read = dict(values)
     for key in ("inputs", "outputs", "kept_in_fp32"):
         read[key] = tuple(read[key])
-    if read.get("continuation"):
+    if read.get("continuation") is not None:
         read["continuation"] = ContinuationRecord(**read["continuation"])
-    if read.get("shared"):
+    if read.get("shared") is not None:
         shared = dict(read["shared"])
         for key in ("consumers", "paths", "outputs"):
             shared[key] = tuple(shared[key])

@@ -346,7 +346,9 @@ class TestDamagedArtifact:
             ({"inputs": {"prompts": {"query": 1}}}, "prompts should be texts by name"),
             ({"inputs": {"prompts": 5}}, "prompts should be texts by name, found 5"),
             ({"inputs": {"truncation_side": "up"}}, "truncation_side should be left or right"),
+            ({"inputs": {"lower_case": 2**31}}, "lower_case should be true or false"),
             ({"recipe": [1]}, "recipe should be an object or null"),
+            ({"files": {}}, "'onnx/model.onnx' is not among its files"),
             ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "cannot be a file's name"),
         ],
     )
