@@ -31,7 +31,7 @@ SHAPES = ((1, 32), (32, 32), (8, 128), (4, 256), (1, 512), (1, 768), (1, 1024), 
 RUNS = 3
 
 
-def by_length(rounds: int, results: Path = RESULTS) -> None:
+def compare_attention(rounds: int, results: Path = RESULTS) -> None:
     """Milliseconds of one graph with each attention implementation, in interleaved processes.
 
     Args:

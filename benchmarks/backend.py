@@ -17,7 +17,7 @@ from .process import run, script
 SCRIPT = Path(__file__).with_name("sentence_transformers_onnx.py")
 
 
-def in_sentence_transformers() -> None:
+def compare_backend() -> None:
     """Compare vectors of queries, with the artifact's own prompt, and of documents."""
     texts = [sample.text for sample in builtin_samples()]
     with scratch() as folder:

@@ -15,7 +15,7 @@ from .process import export_ours
 BUDGETS = (128, 256, 512, 1024, 2048, 4096)
 
 
-def by_tokens(rounds: int, results: Path = RESULTS) -> None:
+def compare_batches(rounds: int, results: Path = RESULTS) -> None:
     """Tokens per second at each batch budget, for rows of 128 tokens and for mixed passages.
 
     Args:

@@ -21,7 +21,7 @@ INTERVAL = 0.25  # seconds between memory samples
 CHART = ROOT / "docs" / "bulk-memory.svg"
 
 
-def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = CHART) -> None:
+def measure_bulk(results: Path = RESULTS, texts: int = TEXTS, chart: Path = CHART) -> None:
     """Encode a corpus, kill -9 midway, and run the same command again.
 
     Raises:

@@ -29,7 +29,7 @@ WAYS = {
 NEEDED_BYTES = 4_000_000_000
 
 
-def on_the_demo_pair(results: Path = RESULTS) -> None:
+def measure_demo_pair(results: Path = RESULTS) -> None:
     """Validate every method for both tasks against the fp32 reference, including retrieval."""
     import embedport
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
@@ -61,7 +61,7 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
             _save("demo", name, row_figures, results)
 
 
-def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
+def measure_0_6b(source: Path | None = None, results: Path = RESULTS) -> None:
     """Time, peak memory and size of quantizing random weights at the 0.6B geometry."""
     _read(results)
     require_space(NEEDED_BYTES)

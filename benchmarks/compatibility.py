@@ -188,7 +188,7 @@ ROWS = (
 )  # fmt: skip
 
 
-def of_every_consumer(results: Path = RESULTS, only: Sequence[str] = ()) -> None:
+def run_consumers(results: Path = RESULTS, only: Sequence[str] = ()) -> None:
     """Run every row, save the figures, and write the table into docs/compatibility.md.
 
     Args:

@@ -34,7 +34,7 @@ SPACE_8B = 16_500_000_000
 OTHER_SPACE = 10_000_000_000
 
 
-def of_rtx(
+def build_rtx_engines(
     geometries: list[str], precisions: list[str] | None = None, results: Path = RESULTS
 ) -> None:
     """Export and build each precision of each geometry; figures of earlier runs are kept.

@@ -24,7 +24,7 @@ VARIANTS = {
 }
 
 
-def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
+def compare_with_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
     """fp32 export in interleaved rounds: wall time and peak memory of the whole process."""
     source = source or checkpoint("0.6b")
     peer = install_peer("optimum_onnx.py")
@@ -64,7 +64,7 @@ def against_peer(rounds: int, source: Path | None = None, results: Path = RESULT
     )
 
 
-def every_precision(source: Path | None = None, results: Path = RESULTS) -> None:
+def measure_precisions(source: Path | None = None, results: Path = RESULTS) -> None:
     """Time, peak memory and size at each precision; "gptq" includes running calibration texts."""
     source = source or checkpoint("0.6b")
     figures = {}
@@ -84,7 +84,7 @@ def every_precision(source: Path | None = None, results: Path = RESULTS) -> None
     save("export-0.6b-precisions", figures, results)
 
 
-def large(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:
+def measure_8b(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:
     """Export of the 8B geometry, from 16 GB of bf16 shards."""
     out = CACHE / f"8b-{precision}"
     shutil.rmtree(out, ignore_errors=True)

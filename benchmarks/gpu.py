@@ -37,7 +37,7 @@ PACKAGES = (
 )
 
 
-def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "") -> None:
+def measure_paths(source: Path | None = None, results: Path = RESULTS, only: str = "") -> None:
     """Measure each path in its own process and write docs/gpu-results.json.
 
     Without a GPU nothing is measured, and existing results are kept.
@@ -53,7 +53,8 @@ def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "
     except (DeviceError, MissingPackageError) as error:
         print(f"Nothing was measured: {error}")
         if not results.exists():
-            _write(results, {"machine": None, "rows": _rows_not_run(str(error))})
+            row = {"status": "not run", "reason": str(error)}
+            _write(results, {"machine": None, "rows": dict.fromkeys(PATHS, row)})
         return
     rows: dict[str, Any] = {}
     with scratch() as folder:
@@ -72,10 +73,6 @@ def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "
                 shutil.rmtree(artifact)
             _write(results, {"machine": machine, "rows": rows})
     _print(rows)
-
-
-def _rows_not_run(reason: str) -> dict[str, Any]:
-    return {name: {"status": "not run", "reason": reason} for name in PATHS}
 
 
 def _machine() -> dict[str, Any]:

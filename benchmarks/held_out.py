@@ -1,4 +1,4 @@
-"""What quantization costs on the demo's retrieval set, which no calibration text is from."""
+"""The loss by quantization on the demo's retrieval set, which shares no text with calibration."""
 
 from __future__ import annotations
 

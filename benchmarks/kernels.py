@@ -26,7 +26,7 @@ SETS = (NONE, "avx512", "avx2", "neon")
 SHAPES = ((1, 32), (8, 128), (1, 512))
 
 
-def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
+def compare_kernels(rounds: int, results: Path = RESULTS) -> None:
     """Tokens per second in interleaved rounds, and the speed-up over onnxruntime's operators.
 
     Args:

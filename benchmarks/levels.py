@@ -31,7 +31,7 @@ BATCH, SIZE = 8, 128
 ROUNDS = 5
 
 
-def of_matmulnbits(results: Path = RESULTS) -> None:
+def compare_levels(results: Path = RESULTS) -> None:
     """Measure each format at each level, in interleaved rounds."""
     source = checkpoint("0.6b")
     figures: dict[str, Any] = {}

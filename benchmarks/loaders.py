@@ -44,14 +44,14 @@ ROUNDED = {
 LOADERS = [*EMBEDDERS, *(loader for form in RERANKERS.values() for loader in form)]
 
 
-def on_the_demo_pair(results: Path = RESULTS) -> None:
+def compare_on_demo_pair(results: Path = RESULTS) -> None:
     """Compare every method, task and form, on the trained demo pair."""
     _against_their_owners(
         "demo", {"embedding": builtin_embedder(), "reranker": builtin_reranker()}, results
     )
 
 
-def on_four_layers(results: Path = RESULTS) -> None:
+def compare_on_four_layers(results: Path = RESULTS) -> None:
     """Compare every method, task and form, on four layers of the 0.6B geometry, random weights."""
     sources: dict[Task, Path] = {
         "embedding": checkpoint("0.6b-4"),

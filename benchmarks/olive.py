@@ -38,7 +38,7 @@ PARTS, SEEDS = 4, range(1, 9)
 COLUMNS = ("MB", "minimum cosine", "mean", "loss of nDCG@10", "from", "to", "seconds")
 
 
-def against_olive(results: Path = RESULTS) -> None:
+def compare_with_olive(results: Path = RESULTS) -> None:
     """The demo embedder by Olive's recipe and by ours: size, cosines to fp32, nDCG@10."""
     import embedport
     from embedport.demo.pipeline import builtin_embedder

@@ -17,7 +17,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def runs_the_standard_dialect(results: Path = RESULTS) -> None:
+def compare_openvino(results: Path = RESULTS) -> None:
     """Smallest cosine with onnxruntime's fp32 vectors, in both runtimes, on the built-in texts."""
     import openvino
 

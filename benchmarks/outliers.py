@@ -18,7 +18,7 @@ LONGEST = 400  # characters: enough tokens to hold outliers, few enough for a CP
 WAYS = ("int8", "int8 --no-rotate", "onnxruntime dynamic int8 of our fp32 graph")
 
 
-def against_dynamic_int8(results: Path = RESULTS) -> None:
+def compare_with_dynamic_int8(results: Path = RESULTS) -> None:
     """Compare our int8, with and without rotation, and onnxruntime's dynamic int8.
 
     Cosines are with the vectors of the fp32 graph, which dynamic int8 quantizes.

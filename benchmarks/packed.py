@@ -35,7 +35,7 @@ print(embedder.precision, before, peak(), sep="|")
 """
 
 
-def on_a_cpu(results: Path = RESULTS) -> None:
+def measure_memory(results: Path = RESULTS) -> None:
     """Peak memory of a bf16 checkpoint and of its W4A16, when the graph is built and afterwards."""
     figures: dict[str, dict[str, Any]] = {}
     with scratch() as temporary:
@@ -79,7 +79,7 @@ LAYERS = {
 TOKENS = (16, 32, 64, 128, 256, 1024, 8192)
 
 
-def on_a_gpu(results: Path = RESULTS) -> None:
+def measure_products(results: Path = RESULTS) -> None:
     """Microseconds of a layer's products by kind and number of tokens, for `FUSED_TOKENS`.
 
     Without a GPU nothing is measured.

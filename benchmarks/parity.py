@@ -27,7 +27,7 @@ EVERY = 4
 MAX_LENGTH = 1024
 
 
-def against_transformers() -> None:
+def measure_parity() -> None:
     """Compare each artifact with one run of the reference; artifacts are deleted afterwards."""
     figures: dict[str, Any] = {}
     for name in TASKS:

@@ -28,7 +28,7 @@ SHAPES = ((1, 32), (8, 128), (1, 512))
 RUNS = 6
 
 
-def of_int8(results: Path = RESULTS) -> None:
+def profile_int8(results: Path = RESULTS) -> None:
     """Time and share of each operator at each shape, in the fastest of several runs."""
     source = checkpoint("0.6b")
     with scratch() as folder:

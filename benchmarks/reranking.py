@@ -20,7 +20,7 @@ from .process import export_ours
 MOST_APART = 1e-4
 
 
-def shared_against_plain(
+def compare_prefix(
     rounds: int, source: Path | None = None, results: Path = RESULTS, precision: str = "int8"
 ) -> None:
     """Compare both ways on 8 queries with 50 passages each, query by query.

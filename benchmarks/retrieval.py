@@ -64,7 +64,7 @@ PLANTED: dict[str, dict[str, Any]] = {
 Quality = dict[str, Any]
 
 
-def on_the_held_out_set(results: Path = RESULTS) -> None:
+def measure_retrieval(results: Path = RESULTS) -> None:
     """Measure retrievers, rerankers and their variants on queries held out from training."""
     from embedport.demo.pipeline import builtin_embedder
     from embedport.texts.beir import BUILTIN, read_beir

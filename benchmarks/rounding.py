@@ -93,7 +93,7 @@ COLUMNS = (
 )
 
 
-def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | None = None) -> None:
+def measure_rounding(results: Path = RESULTS, only: str = "", folder: Path | None = None) -> None:
     """Cosines and the loss of nDCG@10 on the held-out set; scores on the built-in pairs.
 
     Neither is in the built-in calibration set.

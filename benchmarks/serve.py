@@ -72,7 +72,7 @@ class Load:
         }
 
 
-def under_load(
+def measure_serve(
     results: Path = RESULTS,
     *,
     precision: str = "fp32",

@@ -61,7 +61,7 @@ CONTESTS: dict[Name, Contest] = {
 QUICK_PEERS = ("optimum-int8", "openvino-int8")
 
 
-def against_peers(
+def compare_with_peers(
     rounds: int,
     *,
     names: Sequence[Name] = tuple(Name),

@@ -339,16 +339,16 @@ class LengthSampler:
             for key, stratum in self._strata.items()
         }
         weights = {key: stratum.distinct for key, stratum in self._strata.items()}
-        of_prompt: Counter[str | None] = Counter()
-        of_stratum: Counter[tuple[str | None, int]] = Counter()
+        by_prompt: Counter[str | None] = Counter()
+        by_stratum: Counter[tuple[str | None, int]] = Counter()
         taken: set[int] = set()
         chosen: list[tuple[Sample, int]] = []
         room = self._limit.tokens
         while queues and len(chosen) != self._limit.count:
-            prompt = min({key[0] for key in queues}, key=lambda name: (of_prompt[name], str(name)))
+            prompt = min({key[0] for key in queues}, key=lambda name: (by_prompt[name], str(name)))
             key = max(
                 (key for key in queues if key[0] == prompt),
-                key=lambda key: (weights[key] / (2 * of_stratum[key] + 1), -key[1]),
+                key=lambda key: (weights[key] / (2 * by_stratum[key] + 1), -key[1]),
             )
             entry = next(queues[key], None)
             if entry is None or (room is not None and entry[2] > room):
@@ -359,8 +359,8 @@ class LengthSampler:
                 continue
             taken.add(value)
             chosen.append((sample, tokens))
-            of_prompt[prompt] += 1
-            of_stratum[key] += 1
+            by_prompt[prompt] += 1
+            by_stratum[key] += 1
             room = None if room is None else room - tokens
         return chosen
 
