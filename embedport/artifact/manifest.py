@@ -333,11 +333,10 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
         *((key, getattr(graph, key)) for key in ("masked", "limits_pairs") if graph is not None),
     ):
         yield key, value, "true or false", isinstance(value, bool)
-    for key, value in (
-        ("template_values", inputs.template_values),
-        *((key, values[key]) for key in ("recipe", "ranges", "parity")),
-    ):
-        yield key, value, "an object or null", isinstance(value, dict | None)
+    template_values = inputs.template_values
+    yield "template_values", template_values, "an object", isinstance(template_values, dict)
+    for key in ("recipe", "ranges", "parity"):
+        yield key, values[key], "an object or null", isinstance(values[key], dict | None)
     for key, text in _texts(values, graph, source):
         yield key, text, "a text", isinstance(text, str)
     for key in ("hidden_size", "num_heads", "vocab_size", "max_length", "max_position_embeddings"):
