@@ -51,44 +51,44 @@ Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 def everything(context: typer.Context) -> None:
     """Measure everything but the 8B geometry, which needs 35 GB of disk."""
     if context.invoked_subcommand is None:
-        export.against_peer(3)
-        speed.against_peers(5)
-        batches.by_tokens(5)
-        attention.by_length(5)
-        outliers.against_dynamic_int8()
-        retrieval.on_the_held_out_set()
-        checkpoints.on_the_demo_pair()
-        checkpoints.of_the_0_6b_geometry()
-        loaders.on_the_demo_pair()
-        loaders.on_four_layers()
-        levels.of_matmulnbits()
-        profiling.of_int8()
-        olive.against_olive()
-        openvino.runs_the_standard_dialect()
-        engines.of_rtx(["demo", "0.6b"])
-        parity.against_transformers()
-        reranking.shared_against_plain(3)
-        bulk.many_short_texts()
-        serve.under_load()
-        backend.in_sentence_transformers()
+        export.compare_with_peer(3)
+        speed.compare_with_peers(5)
+        batches.compare_batches(5)
+        attention.compare_attention(5)
+        outliers.compare_with_dynamic_int8()
+        retrieval.measure_retrieval()
+        checkpoints.measure_demo_pair()
+        checkpoints.measure_0_6b()
+        loaders.compare_on_demo_pair()
+        loaders.compare_on_four_layers()
+        levels.compare_levels()
+        profiling.profile_int8()
+        olive.compare_with_olive()
+        openvino.compare_openvino()
+        engines.build_rtx_engines(["demo", "0.6b"])
+        parity.measure_parity()
+        reranking.compare_prefix(3)
+        bulk.measure_bulk()
+        serve.measure_serve()
+        backend.compare_backend()
 
 
 @app.command("export")
 def _export(rounds: Rounds = 3, checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Export time and memory against optimum-onnx."""
-    export.against_peer(rounds, checkpoint, out)
+    export.compare_with_peer(rounds, checkpoint, out)
 
 
 @app.command("precisions")
 def _precisions(checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Export time, memory and size at each precision."""
-    export.every_precision(checkpoint, out)
+    export.measure_precisions(checkpoint, out)
 
 
 @app.command("export-8b")
 def _export_8b(precision: str = "bf16", checkpoint: Checkpoint = None, out: Out = RESULTS) -> None:
     """Peak memory of exporting the 8B geometry."""
-    export.large(precision, checkpoint, out)
+    export.measure_8b(precision, checkpoint, out)
 
 
 @app.command("speed")
@@ -102,7 +102,7 @@ def _speed(
     out: Out = RESULTS,
 ) -> None:
     """Speed, start-up, memory and size against every peer."""
-    speed.against_peers(
+    speed.compare_with_peers(
         rounds,
         names=contest or tuple(speed.Name),
         quick=quick,
@@ -114,25 +114,25 @@ def _speed(
 @app.command("batches")
 def _batches(rounds: Rounds = 5, out: Out = RESULTS) -> None:
     """Speed by the number of tokens per batch."""
-    batches.by_tokens(rounds, out)
+    batches.compare_batches(rounds, out)
 
 
 @app.command("attention")
 def _attention(rounds: Rounds = 5, out: Out = RESULTS) -> None:
     """Speed of the attention implementations on a CPU, by row length."""
-    attention.by_length(rounds, out)
+    attention.compare_attention(rounds, out)
 
 
 @app.command("outliers")
 def _outliers(out: Out = RESULTS) -> None:
     """int8 on a checkpoint with planted outliers, against onnxruntime's dynamic int8."""
-    outliers.against_dynamic_int8(out)
+    outliers.compare_with_dynamic_int8(out)
 
 
 @app.command("retrieval")
 def _retrieval(out: Out = RESULTS) -> None:
     """Quality of the demo embedder and its quantized variants on the held-out set."""
-    retrieval.on_the_held_out_set(out)
+    retrieval.measure_retrieval(out)
 
 
 @app.command("checkpoints")
@@ -144,9 +144,9 @@ def _checkpoints(
 ) -> None:
     """Quantized checkpoints by method."""
     if demo:
-        checkpoints.on_the_demo_pair(out)
+        checkpoints.measure_demo_pair(out)
     if large:
-        checkpoints.of_the_0_6b_geometry(checkpoint, out)
+        checkpoints.measure_0_6b(checkpoint, out)
 
 
 @app.command("packed")
@@ -156,9 +156,9 @@ def _packed(
 ) -> None:
     """Memory of a checkpoint on a CPU: in 16 bits, and in 4 bits that stay packed."""
     if products:
-        packed.on_a_gpu(out)
+        packed.measure_products(out)
     else:
-        packed.on_a_cpu(out)
+        packed.measure_memory(out)
 
 
 @app.command("loaders")
@@ -169,9 +169,9 @@ def _loaders(
 ) -> None:
     """Quantized checkpoints in the libraries that own their formats, against this runtime."""
     if demo:
-        loaders.on_the_demo_pair(out)
+        loaders.compare_on_demo_pair(out)
     if large:
-        loaders.on_four_layers(out)
+        loaders.compare_on_four_layers(out)
 
 
 @app.command("levels")
@@ -186,27 +186,27 @@ def _levels(
 ) -> None:
     """4 bits: what MatMulNBits' accuracy levels cost, and what each algorithm keeps."""
     if demo:
-        rounding.of_the_demo_pair(out, only, pair)
+        rounding.measure_rounding(out, only, pair)
     if kernels:
-        levels.of_matmulnbits(out)
+        levels.compare_levels(out)
 
 
 @app.command("olive")
 def _olive(out: Out = RESULTS) -> None:
     """Olive's 4-bit recipe on the demo embedder, beside ours at as many bytes."""
-    olive.against_olive(out)
+    olive.compare_with_olive(out)
 
 
 @app.command("kernels")
 def _kernels(rounds: Rounds = 7, out: Out = RESULTS) -> None:
     """The kernels of each instruction set this CPU has, and onnxruntime's operators."""
-    kernels.of_each_instruction_set(rounds, out)
+    kernels.compare_kernels(rounds, out)
 
 
 @app.command("profile")
 def _profile(out: Out = RESULTS) -> None:
     """Where the time of the int8 graph goes."""
-    profiling.of_int8(out)
+    profiling.profile_int8(out)
 
 
 @app.command("engines")
@@ -218,19 +218,19 @@ def _engines(
     out: Out = RESULTS,
 ) -> None:
     """Engines of TensorRT for RTX, built without a GPU: layers, time, memory, size."""
-    engines.of_rtx(geometry or ["demo", "0.6b"], precision, out)
+    engines.build_rtx_engines(geometry or ["demo", "0.6b"], precision, out)
 
 
 @app.command("openvino")
 def _openvino(out: Out = RESULTS) -> None:
     """The standard dialect's graphs in OpenVINO."""
-    openvino.runs_the_standard_dialect(out)
+    openvino.compare_openvino(out)
 
 
 @app.command("parity")
 def _parity() -> None:
     """Parity at the 0.6B geometry."""
-    parity.against_transformers()
+    parity.measure_parity()
 
 
 @app.command("gpu")
@@ -244,7 +244,7 @@ def _gpu(
     """Every path on this machine's GPU; writes docs/gpu-results.json."""
     if only and out == gpu.RESULTS:
         raise typer.BadParameter(f"--only would drop the other rows of {out}: give --out FILE")
-    gpu.all_paths(checkpoint, out, only)
+    gpu.measure_paths(checkpoint, out, only)
 
 
 @app.command("reranking")
@@ -252,13 +252,13 @@ def _reranking(
     rounds: Rounds = 3, precision: str = "int8", checkpoint: Checkpoint = None, out: Out = RESULTS
 ) -> None:
     """8 queries with 50 passages each: the shared prefix computed once, against each row whole."""
-    reranking.shared_against_plain(rounds, checkpoint, out, precision)
+    reranking.compare_prefix(rounds, checkpoint, out, precision)
 
 
 @app.command("bulk")
 def _bulk(texts: int = bulk.TEXTS, out: Out = RESULTS) -> None:
     """A corpus of short texts: memory over time, and a resume after kill -9."""
-    bulk.many_short_texts(out, texts)
+    bulk.measure_bulk(out, texts)
 
 
 @app.command("serve")
@@ -271,7 +271,7 @@ def _serve(
     out: Out = RESULTS,
 ) -> None:
     """The server: 200 clients, 20,000 requests, every answer checked; memory and latency."""
-    serve.under_load(out, precision=precision, infinity=infinity, rounds=rounds)
+    serve.measure_serve(out, precision=precision, infinity=infinity, rounds=rounds)
 
 
 @app.command("compatibility")
@@ -282,13 +282,13 @@ def _compatibility(
     out: Out = RESULTS,
 ) -> None:
     """Every consumer in its own environment; writes the table of docs/compatibility.md."""
-    compatibility.of_every_consumer(out, only or ())
+    compatibility.run_consumers(out, only or ())
 
 
 @app.command("backend")
 def _backend() -> None:
     """The artifact in sentence-transformers' ONNX backend."""
-    backend.in_sentence_transformers()
+    backend.compare_backend()
 
 
 app()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_ir as ir
 
 from embedport.runtimes.ort_custom_ops import register_kernels
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours, run
 
@@ -32,7 +31,7 @@ SHAPES = ((1, 32), (32, 32), (8, 128), (4, 256), (1, 512), (1, 768), (1, 1024), 
 RUNS = 3
 
 
-def by_length(rounds: int, results: Path = RESULTS) -> None:
+def compare_attention(rounds: int, results: Path = RESULTS) -> None:
     """Milliseconds of one graph with each attention implementation, in interleaved processes.
 
     Args:
@@ -40,17 +39,16 @@ def by_length(rounds: int, results: Path = RESULTS) -> None:
         results: Folder of the results.
     """
     source = checkpoint("0.6b")
-    CACHE.mkdir(parents=True, exist_ok=True)
     spent: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        graph = export_ours(source, Path(temporary), "int8") / "onnx" / "model.onnx"
+    with scratch() as folder:
+        graph = export_ours(source, folder, "int8") / "onnx" / "model.onnx"
         graphs = {KERNEL: graph}
         graphs |= {way: _with_limits(graph, way, *limits) for way, limits in LIMITS.items()}
         for _ in range(rounds):
             for way, path in graphs.items():
                 output = run([sys.executable, "-m", "benchmarks.attention", str(path)]).output
-                for shape, each in json.loads(output.splitlines()[-1]).items():
-                    spent[shape, way].append(each)
+                for shape, milliseconds in json.loads(output.splitlines()[-1]).items():
+                    spent[shape, way].append(milliseconds)
     shapes = [f"{batch}x{size}" for batch, size in SHAPES]
     figures = {
         shape: {
@@ -66,7 +64,7 @@ def by_length(rounds: int, results: Path = RESULTS) -> None:
     print_table(
         ["rows x tokens", *WAYS],
         [
-            [shape, *("{} ({}, {})".format(*each.values()) for each in ways.values())]
+            [shape, *("{} ({}, {})".format(*times.values()) for times in ways.values())]
             for shape, ways in figures.items()
         ],
     )

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 from embedport.bench.workloads import passages, uniform
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours
 
 BUDGETS = (128, 256, 512, 1024, 2048, 4096)
 
 
-def by_tokens(rounds: int, results: Path = RESULTS) -> None:
+def compare_batches(rounds: int, results: Path = RESULTS) -> None:
     """Tokens per second at each batch budget, for rows of 128 tokens and for mixed passages.
 
     Args:
@@ -27,12 +26,10 @@ def by_tokens(rounds: int, results: Path = RESULTS) -> None:
     import embedport
 
     source = checkpoint("0.6b")
-    CACHE.mkdir(parents=True, exist_ok=True)
     figures: dict[str, dict[int, dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        artifact = export_ours(source, Path(temporary), "int8")
-        embedder = embedport.load(artifact, device="cpu")
-        assert isinstance(embedder, embedport.Embedder)
+    with scratch() as folder:
+        artifact = export_ours(source, folder, "int8")
+        embedder = embedport.load_embedder(artifact, device="cpu")
         tokenizer = artifact / "tokenizer.json"
         for workload in (uniform(tokenizer, 32, 128), passages(tokenizer)):
             embedder.embed_rows(workload.part(0), batch_tokens=BUDGETS[-1])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoint import CACHE, ROOT
+from .checkpoint import ROOT, scratch
 from .machine import RESULTS, print_table, save
 from .process import ours
 
@@ -22,7 +21,7 @@ INTERVAL = 0.25  # seconds between memory samples
 CHART = ROOT / "docs" / "bulk-memory.svg"
 
 
-def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = CHART) -> None:
+def measure_bulk(results: Path = RESULTS, texts: int = TEXTS, chart: Path = CHART) -> None:
     """Encode a corpus, kill -9 midway, and run the same command again.
 
     Raises:
@@ -31,9 +30,7 @@ def many_short_texts(results: Path = RESULTS, texts: int = TEXTS, chart: Path = 
     import embedport
     from embedport.demo.pipeline import builtin_embedder
 
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         embedport.export(builtin_embedder(), folder / "model", precision="int8")
         corpus = write_corpus(folder / "corpus.jsonl", texts)
         output = folder / "vectors"
@@ -160,8 +157,7 @@ def check_rows(model: Path, corpus: Path, output: Path, texts: int) -> float:
         raise RuntimeError(f"{texts:,} texts, {len(vectors):,} rows")
     lines = corpus.read_text(encoding="utf-8").splitlines()
     sample = np.random.default_rng(1).choice(texts, min(CHECKED, texts), replace=False)
-    embedder = embedport.load(model, device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(model, device="cpu")
     expected = embedder.encode([json.loads(lines[i])["text"] for i in sample])
     worst = float((vectors[sample] * expected).sum(axis=1).min())
     if worst < 0.9999:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +33,14 @@ def checkpoint(geometry: str, task: str = "embedding") -> Path:
         )
         (folder / "made").touch()
     return folder
+
+
+@contextlib.contextmanager
+def scratch() -> Generator[Path]:
+    """A temporary folder under build/benchmarks/."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        yield Path(folder)
 
 
 def require_space(needed: int) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CACHE, checkpoint, require_space
+from .checkpoint import CACHE, checkpoint, require_space, scratch
 from .machine import RESULTS, describe, print_table, read_kept
 from .process import ours, run
 
@@ -30,22 +29,20 @@ WAYS = {
 NEEDED_BYTES = 4_000_000_000
 
 
-def on_the_demo_pair(results: Path = RESULTS) -> None:
+def measure_demo_pair(results: Path = RESULTS) -> None:
     """Validate every method for both tasks against the fp32 reference, including retrieval."""
     import embedport
     from embedport.demo.pipeline import builtin_embedder, builtin_reranker
     from embedport.texts.beir import BUILTIN, read_beir
 
     _read(results)
-    CACHE.mkdir(parents=True, exist_ok=True)
     # Fewer queries for the reranker, which scores fifty pairs per query.
     sets = {
         "embedding": read_beir(BUILTIN),
         "reranker": read_beir(BUILTIN, max_queries=RERANKED_QUERIES),
     }
     sources = {"embedding": builtin_embedder(), "reranker": builtin_reranker()}
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         for name, options in WAYS.items():
             row_figures: dict[str, dict[str, Any]] = {}
             for task, source in sources.items():
@@ -64,7 +61,7 @@ def on_the_demo_pair(results: Path = RESULTS) -> None:
             _save("demo", name, row_figures, results)
 
 
-def of_the_0_6b_geometry(source: Path | None = None, results: Path = RESULTS) -> None:
+def measure_0_6b(source: Path | None = None, results: Path = RESULTS) -> None:
     """Time, peak memory and size of quantizing random weights at the 0.6B geometry."""
     _read(results)
     require_space(NEEDED_BYTES)

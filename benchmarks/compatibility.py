@@ -188,7 +188,7 @@ ROWS = (
 )  # fmt: skip
 
 
-def of_every_consumer(results: Path = RESULTS, only: Sequence[str] = ()) -> None:
+def run_consumers(results: Path = RESULTS, only: Sequence[str] = ()) -> None:
     """Run every row, save the figures, and write the table into docs/compatibility.md.
 
     Args:
@@ -369,14 +369,15 @@ def _table(figures: Sequence[dict[str, Any]]) -> str:
     """One line for a consumer: its versions, and the figure of each precision and task."""
     lines = ["| consumer | `--for` | embedder: smallest cosine | reranker: largest difference |"]
     lines.append("| --- | --- | --- | --- |")
-    keys = dict.fromkeys((each["consumer"], each["for"]) for each in figures)
-    for consumer, target in keys:
-        own = [each for each in figures if (each["consumer"], each["for"]) == (consumer, target)]
-        versions = next((each["versions"] for each in own if each["versions"]), {})
+    by_consumer: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for figure in figures:
+        by_consumer.setdefault((figure["consumer"], figure["for"]), []).append(figure)
+    for (consumer, target), own in by_consumer.items():
+        versions = next((figure["versions"] for figure in own if figure["versions"]), {})
         words = ", ".join(
             f"{name} {version}" for name, version in versions.items() if name in SHOWN
         )
-        cells = [_cell([each for each in own if each["task"] == task]) for task in BOTH]
+        cells = [_cell([figure for figure in own if figure["task"] == task]) for task in BOTH]
         name = f"{consumer}; {words}" if words else consumer
         lines.append(f"| {name} | {_shown_target(target)} | {' | '.join(cells)} |")
     return "\n".join(lines)

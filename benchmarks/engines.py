@@ -11,10 +11,10 @@ import json
 import shutil
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from embedport.demo.pipeline import builtin_embedder
 from embedport.exporters.tensorrt import PROFILES
 from embedport.exporters.tensorrt.build import build_engine, parse
 from embedport.exporters.tensorrt.export import PRECISIONS
@@ -34,7 +34,7 @@ SPACE_8B = 16_500_000_000
 OTHER_SPACE = 10_000_000_000
 
 
-def of_rtx(
+def build_rtx_engines(
     geometries: list[str], precisions: list[str] | None = None, results: Path = RESULTS
 ) -> None:
     """Export and build each precision of each geometry; figures of earlier runs are kept.
@@ -56,11 +56,7 @@ def of_rtx(
 def _build(geometry: str, precision: str) -> dict[str, Any]:
     copies = 3 if precision in ("fp16", "bf16") else 2
     require_space(copies * SPACE_8B if geometry == "8b" else OTHER_SPACE)
-    source = (
-        Path(str(files("embedport.demo") / "embedder"))
-        if geometry == "demo"
-        else checkpoint(geometry)
-    )
+    source = builtin_embedder() if geometry == "demo" else checkpoint(geometry)
     folder = CACHE / "engine"
     shutil.rmtree(folder, ignore_errors=True)
     options = ["--arithmetic", "bf16"] if precision in ("int8", "int4") else []

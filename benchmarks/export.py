@@ -24,7 +24,7 @@ VARIANTS = {
 }
 
 
-def against_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
+def compare_with_peer(rounds: int, source: Path | None = None, results: Path = RESULTS) -> None:
     """fp32 export in interleaved rounds: wall time and peak memory of the whole process."""
     source = source or checkpoint("0.6b")
     peer = install_peer("optimum_onnx.py")
@@ -42,19 +42,19 @@ def against_peer(rounds: int, source: Path | None = None, results: Path = RESULT
             finished = run(commands[name](str(out)))
             if number > 0:  # the first round reads the checkpoint from the disk, for both
                 runs[name].append(finished)
-    figures = {name: _summary(each) for name, each in runs.items()}
+    figures = {name: _summary(finished) for name, finished in runs.items()}
     ratio = figures["optimum-onnx"]["seconds"] / figures["embedport"]["seconds"]
     print_table(
         ["fp32 export", "median s", "from", "to", "peak GB"],
         [
             [
                 name,
-                each["seconds"],
-                min(each["all_seconds"]),
-                max(each["all_seconds"]),
-                each["peak_gb"],
+                row["seconds"],
+                min(row["all_seconds"]),
+                max(row["all_seconds"]),
+                row["peak_gb"],
             ]
-            for name, each in figures.items()
+            for name, row in figures.items()
         ],
     )
     save(
@@ -64,7 +64,7 @@ def against_peer(rounds: int, source: Path | None = None, results: Path = RESULT
     )
 
 
-def every_precision(source: Path | None = None, results: Path = RESULTS) -> None:
+def measure_precisions(source: Path | None = None, results: Path = RESULTS) -> None:
     """Time, peak memory and size at each precision; "gptq" includes running calibration texts."""
     source = source or checkpoint("0.6b")
     figures = {}
@@ -77,14 +77,14 @@ def every_precision(source: Path | None = None, results: Path = RESULTS) -> None
     print_table(
         ["0.6B export", "s", "peak GB", "artifact GB"],
         [
-            [name, each["seconds"], each["peak_gb"], round(each["bytes"] / 1e9, 3)]
-            for name, each in figures.items()
+            [name, row["seconds"], row["peak_gb"], round(row["bytes"] / 1e9, 3)]
+            for name, row in figures.items()
         ],
     )
     save("export-0.6b-precisions", figures, results)
 
 
-def large(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:
+def measure_8b(precision: str, source: Path | None = None, results: Path = RESULTS) -> None:
     """Export of the 8B geometry, from 16 GB of bf16 shards."""
     out = CACHE / f"8b-{precision}"
     shutil.rmtree(out, ignore_errors=True)
@@ -109,9 +109,9 @@ def large(precision: str, source: Path | None = None, results: Path = RESULTS) -
 
 def _summary(runs: list[Run]) -> dict[str, Any]:
     return {
-        "seconds": round(median(each.seconds for each in runs), 2),
-        "all_seconds": [round(each.seconds, 2) for each in runs],
-        "peak_gb": round(max(each.peak_bytes for each in runs) / 1e9, 3),
+        "seconds": round(median(run.seconds for run in runs), 2),
+        "all_seconds": [round(run.seconds, 2) for run in runs],
+        "peak_gb": round(max(run.peak_bytes for run in runs) / 1e9, 3),
     }
 
 

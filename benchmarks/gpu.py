@@ -7,18 +7,17 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embedport.bench.machine import installed_versions
 from embedport.errors import DeviceError, MissingPackageError, require
 from embedport.machine.gpu import call, current_device
 from embedport.validation.measures import cosines
 
-from .checkpoint import CACHE, ROOT, checkpoint
+from .checkpoint import ROOT, checkpoint, scratch
 from .gpu_paths import PAIR, PATHS, REFERENCE
 from .machine import describe, print_table
 
@@ -38,7 +37,7 @@ PACKAGES = (
 )
 
 
-def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "") -> None:
+def measure_paths(source: Path | None = None, results: Path = RESULTS, only: str = "") -> None:
     """Measure each path in its own process and write docs/gpu-results.json.
 
     Without a GPU nothing is measured, and existing results are kept.
@@ -54,12 +53,11 @@ def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "
     except (DeviceError, MissingPackageError) as error:
         print(f"Nothing was measured: {error}")
         if not results.exists():
-            _write(results, {"machine": None, "rows": _rows_not_run(str(error))})
+            row = {"status": "not run", "reason": str(error)}
+            _write(results, {"machine": None, "rows": dict.fromkeys(PATHS, row)})
         return
     rows: dict[str, Any] = {}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         source = source or checkpoint("0.6b")
         inputs = _write_inputs(source, folder)
         for i, name in enumerate(PATHS):
@@ -77,21 +75,12 @@ def all_paths(source: Path | None = None, results: Path = RESULTS, only: str = "
     _print(rows)
 
 
-def _rows_not_run(reason: str) -> dict[str, Any]:
-    return {name: {"status": "not run", "reason": reason} for name in PATHS}
-
-
 def _machine() -> dict[str, Any]:
     device = current_device()
     _, total = call("cudaMemGetInfo")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions = installed_versions(PACKAGES)
     with contextlib.suppress(MissingPackageError):
         # The imported module's version: two packages provide the module.
         versions["onnxruntime"] = require("onnxruntime", "gpu").__version__

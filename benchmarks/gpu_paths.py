@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 
 import embedport
 from embedport.checkpoint.spec import Task
+from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 from embedport.errors import DeviceError, MissingPackageError
 from embedport.exporters.tensorrt import obstacle
 from embedport.exporters.tensorrt.options import BUILDERS, Target
@@ -194,14 +194,11 @@ PATHS: dict[str, Callable[[Path, Path], Run]] = {
     "transformers fp16, FlashAttention 2": _transformers("flash_attention_2"),
     "vLLM fp16, pooling": _vllm,
     "embedport onnxruntime TensorRT bf16": _onnxruntime("tensorrt", "standard", precision="bf16"),
-    **{f"embedport TensorRT {each}": _tensorrt(each) for each in ("fp16", "bf16", "fp8", "int8")},
+    **{f"embedport TensorRT {kind}": _tensorrt(kind) for kind in ("fp16", "bf16", "fp8", "int8")},
     "embedport TensorRT int4": _tensorrt("int4"),
-    **{f"embedport TensorRT for RTX {each}": _tensorrt(each, "rtx") for each in ("bf16", "fp8")},
+    **{f"embedport TensorRT for RTX {kind}": _tensorrt(kind, "rtx") for kind in ("bf16", "fp8")},
 }
-PAIR: dict[Task, Path] = {
-    "embedding": Path(str(files("embedport.demo") / "embedder")),
-    "reranker": Path(str(files("embedport.demo") / "reranker")),
-}
+PAIR: dict[Task, Path] = {"embedding": builtin_embedder(), "reranker": builtin_reranker()}
 
 
 class Memory:

@@ -7,17 +7,17 @@ the CPU's instructions in every case.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from embedport.runtimes.ort_custom_ops import NONE, VARIABLE, register_kernels
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours
 
@@ -26,7 +26,7 @@ SETS = (NONE, "avx512", "avx2", "neon")
 SHAPES = ((1, 32), (8, 128), (1, 512))
 
 
-def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
+def compare_kernels(rounds: int, results: Path = RESULTS) -> None:
     """Tokens per second in interleaved rounds, and the speed-up over onnxruntime's operators.
 
     Args:
@@ -34,17 +34,16 @@ def of_each_instruction_set(rounds: int, results: Path = RESULTS) -> None:
         results: Folder of the results.
     """
     source = checkpoint("0.6b-4")
-    CACHE.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     for precision in PRECISIONS:
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            graph = export_ours(source, Path(folder), precision) / "onnx" / "model.onnx"
+        with scratch() as folder:
+            graph = export_ours(source, folder, precision) / "onnx" / "model.onnx"
             figures[precision] = _race(graph, rounds)
     rows = []
     for precision, shapes in figures.items():
         for shape, runners in shapes.items():
             cells = [
-                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**each) for each in runners.values()
+                "{tokens_a_second:,.0f} ({ratio:.2f})".format(**speed) for speed in runners.values()
             ]
             rows.append([precision, shape, *cells])
     print_table(["", "rows x tokens", *next(iter(figures["fp32"].values()))], rows)
@@ -82,14 +81,7 @@ def _open(graph: Path, name: str) -> Any:
     options.log_severity_level = 3
     # Otherwise the threads of idle sessions would spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = name
-    try:
+    with mock.patch.dict(os.environ, {VARIABLE: name}):
         if register_kernels(options) is None and name != NONE:
             return None
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

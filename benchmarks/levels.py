@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import ours, run
 
@@ -32,13 +31,13 @@ BATCH, SIZE = 8, 128
 ROUNDS = 5
 
 
-def of_matmulnbits(results: Path = RESULTS) -> None:
+def compare_levels(results: Path = RESULTS) -> None:
     """Measure each format at each level, in interleaved rounds."""
     source = checkpoint("0.6b")
     figures: dict[str, Any] = {}
     for name, options in FORMATS.items():
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            artifact = Path(folder) / "artifact"
+        with scratch() as folder:
+            artifact = folder / "artifact"
             run(ours("export", "onnx", str(source), "-o", str(artifact), *options))
             command = [sys.executable, "-m", "benchmarks.levels", str(artifact / "onnx")]
             figures[name] = json.loads(run(command).output.splitlines()[-1])
@@ -46,9 +45,9 @@ def of_matmulnbits(results: Path = RESULTS) -> None:
     print_table(
         ["MatMulNBits", "level", *columns],
         [
-            [name, level, *each.values()]
+            [name, level, *row.values()]
             for name, levels in figures.items()
-            for level, each in levels.items()
+            for level, row in levels.items()
         ],
     )
     save("levels-0.6b", {"batch": BATCH, "size": SIZE, "rounds": ROUNDS} | figures, results)

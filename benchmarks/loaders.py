@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from embedport.demo.pipeline import builtin_embedder, builtin_reranker
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.measures import cosines
 
-from .checkpoint import CACHE, ROOT, checkpoint
+from .checkpoint import ROOT, checkpoint, scratch
 from .checkpoints import WAYS
 from .machine import RESULTS, print_table, read_kept, save
 from .process import ours, run, script
@@ -45,14 +44,14 @@ ROUNDED = {
 LOADERS = [*EMBEDDERS, *(loader for form in RERANKERS.values() for loader in form)]
 
 
-def on_the_demo_pair(results: Path = RESULTS) -> None:
+def compare_on_demo_pair(results: Path = RESULTS) -> None:
     """Compare every method, task and form, on the trained demo pair."""
     _against_their_owners(
         "demo", {"embedding": builtin_embedder(), "reranker": builtin_reranker()}, results
     )
 
 
-def on_four_layers(results: Path = RESULTS) -> None:
+def compare_on_four_layers(results: Path = RESULTS) -> None:
     """Compare every method, task and form, on four layers of the 0.6B geometry, random weights."""
     sources: dict[Task, Path] = {
         "embedding": checkpoint("0.6b-4"),
@@ -70,9 +69,8 @@ def _against_their_owners(model: str, sources: dict[Task, Path], results: Path) 
     path = results / f"{NAME}.json"
     figures = read_kept(path, lambda kept: [kept["machine"]]).get("figures", {})
     for method, options in WAYS.items():
-        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-            found = _compare(sources, options, Path(temporary))
-        figures.setdefault(model, {})[method] = found
+        with scratch() as folder:
+            figures.setdefault(model, {})[method] = _compare(sources, options, folder)
         # Saved after each row, so that an aborted run loses only the last one.
         save(NAME, {"texts": len(TEXTS), "pairs": len(PAIRS), "figures": figures}, results)
     print_table(
@@ -101,15 +99,13 @@ def _compare(sources: dict[Task, Path], options: list[str], folder: Path) -> dic
             mine[key] = own
 
     out = _quantize(sources["embedding"], folder / "embedder", options)
-    embedder = embedport.load(out, device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(out, device="cpu")
     ids = embedder.tokenizer.encode(TEXTS, embedder.prompt_text("query")).ids
     own = embedder.encode(TEXTS, prompt="query", batch_tokens=1)
     add(EMBEDDERS, out, own, [row.tolist() for row in ids], TEXTS)
     for form, loaders in RERANKERS.items():
         out = _quantize(sources["reranker"], folder / form, [*options, "--form", form])
-        reranker = embedport.load(out, device="cpu")
-        assert isinstance(reranker, embedport.Reranker)
+        reranker = embedport.load_reranker(out, device="cpu")
         ids = reranker.tokenizer.encode(PAIRS).ids
         own = reranker.score(PAIRS, batch_tokens=1)
         add(loaders, out, own, [row.tolist() for row in ids], PAIRS)

@@ -9,9 +9,8 @@ more times, without a quarter of the texts each, and ours is rounded in more ran
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ import numpy as np
 if TYPE_CHECKING:
     from embedport.artifact.folder import Artifact
 
-from .checkpoint import CACHE
+from .checkpoint import scratch
+from .held_out import Embed, HeldOut, table_rows
 from .machine import RESULTS, print_table, save
 from .process import run, script
 
@@ -37,11 +37,8 @@ BATCH_ROWS = 64
 PARTS, SEEDS = 4, range(1, 9)
 COLUMNS = ("MB", "minimum cosine", "mean", "loss of nDCG@10", "from", "to", "seconds")
 
-# Rows of token ids to unit vectors, float32 [rows, dim].
-Embed = Callable[[Sequence[np.ndarray]], np.ndarray]
 
-
-def against_olive(results: Path = RESULTS) -> None:
+def compare_with_olive(results: Path = RESULTS) -> None:
     """The demo embedder by Olive's recipe and by ours: size, cosines to fp32, nDCG@10."""
     import embedport
     from embedport.demo.pipeline import builtin_embedder
@@ -49,16 +46,14 @@ def against_olive(results: Path = RESULTS) -> None:
     from embedport.files import MANIFEST
 
     source = builtin_embedder()
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
-        held_out = _HeldOut(embedport.export(source, folder / "fp32").folder)
+    with scratch() as folder:
+        held_out = HeldOut(embedport.export(source, folder / "fp32").folder)
         rows = _tokenize(source)
         figures: dict[str, dict[str, Any]] = {}
 
         def add(name: str, seconds: float, size: int, embed: Embed) -> None:
             figures[name] = held_out.figures(embed) | {"bytes": size, "seconds": round(seconds, 1)}
-            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+            print_table(["", *COLUMNS], table_rows(figures, COLUMNS))
 
         def build(name: str, kind: str, group: int, texts: Sequence[np.ndarray]) -> None:
             out = folder / f"olive-{len(figures)}"
@@ -77,8 +72,8 @@ def against_olive(results: Path = RESULTS) -> None:
             add(f"embedport {name}", seconds, graph_bytes(artifact.graph), embedder.embed_rows)
             return artifact
 
-        for name, recipe in RECIPES.items():
-            build(name, *recipe, rows)
+        for name, (kind, group) in RECIPES.items():
+            build(name, kind, group, rows)
         mixture = next(iter(RECIPES))
         budget = figures[mixture]["bytes"]
         size = f"--precision auto --max-bytes {budget}"
@@ -94,56 +89,12 @@ def against_olive(results: Path = RESULTS) -> None:
         for part in range(PARTS):
             others = [row for i, row in enumerate(rows) if i % PARTS != part]
             build(f"{mixture}, texts without part {part}", *RECIPES[mixture], others)
-        found = json.loads((mixed.folder / MANIFEST).read_text())["recipe"]
+        recipe = json.loads((mixed.folder / MANIFEST).read_text())["recipe"]
         for seed in SEEDS:
             file = folder / f"seed-{seed}.json"
-            file.write_text(json.dumps(found | {"seed": seed}))
+            file.write_text(json.dumps(recipe | {"seed": seed}))
             export(f"{size} --calibration {BUILTIN}, seed {seed}", recipe=file, calibration=BUILTIN)
         save("olive-demo", {"rows": figures}, results)
-
-
-class _HeldOut:
-    """The demo's retrieval set, and what fp32 makes of it."""
-
-    def __init__(self, folder: Path) -> None:
-        import embedport
-        from embedport.texts.beir import BUILTIN, read_beir
-
-        self.data = read_beir(BUILTIN)
-        embedder = embedport.load_embedder(folder, device="cpu")
-        self.rows = [
-            row
-            for texts, prompt in ((self.data.queries, "query"), (self.data.documents, "document"))
-            for row in embedder.tokenizer.encode(
-                list(texts.values()), embedder.prompt_text(prompt)
-            ).ids
-        ]
-        self.vectors = embedder.embed_rows(self.rows)
-        self.ndcg = self._measure(self.vectors)
-
-    def figures(self, embed: Embed) -> dict[str, float]:
-        """Cosines to fp32, and the loss of nDCG@10 with its bootstrap interval over queries."""
-        from embedport.validation.retrieval import bootstrap
-
-        vectors = embed(self.rows)
-        cosines = (vectors.astype(np.float64) * self.vectors).sum(axis=1)
-        loss = self.ndcg - self._measure(vectors)
-        low, high = bootstrap(loss)
-        return {
-            "minimum cosine": float(cosines.min()),
-            "mean": float(cosines.mean()),
-            "loss of nDCG@10": float(loss.mean()),
-            "from": low,
-            "to": high,
-        }
-
-    def _measure(self, vectors: np.ndarray) -> np.ndarray:
-        from embedport.texts.ranking import NDCG, measure, rank_documents
-
-        count = len(self.data.queries)
-        pair = (vectors[:count], vectors[count:])
-        ranking = rank_documents(pair, vectors.shape[1], self.data)
-        return measure(ranking, self.data.relevance, (NDCG,))[NDCG]
 
 
 def _tokenize(checkpoint: Path) -> list[np.ndarray]:
@@ -197,9 +148,3 @@ def _graph(model: Path) -> Embed:
         return np.stack(vectors)
 
     return embed
-
-
-def _cells(name: str, figures: dict[str, Any]) -> list[str]:
-    values = figures | {"MB": figures["bytes"] / 1e6}
-    digits = {"MB": 2, "seconds": 0}
-    return [name, *(f"{values[key]:.{digits.get(key, 4)}f}" for key in COLUMNS)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoint import CACHE
+from .checkpoint import scratch
 from .machine import RESULTS, print_table, save
 
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -18,7 +17,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def runs_the_standard_dialect(results: Path = RESULTS) -> None:
+def compare_openvino(results: Path = RESULTS) -> None:
     """Smallest cosine with onnxruntime's fp32 vectors, in both runtimes, on the built-in texts."""
     import openvino
 
@@ -27,15 +26,13 @@ def runs_the_standard_dialect(results: Path = RESULTS) -> None:
     from embedport.texts.samples import builtin_samples
 
     texts = [sample.text for sample in builtin_samples()]
-    CACHE.mkdir(parents=True, exist_ok=True)
     figures: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+    with scratch() as folder:
         expected = np.empty(0)
         for name, options in PRECISIONS.items():
-            out = Path(temporary) / name.replace("/", "-")
+            out = folder / name.replace("/", "-")
             embedport.export(builtin_embedder(), out, dialect="standard", **options)
-            embedder = embedport.load(out, device="cpu")
-            assert isinstance(embedder, embedport.Embedder)
+            embedder = embedport.load_embedder(out, device="cpu")
             assert embedder.artifact is not None
             vectors = embedder.encode(texts)
             expected = expected if len(expected) else vectors
@@ -52,7 +49,7 @@ def runs_the_standard_dialect(results: Path = RESULTS) -> None:
             }
     print_table(
         ["standard dialect, minimum cosine", "onnxruntime", "openvino"],
-        [[name, *each.values()] for name, each in figures.items()],
+        [[name, *row.values()] for name, row in figures.items()],
     )
     versions = {"openvino": openvino.__version__}
     save("openvino-standard", {"peer": versions, "texts": len(texts), **figures}, results)

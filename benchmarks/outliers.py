@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours, ours, run
-
-if TYPE_CHECKING:
-    from embedport import Embedder
 
 MAGNITUDE = 3000.0
 LONGEST = 400  # characters: enough tokens to hold outliers, few enough for a CPU
 WAYS = ("int8", "int8 --no-rotate", "onnxruntime dynamic int8 of our fp32 graph")
 
 
-def against_dynamic_int8(results: Path = RESULTS) -> None:
+def compare_with_dynamic_int8(results: Path = RESULTS) -> None:
     """Compare our int8, with and without rotation, and onnxruntime's dynamic int8.
 
     Cosines are with the vectors of the fp32 graph, which dynamic int8 quantizes.
     """
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         planted = folder / "checkpoint"
         shutil.copytree(checkpoint("0.6b"), planted)
         _child("plant", str(planted))
@@ -39,8 +33,8 @@ def against_dynamic_int8(results: Path = RESULTS) -> None:
             out = folder / name.replace(" --", "-")
             arguments = ["export", "onnx", str(planted), "-o", str(out), "--precision", "int8"]
             run(ours(*arguments, *options))
-            vectors[name] = _child("encode", str(out), str(folder / "found.npy"))
-        vectors[WAYS[-1]] = _child("dynamic", str(folder / "fp32"), str(folder / "found.npy"))
+            vectors[name] = _child("encode", str(out), str(folder / "vectors.npy"))
+        vectors[WAYS[-1]] = _child("dynamic", str(folder / "fp32"), str(folder / "vectors.npy"))
     figures = {}
     for name in WAYS:
         with np.errstate(invalid="ignore"):
@@ -54,7 +48,7 @@ def against_dynamic_int8(results: Path = RESULTS) -> None:
         }
     print_table(
         ["outliers planted", "minimum cosine", "mean cosine", "NaN"],
-        [[name, *each.values()] for name, each in figures.items()],
+        [[name, *row.values()] for name, row in figures.items()],
     )
     save(
         "outliers-0.6b-int8",
@@ -75,16 +69,10 @@ def _texts() -> list[str]:
     return [sample.text for sample in builtin_samples() if len(sample.text) <= LONGEST]
 
 
-def _embedder(folder: str) -> Embedder:
+def _encode(folder: str, path: str) -> None:
     import embedport
 
-    embedder = embedport.load(folder, device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
-    return embedder
-
-
-def _encode(folder: str, path: str) -> None:
-    np.save(path, _embedder(folder).encode(_texts()))
+    np.save(path, embedport.load_embedder(folder, device="cpu").encode(_texts()))
 
 
 def _dynamic(folder: str, path: str) -> None:
@@ -92,10 +80,12 @@ def _dynamic(folder: str, path: str) -> None:
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
 
-    embedder = _embedder(folder)
+    import embedport
+
+    embedder = embedport.load_embedder(folder, device="cpu")
     assert embedder.artifact is not None
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        graph = Path(temporary) / "model.onnx"
+    with scratch() as temporary:
+        graph = temporary / "model.onnx"
         quantize_dynamic(embedder.artifact.graph, graph, use_external_data_format=True)
         session = onnxruntime.InferenceSession(graph)
         embedder.model = lambda ids, mask: np.asarray(

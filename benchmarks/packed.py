@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import run
 
@@ -36,13 +35,12 @@ print(embedder.precision, before, peak(), sep="|")
 """
 
 
-def on_a_cpu(results: Path = RESULTS) -> None:
+def measure_memory(results: Path = RESULTS) -> None:
     """Peak memory of a bf16 checkpoint and of its W4A16, when the graph is built and afterwards."""
     figures: dict[str, dict[str, Any]] = {}
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        os.environ["XDG_CACHE_HOME"] = temporary
-        source, out = checkpoint(GEOMETRY), Path(temporary) / "w4a16"
+    with scratch() as temporary:
+        os.environ["XDG_CACHE_HOME"] = str(temporary)
+        source, out = checkpoint(GEOMETRY), temporary / "w4a16"
         run([sys.executable, "-m", "benchmarks.packed", str(source), str(out), "awq"])
         for name, folder, library in (
             ("bf16", source, "torch"),
@@ -81,7 +79,7 @@ LAYERS = {
 TOKENS = (16, 32, 64, 128, 256, 1024, 8192)
 
 
-def on_a_gpu(results: Path = RESULTS) -> None:
+def measure_products(results: Path = RESULTS) -> None:
     """Microseconds of a layer's products by kind and number of tokens, for `FUSED_TOKENS`.
 
     Without a GPU nothing is measured.

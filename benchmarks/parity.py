@@ -27,7 +27,7 @@ EVERY = 4
 MAX_LENGTH = 1024
 
 
-def against_transformers() -> None:
+def measure_parity() -> None:
     """Compare each artifact with one run of the reference; artifacts are deleted afterwards."""
     figures: dict[str, Any] = {}
     for name in TASKS:
@@ -47,7 +47,7 @@ def against_transformers() -> None:
     keys = ("minimum cosine", "maximum score difference", "Kendall tau")
     print_table(
         ["artifact", *keys],
-        [[case, *(each.get(key, "") for key in keys)] for case, each in figures.items()],
+        [[case, *(row.get(key, "") for key in keys)] for case, row in figures.items()],
     )
     save("parity-0.6b", {"artifacts": figures})
 

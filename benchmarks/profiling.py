@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from embedport.bench.machine import PRODUCTS, measure_peak
 from embedport.checkpoint.spec import ModelSpec
 from embedport.runtimes.ort_custom_ops import register_kernels
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours, run
 
@@ -29,30 +28,29 @@ SHAPES = ((1, 32), (8, 128), (1, 512))
 RUNS = 6
 
 
-def of_int8(results: Path = RESULTS) -> None:
+def profile_int8(results: Path = RESULTS) -> None:
     """Time and share of each operator at each shape, in the fastest of several runs."""
     source = checkpoint("0.6b")
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         export_ours(source, folder, "int8")
         command = [sys.executable, "-m", "benchmarks.profiling", str(folder / "int8")]
         figures = json.loads(run(command).output.splitlines()[-1])
     for way, shapes in figures["ways"].items():
-        for shape, each in shapes.items():
+        for shape, times in shapes.items():
             print_table(
-                [f"{shape} {way}, {each['milliseconds']} ms", "ms", "share"],
+                [f"{shape} {way}, {times['milliseconds']} ms", "ms", "share"],
                 [
-                    [name, ms, f"{ms / each['nodes_ms']:.1%}"]
-                    for name, ms in each["operators"].items()
+                    [name, ms, f"{ms / times['nodes_ms']:.1%}"]
+                    for name, ms in times["operators"].items()
                 ],
             )
-    print_table(["product", "10^12 operations/s"], [[*each] for each in figures["peak"].items()])
+    print_table(["product", "10^12 operations/s"], [[*speed] for speed in figures["peak"].items()])
     spec = ModelSpec.from_checkpoint(source)
     limits = {shape: _limit(spec, *shape, figures["peak"]) for shape in SHAPES}
-    figures["limits_ms"] = {f"{batch}x{size}": each for (batch, size), each in limits.items()}
+    figures["limits_ms"] = {f"{a}x{b}": limit for (a, b), limit in limits.items()}
     print_table(
         ["at these speeds, ms", "8-bit products", "attention's"],
-        [[f"{a}x{b}", *each.values()] for (a, b), each in limits.items()],
+        [[f"{a}x{b}", *limit.values()] for (a, b), limit in limits.items()],
     )
     save("profile-0.6b-int8", figures, results)
 
@@ -84,7 +82,7 @@ def _measure(folder: Path) -> dict[str, Any]:
     from embedport.texts.samples import builtin_samples
 
     tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", 32768)
-    ids = np.concatenate(tokenizer.encode([each.text for each in builtin_samples()]).ids)
+    ids = np.concatenate(tokenizer.encode([sample.text for sample in builtin_samples()]).ids)
     graph = folder / "onnx" / "model.onnx"
     ways = {
         way: {

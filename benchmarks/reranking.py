@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from embedport.bench.rounds import Benchmark, to_json
+from embedport.bench.rounds import Benchmark
 from embedport.bench.runners import our_runner
 from embedport.bench.threads import choose_threads
 from embedport.bench.workloads import QUERIES, reranking
 from embedport.runtimes import read_info
 
-from .checkpoint import CACHE, checkpoint
+from .checkpoint import checkpoint, scratch
 from .machine import RESULTS, print_table, save
 from .process import export_ours
 
@@ -21,7 +20,7 @@ from .process import export_ours
 MOST_APART = 1e-4
 
 
-def shared_against_plain(
+def compare_prefix(
     rounds: int, source: Path | None = None, results: Path = RESULTS, precision: str = "int8"
 ) -> None:
     """Compare both ways on 8 queries with 50 passages each, query by query.
@@ -30,9 +29,8 @@ def shared_against_plain(
         RuntimeError: The scores differ.
     """
     source = source or checkpoint("0.6b", "reranker")
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        artifact = export_ours(source, Path(temporary), precision)
+    with scratch() as folder:
+        artifact = export_ours(source, folder, precision)
         threads = choose_threads()
         command = (sys.executable, "-m", "benchmarks.reranking", str(artifact))
         shared = replace(our_runner(read_info(artifact), threads), name="embedport, shared")
@@ -59,9 +57,10 @@ def shared_against_plain(
         ],
     )
     tokens = sum(len(row) for part in workload.parts for row in part)
+    figures = {name: asdict(result) for name, result in by_runner.items()}
     save(
         f"reranking-0.6b-{precision}",
-        {"workload": workload.name, "tokens": tokens, **to_json(by_runner)},
+        {"workload": workload.name, "tokens": tokens, **figures},
         results,
     )
 

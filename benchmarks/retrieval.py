@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checkpoint import CACHE
+from .checkpoint import scratch
 from .machine import RESULTS, print_table, save
 
 if TYPE_CHECKING:
@@ -65,16 +64,14 @@ PLANTED: dict[str, dict[str, Any]] = {
 Quality = dict[str, Any]
 
 
-def on_the_held_out_set(results: Path = RESULTS) -> None:
+def measure_retrieval(results: Path = RESULTS) -> None:
     """Measure retrievers, rerankers and their variants on queries held out from training."""
     from embedport.demo.pipeline import builtin_embedder
     from embedport.texts.beir import BUILTIN, read_beir
     from tests.synthetic import plant_outliers
 
     retrieval_set = read_beir(BUILTIN)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         held_out = {
             "BM25": quality(_bm25(retrieval_set), retrieval_set),
             **_embedders(builtin_embedder(), VARIANTS, retrieval_set, folder, reference=True),
@@ -87,12 +84,12 @@ def on_the_held_out_set(results: Path = RESULTS) -> None:
             "reranked": _rerankers(retrieval_set, folder),
         }
     for name, rows in tables.items():
-        for each in rows.values():
-            each.pop("per query")
-        columns = list(dict.fromkeys(key for each in rows.values() for key in each))
+        for row in rows.values():
+            row.pop("per query")
+        columns = list(dict.fromkeys(key for row in rows.values() for key in row))
         print_table(
             [name, *columns],
-            [[way, *(_cell(each.get(key)) for key in columns)] for way, each in rows.items()],
+            [[way, *(_cell(row.get(key)) for key in columns)] for way, row in rows.items()],
         )
     sizes = {"queries": len(retrieval_set.queries), "documents": len(retrieval_set.documents)}
     save("retrieval-demo", sizes | {"ways": tables}, results)
@@ -108,7 +105,7 @@ def quality(ranking: Mapping[str, Sequence[str]], data: RetrievalSet) -> Quality
         f"nDCG@10 {kind}": float(values["nDCG@10"][kinds == kind].mean())
         for kind in sorted(dict.fromkeys(kinds))
     }
-    means = {name: float(each.mean()) for name, each in values.items()}
+    means = {name: float(per_query.mean()) for name, per_query in values.items()}
     return means | by_kind | {"per query": values["nDCG@10"]}
 
 
@@ -130,8 +127,7 @@ def _embedders(
     vectors = {}
     for name, options in variants.items():
         artifact = _export(checkpoint, options, folder)
-        embedder = embedport.load(artifact.folder, device="cpu")
-        assert isinstance(embedder, embedport.Embedder)
+        embedder = embedport.load_embedder(artifact.folder, device="cpu")
         vectors[name] = encode_set(embedder, data, progress=False)
         qualities[name] = quality(rank_documents(vectors[name], embedder.dim, data), data)
         cosines = [
@@ -170,8 +166,7 @@ def _rerankers(data: RetrievalSet, folder: Path) -> dict[str, Quality]:
     qualities = {"as they came": quality(before, data)}
     for name, options in RERANKERS.items():
         artifact = _export(builtin_reranker(), options, folder)
-        reranker = embedport.load(artifact.folder, device="cpu")
-        assert isinstance(reranker, embedport.Reranker)
+        reranker = embedport.load_reranker(artifact.folder, device="cpu")
         scores = score_set(reranker, data, progress=False)
         qualities[name] = quality(rank_candidates(before, scores), data)
         qualities[name] |= {"bytes": _bytes(artifact)} | _loss(qualities[name], qualities["fp32"])
@@ -199,26 +194,22 @@ def _bytes(artifact: Artifact) -> int:
     return artifact.graph.with_name("model.onnx_data").stat().st_size
 
 
-def _loss(found: Quality, fp32: Quality) -> dict[str, Any]:
-    loss = fp32["per query"] - found["per query"]
-    return {"loss": float(loss.mean()), "loss from to": _interval(loss)}
-
-
-def _interval(differences: np.ndarray) -> tuple[float, float]:
+def _loss(variant: Quality, fp32: Quality) -> dict[str, Any]:
     from embedport.validation.retrieval import bootstrap
 
-    return bootstrap(differences)
+    loss = fp32["per query"] - variant["per query"]
+    return {"loss": float(loss.mean()), "loss from to": bootstrap(loss)}
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, tuple):
-        return " to ".join(f"{each:+.4f}" for each in value)
+        return " to ".join(f"{bound:+.4f}" for bound in value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _bm25(data: Any) -> dict[str, list[str]]:
+def _bm25(data: RetrievalSet) -> dict[str, list[str]]:
     """BM25 with bm25s' defaults and English stop words."""
     import bm25s
 
@@ -226,10 +217,9 @@ def _bm25(data: Any) -> dict[str, list[str]]:
     retriever = bm25s.BM25()
     options: dict[str, Any] = {"stopwords": "en", "show_progress": False}
     retriever.index(bm25s.tokenize(list(data.documents.values()), **options), show_progress=False)
-    found, _ = retriever.retrieve(
+    best, _ = retriever.retrieve(
         bm25s.tokenize(list(data.queries.values()), **options), k=100, show_progress=False
     )
     return {
-        query: [ids[i] for i in row]
-        for query, row in zip(data.queries, found.tolist(), strict=True)
+        query: [ids[i] for i in row] for query, row in zip(data.queries, best.tolist(), strict=True)
     }

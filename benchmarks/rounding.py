@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoint import CACHE
+from .checkpoint import scratch
+from .held_out import HeldOut, table_rows
 from .machine import RESULTS, print_table, read_kept, save
 
 COMPARED = ("rtn", "gptq", "gptaq")
@@ -93,7 +93,7 @@ COLUMNS = (
 )
 
 
-def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | None = None) -> None:
+def measure_rounding(results: Path = RESULTS, only: str = "", folder: Path | None = None) -> None:
     """Cosines and the loss of nDCG@10 on the held-out set; scores on the built-in pairs.
 
     Neither is in the built-in calibration set.
@@ -107,10 +107,9 @@ def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | Non
     import embedport
     from embedport.demo.pipeline import builtin_embedder
 
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        out = Path(temporary) / "out"
-        pair = _Pair(folder or builtin_embedder().parent, Path(temporary))
+    with scratch() as temporary:
+        out = temporary / "out"
+        pair = _Pair(folder or builtin_embedder().parent, temporary)
         file = f"rounding-width-{pair.specs['embedding'].hidden_size}" if folder else NAME
         kept = read_kept(results / f"{file}.json", lambda saved: [saved["machine"]])
         figures: dict[str, dict[str, Any]] = kept.get("rows", {})
@@ -121,13 +120,13 @@ def of_the_demo_pair(results: Path = RESULTS, only: str = "", folder: Path | Non
             figures[name] = pair.figures(
                 lambda task: make(pair.specs[task].source.folder, out), out
             )
-            print_table(["", *COLUMNS], [_cells(*each) for each in figures.items()])
+            print_table(["", *COLUMNS], table_rows(figures, COLUMNS))
             save(file, {"rows": figures}, results)
 
         for group, algorithm, rotate in CASES:
             name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
             recipe = {"algorithm": algorithm, "rotate_heads": rotate}
-            row(name, _by_recipe(f"int4/{group}", recipe, Path(temporary) / "recipe.json"))
+            row(name, _by_recipe(f"int4/{group}", recipe, temporary / "recipe.json"))
         for name, options in ONNX.items():
             row(name, lambda source, out, o=options: embedport.export(source, out, **o))
         for name, options in CHECKPOINTS.items():
@@ -157,9 +156,7 @@ class _Pair:
     def __init__(self, checkpoints: Path, folder: Path) -> None:
         import embedport
         from embedport.checkpoint.spec import ModelSpec
-        from embedport.texts.beir import BUILTIN, read_beir
 
-        self.data = read_beir(BUILTIN)
         places = {"embedding": checkpoints / "embedder", "reranker": checkpoints / "reranker"}
         self.specs = {
             task: ModelSpec.from_checkpoint(place)
@@ -170,46 +167,30 @@ class _Pair:
             task: embedport.export(spec.source.folder, folder / task)
             for task, spec in self.specs.items()
         }
-        self.vectors, self.ndcg = self._embed(artifacts["embedding"].folder)
+        self.held_out = HeldOut(artifacts["embedding"].folder)
         if "reranker" in self.specs:
             self.scores = self._score(artifacts["reranker"].folder)
 
     def figures(self, make: Any, out: Path) -> dict[str, Any]:
         """Quantize, and compare with fp32."""
-        from embedport.validation.retrieval import bootstrap
+        import embedport
 
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for task in self.specs:
             shutil.rmtree(out, ignore_errors=True)
             start = time.monotonic()
             folder = make(task).folder
             if task == "embedding":
-                found["seconds"] = round(time.monotonic() - start, 1)
+                figures["seconds"] = round(time.monotonic() - start, 1)
                 weights = (*folder.rglob("model.onnx_data"), *folder.glob("model*.safetensors"))
-                found["bytes"] = sum(path.stat().st_size for path in weights)
-                vectors, ndcg = self._embed(folder)
-                cosines = (vectors * self.vectors).sum(axis=1)
-                loss = self.ndcg - ndcg
-                low, high = bootstrap(loss)
-                found |= {"minimum cosine": float(cosines.min()), "mean": float(cosines.mean())}
-                found |= {"loss of nDCG@10": float(loss.mean()), "from": low, "to": high}
+                figures["bytes"] = sum(path.stat().st_size for path in weights)
+                embedder = embedport.load_embedder(folder, device="cpu")
+                figures |= self.held_out.figures(embedder.embed_rows)
             else:
                 apart = np.abs(self._score(folder) - self.scores)
-                found["largest score difference"] = float(apart.max())
-                found["mean difference"] = float(apart.mean())
-        return found
-
-    def _embed(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        import embedport
-        from embedport.texts.ranking import measure, rank_documents
-        from embedport.validation.retrieval import encode_set
-
-        queries, documents = encode_set(
-            embedport.load_embedder(folder, device="cpu"), self.data, progress=False
-        )
-        ranking = rank_documents((queries, documents), queries.shape[1], self.data)
-        ndcg = measure(ranking, self.data.relevance, ("nDCG@10",))["nDCG@10"]
-        return np.concatenate([queries, documents]), ndcg
+                figures["largest score difference"] = float(apart.max())
+                figures["mean difference"] = float(apart.mean())
+        return figures
 
     def _score(self, folder: Path) -> np.ndarray:
         import embedport
@@ -217,12 +198,3 @@ class _Pair:
 
         pairs = [(pair.query, pair.document) for pair in builtin_pairs()]
         return embedport.load_reranker(folder, device="cpu").score(pairs)
-
-
-def _cells(name: str, figures: dict[str, Any]) -> list[str]:
-    values = figures | {"MB": figures["bytes"] / 1e6}
-    digits = {"MB": 2, "seconds": 0, "mean": 5, "mean difference": 5}
-    return [
-        name,
-        *(f"{values[key]:.{digits.get(key, 4)}f}" if key in values else "" for key in COLUMNS),
-    ]

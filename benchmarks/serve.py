@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from .bulk import flatness, resident_bytes
-from .checkpoint import CACHE
+from .checkpoint import scratch
 from .machine import RESULTS, print_table, save
 from .process import ours
 
@@ -72,7 +72,7 @@ class Load:
         }
 
 
-def under_load(
+def measure_serve(
     results: Path = RESULTS,
     *,
     precision: str = "fp32",
@@ -95,12 +95,10 @@ def under_load(
     from embedport.texts.beir import read_beir
 
     texts = list(read_beir("builtin").documents.values())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary) / "embedder"
+    with scratch() as temporary:
+        folder = temporary / "embedder"
         embedport.export(builtin_embedder(), folder, precision=precision)
-        embedder = embedport.load(folder, device="cpu")
-        assert isinstance(embedder, embedport.Embedder)
+        embedder = embedport.load_embedder(folder, device="cpu")
         expected = embedder.encode(texts)
         # The texts have 20 tokens on average; more tokens an hour say little without it.
         lengths = [len(ids) for ids in embedder.tokenizer.encode(texts).ids]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from .checkpoint import CACHE, ROOT, checkpoint
+from .checkpoint import CACHE, ROOT, checkpoint, scratch
 from .machine import RESULTS, print_table, read_kept
 from .process import export_ours
 
@@ -62,7 +61,7 @@ CONTESTS: dict[Name, Contest] = {
 QUICK_PEERS = ("optimum-int8", "openvino-int8")
 
 
-def against_peers(
+def compare_with_peers(
     rounds: int,
     *,
     names: Sequence[Name] = tuple(Name),
@@ -91,13 +90,14 @@ def against_peers(
     source = source or checkpoint("0.6b")
     path = results / f"{NAME}{'-quick' if quick else ''}.json"
     saved = read_kept(path, lambda kept: [contest["machine"] for contest in kept.values()])
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for name in [each for each in names if not (quick and each is Name.PRECISIONS)]:
+    for name in names:
+        if quick and name is Name.PRECISIONS:
+            continue
         contest = CONTESTS[name]
         origin = source if contest.task == "embedding" else checkpoint("0.6b", contest.task)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        with scratch() as folder:
             result = bench(
-                [export_ours(origin, Path(folder), precision) for precision in contest.precisions],
+                [export_ours(origin, folder, precision) for precision in contest.precisions],
                 peers=QUICK_PEERS if quick else contest.peers,
                 checkpoint=source,
                 rounds=rounds,
@@ -114,9 +114,9 @@ def against_peers(
         draw(saved, CHART if results == RESULTS else results / CHART.name)
 
 
-def print_results(found: dict[str, Any]) -> None:
+def print_results(bench: dict[str, Any]) -> None:
     """Print the tables of one benchmark."""
-    for workload, runners in found["workloads"].items():
+    for workload, runners in bench["workloads"].items():
         print_table(
             [workload, "tokens/s", "from, to", "ratio", "from, to", "batch", "minimum cosine"],
             [
@@ -132,7 +132,7 @@ def print_results(found: dict[str, Any]) -> None:
                 for name, result in runners.items()
             ],
         )
-    for workload, failed in found["failures"].items():
+    for workload, failed in bench["failures"].items():
         print(f"{workload}: {', '.join(failed)} failed")
     print_table(
         ["", "cold start, s", "peak GB", "on disk GB"],
@@ -143,18 +143,18 @@ def print_results(found: dict[str, Any]) -> None:
                 round(runner["peak_bytes"] / 1e9, 2),
                 round(runner["bytes"] / 1e9, 3),
             ]
-            for name, runner in found["runners"].items()
+            for name, runner in bench["runners"].items()
         ],
     )
-    print(found["peak"])
+    print(bench["peak"])
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(contests: dict[str, Any], path: Path) -> None:
     """Tokens a second of each runner in int8, a panel a kind of work."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    workloads = found["embedding"]["workloads"] | found["reranking"]["workloads"]
+    workloads = contests["embedding"]["workloads"] | contests["reranking"]["workloads"]
     figure = Figure(figsize=(8, 2.6 * -(-len(workloads) // 2)), layout="constrained")
     FigureCanvasSVG(figure)
     panels = figure.subplots(-(-len(workloads) // 2), 2).flat

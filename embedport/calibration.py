@@ -13,7 +13,7 @@ import logging
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
@@ -23,9 +23,9 @@ from .checkpoint.spec import ModelSpec, Task
 from .errors import InputError
 from .exporters.configuration import read_configuration
 from .exporters.texts import advised_tokens, encode_samples
-from .files import written
 from .runtimes import Embedder, load_embedder
 from .storage import as_place
+from .strict_json import write_jsonl
 from .texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from .texts.ranking import search, unit
 from .texts.samples import Pair, Sample
@@ -143,15 +143,15 @@ def build_calibration(
     else:
         ranker = load_embedder(embedder)
         built = _build_pairs(spec, str(corpus), rows, output, limit, seed, ranker, progress)
-    wanted, found = (count, built.texts) if tokens is None else (tokens, built.tokens)
+    noun, given = ("texts or pairs", built.texts) if tokens is None else ("tokens", built.tokens)
+    wanted = count if tokens is None else tokens
     # The next text may not have fitted; that much is no lack of texts.
-    if wanted is not None and found < 0.9 * wanted:
-        unit_name = "texts or pairs" if tokens is None else "tokens"
+    if wanted is not None and given < 0.9 * wanted:
         logger.warning(
             "%s gives %s %s of the %s wanted: it has too few different texts",
             corpus,
-            f"{found:,}",
-            unit_name,
+            f"{given:,}",
+            noun,
             f"{wanted:,}",
         )
     return built
@@ -167,7 +167,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _read(corpus: str | Path, progress: bool) -> Iterator[Sample]:
-    place = as_place(str(corpus)) if isinstance(corpus, str) else corpus
+    place = as_place(corpus) if isinstance(corpus, str) else corpus
     for row in stream_rows(place, progress=progress):
         if row.text.strip():
             yield Sample(row.text, row.prompt)
@@ -196,7 +196,7 @@ def _build_texts(
         else {"text": sample.text, "prompt": sample.prompt}
         for sample, _ in chosen
     ]
-    _write(output, lines)
+    write_jsonl(output, lines)
     queries = sum(sample.prompt == "query" for sample, _ in chosen)
     return Calibration(output, len(chosen), queries, sum(tokens for _, tokens in chosen))
 
@@ -218,7 +218,7 @@ def _build_pairs(
     queries = LengthSampler(Limit(count=-(-most_pairs // BANDS)), seed)
     documents = LengthSampler(Limit(POOL_TOKENS, POOL), seed)
     for batch in _batches(rows):
-        lengths = [len(ids) for ids in embedder.tokenizer.encode([each.text for each in batch]).ids]
+        lengths = [len(ids) for ids in embedder.tokenizer.encode([row.text for row in batch]).ids]
         for sample, length in zip(batch, lengths, strict=True):
             if sample.prompt == "query":
                 queries.add(sample, length)
@@ -243,7 +243,7 @@ def _build_pairs(
             total += len(ids)
     if not chosen:
         raise InputError(f"{corpus} holds no pair that fits into {limit.tokens} tokens")
-    _write(output, [{"query": pair.query, "document": pair.document} for pair in chosen])
+    write_jsonl(output, [{"query": pair.query, "document": pair.document} for pair in chosen])
     return Calibration(output, len(chosen), len({pair.query for pair in chosen}), total)
 
 
@@ -339,16 +339,16 @@ class LengthSampler:
             for key, stratum in self._strata.items()
         }
         weights = {key: stratum.distinct for key, stratum in self._strata.items()}
-        of_prompt: Counter[str | None] = Counter()
-        of_stratum: Counter[tuple[str | None, int]] = Counter()
+        by_prompt: Counter[str | None] = Counter()
+        by_stratum: Counter[tuple[str | None, int]] = Counter()
         taken: set[int] = set()
         chosen: list[tuple[Sample, int]] = []
         room = self._limit.tokens
         while queues and len(chosen) != self._limit.count:
-            prompt = min({key[0] for key in queues}, key=lambda name: (of_prompt[name], str(name)))
+            prompt = min({key[0] for key in queues}, key=lambda name: (by_prompt[name], str(name)))
             key = max(
                 (key for key in queues if key[0] == prompt),
-                key=lambda key: (weights[key] / (2 * of_stratum[key] + 1), -key[1]),
+                key=lambda key: (weights[key] / (2 * by_stratum[key] + 1), -key[1]),
             )
             entry = next(queues[key], None)
             if entry is None or (room is not None and entry[2] > room):
@@ -359,8 +359,8 @@ class LengthSampler:
                 continue
             taken.add(value)
             chosen.append((sample, tokens))
-            of_prompt[prompt] += 1
-            of_stratum[key] += 1
+            by_prompt[prompt] += 1
+            by_stratum[key] += 1
             room = None if room is None else room - tokens
         return chosen
 
@@ -375,9 +375,3 @@ def _hash(sample: Sample, seed: int) -> int:
 def _batches(rows: Iterator[Sample]) -> Iterator[list[Sample]]:
     while batch := list(islice(rows, BATCH)):
         yield batch
-
-
-def _write(path: Path, lines: Iterable[object]) -> None:
-    with written(path) as file:
-        for line in lines:
-            file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())

@@ -1,15 +1,15 @@
-"""JSON within limits of values, depth and digits: an untrusted file cannot exhaust memory."""
+"""JSON, read within limits of values, depth and digits: an untrusted file cannot exhaust memory."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import SMALL, read_small
+from .files import SMALL, read_small, written
 
 # Limits of one JSON file. Qwen3's tokenizer.json has 610,000 values.
 MOST_VALUES = 4_000_000
@@ -105,6 +105,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Like `read_json`, but empty if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def without_nan(value: Any) -> Any:
     """Return a value for JSON, which has no NaN and no infinity: they become None."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -114,3 +119,21 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return value
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """Format as JSON, on one line unless indented; NaN and infinity become null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    except ValueError:
+        return json.dumps(without_nan(value), ensure_ascii=False, indent=indent)
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> None:
+    """Write one JSON value per line.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    with written(path) as file:
+        file.writelines(f"{to_json(row)}\n".encode() for row in rows)

@@ -26,7 +26,7 @@ from tokenizers.trainers import BpeTrainer
 
 from embedport.artifact.layout import write_json, write_sentence_transformers
 from embedport.checkpoint.lora import open_floats
-from embedport.checkpoint.spec import DEFAULT_PROMPTS, ModelSpec, Task
+from embedport.checkpoint.spec import ModelSpec, Task
 from embedport.checkpoint.tensor_files import INDEX, SINGLE
 from embedport.checkpoint.tokens import SPLIT
 from embedport.exporters.checkpoints.config import checkpoint_config
@@ -36,10 +36,12 @@ from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.companions import write_companions
 from embedport.quantize.formats import matrices
 from embedport.quantize.rtn import quantize_rtn
-from embedport.texts.prompts import append_end_of_text
+from embedport.texts.prompts import DEFAULT_INSTRUCTION, append_end_of_text, query_prompt
 
 # Qwen's special tokens in the order of their ids (Qwen3's tokenizer.json).
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Model card: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B (config_sentence_transformers.json).
+DEFAULT_PROMPTS = {"query": query_prompt(DEFAULT_INSTRUCTION), "document": ""}
 ADDED_TOKENS = ["<think>", "</think>"]
 STORED: dict[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,

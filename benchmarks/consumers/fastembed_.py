@@ -22,5 +22,5 @@ TextEmbedding.add_custom_model(
 )
 model = TextEmbedding("artifact", specific_model_path=artifact)
 # fastembed has no prompts: they are part of a text.
-found = list(model.embed([values["prompt"] + text for text in values["texts"]]))
-np.savez(output, values=np.stack(found))
+vectors = list(model.embed([values["prompt"] + text for text in values["texts"]]))
+np.savez(output, values=np.stack(vectors))

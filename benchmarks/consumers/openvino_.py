@@ -16,8 +16,8 @@ model = openvino.Core().compile_model(
 )
 names = [value.any_name for value in model.outputs]
 name = "score" if "score" in names else "sentence_embedding"
-found = []
+results = []
 for row in rows:
     ids = np.array([row], np.int64)
-    found.append(model({"input_ids": ids, "attention_mask": np.ones_like(ids)})[name][0])
-np.savez(output, values=np.stack(found))
+    results.append(model({"input_ids": ids, "attention_mask": np.ones_like(ids)})[name][0])
+np.savez(output, values=np.stack(results))

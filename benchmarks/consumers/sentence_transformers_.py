@@ -15,8 +15,8 @@ else:  # on a CPU with bf16 OpenVINO would compute in it
     options = {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}}
 if "pairs" in values:
     model = CrossEncoder(artifact, backend=backend, model_kwargs=options)
-    found = model.predict([tuple(pair) for pair in values["pairs"]])
+    results = model.predict([tuple(pair) for pair in values["pairs"]])
 else:
     model = SentenceTransformer(artifact, backend=backend, model_kwargs=options)
-    found = model.encode(values["texts"], prompt_name="query", normalize_embeddings=False)
-np.savez(output, values=found)
+    results = model.encode(values["texts"], prompt_name="query", normalize_embeddings=False)
+np.savez(output, values=results)

@@ -34,6 +34,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     if manifest.embedding_dim:
         rows["Dimensions"] = str(manifest.embedding_dim)
     parity = parity_table or NOT_VALIDATED.format(name=name, options=" ".join(source.options))
+    serving = "\nIn vLLM: [vllm.md](vllm.md).\n" if "vllm.md" in manifest.files else ""
     kinds = {
         "onnx": "An ONNX export",
         "tensorrt": "A TensorRT engine",
@@ -43,7 +44,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         f"{_metadata(manifest, name)}# {name}\n\n"
         f"{kinds[manifest.format]} of a Qwen3 {manifest.task} model by embedport.\n\n"
         f"{fact_table(rows).to_markdown()}\n\n"
-        f"## Run it\n\n{_usage(manifest, name)}{_serving(manifest)}\n"
+        f"## Run it\n\n{_usage(manifest, name)}{serving}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )
 
@@ -113,10 +114,6 @@ def _engine_rows(engine: EngineRecord) -> dict[str, str]:
         "Batches": ", ".join(f"`{profile}`" for profile in engine.profiles),
         **({"Products": products} if products else {}),
     }
-
-
-def _serving(manifest: Manifest) -> str:
-    return "\nIn vLLM: [vllm.md](vllm.md).\n" if "vllm.md" in manifest.files else ""
 
 
 def _usage(manifest: Manifest, name: str) -> str:

@@ -227,6 +227,6 @@ def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Replace a small file atomically: a reader sees the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from ..checkpoint.modules import MODULES, SETTINGS, TRANSFORMER
 from ..checkpoint.pooling import DENSE_FILE
-from ..strict_json import load_json
+from ..strict_json import load_json, read_optional_json
 
 PLAIN = {
     "": "sentence_transformers.models.Transformer",
@@ -57,9 +57,8 @@ def turn_into_classifier(folder: Path) -> None:
         shutil.rmtree(folder / PurePosixPath(entry["path"]), ignore_errors=True)
     write_json(folder / MODULES, [first])
     path = folder / TRANSFORMER
-    settings = load_json(path) if path.is_file() else {}
     changes = {"transformer_task": "sequence-classification", "module_output_name": "scores"}
-    write_json(path, settings | changes)
+    write_json(path, read_optional_json(path) | changes)
 
 
 def write_sentence_transformers(

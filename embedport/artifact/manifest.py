@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..checkpoint.hub import pin
-from ..checkpoint.pipeline import POOLING_MODES, ROLES, Activation, Form, Inputs, Outputs
+from ..checkpoint.pipeline import (
+    ACTIVATIONS,
+    POOLING_MODES,
+    ROLES,
+    Activation,
+    Form,
+    Inputs,
+    MessageFormat,
+    Outputs,
+)
 from ..checkpoint.spec import TASKS, Task
 from ..errors import ArtifactError
 from ..files import is_file_name
@@ -274,11 +283,14 @@ class Manifest:
         parts = [record.path for record in records if record]
         if graph and graph.shared:
             parts += [*graph.shared.paths, *filter(None, [graph.shared.openvino])]
-        for name in (*parts, *values["files"]):
+        folders = [dense.path for dense in values["outputs"].dense]
+        for name in (*parts, *folders, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
             if not all(map(is_file_name, name.split("/"))):
                 raise ArtifactError(f"{path}: {name[:100]!r} cannot be a file's name")
+        if unlisted := [name for name in parts if name not in values["files"]]:
+            raise ArtifactError(f"{path}: {unlisted[0]!r} is not among its files")
         return cls(**values)
 
 
@@ -288,69 +300,91 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         ArtifactError: A value has the wrong type, or is not one of the allowed ones.
     """
-    graph, source = values["graph"], values["source"]
-    texts = {key: values[key] for key in ("precision", "requires")}
+    for key, value, expected, holds in _checks(values):
+        if not holds:
+            raise ArtifactError(f"{path}: {key} should be {expected}, found {value!r:.80}")
+
+
+def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
+    """(key, value, what it should be, whether it is that) of each value that is checked."""
     inputs: Inputs = values["inputs"]
     outputs: Outputs = values["outputs"]
-    texts |= {"source": source.id}
-    if source.adapter is not None:
-        adapter = source.adapter
-        texts |= {f"adapter's {i}": text for i, text in enumerate((adapter.id, *adapter.targets))}
-    texts |= {f"source's original {i}": text for i, text in enumerate(source.original or ())}
+    graph: GraphRecord | None = values["graph"]
+    source: SourceRecord = values["source"]
     maps = {"prompts": inputs.prompts, "versions": values["versions"]}
-    maps |= {"source's files": source.files}
-    sizes = {
-        key: values[key]
-        for key in ("hidden_size", "num_heads", "vocab_size", "max_length")
-        + ("max_position_embeddings",)
-        + ("embedding_dim",) * (values["embedding_dim"] is not None)
-    }
-    if graph is not None:
-        for key in ("path", "dialect", "output", "arithmetic"):
-            texts[f"graph's {key}"] = getattr(graph, key)
-        for key in ("inputs", "outputs", "kept_in_fp32"):
-            texts |= {f"graph's {key}": name for name in getattr(graph, key)}
-        if graph.continuation is not None:
-            texts["continuation's path"] = graph.continuation.path
-            texts["continuation's requires"] = graph.continuation.requires
-        if graph.shared is not None:
-            for key in ("consumers", "paths", "outputs"):
-                texts |= {f"shared {key}": name for name in getattr(graph.shared, key)}
-            texts["shared requires"] = graph.shared.requires
-            if graph.shared.openvino is not None:
-                texts["path of OpenVINO's model"] = graph.shared.openvino
-    for name, record in values["files"].items():
-        texts[f"sha256 of {name[:100]!r}"] = record.sha256
-        sizes[f"size of {name[:100]!r}"] = max(record.size, 1) if _is_size(record.size) else None
-    wrong: list[tuple[str, Any, str]] = []
-    if values["task"] not in TASKS:
-        wrong.append(("task", values["task"], " or ".join(TASKS)))
-    choices: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("form of inputs", inputs.form, get_args(Form))
-    ]
-    choices += [("pooling", mode, POOLING_MODES) for mode in outputs.pooling]
-    choices += [("activation", outputs.activation, get_args(Activation))]
-    choices += [("default prompt", inputs.default_prompt, (None, *ROLES, *inputs.prompts))]
-    wrong += [
-        (key, value, " or ".join(map(str, allowed)))
-        for key, value, allowed in choices
-        if value not in allowed
-    ]
-    wrong += [(key, text, "a text") for key, text in texts.items() if not isinstance(text, str)]
-    wrong += [
-        (key, size, "a size") for key, size in sizes.items() if not _is_size(size) or not size
-    ]
-    for key, named in maps.items():
-        if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
-            wrong.append((key, named, "texts by name"))
-    if graph is not None and not graph.outputs:
-        wrong.append(("graph's outputs", graph.outputs, "names"))
+    for key, named in (maps | {"source's files": source.files}).items():
+        is_map = isinstance(named, dict) and all(isinstance(text, str) for text in named.values())
+        yield key, named, "texts by name", is_map
+    for key, value, allowed in (
+        ("task", values["task"], TASKS),
+        ("form of inputs", inputs.form, get_args(Form)),
+        ("message_format", inputs.message_format, get_args(MessageFormat)),
+        ("truncation_side", inputs.truncation_side, ("left", "right")),
+        ("default prompt", inputs.default_prompt, (None, *ROLES, *inputs.prompts)),
+        *(("pooling", mode, POOLING_MODES) for mode in outputs.pooling),
+        *(("activation of Dense", dense.activation, ACTIVATIONS) for dense in outputs.dense),
+        ("activation", outputs.activation, get_args(Activation)),
+    ):
+        yield key, value, " or ".join(map(str, allowed)), value in allowed
+    for key, value in (
+        ("lower_case", inputs.lower_case),
+        ("split_special_tokens", inputs.split_special_tokens),
+        ("include_prompt", outputs.include_prompt),
+        *((key, getattr(graph, key)) for key in ("masked", "limits_pairs") if graph is not None),
+    ):
+        yield key, value, "true or false", isinstance(value, bool)
+    template_values = inputs.template_values
+    yield "template_values", template_values, "an object", isinstance(template_values, dict)
     for key in ("recipe", "ranges", "parity"):
-        if values[key] is not None and not isinstance(values[key], dict):
-            wrong.append((key, values[key], "an object or null"))
-    if wrong:
-        key, value, expected = wrong[0]
-        raise ArtifactError(f"{path}: {key} should be {expected}, found {value!r:.80}")
+        yield key, values[key], "an object or null", isinstance(values[key], dict | None)
+    for key, text in _texts(values, graph, source):
+        yield key, text, "a text", isinstance(text, str)
+    for key in ("hidden_size", "num_heads", "vocab_size", "max_length", "max_position_embeddings"):
+        yield key, values[key], "a size", _is_size(values[key])
+    for key, size in (("embedding_dim", values["embedding_dim"]), ("truncate", outputs.truncate)):
+        yield key, size, "a size", size is None or _is_size(size)
+    # Any number: a checkpoint's pad_token_id may be no token's.
+    skipped = inputs.skipped_token
+    yield "skipped_token", skipped, "a number or null", isinstance(skipped, int | None)
+    for answer in outputs.answers or ():
+        is_id = _is_size(answer, least=0) and answer < values["vocab_size"]
+        yield "answers", answer, "token ids", answer is None or is_id
+    for dense in outputs.dense:
+        for key, size in (("in", dense.in_features), ("out", dense.out_features)):
+            yield f"{key}_features of Dense", size, "a size", _is_size(size)
+    for name, record in values["files"].items():
+        yield f"size of {name[:100]!r}", record.size, "a size", _is_size(record.size, least=0)
+    if graph is not None:
+        yield "graph's outputs", graph.outputs, "names", bool(graph.outputs)
+
+
+def _texts(
+    values: Mapping[str, Any], graph: GraphRecord | None, source: SourceRecord
+) -> Iterator[tuple[str, Any]]:
+    """(key, value) of each value that should be a text."""
+    yield from ((key, values[key]) for key in ("precision", "requires"))
+    yield "source", source.id
+    yield from (("source's original", text) for text in source.original or ())
+    if source.adapter is not None:
+        yield from (("adapter", text) for text in (source.adapter.id, *source.adapter.targets))
+    for name, record in values["files"].items():
+        yield f"sha256 of {name[:100]!r}", record.sha256
+    yield from (("path of Dense", dense.path) for dense in values["outputs"].dense)
+    if graph is None:
+        return
+    for key in ("path", "dialect", "output", "arithmetic"):
+        yield f"graph's {key}", getattr(graph, key)
+    for key in ("inputs", "outputs", "kept_in_fp32"):
+        yield from ((f"graph's {key}", name) for name in getattr(graph, key))
+    if graph.continuation is not None:
+        yield "continuation's path", graph.continuation.path
+        yield "continuation's requires", graph.continuation.requires
+    if graph.shared is not None:
+        for key in ("consumers", "paths", "outputs"):
+            yield from ((f"shared {key}", name) for name in getattr(graph.shared, key))
+        yield "shared requires", graph.shared.requires
+        if graph.shared.openvino is not None:
+            yield "path of OpenVINO's model", graph.shared.openvino
 
 
 def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,15 +399,15 @@ def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"inputs": asdict(inputs), "outputs": asdict(outputs)}
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53
+def _is_size(value: object, *, least: int = 1) -> bool:
+    return type(value) is int and least <= value < 1 << 53
 
 
 def _read_source(values: Mapping[str, Any]) -> SourceRecord:
     source = SourceRecord(**values)
     if source.original is not None:
         source = replace(source, original=tuple(source.original))
-    if not values.get("adapter"):
+    if source.adapter is None:
         return source
     adapter = AdapterRecord(**values["adapter"])
     return replace(source, adapter=replace(adapter, targets=tuple(adapter.targets)))
@@ -383,9 +417,9 @@ def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
     read = dict(values)
     for key in ("inputs", "outputs", "kept_in_fp32"):
         read[key] = tuple(read[key])
-    if read.get("continuation"):
+    if read.get("continuation") is not None:
         read["continuation"] = ContinuationRecord(**read["continuation"])
-    if read.get("shared"):
+    if read.get("shared") is not None:
         shared = dict(read["shared"])
         for key in ("consumers", "paths", "outputs"):
             shared[key] = tuple(shared[key])

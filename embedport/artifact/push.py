@@ -148,15 +148,16 @@ def _hub_bases(manifest: Manifest) -> list[str]:
 
 
 def _local_sources(manifest: Manifest) -> list[str]:
-    return [id_ for id_ in _sources(manifest) if id_ not in _hub_bases(manifest)]
+    """Sources whose ids are paths with a folder part, which tells of a machine."""
+    bases = _hub_bases(manifest)
+    return [id_ for id_ in _sources(manifest) if id_ not in bases and len(Path(id_).parts) > 1]
 
 
 def _license(base: str) -> str | None:
     from huggingface_hub import model_info
 
-    with contextlib.suppress(
-        Exception
-    ):  # offline, gated, gone: the caller is told that none is known
+    # Offline, gated or gone: the caller is told that none is known.
+    with contextlib.suppress(Exception):
         card = model_info(base).card_data
         return None if card is None else card.license
     return None

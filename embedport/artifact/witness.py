@@ -21,6 +21,7 @@ from ..checkpoint.pipeline import Inputs
 from ..checkpoint.spec import Task
 from ..errors import ArtifactError, require
 from ..machine.cpu import read_cpu
+from ..strict_json import parse_json
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 from ..texts.samples import builtin_pairs, builtin_samples
 from ..version import __version__
@@ -182,7 +183,7 @@ def read_witness(path: Path) -> Witness:
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            machine = json.loads(file.metadata()["machine"])
+            machine = parse_json(file.metadata()["machine"])
         ends = np.cumsum(tensors["lengths"])
         rows = np.split(tensors["input_ids"].astype(np.int64), ends[:-1])
         queries = tensors["queries"].tolist() if "queries" in tensors else None

@@ -150,14 +150,8 @@ def bench(
     for runner in runners:
         say(f"{runner.name}: cold starts")
         seconds = start_cold(runner, first, 1 if quick else COLD_STARTS)
-        peak = max(
-            (
-                by_runner[runner.name].peak_bytes
-                for by_runner in results.values()
-                if runner.name in by_runner
-            ),
-            default=0,
-        )
+        own = [row[runner.name] for row in results.values() if runner.name in row]
+        peak = max((result.peak_bytes for result in own), default=0)
         costs[runner.name] = RunnerCosts(runner.size, seconds, peak, runner.versions)
     return Bench(machine, threads, measure_peak(), costs, results, failures)
 
@@ -191,7 +185,7 @@ def _workloads(task: str, tokenizer: Path, quick: bool) -> list[Workload]:
     mixed = (100, 2) if quick else (PASSAGES, PARTS)
     workloads = [uniform(tokenizer, *shape) for shape in shapes]
     # The longest rows go last: runtimes do not give memory back.
-    return sorted([*workloads, passages(tokenizer, *mixed)], key=_longest)
+    return sorted([*workloads, passages(tokenizer, *mixed)], key=lambda workload: workload.longest)
 
 
 def _first(task: str, tokenizer: Path) -> Workload:
@@ -199,10 +193,6 @@ def _first(task: str, tokenizer: Path) -> Workload:
     if task == "reranker":
         return reranking(tokenizer, 1, 1)
     return uniform(tokenizer, 1, 32)
-
-
-def _longest(workload: Workload) -> int:
-    return max(len(row) for part in workload.parts for row in part)
 
 
 def _distinct(runners: list[Runner]) -> list[Runner]:

@@ -110,14 +110,14 @@ def check_workloads(workloads: Sequence[Workload], models: Sequence[ModelInfo | 
         InputError: A row is longer than a model's positions, or has an unknown token id.
     """
     for workload in workloads:
-        longest = max(len(row) for part in workload.parts for row in part)
         largest = max(int(row.max()) for part in workload.parts for row in part)
         for model in models:
             name = model.name if isinstance(model, ModelInfo) else model.source.id
-            if longest > model.max_position_embeddings:
+            if workload.longest > model.max_position_embeddings:
                 raise InputError(
                     f"{name} takes at most {model.max_position_embeddings} tokens, and the "
-                    f"workload {workload.name} has a row of {longest}; --quick stays below 1,000"
+                    f"workload {workload.name} has a row of {workload.longest}; --quick stays "
+                    "below 1,000"
                 )
             if largest >= model.vocab_size:
                 raise InputError(

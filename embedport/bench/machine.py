@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -40,7 +41,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "kernels": register_kernels(ort.SessionOptions()),
-        "versions": {name: installed for name in PACKAGES if (installed := _version(name))},
+        "versions": installed_versions(PACKAGES),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -50,11 +51,13 @@ def cpu_kind(machine: Mapping[str, Any]) -> str:
     return f"{machine['cpu']} ({', '.join(machine['flags']) or 'no vector instructions known'})"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Name to version of the packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def measure_peak() -> dict[str, float]:

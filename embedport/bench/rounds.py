@@ -6,10 +6,9 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -247,8 +246,3 @@ def start_cold(runner: Runner, workload: Workload, starts: int) -> list[float]:
             seconds.append(time.perf_counter() - start)
             worker.close()
     return [round(duration, 3) for duration in seconds[1:]]
-
-
-def to_json(results: dict[str, Result]) -> dict[str, Any]:
-    """Results as JSON values."""
-    return {name: asdict(result) for name, result in results.items()}

@@ -44,6 +44,11 @@ class Workload:
     parts: tuple[tuple[np.ndarray, ...], ...]
     repeats: int = 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row."""
+        return max(len(row) for part in self.parts for row in part)
+
     def part(self, number: int) -> tuple[np.ndarray, ...]:
         """The rows of a round."""
         return self.parts[number % len(self.parts)]

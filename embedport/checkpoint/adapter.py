@@ -1,7 +1,7 @@
 """A LoRA adapter as PEFT saves it: adapter_config.json and adapter_model.safetensors.
 
-It follows PEFT 0.21: `LoraConfig` for the keys, `check_target_module_exists` for the modules,
-`LoraLayer.update_layer` for the scaling, `PeftModel.merge_and_unload` for the result:
+It follows PEFT 0.21: `LoraConfig` for the keys, `LoraLayer.update_layer` for the scaling,
+`PeftModel.merge_and_unload` for the result; `peft_names` says which modules the keys name.
 
     W + scaling * B @ A,  scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..strict_json import read_json
 from .keys import ADAPTER_NEUTRAL, ADAPTER_NOTES, ADAPTER_READ, refuse_unknown, shown
+from .peft_names import MOST_NAMES, ConfiguredNames
 from .tensor_files import TensorInfo, read_shard
 
 CONFIG = "adapter_config.json"
@@ -39,13 +39,7 @@ WHOLE = re.compile(r"(.+?)(?:\.base_layer)?\.(weight|bias)")
 # Initializations that leave the base unchanged. The others change the base's weights each time PEFT
 # loads the adapter.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-ALL_LINEAR = "all-linear"
 DTYPES = ("BF16", "F16", "F32")
-# Limits against patterns that take forever to match: characters of a pattern, its repetitions, and
-# names or patterns under one key.
-LONGEST_PATTERN, MOST_REPEATS, MOST_NAMES = 2000, 5, 2000
-# Groups of a pattern; and the repetitions that this module adds around one.
-MOST_GROUPS, OWN_REPEATS = 12, 2
 # Limit of a rank or an alpha; it also excludes NaN and infinity.
 LARGEST = 1e9
 
@@ -101,6 +95,10 @@ class Adapter:
     whole: Mapping[str, TensorInfo]
 
     @property
+    def _names(self) -> ConfiguredNames:
+        return ConfiguredNames(self.folder / CONFIG, self.values)
+
+    @property
     def has_prefix(self) -> bool:
         """Whether it was trained on a model with a head, whose names begin with "model."."""
         return any(
@@ -111,7 +109,9 @@ class Adapter:
     def labels(self) -> int | None:
         """Rows of its classifier head; None if it has none."""
         info = self.whole.get("score.weight")
-        return None if info is None else info.shape[0]
+        if info is None:
+            return None
+        return info.shape[0] if info.shape else 0  # a scalar, which is refused
 
     @property
     def has_lm_head(self) -> bool:
@@ -156,7 +156,7 @@ class Adapter:
     def _check_pairs(self, shapes: Mapping[str, tuple[int, ...]], embeds: bool) -> None:
         """Refuse low-rank pairs that do not match the configuration's target modules."""
         modules = self._modules(shapes)
-        targets = {module for module in modules if self._targets(module)}
+        targets = {module for module in modules if self._names.targets(module)}
         for module in sorted(targets ^ self.pairs.keys()):
             if embeds and module == "lm_head":
                 continue
@@ -173,7 +173,8 @@ class Adapter:
         path = self.folder / WEIGHTS
         replacements = {_tensor(name): info for name, info in self.whole.items()}
         for tensor in shapes:
-            if tensor not in replacements and self._saves(tensor):
+            module = self._model_name(tensor).rpartition(".")[0]
+            if tensor not in replacements and self._names.saves(module):
                 raise CheckpointError(
                     f"{path} lacks {PREFIX}{self._model_name(tensor)}, of the modules_to_save of "
                     f"{CONFIG}"
@@ -186,13 +187,6 @@ class Adapter:
                     f"{path}: tensor {info.name} belongs to no module of this model; the adapter "
                     "was trained on another base or task"
                 )
-
-    def _saves(self, tensor: str) -> bool:
-        """Whether a tensor is in a module of modules_to_save, as in PEFT's `_set_trainable`."""
-        parts = self._model_name(tensor).split(".")[:-1]
-        modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        names = tuple(self.values.get("modules_to_save") or ())
-        return any(module.endswith(names) for module in modules)
 
     def _model_name(self, name: str) -> str:
         """A tensor's or module's name in the model that the adapter was trained on."""
@@ -208,65 +202,6 @@ class Adapter:
             names.add("lm_head")
         return {self._model_name(module) for module in names}
 
-    def _targets(self, module: str) -> bool:
-        """Whether the configuration targets a module.
-
-        As in PEFT's `check_target_module_exists` and `_maybe_include_all_linear_layers`.
-        """
-        values = self.values
-        excluded, targets = values.get("exclude_modules"), values["target_modules"]
-        if excluded and self._named(module, "exclude_modules", excluded):
-            return False
-        for name in values.get("modules_to_save") or ():
-            if self._match("modules_to_save", rf"(^|.*\.){name}($|\..*)", module):
-                return False
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-            is_head = module == "lm_head" or (
-                module == "score" and values.get("task_type") == "SEQ_CLS"
-            )
-            return not is_head and not module.endswith("embed_tokens")
-        if not self._named(module, "target_modules", targets):
-            return False
-        layers = values.get("layers_to_transform")
-        if isinstance(targets, str) or layers is None or layers == [] or module in targets:
-            return True
-        patterns = values.get("layers_pattern")
-        prefixes = [r".*?\.[^.]*"]
-        if patterns:
-            patterns = [patterns] if isinstance(patterns, str) else patterns
-            prefixes = [rf"(?:^|.*?\.){pattern}" for pattern in patterns]
-        for prefix in prefixes:
-            pattern = rf"{prefix}\.(?P<idx>\d+)\."
-            if number := self._match("layers_pattern", pattern, module):
-                layer = int(number["idx"])
-                return layer == layers if isinstance(layers, int) else layer in layers
-        return False
-
-    def _named(self, module: str, key: str, names: str | Iterable[str]) -> bool:
-        """Whether a pattern matches a module's full name, or a listed name is its end."""
-        if isinstance(names, str):
-            return self._match(key, names, module, whole=True) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names)
-
-    def _by_pattern(self, key: str, module: str, default: Any) -> Any:
-        """A module's value in rank_pattern or alpha_pattern, as in PEFT's `get_pattern_key`."""
-        for pattern, value in (self.values.get(key) or {}).items():
-            if self._match(key, rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    def _match(
-        self, key: str, pattern: str, module: str, *, whole: bool = False
-    ) -> re.Match[str] | None:
-        """Match a module's name from its beginning, or as a whole."""
-        try:
-            compiled = _compile(pattern)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.folder / CONFIG}: {key} {error}: {shown(pattern)}"
-            ) from error
-        return compiled.fullmatch(module) if whole else compiled.match(module)
-
     def _lora(self, module: str, shape: tuple[int, ...]) -> Lora:
         parts = self.pairs[module]
         if parts.keys() != {"A", "B"}:
@@ -274,8 +209,8 @@ class Adapter:
                 f"{self.folder / WEIGHTS}: {module} should have lora_A and lora_B, found "
                 f"lora_{next(iter(parts))} only"
             )
-        rank = self._by_pattern("rank_pattern", module, self.rank)
-        alpha = self._by_pattern("alpha_pattern", module, self.alpha)
+        rank = self._names.by_pattern("rank_pattern", module, self.rank)
+        alpha = self._names.by_pattern("alpha_pattern", module, self.alpha)
         is_table = "lora_embedding_" in parts["A"].name
         if is_table != module.endswith("embed_tokens"):
             raise CheckpointError(
@@ -421,30 +356,6 @@ def _check_types(path: Path, values: Mapping[str, Any]) -> None:
         value = values.get(key)
         if (value is None and key == "target_modules") or (value is not None and not holds(value)):
             raise CheckpointError(f"{path}: {key} should be {words}, found {shown(value)}")
-
-
-@lru_cache(maxsize=4 * MOST_NAMES)
-def _compile(pattern: str) -> re.Pattern[str]:
-    """Compile a regular expression that matches in bounded time: few repetitions, none of a group.
-
-    Raises:
-        ValueError: It exceeds the limits, or is not a regular expression.
-    """
-    repeats = len(re.findall(r"[*+{]|[^*+}(]\?", pattern))
-    if (
-        len(pattern) > LONGEST_PATTERN
-        or repeats > MOST_REPEATS + OWN_REPEATS
-        or pattern.count("(") > MOST_GROUPS
-        or re.search(r"\)[*+{]", pattern)
-    ):
-        raise ValueError(
-            f"should have patterns of {LONGEST_PATTERN} characters, {MOST_GROUPS} groups and "
-            f"{MOST_REPEATS} repetitions at most, and none of a group"
-        )
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"is not a regular expression ({error})") from error
 
 
 def _tensor(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..files import read_small
-from ..strict_json import read_json
+from ..strict_json import read_optional_json
 from .pipeline import MessageFormat
 from .tokens import TOKENIZER_CONFIG, special_tokens
 
@@ -83,8 +83,9 @@ class ChatTemplate:
                 **{"add_generation_prompt": False, **self._values},
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
             raise InputError(
-                f"{self.path}: the chat template rejects {_shortened(messages)}: {error}"
+                f"{self.path}: the chat template rejects messages with the roles {roles}: {error}"
             ) from error
 
     def reads_task(self) -> bool:
@@ -123,11 +124,12 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return path, text, any((folder / FURTHER).glob("*.jinja"))
     path = folder / TOKENIZER_CONFIG
-    template = read_json(path).get("chat_template") if path.exists() else None
+    template = read_optional_json(path).get("chat_template")
     several = isinstance(template, list)
     if several:
-        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        texts = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        template = texts[-1] if texts else None
     if not isinstance(template, str) or not template:
         raise CheckpointError(
             f"{folder} has no chat template ({TEMPLATE}, or chat_template in {TOKENIZER_CONFIG})"
@@ -137,10 +139,8 @@ def read_template(folder: Path) -> tuple[Path, str, bool]:
 
 def has_template(folder: Path) -> bool:
     """Whether a folder has a chat template."""
-    path = folder / TOKENIZER_CONFIG
-    if (folder / TEMPLATE).exists():
-        return True
-    return path.exists() and bool(read_json(path).get("chat_template"))
+    settings = folder / TOKENIZER_CONFIG
+    return (folder / TEMPLATE).exists() or bool(read_optional_json(settings).get("chat_template"))
 
 
 def infer_format(folder: Path) -> MessageFormat:
@@ -184,8 +184,3 @@ def _compile(text: str, path: Path) -> Any:
         return environment.from_string(text)
     except (jinja2.TemplateError, RecursionError) as error:
         raise CheckpointError(f"{path}: the chat template is not valid: {error}") from error
-
-
-def _shortened(messages: Sequence[Message]) -> str:
-    roles = ", ".join(str(message["role"]) for message in messages)
-    return f"messages with the roles {roles}"

@@ -177,7 +177,8 @@ def _download(repo_id: str, revision: str | None, weights: bool) -> Source:
     patterns = CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     folder = _snapshot(repo_id, revision, patterns)
     if (folder / MANIFEST).is_file():  # an artifact: download all that its manifest lists
-        files = read_json(folder / MANIFEST).get("files") or {}
+        files = read_json(folder / MANIFEST).get("files")
+        files = files if isinstance(files, dict) else {}  # else opening it reports the damage
         folder = _snapshot(repo_id, folder.name, [*CONFIG_PATTERNS, *files])
     return Source(repo_id, folder.name, folder)
 

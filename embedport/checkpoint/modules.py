@@ -7,13 +7,14 @@ are not implemented are refused; `keys` lists the keys that do not affect result
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from ..errors import CheckpointError
-from ..strict_json import load_json, read_json
+from ..files import is_file_name
+from ..strict_json import load_json, read_optional_json
 from .chat import has_template, infer_format
 from .keys import (
     LOADING_NOTES,
@@ -25,6 +26,7 @@ from .keys import (
 from .pipeline import (
     ACTIVATIONS,
     POOLING_MODES,
+    ROLES,
     Activation,
     Dense,
     Form,
@@ -34,6 +36,7 @@ from .pipeline import (
     PoolingMode,
     Step,
 )
+from .settings import Settings
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -103,39 +106,6 @@ class Modules:
     max_length: int | None
 
 
-@dataclass(frozen=True)
-class _Module:
-    name: str
-    path: Path
-    values: Mapping[str, Any]
-
-    def refuse(self, key: str, *accepted: object) -> None:
-        """Raise unless the value is absent, null or one of `accepted`."""
-        value = self.values.get(key)
-        if value is None or value in accepted:
-            return
-        expected = " or ".join(repr(option) for option in accepted) or "absent"
-        raise CheckpointError(
-            f"{self.path}: {key} is {shown(value)}, and only {expected} is supported"
-        )
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """Read a positive whole number."""
-        value = self.values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(
-                f"{self.path}: {key} should be a positive whole number, found {shown(value)}"
-            )
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Read a boolean."""
-        value = self.values.get(key, default)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.path}: {key} should be true or false, found {value!r}")
-        return value
-
-
 def read_modules(folder: Path, hidden_size: int) -> Modules | None:
     """Read a folder's modules; None if it has no modules.json.
 
@@ -153,31 +123,23 @@ def read_modules(folder: Path, hidden_size: int) -> Modules | None:
     settings = _read_settings(folder)
     kind: Kind = settings.values.get("model_type") or "SentenceTransformer"
     names = [name for name, _ in entries[1:]]
-    modules = [
-        _Module(name, place / "config.json", _read_config(place / "config.json"))
-        for name, place in entries[1:]
-    ]
+    modules = [_read_file(place / "config.json") for _, place in entries[1:]]
     first = _read_transformer(folder)
     task = first.values.get("transformer_task") or "feature-extraction"
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise CheckpointError(
             f"{first.path}: transformer_task should be one of {', '.join(TASKS)}, found {task!r}"
         )
     inputs = _read_inputs(folder, first, task, settings, is_pair=kind == "CrossEncoder")
-    length = first.values.get("max_seq_length")
-    max_length = None if length is None else first.whole("max_seq_length")
+    max_length = _optional_integer(first, "max_seq_length")
+    _check_order(path, names, task, kind)
     activation = None
     if kind == "SentenceTransformer":
-        _check_order(path, names, task, "feature-extraction", kind, names[:1] == ["Pooling"])
-        outputs = _read_vectors(modules, settings, hidden_size)
+        outputs = _read_vectors(names, modules, settings, hidden_size)
     else:
         activation = _read_activation(settings)
-        outputs = Outputs(steps=(), activation=activation or "sigmoid")
-        classifies = not names
-        expected = "sequence-classification" if classifies else "text-generation"
-        _check_order(path, names, task, expected, kind, classifies or names == ["LogitScore"])
-        if not classifies:
-            outputs = replace(outputs, answers=_read_answers(modules[0]))
+        answers = _read_answers(modules[0]) if modules else None
+        outputs = Outputs(steps=(), activation=activation or "sigmoid", answers=answers)
     return Modules(kind, inputs, outputs, task == "sequence-classification", activation, max_length)
 
 
@@ -206,8 +168,6 @@ def _read_entries(path: Path) -> list[tuple[str, Path]]:
         names = [str(entry["name"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a list of modules: {error}") from error
-    if not types:
-        raise CheckpointError(f"{path} names no module")
     if len(set(names)) < len(names):
         raise CheckpointError(f"{path}: each module should have a unique name, found {names}")
     modules = []
@@ -223,32 +183,38 @@ def _read_entries(path: Path) -> list[tuple[str, Path]]:
                 "Normalize, Dropout and LogitScore are"
             )
         parts = PurePosixPath(place).parts
-        if len(parts) > 1 or ".." in parts or place.startswith(("/", "\\")):
-            raise CheckpointError(f"{path}: {place!r} should be a folder beside the file")
+        if len(parts) > 1 or not all(map(is_file_name, parts)):
+            raise CheckpointError(f"{path}: {shown(place)} should be a folder beside the file")
         if name != "Dropout":  # has no effect after training
             modules.append((name, path.parent / place))
+    if not modules:
+        raise CheckpointError(f"{path} names no module")
     return modules
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def _read_file(path: Path) -> Settings:
+    return Settings(path, read_optional_json(path))
 
 
-def _check_order(
-    path: Path, names: Sequence[str], task: str, expected: str, kind: Kind, fits: bool
-) -> None:
-    followers = {
-        "SentenceTransformer": "Pooling, and then Dense and Normalize",
-        "CrossEncoder": "LogitScore, or nothing for a sequence-classification",
-    }[kind]
-    allowed = {"Pooling"} if kind == "SentenceTransformer" else {"LogitScore"}
-    if not fits or any(name in ("Pooling", "LogitScore") for name in names[1:]):
+def _optional_integer(settings: Settings, key: str) -> int | None:
+    """A positive integer; None if the value is absent or null."""
+    return None if settings.values.get(key) is None else settings.get(key, int)
+
+
+def _check_order(path: Path, names: Sequence[str], task: str, kind: Kind) -> None:
+    """Check which modules follow the Transformer, and that its task goes with them."""
+    if kind == "SentenceTransformer":
+        fits = names[:1] == ["Pooling"] and {*names[1:]} <= {"Dense", "Normalize"}
+        followers, expected = "Pooling, and then Dense and Normalize", "feature-extraction"
+    else:
+        fits = names in ([], ["LogitScore"])
+        followers = "LogitScore, or nothing for a sequence-classification"
+        expected = "text-generation" if names else "sequence-classification"
+    if not fits:
         raise CheckpointError(
             f"{path}: the Transformer of a {kind} should be followed by {followers}; found "
             f"{', '.join(names) or 'nothing'}"
         )
-    if names and names[0] not in allowed:
-        raise CheckpointError(f"{path}: {names[0]} does not go with a {kind} ({SETTINGS})")
     if task != expected:
         raise CheckpointError(
             f"{path.parent / TRANSFORMER}: transformer_task should be {expected!r} with these "
@@ -256,9 +222,8 @@ def _check_order(
         )
 
 
-def _read_settings(folder: Path) -> _Module:
-    path = folder / SETTINGS
-    settings = _Module(SETTINGS, path, _read_config(path))
+def _read_settings(folder: Path) -> Settings:
+    settings = _read_file(folder / SETTINGS)
     read = (
         "activation_fn",
         "default_prompt_name",
@@ -267,16 +232,16 @@ def _read_settings(folder: Path) -> _Module:
         "similarity_fn_name",
         "truncate_dim",
     )
-    refuse_unknown(settings.values, path, read, SENTENCE_TRANSFORMERS_NOTES)
+    refuse_unknown(settings.values, settings.path, read, SENTENCE_TRANSFORMERS_NOTES)
     settings.refuse("model_type", *get_args(Kind))
     return settings
 
 
-def _read_transformer(folder: Path) -> _Module:
+def _read_transformer(folder: Path) -> Settings:
     for name in EARLY:
         if (folder / name).exists() and not (folder / TRANSFORMER).exists():
             raise CheckpointError(f"{folder / name}: name it {TRANSFORMER}: no other is read")
-    first = _Module("Transformer", folder / TRANSFORMER, _read_config(folder / TRANSFORMER))
+    first = _read_file(folder / TRANSFORMER)
     loading = [
         f"{part}_{kind}"
         for part in ("model", "processor", "tokenizer", "config")
@@ -293,10 +258,10 @@ def _read_transformer(folder: Path) -> _Module:
     )
     refuse_unknown(first.values, first.path, read, TRANSFORMER_NOTES)
     for key in loading:
-        values = first.values.get(key)
-        if not isinstance(values or {}, dict):
+        values = first.values.get(key) or {}
+        if not isinstance(values, dict):
             raise CheckpointError(f"{first.path}: {key} should be an object, found {values!r}")
-        for name, value in (values or {}).items():
+        for name, value in values.items():
             if name not in LOADING_NOTES and value is not None:
                 raise CheckpointError(
                     f"{first.path}: {key} sets {name} to {shown(value)}, which is not supported"
@@ -305,25 +270,21 @@ def _read_transformer(folder: Path) -> _Module:
 
 
 def _read_inputs(
-    folder: Path, first: _Module, task: str, settings: _Module, *, is_pair: bool
+    folder: Path, first: Settings, task: str, settings: Settings, *, is_pair: bool
 ) -> Inputs:
     form, message_format = _read_modalities(folder, first, task)
-    prompts, default = _read_prompts(settings, SENTENCE_ROLES if not is_pair else ())
+    prompts, default = _read_prompts(settings, () if is_pair else ROLES)
     return Inputs(
         form=form,
         prompts=prompts,
         default_prompt=default,
-        lower_case=first.flag("do_lower_case", False),
+        lower_case=first.get("do_lower_case", bool, False),
         message_format=message_format,
         template_values=_read_template_values(first),
     )
 
 
-# Prompts that sentence-transformers has for every embedder; empty unless the folder defines them.
-SENTENCE_ROLES = ("query", "document")
-
-
-def _read_modalities(folder: Path, first: _Module, task: str) -> tuple[Form, MessageFormat]:
+def _read_modalities(folder: Path, first: Settings, task: str) -> tuple[Form, MessageFormat]:
     method_output, output = TASKS[task]
     first.refuse("module_output_name", output)
     modalities = first.values.get("modality_config")
@@ -360,7 +321,7 @@ def _read_modalities(folder: Path, first: _Module, task: str) -> tuple[Form, Mes
     return "messages", style
 
 
-def _read_template_values(first: _Module) -> dict[str, Any]:
+def _read_template_values(first: Settings) -> dict[str, Any]:
     settings = first.values.get("processing_kwargs") or {}
     where = f"{first.path}: processing_kwargs"
     if not isinstance(settings, dict):
@@ -383,8 +344,7 @@ def read_prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     Raises:
         CheckpointError: They do not map names to texts.
     """
-    path = folder / SETTINGS
-    return _read_prompts(_Module(SETTINGS, path, _read_config(path)), SENTENCE_ROLES)
+    return _read_prompts(_read_file(folder / SETTINGS), ROLES)
 
 
 def refuse_lone_pooling(folder: Path, hidden_size: int) -> None:
@@ -396,7 +356,7 @@ def refuse_lone_pooling(folder: Path, hidden_size: int) -> None:
     path = folder / "1_Pooling" / "config.json"
     if not path.exists():
         return
-    modes, _ = _read_pooling(_Module("Pooling", path, read_json(path)), hidden_size)
+    modes, _ = _read_pooling(_read_file(path), hidden_size)
     if modes != ("lasttoken",):
         raise CheckpointError(
             f"{path} has the pooling {', '.join(modes)}, but there is no {MODULES} to name it, and "
@@ -405,7 +365,7 @@ def refuse_lone_pooling(folder: Path, hidden_size: int) -> None:
         )
 
 
-def _read_prompts(settings: _Module, roles: Sequence[str]) -> tuple[dict[str, str], str | None]:
+def _read_prompts(settings: Settings, roles: Sequence[str]) -> tuple[dict[str, str], str | None]:
     texts = settings.values.get("prompts") or {}
     if not isinstance(texts, dict) or not all(
         isinstance(prompt, str | None) for prompt in texts.values()
@@ -423,28 +383,32 @@ def _read_prompts(settings: _Module, roles: Sequence[str]) -> tuple[dict[str, st
     return prompts, default
 
 
-def _read_vectors(modules: Sequence[_Module], settings: _Module, hidden_size: int) -> Outputs:
+def _read_vectors(
+    names: Sequence[str], modules: Sequence[Settings], settings: Settings, hidden_size: int
+) -> Outputs:
     modes, include_prompt = _read_pooling(modules[0], hidden_size)
     settings.refuse("activation_fn")
     settings.refuse("similarity_fn_name", *SIMILARITIES)
     steps: list[Step] = []
     width = hidden_size * len(modes)
-    for module in modules[1:]:
-        step = _STEPS[module.name](module, width)
-        if isinstance(step, Dense):
-            width = step.out_features
-        steps.append(step)
-    truncate = settings.values.get("truncate_dim")
+    for name, module in zip(names[1:], modules[1:], strict=True):
+        if name == "Dense":
+            dense = _read_dense(module, width)
+            steps.append(dense)
+            width = dense.out_features
+        else:
+            _check_normalize(module)
+            steps.append("normalize")
     return Outputs(
         pooling=modes,
         include_prompt=include_prompt,
         steps=tuple(steps),
-        truncate=None if truncate is None else settings.whole("truncate_dim"),
+        truncate=_optional_integer(settings, "truncate_dim"),
         similarity=settings.values.get("similarity_fn_name") or "cosine",
     )
 
 
-def _read_pooling(module: _Module, hidden_size: int) -> tuple[tuple[PoolingMode, ...], bool]:
+def _read_pooling(module: Settings, hidden_size: int) -> tuple[tuple[PoolingMode, ...], bool]:
     sizes = ("word_embedding_dimension", "embedding_dimension")
     read = (*sizes, "pooling_mode", "include_prompt", *EARLY_POOLING)
     refuse_unknown(module.values, module.path, read)
@@ -455,25 +419,26 @@ def _read_pooling(module: _Module, hidden_size: int) -> tuple[tuple[PoolingMode,
     modes = module.values.get("pooling_mode")
     if modes is None:
         # Without any of these keys the default is the mean.
-        modes = [mode for key, mode in EARLY_POOLING.items() if module.flag(key, False)] or ["mean"]
+        modes = [mode for key, mode in EARLY_POOLING.items() if module.get(key, bool, False)]
+        modes = modes or ["mean"]
     elif isinstance(modes, str):
         modes = [modes]
-    if not isinstance(modes, list) or not modes or not set(modes) <= set(POOLING_MODES):
+    is_list = isinstance(modes, list) and bool(modes)
+    if not is_list or any(mode not in POOLING_MODES for mode in modes):
         raise CheckpointError(
             f"{module.path}: pooling_mode should be one or more of {', '.join(POOLING_MODES)}, "
             f"found {shown(modes)}"
         )
-    return tuple(modes), module.flag("include_prompt", True)
+    return tuple(modes), module.get("include_prompt", bool, True)
 
 
-def _read_normalize(module: _Module, width: int) -> Step:
-    _check_names(module)
+def _check_normalize(module: Settings) -> None:
+    _check_tensors(module)
     refuse_unknown(module.values, module.path, ("module_input_name", "module_output_name"))
-    return "normalize"
 
 
-def _read_dense(module: _Module, width: int) -> Step:
-    _check_names(module)
+def _read_dense(module: Settings, width: int) -> Dense:
+    _check_tensors(module)
     read = (
         "in_features",
         "out_features",
@@ -494,27 +459,21 @@ def _read_dense(module: _Module, width: int) -> Step:
         )
     return Dense(
         path=module.path.parent.name,
-        in_features=module.whole("in_features"),
-        out_features=module.whole("out_features"),
-        bias=module.flag("bias", True),
+        in_features=module.get("in_features", int),
+        out_features=module.get("out_features", int),
+        bias=module.get("bias", bool, True),
         activation=activation,
-        residual=module.flag("use_residual", False),
+        residual=module.get("use_residual", bool, False),
     )
 
 
-_STEPS: Mapping[str, Callable[[_Module, int], Step]] = {
-    "Dense": _read_dense,
-    "Normalize": _read_normalize,
-}
-
-
-def _check_names(module: _Module) -> None:
-    """The module should read and write the sentence embedding."""
+def _check_tensors(module: Settings) -> None:
+    """Refuse a module that reads or writes anything but the sentence embedding."""
     for key in ("module_input_name", "module_output_name"):
         module.refuse(key, "sentence_embedding")
 
 
-def _read_answers(module: _Module) -> tuple[int, int | None]:
+def _read_answers(module: Settings) -> tuple[int, int | None]:
     keys = ("true_token_id", "false_token_id", "module_input_name")
     refuse_unknown(module.values, module.path, keys)
     module.refuse("module_input_name", "causal_logits")
@@ -529,7 +488,7 @@ def _read_answers(module: _Module) -> tuple[int, int | None]:
     return token("true_token_id"), token("false_token_id") if has_false else None
 
 
-def _read_activation(settings: _Module) -> Activation | None:
+def _read_activation(settings: Settings) -> Activation | None:
     settings.refuse("truncate_dim")
     value = settings.values.get("activation_fn")
     return None if value is None else read_activation(value, f"{settings.path}: activation_fn")
@@ -545,10 +504,10 @@ def read_activation(value: object, where: str) -> Activation:
     Raises:
         CheckpointError: The class is not supported.
     """
-    name = str(value)
-    for supported in ("Sigmoid", "Identity"):
-        if name.startswith("torch.nn.") and name.rpartition(".")[2] == supported:
-            return "sigmoid" if supported == "Sigmoid" else "identity"
+    known: dict[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "identity"}
+    package, _, name = str(value).rpartition(".")
+    if f"{package}.".startswith("torch.nn.") and name in known:
+        return known[name]
     raise CheckpointError(
         f"{where} is {shown(value)}, and only torch.nn's Sigmoid and Identity are supported"
     )

@@ -201,12 +201,13 @@ def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     form = _one_of(values, where, ("checkpoint_format", "format"), tuple(ZERO_POINT_OFFSETS))
     base = _grouped("gptq", values, where, (4, 8), ZERO_POINT_OFFSETS[form])
     # GPTQModel: name pattern to overrides; a pattern that begins with "-:" is left unquantized.
-    dynamic = _object(values.get("dynamic"), f"{where}: dynamic")
-    overrides = [override for name, override in dynamic.items() if not name.startswith("-")]
+    place = f"{where}: dynamic"
+    dynamic = _object(values.get("dynamic"), place)
+    overrides = [_object(o, place) for name, o in dynamic.items() if not name.startswith("-")]
     for override in overrides:
-        place = f"{where}: dynamic"
-        _refuse(_object(override, place), place, format=(form,), method=("gptq",), activation=())
-    formats, reorders = _with_overrides(base, values, overrides, f"{where}: dynamic", "desc_act")
+        _refuse(override, place, format=(form,), method=("gptq",), activation=())
+    reorders = any({**values, **override}.get("desc_act") for override in ({}, *overrides))
+    formats = _with_overrides(base, values, overrides, place)
     return StoredQuantization("gptq", formats, reorders, bool(values.get("activation")))
 
 
@@ -235,7 +236,7 @@ def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantizatio
         if override.get("bits") not in (16, 32):  # else the matrix is not quantized
             _refuse(override, place, data_type=("int",), super_bits=(), act_bits=(16, 32))
             overrides.append(override)
-    formats, _ = _with_overrides(base, values, overrides, f"{where}: extra_config", None)
+    formats = _with_overrides(base, values, overrides, f"{where}: extra_config")
     return StoredQuantization("auto-round", formats)
 
 
@@ -257,19 +258,16 @@ def _grouped(
 def _with_overrides(
     base: MatrixFormat,
     values: Mapping[str, Any],
-    overrides: Iterable[Any],
+    overrides: Iterable[Mapping[str, Any]],
     where: str,
-    order_key: str | None,
-) -> tuple[tuple[MatrixFormat, ...], bool]:
-    """(the base format and those of the overrides, whether any of them uses act-order)."""
-    formats = {base: None}
-    reorders = order_key is not None and bool(values.get(order_key))
-    for override in overrides:
-        merged = {**values, **_object(override, where)}
-        bits = (4,) if base.layout == "awq" else (4, 8)
-        formats[_grouped(base.layout, merged, where, bits, base.zero_point_offset)] = None
-        reorders |= order_key is not None and bool(merged.get(order_key))
-    return tuple(formats), reorders
+) -> tuple[MatrixFormat, ...]:
+    """The base format, and the formats of the overrides."""
+    bits = (4,) if base.layout == "awq" else (4, 8)
+    others = [
+        _grouped(base.layout, {**values, **override}, where, bits, base.zero_point_offset)
+        for override in overrides
+    ]
+    return tuple(dict.fromkeys([base, *others]))
 
 
 def _read_fine_grained(values: Mapping[str, Any], where: str) -> StoredQuantization:
@@ -313,6 +311,7 @@ def _read_compressed_tensors(
     groups = values.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise CheckpointError(f"{where}: config_groups should hold a group, found {groups!r}")
+    whole = values.get("format")
     formats: dict[MatrixFormat, None] = {}
     reorders = rounds = False
     for name, group in groups.items():
@@ -324,7 +323,6 @@ def _read_compressed_tensors(
                 f"{place}: output_activations should be absent, found "
                 f"{group['output_activations']!r}"
             )
-        whole = values.get("format")
         form = group.get("format") or whole
         if whole not in (None, form, "mixed-precision"):
             raise CheckpointError(f"{where}: format is {whole!r}, in the group {form!r}")
@@ -333,7 +331,6 @@ def _read_compressed_tensors(
         rounds |= bool(group.get("input_activations"))
     stored = StoredQuantization("compressed-tensors", tuple(formats), reorders, rounds)
     if rounds and len(groups) == 1:
-        (group,) = groups.values()
         return _run_by_library(values, group, stored, where) or stored
     return stored
 
@@ -366,7 +363,7 @@ def _read_block(weights: Mapping[str, Any], where: str) -> tuple[int | None, int
     size, structure = weights.get("group_size"), weights.get("block_structure")
     strategy = weights.get("strategy")
     if strategy is None:
-        strategy = {None: "tensor", -1: "channel"}.get(size if _is_integer(size) else None, "group")
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy == "tensor":
         return None, None
     if strategy == "channel":

@@ -124,8 +124,9 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
     theta = values.get("rope_theta") if theta is None else theta
     if theta is None:
         raise CheckpointError(f"{path}: rope_theta is missing")
+    theta = _number(theta, f"{path}: rope_theta")
     if kind == "default":
-        return Rope("default", _number(theta, f"{path}: rope_theta"))
+        return Rope("default", theta)
     numbers = {
         name: _number(parameters[name], f"{where}: {name}")
         for name in NUMBERS
@@ -140,9 +141,10 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
         )
     if factor is None:
         raise CheckpointError(f"{where}: factor is missing")
-    theta = _number(theta, f"{path}: rope_theta")
     if kind == "linear":
         return Rope("linear", theta, factor)
+    if theta <= 1:
+        raise CheckpointError(f"{path}: rope_theta should be above 1 with yarn, found {theta:g}")
     truncate = parameters.get("truncate", True)
     if not isinstance(truncate, bool):
         raise CheckpointError(f"{where}: truncate should be true or false, found {truncate!r}")
@@ -171,9 +173,8 @@ def _attention_factor(numbers: Mapping[str, float], factor: float) -> float:
     return grown(1.0)
 
 
-def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+def _number(value: Any, where: str) -> float:
+    # Beyond these bounds a product overflows.
+    if type(value) not in (int, float) or not 1e-300 < value < 1e300:
         raise CheckpointError(f"{where} should be a positive number, found {shown(value)}")
-    if value > 1e300:
-        raise CheckpointError(f"{where} is too large, found {shown(value)}")
     return float(value)

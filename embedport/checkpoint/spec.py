@@ -12,42 +12,34 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER
 from .adapter import Adapter, Merge, read_adapter
 from .chat import ChatTemplate, has_template, infer_format, read_template
+from .classifier import CLASSIFIER, read_score_activation, read_score_rows
 from .hub import Source, fetch
 from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown, shown
 from .modelcard import declared_task
 from .modules import (
     Modules,
-    read_activation,
     read_modules,
     read_prompts,
     refuse_lone_pooling,
     refuse_transformer_elsewhere,
 )
-from .pipeline import TASKS, Activation, Inputs, Outputs, Task
+from .pipeline import TASKS, Inputs, Outputs, Task
 from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
 from .rope import Rope, read_rope
+from .settings import Settings
 from .tensor_files import tensor_names
 from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 
-CLASSIFIER = "Qwen3ForSequenceClassification"
 ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
-
-# Model card: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B (config_sentence_transformers.json).
-DEFAULT_PROMPTS = {
-    "query": (
-        "Instruct: Given a web search query, retrieve relevant passages that answer the query\n"
-        "Query:"
-    ),
-    "document": "",
-}
+# Their tensors fill a header of `files.SMALL`; a larger number would only fill the memory.
+MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -204,35 +196,6 @@ class ModelSpec:
         return shapes
 
 
-class _Config:
-    """A JSON file, read strictly: each error names the file, the key and the value found."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values = read_json(path)
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.values.get(key, default)
-        if value is None:
-            raise CheckpointError(f"{self.path}: {key} is missing")
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"{self.path}: {key} should be {kind.__name__}, found {value!r}")
-        if kind in (int, float) and value <= 0:
-            raise CheckpointError(f"{self.path}: {key} should be positive, found {value!r}")
-        return value
-
-    def refuse(self, key: str, *accepted: object) -> None:
-        """Raise unless the value is absent, null or one of `accepted`."""
-        value = self.values.get(key)
-        if value is not None and value not in accepted:
-            expected = " or ".join(repr(option) for option in accepted) or "absent"
-            raise CheckpointError(
-                f"{self.path}: {key} is {value!r}, and only {expected} is supported"
-            )
-
-
 def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     """Read the spec of a checkpoint that is on disk; see `ModelSpec.from_checkpoint`."""
     if task is not None and task not in TASKS:
@@ -241,7 +204,8 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     adapter = None if source.adapter is None else read_adapter(source.adapter.folder)
     _refuse_other_adapters(source)
     refuse_transformer_elsewhere(source.pipeline)
-    config = _Config(folder / "config.json")
+    path = folder / "config.json"
+    config = Settings(path, read_json(path))
     model_type = config.values.get("model_type")
     if model_type != "qwen3":
         raise CheckpointError(f"{config.path}: model_type should be 'qwen3', found {model_type!r}")
@@ -254,23 +218,14 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
     refuse_unknown(config.values, config.path, CONFIG_READ, CONFIG_NOTES)
     config.refuse("hidden_act", "silu", "swish")
     layers = config.get("num_hidden_layers", int)
+    if layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"{config.path}: num_hidden_layers should be {MOST_LAYERS:,} at most, found {layers:,}"
+        )
     causal = _read_causal(config)
     window, window_layers = _read_windows(config, layers, causal)
-    heads = config.get("num_attention_heads", int)
-    # An absent key means transformers' default, 32; null means the number of heads.
-    kv_heads = config.values.get("num_key_value_heads", 32)
-    kv_heads = heads if kv_heads is None else config.get("num_key_value_heads", int, 32)
-    if heads % kv_heads:
-        raise CheckpointError(
-            f"{config.path}: num_attention_heads ({heads}) should be a multiple of "
-            f"num_key_value_heads ({kv_heads})"
-        )
+    heads, kv_heads, head_dim = _read_heads(config)
     hidden = config.get("hidden_size", int)
-    head_dim = config.get("head_dim", int, 128)
-    if head_dim % 16:
-        raise CheckpointError(
-            f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
-        )
     positions = config.get("max_position_embeddings", int)
     modules = read_modules(source.pipeline, hidden)
     task = _find_task(source, config, modules, task, adapter)
@@ -296,7 +251,7 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         window_layers=window_layers,
         attention_bias=config.get("attention_bias", bool, False),
         quantization=read_quantization(config.values.get("quantization_config"), config.path),
-        score_rows=_read_score_rows(config, modules, adapter) if task == "reranker" else None,
+        score_rows=read_score_rows(config, modules, adapter) if task == "reranker" else None,
         adapter=adapter,
     )
     spec = with_own_head(_with_pipeline(spec, config, modules))
@@ -312,19 +267,16 @@ def with_own_head(spec: ModelSpec) -> ModelSpec:
     """
     if not spec.tied or spec.task != "reranker" or spec.score_rows is not None:
         return spec
-    has_head = "lm_head.weight" in tensor_names(spec.source.folder)
-    has_head = has_head or (spec.adapter is not None and spec.adapter.has_lm_head)
-    return replace(spec, tied=False) if has_head else spec
+    replaced = spec.adapter is not None and spec.adapter.has_lm_head
+    has_head = replaced or "lm_head.weight" in tensor_names(spec.source.folder)
+    return replace(spec, tied=not has_head)
 
 
 def _refuse_other_adapters(source: Source) -> None:
     """Refuse an adapter in the checkpoint's folder if none was asked for."""
     if source.adapter is not None:
         return
-    prefixes = ("", "*/")
-    adapters = [
-        path for prefix in prefixes for path in sorted(source.folder.glob(f"{prefix}{ADAPTER}"))
-    ]
+    adapters = [*source.folder.glob(ADAPTER), *sorted(source.folder.glob(f"*/{ADAPTER}"))]
     if adapters:
         raise CheckpointError(
             f"{adapters[0]}: the checkpoint's folder holds an adapter: give `adapter` "
@@ -366,14 +318,33 @@ def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
         )
 
 
-def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | None, tuple[int, ...]]:
+def _read_heads(config: Settings) -> tuple[int, int, int]:
+    """(query heads, heads of keys and values, width of a head)."""
+    heads = config.get("num_attention_heads", int)
+    # An absent key means transformers' default, 32; null means the number of heads.
+    kv_heads = config.values.get("num_key_value_heads", 32)
+    kv_heads = heads if kv_heads is None else config.get("num_key_value_heads", int, 32)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{config.path}: num_attention_heads ({heads}) should be a multiple of "
+            f"num_key_value_heads ({kv_heads})"
+        )
+    head_dim = config.get("head_dim", int, 128)
+    if head_dim % 16:
+        raise CheckpointError(
+            f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
+        )
+    return heads, kv_heads, head_dim
+
+
+def _read_windows(
+    config: Settings, layers: int, causal: bool
+) -> tuple[int | None, tuple[int, ...]]:
     """(sliding window in tokens, the layers that have it), as in transformers' Qwen3Config."""
-    size = None
     # Absent keys have transformers' defaults.
-    if config.get("use_sliding_window", bool, False) and (
-        config.values.get("sliding_window", 4096) is not None
-    ):
-        size = config.get("sliding_window", int, 4096)
+    uses_window = config.get("use_sliding_window", bool, False)
+    has_window = uses_window and config.values.get("sliding_window", 4096) is not None
+    size = config.get("sliding_window", int, 4096) if has_window else None
     kinds = config.values.get("layer_types")
     if kinds is None:
         first = layers if size is None else config.values.get("max_window_layers", 28)
@@ -384,7 +355,11 @@ def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | Non
         window_layers = tuple(range(first, layers))
     else:
         allowed = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(allowed):
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != layers
+            or any(kind not in allowed for kind in kinds)
+        ):
             raise CheckpointError(
                 f"{config.path}: layer_types should be {layers} of {' or '.join(allowed)}, found "
                 f"{shown(kinds)}"
@@ -402,7 +377,7 @@ def _read_windows(config: _Config, layers: int, causal: bool) -> tuple[int | Non
     return (size, window_layers) if window_layers else (None, ())
 
 
-def _read_causal(config: _Config) -> bool:
+def _read_causal(config: Settings) -> bool:
     causal = config.get("is_causal", bool, True)
     if config.values.get("use_bidirectional_attention") and causal:
         raise CheckpointError(
@@ -414,43 +389,9 @@ def _read_causal(config: _Config) -> bool:
     return causal
 
 
-def _read_score_rows(
-    config: _Config, modules: Modules | None, adapter: Adapter | None
-) -> int | None:
-    """Rows of a sequence classifier's head; None if the model is not one."""
-    if modules is not None and not modules.classifier:
-        return None
-    if adapter is not None and adapter.labels is not None:
-        if adapter.labels not in (1, 2):
-            raise CheckpointError(
-                f"{adapter.folder}: score.weight should have one row, yes, or two, no and yes; "
-                f"found {adapter.labels}"
-            )
-        return adapter.labels
-    if config.values.get("architectures") != [CLASSIFIER]:
-        # sentence-transformers gives other classes one label.
-        return None if modules is None else 1
-    labels, count = config.values.get("id2label"), config.values.get("num_labels")
-    if not isinstance(labels, dict | None):
-        raise CheckpointError(f"{config.path}: id2label should be an object, found {shown(labels)}")
-    if labels is not None and count not in (None, len(labels)):
-        raise CheckpointError(
-            f"{config.path}: num_labels is {count!r} and id2label has {len(labels)} labels; "
-            "transformers 5 reads the first and 4 the second: take out the one that is wrong"
-        )
-    # transformers' default is two labels.
-    rows = config.get("num_labels", int, 2) if labels is None else len(labels)
-    if rows not in (1, 2):
-        raise CheckpointError(
-            f"{config.path}: a reranker should have one label, yes, or two, no and yes; found "
-            f"{rows}: {labels!r}"
-        )
-    return rows
-
-
 def _find_task(
     source: Source,
-    config: _Config,
+    config: Settings,
     modules: Modules | None,
     task: Task | None,
     adapter: Adapter | None,
@@ -498,7 +439,7 @@ def _find_task(
     return declared
 
 
-def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) -> ModelSpec:
+def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -> ModelSpec:
     folder = spec.source.pipeline
     if modules is not None:
         inputs, outputs = modules.inputs, modules.outputs
@@ -517,23 +458,12 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
     split, side = read_token_settings(folder)
     inputs = replace(inputs, split_special_tokens=split, truncation_side=side)
     if inputs.form == "messages":
-        template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
-        if spec.task == "embedding" and template.reads_task():
-            raise CheckpointError(
-                f"{template.path}: the chat template reads task, which sentence-transformers sets "
-                "for queries and documents, and that is not supported; set it in processing_kwargs "
-                "of sentence_bert_config.json if one value is right for all texts"
-            )
-        if spec.task == "reranker" and not template.carries_pairs():
-            raise CheckpointError(
-                f"{template.path}: the chat template does not render the roles 'query' and "
-                "'document', so CrossEncoder would score a text without them; put a "
-                "chat_template.jinja with both beside it (docs/checkpoint-files.md has Qwen3's)"
-            )
+        _check_template(folder, inputs, spec.task)
     if spec.score_rows is not None:
         skipped = config.values.get("pad_token_id")
         inputs = replace(inputs, skipped_token=skipped if isinstance(skipped, int) else None)
-        outputs = replace(outputs, activation=_read_classifier_activation(spec, config, modules))
+        activation = read_score_activation(spec.score_rows, config, modules, folder)
+        outputs = replace(outputs, activation=activation)
     for answer in outputs.answers or ():
         if answer is not None and answer >= spec.vocab_size:
             raise CheckpointError(
@@ -543,33 +473,18 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
     return replace(spec, inputs=inputs, outputs=outputs)
 
 
-def _read_classifier_activation(
-    spec: ModelSpec, config: _Config, modules: Modules | None
-) -> Activation:
-    """The activation of a classifier's score, Sigmoid by default.
-
-    With two labels the score is the probability of the second: the sigmoid of the difference.
-    """
-    declared = _declared_activation(config, modules)
-    if spec.score_rows == 1:
-        return declared or "sigmoid"
-    if declared == "sigmoid":
+def _check_template(folder: Path, inputs: Inputs, task: Task) -> None:
+    """Refuse a chat template that sentence-transformers would render in another way."""
+    template = ChatTemplate(folder, inputs.message_format, inputs.template_values)
+    if task == "embedding" and template.reads_task():
         raise CheckpointError(
-            f"{spec.source.pipeline}: a Sigmoid for each of two labels is not supported; take "
-            "activation_fn out if the labels exclude each other, which a softmax then compares"
+            f"{template.path}: the chat template reads task, which sentence-transformers sets "
+            "for queries and documents, and that is not supported; set it in processing_kwargs "
+            "of sentence_bert_config.json if one value is right for all texts"
         )
-    return "sigmoid"
-
-
-def _declared_activation(config: _Config, modules: Modules | None) -> Activation | None:
-    """The activation that CrossEncoder reads: of its own settings, else of config.json."""
-    if modules is not None and modules.activation is not None:
-        return modules.activation
-    nested = config.values.get("sentence_transformers")
-    if isinstance(nested, dict) and "activation_fn" in nested:
-        name = nested["activation_fn"]
-        where = f"{config.path}: activation_fn of sentence_transformers"
-    else:
-        key = "sbert_ce_default_activation_function"
-        name, where = config.values.get(key), f"{config.path}: {key}"
-    return None if name is None else read_activation(name, where)
+    if task == "reranker" and not template.carries_pairs():
+        raise CheckpointError(
+            f"{template.path}: the chat template does not render the roles 'query' and "
+            "'document', so CrossEncoder would score a text without them; put a "
+            "chat_template.jinja with both beside it (docs/checkpoint-files.md has Qwen3's)"
+        )

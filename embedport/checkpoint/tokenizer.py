@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ..errors import CheckpointError
 from ..files import read_small
 from ..integrity import cache_folder
-from ..strict_json import parse_json, read_json
+from ..strict_json import parse_json, read_optional_json
 from .tokens import TOKENIZER_CONFIG
 
 # Maximum bytes of the file; Qwen3's has 11 MB.
@@ -80,7 +80,7 @@ def _check_truncation(tokenizer: Tokenizer, path: Path) -> None:
     """Refuse a side of truncation in tokenizer.json that transformers would take from there."""
     side = (tokenizer.truncation or {}).get("direction", "right")
     config = path.parent / TOKENIZER_CONFIG
-    if side != "right" and not (config.exists() and read_json(config).get("truncation_side")):
+    if side != "right" and not read_optional_json(config).get("truncation_side"):
         raise CheckpointError(
             f"{path}: truncation has the direction {side!r}, and {TOKENIZER_CONFIG} names no "
             f"truncation_side: name it there, {side!r} or 'right'"

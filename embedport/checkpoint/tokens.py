@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tokenizers import AddedToken, Tokenizer
 
 from ..errors import CheckpointError
-from ..strict_json import read_json
+from ..strict_json import read_optional_json
 from .keys import shown
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -56,7 +56,7 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
         CheckpointError: tokenizer_config.json asks for an unsupported feature.
     """
     path = folder / TOKENIZER_CONFIG
-    values = read_json(path) if path.exists() else {}
+    values = read_optional_json(path)
     if values.get("auto_map"):
         raise CheckpointError(
             f"{path}: auto_map names code of the checkpoint's own, which is never run"
@@ -86,16 +86,16 @@ def special_tokens(folder: Path) -> tuple[dict[str, str], set[str]]:
     The named ones are variables of a chat template: eos_token, pad_token, and names of the
     checkpoint's own. A token that is special in tokenizer.json but not named is not among them.
     """
-    values = _read(folder / TOKENIZER_CONFIG)
+    values = read_optional_json(folder / TOKENIZER_CONFIG)
     sources = (values, _read_token_map(values, folder))
     is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
     named: dict[str, str] = dict.fromkeys(QWEN_DEFAULTS, QWEN_END) if is_qwen else {}
     others: set[str] = set()
     for key, value in ((key, value) for source in sources for key, value in source.items()):
         if key in FURTHER and isinstance(value, dict):
-            named |= {name: text for name, each in value.items() if (text := _content(each))}
+            named |= {name: text for name, token in value.items() if (text := _content(token))}
         elif key in FURTHER and isinstance(value, list):
-            others |= {text for each in value if (text := _content(each))}
+            others |= {text for token in value if (text := _content(token))}
         elif key.endswith("_token"):
             named.pop(key, None)
             if text := _content(value):
@@ -121,9 +121,8 @@ def read_length(folder: Path, positions: int, declared: int | None) -> int:
                 f"model has {positions} positions (max_position_embeddings)"
             )
         return declared
-    path = folder / TOKENIZER_CONFIG
     # Any number may stand here: transformers writes 1e30 for "no limit".
-    values = _read(path)
+    values = read_optional_json(folder / TOKENIZER_CONFIG)
     value = values.get("model_max_length", values.get("max_len"))
     if isinstance(value, int | float) and value >= 1:
         return int(min(value, positions))
@@ -141,7 +140,7 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
         CheckpointError: transformers would load it differently.
     """
     path = folder / TOKENIZER_CONFIG
-    values = read_json(path) if path.exists() else {}
+    values = read_optional_json(path)
     is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
     if values.get("add_prefix_space"):
         raise CheckpointError(f"{path}: add_prefix_space is true, and only false is supported")
@@ -168,11 +167,12 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
             )
     declared = values.get("added_tokens_decoder")
     for token in declared.values() if isinstance(declared, dict) else ():
-        for flag in FLAGS if isinstance(token, dict) and token.get("content") in added else ():
-            actual = getattr(added[token["content"]], flag)
+        content = _content(token) or ""
+        for flag in FLAGS if isinstance(token, dict) and content in added else ():
+            actual = getattr(added[content], flag)
             if token.get(flag, actual) != actual:
                 raise CheckpointError(
-                    f"{path}: added_tokens_decoder says that {flag} of {shown(token['content'])} "
+                    f"{path}: added_tokens_decoder says that {flag} of {shown(content)} "
                     f"is {shown(token[flag])}, but tokenizer.json says {actual}"
                 )
     if not is_qwen:
@@ -231,7 +231,7 @@ def _named(values: dict[str, Any], folder: Path) -> Iterable[tuple[Path, str, st
     if isinstance(declared, dict):
         entries += [(path, "added_tokens_decoder", token) for token in declared.values()]
     else:  # transformers reads it only without added_tokens_decoder
-        entries += [(folder / ADDED, ADDED, token) for token in _read(folder / ADDED)]
+        entries += [(folder / ADDED, ADDED, token) for token in read_optional_json(folder / ADDED)]
     for file, key, token in entries:
         if (content := _content(token)) is not None:
             yield file, key, content
@@ -256,8 +256,4 @@ def _pairs(values: dict[str, Any], path: Path) -> Iterable[tuple[Path, str, Any]
 def _read_token_map(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """special_tokens_map.json, which transformers reads only without added_tokens_decoder."""
     has_decoder = isinstance(values.get("added_tokens_decoder"), dict)
-    return {} if has_decoder else _read(folder / TOKEN_MAP)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+    return {} if has_decoder else read_optional_json(folder / TOKEN_MAP)

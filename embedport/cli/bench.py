@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..strict_json import to_json
 from ..tables import Table, size_words
 from .inputs import TaskOption, check_task
-from .outputs import check_output, stderr_console, stdout_console, to_json, write_text
+from .outputs import check_output, stderr_console, stdout_console, write_text
 
 if TYPE_CHECKING:
     from ..bench.bench import Bench
@@ -62,19 +63,14 @@ def bench(
     from ..bench.bench import bench as run
 
     check_output(out, ".json")
-    console = stderr_console()
-    with console.status("Starting") as status:
-
-        def say(stage: str) -> None:
-            status.update(stage)
-
+    with stderr_console().status("Starting") as status:
         result = run(
             artifacts,
             peers=peers or (),
             checkpoint=checkpoint,
             rounds=rounds,
             quick=quick,
-            say=say,
+            say=status.update,
             task=check_task(task),
         )
     text = to_json(result.to_dict(), indent=2)

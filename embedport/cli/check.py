@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..strict_json import to_json
 from ..tables import fact_table
 from .inputs import DeviceOption
-from .outputs import stdout_console, to_json
+from .outputs import stdout_console
 
 if TYPE_CHECKING:
     from ..runtimes import Check

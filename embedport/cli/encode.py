@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, require
+from ..strict_json import to_json
 from .inputs import (
     AdapterOption,
     BatchTokensOption,
     DeviceOption,
+    ModelArgument,
     TaskOption,
     check_task,
     read_texts,
 )
-from .outputs import check_output, stdout_console, to_json
+from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,12 +35,7 @@ MOST_COMPARED = 7
 
 
 def encode(
-    artifact: Annotated[
-        Path,
-        typer.Argument(
-            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
-        ),
-    ],
+    artifact: ModelArgument,
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts to embed.", show_default=False)
     ] = None,
@@ -115,12 +113,10 @@ def encode(
 
     Example: embedport encode qwen3-fp32 "What is the capital of China?" --prompt query
     """
-    import numpy as np
-
     from ..runtimes import Embedder, load
     from ..runtimes.bulk import Job
-    from ..runtimes.tables import TABLES, make_table, write_table
-    from ..storage import as_place, writing
+    from ..runtimes.tables import TABLES
+    from ..storage import as_place
 
     prompt = _choose_prompt(prompt, instruction)
     out = None if output is None else as_place(output)
@@ -152,20 +148,20 @@ def encode(
         raise InputError(
             "--engine, --workers, --force and --format need an output folder: --output vectors/"
         )
-    if out is not None and out.suffix not in (".npy", ".jsonl", *TABLES):
+    in_table = out is not None and out.suffix in TABLES
+    if out is not None and not in_table and out.suffix not in (".npy", ".jsonl"):
         raise InputError(
             f"{out} should end with .npy, .jsonl, {' or '.join(TABLES)}, or with / for a folder"
         )
-    if with_text and (out is None or out.suffix not in TABLES):
+    if with_text and not in_table:
         raise InputError("--with-text needs an output that ends with .parquet or .arrow")
-    if out is not None and out.suffix in TABLES:  # before the model runs
+    if in_table:  # before the model runs
         require("pyarrow", "arrow")
     if isinstance(out, Path):
         check_output(out)
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
     only_ranges = calibrate is not None and not texts and file is None
-    in_table = out is not None and out.suffix in TABLES
     inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, in_table)
     embedder = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
@@ -190,24 +186,15 @@ def encode(
         batch_tokens=batch_tokens,
         progress=True,
     )
-    rows = ({"text": t, "embedding": v.tolist()} for t, v in zip(inputs, vectors, strict=True))
     if out is not None:
-        with writing(out) as opened:
-            if out.suffix == ".npy":
-                np.save(opened, vectors)
-            elif out.suffix == ".jsonl":
-                opened.writelines(f"{to_json(row)}\n".encode() for row in rows)
-            else:
-                table = make_table(ids, vectors, inputs if with_text else None)
-                write_table(opened, table, out.suffix)
-    elif as_json or not sys.stdout.isatty():
-        for row in rows:
-            typer.echo(to_json(row))
-    else:
-        _print(inputs, vectors)
-    if out is not None:
+        _write(out, inputs, ids, vectors, with_text=with_text)
         count, width = vectors.shape
         typer.echo(f"{out}: {count:,} vectors of {width}, on {embedder.device}", err=True)
+    elif as_json or not sys.stdout.isatty():
+        for line in _json_lines(inputs, vectors):
+            typer.echo(line)
+    else:
+        _print(inputs, vectors)
 
 
 def _is_folder(out: Place, given: str) -> bool:
@@ -258,6 +245,29 @@ def _choose_prompt(prompt: str | None, instruction: str | None) -> str | None:
     from ..texts.prompts import query_prompt
 
     return query_prompt(instruction)
+
+
+def _json_lines(texts: list[str], vectors: np.ndarray) -> Iterator[str]:
+    for text, vector in zip(texts, vectors, strict=True):
+        yield to_json({"text": text, "embedding": vector.tolist()})
+
+
+def _write(
+    out: Place, texts: list[str], ids: list[str], vectors: np.ndarray, *, with_text: bool
+) -> None:
+    """Write vectors in the format of the file's suffix."""
+    import numpy as np
+
+    from ..runtimes.tables import make_table, write_table
+    from ..storage import writing
+
+    with writing(out) as opened:
+        if out.suffix == ".npy":
+            np.save(opened, vectors)
+        elif out.suffix == ".jsonl":
+            opened.writelines(f"{line}\n".encode() for line in _json_lines(texts, vectors))
+        else:
+            write_table(opened, make_table(ids, vectors, texts if with_text else None), out.suffix)
 
 
 def _print(texts: list[str], vectors: np.ndarray) -> None:

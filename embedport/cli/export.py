@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tables import size_words
-from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
-from .outputs import print_estimate, stages, stdout_console
+from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
+from .outputs import print_estimate, print_written, stages, stdout_console, validate_command
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -22,9 +21,7 @@ def export_onnx(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-    ],
+    out: ArtifactOut,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4, fp8 or auto.")
     ] = "fp32",
@@ -206,16 +203,9 @@ def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
 
 
 def _print(artifact: Artifact, seconds: float) -> None:
-    from rich.text import Text
-
     manifest, graph, console = artifact.manifest, artifact.manifest.graph, stdout_console()
     assert graph is not None
-    facts = (
-        f"{manifest.task}, {manifest.precision}, {graph.dialect} dialect, "
-        f"{size_words(artifact.size)}, in {seconds:.1f} s"
-    )
-    line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
-    console.print(line, soft_wrap=True)
+    print_written(artifact, seconds, f"{graph.dialect} dialect")
     if manifest.precision in ("fp16", "bf16"):
         fp32_parts = ", ".join(graph.kept_in_fp32) or "nothing"
         console.print(f"Kept in fp32: {fp32_parts}")
@@ -223,11 +213,8 @@ def _print(artifact: Artifact, seconds: float) -> None:
     console.print("Next:")
     texts = '"What is the capital of China?"'
     texts += ' "The capital of China is Beijing."' if verb == "rerank" else " --prompt query"
-    folder, options = shlex.quote(str(artifact.folder)), shlex.join(manifest.source.options)
-    for command in (
-        f"embedport {verb} {folder} {texts}",
-        f"embedport validate {folder} {options}",
-    ):
+    folder = shlex.quote(str(artifact.folder))
+    for command in (f"embedport {verb} {folder} {texts}", validate_command(artifact)):
         console.print(f"  {command}", soft_wrap=True)
     if "ORIGINAL" in manifest.source.options:
         words = f"ORIGINAL: the checkpoint that {manifest.source.id} was quantized from"

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from ..texts.beir import RetrievalSet
     from ..texts.samples import Pair, Sample
 
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.", show_default=False),
+]
+ArtifactOut = Annotated[
+    Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
+]
 # For every command that opens a model.
 TaskOption = Annotated[
     str | None,

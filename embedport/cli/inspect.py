@@ -15,13 +15,20 @@ from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
 from .outputs import stdout_console
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ..artifact.manifest import GraphRecord, Manifest
+    from ..artifact.manifest import GraphRecord
     from ..checkpoint.hub import Source
+    from ..checkpoint.pipeline import Inputs
     from ..checkpoint.quantization_config import LibraryQuantization, StoredQuantization
     from ..checkpoint.spec import ModelSpec, Task
+
+FORMS = {
+    "text": "as the tokenizer takes them",
+    "messages": "messages of the folder's chat template",
+    "instruct": "pairs under Qwen3-Reranker's own template",
+}
 
 
 def inspect(
@@ -66,14 +73,15 @@ def _artifact_facts(source: Source) -> dict[str, Any]:
     from ..artifact.sizes import checkpoint_sizes, graph_sizes
 
     artifact = Artifact.open(source.folder)
-    graph = artifact.manifest.graph
+    manifest = artifact.manifest
+    graph = manifest.graph
     return {
         "artifact": source.id,
         "bytes": artifact.size,
         "weights": graph_sizes(artifact.graph) if graph else checkpoint_sizes(artifact.folder),
         "kernels_here": _kernels(graph) if graph else None,
-        **asdict(artifact.manifest),
-        **_words(artifact.folder, None, artifact.manifest),
+        **asdict(manifest),
+        **_token_facts(artifact.folder, manifest.inputs, manifest.outputs.answers),
     }
 
 
@@ -180,7 +188,11 @@ def _checkpoint_facts(source: Source, task: Task | None) -> dict[str, Any]:
     from ..quantize.stored import find_stored
 
     spec = read_spec(source, task)
-    facts = asdict(replace(spec, adapter=None)) | _words(spec.source.pipeline, spec)
+    answers = spec.outputs.answers
+    if answers is None and spec.task == "reranker" and spec.score_rows is None:
+        answers = ("yes", "no")
+    facts = asdict(replace(spec, adapter=None))
+    facts |= _token_facts(spec.source.pipeline, spec.inputs, answers)
     del facts["source"]
     record = adapter_record(spec)
     facts["adapter"] = None if record is None else asdict(record)
@@ -276,39 +288,26 @@ def _lengths(facts: dict[str, Any]) -> str:
     return f"{facts['max_length']:,} tokens; {positions}"
 
 
-FORMS = {
-    "text": "as the tokenizer takes them",
-    "messages": "messages of the folder's chat template",
-    "instruct": "pairs under Qwen3-Reranker's own template",
-}
-
-
-def _words(
-    folder: Path, spec: ModelSpec | None, manifest: Manifest | None = None
+def _token_facts(
+    folder: Path, inputs: Inputs, answers: Sequence[int | str | None] | None
 ) -> dict[str, Any]:
     """The tokens that a tokenizer adds to a text, and a reranker's answer tokens."""
-    from ..texts.prompts import load_tokenizer
+    from ..checkpoint.tokenizer import load_tokenizer
 
     path = folder / "tokenizer.json"
-    model = spec or manifest
-    assert model is not None
-    answers = model.outputs.answers
-    if spec is not None and spec.task == "reranker" and spec.score_rows is None:
-        answers = answers or ("yes", "no")
     if not path.is_file():
         return {"tokens_added": None, "answers": answers}
     tokenizer = load_tokenizer(path)
-    added_tokens: list[str] = []
-    if model.inputs.form != "messages":
-        added_tokens = tokenizer.encode("").tokens
-    answer_tokens = None
+    added = [] if inputs.form == "messages" else tokenizer.encode("").tokens
     if answers is not None:
-        answer_tokens = [tokenizer.id_to_token(x) if isinstance(x, int) else x for x in answers]
-    return {"tokens_added": added_tokens, "answers": answer_tokens}
+        answers = [tokenizer.id_to_token(x) if isinstance(x, int) else x for x in answers]
+    return {"tokens_added": added, "answers": answers}
 
 
 def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
     """The steps before and after the layers, as read from the files."""
+    from ..artifact.manifest import AdapterRecord
+
     inputs, outputs = facts["inputs"], facts["outputs"]
     texts = [FORMS[inputs["form"]]]
     if inputs["form"] == "messages":
@@ -333,8 +332,6 @@ def _pipeline_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         rows["Similarity"] = outputs["similarity"]
     else:
         rows["Head"] = _head(facts)
-    from ..artifact.manifest import AdapterRecord
-
     adapter = facts["adapter"] if "rope" in facts else facts["source"].get("adapter")
     rows["Adapter"] = "none" if adapter is None else str(AdapterRecord(**adapter))
     return rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator, Iterable
+import shlex
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from ..tables import size_words
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..artifact.folder import Artifact
     from ..exporters.estimate import Estimate
     from ..exporters.provenance import Progress
 
@@ -70,6 +72,22 @@ def stages() -> Generator[Progress]:
         yield progress
 
 
+def print_written(artifact: Artifact, seconds: float, *facts: str) -> None:
+    """Print what was written: folder, task, precision, further facts, size and time."""
+    from rich.text import Text
+
+    manifest, size = artifact.manifest, size_words(artifact.size)
+    words = ", ".join([manifest.task, manifest.precision, *facts, size, f"in {seconds:.1f} s"])
+    line = Text.assemble((str(artifact.folder), "bold"), f": {words}")
+    stdout_console().print(line, soft_wrap=True)
+
+
+def validate_command(artifact: Artifact) -> str:
+    """The command that compares an artifact with the checkpoint that it was made from."""
+    options = artifact.manifest.source.options
+    return shlex.join(["embedport", "validate", str(artifact.folder), *options])
+
+
 def print_estimate(estimate: Estimate, *, as_json: bool) -> None:
     """Print a run that was planned and not done."""
     if as_json:
@@ -103,28 +121,9 @@ def check_output(path: Path | None, *suffixes: str) -> None:
         raise InputError(f"{path} cannot be written: {which}")
 
 
-def to_json(value: object, indent: int | None = None) -> str:
-    """Format as JSON, on one line unless indented; NaN and infinity become null."""
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    except ValueError:
-        from ..strict_json import without_nan
-
-        return json.dumps(without_nan(value), ensure_ascii=False, indent=indent)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file."""
     from ..files import written
 
     with written(path) as file:
         file.write(text.encode("utf-8"))
-
-
-def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Write one JSON object per line."""
-    from ..files import written
-
-    with written(path) as file:
-        for row in rows:
-            file.write(f"{to_json(row)}\n".encode())

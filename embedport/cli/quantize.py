@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tables import size_words
-from .inputs import AdapterOption, DryRunOption, RevisionOption, TaskOption
-from .outputs import print_estimate, stages, stdout_console
+from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
+from .outputs import print_estimate, print_written, stages, stdout_console, validate_command
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -22,9 +20,7 @@ def quantize(
     checkpoint: Annotated[
         str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-    ],
+    out: ArtifactOut,
     method: Annotated[
         str,
         typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.", show_default=False),
@@ -118,17 +114,8 @@ def quantize(
 
 
 def _print(artifact: Artifact, seconds: float) -> None:
-    from rich.text import Text
-
-    manifest, console = artifact.manifest, stdout_console()
-    facts = (
-        f"{manifest.task}, {manifest.precision}, {size_words(artifact.size)}, in {seconds:.1f} s"
-    )
-    console.print(
-        Text.assemble((str(artifact.folder), "bold"), f": {facts}"),
-        soft_wrap=True,
-    )
+    console = stdout_console()
+    print_written(artifact, seconds)
     console.print("Next:")
-    folder, options = shlex.quote(str(artifact.folder)), shlex.join(manifest.source.options)
-    console.print(f"  embedport validate {folder} {options}", soft_wrap=True)
+    console.print(f"  {validate_command(artifact)}", soft_wrap=True)
     console.print(f"With vLLM: see {artifact.folder / 'vllm.md'}", soft_wrap=True)

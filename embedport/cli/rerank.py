@@ -10,27 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
+from ..strict_json import to_json, write_jsonl
 from .inputs import (
     AdapterOption,
     BatchTokensOption,
     DeviceOption,
+    ModelArgument,
     TaskOption,
     check_task,
     read_texts,
 )
-from .outputs import check_output, stdout_console, to_json, write_jsonl
+from .outputs import check_output, stdout_console
 
 if TYPE_CHECKING:
     from ..runtimes import Ranked
 
 
 def rerank(
-    artifact: Annotated[
-        Path,
-        typer.Argument(
-            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
-        ),
-    ],
+    artifact: ModelArgument,
     query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
     documents: Annotated[
         list[str] | None, typer.Argument(help="Documents to rank.", show_default=False)

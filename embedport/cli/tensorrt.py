@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..machine.engine import LIBRARIES
-from ..tables import size_words
-from .inputs import AdapterOption, RevisionOption, TaskOption
-from .outputs import stages, stdout_console
+from .inputs import AdapterOption, ArtifactOut, RevisionOption, TaskOption
+from .outputs import print_written, stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -27,9 +25,7 @@ def export_tensorrt(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-    ],
+    out: ArtifactOut,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -137,17 +133,9 @@ def export_tensorrt(
 
 
 def _print(artifact: Artifact, reason: str | None, options: list[str], seconds: float) -> None:
-    from rich.text import Text
-
-    manifest, console = artifact.manifest, stdout_console()
-    facts = (
-        f"{manifest.task}, {manifest.precision}, {size_words(artifact.size)}, in {seconds:.1f} s"
-    )
-    line = Text.assemble((str(artifact.folder), "bold"), f": {facts}")
-    console.print(line, soft_wrap=True)
-    folder = shlex.quote(str(artifact.folder))
-    if manifest.engine is not None:
-        engine = manifest.engine
+    console, engine = stdout_console(), artifact.manifest.engine
+    print_written(artifact, seconds)
+    if engine is not None:
         batches = ", ".join(map(str, engine.profiles))
         console.print(
             f"Engine for {engine.targets}; {engine.builder}; batches {batches}", soft_wrap=True
@@ -157,6 +145,7 @@ def _print(artifact: Artifact, reason: str | None, options: list[str], seconds: 
         return
     console.print(f"No engine was built: {reason}", soft_wrap=True)
     console.print("Where one of them is, one of:", soft_wrap=True)
+    folder = shlex.quote(str(artifact.folder))
     for command in (
         " ".join([f"embedport export tensorrt {folder} -o OUT", *options]),
         f"{folder}/engine/build.sh   (trtexec)",

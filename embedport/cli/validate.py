@@ -13,6 +13,7 @@ from .inputs import (
     CandidatesOption,
     DeviceOption,
     MaxQueriesOption,
+    ModelArgument,
     RetrievalOption,
     TaskOption,
     check_task,
@@ -26,12 +27,7 @@ if TYPE_CHECKING:
 
 
 def validate(
-    artifact: Annotated[
-        Path,
-        typer.Argument(
-            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
-        ),
-    ],
+    artifact: ModelArgument,
     reference: Annotated[
         str,
         typer.Option(

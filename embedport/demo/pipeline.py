@@ -15,7 +15,7 @@ import numpy as np
 from ..checkpoint.spec import TASKS
 from ..errors import InputError, require
 from ..exporters import export
-from ..runtimes import Embedder, Ranked, Reranker, load
+from ..runtimes import Ranked, load_embedder, load_reranker
 from ..texts.beir import BUILTIN, read_beir
 
 if TYPE_CHECKING:
@@ -133,9 +133,8 @@ def run_demo(folder: Path, say: Callable[[str], None], *, live: bool = False) ->
 
 def _answer(folder: Path, say: Callable[[str], None]) -> tuple[int, list[Answer]]:
     """Search the built-in documents and rerank the results, in int8."""
-    embedder, reranker = load(folder / "embedding-int8"), load(folder / "reranker-int8")
-    assert isinstance(embedder, Embedder)
-    assert isinstance(reranker, Reranker)
+    embedder = load_embedder(folder / "embedding-int8")
+    reranker = load_reranker(folder / "reranker-int8")
     documents = list(read_beir(BUILTIN).documents.values())
     say(f"Searching {len(documents):,} documents in int8")
     scores = embedder.encode(QUERIES, prompt="query") @ embedder.encode(documents).T
@@ -170,11 +169,11 @@ def _validate(
 
 
 def _prepare(folder: Path) -> None:
-    if folder.exists():
-        if not (folder / MARKER).is_file():
-            raise InputError(f"{folder} exists and is not an earlier demo's; choose another place")
-        shutil.rmtree(folder)
+    if folder.exists() and not (folder / MARKER).is_file():
+        raise InputError(f"{folder} exists and is not an earlier demo's; choose another place")
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / MARKER).write_text("Made by `embedport demo`, which replaces this folder.\n")
     except OSError as error:

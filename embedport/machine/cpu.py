@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# Linux's name of an instruction set to the name that is shown.
-X86 = {
-    name: name
-    for name in (
-        "sse4_2",
-        "avx2",
-        "fma",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "amx_int8",
-        "amx_bf16",
-    )
-}
+# Instruction sets by Linux's names; those of ARM have other names in messages.
+X86 = (
+    *("sse4_2", "avx2", "fma", "avx_vnni"),
+    *("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+)
 ARM = {"asimd": "neon", "asimddp": "dotprod", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve"}
 # Every 64-bit ARM CPU has these; used on systems without /proc/cpuinfo.
 ALWAYS = {"aarch64": ("neon",), "arm64": ("neon",)}
@@ -56,5 +46,6 @@ def read_cpu() -> Cpu:
     if "CPU part" in fields:  # on ARM, Linux gives numbers: Cortex-A72 is part 0xd08 of 0x41
         name = f"{platform.machine()} {fields.get('CPU implementer', '?')}:{fields['CPU part']}"
     flags = (fields.get("flags") or fields.get("Features") or "").split()
-    instructions = [shown for flag, shown in (X86 | ARM).items() if flag in flags]
+    instructions = [flag for flag in X86 if flag in flags]
+    instructions += [shown for flag, shown in ARM.items() if flag in flags]
     return Cpu(name, tuple(instructions) or ALWAYS.get(platform.machine(), ()))

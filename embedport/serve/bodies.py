@@ -94,9 +94,10 @@ def read_embedding(body: dict[str, Any], limits: Limits) -> EmbeddingBody:
     known = ("input", "model", "encoding_format", "dimensions", "user")
     prompts = ("input_type", "task", "prompt_name", "instruction")
     _check_names(body, (*known, *prompts, "truncate"))
+    texts = _required(body, "input")
     encoding = _choice(body, "encoding_format", {"float": False, "base64": True}, "float")
     return EmbeddingBody(
-        texts=_texts(body, "input", limits),
+        texts=_check_texts([texts] if isinstance(texts, str) else texts, "input", limits),
         model=_string(body, "model"),
         prompt=_prompt(body, prompts),
         dimensions=_positive(body, "dimensions"),
@@ -155,11 +156,6 @@ def read_tei_rerank(body: dict[str, Any], limits: Limits) -> RerankBody:
         with_documents=_choice(body, "return_text", {True: True, False: False}, False),
         truncate=_choice(body, "truncate", TRUNCATE, False),
     )
-
-
-def _texts(body: dict[str, Any], name: str, limits: Limits) -> list[str]:
-    value = _required(body, name)
-    return _check_texts([value] if isinstance(value, str) else value, name, limits)
 
 
 def _check_texts(value: Any, name: str, limits: Limits) -> list[str]:

@@ -12,7 +12,7 @@ import uvicorn
 
 from ..checkpoint.pipeline import Task
 from ..errors import InputError
-from ..runtimes import load
+from ..runtimes import Embedder, load
 from ..runtimes.info import choose_length, read_info
 from .app import create_app
 from .limits import Limits
@@ -128,7 +128,7 @@ def _load(
     for name, artifact in names.items():
         runner = load(artifact, device=device, max_length=max_length, task=task)
         models[name] = served(name, runner, batch_tokens)
-        width = f" of {runner.dim} values" if hasattr(runner, "dim") else ""
+        width = f" of {runner.dim} values" if isinstance(runner, Embedder) else ""
         say(f"{name}: {runner.info.task} model{width}, {runner.precision} on {runner.device}")
     return models
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,15 +45,6 @@ class Job:
         self.future: asyncio.Future[np.ndarray] = loop.create_future()
         self.waiting = sorted(range(len(rows.ids)), key=lambda row: -len(rows.ids[row]))
         self.missing = len(rows.ids)
-
-    def finish(self, error: BaseException | None) -> None:
-        """Set the future, on the event loop's thread."""
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(self.results)
-        else:
-            self.future.set_exception(error)
 
 
 class Scheduler:
@@ -131,9 +123,9 @@ class Scheduler:
         try:
             prepare()
         except BaseException as error:
-            self._tell(_set_exception, ready, error)
+            self._tell(_fail, ready, error)
             return
-        self._tell(_set_result, ready)
+        self._tell(_finish, [(ready, None)])
         while (batch := self._next()) is not None:
             self._run(batch)
 
@@ -178,7 +170,7 @@ class Scheduler:
                 return
             logger.error("a batch of %d rows failed: %s", len(batch), error)
             self.cancel(jobs[0])
-            self._tell(jobs[0].finish, error)
+            self._tell(_fail, jobs[0].future, error)
             return
         self._metrics.count_batch(
             lane.model.name,
@@ -186,14 +178,14 @@ class Scheduler:
             sum(len(job.rows.ids[row]) for job, row in batch),
             time.perf_counter() - start,
         )
-        finished = []
+        finished: list[tuple[asyncio.Future[np.ndarray], np.ndarray]] = []
         for (job, row), result in zip(batch, results, strict=True):
             job.results[row] = result
             job.missing -= 1
             if job.missing == 0:
-                finished.append(job)
+                finished.append((job.future, job.results))
         if finished:
-            self._tell(_finish_all, finished)
+            self._tell(_finish, finished)
 
     def _tell(self, function: Callable[..., None], *arguments: object) -> None:
         """Call a function on the event loop's thread, unless the loop is closed already."""
@@ -224,16 +216,12 @@ def _in_rotation(jobs: Sequence[Job], chunk: int) -> Iterator[Place]:
         jobs = [job for job in jobs if len(job.waiting) > start]
 
 
-def _finish_all(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        job.finish(None)
+def _finish(results: Sequence[tuple[asyncio.Future[Any], object]]) -> None:
+    for future, result in results:
+        if not future.done():
+            future.set_result(result)
 
 
-def _set_result(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _set_exception(future: asyncio.Future[None], error: BaseException) -> None:
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
     if not future.done():
         future.set_exception(error)

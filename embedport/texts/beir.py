@@ -159,18 +159,19 @@ def _read_triples(
             f"{place} should be a header, query-id, corpus-id and score, found {header[:80]!r}"
         )
     for place, line in lines:
-        fields = line.split("\t")
-        if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
+        try:
+            query, document, text = line.split("\t")
+            value = int(text)
+        except ValueError as error:
             raise InputError(
                 f"{place} should be query-id, corpus-id and a whole number with tabs between, "
                 f"found {line[:80]!r}"
-            )
-        query, document, value = fields
+            ) from error
         if query not in queries:
             raise InputError(f"{place}: no query has the id {query!r}")
         if document not in documents:
             raise InputError(f"{place}: no document has the id {document!r}")
-        yield place, query, document, int(value)
+        yield place, query, document, value
 
 
 def _read_candidates(

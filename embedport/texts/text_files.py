@@ -25,8 +25,8 @@ def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = Fal
     Raises:
         InputError: The file is missing, holds no text, has another suffix, or a text is invalid.
     """
-    of_format = survey_parquet if path.suffix.lower() == PARQUET else corpus.survey
-    return of_format(path, part_rows, part_bytes, progress=progress)
+    reader = survey_parquet if path.suffix.lower() == PARQUET else corpus.survey
+    return reader(path, part_rows, part_bytes, progress=progress)
 
 
 def read_part(path: Place, part: Part) -> list[Row]:
@@ -35,8 +35,8 @@ def read_part(path: Place, part: Part) -> list[Row]:
     Raises:
         InputError: The file has changed since the survey.
     """
-    of_format = read_parquet_part if path.suffix.lower() == PARQUET else corpus.read_part
-    return of_format(path, part)
+    reader = read_parquet_part if path.suffix.lower() == PARQUET else corpus.read_part
+    return reader(path, part)
 
 
 def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
@@ -45,8 +45,8 @@ def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
     Raises:
         InputError: The file is missing, has another suffix, or a text is invalid.
     """
-    of_format = stream_parquet if path.suffix.lower() == PARQUET else corpus.stream_rows
-    return of_format(path, progress=progress)
+    reader = stream_parquet if path.suffix.lower() == PARQUET else corpus.stream_rows
+    return reader(path, progress=progress)
 
 
 def read_rows(path: Place) -> list[Row]:

@@ -236,6 +236,15 @@ def test_tensors_refused(bases, adapters, copied, change, message):
     assert str(adapter) in str(caught.value)
 
 
+def test_a_score_without_rows(bases, adapters, copied):
+    base, adapter = copied(bases(), "base"), copied(adapters(bases()))
+    (base / "modules.json").unlink()
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.score.weight": np.array(1, np.float32)}, path)
+    with pytest.raises(CheckpointError, match=r"score\.weight should have one row, yes, or two"):
+        ModelSpec.from_checkpoint(base, adapter=adapter)
+
+
 def test_folders_refused(bases, adapters, copied, quantized, tmp_path):
     adapter = copied(adapters(bases()))
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")

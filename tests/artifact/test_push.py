@@ -17,6 +17,7 @@ import yaml
 
 import embedport
 from embedport.artifact.folder import record_parity
+from embedport.artifact.push import prepare
 
 COMMIT = "a" * 40
 
@@ -227,6 +228,16 @@ def test_without_a_token_nothing_is_sent(hub, run, folder, copied):
     card = yaml.safe_load(found.stdout.split("---\n")[1])
     assert (card["base_model"], card["base_model_relation"]) == ("Qwen/base", "quantized")
     assert card["license"] == "apache-2.0"
+
+
+def test_a_checkpoint_in_the_working_folder(folder, copied):
+    made = copied(folder)
+    manifest = json.loads((made / "embedport.json").read_text())
+    manifest["source"]["id"] = "."
+    (made / "embedport.json").write_text(json.dumps(manifest))
+    publication = prepare(made, "me/model", license="mit")
+    assert 'embedport.load("me/model")' in publication.card
+    assert json.loads(publication.manifest)["source"]["id"] == "."
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import embedport
 from embedport import ModelSpec
 from embedport.artifact.layout import write_sentence_transformers
 from embedport.checkpoint.hub import fetch
-from embedport.checkpoint.spec import DEFAULT_PROMPTS
 from embedport.errors import CheckpointError, InputError
-from tests.synthetic import QWEN3_0_6B, QWEN3_4B, QWEN3_8B
+from tests.synthetic import DEFAULT_PROMPTS, QWEN3_0_6B, QWEN3_4B, QWEN3_8B
 
 
 def edit(path, **changes):
@@ -118,11 +117,15 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size should be int, found '64'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers should be positive, found 0"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers should be 4,096 at most"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps should be positive, found nan"),
+        ({"rms_norm_eps": True}, "rms_norm_eps should be float, found True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' or 'swish' is supported"),
         ({"attention_bias": 1}, "attention_bias should be bool, found 1"),
         ({"use_sliding_window": True, "max_window_layers": 1.5}, "should be a number of layers"),
         ({"layer_types": ["full_attention"]}, "layer_types should be 2 of full_attention or"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types should be 2 of"),
+        ({"layer_types": ["full_attention", []]}, "layer_types should be 2 of"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "give no window; give both"),
         (
             {"use_sliding_window": True, "max_window_layers": 0, "is_causal": False},
@@ -132,10 +135,19 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True, which"),
         ({"logit_scale": 2}, "the key 'logit_scale' is not known here"),
         ({"per_layer_config": {"0": {}}}, "the key 'per_layer_config' is not known here"),
+        ({"is_encoder_decoder": True}, "the key 'is_encoder_decoder' is not known here"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) should be a multiple of"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "type 'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "base": 2}}, "base is not known"),
+        (
+            {"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+            "rope_theta should be above 1 with yarn, found 1",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 1e-310}},
+            "beta_fast should be a positive number",
+        ),
         ({"rope_scaling": [1]}, r"rope_scaling should be an object, found \[1\]"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"quantization_config": {"bits": 4}}, "quantized by None"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.checkpoint.spec import DEFAULT_PROMPTS
 from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from embedport.texts.samples import builtin_pairs, builtin_samples
+from tests.synthetic import DEFAULT_PROMPTS
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]

@@ -329,6 +329,7 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
     ("file", "changes", "message"),
     [
         ("1_Pooling/config.json", {"pooling_mode": "attention"}, "pooling_mode should be one"),
+        ("1_Pooling/config.json", {"pooling_mode": [[]]}, "pooling_mode should be one"),
         ("1_Pooling/config.json", {"embedding_dimension": 32}, "embedding_dimension is 32"),
         ("1_Pooling/config.json", {"layers": 2}, "the key 'layers' is not known here"),
         ("2_Dense/config.json", {"activation_function": "my.Swish"}, "activation_function should"),
@@ -338,6 +339,7 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "model_type is"),
         ("config_sentence_transformers.json", {"similarity_fn_name": "maxsim"}, "similarity_fn"),
         ("config_sentence_transformers.json", {"query_prefix": "q"}, "'query_prefix' is not known"),
+        ("sentence_bert_config.json", {"transformer_task": ["x"]}, "transformer_task should be"),
         ("sentence_bert_config.json", {"query_length": 32}, "'query_length' is not known here"),
         ("sentence_bert_config.json", {"query_expansion": {"length": 32}}, "'query_expansion' is"),
         ("sentence_bert_config.json", {"model_args": {"subfolder": "x"}}, "model_args sets subf"),
@@ -370,9 +372,15 @@ def test_refused(with_modules, file, changes, message):
             "Transformer of a SentenceTransformer should",
         ),
         (["Transformer"], "should be followed by Pooling, and then Dense"),
+        (["Transformer", "Pooling", "Transformer"], "should be followed by Pooling, and then"),
         (["Router", "Pooling"], "module Router is not supported"),
         (["my_code.Transformer", "Pooling"], "my_code.Transformer is code of the checkpoint's"),
         ([], "names no module"),
+        (["Dropout"], "names no module"),
+        (
+            ["Transformer", f"sentence_transformers.{'b' * 300}.Pooling"],
+            "should be a folder beside",
+        ),
     ],
 )
 def test_modules_refused(with_modules, modules, message):

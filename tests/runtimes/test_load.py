@@ -344,7 +344,11 @@ class TestDamagedArtifact:
             ({"task": None}, "task should be embedding or reranker, found None"),
             ({"vocab_size": "7"}, "vocab_size should be a size, found '7'"),
             ({"inputs": {"prompts": {"query": 1}}}, "prompts should be texts by name"),
+            ({"inputs": {"prompts": 5}}, "prompts should be texts by name, found 5"),
+            ({"inputs": {"truncation_side": "up"}}, "truncation_side should be left or right"),
+            ({"inputs": {"lower_case": 2**31}}, "lower_case should be true or false"),
             ({"recipe": [1]}, "recipe should be an object or null"),
+            ({"files": {}}, "'onnx/model.onnx' is not among its files"),
             ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "cannot be a file's name"),
         ],
     )
@@ -355,7 +359,11 @@ class TestDamagedArtifact:
 
     def test_outputs_that_the_graph_does_not_have(self, folder):
         graph = json.loads((folder / "embedport.json").read_text())["graph"]
-        for outputs, message in (([], "outputs should be names"), (["x"], "and give x, as")):
+        for outputs, message in (
+            ([], "outputs should be names"),
+            ([3, "x"], "outputs should be a text, found 3"),
+            (["x"], "and give x, as"),
+        ):
             self.change(folder, graph=graph | {"outputs": outputs})
             with pytest.raises(ArtifactError, match=message):
                 embedport.load(folder, device="cpu")

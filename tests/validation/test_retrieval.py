@@ -93,6 +93,7 @@ def test_the_same_queries_are_taken_each_time(folder):
         ("qrels/test.tsv", "q1\tchina\t1\n", "test.tsv:1 should be a header"),
         ("qrels/test.tsv", "h\nq1\tchina\n", "test.tsv:2 should be query-id"),
         ("qrels/test.tsv", "h\nq1\tchina\t0.5\n", "test.tsv:2 should be query-id"),
+        ("qrels/test.tsv", "h\nq1\tchina\t--1\n", "test.tsv:2 should be query-id"),
         ("qrels/test.tsv", "h\nq1\tchina\t-1\n", "relevance should be 0 or more"),
         ("qrels/test.tsv", "h\nq9\tchina\t1\n", "test.tsv:2: no query has the id 'q9'"),
         ("qrels/test.tsv", "h\nq1\tx\t1\n", "test.tsv:2: no document has the id 'x'"),

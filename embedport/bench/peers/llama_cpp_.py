@@ -13,7 +13,6 @@ uv run --script llama_cpp_.py warm
 
 import ctypes
 import json
-import sys
 from pathlib import Path
 
 import serving
@@ -166,13 +165,5 @@ def serve(kind, folder, threads):
     serving.serve(lambda rows, count: serving.in_batches(rows, min(count, ROWS), forward), used)
 
 
-def warm():
-    """Install and import everything."""
-    import llama_cpp  # noqa: F401
-
-    serving.report(PACKAGES)
-
-
 if __name__ == "__main__":
-    verb, *arguments = sys.argv[1:]
-    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)
+    serving.main(prepare, serve, PACKAGES, ("llama_cpp",))

@@ -15,7 +15,6 @@ uv run --script onnxruntime_genai_.py serve KIND FOLDER THREADS
 uv run --script onnxruntime_genai_.py warm
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -41,13 +40,8 @@ def serve(kind, folder, threads):
     """Run the graph with onnxruntime's default session options, except for the threads."""
     del kind
     import numpy as np
-    import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = serving.session_threads(int(threads))
-    session = ort.InferenceSession(
-        Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"]
-    )
+    session = serving.open_session(Path(folder) / "model.onnx", threads)
     past = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
 
     def forward(rows):
@@ -58,18 +52,8 @@ def serve(kind, folder, threads):
             feeds[value.name] = np.zeros((len(rows), heads, 0, width), np.float32)
         return serving.last_token(session.run(["hidden_states"], feeds)[0], mask)
 
-    serving.serve(
-        lambda rows, batch: serving.in_batches(rows, batch, forward), serving.threads_of(session)
-    )
-
-
-def warm():
-    """Install and import everything."""
-    import onnxruntime_genai.models.builder  # noqa: F401 (slow to import the first time)
-
-    serving.report(PACKAGES)
+    serving.serve_batches(forward, serving.threads_of(session))
 
 
 if __name__ == "__main__":
-    verb, *arguments = sys.argv[1:]
-    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)
+    serving.main(prepare, serve, PACKAGES, ("onnxruntime_genai.models.builder",))

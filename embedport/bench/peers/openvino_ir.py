@@ -9,7 +9,6 @@ uv run --script openvino_ir.py serve KIND FOLDER THREADS
 uv run --script openvino_ir.py warm
 """
 
-import sys
 from pathlib import Path
 
 import serving
@@ -35,7 +34,6 @@ def prepare(kind, onnx_folder, out):
 
 def serve(kind, folder, threads):
     """Run the graph with OpenVINO's defaults, except for threads, bf16 and the group size."""
-    import numpy as np
     import openvino
 
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
@@ -45,25 +43,12 @@ def serve(kind, folder, threads):
     input_names = {port.get_any_name() for port in model.inputs}
 
     def forward(rows):
-        ids, mask = serving.pad(rows)
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in input_names:
-            feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        feeds = serving.make_feeds(rows, input_names)
         request.infer(feeds, share_inputs=True, share_outputs=True)
-        return serving.last_token(request.get_output_tensor(0).data, mask)
+        return serving.last_token(request.get_output_tensor(0).data, feeds["attention_mask"])
 
-    used = model.get_property("INFERENCE_NUM_THREADS")
-    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), used)
-
-
-def warm():
-    """Install and import everything."""
-    import nncf  # noqa: F401
-    import openvino  # noqa: F401
-
-    serving.report(PACKAGES)
+    serving.serve_batches(forward, model.get_property("INFERENCE_NUM_THREADS"))
 
 
 if __name__ == "__main__":
-    verb, *arguments = sys.argv[1:]
-    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)
+    serving.main(prepare, serve, PACKAGES, ("nncf", "openvino"))

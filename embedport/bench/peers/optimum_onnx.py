@@ -10,7 +10,6 @@ uv run --script optimum_onnx.py serve KIND FOLDER THREADS
 uv run --script optimum_onnx.py warm
 """
 
-import sys
 from pathlib import Path
 
 import serving
@@ -42,35 +41,17 @@ def prepare(kind, source, out):
 
 def serve(kind, folder, threads):
     """Run the graph with onnxruntime's default session options, except for the threads."""
-    import numpy as np
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = serving.session_threads(int(threads))
-    session = ort.InferenceSession(
-        next(Path(folder).rglob("*.onnx")), options, providers=["CPUExecutionProvider"]
-    )
+    del kind
+    session = serving.open_session(next(Path(folder).rglob("*.onnx")), threads)
     input_names = {value.name for value in session.get_inputs()}
 
     def forward(rows):
-        ids, mask = serving.pad(rows)
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if "position_ids" in input_names:
-            feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-        return serving.last_token(session.run(["last_hidden_state"], feeds)[0], mask)
+        feeds = serving.make_feeds(rows, input_names)
+        states = session.run(["last_hidden_state"], feeds)[0]
+        return serving.last_token(states, feeds["attention_mask"])
 
-    serving.serve(
-        lambda rows, batch: serving.in_batches(rows, batch, forward), serving.threads_of(session)
-    )
-
-
-def warm():
-    """Install and import everything."""
-    import optimum.exporters.onnx  # noqa: F401 (slow to import the first time)
-
-    serving.report(PACKAGES)
+    serving.serve_batches(forward, serving.threads_of(session))
 
 
 if __name__ == "__main__":
-    verb, *arguments = sys.argv[1:]
-    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)
+    serving.main(prepare, serve, PACKAGES, ("optimum.exporters.onnx",))

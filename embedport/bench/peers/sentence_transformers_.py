@@ -14,8 +14,6 @@ uv run --script sentence_transformers_.py serve bf16|onnx FOLDER THREADS
 uv run --script sentence_transformers_.py warm
 """
 
-import sys
-
 import serving
 
 PACKAGES = ("sentence-transformers", "optimum-onnx", "transformers", "torch", "onnxruntime")
@@ -58,16 +56,8 @@ def serve(kind, folder, threads):
         vectors = model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
         return vectors.float().numpy()
 
-    serving.serve(lambda rows, batch: serving.in_batches(rows, batch, forward), used)
-
-
-def warm():
-    """Install and import everything."""
-    import sentence_transformers  # noqa: F401
-
-    serving.report(PACKAGES)
+    serving.serve_batches(forward, used)
 
 
 if __name__ == "__main__":
-    verb, *arguments = sys.argv[1:]
-    {"prepare": prepare, "serve": serve, "warm": warm}[verb](*arguments)
+    serving.main(prepare, serve, PACKAGES, ("sentence_transformers",))

@@ -4,6 +4,8 @@ A request is a line {"rows": FILE.npz, "batch_rows": N, "vectors": FILE.npy} on 
 answer is a line {"seconds": S, "peak_bytes": B} on standard output.
 """
 
+import importlib
+import importlib.metadata
 import json
 import os
 import resource
@@ -74,6 +76,29 @@ def last_token(hidden, mask):
     return states / np.linalg.norm(states, axis=1, keepdims=True)
 
 
+def open_session(path, threads):
+    """A session of onnxruntime with its default options, except for the threads."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = session_threads(int(threads))
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def make_feeds(rows, input_names):
+    """The inputs of a traced graph, which may ask for position_ids."""
+    ids, mask = pad(rows)
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in input_names:
+        feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    return feeds
+
+
+def serve_batches(forward, threads):
+    """Like `serve`, with the batches formed here; forward: rows to vectors."""
+    serve(lambda rows, batch_rows: in_batches(rows, batch_rows, forward), threads)
+
+
 def serve(run, threads):
     """Answer requests until the input ends.
 
@@ -92,9 +117,17 @@ def serve(run, threads):
         print(json.dumps({"seconds": seconds, "peak_bytes": peak}), flush=True)
 
 
-def report(packages):
-    """Print the interpreter's path and the versions of a peer's packages."""
-    from importlib.metadata import version
+def main(prepare, serve, packages, modules):
+    """Run a peer's script: prepare KIND SOURCE OUT, serve KIND FOLDER THREADS, or warm.
 
-    versions = {name: version(name) for name in packages}
+    warm imports `modules`, which is slow the first time, and prints the interpreter's path and the
+    versions of `packages`.
+    """
+    verb, *arguments = sys.argv[1:]
+    if verb != "warm":
+        {"prepare": prepare, "serve": serve}[verb](*arguments)
+        return
+    for module in modules:
+        importlib.import_module(module)
+    versions = {name: importlib.metadata.version(name) for name in packages}
     print(json.dumps({"python": sys.executable, "versions": versions}), flush=True)
