@@ -64,6 +64,20 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=f"{shard} is not a whole safetensors file"):
             open_weights(folder)
 
+    def test_clone_without_lfs(self, single):
+        (single / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(CheckpointError, match="is a pointer of Git LFS: `git lfs pull`"):
+            open_weights(single)
+
+    def test_an_artifact_is_no_checkpoint(self, single):
+        (single / SINGLE).unlink()
+        (single / "onnx").mkdir()
+        with pytest.raises(CheckpointError, match=r"has neither .*, and no embedport\.json"):
+            open_weights(single)
+        (single / "embedport.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="it is an artifact; give the checkpoint"):
+            open_weights(single)
+
     def test_missing_shard(self, folder):
         shard = sorted(folder.glob("*.safetensors"))[1]
         shard.unlink()

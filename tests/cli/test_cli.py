@@ -31,9 +31,18 @@ class TestErrors:
             (["encode", "{embedding}", "--input", "{here}/far.jsonl"], "far.jsonl:3 should be"),
             (["encode", "{embedding}", "a", "--precision", "int8"], "there are none"),
             (["encode", "{embedding}", "a", "--input", "b.txt"], "not both"),
-            (["encode", "{embedding}", "--input", "gone.txt"], "gone.txt cannot be read"),
+            (
+                ["encode", "{embedding}", "--input", "gone.txt"],
+                "gone.txt cannot be read: No such file",
+            ),
             (["encode", "{embedding}", "--input", "{here}/empty.txt"], "holds no text"),
-            (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "bad.jsonl:2 should be"),
+            (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "(it has no 'text')"),
+            (["encode", "{embedding}", "--input", "{here}/list.jsonl"], "(it is not an object)"),
+            (["encode", "{embedding}", "a", "-o", "out/"], "give --input FILE"),
+            (
+                ["encode", "{embedding}", "--input", "b.txt", "-o", "out/", "--json"],
+                "--json prints",
+            ),
             (["encode", "{embedding}", "--input", "{here}/lone.jsonl"], "lone surrogate U+D800"),
             (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "has a prompt for each"),
             (["encode", "{reranker}", "a"], "use `embedport rerank`"),
@@ -71,6 +80,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "?"}\n')
+        (tmp_path / "list.jsonl").write_text('["text"]\n')
         (tmp_path / "far.jsonl").write_text('{"text": "fine"}\n\n{"txet": "?"}\n')
         (tmp_path / "mixed.jsonl").write_text('{"text": "a", "prompt": "query"}\n')
         (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')

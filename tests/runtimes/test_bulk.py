@@ -326,7 +326,7 @@ def test_command_line(job, artifact):
 
     ended = run("--prompt", "query")
     assert (ended.returncode, ended.stdout) == (0, "")
-    assert f"{job.output}: 35 vectors of 64 in 1 shards" in ended.stderr
+    assert f"{job.output}: 35 vectors of 64 in 1 shard\n" in ended.stderr
     dotted = job.output.with_name("qwen3-0.6B")
     piped = subprocess.run(
         [*COMMAND, artifact, "--input", job.input, "-o", f"{dotted}/"], capture_output=True
