@@ -1,5 +1,7 @@
 """The command line as a person and as a program meet it: errors, version, help."""
 
+import io
+import json
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import pytest
 
 import embedport
+from embedport.cli import main
 from embedport.errors import InputError
 
 
@@ -139,6 +142,18 @@ class TestErrors:
         monkeypatch.setattr(runtimes, "load", interrupt)
         code, out, err = run("encode", folders / "embedding", "text")
         assert (code, out, err) == (130, "", "embedport: interrupted\n")
+
+    def test_a_terminal_without_utf8(self, folders, monkeypatch):
+        """Its lines are JSON all the same."""
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+        text = "caf\u00e9 \U0001f600"
+        monkeypatch.setattr(sys, "argv", ["embedport", "encode", str(folders / "embedding"), text])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        sys.stdout.flush()
+        assert not ended.value.code
+        assert json.loads(written.getvalue().decode("latin-1"))["text"] == text
 
     def test_reader_that_goes_away(self, folders):
         command = f"yes text | head -3000 | {sys.executable} -m embedport encode "
