@@ -335,7 +335,7 @@ def test_command_line(job, artifact):
     assert (dotted / INDEX).is_file()
     command = [*COMMAND, artifact, "--input", "-", "-o", f"{job.output}/"]
     ended = subprocess.run(command, capture_output=True, text=True, input="text")
-    assert (ended.returncode, "give the texts in a file" in ended.stderr) == (2, True)
+    assert (ended.returncode, "give --input FILE" in ended.stderr) == (2, True)
     for options, message in (
         ((), "whose prompt was"),
         (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),
