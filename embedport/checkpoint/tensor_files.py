@@ -97,6 +97,8 @@ def _hint(folder: Path) -> str:
         return ": it is an artifact; give the checkpoint that it was made from"
     if (folder / "onnx").is_dir():
         return f", and no {MANIFEST}: an artifact is copied with all its files"
+    if folder.parent.name == "snapshots":
+        return ": its download into the hub's cache is unfinished; repeat it with the hub in reach"
     return ""
 
 

@@ -1,6 +1,7 @@
 """Weights: every way a checkpoint stores them, and every way it can be damaged."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ class TestDamage:
         (single / "embedport.json").write_text("{}")
         with pytest.raises(CheckpointError, match="it is an artifact; give the checkpoint"):
             open_weights(single)
+
+    def test_unfinished_download(self, single):
+        (single / SINGLE).unlink()
+        snapshot = single.parent / "snapshots" / "0123"
+        shutil.copytree(single, snapshot)
+        with pytest.raises(CheckpointError, match="its download into the hub's cache is unfinish"):
+            open_weights(snapshot)
 
     def test_missing_shard(self, folder):
         shard = sorted(folder.glob("*.safetensors"))[1]
