@@ -1,7 +1,7 @@
 """embedport: export, quantize, validate and run Qwen3 embedding and reranker checkpoints.
 
     embedport.export("Qwen/Qwen3-Embedding-0.6B", "qwen3-fp32")
-    embedder = embedport.load("qwen3-fp32")
+    embedder = embedport.load_embedder("qwen3-fp32")
     vectors = embedder.encode(["What is the capital of China?"], prompt="query")
     report = embedport.validate("qwen3-fp32", reference="Qwen/Qwen3-Embedding-0.6B")
 

@@ -30,6 +30,10 @@ class InputError(EmbedportError):
     """The request is wrong: a text, an option or a path."""
 
 
+class UndeclaredTaskError(InputError):
+    """A checkpoint's files do not say whether it is an embedding model or a reranker."""
+
+
 class CheckpointError(EmbedportError):
     """The source checkpoint is not a usable Qwen3 checkpoint."""
 

@@ -49,7 +49,8 @@ def written(path: Path) -> Generator[IO[bytes]]:
         # numpy's error for a full disk has a text but no strerror.
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only file system even of a missing file
+            partial.unlink()
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 
 import numpy as np
 
@@ -250,7 +251,11 @@ def check_options(width: int, dim: int | None, precision: str) -> None:
         raise InputError(
             f"precision should be one of {', '.join(VECTOR_PRECISIONS)}, found {precision!r}"
         )
-    if dim is not None and not 1 <= dim <= width:
+    if dim is None:
+        return
+    if not isinstance(dim, Integral):
+        raise InputError(f"dim should be an integer, found {dim!r}")
+    if not 1 <= dim <= width:
         raise InputError(f"dim should be from 1 to {width}, found {dim}")
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..artifact.folder import Artifact
 from ..checkpoint.spec import Task
 from ..checkpoint.tokenizer import check_ids
-from ..errors import VerificationError
+from ..errors import InputError, UndeclaredTaskError, VerificationError
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from .comparison import Check, compare_witness
 from .embedder import Embedder
@@ -72,11 +72,7 @@ def load(
     >>> load(embedder, device="cpu").dim
     256
     """
-    runner = _load(model, device, max_length, task, adapter)
-    if check and not (result := compare_witness(runner)).passed:
-        why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
-        raise VerificationError(f"{runner.info.folder}: {result} ({why})")
-    return runner
+    return _load(read_info(model, task, adapter), device, max_length, check)
 
 
 def load_embedder(
@@ -95,9 +91,7 @@ def load_embedder(
     >>> load_embedder(embedder, device="cpu").encode(["tea"]).shape
     (1, 256)
     """
-    runner = load(
-        model, device=device, max_length=max_length, check=check, task="embedding", adapter=adapter
-    )
+    runner = _load(_read_as(model, "embedding", adapter), device, max_length, check)
     assert isinstance(runner, Embedder)
     return runner
 
@@ -118,9 +112,7 @@ def load_reranker(
     >>> load_reranker(reranker, device="cpu").score([("What is tea?", "A hot drink.")]).shape
     (1,)
     """
-    runner = load(
-        model, device=device, max_length=max_length, check=check, task="reranker", adapter=adapter
-    )
+    runner = _load(_read_as(model, "reranker", adapter), device, max_length, check)
     assert isinstance(runner, Reranker)
     return runner
 
@@ -147,17 +139,38 @@ def check(artifact: str | Path, *, device: str = "auto") -> Check:
     >>> check(embedder, device="cpu").passed
     True
     """
-    return compare_witness(_load(artifact, device, None, None, None))
+    return compare_witness(_run(read_info(artifact), device, None))
 
 
-def _load(
-    model: str | Path,
-    device: str,
-    max_length: int | None,
-    task: Task | None,
-    adapter: str | Path | None,
-) -> Embedder | Reranker:
-    info = read_info(model, task, adapter)
+def _read_as(model: str | Path, task: Task, adapter: str | Path | None) -> ModelInfo:
+    """A model's info, as of this task only where its files state none.
+
+    Raises:
+        InputError: They state the other task. A reranker gives vectors too, which mean nothing.
+    """
+    try:
+        info = read_info(model, None, adapter)
+    except UndeclaredTaskError:
+        return read_info(model, task, adapter)
+    if info.task != task:
+        found, loader = (
+            ("a reranker", "load_reranker")
+            if info.task == "reranker"
+            else ("an embedding model", "load_embedder")
+        )
+        raise InputError(f"{info.name} is {found}: use embedport.{loader}")
+    return info
+
+
+def _load(info: ModelInfo, device: str, max_length: int | None, check: bool) -> Embedder | Reranker:
+    runner = _run(info, device, max_length)
+    if check and not (result := compare_witness(runner)).passed:
+        why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
+        raise VerificationError(f"{runner.info.folder}: {result} ({why})")
+    return runner
+
+
+def _run(info: ModelInfo, device: str, max_length: int | None) -> Embedder | Reranker:
     length = choose_length(info, max_length)
     if info.task == "embedding":
         return Embedder(info, *_open(info, device, lambda: _embedding_tokenizer(info, length)))

@@ -116,6 +116,8 @@ class Reranker:
         Raises:
             InputError: A pair is not two strings of valid Unicode.
         """
+        check_list(pairs, "pairs should be a list of (query, document)")
+        pairs = list(pairs)  # a generator has its items once
         encoded = self.tokenizer.encode(pairs, instruction)
         check_encoded(encoded, self.info.vocab_size, self.tokenizer.max_length, "pair")
         queries = [query for query, _ in pairs]
@@ -184,6 +186,7 @@ class Reranker:
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k should be at least 1, found {top_k}")
         check_list(documents, "documents should be a list of strings")
+        documents = list(documents)  # a generator has its items once
         scores = self.score(
             [(query, document) for document in documents],
             instruction=instruction,

@@ -284,6 +284,15 @@ class TestFewTokens:
         estimate_onnx(checkpoints("kv8"), tmp_path / "dry", Options(**options))
         assert self.warnings(caplog) == [message]
 
+    def test_not_of_a_set_that_was_built(self, tmp_path, caplog):
+        """It ends before the text that would exceed what is advised."""
+        (tmp_path / "corpus.txt").write_text("\n".join(map(normal, TEXTS)))
+        built = tmp_path / "built.jsonl"
+        build_calibration(builtin_embedder(), tmp_path / "corpus.txt", built)
+        options = Options(precision="int4", algorithm="gptq", calibration=built)
+        estimate_onnx(builtin_embedder(), tmp_path / "out", options)
+        assert self.warnings(caplog) == []
+
     def test_checkpoints(self, checkpoints, tmp_path, caplog):
         texts = tmp_path / "texts.txt"
         texts.write_text("a text about tea\n")

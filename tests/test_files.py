@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from embedport import ModelSpec
-from embedport.errors import CheckpointError
-from embedport.files import SMALL, read_small
+from embedport.errors import CheckpointError, InputError
+from embedport.files import SMALL, read_small, written
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
@@ -46,3 +46,13 @@ def test_large_file(damageable):
         file.truncate(4 << 30)  # takes no room
     with pytest.raises(CheckpointError, match=rf"{SMALL:,} bytes at most, found 4,294,967,296"):
         ModelSpec.from_checkpoint(damageable)
+
+
+def test_a_place_where_nothing_can_be_removed(tmp_path):
+    """As on a read-only file system: what says so is the error of writing."""
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match="x cannot be written: Not a directory"),
+        written(tmp_path / "file" / "x") as file,
+    ):
+        file.write(b"")

@@ -145,6 +145,10 @@ class Report:
     next_steps: tuple[str, ...]
     mteb: TaskReport | None = None
 
+    def __repr__(self) -> str:
+        # All figures are too long for a notebook; `rich.print` has them.
+        return f"Report({self.artifact!r}: {self.verdict()})"
+
     @property
     def passed(self) -> bool:
         """Whether no gate fails."""

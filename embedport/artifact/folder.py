@@ -40,6 +40,11 @@ class Artifact:
     folder: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        # A manifest is too long for a notebook.
+        about = f"task={self.manifest.task!r}, precision={self.manifest.precision!r}"
+        return f"Artifact({str(self.folder)!r}, {about})"
+
     @classmethod
     def open(cls, folder: str | Path) -> Artifact:
         """Read and check an artifact.

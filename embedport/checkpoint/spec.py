@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, UndeclaredTaskError
 from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER
 from .adapter import Adapter, Merge, read_adapter
@@ -430,7 +430,7 @@ def _find_task(
     declared = declared_task(source.adapter.folder) if source.adapter is not None else None
     declared = declared or declared_task(folder)
     if declared is None:
-        raise InputError(
+        raise UndeclaredTaskError(
             f"{folder}: its files do not state the task: it is a language model "
             f"({', '.join(architectures) or 'no architectures'}) without modules.json, and its "
             "model card (README.md) names neither a reranker nor an embedder by pipeline_tag, tags "

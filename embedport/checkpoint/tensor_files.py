@@ -12,11 +12,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..files import SMALL, check_regular, is_file_name
+from ..files import MANIFEST, SMALL, check_regular, is_file_name
 from ..strict_json import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         return read_shard(folder / SINGLE)
     index_path = folder / INDEX
     if not index_path.exists():
-        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
-        raise CheckpointError(
-            f"{folder} has neither {SINGLE} nor {INDEX}"
-            + (f"; {pickled.name} is pickled and is not read, convert it" if pickled else "")
-        )
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{_hint(folder)}")
     index = _read_index(index_path)
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(index.values())):
@@ -89,6 +86,20 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: {name} should be in a file beside the index, found {file!r}"
             )
     return index
+
+
+def _hint(folder: Path) -> str:
+    """What a folder without weights seems to be, for a message."""
+    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    if pickled is not None:
+        return f"; {pickled.name} is pickled and is not read, convert it"
+    if (folder / MANIFEST).exists():
+        return ": it is an artifact; give the checkpoint that it was made from"
+    if (folder / "onnx").is_dir():
+        return f", and no {MANIFEST}: an artifact is copied with all its files"
+    if folder.parent.name == "snapshots":
+        return ": its download into the hub's cache is unfinished; repeat it with the hub in reach"
+    return ""
 
 
 def read_shard(path: Path) -> dict[str, TensorInfo]:
@@ -117,9 +128,21 @@ def open_shard(path: Path) -> Any:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (SafetensorError, OSError) as error:
+        again = "download it again"
+        if _is_lfs_pointer(path):
+            again = "it is a pointer of Git LFS: `git lfs pull` in its clone brings the file"
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); download it again"
+            f"{path} is not a whole safetensors file ({error}); {again}"
         ) from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in place of a large file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
 
 
 def read_octets(info: TensorInfo) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import logging
 import sys
 import traceback
@@ -111,6 +114,7 @@ def main() -> None:
 
     If the reader of standard output goes away, typer exits silently with code 1.
     """
+    _allow_any_terminal()
     command = typer.main.get_command(app)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FlagFormatter("embedport: %(message)s", command))
@@ -123,6 +127,20 @@ def main() -> None:
         _fail(with_flags(str(error), command), error.exit_code)
     except Exception as error:
         _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
+
+
+def _allow_any_terminal() -> None:
+    """Escape, as JSON does, what standard output's encoding lacks: a terminal without UTF-8."""
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper) and codecs.lookup(stdout.encoding).name != "utf-8":
+        codecs.register_error("json", _escape)
+        stdout.reconfigure(errors="json")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _fail(message: str, code: int) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..validation import Report
 
 NEXT = """\
-With a real checkpoint:
+With a real checkpoint, in a Python environment of your own:
+  pip install '.[cpu,torch]'
   embedport export onnx Qwen/Qwen3-Embedding-0.6B -o qwen3-fp32
   embedport encode qwen3-fp32 --prompt query "What is the capital of China?"
   embedport validate qwen3-fp32 --reference Qwen/Qwen3-Embedding-0.6B"""
@@ -42,12 +43,10 @@ def demo(
     result = run_demo(out, lambda step: steps.print(f"{step} …", style="dim"), live=live)
     _print_answers(console, result)
     _print_parity(console, result)
-    console.rule("The artifacts", align="left")
-    for artifact in result.artifacts:
-        console.print(f"  {artifact}", soft_wrap=True)
+    console.rule("The artifacts, and the report of each", align="left")
+    for path in (*result.artifacts, *result.pages):
+        console.print(f"  {path}", soft_wrap=True)
     console.print(NEXT, soft_wrap=True)
-    if result.pages:
-        console.print(f"The report: {result.pages[0]}", soft_wrap=True)
     raise typer.Exit(0 if all(report.passed for report in result.reports) else 1)
 
 
@@ -103,6 +102,8 @@ def _parity(reports: Sequence[Report]) -> Table:
     if quality:
         shown = (f"{row.artifact:.4f} ({row.reference:.4f})" for row in quality)
         rows.append(("nDCG@10 (of the reference)", *shown))
+        counts = [report.retrieval.queries for report in reports if report.retrieval is not None]
+        rows.append(("queries of nDCG@10", *(f"{count:,}" for count in counts)))
         before = [report.retrieval.before for report in reports if report.retrieval is not None]
         if before[0] is not None:
             rows.append(("nDCG@10 before reranking", *(f"{value:.4f}" for value in before)))

@@ -122,11 +122,18 @@ def encode(
     out = None if output is None else as_place(output)
     source = None if file in (None, "-") else as_place(file)
     if out is not None and _is_folder(out, str(output)):
-        if texts or source is None or calibrate is not None or as_json:
+        if texts or source is None:
             raise InputError(
-                f"{out} is a folder, so give the texts in a file (--input), measure ranges first "
-                "(embedport encode ARTIFACT --calibrate FILE), and leave --json out"
+                f"{out} is a folder of shards, which are made of a file of texts: give --input "
+                "FILE; or an output that ends with .npy"
             )
+        if calibrate is not None:
+            raise InputError(
+                f"{out} is a folder of shards: measure ranges first, by `embedport encode ARTIFACT "
+                "--calibrate FILE`"
+            )
+        if as_json:
+            raise InputError(f"--json prints, and -o {output} writes a folder: give one of them")
         job = Job(
             model=_absolute(artifact),
             input=source.absolute(),
@@ -226,8 +233,10 @@ def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> N
     if engine == "local" and workers is not None:
         raise InputError("--workers goes with --engine ray")
     index = encode_corpus(job, engines[engine], force=force, progress=True)
+    count = len(index.shards)
     typer.echo(
-        f"{job.output}: {index.rows:,} vectors of {index.dim} in {len(index.shards):,} shards",
+        f"{job.output}: {index.rows:,} vectors of {index.dim} in {count:,} "
+        f"shard{'s' if count > 1 else ''}",
         err=True,
     )
 

@@ -177,8 +177,8 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
         samples = read_samples(file)
         if any(sample.prompt != "document" for sample in samples):
             raise InputError(
-                f"{file} has a prompt for each text, which only `validate` reads; here all texts "
-                "share one: take the prompts out of the file, and give --prompt"
+                f"{file} has a prompt for each text, which only `validate` and calibration read; "
+                "here all texts share one: take the prompts out of the file, and give --prompt"
             )
         return [sample.text for sample in samples]
     if file is None and sys.stdin.isatty():

@@ -139,8 +139,11 @@ def validate(
         typer.echo(result.to_json())
     else:
         stdout_console().print(result)
+    messages = stderr_console()
     if record_folder is not None:
-        stderr_console().print(
-            f"Recorded in {record_folder}: embedport.json and README.md", soft_wrap=True
-        )
+        messages.print(f"Recorded in {record_folder}: embedport.json and README.md", soft_wrap=True)
+    if report is not None:
+        messages.print(f"Report: {report}", soft_wrap=True)
+    # The tables are longer than a terminal, and the verdict stands above them.
+    messages.print(result.verdict(), soft_wrap=True)
     raise typer.Exit(0 if result.passed else 1)

@@ -160,7 +160,7 @@ def _validate(
         reference = checkpoint if live else builtin_reference(checkpoint)
         say(f"Validating {artifact.name} against {'its checkpoint' if live else reference.name}")
         data = read_beir(BUILTIN, max_queries=RERANKED_QUERIES.get(artifact.name))
-        pages.append(folder / f"{artifact.name}.html")
+        pages.append(artifact.with_name(f"{artifact.name}.html"))
         command = ["embedport", "demo", "-o", str(folder), *(["--live"] if live else [])]
         reports.append(
             validate(artifact, reference, retrieval=data, page=pages[-1], command=command)

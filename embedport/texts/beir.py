@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import MOST_TEXT, read_small, written
 from ..strict_json import parse_json
-from .corpus import titled_text
+from .corpus import describe_fault, titled_text
 
 BUILTIN = "builtin"
 
@@ -128,6 +128,11 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
     path = folder / name
     if not path.is_file():
         path = folder / f"{name}.gz"
+        if not path.exists():
+            raise InputError(
+                f"{folder} has no {name}: a retrieval set is a folder with corpus.jsonl, "
+                "queries.jsonl and qrels/test.tsv"
+            )
     texts: dict[str, str] = {}
     for place, line in _lines(path):
         try:
@@ -136,7 +141,7 @@ def _read_texts(folder: Path, name: str) -> dict[str, str]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f'{place} should be an object like {{"_id": …, "text": …}}, found {line[:80]!r} '
-                f"({error!r})"
+                f"({describe_fault(error)})"
             ) from error
         if not isinstance(text, str):
             raise InputError(f"{place}: text should be a string, found {text!r}")

@@ -198,7 +198,7 @@ def _parse(path: Place, number: int, line: bytes, name: str) -> Row | None:
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             f'{path}:{number} should be UTF-8 text, in a .jsonl file {{"text": …}}; found '
-            f"{line[:80]!r} ({error})"
+            f"{line[:80]!r} ({describe_fault(error)})"
         ) from error
     return Row(name if given is None else str(given), text, prompt)
 
@@ -216,6 +216,13 @@ def is_jsonl(path: Place) -> bool:
             f".parquet, for `encode`), found {path.suffix}"
         )
     return suffix == ".jsonl"
+
+
+def describe_fault(error: Exception) -> str:
+    """Why a line of a .jsonl file is invalid: an error's text, but for those that do not say it."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return "it is not an object" if isinstance(error, AttributeError) else str(error)
 
 
 def titled_text(row: Mapping[str, Any]) -> Any:

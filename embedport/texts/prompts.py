@@ -79,7 +79,8 @@ def resolve_prompt(inputs: Inputs, prompt: str | None) -> str:
         names = ", ".join(sorted({*inputs.prompts, *ROLES}))
         raise InputError(
             f"no prompt is named {prompt!r}; there are {names}. A literal "
-            "prompt is more than a word: embedport.query_prompt(instruction) makes one"
+            "prompt is more than a word: embedport.query_prompt(instruction) makes one, on the "
+            "command line --instruction"
         )
     return prompt
 

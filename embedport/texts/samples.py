@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ..errors import InputError
 from ..files import MOST_TEXT, read_small
 from ..strict_json import parse_json
-from .corpus import is_jsonl, titled_text
+from .corpus import describe_fault, is_jsonl, titled_text
 
 T = TypeVar("T")
 # Minimum and maximum characters of a short text.
@@ -120,7 +120,7 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f'{path}:{number} should be an object like {{"text": …}} or {{"query": …, '
-                f'"document": …}}, found {line[:80]!r} ({error})'
+                f'"document": …}}, found {line[:80]!r} ({describe_fault(error)})'
             ) from error
         rows.append(row)
     return _nonempty(path, rows)
@@ -132,7 +132,9 @@ def _lines(path: Path) -> Iterable[tuple[int, str]]:
         # A shell's <(command) is a FIFO.
         data = path.read_bytes() if path.is_fifo() else read_small(path, MOST_TEXT)
         text = data.decode("utf-8-sig")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     # Not splitlines(): a text may contain U+2028 and other line separators.
     lines = text.replace("\r\n", "\n").split("\n")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -40,6 +41,8 @@ from ...version import __version__
 from .engines import open_engine
 from .layerwise import STAGES, embed_rows
 
+logger = logging.getLogger(__name__)
+
 REQUEST = "request.txt"
 LAYERS, STATES = "layer-*.safetensors", "states-*.safetensors"
 # How often a text's last token counts in GPTAQ, where it alone reaches the result.
@@ -53,8 +56,8 @@ PARTS = ("codes", "scales", "zero_points")
 def kept_layers(output: Path, *, used: bool) -> Generator[Path]:
     """Lock the folder beside an artifact where finished layers are kept, until the block ends.
 
-    The folder is deleted if the block ends without an error; otherwise the next run resumes from
-    it.
+    The folder is deleted if the block ends without an error, or before a layer is finished;
+    otherwise the next run resumes from it, which a warning says.
 
     Args:
         output: The artifact's final path.
@@ -82,11 +85,15 @@ def kept_layers(output: Path, *, used: bool) -> Generator[Path]:
         yield folder
         if owned:
             shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # Ctrl-C, too
+        if owned and next(folder.rglob(LAYERS), None) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif used:
+            logger.warning(
+                "%s keeps the layers that are finished: the same command goes on from there", folder
+            )
+        raise
     finally:
-        # There is nothing to resume from in an empty folder.
-        with contextlib.suppress(OSError):
-            if owned:
-                folder.rmdir()
         if lock_descriptor is not None:
             os.close(lock_descriptor)
 

@@ -1,6 +1,7 @@
 """Weights: every way a checkpoint stores them, and every way it can be damaged."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -63,6 +64,27 @@ class TestDamage:
         shard.write_bytes(shard.read_bytes()[:-100])
         with pytest.raises(CheckpointError, match=f"{shard} is not a whole safetensors file"):
             open_weights(folder)
+
+    def test_clone_without_lfs(self, single):
+        (single / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(CheckpointError, match="is a pointer of Git LFS: `git lfs pull`"):
+            open_weights(single)
+
+    def test_an_artifact_is_no_checkpoint(self, single):
+        (single / SINGLE).unlink()
+        (single / "onnx").mkdir()
+        with pytest.raises(CheckpointError, match=r"has neither .*, and no embedport\.json"):
+            open_weights(single)
+        (single / "embedport.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="it is an artifact; give the checkpoint"):
+            open_weights(single)
+
+    def test_unfinished_download(self, single):
+        (single / SINGLE).unlink()
+        snapshot = single.parent / "snapshots" / "0123"
+        shutil.copytree(single, snapshot)
+        with pytest.raises(CheckpointError, match="its download into the hub's cache is unfinish"):
+            open_weights(snapshot)
 
     def test_missing_shard(self, folder):
         shard = sorted(folder.glob("*.safetensors"))[1]

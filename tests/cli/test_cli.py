@@ -1,5 +1,7 @@
 """The command line as a person and as a program meet it: errors, version, help."""
 
+import io
+import json
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import pytest
 
 import embedport
+from embedport.cli import main
 from embedport.errors import InputError
 
 
@@ -31,9 +34,18 @@ class TestErrors:
             (["encode", "{embedding}", "--input", "{here}/far.jsonl"], "far.jsonl:3 should be"),
             (["encode", "{embedding}", "a", "--precision", "int8"], "there are none"),
             (["encode", "{embedding}", "a", "--input", "b.txt"], "not both"),
-            (["encode", "{embedding}", "--input", "gone.txt"], "gone.txt cannot be read"),
+            (
+                ["encode", "{embedding}", "--input", "gone.txt"],
+                "gone.txt cannot be read: No such file",
+            ),
             (["encode", "{embedding}", "--input", "{here}/empty.txt"], "holds no text"),
-            (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "bad.jsonl:2 should be"),
+            (["encode", "{embedding}", "--input", "{here}/bad.jsonl"], "(it has no 'text')"),
+            (["encode", "{embedding}", "--input", "{here}/list.jsonl"], "(it is not an object)"),
+            (["encode", "{embedding}", "a", "-o", "out/"], "give --input FILE"),
+            (
+                ["encode", "{embedding}", "--input", "b.txt", "-o", "out/", "--json"],
+                "--json prints",
+            ),
             (["encode", "{embedding}", "--input", "{here}/lone.jsonl"], "lone surrogate U+D800"),
             (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "has a prompt for each"),
             (["encode", "{reranker}", "a"], "use `embedport rerank`"),
@@ -71,6 +83,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty.txt").write_text("\n")
         (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "?"}\n')
+        (tmp_path / "list.jsonl").write_text('["text"]\n')
         (tmp_path / "far.jsonl").write_text('{"text": "fine"}\n\n{"txet": "?"}\n')
         (tmp_path / "mixed.jsonl").write_text('{"text": "a", "prompt": "query"}\n')
         (tmp_path / "lone.jsonl").write_text('{"text": "\\ud800"}\n')
@@ -129,6 +142,18 @@ class TestErrors:
         monkeypatch.setattr(runtimes, "load", interrupt)
         code, out, err = run("encode", folders / "embedding", "text")
         assert (code, out, err) == (130, "", "embedport: interrupted\n")
+
+    def test_a_terminal_without_utf8(self, folders, monkeypatch):
+        """Its lines are JSON all the same."""
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+        text = "caf\u00e9 \U0001f600"
+        monkeypatch.setattr(sys, "argv", ["embedport", "encode", str(folders / "embedding"), text])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        sys.stdout.flush()
+        assert not ended.value.code
+        assert json.loads(written.getvalue().decode("latin-1"))["text"] == text
 
     def test_reader_that_goes_away(self, folders):
         command = f"yes text | head -3000 | {sys.executable} -m embedport encode "

@@ -62,7 +62,9 @@ def test_demo(run, tmp_path, monkeypatch, small, exported_once):
     assert "of the embedding model in sentence-transformers" in out
     assert "of the reranker model in transformers" in out
     page = tmp_path / "demo" / "embedding-fp32.html"
-    assert out.strip().endswith(f"The report: {page}")
+    assert str(page) in out
+    # fp32 and int8 rerank different numbers of queries, so their columns have different references.
+    assert out.count("queries of nDCG@10") == 2
     for name in ("embedding-fp32", "embedding-int8", "reranker-fp32", "reranker-int8"):
         assert "<svg" in (tmp_path / "demo" / f"{name}.html").read_text(encoding="utf-8")
         parity = embedport.Artifact.open(tmp_path / "demo" / name).manifest.parity

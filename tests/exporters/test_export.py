@@ -36,6 +36,7 @@ def test_the_folder(artifacts, checkpoints):
     folder, manifest = artifact.folder, artifact.manifest
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert found == {*manifest.files, "embedport.json", "README.md"}
+    assert repr(artifact) == f"Artifact({str(folder)!r}, task='embedding', precision='fp32')"
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", "config.json"} <= found
     assert {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"} <= found
     assert not any(path.is_symlink() for path in folder.rglob("*"))

@@ -221,6 +221,26 @@ def test_finished_layers_are_one_runs_alone(checkpoints, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_interrupted_run_says_what_it_keeps(tmp_path, caplog):
+    def interrupt(*files):
+        with kept_layers(tmp_path / "out", used=True) as folder:
+            (folder / "codes").mkdir()
+            for name in ("request.txt", *files):
+                (folder / "codes" / name).write_text("")
+            raise KeyboardInterrupt
+
+    folder = tmp_path / ".out.layers"
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert not folder.exists()
+    assert caplog.messages == []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt("layer-000.safetensors")
+    assert (folder / "codes" / "layer-000.safetensors").exists()
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder} keeps the layers that are finished")
+
+
 def test_what_an_earlier_run_left_goes_with_the_next(checkpoints, tmp_path):
     folder = tmp_path / ".out.layers"
     folder.mkdir()

@@ -240,6 +240,7 @@ def test_a_plain_language_model_asks_for_the_task(descend):
     with pytest.raises(InputError, match="`task` embedding or `task` reranker"):
         embedport.load(folder, device="cpu")
     assert isinstance(embedport.load(folder, device="cpu", task="embedding"), embedport.Embedder)
+    assert isinstance(embedport.load_embedder(folder, device="cpu"), embedport.Embedder)
     assert isinstance(embedport.load(folder, device="cpu", task="reranker"), embedport.Reranker)
     for header in ("tags:\n- transformers\n- reranker", "base_model: Qwen/Qwen3-Reranker-0.6B"):
         (folder / "README.md").write_text(f"---\n{header}\n---\nA model.\n")

@@ -341,7 +341,7 @@ def test_command_line(job, artifact):
 
     ended = run("--prompt", "query")
     assert (ended.returncode, ended.stdout) == (0, "")
-    assert f"{job.output}: 35 vectors of 64 in 1 shards" in ended.stderr
+    assert f"{job.output}: 35 vectors of 64 in 1 shard\n" in ended.stderr
     dotted = job.output.with_name("qwen3-0.6B")
     piped = subprocess.run(
         [*COMMAND, artifact, "--input", job.input, "-o", f"{dotted}/"], capture_output=True
@@ -350,7 +350,7 @@ def test_command_line(job, artifact):
     assert (dotted / INDEX).is_file()
     command = [*COMMAND, artifact, "--input", "-", "-o", f"{job.output}/"]
     ended = subprocess.run(command, capture_output=True, text=True, input="text")
-    assert (ended.returncode, "give the texts in a file" in ended.stderr) == (2, True)
+    assert (ended.returncode, "give --input FILE" in ended.stderr) == (2, True)
     for options, message in (
         ((), "whose prompt was"),
         (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),

@@ -44,6 +44,16 @@ def test_kinds(embedder, reranker):
     assert "cpu" in repr(reranker)
 
 
+def test_the_other_task_is_refused(folders, checkpoints):
+    """A reranker run as an embedding model would give vectors that mean nothing."""
+    for model in (folders / "reranker", checkpoints("kv2", "reranker")):
+        with pytest.raises(InputError, match=r"is a reranker: use embedport\.load_reranker"):
+            embedport.load_embedder(model, device="cpu")
+    for model in (folders / "embedding", checkpoints("kv2", "embedding")):
+        with pytest.raises(InputError, match=r"is an embedding model: use embedport\.load_emb"):
+            embedport.load_reranker(model, device="cpu")
+
+
 def test_a_pickle_is_the_way_to_open_it(folders):
     embedder = embedport.load(folders / "embedding", device="cpu", max_length=5)
     assert isinstance(embedder, embedport.Embedder)
@@ -146,6 +156,20 @@ def test_order_and_budget_change_nothing(embedder):
 def test_dim_out_of_range(embedder, dim):
     with pytest.raises(InputError, match=f"dim should be from 1 to 64, found {dim}"):
         embedder.encode(["a"], dim=dim)
+
+
+def test_dim_is_checked_before_any_text(embedder):
+    with pytest.raises(InputError, match=r"dim should be an integer, found 8\.0"):
+        embedder.encode(["a"], dim=8.0)
+    assert embedder.encode(["a"], dim=np.int64(8)).shape == (1, 8)
+
+
+def test_generators(embedder, reranker):
+    texts = ["one", "two"]
+    np.testing.assert_array_equal(embedder.encode(iter(texts)), embedder.encode(texts))
+    assert reranker.rank("query", iter(texts)) == reranker.rank("query", texts)
+    pairs = [("query", text) for text in texts]
+    np.testing.assert_array_equal(reranker.score(iter(pairs)), reranker.score(pairs))
 
 
 def test_rank(reranker):

@@ -27,8 +27,13 @@ def test_what_is_said_of_recording(run, folders, copied, tmp_path, caplog):
     (tmp_path / "texts.txt").write_text("tea\nsnow\n")
     rest = ("--reference", made.checkpoint, "--input", tmp_path / "texts.txt", "--device", "cpu")
     folder = copied(made.artifact)
-    assert run(folder, *rest) == (0, f"Recorded in {folder}: embedport.json and README.md")
-    assert run(folder, *rest, "--no-record") == (0, "")
+    code, err = run(folder, *rest)
+    assert code == 0
+    verdict = err.removeprefix(f"Recorded in {folder}: embedport.json and README.md ")
+    assert verdict.startswith("Holds against sentence-transformers ")
+    page = tmp_path / "report.md"
+    found = run(folder, *rest, "--no-record", "--report", page)
+    assert found == (0, f"Report: {page} {verdict}")
     snapshot = shutil.copytree(folder, tmp_path / "models--a--b" / "snapshots" / "0123")
     caplog.clear()
     code, err = run(snapshot, *rest)

@@ -85,7 +85,7 @@ def test_the_same_queries_are_taken_each_time(folder):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("corpus.jsonl", None, "corpus.jsonl.gz cannot be read"),
+        ("corpus.jsonl", None, "has no corpus.jsonl: a retrieval set is"),
         ("corpus.jsonl", "\n", "holds no text"),
         ("corpus.jsonl", "{}\n", "corpus.jsonl:1 should be an object"),
         ("queries.jsonl", '{"_id": "a", "text": "b"}\n' * 2, "queries.jsonl:2: _id should be"),

@@ -240,6 +240,7 @@ def test_what_is_not_measured_is_said(folders, tmp_path):
         report.verdict()
         == f"Holds against {report.library}: {held} of {held} gates; not measured: {ORDER}"
     )
+    assert repr(report) == f"Report({report.artifact!r}: {report.verdict()})"
     assert f"| {gate(report, ORDER).title} | not measured | ≤ 0 | not measured |" in (
         report.to_markdown()
     )
