@@ -26,7 +26,7 @@ TOKEN_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 # Keys that hold several tokens.
 FURTHER = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 # Advice where tokenizer_config.json contradicts a right tokenizer.json.
-KEEP = f"if tokenizer.json is right, give tokenizer_class PreTrainedTokenizerFast in {TOKENIZER_CONFIG}"
+KEEP = f"if tokenizer.json is right, give tokenizer_class {PLAIN_CLASSES[0]} in {TOKENIZER_CONFIG}"
 # Flags that decide where an added token matches in a text.
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 SPLIT = (

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
@@ -205,8 +206,12 @@ def test_a_template_without_the_two_roles_is_refused(classifier):
         ModelSpec.from_checkpoint(folder)
 
 
-def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
-    """transformers takes the head that is there; the reference is its own softmax."""
+@pytest.mark.parametrize("listed", [None, False])
+def test_a_tied_head_beside_one_of_its_own(descend, tmp_path, listed):
+    """transformers takes the head that is there; the reference is its own softmax.
+
+    It also takes one in a shard whose index does not list it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -218,6 +223,12 @@ def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
         tensors["lm_head.weight"] = generator.standard_normal(shape).astype(np.float32)
 
     change_tensors(folder, add_head)
+    if listed is False:
+        path = folder / "model.safetensors"
+        shard = path.rename(folder / "model-00001-of-00001.safetensors")
+        names = set(load_file(shard)) - {"lm_head.weight"}
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard.name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     reranker = open_reranker(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = [reranker.tokenizer.tokenizer.token_to_id(word) for word in ("no", "yes")]
