@@ -96,7 +96,7 @@ class LibraryReference(LiveReference):
                         _call(model, batch)
                     except _TokenizedError:
                         for i in indices:
-                            rows[i] = recorded[_content(inputs[i])]
+                            rows[i] = self._read(recorded[_content(inputs[i])])
                     recorded.clear()
         except Exception as error:
             raise self._failed("cannot tokenize these inputs", error) from error
@@ -104,6 +104,16 @@ class LibraryReference(LiveReference):
             hook.remove()
             model.preprocess = original
         return rows
+
+    def _read(self, ids: list[int]) -> list[int]:
+        """The tokens up to the one that is read: a classifier skips padding at the end."""
+        if self.spec.score_rows is None:
+            return ids
+        padding = self.tokenizing.transformers_model.config.pad_token_id
+        end = len(ids)
+        while end > 1 and ids[end - 1] == padding:
+            end -= 1
+        return ids[:end]
 
     def groups(self, inputs: Inputs) -> Iterable[list[int]]:
         """Inputs with the same prompt, since a call takes one; single inputs if batches fail."""

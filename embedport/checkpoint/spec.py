@@ -532,7 +532,8 @@ def _with_pipeline(spec: ModelSpec, config: _Config, modules: Modules | None) ->
             )
     if spec.score_rows is not None:
         skipped = config.values.get("pad_token_id")
-        inputs = replace(inputs, skipped_token=skipped if isinstance(skipped, int) else None)
+        skipped = skipped if isinstance(skipped, int) else None
+        inputs = replace(inputs, skipped_token=skipped, cuts_skipped=spec.causal)
         outputs = replace(outputs, activation=_read_classifier_activation(spec, config, modules))
     for answer in outputs.answers or ():
         if answer is not None and answer >= spec.vocab_size:

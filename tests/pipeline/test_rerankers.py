@@ -1,6 +1,7 @@
 """Rerankers as their files declare them, against CrossEncoder."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +157,29 @@ def test_classifier_with_an_end_token_that_is_its_padding(
     end = tokenizer.token_to_id("<|endoftext|>")
     edit(folder / "config.json", pad_token_id=end)
     check(folder, tmp_path)
+    options: Any = {"pairs": PAIRS[:2], "device": "cpu", "record": False}
+    assert embedport.validate(folder, folder, **options).passed
+    # The others would see it: CrossEncoder gives another score without it.
+    edit(folder / "config.json", is_causal=False)
+    with pytest.raises(InputError, match="pair 0 ends with the padding token"):
+        open_reranker(folder).score(PAIRS)
+
+
+def test_a_text_that_ends_with_padding(classifier):
+    """Attention to one side does not see it, and attention to both sides does."""
+    folder = classifier(1)
+    end = open_reranker(folder).tokenizer.tokenizer.token_to_id("<|endoftext|>")
+    edit(folder / "config.json", pad_token_id=end)
+    pairs = [("tea", "a drink<|endoftext|>")]
+    expected = cross_encoder(folder).predict(pairs)
+    np.testing.assert_allclose(open_reranker(folder).score(pairs), expected, atol=1e-5)
+    edit(folder / "config.json", is_causal=False)
+    without, expected = cross_encoder(folder).predict([("tea", "a drink"), *pairs])
+    assert abs(without - expected) > 1e-4
+    with pytest.raises(InputError, match="ends with the padding token"):
+        open_reranker(folder).score(pairs)
+    found = open_reranker(folder).score([("tea", "a drink")])
+    np.testing.assert_allclose(found, without, atol=1e-5)
 
 
 def test_classifier_with_two_labels(classifier):
