@@ -57,6 +57,12 @@ def other_weights(info: ModelInfo, origin: Origin) -> str:
                 f"the artifact was made from {made_from.pinned}, whose {name} has the sha256 "
                 f"{sha256[:16]}…; that of {origin.pinned} has {here[:16] + '…' if here else 'none'}"
             )
+    is_bare = made_from.adapter is None and made_from.original is None
+    if origin.adapter is not None and is_bare:
+        return (
+            f"the artifact was made from {made_from.pinned} without an adapter, and the reference "
+            f"has {origin.adapter}"
+        )
     return ""
 
 

@@ -56,10 +56,8 @@ class CardReference(LiveReference):
             self.answers = [self._single_token("no"), self._single_token("yes")]
 
     @property
-    def limit(self) -> int:
-        """Tokens after which an input is cut: as requested, or the tokenizer's and model's."""
-        if self.max_length is not None:
-            return self.max_length
+    def own_limit(self) -> int:
+        """Tokens that both the tokenizer and the model take."""
         return min(self.tokenizer.model_max_length, self.spec.max_position_embeddings)
 
     def gives_log_odds(self) -> bool:

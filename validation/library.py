@@ -49,14 +49,21 @@ class LibraryReference(LiveReference):
     packages = ("sentence-transformers", "torch", "transformers")
 
     @cached_property
-    def tokenizing(self) -> Any:
-        """The model without weights, for everything that needs none."""
-        return self._open({"device_map": "meta"})
+    def _empty(self) -> tuple[Any, int]:
+        """The model without weights, and the tokens after which it cuts of its own accord."""
+        model = self._open({"device_map": "meta"})
+        own_limit = model.max_seq_length or self.spec.max_position_embeddings
+        return self._limited(model), own_limit
 
     @property
-    def limit(self) -> int:
-        """Tokens after which an input is cut: as requested, or the library's own limit."""
-        return self.tokenizing.max_seq_length or self.spec.max_position_embeddings
+    def tokenizing(self) -> Any:
+        """The model without weights, for everything that needs none."""
+        return self._empty[0]
+
+    @property
+    def own_limit(self) -> int:
+        """Tokens after which the library cuts an input of its own accord."""
+        return self._empty[1]
 
     def gives_log_odds(self) -> bool:
         """Whether `predict` returns log-odds, which a sigmoid turns into probabilities."""
@@ -92,7 +99,7 @@ class LibraryReference(LiveReference):
                         _call(model, batch)
                     except _TokenizedError:
                         for i in indices:
-                            rows[i] = recorded[_content(inputs[i])]
+                            rows[i] = self._read(recorded[_content(inputs[i])])
                     recorded.clear()
         except Exception as error:
             raise self._failed("cannot tokenize these inputs", error) from error
@@ -100,6 +107,16 @@ class LibraryReference(LiveReference):
             hook.remove()
             model.preprocess = original
         return rows
+
+    def _read(self, ids: list[int]) -> list[int]:
+        """The tokens up to the one that is read: a classifier skips padding at the end."""
+        if self.spec.score_rows is None:
+            return ids
+        padding = self.tokenizing.transformers_model.config.pad_token_id
+        end = len(ids)
+        while end > 1 and ids[end - 1] == padding:
+            end -= 1
+        return ids[:end]
 
     def groups(self, inputs: Inputs) -> Iterable[list[int]]:
         """Inputs with the same prompt, since a call takes one; single inputs if batches fail."""
@@ -112,7 +129,9 @@ class LibraryReference(LiveReference):
 
     def load(self, arithmetic: Arithmetic) -> Any:
         """Load the model with sentence-transformers: see `LiveReference`."""
-        model = self._open({"dtype": choose_dtype(self.spec, arithmetic)}, device="cpu")
+        model = self._limited(
+            self._open({"dtype": choose_dtype(self.spec, arithmetic)}, device="cpu")
+        )
         model[0].model = self.adapted(model[0].model, arithmetic)
         return cast_and_move(model, self.spec, arithmetic, self.device)
 
@@ -145,6 +164,10 @@ class LibraryReference(LiveReference):
                 )
         except Exception as error:
             raise self._failed("cannot open it", error) from error
+        return model
+
+    def _limited(self, model: Any) -> Any:
+        """The model, made to cut inputs as requested."""
         if self.max_length is not None:
             model.max_seq_length = self.max_length
         return model

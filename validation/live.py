@@ -80,8 +80,13 @@ class LiveReference(ABC):
 
     @property
     @abstractmethod
+    def own_limit(self) -> int:
+        """Tokens after which the library cuts an input of its own accord."""
+
+    @property
     def limit(self) -> int:
-        """Tokens after which an input is cut."""
+        """Tokens after which an input is cut: as requested, or the library's own limit."""
+        return self.own_limit if self.max_length is None else self.max_length
 
     @abstractmethod
     def gives_log_odds(self) -> bool:

@@ -31,6 +31,7 @@ from .measures import finite_rows
 from .mteb_scores import TaskReport, TaskScore, compare_scores
 from .mteb_tasks import open_tasks, run_tasks, runner, task_facts
 from .page import render
+from .probes import probe_tokens
 from .recorded import is_recorded, open_recorded
 from .recording import find_recorded
 from .reference import Arithmetic, Inputs, Origin, Reference
@@ -179,6 +180,8 @@ def validate(
     _compare_weights(info, origin)
     rows = inputs.artifact_ids(runtime)
     gate = token_gate(inputs, rows, source.token_ids(inputs.inputs))
+    if gate.passed and recorded is None:
+        gate = _probe(runtime, source, inputs)
     runtime_device = runtime.device
     judged = Judged((gate,))
     if gate.passed:
@@ -435,6 +438,20 @@ def _check_limits(
         raise InputError(
             "`max_ndcg_loss` limits what is lost on a set or a task: give `retrieval` or `mteb` too"
         )
+
+
+def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask) -> Gate:
+    """The gate on token ids for texts beside the inputs; warn if the lengths differ."""
+    length, own = runtime.tokenizer.max_length, source.own_limit
+    if length != own:
+        logger.warning(
+            "%s cuts inputs at %s tokens, and %s at %s: both were run with the first",
+            runtime.info.name,
+            f"{length:,}",
+            source.origin.runner,
+            f"{own:,}",
+        )
+    return probe_tokens(runtime, source, inputs, (runtime.info.folder, source.folder))
 
 
 def _check_same_model(info: ModelInfo, origin: Origin) -> None:

@@ -31,6 +31,13 @@ from .card import model_card
 from .manifest import Manifest
 
 CARD = "README.md"
+# Files that change what a tokenizer gives, if they are there.
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class Artifact:
         manifest = Manifest.from_json(folder / MANIFEST)
         check_links(folder)
         check_files(folder, dict(manifest.files))
+        for name in TOKENIZER_FILES:
+            if name not in manifest.files and (folder / name).exists():
+                raise ArtifactError(
+                    f"{folder / name} was added to the artifact, and would change its tokens: take "
+                    "it out"
+                )
         return cls(folder, manifest)
 
     @property

@@ -42,6 +42,8 @@ class Inputs:
             or a list of parts ("structured").
         template_values: For the form "messages": further variables of the template.
         skipped_token: A classifier ignores this token at the end of its input.
+        cuts_skipped: Whether such tokens may be cut off. With attention to both sides the other
+            tokens see them, and inputs that end in one are refused.
     """
 
     form: Form = "text"
@@ -53,6 +55,7 @@ class Inputs:
     message_format: MessageFormat = "flat"
     template_values: Mapping[str, Any] = field(default_factory=dict)
     skipped_token: int | None = None
+    cuts_skipped: bool = True
 
     def prompt_text(self, name: str | None) -> str | None:
         """Look a prompt up by its name, as sentence-transformers resolves it.

@@ -461,7 +461,8 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
         _check_template(folder, inputs, spec.task)
     if spec.score_rows is not None:
         skipped = config.values.get("pad_token_id")
-        inputs = replace(inputs, skipped_token=skipped if isinstance(skipped, int) else None)
+        skipped = skipped if isinstance(skipped, int) else None
+        inputs = replace(inputs, skipped_token=skipped, cuts_skipped=spec.causal)
         activation = read_score_activation(spec.score_rows, config, modules, folder)
         outputs = replace(outputs, activation=activation)
     for answer in outputs.answers or ():

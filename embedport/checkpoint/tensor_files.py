@@ -40,12 +40,17 @@ class TensorInfo:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """The names of all tensors in a checkpoint's folder, from the headers only."""
+    """The names of all tensors in a checkpoint's folder, from the headers only.
+
+    As in transformers, a shard's tensors count even if the index does not list them.
+    """
     if not (folder / SINGLE).exists():
-        if (folder / INDEX).exists():
-            return set(_read_index(folder / INDEX))
-        # A hub checkpoint of which only the configuration was downloaded.
-        return set()
+        if not (folder / INDEX).exists():
+            # A hub checkpoint of which only the configuration was downloaded.
+            return set()
+        index = _read_index(folder / INDEX)
+        shards = [folder / file for file in set(index.values()) if (folder / file).is_file()]
+        return set(index).union(*map(read_shard, shards))
     with open_shard(folder / SINGLE) as shard:
         return set(shard.keys())
 

@@ -40,7 +40,7 @@ MOST_ADDED = 1000
 # per character.
 MODELS = ("BPE", "WordPiece", "WordLevel")
 # Version of the checks, part of a checked file's cache name.
-CHECKS = "1"
+CHECKS = "2"
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -146,6 +146,9 @@ def check_structure(values: object) -> None:
         raise ValueError("added_tokens should be a list of objects")
     _check_range(vocabulary.values(), "an id of the vocabulary")
     _check_range((token.get("id") for token in added), "an added token's id")
+    ids = [token["id"] for token in added]
+    if ids != sorted(set(ids)):  # the library numbers tokens by place, transformers by id
+        raise ValueError("added_tokens should be in the order of their ids, which should differ")
     if sum(len(str(token.get("content"))) for token in added) > ADDED_CHARACTERS:
         raise ValueError(f"added tokens should have {ADDED_CHARACTERS:,} characters at most")
     rules = {key: value for key, value in values.items() if key not in ("model", "added_tokens")}

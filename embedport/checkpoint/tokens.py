@@ -25,6 +25,8 @@ QWEN_END = "<|endoftext|>"
 TOKEN_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 # Keys that hold several tokens.
 FURTHER = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+# Advice where tokenizer_config.json contradicts a right tokenizer.json.
+KEEP = f"if tokenizer.json is right, give tokenizer_class {PLAIN_CLASSES[0]} in {TOKENIZER_CONFIG}"
 # Flags that decide where an added token matches in a text.
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 SPLIT = (
@@ -66,6 +68,18 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
         raise CheckpointError(
             f"{path}: tokenizer_class should be one of {', '.join(QWEN_CLASSES + PLAIN_CLASSES)}, "
             f"found {shown(kind)}"
+        )
+    names = values.get("model_input_names")
+    if isinstance(names, list) and "attention_mask" not in names:
+        raise CheckpointError(
+            f"{path}: model_input_names is {shown(names)}, without attention_mask: transformers "
+            "would read padding as text, and a vector would depend on its batch; add it"
+        )
+    files = values.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or set(files) - {"tokenizer.json"}:
+        raise CheckpointError(
+            f"{path}: fast_tokenizer_files names {shown(files)}, of which transformers chooses by "
+            "its version, and only tokenizer.json is read: take the key out if that is right"
         )
     split = values.get("split_special_tokens", False)
     if split not in (None, True, False):
@@ -166,9 +180,11 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
                 "transformers would add it"
             )
     declared = values.get("added_tokens_decoder")
+    # Whether a token is special matters only where special tokens are split.
+    flags = (*FLAGS, "special") if values.get("split_special_tokens") else FLAGS
     for token in declared.values() if isinstance(declared, dict) else ():
         content = _content(token) or ""
-        for flag in FLAGS if isinstance(token, dict) and content in added else ():
+        for flag in flags if isinstance(token, dict) and content in added else ():
             actual = getattr(added[content], flag)
             if token.get(flag, actual) != actual:
                 raise CheckpointError(
@@ -177,11 +193,40 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
                 )
     if not is_qwen:
         return
+    _check_ids(tokenizer, values, folder)
     # Tokens that are not named have the class's default.
     names = {name for _, key, name in named if key.endswith("_token") or key in FURTHER}
     names |= {QWEN_END for key in QWEN_DEFAULTS if key not in values}
     for name in sorted(names):
         _check_flags(added.get(name), name, folder / "tokenizer.json")
+
+
+def _check_ids(tokenizer: Tokenizer, values: dict[str, Any], folder: Path) -> None:
+    """Refuse added tokens that are others, or have other ids, beside tokenizer.json than in it.
+
+    Qwen2Tokenizer adds those of added_tokens_decoder alone, in the order of their ids; without it
+    those of tokenizer.json and added_tokens.json.
+    """
+    ids = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
+    decoder = values.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        path, key = folder / TOKENIZER_CONFIG, "added_tokens_decoder"
+        declared = [(_content(token), id_) for id_, token in decoder.items()]
+    else:
+        path, key = folder / ADDED, "it"
+        declared = list(_read(path).items())
+    for token, id_ in declared:
+        if token in ids and str(id_) != str(ids[token]):
+            raise CheckpointError(
+                f"{path}: {key} gives {shown(token)} the id {shown(id_)}, and tokenizer.json "
+                f"{ids[token]}: transformers' Qwen2Tokenizer numbers tokens by the first; {KEEP}"
+            )
+    lacking = sorted(ids.keys() - {token for token, _ in declared})
+    if isinstance(decoder, dict) and lacking:
+        raise CheckpointError(
+            f"{path}: {key} lacks {shown(lacking[0])}, an added token of tokenizer.json, which "
+            f"transformers' Qwen2Tokenizer would read as plain text; add it, or {KEEP}"
+        )
 
 
 def _check_flags(token: AddedToken | None, name: str, path: Path) -> None:

@@ -280,7 +280,16 @@ class RerankerTokenizer(_TextTokenizer):
             encoded = _encode(self.tokenizer, prompted, special=True)
         if (skipped := self.inputs.skipped_token) is None:
             return encoded
-        return Encoded([_without_end(ids, skipped) for ids in encoded.ids], encoded.truncated)
+        rows = [_without_end(ids, skipped) for ids in encoded.ids]
+        for i, (row, ids) in enumerate(zip(rows, encoded.ids, strict=True)):
+            if len(row) < len(ids) and not self.inputs.cuts_skipped:
+                raise InputError(
+                    f"pair {i} ends with the padding token {skipped} (pad_token_id in "
+                    "config.json): a classifier skips it there, but with is_causal false its other "
+                    "tokens see it, which is not supported; take it out of the text or, if the "
+                    "tokenizer appends it, make another token the padding"
+                )
+        return Encoded(rows, encoded.truncated)
 
     def _encode_bodies(self, pairs: Sequence[tuple[str, str]], instruction: str | None) -> Encoded:
         instruction = DEFAULT_INSTRUCTION if instruction is None else instruction

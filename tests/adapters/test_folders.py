@@ -423,3 +423,11 @@ def test_hub_ids(bases, adapters, tmp_path, monkeypatch):
         *("--reference", f"me/base@{commits['me/base']}"),
         *("--adapter", f"me/adapter@{commits['me/adapter']}"),
     )
+
+
+def test_an_adapter_of_the_reference_alone(bases, adapters, tmp_path, caplog):
+    base, adapter = bases(), adapters(bases(), target_modules="all-linear")
+    embedport.export(base, tmp_path / "onnx")
+    options: Any = {"texts": ["tea"], "device": "cpu", "record": False}
+    assert not embedport.validate(tmp_path / "onnx", base, adapter=adapter, **options).passed
+    assert f"without an adapter, and the reference has {adapter}" in caplog.text

@@ -1,9 +1,11 @@
 """Rerankers as their files declare them, against CrossEncoder."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
@@ -155,6 +157,29 @@ def test_classifier_with_an_end_token_that_is_its_padding(
     end = tokenizer.token_to_id("<|endoftext|>")
     edit(folder / "config.json", pad_token_id=end)
     check(folder, tmp_path)
+    options: Any = {"pairs": PAIRS[:2], "device": "cpu", "record": False}
+    assert embedport.validate(folder, folder, **options).passed
+    # The others would see it: CrossEncoder gives another score without it.
+    edit(folder / "config.json", is_causal=False)
+    with pytest.raises(InputError, match="pair 0 ends with the padding token"):
+        open_reranker(folder).score(PAIRS)
+
+
+def test_a_text_that_ends_with_padding(classifier):
+    """Attention to one side does not see it, and attention to both sides does."""
+    folder = classifier(1)
+    end = open_reranker(folder).tokenizer.tokenizer.token_to_id("<|endoftext|>")
+    edit(folder / "config.json", pad_token_id=end)
+    pairs = [("tea", "a drink<|endoftext|>")]
+    expected = cross_encoder(folder).predict(pairs)
+    np.testing.assert_allclose(open_reranker(folder).score(pairs), expected, atol=1e-5)
+    edit(folder / "config.json", is_causal=False)
+    without, expected = cross_encoder(folder).predict([("tea", "a drink"), *pairs])
+    assert abs(without - expected) > 1e-4
+    with pytest.raises(InputError, match="ends with the padding token"):
+        open_reranker(folder).score(pairs)
+    found = open_reranker(folder).score([("tea", "a drink")])
+    np.testing.assert_allclose(found, without, atol=1e-5)
 
 
 def test_classifier_with_two_labels(classifier):
@@ -205,8 +230,12 @@ def test_a_template_without_the_two_roles_is_refused(classifier):
         ModelSpec.from_checkpoint(folder)
 
 
-def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
-    """transformers takes the head that is there; the reference is its own softmax."""
+@pytest.mark.parametrize("listed", [None, False])
+def test_a_tied_head_beside_one_of_its_own(descend, tmp_path, listed):
+    """transformers takes the head that is there; the reference is its own softmax.
+
+    It also takes one in a shard whose index does not list it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -218,6 +247,12 @@ def test_a_tied_head_beside_one_of_its_own(descend, tmp_path):
         tensors["lm_head.weight"] = generator.standard_normal(shape).astype(np.float32)
 
     change_tensors(folder, add_head)
+    if listed is False:
+        path = folder / "model.safetensors"
+        shard = path.rename(folder / "model-00001-of-00001.safetensors")
+        names = set(load_file(shard)) - {"lm_head.weight"}
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard.name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     reranker = open_reranker(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     answers = [reranker.tokenizer.tokenizer.token_to_id(word) for word in ("no", "yes")]

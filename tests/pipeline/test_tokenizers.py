@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from embedport.checkpoint.spec import ModelSpec
@@ -17,7 +18,7 @@ TEXTS = [
     "What is tea?",
     "a <|endoftext|> b",
     "  <|im_end|> x <|im_start|>\n",
-    "<unk> <pad> [CLS] <s> <extra>foo<extra>",
+    "<unk> <pad> [CLS] <s> <extra>foo<extra> a<think>b</think>c",
     "Ångström\u0301 naïve ﬁ 日本語 12345 \r\n x",
 ]
 EXTRA = "<extra>"
@@ -48,6 +49,32 @@ def another(name, **values):
     return lambda folder: (folder / name).write_text(json.dumps(values))
 
 
+def decoder(kind="Qwen2Tokenizer", *, without="", swapped=False, special=None, **values):
+    """tokenizer_config.json with the added tokens of tokenizer.json, or with others."""
+
+    def apply(folder):
+        found = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        listed = {str(token.pop("id")): token for token in found}
+        listed = {id_: token for id_, token in listed.items() if token["content"] != without}
+        if swapped:
+            listed = dict(zip(listed, reversed(listed.values()), strict=True))
+        for token in listed.values():
+            token["special"] = token["special"] if special is None else special
+        path = folder / "tokenizer_config.json"
+        edit(path, added_tokens_decoder=listed, tokenizer_class=kind, **values)
+
+    return apply
+
+
+def unsorted(found):
+    found["added_tokens"].reverse()
+
+
+def open_tokenizer(folder):
+    spec = ModelSpec.from_checkpoint(folder)
+    return EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
+
+
 def change(folder, apply):
     path = folder / "tokenizer.json"
     found = json.loads(path.read_text())
@@ -67,6 +94,11 @@ COMPUTED = {
     "tokens that are there": another("special_tokens_map.json", eos_token="<|im_end|>"),
     "names of files": settings(tokenizer_file="/other.json", vocab={"a": 0}),
     "max_len": settings(model_max_length=None, max_len=4),
+    "a decoder": decoder(),
+    "a decoder, special elsewhere": decoder(special=True),
+    "a decoder that lacks a token": decoder("TokenizersBackend", without="<think>"),
+    "a decoder with other ids": decoder("PreTrainedTokenizerFast", swapped=True),
+    "token types": settings(model_input_names=["input_ids", "token_type_ids", "attention_mask"]),
 }
 REFUSED = {
     "image_token": (settings(image_token=EXTRA), f"image_token names {ADDS}"),
@@ -89,6 +121,28 @@ REFUSED = {
     "dropout": (model(dropout=0.5), "the model has a dropout of 0.5"),
     "end_of_word_suffix": (model(end_of_word_suffix="e"), f"end_of_word_suffix is 'e'.*{OWN}"),
     "ignore_merges": (model(ignore_merges=True), f"ignore_merges is True.*{OWN}"),
+    "a decoder that lacks a token": (
+        decoder(without="<think>"),
+        "added_tokens_decoder lacks '<think>', an added token of tokenizer.json",
+    ),
+    "a decoder with other ids": (decoder(swapped=True), "gives '</think>' the id '"),
+    "other ids": (
+        another("added_tokens.json", **{"<think>": 7}),
+        r"added_tokens.json: it gives '<think>' the id 7, and tokenizer.json",
+    ),
+    "split, special elsewhere": (
+        decoder(special=True, split_special_tokens=True),
+        "added_tokens_decoder says that special of '<think>' is True",
+    ),
+    "unsorted": (
+        lambda folder: change(folder, unsorted),
+        "added_tokens should be in the order of their ids",
+    ),
+    "no mask": (settings(model_input_names=["input_ids"]), "without attention_mask"),
+    "several files": (
+        settings(fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"]),
+        "of which transformers chooses by its version",
+    ),
     "another kind": (
         model(type="WordLevel", vocab={"a": 0, "b": 1}, unk_token="a"),
         f"type is 'WordLevel'.*{OWN}",
@@ -128,8 +182,7 @@ def test_variables_of_a_template(descend, case):
     (folder / "chat_template.jinja").write_text(chat)
     how = {"method": "forward", "method_output_name": "last_hidden_state"}
     edit(folder / "sentence_bert_config.json", modality_config={"message": how})
-    spec = ModelSpec.from_checkpoint(folder)
-    tokenizer = EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
+    tokenizer = open_tokenizer(folder)
     theirs: Any = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "tea"}]
     expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -141,6 +194,27 @@ def test_refused(descend, case):
     folder = descend()
     apply, message = REFUSED[case]
     apply(folder)
-    spec = ModelSpec.from_checkpoint(folder)
     with pytest.raises(CheckpointError, match=message):
-        EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
+        open_tokenizer(folder)
+
+
+# Refused because transformers would give other tokens than tokenizer.json does.
+OTHER_TOKENS = (
+    "a decoder that lacks a token",
+    "a decoder with other ids",
+    "other ids",
+    "split, special elsewhere",
+    "unsorted",
+)
+
+
+@pytest.mark.parametrize("case", OTHER_TOKENS)
+def test_refused_for_transformers_tokens(descend, case):
+    folder = descend()
+    REFUSED[case][0](folder)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ours.encode_special_tokens = theirs.split_special_tokens
+    assert [theirs(text)["input_ids"] for text in TEXTS] != [
+        ours.encode(text).ids for text in TEXTS
+    ]

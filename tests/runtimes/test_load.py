@@ -303,6 +303,12 @@ class TestDamagedArtifact:
         with pytest.raises(ArtifactError, match=f"{name} has changed since it was written"):
             embedport.load(folder)
 
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json"])
+    def test_a_file_that_would_change_tokens(self, folder, name):
+        (folder / name).write_text("{}")
+        with pytest.raises(ArtifactError, match=f"{name} was added to the artifact"):
+            embedport.load(folder, device="cpu")
+
     def test_missing_and_truncated(self, folder):
         data = folder / "onnx/model.onnx_data"
         content = data.read_bytes()
