@@ -214,7 +214,7 @@ def _check_ids(tokenizer: Tokenizer, values: dict[str, Any], folder: Path) -> No
         declared = [(_content(token), id_) for id_, token in decoder.items()]
     else:
         path, key = folder / ADDED, "it"
-        declared = list(_read(path).items())
+        declared = list(read_optional_json(path).items())
     for token, id_ in declared:
         if token in ids and str(id_) != str(ids[token]):
             raise CheckpointError(
