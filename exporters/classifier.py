@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.layout import turn_into_classifier, write_json
+from ..checkpoint.classifier import CLASSIFIER
 from ..checkpoint.spec import ModelSpec
 from ..strict_json import load_json
 from ..texts.prompts import (
@@ -18,7 +19,6 @@ from ..texts.prompts import (
     token_id,
 )
 
-CLASSIFIER = "Qwen3ForSequenceClassification"
 TEMPLATE = "chat_template.jinja"
 
 

@@ -60,12 +60,21 @@ def task_gates(
     reference: Sequence[TaskScore],
     thresholds: Thresholds,
 ) -> list[Gate]:
-    """The loss of each MTEB task's main score, and that neither side gave NaN or infinity."""
+    """The loss of each MTEB task's main score, and that neither side gave NaN or infinity.
+
+    A task of which the reference gets nothing right cannot show a loss.
+    """
     return [
         Gate("MTEB: NaN or infinity", sum(score.nonfinite for score in artifact), "≤", 0),
         Gate("MTEB: reference's NaN", sum(score.nonfinite for score in reference), "≤", 0),
         *(
-            Gate(f"{row.task}: {row.measure} loss", -row.difference, "≤", thresholds.max_ndcg_loss)
+            Gate(
+                f"{row.task}: {row.measure} loss",
+                -row.difference if row.reference else None,
+                "≤",
+                thresholds.max_ndcg_loss,
+                basis="" if row.reference else "the reference scores 0",
+            )
             for row in report.rows
         ),
     ]

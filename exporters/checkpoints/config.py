@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ...checkpoint.classifier import CLASSIFIER
 from ...checkpoint.spec import ModelSpec
 from ...quantize.gptq import DAMPING
 from ...strict_json import read_json
 from ...texts.prompts import find_answers, load_tokenizer
 from ...version import __version__
-from ..classifier import CLASSIFIER, classifier_values
+from ..classifier import classifier_values
 from .methods import Plan
 
 # A reranker's form: its own causal LM, or a classifier with one logit, W_yes - W_no.

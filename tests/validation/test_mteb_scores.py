@@ -9,6 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 import embedport
 from embedport.demo.pipeline import builtin_embedder, builtin_reference
 from embedport.errors import InputError, MissingPackageError
+from embedport.validation.gates import task_gates
 from embedport.validation.mteb_scores import (
     Samples,
     TaskFacts,
@@ -17,6 +18,7 @@ from embedport.validation.mteb_scores import (
     task_interval,
 )
 from embedport.validation.retrieval import bootstrap
+from embedport.validation.thresholds import find_thresholds
 
 DRAW = np.random.default_rng(0)
 GOLD = DRAW.integers(0, 6, 200).astype(float)
@@ -69,6 +71,14 @@ def test_rows():
     assert row.difference == pytest.approx(-0.1)
     (row,) = compare_scores([facts], [found], [found], version="2", run="fp16, cuda").rows
     assert (row.samples, row.interval) == (2, "+0.0000 to +0.0000")
+
+
+def test_a_reference_that_scores_nothing_measures_nothing():
+    facts = [TaskFacts(name, "Retrieval", "ndcg_at_10", "", "1") for name in ("lost", "found")]
+    zero, half = TaskScore(0.0, {}, 0), TaskScore(0.5, {}, 0)
+    report = compare_scores(facts, [zero, zero], [zero, half], version="2", run="fp16, cuda")
+    gates = task_gates(report, [zero, zero], [zero, half], find_thresholds("fp32"))
+    assert [gate.verdict for gate in gates[2:]] == ["not measured", "fails"]
 
 
 def test_refused_before_the_model_is_loaded(folders, monkeypatch):
