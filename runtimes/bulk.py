@@ -34,7 +34,7 @@ from ..texts.corpus import Part
 from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
 from .info import choose_length, hash_json, hash_model, read_info
-from .loading import load_embedder
+from .loading import load
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
 from .vectors import IN_8_BITS, check_ranges, quantize_vectors
 
@@ -211,10 +211,16 @@ def run_here(job: Job, shards: Sequence[tuple[int, Part]], advance: Callable[[in
 
 
 def open_embedder(job: Job) -> Embedder:
-    """Load the job's model."""
-    return load_embedder(
-        job.model, device=job.device, max_length=job.max_length, adapter=job.adapter
+    """Load the job's model, which `plan` has found to be an embedder."""
+    embedder = load(
+        job.model,
+        device=job.device,
+        max_length=job.max_length,
+        task=job.task,
+        adapter=job.adapter,
     )
+    assert isinstance(embedder, Embedder)
+    return embedder
 
 
 def encode_shard(

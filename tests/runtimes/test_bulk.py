@@ -260,6 +260,15 @@ def test_a_checkpoint_that_pools_otherwise_is_another_model(job, checkpoints, tm
         encode_corpus(job, run_here)
 
 
+def test_a_task_that_is_given_counts(tmp_path, checkpoints):
+    model: Any = checkpoints("kv2", "reranker")
+    texts = write_many(tmp_path, ["tea", "milk"])
+    job = Job(str(model), texts, tmp_path / "vectors", task="embedding", device="cpu")
+    encode_corpus(job, run_here)
+    embedder: Any = embedport.load(model, task="embedding", device="cpu")
+    np.testing.assert_allclose(stacked(job.output), embedder.encode(["tea", "milk"]), **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
