@@ -16,7 +16,12 @@ from functools import cache
 import numpy as np
 
 from .fold import CONSUMERS, PRODUCERS, FoldedWeights, reduce_kv
+from .rtn import quantize_rtn
+from .schemes import QuantScheme
 from .source import WeightSource
+
+# Rows of each matrix that factors are judged by.
+ROWS = 256
 
 
 def balanced(source: WeightSource) -> FoldedWeights:
@@ -80,3 +85,35 @@ def smoothing_factors(activations: np.ndarray, weights: np.ndarray) -> np.ndarra
     if used.any():
         factors[used] /= np.exp(np.log(factors[used]).mean())
     return factors.astype(np.float32)
+
+
+def factors_help(
+    factors: np.ndarray,
+    weights: Sequence[np.ndarray],
+    inputs: np.ndarray,
+    schemes: Sequence[QuantScheme],
+) -> bool:
+    """Whether products err less with the factors, both sides rounded to nearest.
+
+    Without outliers they do not: the factors then only move the weights' spread into activations.
+    Each token's error is relative to its product: the next norm makes all tokens alike in size.
+
+    Args:
+        factors: float32 [in]: multiply the weights, divide the inputs.
+        weights: float32 [out, in] each; all read the same inputs.
+        inputs: float32 [tokens, in], a sample; rounded to 8 bits, one scale per token.
+        schemes: Each matrix's quantization scheme.
+    """
+    samples = [weight[:: max(1, len(weight) // ROWS)] for weight in weights]
+    exact = inputs @ np.concatenate(samples).T
+    sizes = np.maximum(np.square(exact).sum(axis=1), 1e-20)
+
+    def error(factors: np.ndarray) -> float:
+        pairs = zip(samples, schemes, strict=True)
+        rounded = [quantize_rtn(weight * factors, scheme).dequantize() for weight, scheme in pairs]
+        x = inputs / factors
+        scales = np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-20) / np.float32(127)
+        product = (np.rint(x / scales) * scales) @ np.concatenate(rounded).T
+        return float((np.square(product - exact).sum(axis=1) / sizes).sum())
+
+    return error(factors) < error(np.ones_like(factors))

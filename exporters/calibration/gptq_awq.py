@@ -35,7 +35,7 @@ from ...quantize.fold import PRODUCERS, FoldedWeights, expand_kv, reduce_kv
 from ...quantize.formats import Format, matrices
 from ...quantize.mse import quantize_mse
 from ...quantize.schemes import QuantizedTensor
-from ...quantize.smoothquant import largest_weights, smoothing_factors
+from ...quantize.smoothquant import factors_help, largest_weights, smoothing_factors
 from ...quantize.source import WeightSource
 from ...version import __version__
 from .engines import open_engine
@@ -307,13 +307,16 @@ def _find_factors(
 ) -> np.ndarray:
     """A factor for each output channel of the norm or projection that the named matrices read."""
     consumer = names[0].split(".", 2)[2]
+    weights = [source.read_fp32(f"{name}.weight") for name in names]
+    schemes = [formats[name].scheme for name in names]
     if scaling == "awq":
-        weights = [source.read_fp32(f"{name}.weight") for name in names]
-        schemes = [formats[name].scheme for name in names]
         return reduce_kv(source.spec, consumer, search_factors(weights, sample, schemes))
     activations = np.max([np.abs(text).max(axis=0) for text in inputs], axis=0)
     activations = reduce_kv(source.spec, consumer, activations)
-    return smoothing_factors(activations, largest_weights(source, names))
+    factors = smoothing_factors(activations, largest_weights(source, names))
+    if factors_help(expand_kv(source.spec, consumer, factors), weights, sample, schemes):
+        return factors
+    return np.ones_like(factors)
 
 
 def kept_bytes(spec: ModelSpec, rows: Sequence[np.ndarray]) -> int:

@@ -7,7 +7,8 @@ import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.quantize.rotation import RotatedHeads, RotatedWeights
-from embedport.quantize.smoothquant import balanced
+from embedport.quantize.schemes import QuantScheme
+from embedport.quantize.smoothquant import balanced, factors_help, smoothing_factors
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from tests.synthetic import plant_outliers
 
@@ -134,3 +135,15 @@ def test_rotated_artifacts(checkpoints, tmp_path):
     turned = load("reranker", "reranker", precision="int8-weight", rotate=True)
     expected = load("reranker", "reranker-fp32").score(PAIRS)
     assert np.abs(turned.score(PAIRS) - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("outlier", [1, 100])
+def test_smoothing_is_for_outliers(outlier):
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(64, 96)).astype(np.float32)
+    inputs = generator.normal(size=(200, 96)).astype(np.float32)
+    # Magnitudes of a few weights spread; those of the inputs do not, but for one channel.
+    weight[0] *= np.linspace(1, 8, 96, dtype=np.float32)
+    inputs[:, 5] *= outlier
+    factors = smoothing_factors(np.abs(inputs).max(axis=0), np.abs(weight).max(axis=0))
+    assert factors_help(factors, [weight], inputs, [QuantScheme(8, None, symmetric=True)]) == (outlier > 1)
