@@ -146,4 +146,5 @@ def test_smoothing_is_for_outliers(outlier):
     weight[0] *= np.linspace(1, 8, 96, dtype=np.float32)
     inputs[:, 5] *= outlier
     factors = smoothing_factors(np.abs(inputs).max(axis=0), np.abs(weight).max(axis=0))
-    assert factors_help(factors, [weight], inputs, [QuantScheme(8, None, symmetric=True)]) == (outlier > 1)
+    scheme = QuantScheme(8, None, symmetric=True)
+    assert factors_help(factors, [weight], inputs, [scheme]) == (outlier > 1)
