@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from embedport.bench.machine import installed_versions
 from embedport.errors import DeviceError, MissingPackageError, require
 from embedport.machine.gpu import call, current_device
+from embedport.requirements import installed_versions
 from embedport.validation.measures import cosines
 
 from .checkpoint import ROOT, checkpoint, scratch

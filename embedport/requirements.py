@@ -1,8 +1,20 @@
-"""Checks whether an installed package is new enough for a file."""
+"""Installed packages: their versions, and whether one is new enough for a file."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Name to version of the packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def meets(requirement: str, version: str) -> bool:

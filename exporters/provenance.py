@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 
 from ..artifact.manifest import AdapterRecord, Manifest, SourceRecord
 from ..checkpoint.spec import ModelSpec
@@ -12,6 +11,7 @@ from ..checkpoint.weights import Weights
 from ..errors import ArtifactError
 from ..files import MANIFEST
 from ..integrity import record_files
+from ..requirements import installed_versions
 
 # Called with (stage, done, total).
 Progress = Callable[[str, int, int], None]
@@ -55,10 +55,4 @@ def adapter_record(spec: ModelSpec) -> AdapterRecord | None:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Versions of Python and of the packages that are installed, by name."""
-    installed = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return installed
+    return {"python": platform.python_version()} | installed_versions(packages)

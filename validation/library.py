@@ -99,7 +99,7 @@ class LibraryReference(LiveReference):
                         _call(model, batch)
                     except _TokenizedError:
                         for i in indices:
-                            rows[i] = self._read(recorded[_content(inputs[i])])
+                            rows[i] = self._without_padding(recorded[_content(inputs[i])])
                     recorded.clear()
         except Exception as error:
             raise self._failed("cannot tokenize these inputs", error) from error
@@ -108,7 +108,7 @@ class LibraryReference(LiveReference):
             model.preprocess = original
         return rows
 
-    def _read(self, ids: list[int]) -> list[int]:
+    def _without_padding(self, ids: list[int]) -> list[int]:
         """The tokens up to the one that is read: a classifier skips padding at the end."""
         if self.spec.score_rows is None:
             return ids

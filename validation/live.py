@@ -21,13 +21,13 @@ from ..errors import DeviceError, InputError, require
 from ..integrity import record_files
 from ..progress import progress_bar
 from ..quantize.formats import artifact_bytes
+from ..requirements import installed_versions
 from ..runtimes.batching import choose_batch_tokens, make_batches
 from ..runtimes.info import stored_float
 from ..texts.beir import RetrievalSet
 from ..texts.ranking import Vectors, candidate_pairs
 from ..texts.samples import Pair, Sample
 from .adapted import ReferenceFolder, merge_adapter
-from .machine import package_versions
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
 
@@ -60,7 +60,7 @@ class LiveReference(ABC):
             revision=spec.source.revision,
             task=spec.task,
             library=self.library,
-            versions=package_versions(self.packages),
+            versions=installed_versions(self.packages),
             device=device,
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,

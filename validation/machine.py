@@ -1,13 +1,10 @@
-"""The machine and packages of a validation, and whose code computed the artifact's results."""
+"""The machine that a validation ran on, and whose code computed the artifact's results."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from ..artifact.witness import WITNESS, read_witness
 from ..errors import MissingPackageError, require
@@ -91,15 +88,6 @@ def describe_export(info: ModelInfo) -> str:
     if info.artifact is None or WITNESS not in info.artifact.manifest.files:
         return ""
     return str(read_witness(info.artifact.folder / WITNESS).machine)
-
-
-def package_versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def _system() -> str:

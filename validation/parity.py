@@ -17,6 +17,7 @@ from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
 from ..files import written
+from ..requirements import installed_versions
 from ..runtimes import ModelInfo, load
 from ..texts.beir import RetrievalSet, read_beir, write_candidates
 from ..texts.ranking import candidate_pairs, rank_documents
@@ -26,7 +27,7 @@ from .details import collect_details
 from .gates import finite_gate, invariance_gate, retrieval_gates, task_gates, token_gate
 from .invariance import run_suite
 from .layers import layer_errors
-from .machine import describe_export, describe_machine, package_versions
+from .machine import describe_export, describe_machine
 from .measures import finite_rows
 from .mteb_scores import TaskReport, TaskScore, compare_scores
 from .mteb_tasks import open_tasks, run_tasks, runner, task_facts
@@ -213,7 +214,7 @@ def validate(
         worst=judged.worst,
         retrieval=judged.retrieval,
         mteb=judged.mteb,
-        versions=package_versions(PACKAGES) | dict(origin.versions),
+        versions=installed_versions(PACKAGES) | dict(origin.versions),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=describe_machine(info, runtime_device),
         exported=describe_export(info),

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ..errors import require
 from ..machine.cpu import read_cpu
+from ..requirements import installed_versions
 from ..runtimes.batching import count_cores
 from ..runtimes.ort_custom_ops import register_kernels
 
@@ -49,15 +48,6 @@ def describe() -> dict[str, Any]:
 def cpu_kind(machine: Mapping[str, Any]) -> str:
     """The kind of CPU, from `describe`: figures of different kinds are not compared."""
     return f"{machine['cpu']} ({', '.join(machine['flags']) or 'no vector instructions known'})"
-
-
-def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Name to version of the packages that are installed."""
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 def measure_peak() -> dict[str, float]:

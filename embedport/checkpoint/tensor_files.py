@@ -94,7 +94,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _hint(folder: Path) -> str:
-    """What a folder without weights seems to be, for a message."""
+    """The likely reason why a folder has no weights, for a message; "" if there is none."""
     pickled = next(iter(sorted(folder.glob("*.bin"))), None)
     if pickled is not None:
         return f"; {pickled.name} is pickled and is not read, convert it"
