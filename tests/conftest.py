@@ -12,18 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tokenizers import Tokenizer
 
-import embedport
-from embedport.exporters.calibration.builtin import calibration_pairs, calibration_samples
-from embedport.exporters.texts import FEW
-from embedport.texts.beir import read_beir, write_candidates
-from embedport.texts.samples import builtin_samples
-from tests.synthetic import Geometry, round_to_nearest, train_tokenizer, write_checkpoint
+# What takes seconds to import is imported where it is used: xdist's own process runs no test.
 
 ROOT = Path(__file__).parent.parent
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    # Dozens of tests start a Python, and each would compile torch and transformers again.
+    # Dozens of processes start, and each would compile torch and transformers again.
     sys.dont_write_bytecode = False
     sys.pycache_prefix = str(ROOT / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
@@ -33,15 +27,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # The models are tiny: a second thread waits for the first most of its time, and is busy at it.
 os.environ["OMP_NUM_THREADS"] = "1"
 DATA = Path(__file__).parent / "data"
-
-# kv heads 1, 2 and 8; tied and untied; head_dim other than hidden / heads.
-GEOMETRIES = {
-    "kv1": Geometry(96, 3, 4, 1, 32, 200, tied=True),
-    "kv2": Geometry(64, 2, 4, 2, 48, 160, tied=False),
-    "kv8": Geometry(128, 2, 16, 8, 16, 256, tied=True),
-    # Every matrix has a multiple of 64 inputs, as blocks of 64 need.
-    "blocks": Geometry(64, 2, 4, 2, 48, 192, tied=True),
-}
 
 
 def pytest_configure(config):
@@ -75,6 +60,9 @@ def witnesses(request):
 @pytest.fixture(scope="session", autouse=True)
 def few_texts():
     """Exports calibrate on the first built-in texts: all of them take a small model seconds."""
+    from embedport.exporters.calibration.builtin import calibration_pairs, calibration_samples
+    from embedport.exporters.texts import FEW
+
     texts, pairs = calibration_samples()[:FEW], calibration_pairs()[:FEW]
     with (
         mock.patch("embedport.exporters.texts.calibration_samples", return_value=texts),
@@ -91,12 +79,17 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def small_tokenizer():
+    from embedport.texts.samples import builtin_samples
+    from tests.synthetic import train_tokenizer
+
     return train_tokenizer([sample.text for sample in builtin_samples()], 1024)
 
 
 @pytest.fixture(scope="session")
 def real_tokenizer():
     """Qwen3's own tokenizer."""
+    from tokenizers import Tokenizer
+
     packed = (DATA / "qwen3-tokenizer" / "tokenizer.json.xz").read_bytes()
     return Tokenizer.from_str(lzma.decompress(packed).decode("utf-8"))
 
@@ -104,6 +97,8 @@ def real_tokenizer():
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory, small_tokenizer):
     """A function (geometry's name, task, **options of write_checkpoint) -> folder, cached."""
+    from tests.synthetic import GEOMETRIES, write_checkpoint
+
     made = {}
 
     def make(geometry="kv2", task="embedding", **options):
@@ -124,6 +119,8 @@ def quantized(tmp_path_factory, checkpoints):
 
     Of "kv8": bitsandbytes on a CPU takes NF4 in rows of whole blocks of 64 only.
     """
+    import embedport
+
     made = {}
     base = tmp_path_factory.mktemp("calibration")
     (base / "texts.txt").write_text("a text about tea\nanother one\n")
@@ -149,6 +146,8 @@ def quantized(tmp_path_factory, checkpoints):
 @pytest.fixture(scope="session")
 def rounded(tmp_path_factory, checkpoints):
     """A function ("gptq" or "awq", task) -> a folder in that format, rounded to nearest, cached."""
+    from tests.synthetic import round_to_nearest
+
     made = {}
 
     def make(method, task="embedding"):
@@ -184,6 +183,7 @@ def small_set(tmp_path):
 
     It takes one query of `every`, their documents and `others`; twenty candidates each.
     """
+    from embedport.texts.beir import read_beir, write_candidates
 
     def make(every, others):
         whole = read_beir("builtin")

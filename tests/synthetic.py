@@ -65,6 +65,14 @@ class Geometry:
     max_position_embeddings: int = 32768
 
 
+# kv heads 1, 2 and 8; tied and untied; head_dim other than hidden / heads.
+GEOMETRIES = {
+    "kv1": Geometry(96, 3, 4, 1, 32, 200, tied=True),
+    "kv2": Geometry(64, 2, 4, 2, 48, 160, tied=False),
+    "kv8": Geometry(128, 2, 16, 8, 16, 256, tied=True),
+    # Every matrix has a multiple of 64 inputs, as blocks of 64 need.
+    "blocks": Geometry(64, 2, 4, 2, 48, 192, tied=True),
+}
 TINY = Geometry(64, 2, 4, 2, 32, 160)
 QWEN3_0_6B = Geometry(1024, 28, 16, 8, 128, 3072, vocab_size=151_669)
 QWEN3_4B = Geometry(2560, 36, 32, 8, 128, 9728, vocab_size=151_669)

@@ -6,8 +6,10 @@ import codecs
 import io
 import json
 import logging
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -36,7 +38,20 @@ from .flags import FlagFormatter, with_flags
 
 
 class _StoppedError(Exception):
-    """Ctrl-C; typer by itself would exit without a message."""
+    """Ctrl-C or SIGTERM; typer by itself would exit without a message."""
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, as from `docker stop`: it ends a verb as Ctrl-C does, and nothing is left behind."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    # A TensorRT build has its own handler: an exception must not propagate through the library.
+    if callable(handler) and handler is not signal.default_int_handler:
+        handler(number, frame)
+    else:
+        raise _TerminatedError
 
 
 class _Verbs(TyperGroup):
@@ -54,10 +69,13 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
+        previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _StoppedError from error
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
 
 app = typer.Typer(
@@ -121,8 +139,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         command()
-    except _StoppedError:
-        _fail("interrupted", 130)
+    except _StoppedError as error:
+        terminated = isinstance(error.__cause__, _TerminatedError)
+        _fail("terminated", 143) if terminated else _fail("interrupted", 130)
     except EmbedportError as error:
         _fail(with_flags(str(error), command), error.exit_code)
     except Exception as error:

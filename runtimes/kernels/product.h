@@ -154,6 +154,8 @@ PRODUCT static void unpack(const struct product *p, ptrdiff_t output, ptrdiff_t 
             }
         }
         /* The activations' zero point adds a constant to each sum: start the sum with its negative. */
+        memset(panel->start + group * OUTPUTS, 0, OUTPUTS * sizeof *panel->start);
+        if (!zero_of(p)) continue;
         memset(sums, 0, sizeof sums);
         multiply_group((int)p->bits, steps, one, weights, nothing, unit, unit, sums);
         for (ptrdiff_t i = 0; i < OUTPUTS; i++)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -142,6 +143,22 @@ class TestErrors:
         monkeypatch.setattr(runtimes, "load", interrupt)
         code, out, err = run("encode", folders / "embedding", "text")
         assert (code, out, err) == (130, "", "embedport: interrupted\n")
+
+    def test_terminated(self, run, checkpoints, monkeypatch, tmp_path):
+        """`docker stop` and service managers send SIGTERM: no working folder is left behind."""
+        from embedport.exporters.onnx import export
+
+        def terminate(*_args, **_options):
+            assert list(tmp_path.iterdir())
+            signal.raise_signal(signal.SIGTERM)
+
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(export, "verify_graph", terminate)
+        code, out, err = run("export", "onnx", checkpoints(), "-o", tmp_path / "out")
+        assert (code, out) == (143, "")
+        assert err.endswith("embedport: terminated\n")
+        assert list(tmp_path.iterdir()) == []
+        assert signal.getsignal(signal.SIGTERM) == before
 
     def test_a_terminal_without_utf8(self, folders, monkeypatch):
         """Its lines are JSON all the same."""

@@ -288,7 +288,8 @@ def test_a_format_is_its_text(text):
     assert str(Format.parse(text)) == text
 
 
-@pytest.mark.parametrize("limits", [(0.02,), pytest.param((0.001, 0.02), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limits", [(0.02,), (0.001, 0.02)])
 def test_auto_keeps_retrieval_quality(small_set, tmp_path, limits):
     data = small_set(every=80, others=30)
     checkpoint = builtin_embedder()

@@ -440,6 +440,7 @@ except bulk.InputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 def test_ray_with_an_actor_killed(artifact, vectors_of_many, tmp_path):
     count = 8000

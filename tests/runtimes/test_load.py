@@ -266,7 +266,7 @@ def test_a_text_too_long_for_the_memory(tmp_path, checkpoints, monkeypatch):
     assert embedder.encode(["word " * 50]).shape == (1, 64)
 
 
-@pytest.mark.parametrize("kernels", ["with", "without"])
+@pytest.mark.parametrize("kernels", ["with", pytest.param("without", marks=pytest.mark.slow)])
 def test_memory_of_a_long_text_is_linear(embedder, kernels):
     """Without kernels attention takes onnxruntime's flash kernel: 16,000 tokens in a child."""
     import subprocess

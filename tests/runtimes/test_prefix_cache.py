@@ -61,11 +61,11 @@ def plain_scores(reranker, pairs, **options):
 @pytest.mark.parametrize(
     ("geometry", "precision"),
     [
-        *itertools.product(["kv1", "kv2", "kv8"], ["fp32", "int8"]),
-        *itertools.product(["kv2"], ["int8-weight", "int4"]),
+        *itertools.product(["kv1", "kv2", "kv8"], ["fp32"]),
+        *itertools.product(["kv2"], ["int8", "int8-weight", "int4"]),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product(["kv1", "kv8"], ["int8-weight", "int4"])
+            for case in itertools.product(["kv1", "kv8"], ["int8", "int8-weight", "int4"])
         ),
     ],
 )

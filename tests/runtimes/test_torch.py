@@ -71,7 +71,11 @@ def test_plain(checkpoints, geometry, task, dtype, precision, limit):
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", RUN)
+@pytest.mark.parametrize(
+    "method",
+    # Its path is that of w8a8.
+    [pytest.param(each, marks=[pytest.mark.slow] if each == "fp8" else []) for each in RUN],
+)
 @pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_as_transformers_runs_it(quantized, method, task):
     import torch
@@ -130,7 +134,7 @@ def test_unpacked(quantized, checkpoints, monkeypatch, copied, method, task):
 
 
 @pytest.mark.parametrize(
-    "method", [*UNPACKED, *(pytest.param(method, marks=pytest.mark.slow) for method in RUN)]
+    "method", ["gptq", *(pytest.param(method, marks=pytest.mark.slow) for method in ("awq", *RUN))]
 )
 def test_a_classifier_gives_the_same_scores(quantized, method):
     found = results(embedport.load(quantized(method, "reranker"), device="cpu"))

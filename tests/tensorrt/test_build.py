@@ -86,8 +86,18 @@ def products(precision, layers, others):
     return {precision if precision != "int4" else "bf16": 7 * layers, **others}
 
 
-@pytest.mark.parametrize("task", HEADS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "task"),
+    [
+        pytest.param(
+            precision,
+            task,
+            marks=[pytest.mark.slow] if task == "reranker" and precision != "int8" else [],
+        )
+        for task in HEADS
+        for precision in PRECISIONS
+    ],
+)
 def test_each_precision(artifacts, rtx, precision, task):
     """The embedder with the default profiles, the reranker with a single shape."""
     profiles = SINGLE if task == "reranker" else None
@@ -117,7 +127,7 @@ def test_each_precision(artifacts, rtx, precision, task):
         ("kv2", "fp16"),
         pytest.param("kv8", "fp8", marks=pytest.mark.slow),
         ("kv8", "int4"),
-        (LIKE_0_6B, "bf16"),
+        pytest.param(LIKE_0_6B, "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_geometries(artifacts, geometry, precision):

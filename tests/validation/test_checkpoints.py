@@ -22,7 +22,11 @@ def validate(folder, checkpoint, task, **options):
     return embedport.validate(folder, checkpoint, device="cpu", **inputs, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    # Its path is that of w8a8.
+    [pytest.param(each, marks=[pytest.mark.slow] if each == "fp8" else []) for each in METHODS],
+)
 @pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_every_method_passes(quantized, checkpoints, task, method):
     # Similarities of a random model of width 128 move farther in fp8 than a trained one's.
@@ -37,7 +41,12 @@ def test_every_method_passes(quantized, checkpoints, task, method):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"), [("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16")]
+    ("dtype", "precision"),
+    [
+        ("float32", "fp32"),
+        pytest.param("float16", "fp16", marks=pytest.mark.slow),
+        ("bfloat16", "bf16"),
+    ],
 )
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 def test_a_plain_checkpoint_passes_and_stays_as_it_is(checkpoints, task, dtype, precision):
