@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -51,6 +51,16 @@ def core_limit() -> int | None:
     if (quota := read_quota()) is not None:
         limits.append(max(1, math.ceil(quota)))
     return min(limits, default=None)
+
+
+def limit_threads(options: Any) -> None:
+    """Keep an onnxruntime session to `core_limit`, which onnxruntime does not read by itself.
+
+    Args:
+        options: onnxruntime.SessionOptions.
+    """
+    if core_limit() is not None:
+        options.intra_op_num_threads = count_cores()
 
 
 def read_quota() -> float | None:

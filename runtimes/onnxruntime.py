@@ -18,7 +18,7 @@ from ..checkpoint.pooling import Head, pool
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..files import MANIFEST
 from ..requirements import meets
-from .batching import core_limit, count_cores
+from .batching import limit_threads
 from .exact import make_exact
 from .ort_custom_ops import register_kernels
 from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
@@ -289,8 +289,7 @@ def _create_session(
 ) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if core_limit() is not None:  # onnxruntime does not read these limits
-        options.intra_op_num_threads = count_cores()
+    limit_threads(options)
     path = _choose_graph(artifact, device, ort.__version__)
     graph: str | bytes = str(path)
     if _is_emulated(artifact, device):

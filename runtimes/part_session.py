@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ..artifact.folder import Artifact
 from ..errors import require
+from .batching import limit_threads
 from .exact import make_exact
 from .ort_custom_ops import register_kernels
 
@@ -35,6 +36,7 @@ def open_session(
     ort = require("onnxruntime", "cpu")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    limit_threads(options)
     # The arena would keep the memory of each session's largest run.
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry(

@@ -36,8 +36,8 @@ def run(folder: Path) -> np.ndarray:
     """Vectors [texts, dim], or scores [pairs]."""
     # Threads that wait in a loop take an emulated CPU from the one that works.
     with (
-        mock.patch("embedport.runtimes.onnxruntime.core_limit", return_value=1),
-        mock.patch("embedport.runtimes.onnxruntime.count_cores", return_value=1),
+        mock.patch("embedport.runtimes.batching.core_limit", return_value=1),
+        mock.patch("embedport.runtimes.batching.count_cores", return_value=1),
     ):
         model = embedport.load(folder, device="cpu")
     if isinstance(model, embedport.Reranker):

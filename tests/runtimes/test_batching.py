@@ -1,12 +1,14 @@
 """Batches by length within a token budget."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from embedport.attention import SHORT_ROW
 from embedport.errors import InputError
 from embedport.runtimes import batching
 from embedport.runtimes.batching import make_batches, pad, run_batches
+from embedport.runtimes.part_session import open_session
 
 
 def test_batches_stay_within_the_budget():
@@ -55,6 +57,19 @@ def test_the_usual_variable_counts(tmp_path, monkeypatch):
     for threads, limit, cores in (("3", 3, 3), ("16", 16, 8), ("", None, 8), ("many", None, 8)):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         assert (batching.core_limit(), batching.count_cores()) == (limit, cores)
+
+
+def test_sessions_keep_to_the_limit(monkeypatch, tmp_path):
+    """Those of parts of a graph too, in which an export verifies and calibrates."""
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=(1,))
+    y = ir.val("y", dtype=ir.DataType.FLOAT, shape=(1,))
+    node = ir.node("Identity", [x], outputs=[y])
+    graph = ir.Graph([x], [y], nodes=[node], opset_imports={"": 21}, name="part")
+    for threads in (1, 3):
+        monkeypatch.setattr(batching, "core_limit", lambda threads=threads: threads)
+        monkeypatch.setattr(batching, "count_cores", lambda threads=threads: threads)
+        session = open_session(ir.Model(graph, ir_version=10), tmp_path, pack=True)
+        assert session.get_session_options().intra_op_num_threads == threads
 
 
 def test_pad():
