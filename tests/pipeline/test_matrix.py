@@ -146,7 +146,8 @@ def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
 
 
 @pytest.mark.parametrize(
-    "precision", ["fp32", "int8", pytest.param("int4", marks=pytest.mark.slow)]
+    "precision",
+    ["fp32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("int8", "int4"))],
 )
 @pytest.mark.parametrize(
     ("causal", "window"),
