@@ -140,8 +140,9 @@ def main() -> None:
     try:
         command()
     except _StoppedError as error:
-        terminated = isinstance(error.__cause__, _TerminatedError)
-        _fail("terminated", 143) if terminated else _fail("interrupted", 130)
+        if isinstance(error.__cause__, _TerminatedError):
+            _fail("terminated", 143)
+        _fail("interrupted", 130)
     except EmbedportError as error:
         _fail(with_flags(str(error), command), error.exit_code)
     except Exception as error:

@@ -11,7 +11,6 @@ from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.errors import CheckpointError, EmbedportError, InputError
-from embedport.machine.cpu import read_cpu
 
 
 @pytest.fixture
@@ -230,13 +229,6 @@ def without_kernels(quantized, checkpoints, tmp_path_factory):
     return folder
 
 
-# Only there would bitsandbytes fetch code (has_avx512bf16 in its backends/cpu/ops.py).
-needs_bf16 = pytest.mark.skipif(
-    "avx512_bf16" not in read_cpu().instructions, reason="the CPU has no AVX-512 BF16"
-)
-
-
-@needs_bf16
 def test_bitsandbytes_fetches_no_kernel(without_kernels):
     """On a CPU with bf16 it would take code off the hub where the package `kernels` is.
 
@@ -246,7 +238,6 @@ def test_bitsandbytes_fetches_no_kernel(without_kernels):
     assert not (without_kernels / "sprung").exists()
 
 
-@needs_bf16
 def test_a_reference_fetches_no_kernel(without_kernels):
     """sentence-transformers imports PEFT, and PEFT bitsandbytes, also of a plain checkpoint."""
     assert (without_kernels / "1.out").read_text() == "True\n"
