@@ -19,7 +19,7 @@ test: $(UV)
 	$(RUN) pytest -m "not slow" --durations=15
 
 test-all: $(UV)
-	$(RUN) pytest --durations=40
+	EMBEDPORT_FUZZ=400 $(RUN) pytest --durations=40
 
 # On CPUs that are not at hand, under qemu-user: see tests/cpus/run.py.
 test-cpus: $(UV)

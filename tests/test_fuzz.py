@@ -35,7 +35,7 @@ from tests.synthetic import Geometry, write_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FIFOs, signals and /proc")
 
-EXAMPLES = int(os.environ.get("EMBEDPORT_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("EMBEDPORT_FUZZ", "100"))
 SEED = int(os.environ.get("EMBEDPORT_FUZZ_SEED", "0"))
 SECONDS, WAIT = 10, 60
 SUFFIXES = (".json", ".jinja", ".safetensors")

@@ -190,13 +190,13 @@ def test_sessions_report_what_they_were_told():
     assert serving.threads_of(session) == serving.count_physical_cores()
 
 
-def test_ours_obeys_a_limit(artifact, checkpoints, monkeypatch):
-    """A graph's threads, and torch's."""
+@pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("torch", marks=pytest.mark.slow)])
+def test_ours_obeys_a_limit(artifact, checkpoints, monkeypatch, engine):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for model in (artifact, checkpoints("kv2")):
-        runner = runners.our_runner(read_info(model), threads.choose_threads())
-        with Benchmark([runner], 1, lambda stage: None) as benchmark:
-            assert benchmark.threads == 1
+    model = artifact if engine == "onnxruntime" else checkpoints("kv2")
+    runner = runners.our_runner(read_info(model), threads.choose_threads())
+    with Benchmark([runner], 1, lambda stage: None) as benchmark:
+        assert benchmark.threads == 1
 
 
 def test_a_side_that_ends_says_why():

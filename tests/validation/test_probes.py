@@ -7,6 +7,7 @@ import pytest
 import embedport
 from embedport.texts.samples import Sample
 
+PROBES = True
 TOKENS = "inputs with other token ids"
 SAMPLES = [Sample("What is tea?", "query"), Sample("Tea is a drink.")]
 PAIRS = [("What is tea?", "Tea is a drink."), ("What is tea?", "Bread is baked.")]
