@@ -344,20 +344,23 @@ def _measure_matrices(
         trial = _with_formats(design, {TABLE: first[TABLE]}, quantize)
         table = embed_quantized(trial, rows, folder)
     # For each text the states of all models, the fp32 one first: [models, tokens, hidden_size].
-    models = [np.concatenate(pair) for pair in zip(states, table, strict=True)]
+    models = [np.empty((len(first) + 1, *state.shape[1:]), np.float32) for state in states]
+    for all_states, *both in zip(models, states, table, strict=True):
+        all_states[:2] = np.concatenate(both)
     for number in range(design.spec.num_layers):
-        before = [states[:1] for states in models]
+        before = [states[:1].copy() for states in models]
         with Layer(design, number, folder) as layer:
-            run_layer(layer, rows, models)
+            for ids, all_states in zip(rows, models, strict=True):
+                states_so_far = all_states[: len(names) + 1]
+                states_so_far[:] = layer.run(ids, states_so_far)
         for name in matrices(design.spec):
             if not name.startswith(f"layers.{number}."):
                 continue
             names.append(name)
-            changed = list(before)
             trial = _with_formats(design, {name: first[name]}, quantize)
             with Layer(trial, number, folder) as layer:
-                run_layer(layer, rows, changed)
-            models = [np.concatenate(pair) for pair in zip(models, changed, strict=True)]
+                for ids, all_states, state in zip(rows, models, before, strict=True):
+                    all_states[len(names)] = layer.run(ids, state)[0]
         advance()
     vectors = [
         final_vectors(design, [states[i : i + 1] for states in models])

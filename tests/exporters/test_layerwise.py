@@ -7,7 +7,7 @@ import pytest
 
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
-from embedport.exporters.calibration import moments
+from embedport.exporters.calibration import layerwise, moments
 from embedport.exporters.calibration.layerwise import Layer, Segment
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
@@ -24,7 +24,7 @@ ROWS = [np.arange(5, 5 + size) for size in (1, 9, 40)]
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_segments_compute_the_layer(checkpoints, copied, tmp_path, causal):
+def test_segments_compute_the_layer(checkpoints, copied, tmp_path, monkeypatch, causal):
     """Their inputs of projections are those of transformers."""
     import torch
     from transformers import AutoModel
@@ -57,6 +57,13 @@ def test_segments_compute_the_layer(checkpoints, copied, tmp_path, causal):
             np.testing.assert_allclose(states[i], ended[i], rtol=1e-4, atol=1e-5)
             whole = layer.run(ids, values[""][i])
             np.testing.assert_allclose(whole, ended[i], rtol=1e-4, atol=1e-5)
+        # Several states of a text, two at a time.
+        monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", 2 * len(ROWS[0]))
+        several = np.concatenate([values[""][0] * factor for factor in (1, 2, 3)])
+        each = [layer.run(ROWS[0], state[None]) for state in several]
+        np.testing.assert_allclose(
+            layer.run(ROWS[0], several), np.concatenate(each), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_moments_are_means_over_tokens(monkeypatch):
