@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 #define TARGET __attribute__((target("avx2,fma")))
 #define INLINE static inline TARGET __attribute__((always_inline))
 #define PRODUCT TARGET
@@ -172,10 +174,10 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 /* Attention's tile: 6 queries by 16 keys, in 12 of 16 registers. */
 enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
 
-/* The zero point of rounded activations. vpmaddubsw multiplies uint8 by int8 and adds two products in
-   16 bits. With 4-bit weights, 16 bits hold four such sums: 255 x 15 x 8 = 30,600. With 8-bit weights they
-   hold only one, of the weight's magnitude by the activation with the weight's sign: 127 x 127 x 2 = 32,258. */
-enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 0, GROUP_ROWS = 2 };
+/* Rounded activations are int8. vpmaddubsw multiplies uint8 by int8 and adds two products in 16 bits. With
+   unsigned weights of 4 bits, 16 bits hold eight such sums: 15 x 128 x 16 = 30,720. With 8-bit weights they
+   hold only one, of the weight's magnitude by the activation with the weight's sign: 128 x 127 x 2 = 32,512. */
+enum { ZERO_BY_4_BITS = 0, ZERO_BY_8_BITS = 0, UNSIGNED_NIBBLES = 1, GROUP_ROWS = 4 };
 
 /* Keep the sums in the written order: gcc would compute all summands first, and run out of registers. */
 INLINE __m256i in_order(__m256i sum) {
@@ -189,73 +191,77 @@ INLINE __m256i four_inputs(const uint8_t *a) {
     return _mm256_set1_epi32(four);
 }
 
-/* sums += a group by 16 outputs, for 4-bit weights: four steps are added in 16 bits. */
-INLINE void add_nibbles(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256i ones,
+/* sums += `count` steps by 16 outputs, for 4-bit weights: at most eight, which 16 bits hold. */
+INLINE void add_nibbles(int count, int rows, const uint8_t *a, const int8_t *w, __m256i ones,
                         __m256i sums[GROUP_ROWS][2]) {
-    for (ptrdiff_t k = 0; k < steps; k += 4) {
-        __m256i words[GROUP_ROWS][2];
+    __m256i words[GROUP_ROWS][2];
+#pragma GCC unroll 8
+    for (int step = 0; step < count; step++, a += 4 * GROUP_ROWS, w += 128) {
+        __m256i left = _mm256_loadu_si256((const __m256i *)w);
+        __m256i right = _mm256_loadu_si256((const __m256i *)(w + 32));
 #pragma GCC unroll 4
-        for (int step = 0; step < 4; step++, a += 4 * GROUP_ROWS, w += 128) {
-            __m256i left = _mm256_loadu_si256((const __m256i *)w);
-            __m256i right = _mm256_loadu_si256((const __m256i *)(w + 32));
-#pragma GCC unroll 2
-            for (int i = 0; i < GROUP_ROWS; i++) {
-                __m256i x = four_inputs(a + 4 * i);
-                __m256i first = _mm256_maddubs_epi16(x, left);
-                __m256i second = _mm256_maddubs_epi16(x, right);
-                words[i][0] = in_order(step ? _mm256_add_epi16(words[i][0], first) : first);
-                words[i][1] = in_order(step ? _mm256_add_epi16(words[i][1], second) : second);
-            }
+        for (int i = 0; i < rows; i++) {
+            __m256i x = four_inputs(a + 4 * i);
+            __m256i first = _mm256_maddubs_epi16(left, x);
+            __m256i second = _mm256_maddubs_epi16(right, x);
+            words[i][0] = in_order(step ? _mm256_add_epi16(words[i][0], first) : first);
+            words[i][1] = in_order(step ? _mm256_add_epi16(words[i][1], second) : second);
         }
-#pragma GCC unroll 2
-        for (int i = 0; i < GROUP_ROWS; i++)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++)
-                sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(words[i][j], ones));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 2; j++)
+            sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(words[i][j], ones));
+}
+
+/* sums += one step by 16 outputs, for 8-bit weights. */
+INLINE void add_bytes(int rows, const uint8_t *a, const int8_t *w, __m256i ones,
+                      __m256i sums[GROUP_ROWS][2]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 2; j++) {
+        __m256i weights = _mm256_loadu_si256((const __m256i *)(w + 32 * j));
+        __m256i sizes = _mm256_abs_epi8(weights);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            __m256i x = _mm256_sign_epi8(four_inputs(a + 4 * i), weights);
+            __m256i pairs = _mm256_madd_epi16(_mm256_maddubs_epi16(sizes, x), ones);
+            sums[i][j] = in_order(_mm256_add_epi32(sums[i][j], pairs));
+        }
     }
 }
 
-/* sums += a group by 16 outputs, for 8-bit weights. */
-INLINE void add_bytes(ptrdiff_t steps, const uint8_t *a, const int8_t *w, __m256i ones,
-                      __m256i sums[GROUP_ROWS][2]) {
-    for (ptrdiff_t k = 0; k < steps; k++, a += 4 * GROUP_ROWS, w += 128)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            __m256i weights = _mm256_loadu_si256((const __m256i *)(w + 32 * j));
-            __m256i sizes = _mm256_abs_epi8(weights);
-#pragma GCC unroll 2
-            for (int i = 0; i < GROUP_ROWS; i++) {
-                __m256i x = _mm256_sign_epi8(four_inputs(a + 4 * i), weights);
-                __m256i pairs = _mm256_maddubs_epi16(sizes, x);
-                pairs = _mm256_madd_epi16(pairs, ones);
-                sums[i][j] = in_order(_mm256_add_epi32(sums[i][j], pairs));
-            }
-        }
-}
-
-/* c += one group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
-INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
-                           const int32_t *start, const float *row_scales, const float *scales,
-                           float *c) {
+/* c += one group of inputs of `rows` tokens by 32 outputs: see product.h. */
+INLINE void multiply_group(int bits, int rows, ptrdiff_t steps, const struct row_group *tokens,
+                           const struct weight_group *weights, float *c) {
     __m256i ones = _mm256_set1_epi16(1);
-    for (int half = 0; half < 32; half += 16, w += 64, start += 16, scales += 16, c += 16) {
+    for (int half = 0; half < 32; half += 16) {
+        const uint8_t *a = tokens->codes;
+        const int8_t *w = weights->weights + 4 * half;
         __m256i sums[GROUP_ROWS][2];
-#pragma GCC unroll 2
-        for (int i = 0; i < GROUP_ROWS; i++)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++)
-                sums[i][j] = _mm256_loadu_si256((const __m256i *)(start + 8 * j));
-        if (bits == 4) add_nibbles(steps, a, w, ones, sums);
-        else add_bytes(steps, a, w, ones, sums);
-#pragma GCC unroll 2
-        for (int i = 0; i < GROUP_ROWS; i++) {
-            __m256 scale = _mm256_set1_ps(row_scales[i]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+        if (bits == 4) {
+            ptrdiff_t k = 0;
+            for (; k + 8 <= steps; k += 8)
+                add_nibbles(8, rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
+            if (k < steps) add_nibbles(4, rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
+        } else
+            for (ptrdiff_t k = 0; k < steps; k++)
+                add_bytes(rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            __m256 scale = _mm256_set1_ps(tokens->scales[i]), sum = _mm256_set1_ps(tokens->sums[i]);
+#pragma GCC unroll 4
             for (int j = 0; j < 2; j++) {
-                __m256 factor = _mm256_mul_ps(scale, _mm256_loadu_ps(scales + 8 * j));
-                float *to = c + 32 * i + 8 * j;
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i][j]), factor,
-                                                     _mm256_loadu_ps(to)));
+                ptrdiff_t at = half + 8 * j;
+                __m256 value = _mm256_cvtepi32_ps(sums[i][j]);
+                /* Exact: both are whole numbers, and below 2^24. */
+                if (bits == 4)
+                    value = _mm256_fnmadd_ps(_mm256_loadu_ps(weights->zeros + at), sum, value);
+                __m256 factor = _mm256_mul_ps(scale, _mm256_loadu_ps(weights->scales + at));
+                float *to = c + 32 * i + at;
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(value, factor, _mm256_loadu_ps(to)));
             }
         }
     }

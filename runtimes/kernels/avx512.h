@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 /* Only on functions that need it: the code that checks the CPU must run on any CPU. */
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #define INLINE static inline TARGET __attribute__((always_inline))
@@ -111,7 +113,7 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 enum { TILE_ROWS = 6, TILE_VECTORS = 4 };
 
 /* The zero point of rounded activations: AVX-512 VNNI multiplies uint8 by int8. */
-enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 128, GROUP_ROWS = 8 };
+enum { ZERO_BY_4_BITS = 128, ZERO_BY_8_BITS = 128, UNSIGNED_NIBBLES = 0, GROUP_ROWS = 8 };
 
 /* sums += four products per lane. In assembly: gcc 12 copies the intrinsic's sums to another register and
    back. */
@@ -119,21 +121,23 @@ INLINE_PRODUCT void dot(__m512i *sums, __m512i x, __m512i w) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sums) : "v"(x), "v"(w));
 }
 
-/* c += one group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
-INLINE_PRODUCT void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
-                                   const int32_t *start, const float *row_scales,
-                                   const float *scales, float *c) {
+/* c += one group of inputs of `rows` tokens by 32 outputs: see product.h. */
+INLINE_PRODUCT void multiply_group(int bits, int rows, ptrdiff_t steps,
+                                   const struct row_group *tokens,
+                                   const struct weight_group *weights, float *c) {
+    const uint8_t *a = tokens->codes;
+    const int8_t *w = weights->weights;
     __m512i sums[GROUP_ROWS][2];
     (void)bits;
 #pragma GCC unroll 8
-    for (int i = 0; i < GROUP_ROWS; i++) {
-        sums[i][0] = _mm512_loadu_si512(start);
-        sums[i][1] = _mm512_loadu_si512(start + 16);
+    for (int i = 0; i < rows; i++) {
+        sums[i][0] = _mm512_loadu_si512(weights->start);
+        sums[i][1] = _mm512_loadu_si512(weights->start + 16);
     }
     for (ptrdiff_t k = 0; k < steps; k++, a += 4 * GROUP_ROWS, w += 128) {
         __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
 #pragma GCC unroll 8
-        for (int i = 0; i < GROUP_ROWS; i++) {
+        for (int i = 0; i < rows; i++) {
             int32_t four;
             __builtin_memcpy(&four, a + 4 * i, sizeof four);
             __m512i x = _mm512_set1_epi32(four);
@@ -142,11 +146,11 @@ INLINE_PRODUCT void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, 
         }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < GROUP_ROWS; i++) {
-        __m512 scale = _mm512_set1_ps(row_scales[i]);
+    for (int i = 0; i < rows; i++) {
+        __m512 scale = _mm512_set1_ps(tokens->scales[i]);
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
-            __m512 factor = _mm512_mul_ps(scale, _mm512_loadu_ps(scales + 16 * j));
+            __m512 factor = _mm512_mul_ps(scale, _mm512_loadu_ps(weights->scales + 16 * j));
             float *to = c + 32 * i + 16 * j;
             _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i][j]), factor,
                                                  _mm512_loadu_ps(to)));

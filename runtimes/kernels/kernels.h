@@ -54,6 +54,21 @@ struct product {
 
 enum { MAX_GROUP = 256 };
 
+/* A group of rounded inputs, of GROUP_ROWS tokens. */
+struct row_group {
+    const uint8_t *codes; /* [inputs / 4, GROUP_ROWS, 4] */
+    const float *scales;  /* [GROUP_ROWS] */
+    const float *sums;    /* [GROUP_ROWS]: of the codes; for UNSIGNED_NIBBLES */
+};
+
+/* A group of unpacked weights, of 32 outputs. */
+struct weight_group {
+    const int8_t *weights; /* [inputs / 4, 32, 4] */
+    const int32_t *start;  /* [32]: of the sums; for activations with a zero point */
+    const float *scales;   /* [32] */
+    const float *zeros;    /* [32]: zero points; for UNSIGNED_NIBBLES */
+};
+
 /* The kernels of one instruction set. */
 struct kernels {
     /* Rows [first, last): RMSNorm(total), and its codes. */

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels.h"
+
 #define TARGET
 #define INLINE static inline __attribute__((always_inline))
 #define PRODUCT TARGET
@@ -166,7 +168,7 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, float *to, ptrdiff_
 enum { TILE_ROWS = 6, TILE_VECTORS = 1 };
 
 /* Rounded activations are int8: NEON multiplies int8 by int8. */
-enum { ZERO_BY_4_BITS = 0, ZERO_BY_8_BITS = 0, GROUP_ROWS = 4 };
+enum { ZERO_BY_4_BITS = 0, ZERO_BY_8_BITS = 0, UNSIGNED_NIBBLES = 0, GROUP_ROWS = 4 };
 
 /* sums += four products per lane, as sdot does, but with instructions that every CPU has. */
 INLINE int32x4_t dot(int32x4_t sums, int8x16_t x, int8x16_t w) {
@@ -175,28 +177,29 @@ INLINE int32x4_t dot(int32x4_t sums, int8x16_t x, int8x16_t w) {
     return vaddq_s32(sums, vpaddq_s32(low, high));
 }
 
-/* c += one group of inputs of GROUP_ROWS tokens by 32 outputs: see product.h. */
-INLINE void multiply_group(int bits, ptrdiff_t steps, const uint8_t *a, const int8_t *w,
-                           const int32_t *start, const float *row_scales, const float *scales,
-                           float *c) {
+/* c += one group of inputs of `rows` tokens by 32 outputs: see product.h. */
+INLINE void multiply_group(int bits, int rows, ptrdiff_t steps, const struct row_group *tokens,
+                           const struct weight_group *weights, float *c) {
     (void)bits;
-    for (int half = 0; half < 32; half += 16, w += 64, start += 16, scales += 16, c += 16) {
+    for (int half = 0; half < 32; half += 16) {
+        const int8_t *w = weights->weights + 4 * half;
         int32x4_t sums[GROUP_ROWS][4];
-        for (int i = 0; i < GROUP_ROWS; i++)
-            for (int j = 0; j < 4; j++) sums[i][j] = vld1q_s32(start + 4 * j);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < 4; j++) sums[i][j] = vdupq_n_s32(0);
         for (ptrdiff_t k = 0; k < steps; k++)
-            for (int i = 0; i < GROUP_ROWS; i++) {
+            for (int i = 0; i < rows; i++) {
                 int32_t four;
-                __builtin_memcpy(&four, a + 4 * (GROUP_ROWS * k + i), sizeof four);
+                __builtin_memcpy(&four, tokens->codes + 4 * (GROUP_ROWS * k + i), sizeof four);
                 int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
                 for (int j = 0; j < 4; j++)
                     sums[i][j] = dot(sums[i][j], x, vld1q_s8(w + 128 * k + 16 * j));
             }
-        for (int i = 0; i < GROUP_ROWS; i++) {
-            float32x4_t scale = vdupq_n_f32(row_scales[i]);
+        for (int i = 0; i < rows; i++) {
+            float32x4_t scale = vdupq_n_f32(tokens->scales[i]);
             for (int j = 0; j < 4; j++) {
-                float32x4_t factor = vmulq_f32(scale, vld1q_f32(scales + 4 * j));
-                float *to = c + 32 * i + 4 * j;
+                ptrdiff_t at = half + 4 * j;
+                float32x4_t factor = vmulq_f32(scale, vld1q_f32(weights->scales + at));
+                float *to = c + 32 * i + at;
                 vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(sums[i][j]), factor));
             }
         }
