@@ -9,6 +9,8 @@ from ..tables import size_words
 from .layers import LayerError, largest_growth
 from .reference import Origin
 from .report import Gate
+from .settings import GATE as SETTINGS
+from .table import GATE as ROWS
 
 TOKENS = "inputs with other token ids"
 # Failures that belong to the reference.
@@ -76,6 +78,13 @@ def _steps(
             "Compare tokenizer.json and the prompts of both folders; if the checkpoint changed "
             "since, export it again."
         )
+        return
+    if SETTINGS in failed:
+        yield "Compare both folders' settings; if the checkpoint changed since, make it again."
+    if ROWS in failed:
+        yield "Make it again: rows of its embedding table are not those of the checkpoint."
+    failed = failed - {SETTINGS, ROWS}
+    if not failed:
         return
     if failed <= OF_REFERENCE:
         yield "The reference itself gives NaN: run it in fp32, on a CPU or a larger GPU."

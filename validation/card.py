@@ -24,6 +24,7 @@ from ..strict_json import read_json
 from ..texts.samples import Pair, Sample
 from .live import LiveReference, cast_and_move, choose_dtype
 from .reference import Arithmetic, Inputs
+from .settings import Settings
 
 TASK = "Given a web search query, retrieve relevant passages that answer the query"
 PREFIX = (
@@ -72,15 +73,29 @@ class CardReference(LiveReference):
 
     def _text_ids(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Token ids of texts, each after its prompt (a name, or the literal text)."""
-        path = self.folder / "config_sentence_transformers.json"
-        settings = read_json(path) if path.exists() else {}
-        prompts = {"query": "", "document": "", **(settings.get("prompts") or {})}
-        default = settings.get("default_prompt_name")
+        prompts, default = self._prompts()
         texts = []
         for sample in samples:
             name = default if sample.prompt is None else sample.prompt
             texts.append(("" if name is None else prompts.get(name, name)) + sample.text)
         return self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
+
+    def _prompts(self) -> tuple[dict[str, str], str | None]:
+        """(prompts, the default one's name) of the folder's settings."""
+        path = self.folder / "config_sentence_transformers.json"
+        settings = read_json(path) if path.exists() else {}
+        prompts = {"query": "", "document": "", **(settings.get("prompts") or {})}
+        return prompts, settings.get("default_prompt_name")
+
+    def declared(self) -> Settings:
+        """An embedder's prompts, which the card's code reads; a reranker has none."""
+        if self.spec.task == "reranker":
+            return {}
+        prompts, default = self._prompts()
+        return {
+            "prompts": {name: prompt or "" for name, prompt in prompts.items()},
+            "default_prompt": default,
+        }
 
     def _pair_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Token ids of pairs with their own instruction or the model card's."""

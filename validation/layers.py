@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..artifact.folder import Artifact
-from ..artifact.segments import emulate_16_bits, segments
+from ..artifact.segments import EMBEDDING, ROTATION, emulate_16_bits, segments
 from ..errors import InputError
 from ..runtimes import ModelInfo
 from ..runtimes.part_session import open_session
@@ -27,9 +27,8 @@ from .reference import Reference
 TEXTS = 8
 # Tokens kept of each text: a recorded reference stores their states after every layer.
 TOKENS = 32
-# The exporter's names: scopes of a graph's nodes, and the matrix that undoes a rotation.
-EMBEDDING, LAYER = "embed_tokens", "layers."
-ROTATION = "output.rotation"
+# How the exporter's names of the layers' scopes begin.
+LAYER = "layers."
 
 
 @dataclass(frozen=True)

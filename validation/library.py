@@ -23,6 +23,7 @@ from ..texts.samples import Pair, Sample
 from .live import LiveReference, cast_and_move, choose_dtype
 from .measures import sigmoid
 from .reference import Arithmetic, Inputs
+from .settings import Settings
 
 # Inputs tokenized in one call.
 CHUNK = 256
@@ -143,6 +144,18 @@ class LibraryReference(LiveReference):
         if results.ndim == 2:  # logits of no and yes
             return sigmoid(results[:, 1] - results[:, 0])
         return sigmoid(results) if self.origin.log_odds else results
+
+    def declared(self) -> Settings:
+        """The attributes of the opened model: see `LiveReference`."""
+        model = self.tokenizing
+        settings = {
+            "prompts": {name: prompt or "" for name, prompt in model.prompts.items()},
+            "default_prompt": model.default_prompt_name,
+        }
+        if self.spec.task == "reranker":
+            return settings
+        similarity = str(getattr(model.similarity_fn_name, "value", model.similarity_fn_name))
+        return settings | {"similarity": similarity, "truncate_dim": model.truncate_dim}
 
     def layers_of(self, model: Any) -> Any:
         """The module with `embed_tokens` and `layers`."""

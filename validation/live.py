@@ -30,6 +30,8 @@ from ..texts.samples import Pair, Sample
 from .adapted import ReferenceFolder, merge_adapter
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
+from .settings import Settings
+from .table import TableSketch, sketch_table
 
 # An fp32 reference needs this multiple of its weights' size on the GPU, for activations.
 HEADROOM = 1.25
@@ -265,6 +267,18 @@ class LiveReference(ABC):
     def final_norm(self) -> np.ndarray:
         """The gains of the final norm, float32 [hidden_size]."""
         return open_floats(self.spec, ["norm.weight"]).read_fp32("norm.weight")
+
+    def settings(self) -> Settings:
+        """What its library read beside the weights: see `Reference`."""
+        return {"positions": self.spec.max_position_embeddings, **self.declared()}
+
+    @abstractmethod
+    def declared(self) -> Settings:
+        """The settings that the library read; without those that it knows nothing of."""
+
+    def table(self) -> TableSketch:
+        """The embedding table: see `Reference`."""
+        return sketch_table(self.spec)
 
 
 def find_device(device: str) -> str:

@@ -32,12 +32,14 @@ from .measures import finite_rows
 from .mteb_scores import TaskReport, TaskScore, compare_scores
 from .mteb_tasks import open_tasks, run_tasks, runner, task_facts
 from .page import render
-from .probes import probe_tokens
-from .recorded import is_recorded, open_recorded
+from .probes import compare_probes, probe_tokens
+from .recorded import RecordedReference, is_recorded, open_recorded
 from .recording import find_recorded
 from .reference import Arithmetic, Inputs, Origin, Reference
 from .report import Comparison, Gate, Report, Worst, excerpt
 from .retrieval import CANDIDATES, RetrievalReport, compare_quality
+from .settings import settings_gate
+from .table import table_gate
 from .tasks import AnyTask, EmbeddingTask, RerankerTask, choose_inputs
 from .thresholds import Thresholds, find_thresholds
 
@@ -181,15 +183,17 @@ def validate(
     _compare_weights(info, origin)
     rows = inputs.artifact_ids(runtime)
     gate = token_gate(inputs, rows, source.token_ids(inputs.inputs))
-    if gate.passed and recorded is None:
-        gate = _probe(runtime, source, inputs)
-    runtime_device = runtime.device
-    judged = Judged((gate,))
+    if gate.passed:
+        gate = _probe(runtime, source, inputs, gate)
+    declared = settings_gate(info, source.settings())
+    runtime_device, tokenizer = runtime.device, runtime.tokenizer.tokenizer
+    judged = Judged((gate, declared))
     if gate.passed:
         measured = _measure_artifact(runtime, inputs, rows, data, tasks, progress=progress)
         del runtime  # artifact and reference may not fit into memory together
+        gates = (gate, declared, table_gate(info, source.table(), tokenizer))
         judged = _judge(
-            gate, measured, source, inputs, info, thresholds, data, tasks, progress=progress
+            gates, measured, source, inputs, info, thresholds, data, tasks, progress=progress
         )
         if save_run is not None and data is not None:
             width = measured.results.shape[1]
@@ -208,6 +212,8 @@ def validate(
         task=info.task,
         inputs=len(rows),
         tokens=sum(map(len, rows)),
+        longest=max(map(len, rows)),
+        max_length=max_length,
         gates=judged.gates,
         comparisons=judged.comparisons,
         invariance=judged.invariance,
@@ -333,7 +339,7 @@ def _measure_artifact(
 
 
 def _judge(
-    tokens: Gate,
+    first: Sequence[Gate],
     measured: Measured,
     source: Reference,
     inputs: AnyTask,
@@ -344,7 +350,7 @@ def _judge(
     *,
     progress: bool,
 ) -> Judged:
-    """Run the reference and compare; `tokens` is the gate on token ids, which holds."""
+    """Run the reference and compare; `first` are the gates that need no results."""
     describe = source.origin.describe
     results = measured.results
     runs = _run_reference(source, inputs.inputs, info.precision, progress)
@@ -359,7 +365,7 @@ def _judge(
         for arithmetic, outputs in runs.items()
     )
     gates = [
-        tokens,
+        *first,
         finite_gate(inputs, measured.raw),
         Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
         *inputs.gates(comparisons[0], results, expected, thresholds),
@@ -441,8 +447,12 @@ def _check_limits(
         )
 
 
-def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask) -> Gate:
+def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask, tokens: Gate) -> Gate:
     """The gate on token ids for texts beside the inputs; warn if the lengths differ."""
+    if isinstance(source, RecordedReference):
+        if source.probes is None:
+            return tokens
+        return compare_probes(runtime, source.probes, inputs, source.max_length)
     length, own = runtime.tokenizer.max_length, source.own_limit
     if length != own:
         logger.warning(

@@ -7,13 +7,14 @@ takes; a tokenizer that is wrong there would pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.pipeline import ROLES
+from ..checkpoint.spec import Task
 from ..checkpoint.tokenizer import load_tokenizer
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
 from ..texts.samples import Pair, Sample
 from .gates import token_gate
 from .report import Gate
@@ -32,6 +33,21 @@ PLAIN = (
 TOKENS = 50
 
 
+@dataclass(frozen=True)
+class Probes:
+    """What a recorded reference holds of its tokenizer.
+
+    Attributes:
+        inputs: Texts or pairs that tell tokenizers apart.
+        rows: Their token ids.
+        added: The added tokens of the checkpoint's tokenizer.
+    """
+
+    inputs: Sequence[Sample | Pair]
+    rows: Sequence[Sequence[int]]
+    added: Sequence[str]
+
+
 def probe_tokens(
     runtime: Any, source: Any, task: EmbeddingTask | RerankerTask, folders: Iterable[Path]
 ) -> Gate:
@@ -44,46 +60,104 @@ def probe_tokens(
         folders: Folders with a tokenizer.json each, the artifact's and the checkpoint's; their
             added tokens are in the texts.
     """
-    texts = [*PLAIN, *_added_tokens(folders)]
-    # Each word is a token at least.
-    long = f"first {'word ' * runtime.tokenizer.max_length}last"
-    gate = _compare(runtime, source, _with_inputs(task, texts))
+    short, long = _inputs(runtime.info.task, _added_tokens(folders), runtime.tokenizer.max_length)
+    gate = _compare(runtime, source, task, short)
     if not gate.failed:  # apart from the others, which would be padded to its length
-        gate = _compare(runtime, source, _with_inputs(task, [long], roles=("document",)))
+        gate = _compare(runtime, source, task, [long])
+    return _beside(gate)
+
+
+def record_probes(source: Any) -> Probes:
+    """The token ids of a checkpoint's library for texts that tell tokenizers apart.
+
+    Args:
+        source: The reference, a `LiveReference`.
+    """
+    added = _added_tokens([source.folder])
+    short, long = _inputs(source.spec.task, added, source.limit)
+    inputs, rows = [], []
+    for given in (*short, long):
+        try:
+            rows += source.token_ids([given])
+        except (CheckpointError, InputError):  # a text that it cannot take
+            continue
+        inputs.append(given)
+    return Probes(inputs, rows, added)
+
+
+def compare_probes(
+    runtime: Any, probes: Probes, task: EmbeddingTask | RerankerTask, max_length: int
+) -> Gate:
+    """The gate on token ids, for the texts of a recorded reference.
+
+    Args:
+        runtime: The artifact's Embedder or Reranker.
+        probes: The recorded token ids.
+        task: The inputs that are validated; gives the kind of input.
+        max_length: Tokens after which the recorded texts were cut. For an artifact that cuts texts
+            at another length, those that either cuts are left out.
+    """
+    own = runtime.tokenizer.max_length
+    uncut = len(max(probes.rows, key=len)) + 1 if own == max_length else min(own, max_length)
+    kept = [i for i, row in enumerate(probes.rows) if len(row) < uncut]
+    inputs, rows = [probes.inputs[i] for i in kept], [probes.rows[i] for i in kept]
+    gate = _compare(runtime, None, task, inputs, rows)
+    others = [name for name in _added_tokens([runtime.info.folder]) if name not in probes.added]
+    if not gate.failed and others:
+        detail = f"the added token {others[0]!r} is not one of the reference's tokenizer"
+        gate = replace(gate, value=len(others), detail=detail)
+    return _beside(gate)
+
+
+def _beside(gate: Gate) -> Gate:
     return replace(gate, detail=f"beside the inputs: {gate.detail}") if gate.failed else gate
 
 
 def _added_tokens(folders: Iterable[Path]) -> list[str]:
-    """The added tokens of tokenizers, between words, in a few texts."""
-    paths = [folder / "tokenizer.json" for folder in folders]
+    """The added tokens of tokenizers."""
     tokens = {
         token.content: None
-        for path in paths
-        for token in load_tokenizer(path).get_added_tokens_decoder().values()
+        for folder in folders
+        for token in load_tokenizer(folder / "tokenizer.json").get_added_tokens_decoder().values()
     }
-    names = list(tokens)
-    return [
-        "".join(f"a{name}b {name} " for name in names[start : start + TOKENS])
-        for start in range(0, len(names), TOKENS)
+    return list(tokens)
+
+
+def _inputs(
+    task: Task, added: Sequence[str], max_length: int
+) -> tuple[list[Sample | Pair], Sample | Pair]:
+    """(inputs with odd texts and added tokens between words, one that is longer than the limit)."""
+    texts = [
+        *PLAIN,
+        *(
+            "".join(f"a{name}b {name} " for name in added[start : start + TOKENS])
+            for start in range(0, len(added), TOKENS)
+        ),
     ]
+    # Each word is a token at least.
+    long = f"first {'word ' * max_length}last"
+    if task == "reranker":
+        *pairs, last = (Pair(f"find {text[:40]}", text) for text in (*texts, long))
+        return pairs, last
+    return [Sample(text, role) for role in ROLES for text in texts], Sample(long, "document")
 
 
-def _with_inputs(
-    task: EmbeddingTask | RerankerTask, texts: Sequence[str], roles: Sequence[str] = ROLES
-) -> EmbeddingTask | RerankerTask:
-    if isinstance(task, EmbeddingTask):
-        return EmbeddingTask([Sample(text, role) for role in roles for text in texts])
-    return RerankerTask([Pair(f"find {text[:40]}", text) for text in texts])
-
-
-def _compare(runtime: Any, source: Any, task: Any) -> Gate:
+def _compare(
+    runtime: Any,
+    source: Any,
+    task: EmbeddingTask | RerankerTask,
+    inputs: Sequence[Any],
+    expected: Sequence[Sequence[int]] | None = None,
+) -> Gate:
     """Compare token ids of the inputs that the artifact does not refuse."""
-    kind = type(task)
+    kind: Any = type(task)
     taken, rows = [], []
-    for given in task.inputs:
+    for i, given in enumerate(inputs):
         try:
             rows += kind([given]).artifact_ids(runtime)
         except InputError:
             continue
-        taken.append(given)
-    return token_gate(kind(taken), rows, source.token_ids(taken))
+        taken.append(i)
+    chosen = [inputs[i] for i in taken]
+    wanted = source.token_ids(chosen) if expected is None else [expected[i] for i in taken]
+    return token_gate(kind(chosen), rows, wanted)

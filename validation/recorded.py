@@ -2,16 +2,18 @@
 
 The file is safetensors: reading it executes no code, and a truncated file is detected at once.
 Tensors hold token ids ("ids", "lengths"), results ("results.fp32"), the retrieval quality query by
-query ("retrieval.fp32.256.nDCG@10"), and the hidden states of a few texts ("layers.states"). The
-rest is one JSON text in the metadata: the inputs and the origin, including the weight files'
-hashes.
+query ("retrieval.fp32.256.nDCG@10"), the hidden states of a few texts ("layers.states"), a sketch
+of the embedding table ("table.products") and the token ids of texts that tell tokenizers apart
+("probes.ids"). The rest is one JSON text in the metadata: the inputs, the origin, including the
+weight files' hashes, and the settings that the library read. Early versions wrote neither a sketch
+nor settings nor those texts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,8 +29,11 @@ from ..files import written
 from ..strict_json import parse_json
 from ..texts.beir import RetrievalSet
 from ..texts.samples import Pair, Sample
+from .probes import Probes
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality
+from .settings import Settings
+from .table import DIRECTIONS, TableSketch
 
 FORMAT_VERSION = 1
 KEY = "embedport_reference"
@@ -80,6 +85,9 @@ class RecordedReference:
         layers: Hidden states of a few rows.
         data: The retrieval set that was measured; None without one.
         qualities: Arithmetic to retrieval quality on that set.
+        probes: Texts that tell tokenizers apart; None in files of early versions, as are the next.
+        declared: The settings that the library read.
+        sketch: The embedding table.
     """
 
     path: Path
@@ -91,6 +99,9 @@ class RecordedReference:
     layers: Layers
     data: SetRecord | None
     qualities: Mapping[Arithmetic, SetQuality]
+    probes: Probes | None = None
+    declared: Settings | None = None
+    sketch: TableSketch | None = None
 
     def choose_inputs(
         self, texts: Any, pairs: Any, revision: str | None
@@ -201,6 +212,14 @@ class RecordedReference:
         """The gains of the final norm, float32 [hidden_size]."""
         return self.layers.norm
 
+    def settings(self) -> Settings | None:
+        """The recorded settings."""
+        return self.declared
+
+    def table(self) -> TableSketch | None:
+        """The recorded sketch of the embedding table."""
+        return self.sketch
+
     def _check_inputs(self, inputs: Inputs) -> None:
         if list(inputs) != self.inputs:
             raise InputError(f"{self.path} was recorded on other inputs than these")
@@ -245,6 +264,11 @@ def write_recorded(reference: RecordedReference) -> None:
     tensors = {**_packed("", reference.rows), **_packed("layers.", reference.layers.rows)}
     tensors["layers.states"] = reference.layers.states
     tensors["layers.norm"] = reference.layers.norm
+    probes, sketch = reference.probes, reference.sketch
+    if sketch is not None:
+        tensors |= {f"table.{name}": tensor for name, tensor in vars(sketch).items()}
+    if probes is not None:
+        tensors |= _packed("probes.", probes.rows)
     for arithmetic, results in reference.results.items():
         tensors[f"results.{arithmetic}"] = results
     for arithmetic, quality in reference.qualities.items():
@@ -262,6 +286,12 @@ def write_recorded(reference: RecordedReference) -> None:
         "arithmetics": list(reference.results),
         "inputs": [list(asdict(given).values()) for given in reference.inputs],
         "retrieval": reference.data and asdict(reference.data),
+        "settings": reference.declared,
+        "probes": probes
+        and {
+            "inputs": [list(asdict(given).values()) for given in probes.inputs],
+            "added": list(probes.added),
+        },
     }
     text = json.dumps(values, ensure_ascii=False)
     if len(text) > LARGEST:
@@ -367,6 +397,7 @@ class _Reader:
         if values["retrieval"] is not None:
             data = _read_set(values["retrieval"])
             qualities = {name: self._quality(name, len(data.queries)) for name in arithmetics}
+        declared = values.get("settings")
         return RecordedReference(
             path=self.path,
             origin=origin,
@@ -383,6 +414,27 @@ class _Reader:
             ),
             data=data,
             qualities=qualities,
+            probes=self._probes(values.get("probes"), read_input),
+            declared=None if declared is None else _read_settings(declared),
+            sketch=self._sketch(origin),
+        )
+
+    def _probes(
+        self, values: Mapping[str, Any] | None, read_input: Callable[..., Sample | Pair]
+    ) -> Probes | None:
+        if values is None:
+            return None
+        inputs = [read_input(*strings) for strings in values["inputs"]]
+        rows = [row.tolist() for row in self._rows("probes.", len(inputs))]
+        return Probes(inputs, rows, [_text(name) for name in values["added"]])
+
+    def _sketch(self, origin: Origin) -> TableSketch | None:
+        if "table.products" not in self.file.keys():  # noqa: SIM118 (not a dict)
+            return None
+        return TableSketch(
+            self._tensor("table.directions", np.float32, (origin.hidden_size, DIRECTIONS)),
+            self._tensor("table.products", np.float16, (origin.vocab_size, DIRECTIONS)),
+            self._tensor("table.lengths", np.float32, (origin.vocab_size,)),
         )
 
     def _rows(self, prefix: str, count: int | None) -> list[np.ndarray]:
@@ -445,6 +497,13 @@ def _read_origin(values: Mapping[str, Any]) -> Origin:
         raise ValueError(f"task should be one of {', '.join(TASKS)}, found {values['task']!r}")
     _whole(values["hidden_size"]), _whole(values["vocab_size"])
     return Origin(**values)
+
+
+def _read_settings(values: Mapping[str, Any]) -> Settings:
+    _whole(values["positions"])
+    for name, prompt in values.get("prompts", {}).items():
+        _text(name), _text(prompt)
+    return values
 
 
 def _read_set(values: Mapping[str, Any]) -> SetRecord:

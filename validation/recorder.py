@@ -20,6 +20,7 @@ from ..texts.samples import Pair, Sample
 from .layers import sample_rows
 from .live import LiveReference
 from .opening import open_live
+from .probes import record_probes
 from .recorded import Layers, RecordedReference, describe_set, write_recorded
 from .tasks import choose_inputs
 
@@ -117,6 +118,9 @@ def record_reference(
         layers=_record_layers(source, rows),
         data=None if data is None else describe_set(data, source.spec.task),
         qualities=qualities,
+        probes=record_probes(source),
+        declared=source.settings(),
+        sketch=source.table(),
     )
     write_recorded(recorded)
     return recorded

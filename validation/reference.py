@@ -17,6 +17,8 @@ from ..checkpoint.spec import Task
 from ..texts.beir import RetrievalSet
 from ..texts.samples import Pair, Sample
 from .retrieval import SetQuality
+from .settings import Settings
+from .table import TableSketch
 
 Arithmetic = Literal["fp16", "bf16", "fp32"]
 Inputs = Sequence[Sample] | Sequence[Pair]
@@ -127,4 +129,12 @@ class Reference(Protocol):
 
     def final_norm(self) -> np.ndarray:
         """The gains of the final norm, float32 [hidden_size]."""
+        ...
+
+    def settings(self) -> Settings | None:
+        """What its library read beside the weights; None if that is not known."""
+        ...
+
+    def table(self) -> TableSketch | None:
+        """The embedding table; None if it is not known."""
         ...

@@ -110,6 +110,8 @@ class Report:
         task: "embedding" or "reranker".
         inputs: Number of texts or pairs.
         tokens: Number of tokens in all inputs.
+        longest: Tokens of the longest input. Longer ones were not tried.
+        max_length: Tokens after which the artifact cuts an input.
         gates: The gates, in the order in which they were checked.
         comparisons: One for each run of the reference; the gates use the first. Empty if the token
             ids differ, as are `invariance` and `worst`: the figures would be meaningless.
@@ -133,6 +135,8 @@ class Report:
     task: Task
     inputs: int
     tokens: int
+    longest: int
+    max_length: int
     gates: tuple[Gate, ...]
     comparisons: tuple[Comparison, ...]
     invariance: Mapping[str, float]
@@ -342,6 +346,7 @@ class Report:
             "Reference": f"{self.reference} in {self.library}",
             "Reference ran in": "; ".join(run.reference for run in self.comparisons),
             "Inputs": f"{self.inputs:,} {noun}, {self.tokens:,} tokens",
+            "Longest input": f"{self.longest:,} tokens, of {self.max_length:,} that it takes",
             "Date": self.date,
             "Processor": f"{machine.cpu}, {machine.cores} cores{memory}",
             "Instruction sets": sets,

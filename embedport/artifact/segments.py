@@ -11,6 +11,10 @@ from itertools import groupby
 
 import onnx_ir as ir
 
+# The exporter's names: the scope that looks up the table's rows, and the matrix that undoes a
+# rotation.
+EMBEDDING = "embed_tokens"
+ROTATION = "output.rotation"
 FLOAT = ir.DataType.FLOAT
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 

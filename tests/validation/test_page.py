@@ -82,6 +82,8 @@ def a_report(task="embedding", retrieval=True, **changes):
         "task": task,
         "inputs": 40,
         "tokens": 1234,
+        "longest": 456,
+        "max_length": 8192,
         "gates": tuple(gates),
         "comparisons": (
             Comparison(

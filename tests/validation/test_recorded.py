@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 import embedport
+from embedport.artifact.folder import write_manifest
 from embedport.demo.pipeline import (
     RERANKED_QUERIES,
     builtin_embedder,
@@ -77,7 +79,10 @@ def rewritten(file, path, change=None, **tensors):
     with safe_open(file, "numpy") as opened:
         values = json.loads(opened.metadata()[KEY])
     values = values if change is None else change(values)
-    save_file({**load_file(file), **tensors}, path, metadata={KEY: json.dumps(values)})
+    whole = {
+        name: each for name, each in {**load_file(file), **tensors}.items() if each is not None
+    }
+    save_file(whole, path, metadata={KEY: json.dumps(values)})
     return path
 
 
@@ -143,6 +148,72 @@ def test_a_spoilt_artifact_fails(recordings, spoil):
     }
 
 
+def split_special_tokens(tokenizer):
+    tokenizer.encode_special_tokens = True
+
+
+def cut_on_the_left(tokenizer):
+    tokenizer.enable_truncation(tokenizer.truncation["max_length"], direction="left")
+
+
+def add_a_token(tokenizer):
+    tokenizer.add_tokens(["camelCase"])
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("embedding", split_special_tokens),
+        ("embedding", cut_on_the_left),
+        ("reranker", cut_on_the_left),
+        ("reranker", add_a_token),
+    ],
+)
+def test_a_wrong_tokenizer_fails(recordings, spoil, task, change):
+    """On texts beside the recorded inputs, whose token ids are recorded too."""
+    made = recordings(task)
+    spoil(lambda runtime: change(runtime.tokenizer.tokenizer))
+    report = validate(made.artifact, made.file)
+    (gate,) = [gate for gate in report.gates if gate.failed]
+    assert gate.name == "inputs with other token ids"
+    assert gate.detail.startswith("beside the inputs: ")
+
+
+def test_an_added_token_that_was_not_recorded(recordings, copied):
+    made = recordings("embedding")
+    folder = copied(made.artifact)
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["unheard of"])
+    tokenizer.save(str(path))
+    write_manifest(folder, embedport.Artifact.open(made.artifact).manifest, folder.name)
+    (gate,) = [gate for gate in validate(folder, made.file).gates if gate.failed]
+    assert gate.detail == (
+        "beside the inputs: the added token 'unheard of' is not one of the reference's tokenizer"
+    )
+
+
+def test_a_file_of_an_early_version(recordings, tmp_path):
+    """It has neither texts beside the inputs, nor settings, nor the table: that is said."""
+    made = recordings("embedding")
+    new = ("probes", "settings")
+    names = [name for name in load_file(made.file) if name.startswith(("probes.", "table."))]
+    early = rewritten(
+        made.file,
+        tmp_path / "early",
+        lambda values: {key: value for key, value in values.items() if key not in new},
+        **dict.fromkeys(names),
+    )
+    report = validate(made.artifact, early)
+    assert report.passed
+    assert [gate.title for gate in report.gates if gate.passed is None] == [
+        "settings that differ (not checked: this recorded reference has no settings: record it "
+        "again)",
+        "embedding rows that differ (not checked: this recorded reference has no embedding table: "
+        "record it again)",
+    ]
+
+
 def test_what_is_written_is_read(recordings, tmp_path):
     for task in ("embedding", "reranker"):
         found = read_recorded(recordings(task).file)
@@ -187,6 +258,8 @@ def test_a_truncated_file(recordings, tmp_path, size):
         (lambda v: v | {"origin": v["origin"] | {"versions": 4}}, "is damaged"),
         (lambda v: v | {"max_length": None}, "expected a whole number above 0, found None"),
         (lambda v: v | {"retrieval": {"name": "x"}}, "is damaged"),
+        (lambda v: v | {"settings": {"prompts": {}}}, "is damaged"),
+        (lambda v: v | {"probes": {"inputs": [], "added": []}}, "probes.lengths should be"),
     ],
 )
 def test_a_damaged_file(recordings, tmp_path, change, message):
@@ -201,6 +274,8 @@ def test_damaged_tensors(recordings, tmp_path):
         ("lengths", np.zeros(len(SAMPLES), np.int32)),
         ("ids", np.zeros(3, np.int32)),
         ("results.fp32", np.zeros((len(SAMPLES), 64), np.float64)),
+        ("table.lengths", np.zeros(3, np.float32)),
+        ("probes.ids", np.zeros(3, np.int32)),
     ):
         path = rewritten(made.file, tmp_path / name, **{name: tensor})
         with pytest.raises(InputError, match=f"{name} should be"):

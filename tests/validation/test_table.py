@@ -1,0 +1,218 @@
+"""The whole embedding table is compared: a wrong row of a token that no validated text holds fails.
+
+Each damaged artifact gets a manifest with the right hashes, as a wrong exporter would write.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import embedport
+from embedport.artifact.folder import Artifact, write_manifest
+from embedport.artifact.segments import EMBEDDING, segments
+from embedport.checkpoint.tokenizer import load_tokenizer
+from embedport.errors import ArtifactError
+from embedport.runtimes import read_info
+from embedport.texts.samples import Sample
+from embedport.validation import table
+from embedport.validation.opening import open_live
+from embedport.validation.table import GATE, TableSketch, sketch_rows, table_gate
+
+# Of tokens that TEXTS and PAIRS do not hold.
+ROW, OTHER = 777, 900
+TEXTS = [Sample("What is tea?", "query"), Sample("A leaf from China."), Sample("Snow is cold.")]
+PAIRS = [("What is tea?", "A leaf."), ("What is tea?", "Snow is cold.")]
+
+
+def exchange(values):
+    values[[ROW, OTHER]] = values[[OTHER, ROW]]
+
+
+def scale(factor):
+    """A change of the floats: the scales of a quantized table, the values of another."""
+
+    def change(values):
+        if values.dtype == np.float32:
+            values[ROW] *= factor
+
+    return change
+
+
+CHANGES: dict[str, tuple[Callable[[np.ndarray], None], list[int]]] = {
+    "exchanged": (exchange, [ROW, OTHER]),
+    "zeroed": (scale(0), [ROW]),
+    "doubled": (scale(2), [ROW]),
+    "negated": (scale(-1), [ROW]),
+    "NaN": (scale(np.nan), [ROW]),
+}
+
+
+def damage(folder, change):
+    """Change an artifact's table, and write its manifest anew."""
+    artifact = Artifact.open(folder)
+    (part,) = (part for scope, part in segments(ir.load(artifact.graph)) if scope == EMBEDDING)
+    for value in part.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        path, offset, length = artifact.graph.parent / tensor.location, tensor.offset, tensor.length
+        data = np.memmap(path, np.uint8, "r+", offset or 0, length)
+        kind = np.float32 if tensor.dtype == ir.DataType.FLOAT else np.uint8
+        change(data.view(kind).reshape(artifact.manifest.vocab_size, -1))
+        data.flush()
+    write_manifest(folder, artifact.manifest, folder.name)
+
+
+def gate_of(report):
+    (found,) = [gate for gate in report.gates if gate.name == GATE]
+    return found
+
+
+def failed(report):
+    return {gate.name for gate in report.gates if gate.failed}
+
+
+@pytest.fixture(scope="module")
+def sketches(checkpoints):
+    """A function (task) -> the table of its checkpoint "kv2"."""
+    return lambda task: open_live(checkpoints("kv2", task), task=task, device="cpu").table()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("embedding", {"precision": "fp32"}),
+        ("embedding", {"precision": "int8"}),  # in a rotated basis
+        ("embedding", {"precision": "int4"}),
+        ("reranker", {"precision": "int8"}),  # the basis is not in its graph
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["precision"],
+)
+def test_a_wrong_row(folders, sketches, copied, task, options, name):
+    change, rows = CHANGES[name]
+    folder = copied(folders(task, **options).artifact)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    sound = table_gate(read_info(folder), sketches(task), tokenizer)
+    assert (sound.value, sound.detail) == (0, "")
+    damage(folder, change)
+    gate = table_gate(read_info(folder), sketches(task), tokenizer)
+    assert (gate.value, gate.failed) == (len(rows), True)
+    for row in rows:
+        assert f"{row} {tokenizer.decode([row])!r} (off by " in gate.detail
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_no_text_shows_a_wrong_row(folders, copied, tmp_path, task):
+    """Nothing else fails, with the checkpoint and with a recorded reference."""
+    made = folders(task)
+    folder, recorded = copied(made.artifact), tmp_path / "model.reference"
+    inputs: dict[str, Any] = {"texts": TEXTS} if task == "embedding" else {"pairs": PAIRS}
+    embedport.record_reference(made.checkpoint, recorded, task=task, device="cpu", **inputs)
+    damage(folder, exchange)
+    for reference, given in ((made.checkpoint, inputs), (recorded, {})):
+        report = embedport.validate(folder, reference, device="cpu", record=False, **given)
+        assert failed(report) == {GATE}
+        assert report.next_steps == (
+            "Make it again: rows of its embedding table are not those of the checkpoint.",
+        )
+
+
+def test_a_wrong_row_of_a_checkpoint(rounded, checkpoints, copied):
+    """Of another tool, whose table is read as it is loaded; in a dtype of its own."""
+    folder = copied(rounded("gptq"))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    reference = open_live(checkpoints("kv8"), task="embedding", device="cpu").table()
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    for change, value in ((lambda values: None, 0), (exchange, 2)):
+        values = tensors[name].astype(np.float16)
+        change(values)
+        save_file(tensors | {name: values}, file, metadata={"format": "pt"})
+        assert table_gate(read_info(folder), reference, tokenizer).value == value
+
+
+def test_a_second_graph_with_another_table(folders, sketches, copied):
+    """A reranker's continuation reads the same weights; one that reads others is compared too."""
+    folder = copied(folders("reranker").artifact)
+    artifact = Artifact.open(folder)
+    manifest = artifact.manifest
+    assert manifest.graph is not None
+    assert manifest.graph.continuation is not None
+    path = folder / manifest.graph.continuation.path
+    model = ir.load(path)
+    (part,) = (part for scope, part in segments(model) if scope == EMBEDDING)
+    (name,) = part.graph.initializers
+    tensor = model.graph.initializers[name].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    values = tensor.numpy().copy()
+    exchange(values)
+    model.graph.initializers[name].const_value = ir.tensor(values, name=name)
+    ir.save(model, path)
+    write_manifest(folder, manifest, folder.name)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    assert table_gate(read_info(folder), sketches("reranker"), tokenizer).value == 2
+
+
+def test_a_table_with_too_few_rows(folders, sketches, copied):
+    folder = copied(folders("embedding").artifact)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    sketch = sketches("embedding")
+    longer = TableSketch(
+        sketch.directions,
+        np.concatenate([sketch.products, sketch.products[:5]]),
+        np.concatenate([sketch.lengths, sketch.lengths[:5]]),
+    )
+    with pytest.raises(ArtifactError, match=r"has no rows for the tokens 0 to 1,\d\d\d"):
+        table_gate(read_info(folder), longer, tokenizer)
+
+
+def test_an_unknown_basis_is_not_checked(folders, sketches, copied):
+    """As of an embedport that turned tables in another way."""
+    folder = copied(folders("reranker", precision="int8").artifact)
+    artifact = Artifact.open(folder)
+    recipe = {**(artifact.manifest.recipe or {}), "seed": 7}
+    write_manifest(folder, replace(artifact.manifest, recipe=recipe), folder.name)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    gate = table_gate(read_info(folder), sketches("reranker"), tokenizer)
+    assert (gate.value, gate.passed) == (None, None)
+    assert gate.basis == "not checked: the table is in a basis that this embedport does not make"
+
+
+def hard_rows(count, width):
+    """Rows as of trained tables: outlier channels, all lengths, zeros, one value, tiny values."""
+    generator = np.random.default_rng(0)
+    rows = generator.standard_t(3, (count, width)).astype(np.float32)
+    rows *= np.exp(0.5 * generator.standard_normal((count, 1))).astype(np.float32) / 30
+    rows[:, generator.choice(width, 6, replace=False)] *= 30
+    rows[:8] *= np.array([[0], [1e-6], [1e-20], [1e-38], [0], [0], [1], [1]], np.float32)
+    rows[4, 5], rows[5], rows[6, 1:] = 1, 0.5, 0
+    return rows
+
+
+@pytest.mark.parametrize("form", ["int8/128s", "int4/128", "int4/64", "int4/64s", "fp16", "bf16"])
+def test_rounding_alone_never_fails(form):
+    """And a wrong row among them is found."""
+    import ml_dtypes
+
+    from embedport.quantize.formats import Format
+    from embedport.quantize.rtn import quantize_rtn
+
+    values = hard_rows(3000, 256)
+    sketch = sketch_rows(values.__getitem__, 3000, 256)
+    if form in ("fp16", "bf16"):
+        dtype = np.float16 if form == "fp16" else ml_dtypes.bfloat16
+        stored, limit = values.astype(dtype).astype(np.float32), table.FLOAT_LIMIT
+    else:
+        stored = quantize_rtn(values, Format.parse(form).scheme).dequantize()
+        limit = table.LIMITS[form[:4]]
+    for wrong in ([], [500, 600]):
+        stored[wrong] = stored[wrong[::-1]]
+        errors = table._errors(stored.__getitem__, sketch, sketch.directions)
+        assert np.flatnonzero(~(errors <= limit)).tolist() == wrong

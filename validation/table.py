@@ -1,0 +1,222 @@
+"""The embedding table, all of it: validated texts hold a few thousand of its 150,000 rows.
+
+Each row is multiplied by a few random directions, and its products and length are compared with the
+reference's: the difference of two rows' products is about as long as that of the rows. A recorded
+reference holds the products. For a table in a rotated basis the directions are rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..artifact.folder import Artifact
+from ..artifact.segments import EMBEDDING, ROTATION, emulate_16_bits, segments
+from ..checkpoint.lora import open_floats
+from ..checkpoint.spec import ModelSpec
+from ..checkpoint.weights import Weights
+from ..errors import ArtifactError
+from ..quantize.formats import TABLE
+from ..quantize.hadamard import Rotation
+from ..runtimes import ModelInfo
+from ..runtimes.part_session import open_session
+from .report import EXCERPT, Gate
+
+# Gives rows of a table, float32 [rows, hidden_size].
+ReadRows = Callable[[slice], np.ndarray]
+
+GATE = "embedding rows that differ"
+DIRECTIONS = 32
+# Values of a table in memory at a time.
+CHUNK = 1 << 21
+# How far a row may be from the reference's, in that one's length, by the table's format. Rounding
+# moved rows with outliers by 0.29 at most in 4 bits, 0.03 in 8 bits, 0.003 in bf16; rows that are
+# zeroed or doubled are off by 1, negated ones by 2, exchanged ones by about 1.4.
+LIMITS = {"int4": 0.5, "int8": 0.1}
+FLOAT_LIMIT = 0.01
+# Half the distance of the smallest fp16 numbers: tiny values may be rounded to zero.
+SMALLEST = 2.0**-25
+# Rows that the gate names.
+NAMED = 10
+
+
+@dataclass(frozen=True)
+class TableSketch:
+    """What is kept of a reference's embedding table to recognize its rows.
+
+    Attributes:
+        directions: float32 [hidden_size, directions].
+        products: Each row, divided by its length, times the directions: float16
+            [vocab_size, directions]; 0 for a row of zeros.
+        lengths: The rows' lengths, float32 [vocab_size].
+    """
+
+    directions: np.ndarray
+    products: np.ndarray
+    lengths: np.ndarray
+
+
+def sketch_table(spec: ModelSpec) -> TableSketch:
+    """Read a reference's embedding table, with its adapter if it has one, and sketch it."""
+    return sketch_rows(_checkpoint_rows(spec), spec.vocab_size, spec.hidden_size)
+
+
+def sketch_rows(read: ReadRows, count: int, width: int) -> TableSketch:
+    """Sketch a table of `count` rows."""
+    generator = np.random.default_rng(0)
+    directions = generator.standard_normal((width, DIRECTIONS), np.float32)
+    directions /= np.float32(DIRECTIONS**0.5)
+    products = np.empty((count, DIRECTIONS), np.float16)
+    lengths = np.empty(count, np.float32)
+    for rows in _chunks(count, width):
+        lengths[rows], units = _units(read(rows))
+        products[rows] = units @ directions
+    return TableSketch(directions, products, lengths)
+
+
+def table_gate(info: ModelInfo, sketch: TableSketch | None, tokenizer: Any) -> Gate:
+    """No token's row is farther from the reference's than its format explains.
+
+    Args:
+        info: The artifact, or the checkpoint.
+        sketch: The reference's table; None if it is not known.
+        tokenizer: The artifact's `tokenizers.Tokenizer`, for the names of rows.
+
+    Raises:
+        ArtifactError: A graph cannot look up all of its tokens.
+    """
+    if sketch is None:
+        return _unchecked("this recorded reference has no embedding table: record it again")
+    recipe = (info.artifact.manifest.recipe if info.artifact else None) or {}
+    limit = LIMITS.get(str(recipe.get("formats", {}).get(TABLE))[:4], FLOAT_LIMIT)
+    errors = np.zeros(len(sketch.lengths))
+    if info.checkpoint is not None:
+        errors = _errors(_checkpoint_rows(info.checkpoint), sketch, sketch.directions)
+    else:
+        assert info.artifact is not None
+        for read, has_rotation in _graph_tables(info.artifact):
+            is_rotated = has_rotation or bool(recipe.get("rotate"))
+            directions = _rotated(sketch, recipe) if is_rotated else sketch.directions
+            errors = np.maximum(errors, _errors(read, sketch, directions))
+            if is_rotated and np.count_nonzero(~(errors <= limit)) > len(errors) / 2:
+                return _unchecked("the table is in a basis that this embedport does not make")
+    # A comparison with NaN is false: it is no row within the limit.
+    wrong = np.flatnonzero(~(errors <= limit))
+    return Gate(GATE, len(wrong), "≤", 0, _name_rows(wrong, errors, tokenizer))
+
+
+def _unchecked(reason: str) -> Gate:
+    return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
+
+
+def _name_rows(rows: np.ndarray, errors: np.ndarray, tokenizer: Any) -> str:
+    """The first rows' token ids with their texts, and how far off each is."""
+    named = [
+        f"{row} {tokenizer.decode([row], skip_special_tokens=False)[:EXCERPT]!r} "
+        f"(off by {errors[row]:.2g} of its length)"
+        for row in rows[:NAMED].tolist()
+    ]
+    rest = len(rows) - len(named)
+    return ", ".join(named) + (f" and {rest:,} more" if rest else "")
+
+
+def _checkpoint_rows(spec: ModelSpec) -> ReadRows:
+    """Reads the rows of a checkpoint; no format of a quantized one quantizes its table."""
+    name = f"{TABLE}.weight"
+    weights = open_floats(spec, [name]) if spec.quantization is None else Weights(spec, [name])
+    return lambda rows: weights.read_fp32(name, rows)
+
+
+def _graph_tables(artifact: Artifact) -> Iterator[tuple[ReadRows, bool]]:
+    """Yield each distinct table of an artifact's graphs, and whether the graph says it is rotated.
+
+    A reranker's two graphs have their weights in one file, and usually at the same place.
+    """
+    graph = artifact.manifest.graph
+    assert graph is not None
+    paths = [artifact.graph]
+    if graph.continuation is not None:
+        paths.append(artifact.folder / graph.continuation.path)
+    seen = []
+    for path in paths:
+        model = ir.load(path)
+        is_rotated = ROTATION in model.graph.initializers
+        emulate_16_bits(model)
+        part = next((part for scope, part in segments(model) if scope == EMBEDDING), None)
+        if part is None or len(part.graph.inputs) != 1 or len(part.graph.outputs) != 1:
+            raise ArtifactError(
+                f"{path}: its nodes of {EMBEDDING} should turn token ids into rows; export it again"
+            )
+        places = _places(part)
+        if places not in seen:
+            seen.append(places)
+            yield _graph_rows(part, artifact, path), is_rotated
+
+
+def _places(part: ir.Model) -> list[tuple[Any, ...]]:
+    """Where the weights of a graph's part are in its data file."""
+    return sorted(
+        (name, str(value.location), value.offset, value.length)
+        for name, initializer in part.graph.initializers.items()
+        if isinstance(value := initializer.const_value, ir.ExternalTensor)
+    )
+
+
+def _graph_rows(part: ir.Model, artifact: Artifact, path: Any) -> ReadRows:
+    """Reads the rows that a graph looks up, as it runs."""
+    session = open_session(part, path.parent, pack=False, artifact=artifact)
+    (name,) = (value.name for value in session.get_inputs())
+
+    def read(rows: slice) -> np.ndarray:
+        ids = np.arange(rows.start, rows.stop, dtype=np.int64)
+        try:
+            (states,) = session.run(None, {name: ids[None]})
+        except Exception as error:
+            raise ArtifactError(
+                f"{path}: its embedding table has no rows for the tokens {rows.start:,} to "
+                f"{rows.stop - 1:,}: {error}"
+            ) from error
+        return states[0].astype(np.float32)
+
+    return read
+
+
+def _errors(read: ReadRows, sketch: TableSketch, directions: np.ndarray) -> np.ndarray:
+    """How far each row is from the reference's, in that one's length; NaN for a row with NaN."""
+    errors = np.empty(len(sketch.lengths))
+    hidden = len(directions)
+    for rows in _chunks(len(errors), hidden):
+        values, lengths = read(rows), sketch.lengths[rows]
+        found = np.linalg.norm(values, axis=1)
+        expected = sketch.products[rows].astype(np.float32) * lengths[:, None]
+        apart = np.linalg.norm(values @ directions - expected, axis=1)
+        # The length is exact, where the products of two far rows may be close by chance.
+        apart = np.maximum(apart, np.abs(found - lengths))
+        apart = np.maximum(apart - SMALLEST * hidden**0.5, 0 * apart)
+        errors[rows] = apart / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return errors
+
+
+def _rotated(sketch: TableSketch, recipe: Mapping[str, Any]) -> np.ndarray:
+    """The directions in the basis of a recipe's rotation: see `quantize.rotation`."""
+    seed = recipe.get("seed")
+    generator = np.random.default_rng(seed if isinstance(seed, int) and seed >= 0 else 0)
+    rotation = Rotation.random(len(sketch.directions), generator)
+    return np.ascontiguousarray(rotation.of_rows(sketch.directions.T).T)
+
+
+def _units(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the lengths of rows, the rows divided by them); a row of zeros stays one."""
+    lengths = np.linalg.norm(values, axis=1)
+    return lengths, values / np.where(lengths > 0, lengths, 1)[:, None]
+
+
+def _chunks(count: int, width: int) -> Iterator[slice]:
+    """Slices of rows of this width that are in memory together."""
+    step = max(1, CHUNK // width)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
