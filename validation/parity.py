@@ -185,13 +185,16 @@ def validate(
     gate = token_gate(inputs, rows, source.token_ids(inputs.inputs))
     if gate.passed:
         gate = _probe(runtime, source, inputs, gate)
-    declared = settings_gate(info, source.settings())
     runtime_device, tokenizer = runtime.device, runtime.tokenizer.tokenizer
-    judged = Judged((gate, declared))
+    judged = Judged((gate,))
     if gate.passed:
         measured = _measure_artifact(runtime, inputs, rows, data, tasks, progress=progress)
         del runtime  # artifact and reference may not fit into memory together
-        gates = (gate, declared, table_gate(info, source.table(), tokenizer))
+        gates = (
+            gate,
+            settings_gate(info, source.settings()),
+            table_gate(info, source.table(), tokenizer, rows),
+        )
         judged = _judge(
             gates, measured, source, inputs, info, thresholds, data, tasks, progress=progress
         )

@@ -29,8 +29,9 @@ PLAIN = (
     "I'LL don't 12345.678 x_1 camelCase",
     "日本語 한국어 العربية हिन्दी 👩\u200d👩\u200d👧",
 )
-# Added tokens in one text.
-TOKENS = 50
+# Added tokens in one text, and of the first and last of them, those that end a text: a classifier
+# skips its padding token there.
+TOKENS, ENDS = 50, 8
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _added_tokens(folders: Iterable[Path]) -> list[str]:
 
 def _inputs(
     task: Task, added: Sequence[str], max_length: int
-) -> tuple[list[Sample | Pair], Sample | Pair]:
+) -> tuple[Sequence[Sample | Pair], Sample | Pair]:
     """(inputs with odd texts and added tokens between words, one that is longer than the limit)."""
     texts = [
         *PLAIN,
@@ -133,6 +134,7 @@ def _inputs(
             "".join(f"a{name}b {name} " for name in added[start : start + TOKENS])
             for start in range(0, len(added), TOKENS)
         ),
+        *(f"end{name}" for name in dict.fromkeys([*added[:ENDS], *added[-ENDS:]])),
     ]
     # Each word is a token at least.
     long = f"first {'word ' * max_length}last"

@@ -182,6 +182,21 @@ def test_a_text_that_ends_with_padding(classifier):
     np.testing.assert_allclose(found, without, atol=1e-5)
 
 
+def test_validate_notices_a_padding_token_that_is_not_skipped(classifier, tmp_path):
+    folder = classifier(1)
+    end = open_reranker(folder).tokenizer.tokenizer.token_to_id("<|endoftext|>")
+    edit(folder / "config.json", pad_token_id=end)
+    artifact = embedport.export(folder, tmp_path / "artifact").folder
+    options: Any = {"pairs": PAIRS[:2], "device": "cpu", "record": False}
+    assert embedport.validate(artifact, folder, **options).passed
+    manifest = json.loads((artifact / "embedport.json").read_text())
+    manifest["inputs"]["skipped_token"] = None
+    write_json(artifact / "embedport.json", manifest)
+    (gate,) = embedport.validate(artifact, folder, **options).gates
+    assert gate.failed
+    assert "end<|endoftext|>" in gate.detail
+
+
 def test_classifier_with_two_labels(classifier):
     folder = classifier(2)
     expected = cross_encoder(folder).predict(PAIRS, apply_softmax=True)[:, 1]

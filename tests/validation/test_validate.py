@@ -252,6 +252,21 @@ def test_what_is_not_measured_is_said(folders, tmp_path):
     assert (found["value"], found["passed"]) == (None, None)
 
 
+def test_the_longest_input_is_said(folders, tmp_path):
+    """With the artifact's limit: a reader sees which lengths were never tried."""
+    page = tmp_path / "report.html"
+    made = folders("embedding")
+    report = validate(made, SAMPLES, page=page)
+    runtime = embedport.load(made.artifact, device="cpu")
+    longest = max(map(len, EmbeddingTask(SAMPLES).artifact_ids(runtime)))
+    words = f"{longest} tokens, of 32,768 that it takes"
+    assert report.facts()["Longest input"] == words
+    assert f"| Longest input | {words} |" in report.to_markdown()
+    assert words in page.read_text()
+    record = report.to_record()
+    assert (record["longest"], record["max_length"]) == (longest, 32768)
+
+
 def test_lengths_are_the_references():
     """Vectors of a model without Normalize keep their length; normalized ones fail."""
     generator = np.random.default_rng(0)
