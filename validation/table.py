@@ -106,7 +106,10 @@ def table_gate(
         errors = _errors(_checkpoint_rows(info.checkpoint), sketch, sketch.directions)
     else:
         assert info.artifact is not None
-        for read, has_rotation in _graph_tables(info.artifact):
+        tables = _graph_tables(info.artifact)
+        if tables is None:
+            return _unchecked(f"a graph has no part of its own named {EMBEDDING}")
+        for read, has_rotation in tables:
             is_rotated = has_rotation or recipe.get("rotate")
             directions = _rotated(sketch, recipe) if is_rotated else sketch.directions
             errors = np.maximum(errors, _errors(read, sketch, directions))
@@ -141,30 +144,32 @@ def _checkpoint_rows(spec: ModelSpec) -> ReadRows:
     return lambda rows: weights.read_fp32(name, rows)
 
 
-def _graph_tables(artifact: Artifact) -> Iterator[tuple[ReadRows, bool]]:
-    """Yield each distinct table of an artifact's graphs, and whether the graph says it is rotated.
+def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
+    """Each distinct table of an artifact's graphs, and whether the graph says it is rotated.
 
     A reranker's two graphs have their weights in one file, and usually at the same place.
+
+    Returns:
+        None if no part of a graph turns token ids into rows and does nothing else.
     """
     graph = artifact.manifest.graph
     assert graph is not None
     paths = [artifact.graph]
     if graph.continuation is not None:
         paths.append(artifact.folder / graph.continuation.path)
-    seen = []
+    seen, tables = [], []
     for path in paths:
         model = ir.load(path)
         is_rotated = ROTATION in model.graph.initializers
         emulate_16_bits(model)
         part = next((part for scope, part in segments(model) if scope == EMBEDDING), None)
         if part is None or len(part.graph.inputs) != 1 or len(part.graph.outputs) != 1:
-            raise ArtifactError(
-                f"{path}: its nodes of {EMBEDDING} should turn token ids into rows; export it again"
-            )
+            return None
         places = _places(part)
         if places not in seen:
             seen.append(places)
-            yield _graph_rows(part, artifact, path), is_rotated
+            tables.append((_graph_rows(part, artifact, path), is_rotated))
+    return tables
 
 
 def _places(part: ir.Model) -> list[tuple[Any, ...]]:
@@ -207,7 +212,9 @@ def _errors(read: ReadRows, sketch: TableSketch, directions: np.ndarray) -> np.n
         # The length is exact, where the products of two far rows may be close by chance.
         apart = np.maximum(apart, np.abs(found - lengths))
         apart = np.maximum(apart - SMALLEST * hidden**0.5, 0 * apart)
-        errors[rows] = apart / np.maximum(lengths, np.finfo(np.float32).tiny)
+        apart /= np.maximum(lengths, np.finfo(np.float32).tiny)
+        # A checkpoint's own NaN, which the artifact has too, is no difference.
+        errors[rows] = np.where(np.isnan(lengths) & np.isnan(found), 0, apart)
     return errors
 
 

@@ -257,7 +257,7 @@ def test_the_longest_input_is_said(folders, tmp_path):
     page = tmp_path / "report.html"
     made = folders("embedding")
     report = validate(made, SAMPLES, page=page)
-    runtime = embedport.load(made.artifact, device="cpu")
+    runtime = embedport.load_embedder(made.artifact, device="cpu")
     longest = max(map(len, EmbeddingTask(SAMPLES).artifact_ids(runtime)))
     words = f"{longest} tokens, of 32,768 that it takes"
     assert report.facts()["Longest input"] == words
