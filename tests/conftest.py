@@ -66,7 +66,10 @@ def probes(request):
         from embedport.validation.report import Gate
 
         same = Gate("inputs with other token ids", 0, "≤", 0)
-        with mock.patch("embedport.validation.parity.probe_tokens", return_value=same):
+        with (
+            mock.patch("embedport.validation.parity.probe_tokens", return_value=same),
+            mock.patch("embedport.validation.recorder.record_probes", return_value=None),
+        ):
             yield
 
 

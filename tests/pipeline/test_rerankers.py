@@ -21,6 +21,7 @@ from .conftest import (
     write_modules,
 )
 
+PROBES = True
 ROLES = (
     "<|im_start|>system\n{{ messages | selectattr('role', 'eq', 'system')"
     " | map(attribute='content') | first | default('Judge.', true) }}"
