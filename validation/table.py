@@ -130,7 +130,7 @@ def _name_rows(rows: np.ndarray, errors: np.ndarray, tokenizer: Any) -> str:
     """The first rows' token ids with their texts, and how far off each is."""
     named = [
         f"{row} {tokenizer.decode([row], skip_special_tokens=False)[:EXCERPT]!r} "
-        f"(off by {errors[row]:.2g} of its length)"
+        f"(off by about {errors[row]:.1g} of its length)"
         for row in rows[:NAMED].tolist()
     ]
     rest = len(rows) - len(named)

@@ -105,7 +105,7 @@ def test_a_wrong_row(folders, sketches, copied, task, options, name):
     gate = table_gate(read_info(folder), sketches(task), tokenizer, VALIDATED)
     assert (gate.value, gate.failed) == (len(rows), True)
     for row in rows:
-        assert f"{row} {tokenizer.decode([row])!r} (off by " in gate.detail
+        assert f"{row} {tokenizer.decode([row])!r} (off by about " in gate.detail
 
 
 def test_most_rows_are_wrong(folders, sketches, copied):
