@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -60,6 +60,8 @@ _NAMES: dict[Layout, _Names] = {
     "nvfp4": _Names("weight_packed", "weight_scale", divisor="weight_global_scale"),
 }
 _WEIGHT = "weight"
+# All that a quantized matrix consists of, in any layout, except for what a plain one has too.
+_PARTS = {part for names in _NAMES.values() for part in astuple(names)} - {None, _WEIGHT}
 
 
 class StoredWeights(Weights):
@@ -117,10 +119,11 @@ class StoredWeights(Weights):
     def describe(self) -> list[str]:
         """The distinct formats of the projections, in words."""
         reordered = {self.formats[matrix] for matrix in self._orders}
-        return [
+        words = (
             f"{form}, inputs in another order (act-order)" if form in reordered else str(form)
-            for form in dict.fromkeys(self.formats.values())
-        ]
+            for form in self.formats.values()
+        )
+        return list(dict.fromkeys(words))
 
     def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
         matrix = name.removesuffix(".weight")
@@ -146,6 +149,7 @@ class StoredWeights(Weights):
         """The format that a matrix's parts match; None if it is not quantized."""
         formats = [form for form in self.quantization.formats if self._has_codes(matrix, form)]
         if not formats:
+            self._refuse_parts(matrix)
             return None
         shape = self._shapes[f"{matrix}.weight"]
         codes = self._present(matrix, _NAMES[formats[0].layout].codes)
@@ -167,6 +171,19 @@ class StoredWeights(Weights):
             problems.append(problem)
         # Report the problem of the format with the most matching parts.
         raise CheckpointError(max(problems, key=lambda problem: problem[0])[1])
+
+    def _refuse_parts(self, matrix: str) -> None:
+        """Refuse parts of a quantized matrix that no declared format reads.
+
+        For example, scales beside a weight in 16 bits, by which compressed-tensors rounds it.
+        """
+        for part in sorted(_PARTS):
+            if (info := self._part(matrix, part)) is not None:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} is part of a quantized matrix, in a form "
+                    "other than those that config.json's quantization_config declares "
+                    f"({' and '.join(map(str, self.quantization.formats))}); {INSTEAD}"
+                )
 
     def _has_codes(self, matrix: str, form: MatrixFormat) -> bool:
         names = _NAMES[form.layout]
@@ -219,11 +236,12 @@ class StoredWeights(Weights):
             zeros = self._part(matrix, names.zero_points)
             if zeros is not None and zeros.dtype == "I32":
                 expected["weight_zero_point"] = ([(-(-grid[0] // per_word), grid[1])], ("I32",))
-            elif zeros is not None:
+            elif zeros is not None or form.has_zero_points:
                 expected["weight_zero_point"] = (shapes, ("I8",))
         if names.divisor is not None:
             expected[names.divisor] = ([(1,), ()], ("F32",))
-        if names.order is not None and self._part(matrix, names.order) is not None:
+        has_order = form.has_order and grid[1] > 1
+        if names.order is not None and (has_order or self._part(matrix, names.order)):
             expected[names.order] = ([(columns,)], ("I32",))
         return expected
 
@@ -317,12 +335,18 @@ class StoredWeights(Weights):
             case "awq":
                 return unpack_awq(stored).T[: grid[0]]
             case "gptq":
-                highest = np.uint8((1 << form.bits) - 1)
-                zeros = unpack(stored, form.bits) + np.uint8(form.zero_point_offset)
-                return (zeros & highest).T[: grid[0]]
+                stored = _add(stored, form.zero_point_offset, form.bits)
+                return unpack(stored, form.bits).T[: grid[0]]
         if info.dtype == "I32":
-            return unpack(stored.T, form.bits).T[: grid[0]]
-        return shift(stored.reshape(grid), form.bits)
+            zeros = unpack(stored.T, form.bits).T[: grid[0]]
+        else:
+            zeros = shift(stored.reshape(grid), form.bits)
+        if form.has_zero_points is False and (zeros != 1 << (form.bits - 1)).any():
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should be absent or all 0, since config.json's "
+                f"quantization_config says that weights are symmetric; {INSTEAD}"
+            )
+        return zeros
 
     def read_quantized(self, matrix: str) -> QuantizedTensor:
         """Read a projection's stored codes, scales and zero points.
@@ -362,6 +386,16 @@ class StoredWeights(Weights):
             values -= self._zero_points(matrix)[row_blocks].take(blocks, axis=1)
         values *= self._scales(matrix)[row_blocks].take(blocks, axis=1)
         return values
+
+
+def _add(words: np.ndarray, offset: int, bits: int) -> np.ndarray:
+    """Add a number to all codes of int32 words, as GPTQModel does: to each word as one number.
+
+    So a code that overflows carries into the next one. GPTQModel subtracts in the same way when it
+    writes, and a zero point of 0 borrows one from the next.
+    """
+    ones = np.uint32(0xFFFFFFFF // ((1 << bits) - 1))
+    return np.ascontiguousarray(words).view(np.uint32) + ones * np.uint32(offset)
 
 
 def _blocks(count: int, size: int | None) -> np.ndarray:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import threading
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
@@ -36,6 +37,11 @@ from ..requirements import meets
 # The first transformers that reads is_causal.
 BIDIRECTIONAL = "transformers>=5.2"
 CONFIG = "config.json"
+# What libraries raise for tensors and settings that do not fit.
+LIBRARY_ERRORS = (
+    *(RuntimeError, ValueError, LookupError),
+    *(TypeError, AttributeError, AssertionError),
+)
 # Reads a tensor by its name: a torch tensor on the CPU, in the stored dtype.
 Read = Callable[[str], Any]
 # torch's choice of attention kernels is global to the process. Hold this lock to change it, or to
@@ -134,7 +140,8 @@ def _has_scaled_matrices(spec: ModelSpec, precision: str, dtype: str) -> bool:
     tokens = group["input_activations"]
     form = (tokens.get("strategy"), tokens.get("dynamic"), tokens.get("symmetric", True))
     headers = read_headers(spec.source.folder)
-    return form == ("token", True, True) and all(
+    is_symmetric = bool(group["weights"].get("symmetric", True))
+    return (*form, is_symmetric) == ("token", True, True, True) and all(
         dtype_and_shape(headers, name) == (dtype, shape)
         and not any(size % 16 for size in shape)
         and dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
@@ -218,6 +225,8 @@ def _load_by_library(
     folder = spec.source.folder
     headers = read_headers(folder)  # refuses an index that leads outside the folder
     _check_tensors(spec, headers)
+    if quantization.method == "bitsandbytes":
+        _check_bitsandbytes(spec, quantization.precision, headers)
     config = _make_config(spec)
     config.quantization_config = dict(quantization.values)
     # The list of unquantized modules has full names, with "model." or without: module names must
@@ -243,6 +252,7 @@ def _load_by_library(
                 f"{folder}: tensor {sorted(map(str, loading_info[problem]))[0]} is missing or has "
                 f"another shape than {quantization.method} expects; {again}"
             )
+    _check_modules(spec, quantization, headers, model)
     model.requires_grad_(False).eval()
     # compressed-tensors unpacks its matrices at the first call, and bitsandbytes packs them again,
     # which on CPUs with bf16 takes whole blocks of 64 inputs only: make that call here.
@@ -266,8 +276,9 @@ def _refusing(problem: str, advice: str) -> Generator[None]:
         yield
     except require("torch", "torch").OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{problem}: {error}; {advice}") from error
+    except LIBRARY_ERRORS as error:
+        said = str(error) or type(error).__name__
+        raise CheckpointError(f"{problem}: {said}; {advice}") from error
 
 
 def require_library(quantization: LibraryQuantization) -> None:
@@ -296,6 +307,63 @@ def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} should have shape {list(shape)} by config.json, "
                 f"found {list(info.shape)}"
+            )
+
+
+def _check_bitsandbytes(spec: ModelSpec, precision: str, headers: Mapping[str, TensorInfo]) -> None:
+    """Check the parts of each quantized matrix; bitsandbytes asserts them at best."""
+    for name, shape in spec.tensor_shapes().items():
+        info = find_tensor(headers, name)
+        if info is None or info.dtype in DTYPES:
+            continue
+        matrix = name.removesuffix(".weight")
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {name: ("I8", shape)}
+        if precision == "bnb-int8":
+            expected[f"{matrix}.SCB"] = ("F32", shape[:1])
+        else:
+            expected[name] = ("U8", (math.prod(shape) // 2, 1))
+        for part, (dtype, size) in expected.items():
+            if (found := dtype_and_shape(headers, part)) != (dtype, size):
+                raise CheckpointError(
+                    f"{info.file}: tensor {part} of a matrix in {precision} should be {dtype} of "
+                    f"{list(size)}, found {_shown(found)}; quantize the original again"
+                )
+        layout = find_tensor(headers, f"{matrix}.weight_format")
+        if layout is not None and (code := int(read_stored(headers, layout.name))):
+            raise CheckpointError(
+                f"{layout.file}: tensor {layout.name} should be 0 (rows), found {code}: the "
+                "codes lie in another order, which bitsandbytes no longer reads; quantize the "
+                "original again"
+            )
+
+
+def _shown(found: tuple[str | None, tuple[int, ...] | None]) -> str:
+    dtype, shape = found
+    return "none" if shape is None else f"{dtype} of {list(shape)}"
+
+
+def _check_modules(
+    spec: ModelSpec,
+    quantization: LibraryQuantization,
+    headers: Mapping[str, TensorInfo],
+    model: Any,
+) -> None:
+    """Check that the library takes those matrices for quantized that are.
+
+    It goes by lists of names in config.json, and would quantize others itself.
+    """
+    linear = require("torch", "torch").nn.Linear
+    lists = {"bitsandbytes": "llm_int8_skip_modules", "compressed-tensors": "targets and ignore"}
+    for path, module in model.named_modules():
+        if not isinstance(module, linear):
+            continue
+        info = find_tensor(headers, f"{path.removeprefix('model.')}.weight")
+        taken = type(module) is not linear or hasattr(module, "quantization_scheme")
+        if info is not None and taken == (info.dtype in DTYPES):
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} is {info.dtype}, but by {CONFIG}'s "
+                f"quantization_config ({lists[quantization.method]}) it is "
+                f"{'quantized' if taken else 'not quantized'}: correct these names"
             )
 
 

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CheckpointError
+from ..strict_json import read_json
 
 Layout = Literal["gptq", "awq", "packed", "plain", "fp8", "nvfp4"]
 Kind = Literal["int", "float"]
 ZERO_POINT_OFFSETS = {"gptq": 1, "gptq_v2": 0}
+GPTQ_CONFIG = "quantize_config.json"
 # AutoRound's packing_format: auto_round.inference.backend and convert_model.
 AUTO_ROUND: dict[str, tuple[Layout, int]] = {
     "auto_round": ("gptq", 0),
@@ -50,6 +52,7 @@ BITSANDBYTES = (
     "bnb_4bit_compute_dtype",
     "bnb_4bit_quant_storage",
 )
+COMPUTED = ("float16", "bfloat16", "float32")
 # compressed-tensors with 8-bit weights and activations: (type, bits) to the precision's name.
 SCHEMES = {("int", 8): "w8a8", ("float", 8): "fp8"}
 # compressed-tensors' formats: the layout of the weights, and their possible (type, bits).
@@ -60,11 +63,15 @@ FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
     "naive-quantized": ("plain", (("int", 4), ("int", 8), ("float", 8))),
     "nvfp4-pack-quantized": ("nvfp4", (("float", 4),)),
 }
+# The values of its actorder for which the groups of inputs are stored.
+REORDERED = ("group", "dynamic", True)
 LIBRARY_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 UNREAD = ("sparsity_config", "transform_config", "kv_cache_scheme", "moe_sparsity_config")
 # Group sizes (inputs that share a scale) of the graph's own formats, the largest first.
 GRAPH_GROUPS = (128, 64, 32)
 LARGEST_BLOCK = 1 << 20
+# The names of a matrix's codes, or of its values, in all layouts.
+CODES = ("weight", "qweight", "weight_packed")
 INSTEAD = "give the original in bf16, fp16 or fp32"
 
 
@@ -78,6 +85,8 @@ class MatrixFormat:
         bits: Bits per code, 4 or 8.
         block: (outputs, inputs) that share a scale; None for all of them.
         zero_point_offset: Added to each stored zero point.
+        has_zero_points: Whether zero points are stored; None if the tensors show it.
+        has_order: Whether each input's group must be stored (act-order).
     """
 
     layout: Layout
@@ -85,6 +94,8 @@ class MatrixFormat:
     bits: int
     block: tuple[int | None, int | None]
     zero_point_offset: int = 0
+    has_zero_points: bool | None = None
+    has_order: bool = False
 
     @property
     def graph_group(self) -> int | None:
@@ -193,12 +204,35 @@ def read_quantization(
             f"{path}: a checkpoint quantized by {method!r} (quantization_config) is not read, only "
             f"by {', '.join(map(repr, readers))}; {INSTEAD}"
         )
-    return readers[method](values, f"{path}: quantization_config")
+    where = f"{path}: quantization_config"
+    if method == "gptq":
+        _compare_formats(values, where, path.with_name(GPTQ_CONFIG))
+    return readers[method](values, where)
+
+
+def _compare_formats(values: Mapping[str, Any], where: str, other: Path) -> None:
+    """Refuse a second configuration with another format; the tensors would not show which is right.
+
+    GPTQModel reads it in place of config.json's, transformers does not.
+    """
+    if not other.exists():
+        return
+    ours = _gptq_format(values, where)
+    theirs = _gptq_format(read_json(other), str(other))
+    if ours != theirs:
+        raise CheckpointError(
+            f"{other}: checkpoint_format (or format) is {theirs!r}, in {where} {ours!r}; each has "
+            "readers, and zero points are other numbers in each: correct the wrong file"
+        )
+
+
+def _gptq_format(values: Mapping[str, Any], where: str) -> str:
+    return _one_of(values, where, ("checkpoint_format", "format"), tuple(ZERO_POINT_OFFSETS))
 
 
 def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
-    _refuse(values, where, pack_dtype=("int32",), rotation=(), is_marlin_format=())
-    form = _one_of(values, where, ("checkpoint_format", "format"), tuple(ZERO_POINT_OFFSETS))
+    _refuse(values, where, pack_dtype=("int32",), rotation=(), is_marlin_format=(), adapter=())
+    form = _gptq_format(values, where)
     base = _grouped("gptq", values, where, (4, 8), ZERO_POINT_OFFSETS[form])
     # GPTQModel: name pattern to overrides; a pattern that begins with "-:" is left unquantized.
     place = f"{where}: dynamic"
@@ -206,8 +240,8 @@ def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     overrides = [_object(o, place) for name, o in dynamic.items() if not name.startswith("-")]
     for override in overrides:
         _refuse(override, place, format=(form,), method=("gptq",), activation=())
-    reorders = any({**values, **override}.get("desc_act") for override in ({}, *overrides))
     formats = _with_overrides(base, values, overrides, place)
+    reorders = any({**values, **override}.get("desc_act") for override in ({}, *overrides))
     return StoredQuantization("gptq", formats, reorders, bool(values.get("activation")))
 
 
@@ -235,6 +269,7 @@ def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantizatio
         override = _object(override, place)
         if override.get("bits") not in (16, 32):  # else the matrix is not quantized
             _refuse(override, place, data_type=("int",), super_bits=(), act_bits=(16, 32))
+            _refuse(override, place, rotation_config=())
             overrides.append(override)
     formats = _with_overrides(base, values, overrides, f"{where}: extra_config")
     return StoredQuantization("auto-round", formats)
@@ -252,7 +287,9 @@ def _grouped(
         raise CheckpointError(
             f"{where}: group_size should be -1 or a number of inputs, found {size!r}"
         )
-    return MatrixFormat(layout, "int", bits, (1, None if size == -1 else size), offset)
+    block = (1, None if size == -1 else size)
+    has_order = bool(values.get("desc_act")) and not values.get("static_groups")
+    return MatrixFormat(layout, "int", bits, block, offset, has_order=has_order)
 
 
 def _with_overrides(
@@ -285,16 +322,29 @@ def _read_fine_grained(values: Mapping[str, Any], where: str) -> StoredQuantizat
 
 
 def _read_bitsandbytes(values: Mapping[str, Any], where: str) -> LibraryQuantization:
-    if values.get("load_in_8bit") is True:
+    threshold, skipped = values.get("llm_int8_threshold"), values.get("llm_int8_skip_modules")
+    if threshold is not None and not _is_number(threshold):
+        raise CheckpointError(
+            f"{where}: llm_int8_threshold should be a number, found {threshold!r}"
+        )
+    if skipped is not None and not _is_names(skipped):
+        raise CheckpointError(
+            f"{where}: llm_int8_skip_modules should be a list of names, found {skipped!r}"
+        )
+    _refuse(values, where, bnb_4bit_compute_dtype=COMPUTED, bnb_4bit_quant_storage=("uint8",))
+    loads = values.get("load_in_8bit"), values.get("load_in_4bit")
+    if loads[0] is True and not loads[1]:
         precision = "bnb-int8"
-    elif values.get("load_in_4bit") is True and values.get("bnb_4bit_quant_type") == "nf4":
+    elif loads[1] is True and not loads[0] and values.get("bnb_4bit_quant_type") == "nf4":
         precision = "bnb-nf4"
     else:
         raise CheckpointError(
             f"{where}: bitsandbytes should be load_in_8bit, or load_in_4bit "
-            f"with bnb_4bit_quant_type 'nf4', found {values!r}"
+            f"with bnb_4bit_quant_type 'nf4', found {values!r}; {INSTEAD}"
         )
-    known = {key: values[key] for key in BITSANDBYTES if key in values}
+    known = {key: values[key] for key in BITSANDBYTES if values.get(key) is not None}
+    if threshold is not None:
+        known["llm_int8_threshold"] = float(threshold)  # transformers takes no int
     return LibraryQuantization("bitsandbytes", precision, known)
 
 
@@ -306,7 +356,7 @@ def _read_compressed_tensors(
     A matrix's tensors show its group, so the patterns in targets and ignore are not evaluated.
     """
     for key in UNREAD:
-        if values.get(key):
+        if values.get(key) and not (key == "sparsity_config" and _is_dense(values[key])):
             raise CheckpointError(f"{where}: {key} is not read, found {values[key]!r}; {INSTEAD}")
     groups = values.get("config_groups")
     if not isinstance(groups, dict) or not groups:
@@ -327,12 +377,17 @@ def _read_compressed_tensors(
         if whole not in (None, form, "mixed-precision"):
             raise CheckpointError(f"{where}: format is {whole!r}, in the group {form!r}")
         formats[_read_weights(group["weights"], form, place)] = None
-        reorders |= group["weights"].get("actorder") in ("group", "dynamic", True)
+        reorders |= group["weights"].get("actorder") in REORDERED
         rounds |= bool(group.get("input_activations"))
     stored = StoredQuantization("compressed-tensors", tuple(formats), reorders, rounds)
     if rounds and len(groups) == 1:
         return _run_by_library(values, group, stored, where) or stored
     return stored
+
+
+def _is_dense(sparsity: Any) -> bool:
+    """Whether a sparsity_config says that no tensor is stored in a sparse form."""
+    return isinstance(sparsity, dict) and sparsity.get("format") == "dense"
 
 
 def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFormat:
@@ -348,6 +403,11 @@ def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFo
         raise CheckpointError(
             f"{where}: weights in {form} should be {choices}, found {kind!r} of {bits!r}; {INSTEAD}"
         )
+    if kind == "float" and not weights.get("symmetric", True):
+        raise CheckpointError(
+            f"{where}: weights of type float should be symmetric, found symmetric "
+            f"{weights['symmetric']!r}; {INSTEAD}"
+        )
     if weights.get("dynamic"):
         raise CheckpointError(
             f"{where}: weights should not be dynamic, found {weights['dynamic']!r}"
@@ -355,7 +415,9 @@ def _read_weights(weights: Mapping[str, Any], form: Any, where: str) -> MatrixFo
     actorder = weights.get("actorder")
     if actorder not in (None, False, True, "weight", "static", "group", "dynamic"):
         raise CheckpointError(f"{where}: actorder should be weight or group, found {actorder!r}")
-    return MatrixFormat(layout, kind, bits, _read_block(weights, where))
+    has_zero_points = not weights.get("symmetric", True) if kind == "int" else None
+    block, has_order = _read_block(weights, where), actorder in REORDERED
+    return MatrixFormat(layout, kind, bits, block, 0, has_zero_points, has_order)
 
 
 def _read_block(weights: Mapping[str, Any], where: str) -> tuple[int | None, int | None]:
@@ -397,7 +459,7 @@ def _run_by_library(
         return None
     ignored, targets = values.get("ignore") or [], group.get("targets")
     for names in (ignored, targets):
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not _is_names(names):
             raise CheckpointError(
                 f"{where}: ignore and targets should be lists of names, found {names!r}"
             )
@@ -432,6 +494,14 @@ def _one_of(
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _is_size(value: Any) -> bool:

@@ -30,7 +30,12 @@ from .modules import (
     refuse_transformer_elsewhere,
 )
 from .pipeline import TASKS, Inputs, Outputs, Task
-from .quantization_config import LibraryQuantization, StoredQuantization, read_quantization
+from .quantization_config import (
+    CODES,
+    LibraryQuantization,
+    StoredQuantization,
+    read_quantization,
+)
 from .rope import Rope, read_rope
 from .settings import Settings
 from .tensor_files import tensor_names
@@ -261,14 +266,15 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
 
 
 def with_own_head(spec: ModelSpec) -> ModelSpec:
-    """Untie the spec's head if the weights on disk contain an lm_head.
+    """Untie the spec's head if the weights on disk contain an lm_head, quantized or not.
 
     transformers ties the head to the embedding table only if the checkpoint stores no lm_head.
     """
     if not spec.tied or spec.task != "reranker" or spec.score_rows is not None:
         return spec
     replaced = spec.adapter is not None and spec.adapter.has_lm_head
-    has_head = replaced or "lm_head.weight" in tensor_names(spec.source.folder)
+    heads = {f"lm_head.{codes}" for codes in CODES}
+    has_head = replaced or not heads.isdisjoint(tensor_names(spec.source.folder))
     return replace(spec, tied=not has_head)
 
 

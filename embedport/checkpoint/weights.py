@@ -46,6 +46,7 @@ class Weights:
                 raise CheckpointError(
                     f"{spec.source.folder}: tensor {name} (or model.{name}) of shape {list(shape)} "
                     f"is missing from {', '.join(sorted({t.file.name for t in tensors.values()}))}"
+                    f"{_hint(name, tensors)}"
                 )
             self._check_tensor(info, shape)
             self.tensors[name] = info
@@ -110,3 +111,16 @@ class Weights:
             )
         row = self.read_fp32(spec.head, slice(yes, yes + 1))[0]
         return row if no is None else row - self.read_fp32(spec.head, slice(no, no + 1))[0]
+
+
+def _hint(name: str, headers: dict[str, TensorInfo]) -> str:
+    """Why a matrix may be missing, for a message; "" if nothing tells."""
+    matrix = name.removesuffix("weight")
+    parts = sorted(other for other in headers if other.removeprefix("model.").startswith(matrix))
+    if not parts:
+        return ""
+    return (
+        f", which has {', '.join(parts)}: it is quantized in a form that config.json does not "
+        "declare in quantization_config; give a checkpoint that does, or the original in bf16, "
+        "fp16 or fp32"
+    )

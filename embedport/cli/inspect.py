@@ -263,7 +263,7 @@ def _quantized(quantization: StoredQuantization | LibraryQuantization) -> str:
         if quantization.weights is None:
             return lines[0]
         quantization = quantization.weights
-    lines += map(str, quantization.formats)
+    lines += dict.fromkeys(map(str, quantization.formats))
     lines += ["inputs in any order (act-order)"] * quantization.reorders
     if quantization.rounds_activations:
         lines.append(
