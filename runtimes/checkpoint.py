@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import threading
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
@@ -28,11 +27,12 @@ from safetensors import safe_open
 from ..bitsandbytes_ import importing_bitsandbytes
 from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.tensor_files import TensorInfo, read_headers
+from ..checkpoint.tensor_files import TensorInfo, dtype_and_shape, find_tensor, read_headers
 from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError, MissingPackageError, require
 from ..quantize.stored import open_weights, warn_of_activations
 from ..requirements import meets
+from .bitsandbytes_parts import check_parts
 
 # The first transformers that reads is_causal.
 BIDIRECTIONAL = "transformers>=5.2"
@@ -151,19 +151,6 @@ def _has_scaled_matrices(spec: ModelSpec, precision: str, dtype: str) -> bool:
     )
 
 
-def find_tensor(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
-    """A stored tensor, with "model." before its name or without."""
-    return headers.get(name) or headers.get(f"model.{name}")
-
-
-def dtype_and_shape(
-    headers: Mapping[str, TensorInfo], name: str
-) -> tuple[str | None, tuple[int, ...] | None]:
-    """A stored tensor's dtype and shape; (None, None) if it is missing."""
-    info = find_tensor(headers, name)
-    return (None, None) if info is None else (info.dtype, info.shape)
-
-
 def read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
     """Read a tensor in its stored dtype, with torch: numpy has no fp8."""
     info = find_tensor(headers, name)
@@ -226,7 +213,7 @@ def _load_by_library(
     headers = read_headers(folder)  # refuses an index that leads outside the folder
     _check_tensors(spec, headers)
     if quantization.method == "bitsandbytes":
-        _check_bitsandbytes(spec, quantization.precision, headers)
+        check_parts(spec, quantization.precision, headers)
     config = _make_config(spec)
     config.quantization_config = dict(quantization.values)
     # The list of unquantized modules has full names, with "model." or without: module names must
@@ -295,7 +282,10 @@ def require_library(quantization: LibraryQuantization) -> None:
 
 
 def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
-    """Check that every tensor is there, and the shapes of unquantized ones."""
+    """Check that every tensor is there, and the shapes of unquantized ones.
+
+    Only projections are quantized: libraries would take the codes of others for values.
+    """
     for name, shape in spec.tensor_shapes().items():
         info = find_tensor(headers, name)
         if info is None:
@@ -308,38 +298,10 @@ def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
                 f"{info.file}: tensor {info.name} should have shape {list(shape)} by config.json, "
                 f"found {list(info.shape)}"
             )
-
-
-def _check_bitsandbytes(spec: ModelSpec, precision: str, headers: Mapping[str, TensorInfo]) -> None:
-    """Check the parts of each quantized matrix; bitsandbytes asserts them at best."""
-    for name, shape in spec.tensor_shapes().items():
-        info = find_tensor(headers, name)
-        if info is None or info.dtype in DTYPES:
-            continue
-        matrix = name.removesuffix(".weight")
-        expected: dict[str, tuple[str, tuple[int, ...]]] = {name: ("I8", shape)}
-        if precision == "bnb-int8":
-            expected[f"{matrix}.SCB"] = ("F32", shape[:1])
-        else:
-            expected[name] = ("U8", (math.prod(shape) // 2, 1))
-        for part, (dtype, size) in expected.items():
-            if (found := dtype_and_shape(headers, part)) != (dtype, size):
-                raise CheckpointError(
-                    f"{info.file}: tensor {part} of a matrix in {precision} should be {dtype} of "
-                    f"{list(size)}, found {_shown(found)}; quantize the original again"
-                )
-        layout = find_tensor(headers, f"{matrix}.weight_format")
-        if layout is not None and (code := int(read_stored(headers, layout.name))):
+        if info.dtype not in DTYPES and "_proj." not in name:
             raise CheckpointError(
-                f"{layout.file}: tensor {layout.name} should be 0 (rows), found {code}: the "
-                "codes lie in another order, which bitsandbytes no longer reads; quantize the "
-                "original again"
+                f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found {info.dtype}"
             )
-
-
-def _shown(found: tuple[str | None, tuple[int, ...] | None]) -> str:
-    dtype, shape = found
-    return "none" if shape is None else f"{dtype} of {list(shape)}"
 
 
 def _check_modules(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,19 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(f"{folder / file} lacks tensor {name}; {INDEX} says it is there")
     return tensors
+
+
+def find_tensor(headers: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    """A stored tensor, with "model." before its name or without."""
+    return headers.get(name) or headers.get(f"model.{name}")
+
+
+def dtype_and_shape(
+    headers: Mapping[str, TensorInfo], name: str
+) -> tuple[str | None, tuple[int, ...] | None]:
+    """A stored tensor's dtype and shape; (None, None) if it is missing."""
+    info = find_tensor(headers, name)
+    return (None, None) if info is None else (info.dtype, info.shape)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...checkpoint.quantization_config import GRAPH_GROUPS, LibraryQuantization
 from ...checkpoint.spec import ModelSpec
-from ...checkpoint.tensor_files import TensorInfo, read_headers
-from ...strict_json import parse_json
-from ..checkpoint import dtype_and_shape, find_tensor, read_stored
-
-STATE = "quant_state.bitsandbytes__nf4"
+from ...checkpoint.tensor_files import TensorInfo, find_tensor, read_headers
+from ..bitsandbytes_parts import find_problem, read_state
+from ..checkpoint import read_stored
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def read_nf4(headers: Mapping[str, TensorInfo], matrix: str, shape: tuple[int, .
     name = f"{matrix}.weight"
     if _is_plain(headers, name):
         return None
-    state = _state(headers, name)
+    state = read_state(headers, name)
     outputs, width = shape
     stored = read_stored(headers, name).view(outputs, width // 2)
     group = int(state["blocksize"])
@@ -73,15 +70,6 @@ def read_nf4(headers: Mapping[str, TensorInfo], matrix: str, shape: tuple[int, .
     return Nf4(codes, scales, read_stored(headers, f"{name}.quant_map").float(), group)
 
 
-def _state(headers: Mapping[str, TensorInfo], name: str) -> Mapping[str, Any]:
-    text = bytes(read_stored(headers, f"{name}.{STATE}").numpy()).decode("utf-8", "replace")
-    try:
-        state = parse_json(text)
-    except ValueError:
-        state = None
-    return state if isinstance(state, dict) else {}
-
-
 def _is_plain(headers: Mapping[str, TensorInfo], name: str) -> bool:
     info = find_tensor(headers, name)
     return info is not None and info.dtype in ("BF16", "F16", "F32")
@@ -89,22 +77,7 @@ def _is_plain(headers: Mapping[str, TensorInfo], name: str) -> bool:
 
 def _fits(headers: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> bool:
     """Whether a matrix's parts are those that `read_nf4` reads."""
-    if find_tensor(headers, f"{name}.{STATE}") is None:
+    state = read_state(headers, name)
+    if state.get("blocksize") not in GRAPH_GROUPS or shape[1] % state["blocksize"]:
         return False
-    state, count = _state(headers, name), shape[0] * shape[1]
-    group, nested = state.get("blocksize"), state.get("nested_blocksize")
-    if group not in GRAPH_GROUPS or shape[1] % group:
-        return False
-    expected = {
-        "": ("U8", (count // 2, 1)),
-        ".absmax": ("F32" if nested is None else "U8", (count // group,)),
-        ".quant_map": ("F32", (16,)),
-    }
-    if nested is not None:
-        if not isinstance(nested, int) or nested < 1:
-            return False
-        if not isinstance(state.get("nested_offset"), float):
-            return False
-        expected[".nested_absmax"] = ("F32", (-(-count // group // nested),))
-        expected[".nested_quant_map"] = ("F32", (256,))
-    return all(dtype_and_shape(headers, f"{name}{part}") == form for part, form in expected.items())
+    return find_problem(headers, name, shape, state) is None
