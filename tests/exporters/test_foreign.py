@@ -127,6 +127,28 @@ def test_recorded_runs(with_matrix, tmp_path, library, case):
     assert_alike(exported, vectors(embedport.export(reference, tmp_path / "plain").folder))
 
 
+@pytest.mark.parametrize(("case", "bits"), [("act-order-v2", 4), ("act-order-8", 8)])
+def test_zero_points_of_zero(with_matrix, case, bits):
+    """GPTQModel writes "gptq" by a subtraction of whole words: 0 borrows from its neighbour.
+
+    gptqmodel.utils.model.convert_gptq_v2_to_v1_format_module and its inverse.
+    """
+    config, parts, _ = recorded("gptqmodel", case)
+    ones = np.uint32(0x11111111 if bits == 4 else 0x01010101)
+    words = parts["qzeros"].view(np.uint32)
+    if config["checkpoint_format"] == "gptq":
+        words = words + ones
+    words = words & ~np.uint32(0xF0000F if bits == 4 else 0xFF)  # two of eight, or one of four
+
+    def values(form, stored):
+        changed = parts | {"qzeros": stored.view(np.int32)}
+        both = {"checkpoint_format": form, "format": form}
+        spec = ModelSpec.from_checkpoint(with_matrix(changed, config | both))
+        return StoredWeights(spec).read_fp32(f"{MATRIX}.weight")
+
+    np.testing.assert_array_equal(values("gptq", words - ones), values("gptq_v2", words))
+
+
 def test_act_order_is_quantized_again(with_matrix, tmp_path, caplog):
     """`precision` int4 of codes that a graph cannot take: rounded anew, which is said."""
     config, parts, expected = recorded("gptqmodel", "act-order")
@@ -387,6 +409,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 FP8 = {"quant_method": "fp8"}
+BNB = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
 
 def tensors_of(**weights):
@@ -409,6 +432,7 @@ def tensors_of(**weights):
             "checkpoint_format and format should be 'gptq' or 'gptq_v2', found 'gptq' and",
         ),
         (GPTQ | {"rotation": "hadamard"}, "rotation should be absent, found 'hadamard'"),
+        (GPTQ | {"adapter": {"rank": 8}}, "adapter should be absent, found {'rank': 8}"),
         (GPTQ | {"dynamic": {"q_proj": {"bits": 2}}}, "dynamic: bits should be 4 or 8, found 2"),
         (GPTQ | {"dynamic": ["q_proj"]}, "dynamic should be an object"),
         (AUTO_ROUND | {"bits": 2}, "bits should be 4 or 8, found 2"),
@@ -419,6 +443,20 @@ def tensors_of(**weights):
         (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type should be 'int', found 'mx_fp'"),
         (AUTO_ROUND | {"extra_config": {"x": {"bits": 3}}}, "bits should be 4 or 8, found 3"),
         (AUTO_ROUND | {"extra_config": {"x": {"data_type": "fp"}}}, "extra_config of x: data_type"),
+        (
+            AUTO_ROUND | {"extra_config": {"x": {"rotation_config": {"type": "hadamard"}}}},
+            "extra_config of x: rotation_config should be absent",
+        ),
+        (
+            tensors_of(type="float", num_bits=8, symmetric=False) | {"format": "float-quantized"},
+            "weights of type float should be symmetric, found symmetric False; give",
+        ),
+        (tensors_of() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is"),
+        (BNB | {"load_in_4bit": True}, "should be load_in_8bit, or load_in_4bit"),
+        (BNB | {"llm_int8_threshold": "6"}, "llm_int8_threshold should be a number, found '6'"),
+        (BNB | {"llm_int8_skip_modules": "score"}, "llm_int8_skip_modules should be a list"),
+        (BNB | {"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype should be 'float16' or"),
+        (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage should be 'uint8'"),
         (tensors_of(num_bits=3), r"should be int of 4 bits or int of 8 bits, found 'int' of 3"),
         (tensors_of(strategy="token"), "weights should have strategy tensor, channel"),
         (tensors_of(group_size=None), "weights should have strategy tensor, channel"),
@@ -457,6 +495,83 @@ def test_damaged(with_matrix, library, case, part, message):
         parts[part] = np.ascontiguousarray(parts[part][:, 1:])
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{message}"):
         StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+
+
+@pytest.mark.parametrize(
+    ("library", "case", "missing"),
+    [
+        ("gptqmodel", "act-order", "g_idx"),
+        ("compressed-tensors-0.12", "group", "weight_g_idx"),
+        ("compressed-tensors-0.12", "group-asymmetric", "weight_zero_point"),
+    ],
+)
+def test_incomplete(with_matrix, library, case, missing):
+    """A part that the configuration promises, and without which other numbers would come."""
+    config, parts, _ = recorded(library, case)
+    del parts[missing]
+    message = rf"down_proj\.{missing} is missing beside {MATRIX}"
+    with pytest.raises(CheckpointError, match=message):
+        StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+
+
+def test_contradictions(with_matrix):
+    """Tensors that say other than config.json: none is left out without a word."""
+    config, parts, _ = recorded("compressed-tensors-0.12", "group-asymmetric")
+    weights = config["config_groups"]["group_0"]["weights"]
+    symmetric = tensors_of(**weights | {"symmetric": True})
+    with pytest.raises(CheckpointError, match=r"weight_zero_point should be absent or all 0, sin"):
+        StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, symmetric))).read_fp32(
+            f"{MATRIX}.weight"
+        )
+    # Not compressed: its library rounds the weight by these scales when it computes.
+    frozen = {"weight": np.ones((32, 128), np.float32), "weight_scale": parts["weight_scale"]}
+    message = r"down_proj\.weight_scale is part of a quantized matrix, in a form other than .*int4"
+    with pytest.raises(CheckpointError, match=message):
+        StoredWeights(ModelSpec.from_checkpoint(with_matrix(frozen, tensors_of())))
+
+
+def test_no_quantization_config(with_matrix):
+    """Only quantize_config.json, say: AutoGPTQ's own file."""
+    _, parts, _ = recorded("gptqmodel", "ordered")
+    message = (
+        r"missing from model\.safetensors, which has .*down_proj\.qweight.*quantization_config"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        vectors(with_matrix(parts))
+
+
+def test_two_configurations(with_matrix):
+    """GPTQModel reads quantize_config.json, transformers config.json."""
+    config, parts, _ = recorded("gptqmodel", "ordered")
+    folder = with_matrix(parts, config)
+    other = folder / "quantize_config.json"
+    other.write_text(json.dumps({"bits": 4, "group_size": 32}))  # AutoGPTQ's: "gptq", too
+    ModelSpec.from_checkpoint(folder)
+    other.write_text(json.dumps(config | {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}))
+    with pytest.raises(
+        CheckpointError, match=r"quantize_config\.json: .* is 'gptq_v2', in .*'gptq'"
+    ):
+        ModelSpec.from_checkpoint(folder)
+
+
+def test_a_quantized_head(tmp_path, small_tokenizer):
+    """It is not passed over for the embedding table, to which config.json ties it."""
+    folder = write_checkpoint(tmp_path / "reranker", GEOMETRY, "reranker", small_tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    _, parts, _ = recorded("gptqmodel", "ordered")
+    tensors |= {f"lm_head.{part}": value for part, value in parts.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    set_config(folder, GPTQ | {"lm_head": True})
+    with pytest.raises(CheckpointError, match="lm_head is quantized, and only projections"):
+        embedport.load(folder, device="cpu")
+
+
+def test_dense_sparsity(plain, tmp_path):
+    """Older versions of llm-compressor note that nothing is sparse."""
+    folder = shutil.copytree(plain, tmp_path / "plain")
+    dense = {"format": "dense", "sparsity_structure": "unstructured", "global_sparsity": 0.1}
+    set_config(folder, tensors_of() | {"sparsity_config": dense})
+    ModelSpec.from_checkpoint(folder)
 
 
 def test_damaged_floats(compressed, tmp_path):

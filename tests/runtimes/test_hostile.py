@@ -162,6 +162,16 @@ def test_names_that_compressed_tensors_takes_for_files(quantized, copied, tmp_pa
     assert not trap.exists()
 
 
+def test_zero_points_that_are_not_there(quantized, copied):
+    """They are not taken for 0."""
+    folder = copied(quantized("w8a8"))
+    (folder / "embedport.json").unlink()
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"symmetric": true', '"symmetric": false'))
+    with pytest.raises(CheckpointError, match=r"weight_zero_point is missing"):
+        embedport.load(folder, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
