@@ -63,6 +63,12 @@ FORMATS: dict[str, tuple[Layout, tuple[tuple[str, int], ...]]] = {
     "naive-quantized": ("plain", (("int", 4), ("int", 8), ("float", 8))),
     "nvfp4-pack-quantized": ("nvfp4", (("float", 4),)),
 }
+# What a group and its weights may say: the library refuses others, too (QuantizationScheme, -Args).
+GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
+WEIGHT_KEYS = (
+    *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic"),
+    *("actorder", "scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
+)
 # The values of its actorder for which the groups of inputs are stored.
 REORDERED = ("group", "dynamic", True)
 LIBRARY_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
@@ -368,6 +374,8 @@ def _read_compressed_tensors(
         place = f"{where}: config_groups: {name}"
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise CheckpointError(f"{place}: the group should have weights, found {group!r}")
+        _refuse_others(group, GROUP_KEYS, place)
+        _refuse_others(group["weights"], WEIGHT_KEYS, f"{place}: weights")
         if group.get("output_activations"):
             raise CheckpointError(
                 f"{place}: output_activations should be absent, found "
@@ -522,3 +530,10 @@ def _refuse(values: Mapping[str, Any], where: str, **known: tuple[Any, ...]) -> 
         if (value := values.get(key)) and value not in allowed:
             words = " or ".join(map(repr, allowed)) or "absent"
             raise CheckpointError(f"{where}: {key} should be {words}, found {value!r}; {INSTEAD}")
+
+
+def _refuse_others(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Refuse keys other than those known; null and empty values are ignored."""
+    for key, value in values.items():
+        if value and key not in known:
+            raise CheckpointError(f"{where}: {key} is not known, found {value!r}; {INSTEAD}")

@@ -457,6 +457,7 @@ def tensors_of(**weights):
         (BNB | {"llm_int8_skip_modules": "score"}, "llm_int8_skip_modules should be a list"),
         (BNB | {"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype should be 'float16' or"),
         (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage should be 'uint8'"),
+        (tensors_of(where="x"), "config_groups: group_0: weights: where is not known, found 'x'"),
         (tensors_of(num_bits=3), r"should be int of 4 bits or int of 8 bits, found 'int' of 3"),
         (tensors_of(strategy="token"), "weights should have strategy tensor, channel"),
         (tensors_of(group_size=None), "weights should have strategy tensor, channel"),
