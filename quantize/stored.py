@@ -148,6 +148,8 @@ class StoredWeights(Weights):
     def _find_format(self, matrix: str) -> MatrixFormat | None:
         """The format that a matrix's parts match; None if it is not quantized."""
         formats = [form for form in self.quantization.formats if self._has_codes(matrix, form)]
+        # Those that ask for more parts come first: the others fit as well where these are there.
+        formats.sort(key=lambda form: (form.has_zero_points is not True, not form.has_order))
         if not formats:
             self._refuse_parts(matrix)
             return None

@@ -531,6 +531,17 @@ def test_contradictions(with_matrix):
         StoredWeights(ModelSpec.from_checkpoint(with_matrix(frozen, tensors_of())))
 
 
+def test_groups_that_differ_in_zero_points(with_matrix):
+    """Each matrix has the group whose parts are there, in any order of the groups."""
+    config, parts, expected = recorded("compressed-tensors-0.12", "group-asymmetric")
+    (asymmetric,) = config["config_groups"].values()
+    symmetric = asymmetric | {"weights": asymmetric["weights"] | {"symmetric": True}}
+    config["config_groups"] = {"group_0": symmetric, "group_1": asymmetric}
+    weights = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+    found = weights.read_fp32(f"{MATRIX}.weight").astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
+
+
 def test_no_quantization_config(with_matrix):
     """Only quantize_config.json, say: AutoGPTQ's own file."""
     _, parts, _ = recorded("gptqmodel", "ordered")
