@@ -313,10 +313,16 @@ class StoredWeights(Weights):
         form = self.formats[matrix]
         names = _NAMES[form.layout]
         stored = self._read_named(matrix, names.scales)
-        if form.layout in ("gptq", "awq"):
-            return stored.T.astype(np.float32)
         if names.divisor is None:
-            return stored.astype(np.float32).reshape(self._grid(matrix, form))
+            scales = stored.astype(np.float32)
+            if not np.isfinite(scales).all():
+                info = self._present(matrix, names.scales)
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name} should be finite, found NaN or infinity; "
+                    "quantize the original again"
+                )
+            by_input = form.layout in ("gptq", "awq")
+            return scales.T if by_input else scales.reshape(self._grid(matrix, form))
         divisor = self._read_named(matrix, names.divisor).reshape(())
         if not (np.isfinite(divisor) and divisor > 0):
             info = self._present(matrix, names.divisor)

@@ -586,6 +586,15 @@ def test_dense_sparsity(plain, tmp_path):
     ModelSpec.from_checkpoint(folder)
 
 
+def test_scales_beyond_fp16(with_matrix):
+    """Said of the tensor, not of a result."""
+    config, parts, _ = recorded("gptqmodel", "ordered")
+    parts["scales"][0, 0] = np.inf
+    weights = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+    with pytest.raises(CheckpointError, match=r"down_proj\.scales should be finite, found NaN or"):
+        weights.read(f"{MATRIX}.weight")
+
+
 def test_damaged_floats(compressed, tmp_path):
     """A global scale of zero, codes without their scale, and a table in 8 bits."""
     import torch
