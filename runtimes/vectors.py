@@ -100,8 +100,8 @@ def quantize_vectors(
         ranges: From `measure_ranges`, for "int8" and "uint8".
 
     Returns:
-        "float32": the vectors. "int8" and "uint8": [n, dim], 255 steps from a value's minimum to
-        its maximum. "binary" (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], one bit per value, 1
+        "float32": the vectors. "uint8": [n, dim], 255 steps from a value's minimum to its maximum;
+        "int8": the same less 128. "binary" (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], one bit per value, 1
         if it is positive; the first value is the highest bit.
 
     Raises:
@@ -115,9 +115,8 @@ def quantize_vectors(
     check_ranges(precision, vectors.shape[1], ranges)
     assert ranges is not None
     low, high = (np.asarray(bound, np.float32) for bound in ranges[str(vectors.shape[1])])
-    steps = np.maximum((high - low) / 255, np.finfo(np.float32).tiny)
-    shifted = (vectors - low) / steps
+    steps = (high - low) / 255
+    steps[steps == 0] = 1
     # Clip: values of texts not seen in calibration may exceed the ranges.
-    if precision == "uint8":
-        return np.clip(np.trunc(shifted), 0, 255).astype(np.uint8)
-    return np.clip(np.trunc(shifted - 128), -128, 127).astype(np.int8)
+    codes = np.clip(np.floor((vectors - low) / steps), 0, 255).astype(np.uint8)
+    return codes if precision == "uint8" else (codes ^ 0x80).view(np.int8)

@@ -43,13 +43,27 @@ def test_eight_bits_are_255_steps_of_the_range():
         [1, 127],
         [255, 0],
     ]
-    # Towards zero, as numpy converts: -126.5 is -126, -0.5 is 0.
+    # The steps are those of "uint8", below zero too.
     assert quantize_vectors(vectors, "int8", ranges).tolist() == [
         [-128, -128],
         [127, 127],
-        [-126, 0],
+        [-127, -1],
         [127, -128],
     ]
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_codes_are_those_of_sentence_transformers(precision):
+    quantization = pytest.importorskip("sentence_transformers.util.quantization")
+    ranges = measure_ranges(unit(50, 32))
+    ranges["32"][1][3] = ranges["32"][0][3]  # a value that is always the same
+    vectors = unit(100, 32, seed=1)
+    expected = quantization.quantize_embeddings(
+        vectors, precision, ranges=np.array(ranges["32"]) if "int8" in precision else None
+    )
+    found = quantize_vectors(vectors, precision, ranges)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rankings_survive_eight_bits():
