@@ -200,6 +200,15 @@ class Report:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """The report for a terminal: `rich.print(report)`."""
+        yield from self.conclusion()
+        yield ""
+        yield from self._tables()
+        if self.worst:
+            yield self.worst_table()
+        yield self._facts_table()
+
+    def conclusion(self) -> Iterator[Any]:
+        """Yield lines for a terminal: the verdict, where failed gates fail, and what to do."""
         from rich.text import Text
 
         # Text, not str: rich would read markup in inputs and paths.
@@ -209,11 +218,19 @@ class Report:
                 yield Text(f"  {gate.name}: {gate.detail}", style="red")
         for step in self.next_steps:
             yield Text(f"  → {step}")
-        yield Text()
-        yield from self._tables()
-        if self.worst:
-            yield self.worst_table()
-        yield self._facts_table()
+
+    def short_tables(self) -> Iterator[Table]:
+        """Yield the tables that fit into a terminal: gates, and what was asked for beside them.
+
+        Retrieval is at the full width only.
+        """
+        yield replace(self.gates_table(), title="")
+        if self.retrieval is not None:
+            rows = self.retrieval.rows
+            full = tuple(row for row in rows if row.dimension == rows[0].dimension)
+            yield self.retrieval_table(replace(self.retrieval, rows=full))
+        if self.mteb is not None:
+            yield self.tasks_table(self.mteb)
 
     def _facts_table(self) -> Table:
         return fact_table(self.facts(), "How it was measured")

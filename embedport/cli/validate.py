@@ -88,7 +88,7 @@ def validate(
         typer.Option(help="Write a report: .html with charts, .json or .md.", show_default=False),
     ] = None,
     record: Annotated[
-        bool, typer.Option(help="Write the figures into the manifest and the model card.")
+        bool, typer.Option(help="Write all figures into the manifest and the model card.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     task: TaskOption = None,
@@ -135,15 +135,20 @@ def validate(
     )
     if report is not None and report.suffix != ".html":
         write_text(report, result.to_json() if report.suffix == ".json" else result.to_markdown())
+    results, messages = stdout_console(), stderr_console()
     if as_json:
         typer.echo(result.to_json())
     else:
-        stdout_console().print(result)
-    messages = stderr_console()
+        results.print(*result.short_tables())
     if record_folder is not None:
         messages.print(f"Recorded in {record_folder}: embedport.json and README.md", soft_wrap=True)
     if report is not None:
         messages.print(f"Report: {report}", soft_wrap=True)
-    # The tables are longer than a terminal, and the verdict stands above them.
-    messages.print(result.verdict(), soft_wrap=True)
+    elif record_folder is None and not as_json:
+        messages.print("All figures: --report FILE.html, .md or .json", soft_wrap=True)
+    # Last, where a terminal shows it. Lines are broken for a terminal only.
+    if not as_json:
+        results.print(*result.conclusion(), sep="\n", soft_wrap=not results.is_terminal)
+    if as_json or not results.is_terminal:
+        messages.print(result.verdict(), soft_wrap=True)
     raise typer.Exit(0 if result.passed else 1)

@@ -17,13 +17,30 @@ class TestValidate:
         (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
         arguments = ("validate", folders / "embedding", "--reference", checkpoints("kv2"))
         arguments += ("--input", tmp_path / "texts.txt", "--no-record")
-        code, out, _ = run(*arguments, "--report", tmp_path / "report.md")
+        code, out, err = run(*arguments, "--report", tmp_path / "report.md")
         assert code == 0
-        assert out.startswith("Holds against ")
+        assert out.splitlines()[-1].startswith("Holds against ")
+        assert "report.md" in err
         assert "**Holds" in (tmp_path / "report.md").read_text()
         code, out, _ = run(*arguments, "--min-cosine", 1.1, "--json")
         assert code == 1
         assert json.loads(out)["passed"] is False
+
+    def test_the_verdict_is_on_the_screen(self, run, folders, checkpoints, small_set):
+        """Beneath the gates, with each MRL dimension and input left to the report."""
+        arguments = ("validate", folders / "embedding", "--reference", checkpoints("kv2"))
+        arguments += ("--retrieval", small_set(400, 20), "--min-cosine", 1.1, "--no-record")
+        code, out, err = run(*arguments)
+        lines = out.splitlines()
+        assert code == 1
+        verdict = next(i for i, line in enumerate(lines) if line.startswith("Does not hold"))
+        assert lines[verdict].endswith(": minimum cosine")
+        assert all(line.startswith("  ") for line in lines[verdict + 1 :])
+        assert [line.split()[-1] for line in lines if " minimum cosine " in line] == ["fails"]
+        assert sum("nDCG@10 " in line for line in lines) <= 2  # the gate, and the full width
+        # Two tables: the gates, and the retrieval that was asked for.
+        assert sum(set(line.strip()) == {"─"} for line in lines) == 2
+        assert "All figures: --report" in err
 
     def test_pairs(self, run, folders, checkpoints, tmp_path):
         rows = [{"query": "q", "document": text} for text in TEXTS]
