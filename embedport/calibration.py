@@ -47,7 +47,7 @@ class Calibration:
     """A calibration set that was written.
 
     Attributes:
-        path: Its file, for `calibration` of `export_onnx` and `quantize_checkpoint`.
+        path: Its file, for `calibration` of `export` and `quantize_checkpoint`.
         texts: Number of texts, or of a reranker's pairs.
         queries: How many of the texts are queries; a reranker's distinct queries.
         tokens: Tokens in the model's template, prompts included.

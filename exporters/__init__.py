@@ -1,9 +1,7 @@
 """Exporters: write a checkpoint in a format that a runtime executes."""
 
 from .checkpoints import quantize_checkpoint
-from .onnx import export_onnx
+from .onnx.export import export
 from .tensorrt import export_tensorrt
 
 __all__ = ["export", "export_tensorrt", "quantize_checkpoint"]
-
-export = export_onnx

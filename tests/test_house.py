@@ -233,3 +233,9 @@ def test_wheel_without_a_compiler_is_for_any_platform(unpacked):
     wheel = build(unpacked, "wheel", CC="no-such-compiler")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith((".so", ".dll")) for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("name", [name for name in embedport.__all__ if name != "__version__"])
+def test_public_names_are_their_own(name):
+    """Python says a function's own name of a wrong argument, and a user knows the public one."""
+    assert getattr(embedport, name).__name__ == name

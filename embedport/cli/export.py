@@ -144,8 +144,8 @@ def export_onnx(
 
     Example: embedport export onnx Qwen/Qwen3-Embedding-0.6B -o qwen3-fp32
     """
+    from ..exporters import export as run
     from ..exporters.onnx import Options, estimate_onnx
-    from ..exporters.onnx import export_onnx as run
 
     options = Options(
         precision=precision,

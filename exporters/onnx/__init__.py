@@ -1,6 +1,6 @@
 """ONNX graphs of Qwen3, built from the checkpoint, not traced."""
 
-from .export import estimate_onnx, export_onnx
+from .export import estimate_onnx
 from .plan import Options
 
-__all__ = ["Options", "estimate_onnx", "export_onnx"]
+__all__ = ["Options", "estimate_onnx"]

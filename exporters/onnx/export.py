@@ -45,7 +45,7 @@ CALIBRATION_TOKENS = {"embedding": 64, "reranker": 160}
 PACKAGES = ("embedport", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
-def export_onnx(
+def export(
     checkpoint: str | Path,
     output: str | Path,
     *,
@@ -261,7 +261,7 @@ def estimate_onnx(
         force: Whether an existing artifact may be replaced.
 
     Raises:
-        InputError, CheckpointError, MissingPackageError: As `export_onnx`.
+        InputError, CheckpointError, MissingPackageError: As `export`.
     """
     spec = read_configuration(checkpoint, revision, task, adapter)
     plan = plan_export(spec, options)

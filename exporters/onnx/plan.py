@@ -41,7 +41,7 @@ STORED_BITS = {"int4": 4, "int8-weight": 8}
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `export_onnx` that decide what is in the graph; named and explained there.
+    """The options of `export` that decide what is in the graph; named and explained there.
 
     Raises:
         InputError: Options of a search are wrong, or do not go together.
@@ -172,7 +172,7 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
 
     Args:
         spec: The checkpoint's spec; its weights need not be on disk.
-        options: The options of `export_onnx`.
+        options: The options of `export`.
 
     Raises:
         InputError: An option is wrong, or does not go with another or with the checkpoint.

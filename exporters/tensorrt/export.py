@@ -32,7 +32,7 @@ from ...texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...texts.samples import builtin_pairs, builtin_samples
 from ..graph.dialect_table import find_dialect
 from ..graph.qwen3 import INPUTS
-from ..onnx.export import PACKAGES, export_onnx
+from ..onnx.export import PACKAGES, export
 from ..onnx.verify import verify_graph
 from ..onnx.witness import make_witness
 from ..provenance import Progress, counted, versions
@@ -73,7 +73,7 @@ def export_tensorrt(
 
     Args:
         source: A checkpoint's folder, a hub id, or an artifact with a graph of the standard
-            dialect, made with any options of `export_onnx`.
+            dialect, made with any options of `export`.
         output: The artifact's folder; it appears only when it is complete and checked.
         precision: For a checkpoint: "bf16", the default; "fp16" (parts that would overflow stay
             in fp32); "fp8" and "int8" (weights and activations, one activation scale per token);
@@ -207,7 +207,7 @@ def _open(
     artifact = Artifact.open(source)
     graph = artifact.manifest.graph
     if graph is None:
-        return None  # a quantized checkpoint, which export_onnx reads
+        return None  # a quantized checkpoint, which export reads
     if precision or revision or task or adapter:
         raise InputError(
             f"{source} is an artifact in {artifact.manifest.precision}: it takes none of "
@@ -245,7 +245,7 @@ def _export_graph(
 ) -> Manifest:
     """Export the graph into the folder, in 16-bit arithmetic."""
     with TemporaryDirectory(dir=folder) as temporary:
-        artifact = export_onnx(
+        artifact = export(
             source,
             Path(temporary) / "artifact",
             revision=revision,
