@@ -104,7 +104,8 @@ def build_engine(
         raise relay.failure
     # TensorRT also logs errors of kernels that it then leaves out.
     if not built or (log.errors and library == "tensorrt-rtx"):
-        reasons = "; ".join(log.errors) or "it gives no reason"
+        # It says the same of each profile.
+        reasons = "; ".join(dict.fromkeys(log.errors)) or "it gives no reason"
         raise VerificationError(f"{graph.name}: {version} could not build an engine: {reasons}")
     if timings is not None:
         write_cached(timings, config.get_timing_cache().serialize())

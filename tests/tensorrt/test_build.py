@@ -288,11 +288,12 @@ class TestRefused:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_profile_beyond_the_library(self, graphs, build):
-        """It warns, and gives an engine all the same."""
-        with pytest.raises(
-            VerificationError, match="could not build an engine: Profile kMAX values"
-        ):
-            build(graphs().graph, profiles=["1x1:8x128:1048576x1048576"])
+        """It warns of each profile, and gives an engine all the same."""
+        profiles = [f"1x1:{opt}:1048576x1048576" for opt in ("8x128", "8x64")]
+        message = "could not build an engine: Profile kMAX values"
+        with pytest.raises(VerificationError, match=message) as refused:
+            build(graphs().graph, profiles=profiles)
+        assert str(refused.value).count("Profile kMAX values") == 1
 
     def test_a_lost_product(self, artifacts, build, monkeypatch):
         """The graph asks for int8; an engine that multiplies in bf16 is not written."""
