@@ -21,7 +21,7 @@ from .inputs import (
     check_task,
     read_texts,
 )
-from .outputs import check_output, stdout_console
+from .outputs import check_new, check_output, stdout_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,9 @@ def encode(
             min=1, help="Ray workers; default: one per GPU or machine.", show_default=False
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start an output folder anew.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output file, or start the folder anew.")
+    ] = False,
     task: TaskOption = None,
     adapter: AdapterOption = None,
 ) -> None:
@@ -151,9 +153,9 @@ def encode(
         )
         _encode_corpus(job, engine, workers, force)
         return
-    if engine != "local" or workers is not None or force or form != "npy":
+    if engine != "local" or workers is not None or form != "npy":
         raise InputError(
-            "--engine, --workers, --force and --format need an output folder: --output vectors/"
+            "--engine, --workers and --format need an output folder: --output vectors/"
         )
     in_table = out is not None and out.suffix in TABLES
     if out is not None and not in_table and out.suffix not in (".npy", ".jsonl"):
@@ -164,10 +166,11 @@ def encode(
         raise InputError("--with-text needs an output that ends with .parquet or .arrow")
     if in_table:  # before the model runs
         require("pyarrow", "arrow")
-    if isinstance(out, Path):
-        check_output(out)
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
+    if isinstance(out, Path):
+        check_output(out)
+    check_new(out, force)
     only_ranges = calibrate is not None and not texts and file is None
     inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, in_table)
     embedder = load(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..artifact.folder import Artifact
     from ..exporters.estimate import Estimate
     from ..exporters.provenance import Progress
+    from ..storage import Place
 
 STAGES = {
     "calibrate": "Calibrating",
@@ -119,6 +120,19 @@ def check_output(path: Path | None, *suffixes: str) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         which = f"{path} is a folder" if path.is_dir() else f"{path.parent} is read-only"
         raise InputError(f"{path} cannot be written: {which}")
+
+
+def check_new(place: Place | None, force: bool) -> None:
+    """Refuse to replace a file of results, which may have taken hours.
+
+    Raises:
+        InputError: There is a file and `force` is not given, or the reverse.
+    """
+    if place is None:
+        if force:
+            raise InputError("`force` replaces an output: give --output")
+    elif not force and place.exists():
+        raise InputError(f"{place} exists; choose another place or replace it with `force`")
 
 
 def write_text(path: Path, text: str) -> None:

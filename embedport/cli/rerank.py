@@ -20,7 +20,7 @@ from .inputs import (
     check_task,
     read_texts,
 )
-from .outputs import check_output, stdout_console
+from .outputs import check_new, check_output, stdout_console
 
 if TYPE_CHECKING:
     from ..runtimes import Ranked
@@ -53,6 +53,7 @@ def rerank(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per document.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
     task: TaskOption = None,
     adapter: AdapterOption = None,
 ) -> None:
@@ -65,6 +66,7 @@ def rerank(
     check_output(out, ".jsonl")
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
+    check_new(out, force)
     inputs = read_texts(documents or [], file)
     reranker = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter

@@ -35,14 +35,29 @@ class TestEncode:
         for name in ("in.txt", "in.jsonl"):
             code, out, err = run(
                 *("encode", folders / "embedding", "--input", tmp_path / name),
-                *("--dim", 16, "-o", tmp_path / "out.npy"),
+                *("--dim", 16, "-o", tmp_path / f"{name}.npy"),
             )
             assert (code, out) == (0, "")
             assert "3 vectors of 16, on cpu" in err
-            np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+            found = np.load(tmp_path / f"{name}.npy")
+            np.testing.assert_allclose(found, expected, atol=1e-6)
         run("encode", folders / "embedding", *TEXTS, "-o", tmp_path / "out.jsonl")
         assert len(json_lines((tmp_path / "out.jsonl").read_text())) == 3
         assert not list(tmp_path.glob(".*partial*"))
+
+    def test_a_file_is_not_replaced_unasked(self, run, folders, tmp_path, monkeypatch):
+        (tmp_path / "out.npy").write_text("vectors of another day")
+        command = ("encode", folders / "embedding", "text", "-o", tmp_path / "out.npy")
+        with monkeypatch.context() as patch:
+            patch.setattr("embedport.runtimes.load", lambda *_, **__: pytest.fail("it is late"))
+            code, _, err = run(*command)
+        assert code == 2
+        assert "out.npy exists; choose another place or replace it with --force" in err
+        assert (tmp_path / "out.npy").read_text() == "vectors of another day"
+        assert run(*command, "--force")[0] == 0
+        assert np.load(tmp_path / "out.npy").shape == (1, 64)
+        code, _, err = run("encode", folders / "embedding", "text", "--force")
+        assert (code, "--force replaces an output: give --output" in err) == (2, True)
 
     def test_standard_input(self, run, folders):
         piped = "\n".join(TEXTS) + "\n"
@@ -163,6 +178,11 @@ class TestRerank:
         assert (code, out) == (0, "")
         found = json_lines((tmp_path / "out.jsonl").read_text())
         assert {row["document"] for row in found} == {"one", "two"}
+        again = ("rerank", folders / "reranker", "query", "three", "-o", tmp_path / "out.jsonl")
+        code, _, err = run(*again)
+        assert (code, "out.jsonl exists" in err) == (2, True)
+        assert run(*again, "--force")[0] == 0
+        assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
 class TestCheckpoints:
