@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class Check:
         rows: Number of texts or pairs compared.
         min_cosine: The smallest cosine of a text's two vectors; None for a reranker.
         max_difference: The largest difference between two values of a vector, or two scores.
+        max_stretch: The largest relative difference of a vector's length; None for a reranker.
         worst: The row with the largest deviation.
         limit: The limit on the cosine, or on a score's difference.
         exported: The machine of the export.
@@ -92,6 +94,7 @@ class Check:
     rows: int
     min_cosine: float | None
     max_difference: float
+    max_stretch: float | None
     worst: int
     limit: float
     exported: Machine
@@ -119,11 +122,12 @@ class Check:
         if self.min_cosine is None:
             return (
                 f"{self.rows} pairs, largest difference {self.max_difference:.2e} in pair "
-                f"{self.worst} (limit {self.limit:g})"
+                f"{self.worst} (limit {self.limit:.9g})"
             )
         return (
             f"{self.rows} texts, minimum cosine {self.min_cosine:.9f} in text {self.worst} "
-            f"(limit {self.limit:g}), largest difference of a value {self.max_difference:.2e}"
+            f"(limit {self.limit:.9g}), largest difference of a value {self.max_difference:.2e}, "
+            f"of a vector's length {self.max_stretch:.1e} (limit {most_stretch(self.limit):.1e})"
         )
 
     def to_record(self) -> dict[str, object]:
@@ -148,6 +152,12 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     info = loaded.info
     manifest, path = _find_witness(info)
     witness = read_witness(path)
+    ids = np.concatenate(witness.rows)
+    if ids.min() < 0 or ids.max() >= info.vocab_size:
+        raise ArtifactError(
+            f"{path}: token ids should be from 0 to {info.vocab_size - 1}, found {ids.min()} to "
+            f"{ids.max()}: it is not this model's; export the artifact again"
+        )
     here = describe_machine(kernels=find_kernels(manifest, loaded.device))
     # An engine takes rows up to its largest profile.
     chosen = [i for i, row in enumerate(witness.rows) if len(row) <= info.max_length]
@@ -172,12 +182,12 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
     if isinstance(loaded, Reranker):
         # argmax and argmin return the first NaN, if there is one.
         worst, cosine, limit = int(differences.argmax()), None, limits.max_difference
-        passed = bool(differences.max() <= limit)
+        stretch, passed = None, bool(differences.max() <= limit)
     else:
         row_cosines = cosines(results, expected)
         worst, limit = int(row_cosines.argmin()), limits.min_cosine
-        cosine = float(row_cosines[worst])
-        passed = cosine >= limit
+        cosine, stretch = float(row_cosines[worst]), _max_stretch(results, expected)
+        passed = cosine >= limit and stretch <= most_stretch(limit)
     return Check(
         artifact=info.name,
         task=info.task,
@@ -187,12 +197,27 @@ def compare_witness(loaded: Embedder | Reranker) -> Check:
         rows=len(rows),
         min_cosine=cosine,
         max_difference=float(differences.max()),
+        max_stretch=stretch,
         worst=chosen[worst],
         limit=limit,
         exported=witness.machine,
         here=here,
         reasons=_reasons(manifest, loaded.device, witness.machine, here),
     )
+
+
+def most_stretch(min_cosine: float) -> float:
+    """The limit on the relative difference of two lengths: as far as the cosine lets ends move."""
+    return math.sqrt(2 * (1 - min_cosine))
+
+
+def _max_stretch(results: np.ndarray, expected: np.ndarray) -> float:
+    """The largest relative difference of a row's length, which its cosine does not show."""
+    lengths, theirs = (
+        np.linalg.norm(rows.astype(np.float64), axis=1) for rows in (results, expected)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.abs(lengths / theirs - 1).max())
 
 
 def _find_witness(info: ModelInfo) -> tuple[Manifest, Path]:

@@ -21,7 +21,7 @@ from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.spec import ModelSpec, Task, read_spec
 from ..checkpoint.tensor_files import read_headers
 from ..checkpoint.weights import Weights
-from ..errors import InputError
+from ..errors import ArtifactError, InputError
 from ..files import MANIFEST
 from ..integrity import record_files
 from ..links import check_links
@@ -141,6 +141,12 @@ def _artifact_info(source: Source, artifact: Artifact, task: Task | None) -> Mod
     checkpoint = None
     if manifest.format == "checkpoint":
         checkpoint = read_spec(source, manifest.task)
+        if manifest.task == "embedding" and manifest.embedding_dim != checkpoint.embedding_dim:
+            raise ArtifactError(
+                f"{artifact.folder / MANIFEST}: embedding_dim should be "
+                f"{checkpoint.embedding_dim}, as the checkpoint's files say; found "
+                f"{manifest.embedding_dim}: the manifest was changed; quantize it again"
+            )
     return ModelInfo(
         name=source.id,
         task=manifest.task,

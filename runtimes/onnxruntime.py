@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,14 @@ class OnnxModel:
         self.continues = "past" in inputs
         expected = {"input_ids", "attention_mask"} | ({"prompt_length"} & {*graph.inputs})
         expected |= {"past", "kept", "short"} if self.continues else set()
-        outputs = {value.name for value in self._session.get_outputs()}
-        if inputs.keys() != expected or not outputs.issuperset(graph.outputs):
+        outputs = {value.name: value.shape for value in self._session.get_outputs()}
+        if inputs.keys() != expected or not outputs.keys() >= {*graph.outputs}:
             raise ArtifactError(
                 f"{artifact.graph}: the graph should take {', '.join(sorted(expected))} and give "
                 f"{', '.join(graph.outputs)}, as {MANIFEST} says; found {', '.join(inputs)} and "
                 f"{', '.join(outputs)}"
             )
+        _check_width(artifact, outputs[graph.outputs[0]])
         if self.continues:
             layers, heads, _, width = inputs["past"]
             self._no_past = np.zeros((layers, heads, 0, width), np.float32)
@@ -151,6 +152,27 @@ class OnnxModel:
                 f"a batch of {rows} x {tokens} tokens does not fit into the GPU's memory: use a "
                 "smaller batch_tokens, or max_length"
             ) from error
+
+
+def _check_width(artifact: Artifact, found: Sequence[int | str]) -> None:
+    """Refuse a manifest that says other vectors than the graph gives.
+
+    Raises:
+        ArtifactError: It does.
+    """
+    manifest, graph = artifact.manifest, artifact.manifest.graph
+    assert graph is not None
+    if manifest.task != "embedding":
+        return
+    width, given = manifest.embedding_dim, found[-1]
+    if graph.output == "hidden" and given == manifest.hidden_size:  # the rest is done behind it
+        given = manifest.outputs.width(manifest.hidden_size)
+    if len(found) != (3 if graph.output == "hidden" else 2) or given != width:
+        raise ArtifactError(
+            f"{artifact.folder / MANIFEST}: embedding_dim is {width} and the graph's output "
+            f"{graph.output}, and {graph.path} gives {' x '.join(map(str, found))}: one of them "
+            "was changed; export it again"
+        )
 
 
 def _prefix_inputs(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.ndarray]:

@@ -101,8 +101,8 @@ def quantize_vectors(
 
     Returns:
         "float32": the vectors. "uint8": [n, dim], 255 steps from a value's minimum to its maximum;
-        "int8": the same less 128. "binary" (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], one bit per value, 1
-        if it is positive; the first value is the highest bit.
+        "int8": the same less 128. "binary" (int8) and "ubinary" (uint8): [n, ceil(dim / 8)], one
+        bit per value, 1 if it is positive; the first value is the highest bit.
 
     Raises:
         InputError: The precision needs ranges, and there are none for this width.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..strict_json import load_json
 FORMAT_VERSION = 5
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]
+OUTPUTS = ("pooled", "hidden")
 
 
 @dataclass(frozen=True)
@@ -263,15 +265,17 @@ class Manifest:
                 f"{values['format']!r}"
             )
         for record, formats in (("graph", ("onnx", "tensorrt")), ("engine", ("tensorrt",))):
-            if bool(values[record]) != (values["format"] in formats):
+            if (values[record] is not None) != (values["format"] in formats):
                 raise ArtifactError(
                     f"{path}: format {values['format']!r} does not go with {record} "
                     f"{values[record]!r}"
                 )
         try:
-            values["graph"] = values["graph"] and _read_graph(values["graph"])
-            values["engine"] = values["engine"] and EngineRecord.from_json(values["engine"])
-            values["inputs"] = Inputs(**values["inputs"])
+            if values["graph"] is not None:
+                values["graph"] = _read_graph(values["graph"])
+            if values["engine"] is not None:
+                values["engine"] = EngineRecord.from_json(values["engine"])
+            values["inputs"] = _read_inputs(values["inputs"])
             values["outputs"] = Outputs.from_record(values["outputs"])
             values["source"] = _read_source(values["source"])
             values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
@@ -313,8 +317,7 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
     source: SourceRecord = values["source"]
     maps = {"prompts": inputs.prompts, "versions": values["versions"]}
     for key, named in (maps | {"source's files": source.files}).items():
-        is_map = isinstance(named, dict) and all(isinstance(text, str) for text in named.values())
-        yield key, named, "texts by name", is_map
+        yield key, named, "texts by name", _are_texts(named)
     for key, value, allowed in (
         ("task", values["task"], TASKS),
         ("form of inputs", inputs.form, get_args(Form)),
@@ -324,6 +327,7 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
         *(("pooling", mode, POOLING_MODES) for mode in outputs.pooling),
         *(("activation of Dense", dense.activation, ACTIVATIONS) for dense in outputs.dense),
         ("activation", outputs.activation, get_args(Activation)),
+        *(("graph's output", graph.output, OUTPUTS) for graph in (graph,) if graph is not None),
     ):
         yield key, value, " or ".join(map(str, allowed)), value in allowed
     for key, value in (
@@ -337,12 +341,17 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
     yield "template_values", template_values, "an object", isinstance(template_values, dict)
     for key in ("recipe", "ranges", "parity"):
         yield key, values[key], "an object or null", isinstance(values[key], dict | None)
+    yield from _check_quantization(values["recipe"], values["ranges"])
     for key, text in _texts(values, graph, source):
         yield key, text, "a text", isinstance(text, str)
     for key in ("hidden_size", "num_heads", "vocab_size", "max_length", "max_position_embeddings"):
         yield key, values[key], "a size", _is_size(values[key])
     for key, size in (("embedding_dim", values["embedding_dim"]), ("truncate", outputs.truncate)):
         yield key, size, "a size", size is None or _is_size(size)
+    if outputs.truncate is not None and _is_size(values["embedding_dim"]):
+        dim = values["embedding_dim"]
+        yield "embedding_dim", dim, "within truncate", dim <= outputs.truncate
+    yield "pooling", outputs.pooling, "names", bool(outputs.pooling)
     # Any number: a checkpoint's pad_token_id may be no token's.
     skipped = inputs.skipped_token
     yield "skipped_token", skipped, "a number or null", isinstance(skipped, int | None)
@@ -356,6 +365,34 @@ def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
         yield f"size of {name[:100]!r}", record.size, "a size", _is_size(record.size, least=0)
     if graph is not None:
         yield "graph's outputs", graph.outputs, "names", bool(graph.outputs)
+
+
+def _check_quantization(recipe: Any, ranges: Any) -> Iterator[tuple[str, Any, str, bool]]:
+    """As `_checks`, of how matrices and vectors are quantized."""
+    if isinstance(recipe, dict):
+        formats = recipe.get("formats")
+        yield "the recipe's formats", formats, "texts by name", _are_texts(formats)
+    if isinstance(ranges, dict):
+        for width, bounds in ranges.items():
+            expected = f"two lists of {width} numbers, minima and maxima"
+            yield f"ranges at {width[:20]}", bounds, expected, _are_ranges(width, bounds)
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether a value is an object of texts."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _are_ranges(width: str, bounds: Any) -> bool:
+    """Whether a width's ranges are a list of minima and one of maxima, none below its minimum."""
+    if not isinstance(bounds, list) or len(bounds) != 2:
+        return False
+    for bound in bounds:
+        if not isinstance(bound, list) or str(len(bound)) != width:
+            return False
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in bound):
+            return False
+    return all(low <= high for low, high in zip(*bounds, strict=True))
 
 
 def _texts(
@@ -401,6 +438,13 @@ def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_size(value: object, *, least: int = 1) -> bool:
     return type(value) is int and least <= value < 1 << 53
+
+
+def _read_inputs(values: Mapping[str, Any]) -> Inputs:
+    # Without one of these the default would give other tokens. Early artifacts lack later fields.
+    if missing := [key for key in ("form", "prompts", "default_prompt") if key not in values]:
+        raise ValueError(f"its inputs lack {missing[0]}")
+    return Inputs(**values)
 
 
 def _read_source(values: Mapping[str, Any]) -> SourceRecord:

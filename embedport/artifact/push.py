@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.hub import HUB_ID
-from ..errors import InputError
+from ..errors import ArtifactError, InputError
 from ..files import MANIFEST
 from .card import task_results
 from .folder import CARD, Artifact
@@ -117,6 +117,13 @@ def _card(artifact: Artifact, repo_id: str, license: str | None) -> str:
     if license is None and base:
         license = _license(base[0])
     quantized = manifest.precision not in UNQUANTIZED
+    try:
+        results = _results(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{artifact.folder / MANIFEST}: parity is not what `embedport validate` wrote "
+            f"({error!r}): validate the artifact again"
+        ) from error
     data = ModelCardData(
         base_model=(base[0] if len(base) == 1 else base) or None,
         base_model_relation="quantized" if base and quantized else None,
@@ -125,7 +132,7 @@ def _card(artifact: Artifact, repo_id: str, license: str | None) -> str:
         pipeline_tag=PIPELINES[manifest.task],
         tags=_tags(manifest),
         model_name=repo_id.partition("/")[2],
-        eval_results=_results(manifest) or None,
+        eval_results=results or None,
     )
     path = artifact.folder / CARD
     body = path.read_text(encoding="utf-8") if path.is_file() else f"# {repo_id}\n"

@@ -13,9 +13,10 @@ It holds token ids because it compares arithmetic only, without the tokenizer or
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.pipeline import Inputs
 from ..checkpoint.spec import Task
@@ -183,15 +184,32 @@ def read_witness(path: Path) -> Witness:
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            machine = parse_json(file.metadata()["machine"])
+            machine = _read_machine(parse_json(file.metadata()["machine"]))
+        for name, tensor in tensors.items():
+            kinds, rank = ("f", (1, 2)) if name == "results" else ("iu", (1,))
+            if tensor.dtype.kind not in kinds or tensor.ndim not in rank:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
         ends = np.cumsum(tensors["lengths"])
         rows = np.split(tensors["input_ids"].astype(np.int64), ends[:-1])
         queries = tensors["queries"].tolist() if "queries" in tensors else None
-        machine["instructions"] = tuple(machine["instructions"])
-        witness = Witness(rows, queries, tensors["results"], Machine(**machine))
+        witness = Witness(rows, queries, tensors["results"], machine)
         sizes = {len(rows), len(witness.results), len(rows if queries is None else queries)}
         if len(sizes) != 1 or ends[-1] != len(tensors["input_ids"]) or tensors["lengths"].min() < 1:
             raise ValueError("its rows, lengths and results do not go together")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ArtifactError(f"{path} is not a witness: {error!r}; export it again") from error
     return witness
+
+
+def _read_machine(values: Mapping[str, Any]) -> Machine:
+    """Restore from the JSON form of `dataclasses.asdict`.
+
+    Raises:
+        TypeError, KeyError: The values are damaged.
+    """
+    read: dict[str, Any] = {**values, "instructions": tuple(values["instructions"])}
+    machine = Machine(**read)
+    names = [machine.cpu, machine.onnxruntime, machine.embedport, *machine.instructions]
+    if not all(isinstance(name, str) for name in [*names, machine.kernels or ""]):
+        raise TypeError(f"its machine is {values}")
+    return machine

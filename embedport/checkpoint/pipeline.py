@@ -150,6 +150,9 @@ class Outputs:
             TypeError: Keys are missing or unknown, or a value has the wrong structure.
         """
         values = dict(record)
+        for key in ("pooling", "steps"):
+            if not isinstance(values[key], list | tuple):
+                raise TypeError(f"{key} should be a list, found {values[key]!r:.80}")
         values["pooling"] = tuple(values["pooling"])
         values["steps"] = tuple(
             step if step == "normalize" else Dense(**step) for step in values["steps"]

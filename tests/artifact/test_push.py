@@ -18,6 +18,7 @@ import yaml
 import embedport
 from embedport.artifact.folder import record_parity
 from embedport.artifact.push import prepare
+from embedport.errors import ArtifactError
 
 COMMIT = "a" * 40
 
@@ -238,6 +239,18 @@ def test_a_checkpoint_in_the_working_folder(folder, copied):
     publication = prepare(made, "me/model", license="mit")
     assert 'embedport.load("me/model")' in publication.card
     assert json.loads(publication.manifest)["source"]["id"] == "."
+
+
+@pytest.mark.parametrize(
+    "damage", [{"gates": None}, {"gates": [{"name": 7, "value": 1}]}, {"mteb": 1}]
+)
+def test_figures_that_validate_did_not_write(folder, copied, damage):
+    made = copied(folder)
+    manifest = json.loads((made / "embedport.json").read_text())
+    manifest["parity"] = {"inputs": 1, "library": "x", "gates": [], **damage}
+    (made / "embedport.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"embedport\.json: parity is not what .* wrote"):
+        prepare(made, "me/model", license="mit")
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,33 @@ def test_nan_does_not_pass(made, copied):
     assert (found.passed, found.worst) == (False, 3)
 
 
+def test_a_length_that_differs(made, copied):
+    """A cosine does not show it."""
+    folder = copied(made())
+    witness = read_witness(folder / WITNESS)
+    results = witness.results.copy()
+    results[5] *= 1.001
+    write_witness(folder / WITNESS, replace(witness, results=results))
+    rewrite(folder)
+    found = embedport.check(folder, device="cpu")
+    assert not found.passed
+    assert found.min_cosine == pytest.approx(1, abs=1e-12)
+    assert found.max_stretch == pytest.approx(1e-3, rel=1e-2)
+    assert "(limit 0.9999999)" in found.figures
+
+
+def test_another_models_tokens(made, copied):
+    folder = copied(made())
+    witness = read_witness(folder / WITNESS)
+    witness.rows[3][0] = 10**6
+    write_witness(folder / WITNESS, witness)
+    rewrite(folder)
+    with pytest.raises(
+        ArtifactError, match=r"token ids should be from 0 to \d+, found \d+ to 1000000"
+    ):
+        embedport.check(folder, device="cpu")
+
+
 def test_without_a_witness(made, copied, checkpoints):
     folder = copied(made())
     (folder / WITNESS).unlink()
@@ -219,12 +246,21 @@ def test_without_a_witness(made, copied, checkpoints):
         embedport.load(checkpoints("blocks"), device="cpu", check=True)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 40, None])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\x00" * 40,
+        lambda witness: replace(witness, results=witness.results[:5]),
+        lambda witness: replace(witness, queries=[[i] for i in range(16)]),
+        lambda witness: replace(witness, machine=replace(witness.machine, cpu=None)),
+        lambda witness: replace(witness, machine=replace(witness.machine, instructions=[7])),
+    ],
+)
 def test_a_damaged_witness(made, copied, damage):
     folder = copied(made())
-    if damage is None:
-        witness = read_witness(folder / WITNESS)
-        write_witness(folder / WITNESS, replace(witness, results=witness.results[:5]))
+    if callable(damage):
+        write_witness(folder / WITNESS, damage(read_witness(folder / WITNESS)))
     else:
         (folder / WITNESS).write_bytes(damage)
     rewrite(folder)

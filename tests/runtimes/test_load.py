@@ -378,14 +378,53 @@ class TestDamagedArtifact:
             ({"inputs": {"truncation_side": "up"}}, "truncation_side should be left or right"),
             ({"inputs": {"lower_case": 2**31}}, "lower_case should be true or false"),
             ({"recipe": [1]}, "recipe should be an object or null"),
+            ({"recipe": {}}, "the recipe's formats should be texts by name"),
+            ({"engine": {}}, "format 'onnx' does not go with engine {}"),
+            ({"ranges": {"64": None}}, "ranges at 64 should be two lists of 64 numbers"),
+            ({"ranges": {"2": [[0, 0], [1, "x"]]}}, "ranges at 2 should be two lists of 2"),
+            ({"ranges": {"2": [[0, 0], [1, -1]]}}, "ranges at 2 should be two lists of 2"),
+            ({"ranges": {"2": [[0, 0], [1, 1e999]]}}, "is not a manifest|ranges at 2 should be"),
             ({"files": {}}, "'onnx/model.onnx' is not among its files"),
             ({"files": {"a" * 300: {"size": 1, "sha256": ""}}}, "cannot be a file's name"),
         ],
     )
     def test_values_of_other_types(self, folder, changes, message):
-        self.change(folder, **changes)
+        inputs = json.loads((folder / "embedport.json").read_text())["inputs"]
+        self.change(folder, **changes | {"inputs": inputs | changes.get("inputs", {})})
         with pytest.raises(ArtifactError, match=message):
             embedport.load(folder)
+
+    def test_missing_inputs_have_no_defaults(self, folder):
+        """Without its prompts a query would give another vector."""
+        self.change(folder, inputs={})
+        with pytest.raises(ArtifactError, match="its inputs lack form"):
+            embedport.load(folder)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"embedding_dim": 63}, r"embedding_dim is 63 .* gives batch x 64: one of them"),
+            ({"embedding_dim": None}, "embedding_dim is None"),
+            ({"graph": {"output": "hidden"}}, "output hidden, and onnx/model.onnx gives batch x"),
+            ({"graph": {"output": "x"}}, "graph's output should be pooled or hidden, found 'x'"),
+            ({"outputs": {"pooling": []}}, "pooling should be names"),
+            ({"outputs": {"steps": {}}}, "steps should be a list, found {}"),
+            ({"outputs": {"truncate": 8}}, "embedding_dim should be within truncate, found 64"),
+        ],
+    )
+    def test_vectors_that_the_graph_does_not_give(self, folder, changes, message):
+        values = json.loads((folder / "embedport.json").read_text())
+        for key, value in changes.items():
+            values[key] = values[key] | value if isinstance(value, dict) else value
+        self.change(folder, **values)
+        with pytest.raises(ArtifactError, match=message):
+            embedport.load(folder, device="cpu")
+
+    def test_another_width_than_the_checkpoints(self, quantized, copied):
+        folder = copied(quantized("w8a8"))
+        self.change(folder, embedding_dim=7)
+        with pytest.raises(ArtifactError, match="embedding_dim should be 128, as the checkpoint's"):
+            embedport.load(folder, device="cpu")
 
     def test_outputs_that_the_graph_does_not_have(self, folder):
         graph = json.loads((folder / "embedport.json").read_text())["graph"]
