@@ -198,7 +198,14 @@ class Embedder:
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
         vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
-        self.ranges = measure_ranges(vectors, unit_length=self.info.outputs.unit_length)
+        ranges = measure_ranges(vectors, unit_length=self.info.outputs.unit_length)
+        if self.ranges not in (None, ranges):
+            logger.warning(
+                "%s had other ranges: its 8-bit vectors from before do not compare with new ones; "
+                "make them again",
+                self.info.name,
+            )
+        self.ranges = ranges
         if self.keeps_ranges:
             record_ranges(self.info.folder, self.ranges)
 

@@ -64,7 +64,7 @@ class TorchModel:
     def __init__(self, spec: ModelSpec, precision: str, device: str = "auto") -> None:
         torch = require("torch", "torch")
         self._pid = os.getpid()
-        self.device = _find_device(torch, device)
+        self.device = find_device(torch, device)
         arithmetic = _choose_arithmetic(spec, self.device)
         self.precision = precision
         if arithmetic != precision:
@@ -269,7 +269,17 @@ def chooses_cpu(device: str) -> bool:
     return find_spec("torch") is None or not require("torch", "torch").cuda.is_available()
 
 
-def _find_device(torch: Any, device: str) -> str:
+def find_device(torch: Any, device: str) -> str:
+    """The device a checkpoint runs on, "cpu" or "cuda".
+
+    Args:
+        torch: The module.
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        InputError: Another device was asked for.
+        DeviceError: torch has no GPU.
+    """
     if device not in (*DEVICES, "auto"):
         raise InputError(
             f"a checkpoint runs on auto, {', '.join(DEVICES)}; found device {device!r}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
+from ..runtimes.torch import find_device
 from ..runtimes.vectors import mrl_dims
 from ..texts.beir import RetrievalSet, read_beir
 from ..texts.prompts import check_text
@@ -53,7 +54,7 @@ def record_reference(
         task: "embedding" or "reranker", for a checkpoint that does not declare its task.
         adapter: The folder or hub id of a LoRA adapter to merge into the checkpoint's weights.
         revision: A branch, tag or commit of the checkpoint on the hub.
-        device: "cpu", or "auto" or "cuda" for torch's GPU if there is one.
+        device: "cpu" or "cuda"; "auto" is torch's GPU if there is one.
         max_length: Tokens after which an input is cut; the library's own limit by default.
         retrieval: A retrieval set to measure as well: a folder in BEIR layout, "builtin", or a
             `RetrievalSet`.
@@ -66,7 +67,7 @@ def record_reference(
     Raises:
         InputError: The inputs are wrong, or the output exists or cannot be written.
         CheckpointError: It is not a complete Qwen3 checkpoint, or its library cannot open it.
-        DeviceError: The checkpoint does not fit into the GPU's memory.
+        DeviceError: torch has no GPU, or the checkpoint does not fit into its memory.
         MissingPackageError: torch, transformers or sentence-transformers is not installed.
 
     >>> recorded = record_reference(checkpoint, folder / "tea.reference", ["tea"], device="cpu")
@@ -87,7 +88,8 @@ def record_reference(
         adapter=adapter,
         max_length=max_length,
         revision=revision,
-        device=device,
+        # `validate` falls back to a CPU, where the artifact is on a GPU that torch has not.
+        device=find_device(require("torch", "torch"), device),
     )
     task_inputs = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts)
     if data is not None and source.spec.task == "reranker":

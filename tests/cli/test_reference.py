@@ -48,6 +48,15 @@ def test_a_broken_file(run, checkpoints, tmp_path, texts):
     assert err.count("\n") == 1
 
 
+def test_a_gpu_that_is_not_there(run, checkpoints, tmp_path, monkeypatch):
+    """Hours on a CPU are not what was asked for."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    command = ("reference", checkpoints("kv2"), "-o", tmp_path / "file", "--device", "cuda")
+    code, _, err = run(*command)
+    assert (code, "has no CUDA device on this machine" in err) == (2, True)
+    assert not (tmp_path / "file").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -55,6 +64,7 @@ def test_a_broken_file(run, checkpoints, tmp_path, texts):
         (("--task", "other"), "task should be one of embedding, reranker"),
         (("--input", "nothing.txt"), "cannot be read"),
         (("--retrieval", "nothing"), "no such folder"),
+        (("--device", "tensorrt"), "a checkpoint runs on auto, cpu, cuda; found device 'tensorrt'"),
         (("--retrieval", "builtin", "--candidates", "x.tsv"), "--candidates are for rerankers"),
     ],
 )

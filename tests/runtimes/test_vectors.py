@@ -107,6 +107,14 @@ def test_encode_in_every_precision(embedder):
         embedder.calibrate(TEXTS[:1])
 
 
+def test_other_ranges_are_said(embedder, caplog):
+    embedder.calibrate(TEXTS)
+    embedder.calibrate(TEXTS)
+    assert not caplog.records
+    embedder.calibrate(TEXTS[:8])
+    assert "8-bit vectors from before do not compare with new ones" in caplog.text
+
+
 def test_nan_is_not_hidden_in_eight_bits(embedder, monkeypatch):
     """An integer cannot say it, and one such text would ruin the ranges of all."""
     embedder.calibrate(TEXTS)
