@@ -371,7 +371,7 @@ def test_command_line(job, artifact):
         assert message in ended.stderr
     ended = subprocess.run([*COMMAND, artifact, "text", "--force"], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "need an output folder" in ended.stderr
+    assert "give --output" in ended.stderr
 
 
 RAY = """
