@@ -194,13 +194,13 @@ def _parse(path: Place, number: int, line: bytes, name: str) -> Row | None:
         check_text(number, text)
         if prompt is not None:
             check_text(number, prompt)
-        given = row.get("_id", row.get("id"))
+        name = row_id(row, name)
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
             f'{path}:{number} should be UTF-8 text, in a .jsonl file {{"text": …}}; found '
             f"{line[:80]!r} ({describe_fault(error)})"
         ) from error
-    return Row(name if given is None else str(given), text, prompt)
+    return Row(name, text, prompt)
 
 
 def is_jsonl(path: Place) -> bool:
@@ -229,6 +229,18 @@ def titled_text(row: Mapping[str, Any]) -> Any:
     """The "text" of a row, after its "title" if it has one, as BEIR defines a document."""
     title = row.get("title")
     return " ".join((title, row["text"])).strip() if title else row["text"]
+
+
+def row_id(row: Mapping[str, Any], name: str) -> str:
+    """The "_id" or "id" of a row, as text; `name` if it has none.
+
+    Raises:
+        TypeError: It is not a text or a number: Python's words for it are nobody's id.
+    """
+    given = row.get("_id", row.get("id"))
+    if isinstance(given, Mapping | list | bytes):
+        raise TypeError(f"its id should be a text or a number, found {given!r:.80}")
+    return name if given is None else str(given)
 
 
 def _lines(path: Place, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from ..errors import InputError, require
 from ..progress import progress_bar
 from ..storage import Place, open_to_read
-from .corpus import Corpus, Part, Row, titled_text
+from .corpus import Corpus, Part, Row, row_id, titled_text
 from .prompts import check_text
 
 COLUMNS = ("_id", "id", "title", "text", "prompt")
@@ -140,5 +140,7 @@ def _row(path: Place, number: int, values: dict[str, Any], prompts: bool) -> Row
         text, prompt = check_text(number, titled_text(values)), check_text(number, prompt)
     except (InputError, TypeError) as error:
         raise InputError(f"{path}, row {number} should have a text: {error}") from error
-    given = values.get("_id", values.get("id"))
-    return Row(str(number) if given is None else str(given), text, prompt)
+    try:
+        return Row(row_id(values, str(number)), text, prompt)
+    except TypeError as error:
+        raise InputError(f"{path}, row {number}: {error}") from error

@@ -87,6 +87,7 @@ class TestCorpora:
             ({"body": ["a"]}, 'a column "text", found body'),
             ({"text": ["a", None]}, "row 1 should have a text"),
             ({"text": [1]}, "row 0 should have a text"),
+            ({"text": ["a"], "id": [b"a"]}, "row 0: its id should be a text or a number, found b"),
             ({"text": ["a"], "prompt": ["query"]}, "row 0 names its own prompt"),
             ({"text": pa.array([], pa.string())}, "holds no text"),
         ],

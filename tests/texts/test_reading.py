@@ -10,7 +10,7 @@ import pytest
 from embedport.errors import InputError
 from embedport.texts import beir as beir_module
 from embedport.texts.beir import read_beir
-from embedport.texts.corpus import survey
+from embedport.texts.corpus import stream_rows, survey
 from embedport.texts.samples import read_samples
 
 
@@ -20,6 +20,15 @@ def test_deep_lines(tmp_path):
     for read in (read_samples, lambda path: survey(path, 10, 100)):
         with pytest.raises(InputError, match=r"texts\.jsonl:2 .* more than 64 deep"):
             read(path)
+
+
+def test_an_id_is_a_text_or_a_number(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "a", "id": 7}\n{"text": "a", "id": null}\n')
+    assert [row.id for row in stream_rows(path)] == ["7", "2"]
+    path.write_text('{"text": "a", "id": 7}\n{"text": "a", "id": {"n": 7}}\n')
+    with pytest.raises(InputError, match=r"corpus.jsonl:2 .*its id should be a text or a number"):
+        survey(path, 10, 100)
 
 
 def test_devices():
