@@ -46,7 +46,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("inputs", {"prompts": {"new": "x: "}}, "prompt 'new': found 'x: ', expected none"),
     ("inputs", {"default_prompt": "sts"}, "default prompt: found 'sts', expected none"),
     ("outputs", {"similarity": "cosine"}, "similarity: found 'cosine', expected 'dot'"),
-    ("outputs", {"truncate": 48}, "truncate dim: found 48, expected none"),
+    ("outputs", {"truncate": 64}, "truncate dim: found 64, expected none"),
     ("", {"max_position_embeddings": 65536}, "positions: found 65,536, expected at most 32,768"),
 ]
 
