@@ -82,22 +82,20 @@ def artifacts(tmp_path_factory, sources, rtx):
     return make
 
 
+# Precisions whose engines are built each time; fp16's layers are bf16's in another type.
+RUN = {"embedding": ("bf16", "fp8", "int8", "int4"), "reranker": ("bf16", "int8")}
+CASES = [
+    pytest.param(precision, task, marks=[] if precision in RUN[task] else [pytest.mark.slow])
+    for task in HEADS
+    for precision in PRECISIONS
+]
+
+
 def products(precision, layers, others):
     return {precision if precision != "int4" else "bf16": 7 * layers, **others}
 
 
-@pytest.mark.parametrize(
-    ("precision", "task"),
-    [
-        pytest.param(
-            precision,
-            task,
-            marks=[pytest.mark.slow] if task == "reranker" and precision != "int8" else [],
-        )
-        for task in HEADS
-        for precision in PRECISIONS
-    ],
-)
+@pytest.mark.parametrize(("precision", "task"), CASES)
 def test_each_precision(artifacts, rtx, precision, task):
     """The embedder with the default profiles, the reranker with a single shape."""
     profiles = SINGLE if task == "reranker" else None
@@ -124,7 +122,7 @@ def test_each_precision(artifacts, rtx, precision, task):
     [
         pytest.param("kv1", "bf16", marks=pytest.mark.slow),
         ("kv1", "int8"),
-        ("kv2", "fp16"),
+        pytest.param("kv2", "fp16", marks=pytest.mark.slow),
         pytest.param("kv8", "fp8", marks=pytest.mark.slow),
         ("kv8", "int4"),
         pytest.param(LIKE_0_6B, "bf16", marks=pytest.mark.slow),
@@ -139,7 +137,7 @@ def test_geometries(artifacts, geometry, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("heads", [16, 32])
+@pytest.mark.parametrize("heads", [pytest.param(16, marks=pytest.mark.slow), 32])
 def test_heads_of_128_with_a_mask(artifacts, heads, precision):
     """A sliding window gives attention a mask of its own beside the causal one."""
     geometry = replace(HEADS["embedding"], num_heads=heads)
@@ -160,8 +158,7 @@ def networks(rtx):
     return make
 
 
-@pytest.mark.parametrize("task", HEADS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "task"), CASES)
 def test_regions_in_fp32(artifacts, networks, rtx, precision, task):
     """In a strongly typed network a layer computes in its output's type."""
     network, _alive = networks(artifacts(HEADS[task], precision, task).graph)
