@@ -40,3 +40,29 @@ def spoil(monkeypatch):
         monkeypatch.setattr(parity, "load", spoiled)
 
     return install
+
+
+def split_special_tokens(tokenizer):
+    tokenizer.encode_special_tokens = True
+
+
+def cut_on_the_left(tokenizer):
+    tokenizer.enable_truncation(tokenizer.truncation["max_length"], direction="left")
+
+
+def add_a_token(tokenizer):
+    tokenizer.add_tokens(["camelCase"])
+
+
+WRONG = [
+    ("embedding", split_special_tokens),
+    ("embedding", cut_on_the_left),
+    ("reranker", cut_on_the_left),
+    ("reranker", add_a_token),
+]
+
+
+@pytest.fixture(params=WRONG, ids=lambda wrong: f"{wrong[0]}-{wrong[1].__name__}")
+def wrong_tokenizer(request):
+    """A task, and a change to its tokenizer that gives few texts other token ids."""
+    return request.param

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-
 import embedport
 from embedport.texts.samples import Sample
 
@@ -11,18 +9,6 @@ PROBES = True
 TOKENS = "inputs with other token ids"
 SAMPLES = [Sample("What is tea?", "query"), Sample("Tea is a drink.")]
 PAIRS = [("What is tea?", "Tea is a drink."), ("What is tea?", "Bread is baked.")]
-
-
-def split_special_tokens(tokenizer):
-    tokenizer.encode_special_tokens = True
-
-
-def cut_on_the_left(tokenizer):
-    tokenizer.enable_truncation(tokenizer.truncation["max_length"], direction="left")
-
-
-def add_a_token(tokenizer):
-    tokenizer.add_tokens(["camelCase"])
 
 
 def token_gate(report):
@@ -36,16 +22,8 @@ def check(folders, task):
     return embedport.validate(made.artifact, made.checkpoint, device="cpu", record=False, **given)
 
 
-@pytest.mark.parametrize(
-    ("task", "change"),
-    [
-        ("embedding", split_special_tokens),
-        ("embedding", cut_on_the_left),
-        ("reranker", cut_on_the_left),
-        ("reranker", add_a_token),
-    ],
-)
-def test_a_wrong_tokenizer(folders, spoil, task, change):
+def test_a_wrong_tokenizer(folders, spoil, wrong_tokenizer):
+    task, change = wrong_tokenizer
     spoil(lambda runtime: change(runtime.tokenizer.tokenizer))
     report = check(folders, task)
     assert not report.passed
