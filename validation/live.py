@@ -269,7 +269,7 @@ class LiveReference(ABC):
         return open_floats(self.spec, ["norm.weight"]).read_fp32("norm.weight")
 
     def settings(self) -> Settings:
-        """What its library read beside the weights: see `Reference`."""
+        """The settings that its library read beside the weights: see `Reference`."""
         return {"positions": self.spec.max_position_embeddings, **self.declared()}
 
     @abstractmethod

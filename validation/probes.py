@@ -36,7 +36,7 @@ TOKENS, ENDS = 50, 8
 
 @dataclass(frozen=True)
 class Probes:
-    """What a recorded reference holds of its tokenizer.
+    """A recorded reference's tokenizer: its token ids for the probing texts, and its added tokens.
 
     Attributes:
         inputs: Texts or pairs that tell tokenizers apart.

@@ -132,7 +132,7 @@ class Reference(Protocol):
         ...
 
     def settings(self) -> Settings | None:
-        """What its library read beside the weights; None if that is not known."""
+        """The settings that its library read beside the weights; None if they are not known."""
         ...
 
     def table(self) -> TableSketch | None:

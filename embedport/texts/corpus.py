@@ -235,7 +235,7 @@ def row_id(row: Mapping[str, Any], name: str) -> str:
     """The "_id" or "id" of a row, as text; `name` if it has none.
 
     Raises:
-        TypeError: It is not a text or a number: Python's words for it are nobody's id.
+        TypeError: It is an object, a list or bytes.
     """
     given = row.get("_id", row.get("id"))
     if isinstance(given, Mapping | list | bytes):

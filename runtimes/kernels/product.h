@@ -158,14 +158,15 @@ INLINE void unpack_codes(const struct product *p, const uint8_t *codes, ptrdiff_
     }
 }
 
-/* The activations' zero point adds a constant to each sum: start the sums with its negative. */
+/* The activations' zero point adds a constant to each sum: start the sums with its negative. Without a
+   zero point multiply_group() starts them with zero, and does not read `start`. */
 PRODUCT static void start_sums(const struct product *p, ptrdiff_t groups, struct panel *panel) {
+    if (!zero_of(p)) return;
     uint8_t one[MAX_GROUP * GROUP_ROWS];
     float unit[OUTPUTS], sums[OUTPUTS];
     memset(one, 1, sizeof one);
     for (ptrdiff_t i = 0; i < OUTPUTS; i++) unit[i] = 1;
     memset(panel->start, 0, (size_t)(groups * OUTPUTS) * sizeof *panel->start);
-    if (!zero_of(p)) return;
     for (ptrdiff_t group = 0; group < groups; group++) {
         struct weight_group weights = weights_of(p, panel, group);
         weights.scales = unit;

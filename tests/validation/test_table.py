@@ -140,7 +140,7 @@ def test_no_text_shows_a_wrong_row(folders, copied, tmp_path, task):
 
 
 def test_a_wrong_row_of_a_checkpoint(rounded, checkpoints, copied):
-    """Of another tool, whose table is read as it is loaded; in a dtype of its own."""
+    """A checkpoint of another tool: its table is read as it is loaded, in a dtype of its own."""
     folder = copied(rounded("gptq"))
     file = folder / "model.safetensors"
     tensors = load_file(file)
