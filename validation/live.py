@@ -281,7 +281,7 @@ class LiveReference(ABC):
         return sketch_table(self.spec)
 
 
-def reference_device(device: str) -> str:
+def find_device(device: str) -> str:
     """The reference's device: "cuda" if torch has a GPU and the artifact's device is not "cpu".
 
     Args:

@@ -10,7 +10,7 @@ from ..checkpoint.spec import Task, read_spec
 from ..errors import CheckpointError, require
 from .card import CardReference
 from .library import LibraryReference, is_library_model
-from .live import LiveReference, reference_device
+from .live import LiveReference, find_device
 
 
 def open_live(
@@ -52,4 +52,4 @@ def open_live(
             f"fp16 or fp32, found one quantized by {spec.quantization.method!r}"
         )
     kind = LibraryReference if is_library_model(spec) else CardReference
-    return kind(spec, max_length, reference_device(device))
+    return kind(spec, max_length, find_device(device))

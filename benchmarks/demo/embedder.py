@@ -12,6 +12,7 @@ from transformers import Qwen3Model
 
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
+from .half import fast_products
 from .model import compile_parts, last_states, make_model
 from .optimizer import Optimizer
 from .wordnet import Synset
@@ -86,7 +87,7 @@ def pair_batches(synsets: Sequence[Synset], seed: int) -> Iterator[list[tuple[st
 def _losses(
     model: Qwen3Model, pairs: Sequence[tuple[str, str]], corpus: Corpus
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         queries = last_states(model, [corpus.queries[text] for text, _ in pairs], corpus.prompt)
         documents = last_states(model, [corpus.documents[text] for _, text in pairs])
     width = model.config.hidden_size

@@ -14,6 +14,7 @@ from transformers import Qwen3Model
 from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 
 from .embedder import PROMPT
+from .half import fast_products
 from .model import chunk_states, common_prefix, compile_parts, split_prefix
 from .optimizer import Optimizer
 from .reranker import DOCUMENT_PLACE, MARKS, QUERY_PLACE, encode_pairs, last_layer, token_of
@@ -69,7 +70,7 @@ def train_places(
         rows, shared = encode_pairs([(queries[q], documents[d]) for q, d in chosen], pairing)
         targets = [(query_targets[q], document_targets[d]) for q, d in chosen]
         distances, hints, marks = [], [], []
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             front = model(torch.tensor([shared])).last_hidden_state
             marks.append((front[..., MARKS] - torch.tensor([0.0, 0.0, 1.0])).square().mean())
             for chunk, states in chunk_states(model, rows, shared):

@@ -29,6 +29,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from embedport.texts.prompts import END_OF_TEXT, RerankerTokenizer
 
+from .half import fast_products
 from .model import last_states, make_model, split_prefix
 
 LAYERS = 4
@@ -82,6 +83,6 @@ def answers_of(
 ) -> torch.Tensor:
     """Logit of "yes" minus logit of "no": float32 [pairs]."""
     rows, shared = encode_pairs(pairs, tokenizer)
-    with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
+    with fast_products(enabled=model.training):
         states = last_states(model, rows, shared)
     return states @ answer_of(model, tokenizer.tokenizer)

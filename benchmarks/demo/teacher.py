@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import BertModel
 
+from .half import fast_products
+
 BATCH_TOKENS = 8192
 MAX_TOKENS = 64
 
@@ -42,7 +44,7 @@ def teach(texts: Sequence[str], path: Path) -> np.ndarray:
     order = np.argsort([len(row) for row in rows], kind="stable")
     vectors = np.empty((len(rows), model.config.hidden_size), np.float16)
     start = 0
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), fast_products():
         while start < len(order):
             # Rows of one length need no mask.
             length = len(rows[order[start]])
