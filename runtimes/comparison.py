@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,7 +52,8 @@ UNLIKE = {
     "int8-weight": Limits(0.9999, 2e-2),
     "int4": Limits(0.9998, 2e-2),
 }
-# Against a GPU, or between GPUs: `validate`'s limits for the same arithmetic. Not measured yet.
+# Against a GPU, between GPUs, or against software that runs the same weights in operators of its
+# own: `validate`'s limits for the same arithmetic. On GPUs not measured yet.
 ON_GPUS = {
     "fp32": Limits(0.99999, 1e-4),
     "int8": Limits(0.999, 2e-2),
@@ -262,6 +263,19 @@ def find_limits(manifest: Manifest, device: str, exported: Machine, here: Machin
     table = dict(ON_CPUS) if device == "cpu" else ON_GPUS
     if device == "cpu" and not _computes_alike(exported, here):
         table |= UNLIKE
+    return _loosest(manifest, table)
+
+
+def other_code_limits(manifest: Manifest) -> Limits:
+    """The limits between an artifact's results here and those of other software with its weights.
+
+    Args:
+        manifest: The artifact's manifest.
+    """
+    return _loosest(manifest, ON_GPUS)
+
+
+def _loosest(manifest: Manifest, table: Mapping[str, Limits]) -> Limits:
     limits = [table[kind] for kind in _kinds(manifest)]
     return Limits(
         min(limit.min_cosine for limit in limits), max(limit.max_difference for limit in limits)

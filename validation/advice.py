@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from ..runtimes import ModelInfo
 from ..tables import size_words
+from .companions import GATE as FILES
+from .graphs import GATE as GRAPHS
 from .layers import LayerError, largest_growth
 from .reference import Origin
 from .report import Gate
@@ -83,7 +85,11 @@ def _steps(
         yield "Compare both folders' settings; if the checkpoint changed since, make it again."
     if ROWS in failed:
         yield "Make it again: rows of its embedding table are not those of the checkpoint."
-    failed = failed - {SETTINGS, ROWS}
+    if FILES in failed:
+        yield "Take files that were added out of the folder; if others changed, make it again."
+    if GRAPHS in failed:
+        yield "Export it again: other software gets other results from a graph of the folder."
+    failed = failed - {SETTINGS, ROWS, FILES, GRAPHS}
     if not failed:
         return
     if failed <= OF_REFERENCE:

@@ -270,7 +270,8 @@ class LiveReference(ABC):
 
     def settings(self) -> Settings:
         """The settings that its library read beside the weights: see `Reference`."""
-        return {"positions": self.spec.max_position_embeddings, **self.declared()}
+        sizes = {"positions": self.spec.max_position_embeddings, "max_length": self.own_limit}
+        return {**sizes, **self.declared()}
 
     @abstractmethod
     def declared(self) -> Settings:

@@ -23,8 +23,10 @@ from ..texts.beir import RetrievalSet, read_beir, write_candidates
 from ..texts.ranking import candidate_pairs, rank_documents
 from ..texts.samples import Pair, Sample
 from .advice import next_steps, other_weights
+from .companions import files_gate
 from .details import collect_details
 from .gates import finite_gate, invariance_gate, retrieval_gates, task_gates, token_gate
+from .graphs import Few, graph_gates, run_few
 from .invariance import run_suite
 from .layers import layer_errors
 from .machine import describe_export, describe_machine
@@ -190,10 +192,14 @@ def validate(
     if gate.passed:
         measured = _measure_artifact(runtime, inputs, rows, data, tasks, progress=progress)
         del runtime  # artifact and reference may not fit into memory together
+        pairs = inputs.pairs if isinstance(inputs, RerankerTask) else ()
+        settings = source.settings()
         gates = (
             gate,
-            settings_gate(info, source.settings()),
+            settings_gate(info, settings),
+            *files_gate(info, (settings or {}).get("max_length"), pairs, rows),
             table_gate(info, source.table(), tokenizer, rows),
+            *graph_gates(info, runtime_device, measured.few),
         )
         judged = _judge(
             gates, measured, source, inputs, info, thresholds, data, tasks, progress=progress
@@ -257,6 +263,7 @@ class Measured:
         set_results: Those of the retrieval set; None without one.
         task_scores: Its scores on MTEB's tasks.
         invariance: Case of the invariance suite to the worst agreement with the text alone.
+        few: As they are, of a few inputs alone: what other software is compared with.
     """
 
     raw: np.ndarray
@@ -264,6 +271,7 @@ class Measured:
     set_results: Any
     task_scores: list[TaskScore]
     invariance: dict[str, float]
+    few: Few
 
 
 @dataclass(frozen=True)
@@ -338,7 +346,8 @@ def _measure_artifact(
     for outcome in run_suite(runtime.model, rows, runtime.tokenizer.max_length, progress=progress):
         values = inputs.agreement(*map(inputs.comparable, (outcome.results, outcome.alone)))
         invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
-    return Measured(raw, inputs.comparable(raw), set_results, task_scores, invariance)
+    few = run_few(runtime.model, rows, raw)
+    return Measured(raw, inputs.comparable(raw), set_results, task_scores, invariance, few)
 
 
 def _judge(

@@ -501,6 +501,8 @@ def _read_origin(values: Mapping[str, Any]) -> Origin:
 
 def _read_settings(values: Mapping[str, Any]) -> Settings:
     _whole(values["positions"])
+    if "max_length" in values:  # early versions did not record it
+        _whole(values["max_length"])
     for name, prompt in values.get("prompts", {}).items():
         _text(name), _text(prompt)
     return values

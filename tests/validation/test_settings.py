@@ -11,6 +11,7 @@ import pytest
 import embedport
 from embedport.runtimes import read_info
 from embedport.texts.samples import Sample
+from embedport.validation.companions import GATE as FILES
 from embedport.validation.opening import open_live
 from embedport.validation.settings import GATE, settings_gate
 
@@ -62,7 +63,7 @@ def test_another_setting(declared, copied, part, values, detail):
     assert (gate.value, gate.failed, gate.detail) == (1, True, detail)
 
 
-def test_a_missing_prompt_fails_alone(declared, copied, tmp_path):
+def test_a_missing_prompt_fails(declared, copied, tmp_path):
     """With the checkpoint and with a recorded reference; the record does not quote it."""
     checkpoint, artifact = declared
     folder, recorded = copied(artifact), tmp_path / "model.reference"
@@ -73,10 +74,10 @@ def test_a_missing_prompt_fails_alone(declared, copied, tmp_path):
     path.write_text(json.dumps(manifest))
     for reference, texts in ((checkpoint, TEXTS), (recorded, None)):
         report = embedport.validate(folder, reference, texts, device="cpu")
-        assert {gate.name for gate in report.gates if gate.failed} == {GATE}
-        (step,) = report.next_steps
-        assert step.startswith("Compare both folders' settings")
-        (gate,) = [gate for gate in report.gates if gate.failed]
+        gate, files = [gate for gate in report.gates if gate.failed]
+        assert (gate.name, files.name) == (GATE, FILES)
+        assert report.next_steps[0].startswith("Compare both folders' settings")
+        assert files.detail.startswith("config_sentence_transformers.json: prompts: found {")
         assert gate.detail == "prompt 'sts': found none, expected 'Compare: '"
         assert "Compare: " not in json.dumps(report.to_record())
 

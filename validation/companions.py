@@ -1,0 +1,166 @@
+"""The files beside an artifact's weights, as other software reads them.
+
+embedport reads an artifact's settings from its manifest. sentence-transformers, transformers, vLLM
+and others read config.json, modules.json, the poolings' and the tokenizer's settings and the chat
+template: these have to say the same, and no file may stand beside them that they would read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..artifact.folder import Artifact
+from ..checkpoint.chat import TEMPLATE, infer_format
+from ..checkpoint.hub import Source
+from ..checkpoint.keys import shown
+from ..checkpoint.pipeline import Inputs, Outputs
+from ..checkpoint.spec import ModelSpec, read_spec
+from ..errors import CheckpointError, InputError
+from ..files import MANIFEST
+from ..runtimes import ModelInfo
+from ..strict_json import read_json
+from ..texts.prompts import RerankerTokenizer, find_answers, load_tokenizer
+from ..texts.samples import Pair
+from .report import Gate
+
+GATE = "files that differ"
+# Files that other software opens if they are there: weights, graphs, settings, tokenizers.
+OPENED = (
+    *("**/*.onnx", "openvino/*", "*.gguf"),
+    *("model*.safetensors*", "pytorch_model*", "adapter_*", "*.index.json"),
+    *("config.json", "*/config.json", "modules.json", "sentence_*_config.json"),
+    *("config_sentence_transformers.json", "quant*_config.json", "generation_config.json"),
+    *("*processor_config.json", "vocab.json", "merges.txt", "*.jinja", "chat_template.json"),
+    "additional_chat_templates/*",
+)
+# The file that holds a setting.
+TOKENIZER, TRANSFORMER = "tokenizer_config.json", "sentence_bert_config.json"
+SETTINGS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
+FILES = {
+    "prompts": SETTINGS,
+    "default_prompt": SETTINGS,
+    "similarity": SETTINGS,
+    "truncate": SETTINGS,
+    "pooling": POOLING,
+    "include_prompt": POOLING,
+    "steps": "modules.json",
+    "form": TRANSFORMER,
+    "message_format": TRANSFORMER,
+    "template_values": TRANSFORMER,
+    "lower_case": TRANSFORMER,
+    "split_special_tokens": TOKENIZER,
+    "truncation_side": TOKENIZER,
+    "activation": "config.json",
+}
+OF_VECTORS = ("pooling", "include_prompt", "steps", "truncate", "similarity")
+OF_TEXTS = ("prompts", "default_prompt", "lower_case", "split_special_tokens", "truncation_side")
+OF_CHATS = ("form", "message_format", "template_values")
+QUANTIZATION = "quantize_config.json"
+
+
+def files_gate(
+    info: ModelInfo, limit: int | None, pairs: Sequence[Pair], rows: Sequence[np.ndarray]
+) -> list[Gate]:
+    """What other software reads in the folder is what the manifest says, and nothing was added.
+
+    Args:
+        info: The artifact; a checkpoint without a manifest gets no gate.
+        limit: Tokens after which the reference's library cuts an input by itself; None if unknown.
+        pairs: For a reranker, the pairs that are validated.
+        rows: Their token ids, int64 [tokens] each, by the artifact's tokenizer.
+    """
+    if info.artifact is None:
+        return []
+    differences = [f"{name}: it was added" for name in _added(info.artifact)]
+    try:
+        spec = info.checkpoint or read_spec(Source(info.name, None, info.folder), info.task)
+        differences += _differences(info, spec, limit, pairs, rows)
+    except (CheckpointError, InputError) as error:
+        differences.append(str(error))
+    return [Gate(GATE, len(differences), "≤", 0, "; ".join(differences))]
+
+
+def _added(artifact: Artifact) -> list[str]:
+    """Files that other software would open, and that the manifest does not list."""
+    folder, own = artifact.folder, artifact.manifest.files
+    found = {path.relative_to(folder).as_posix() for name in OPENED for path in folder.glob(name)}
+    return sorted(name for name in found - own.keys() if (folder / name).is_file())
+
+
+def _differences(
+    info: ModelInfo,
+    spec: ModelSpec,
+    limit: int | None,
+    pairs: Sequence[Pair],
+    rows: Sequence[np.ndarray],
+) -> Iterator[str]:
+    artifact = info.artifact
+    assert artifact is not None
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        yield from _unlike("config.json", key, getattr(spec, key), getattr(info, key))
+    # An artifact may cut texts earlier than the files say: the option `max_length`.
+    own = artifact.manifest.max_length
+    if spec.max_length not in (own, limit) and (limit is not None or spec.max_length < own):
+        expected = own if limit is None else limit
+        yield (
+            f"{TRANSFORMER} or {TOKENIZER}: tokens of a text: found {spec.max_length:,}, expected "
+            f"{expected:,}"
+        )
+    if info.task == "embedding":
+        yield from _records(spec.inputs, info.inputs, (*OF_TEXTS, *OF_CHATS))
+        yield from _records(spec.outputs, info.outputs, OF_VECTORS)
+    else:
+        yield from _records(spec.inputs, info.inputs, OF_TEXTS)
+        yield from _records(spec.outputs, info.outputs, ("activation",))
+        yield from _pair_differences(info, spec, pairs, rows)
+    yield from _notes(artifact, spec)
+
+
+def _records(
+    found: Inputs | Outputs, expected: Inputs | Outputs, keys: Sequence[str]
+) -> Iterator[str]:
+    for key in keys:
+        yield from _unlike(FILES[key], key, getattr(found, key), getattr(expected, key))
+
+
+def _unlike(file: str, key: str, found: Any, expected: Any) -> Iterator[str]:
+    if found != expected:
+        yield (f"{file}: {key}: found {shown(found)}, expected {shown(expected)} as in {MANIFEST}")
+
+
+def _pair_differences(
+    info: ModelInfo, spec: ModelSpec, pairs: Sequence[Pair], rows: Sequence[np.ndarray]
+) -> Iterator[str]:
+    """The chat template, which other software renders, gives each pair embedport's tokens."""
+    inputs = spec.inputs
+    if inputs.form == "instruct":  # transformers' own form has no template; servers have one
+        if not (info.folder / TEMPLATE).exists():
+            return
+        inputs = replace(inputs, form="messages", message_format=infer_format(info.folder))
+    tokenizer = RerankerTokenizer(info.folder / "tokenizer.json", info.max_length, inputs)
+    for i, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+        # A row that is cut is cut in another place.
+        if len(row) < info.max_length:
+            (ids,) = tokenizer.encode([(pair.query, pair.document)], pair.instruction).ids
+            if ids.tolist() != row.tolist():
+                yield f"{TEMPLATE}: pair {i} has other tokens in it than in embedport"
+                return
+
+
+def _notes(artifact: Artifact, spec: ModelSpec) -> Iterator[str]:
+    """What servers read of a quantized checkpoint besides what transformers reads."""
+    config = read_json(artifact.folder / "config.json")
+    if QUANTIZATION in artifact.manifest.files:
+        expected = config.get("quantization_config")
+        if read_json(artifact.folder / QUANTIZATION) != expected:
+            yield f"{QUANTIZATION}: it should be the same as quantization_config in config.json"
+    tokens = config.get("classifier_from_token")
+    if tokens is not None:
+        yes, no = find_answers(spec)
+        tokenizer = load_tokenizer(artifact.folder / "tokenizer.json")
+        if [tokenizer.token_to_id(token) for token in tokens] != [no, yes]:
+            yield f"config.json: classifier_from_token: found {shown(tokens)}, expected no and yes"
