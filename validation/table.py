@@ -147,7 +147,7 @@ def _checkpoint_rows(spec: ModelSpec) -> ReadRows:
 def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
     """Each distinct table of an artifact's graphs, and whether the graph says it is rotated.
 
-    A reranker's two graphs have their weights in one file, and usually at the same place.
+    Graphs have their weights in one file, and usually at the same place.
 
     Returns:
         None if no part of a graph turns token ids into rows and does nothing else.
@@ -157,6 +157,8 @@ def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
     paths = [artifact.graph]
     if graph.continuation is not None:
         paths.append(artifact.folder / graph.continuation.path)
+    if graph.shared is not None:
+        paths += [artifact.folder / path for path in graph.shared.paths]
     seen, tables = [], []
     for path in paths:
         model = ir.load(path)

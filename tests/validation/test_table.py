@@ -154,14 +154,14 @@ def test_a_wrong_row_of_a_checkpoint(rounded, checkpoints, copied):
         assert table_gate(read_info(folder), reference, tokenizer, VALIDATED).value == value
 
 
-def test_a_second_graph_with_another_table(folders, sketches, copied):
-    """A reranker's continuation reads the same weights; one that reads others is compared too."""
-    folder = copied(folders("reranker").artifact)
-    artifact = Artifact.open(folder)
-    manifest = artifact.manifest
-    assert manifest.graph is not None
-    assert manifest.graph.continuation is not None
-    path = folder / manifest.graph.continuation.path
+@pytest.mark.parametrize(
+    ("task", "name"), [("reranker", "continuation"), ("embedding", "model"), ("reranker", "model")]
+)
+def test_another_graph_with_another_table(folders, sketches, copied, task, name):
+    """All graphs read the same weights; one that reads others is compared too."""
+    folder = copied(folders(task, consumers=("older-onnxruntime",)).artifact)
+    manifest = Artifact.open(folder).manifest
+    path = folder / "onnx" / f"{name}.onnx"
     model = ir.load(path)
     (part,) = (part for scope, part in segments(model) if scope == EMBEDDING)
     (name,) = part.graph.initializers
@@ -173,7 +173,7 @@ def test_a_second_graph_with_another_table(folders, sketches, copied):
     ir.save(model, path)
     write_manifest(folder, manifest, folder.name)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    assert table_gate(read_info(folder), sketches("reranker"), tokenizer, VALIDATED).value == 2
+    assert table_gate(read_info(folder), sketches(task), tokenizer, VALIDATED).value == 2
 
 
 def test_a_table_with_too_few_rows(folders, sketches, copied):

@@ -23,7 +23,7 @@ from embedport.validation.thresholds import THRESHOLDS, find_thresholds
 
 ORDER = "documents out of order"
 # Spoilt results are not those that other software gets from the same graph.
-GRAPHS = "graphs that differ"
+OTHERS = "graphs that differ"
 SECRET = "our plan [bold]to merge[/bold] | do not publish"
 QUERIES = [Sample(text, "query") for text in ("What is the capital of China?", "Explain gravity")]
 DOCUMENTS = [s for s in builtin_samples() if s.prompt == "document" and len(s.text) < 500]
@@ -155,7 +155,7 @@ def every_pair():
 def test_a_turned_vector_fails_with_its_cosine(folders, spoil):
     spoil(change_results(lambda vectors: rotate(vectors, 0.98), SAMPLES[7]))
     report = validate(folders("embedding"), SAMPLES)
-    assert failed(report) == {"minimum cosine", "maximum score difference", GRAPHS}
+    assert failed(report) == {"minimum cosine", "maximum score difference", OTHERS}
     assert gate(report, "minimum cosine").value == pytest.approx(0.98, abs=1e-6)
     assert gate(report, "minimum cosine").limit == 0.99999
     figures = report.comparisons[0].figures
@@ -164,7 +164,7 @@ def test_a_turned_vector_fails_with_its_cosine(folders, spoil):
     assert report.worst[0].value == pytest.approx(0.98, abs=1e-6)
     limits = {"min_cosine": 0.97, "max_score_difference": 0.5}
     # Its graph still gives the right vector to other software.
-    assert failed(validate(folders("embedding"), SAMPLES, **limits)) == {GRAPHS}
+    assert failed(validate(folders("embedding"), SAMPLES, **limits)) == {OTHERS}
 
 
 def test_a_shifted_score_fails_with_its_difference(folders, spoil):
@@ -316,7 +316,7 @@ def test_one_nan_fails(folders, spoil, task, value, copied):
 def test_nothing_but_nan_fails_every_gate_on_numbers(folders, spoil, task):
     spoil(change_results(lambda results: results * np.nan))
     report = validate(folders(task))
-    expected = {"results with NaN or infinity", "batch invariance", GRAPHS}
+    expected = {"results with NaN or infinity", "batch invariance", OTHERS}
     expected |= (
         {"minimum cosine", "vectors' length to 1"}
         if task == "embedding"
@@ -370,7 +370,7 @@ def test_a_row_that_is_too_short_differs():
 def test_vectors_that_are_not_of_unit_length_fail(folders, spoil):
     spoil(change_results(lambda vectors: vectors * 3))
     report = validate(folders("embedding"), [s for s in SAMPLES if s.prompt == "document"])
-    assert failed(report) == {"vectors' length to 1", GRAPHS}
+    assert failed(report) == {"vectors' length to 1", OTHERS}
     assert gate(report, "vectors' length to 1").value == pytest.approx(2, abs=1e-5)
 
 
@@ -489,7 +489,7 @@ def test_the_terminal_shows_verdict_first_and_text_as_it_is(folders, spoil):
     with console.capture() as capture:
         console.print(report)
     lines = capture.get().splitlines()
-    gates = f"{GRAPHS}, minimum cosine, maximum score difference"
+    gates = f"{OTHERS}, minimum cosine, maximum score difference"
     assert lines[0].strip() == f"Does not hold against {report.library}: {gates}"
     assert SECRET in capture.get()
 
