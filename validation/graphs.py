@@ -25,7 +25,7 @@ from ..checkpoint.pooling import Head, pool
 from ..errors import MissingPackageError, require
 from ..requirements import meets
 from ..runtimes import ModelInfo
-from ..runtimes.comparison import Limits, most_stretch, other_code_limits
+from ..runtimes.comparison import Limits, most_stretch, other_software_limits
 from ..runtimes.part_session import open_session
 from ..runtimes.vectors import cosines
 from .invariance import Model, pad
@@ -84,16 +84,15 @@ def run_few(model: Model, rows: Sequence[np.ndarray], results: np.ndarray) -> Fe
 
 
 def graph_gates(info: ModelInfo, device: str, few: Few) -> list[Gate]:
-    """No graph of the folder gives other results than the artifact; none for a checkpoint.
+    """No graph of the folder gives other results than the artifact.
 
     Args:
-        info: The artifact, or the checkpoint.
+        info: The artifact, with a graph.
         device: The device that the artifact ran on.
         few: From `run_few`.
     """
-    if info.artifact is None or info.artifact.manifest.graph is None:
-        return []
-    limits = other_code_limits(info.artifact.manifest)
+    assert info.artifact is not None
+    limits = other_software_limits(info.artifact.manifest)
     differences, left = [], _not_run(info.artifact, device)
     run = 0
     for name, outputs in _graphs(info.artifact).items():

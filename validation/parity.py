@@ -199,7 +199,7 @@ def validate(
             settings_gate(info, settings),
             *files_gate(info, (settings or {}).get("max_length"), pairs, rows),
             table_gate(info, source.table(), tokenizer, rows),
-            *graph_gates(info, runtime_device, measured.few),
+            *([] if measured.few is None else graph_gates(info, runtime_device, measured.few)),
         )
         judged = _judge(
             gates, measured, source, inputs, info, thresholds, data, tasks, progress=progress
@@ -263,7 +263,7 @@ class Measured:
         set_results: Those of the retrieval set; None without one.
         task_scores: Its scores on MTEB's tasks.
         invariance: Case of the invariance suite to the worst agreement with the text alone.
-        few: As they are, of a few inputs alone: what other software is compared with.
+        few: Those of a few inputs alone, for comparison with other software; None for a checkpoint.
     """
 
     raw: np.ndarray
@@ -271,7 +271,7 @@ class Measured:
     set_results: Any
     task_scores: list[TaskScore]
     invariance: dict[str, float]
-    few: Few
+    few: Few | None
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,9 @@ def _measure_artifact(
     for outcome in run_suite(runtime.model, rows, runtime.tokenizer.max_length, progress=progress):
         values = inputs.agreement(*map(inputs.comparable, (outcome.results, outcome.alone)))
         invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
-    few = run_few(runtime.model, rows, raw)
+    artifact = runtime.info.artifact
+    has_graph = artifact is not None and artifact.manifest.graph is not None
+    few = run_few(runtime.model, rows, raw) if has_graph else None
     return Measured(raw, inputs.comparable(raw), set_results, task_scores, invariance, few)
 
 

@@ -20,7 +20,7 @@ from embedport.validation.companions import GATE, files_gate
 from embedport.validation.recorded import read_recorded
 
 PAIRS = [Pair("What is tea?", "A leaf from China."), Pair("Snow?", "It is cold.", "Find weather.")]
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 SETTINGS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 CLS = {"pooling_mode_lasttoken": False, "pooling_mode_cls_token": True}
 

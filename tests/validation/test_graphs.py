@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from embedport.validation.graphs import GATE, NOT_RUN, Few, graph_gates, run_few
 TEXTS = [sample.text for sample in builtin_samples()[:24]]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()[:4]]
 FOR = ("sentence-transformers", "older-onnxruntime")
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def results():
 
     def run(folder):
         if folder not in made:
-            loaded = embedport.load(folder, device="cpu")
-            reranks = isinstance(loaded, embedport.Reranker)
-            rows = loaded.tokenizer.encode(PAIRS if reranks else TEXTS).ids
+            loaded: Any = embedport.load(folder, device="cpu")
+            texts = PAIRS if loaded.info.task == "reranker" else TEXTS
+            rows = loaded.tokenizer.encode(texts).ids
             alone = [loaded.model(ids[None], np.ones_like(ids[None]))[0] for ids in rows]
             made[folder] = run_few(loaded.model, rows, np.stack(alone))
         return made[folder]
@@ -187,7 +188,7 @@ def test_nothing_else_fails(folders, copied, tmp_path, task):
     made = folders(task, consumers=FOR)
     folder, recorded = copied(made.artifact), tmp_path / "model.reference"
     texts = [Sample("What is tea?", "query"), Sample("A leaf from China.")]
-    inputs = {"texts": texts} if task == "embedding" else {"pairs": PAIRS[:2]}
+    inputs: dict[str, Any] = {"texts": texts} if task == "embedding" else {"pairs": PAIRS[:2]}
     embedport.record_reference(made.checkpoint, recorded, task=task, device="cpu", **inputs)
     change_weights(folder / "onnx" / "model.onnx")
     write_manifest(folder, Artifact.open(made.artifact).manifest, folder.name)
