@@ -240,6 +240,7 @@ def test_a_truncated_file(recordings, tmp_path, size):
         (lambda v: v | {"max_length": None}, "expected a whole number above 0, found None"),
         (lambda v: v | {"retrieval": {"name": "x"}}, "is damaged"),
         (lambda v: v | {"settings": {"prompts": {}}}, "is damaged"),
+        (lambda v: v | {"settings": {"positions": 9, "max_length": 0}}, "is damaged"),
         (lambda v: v | {"probes": {"inputs": [], "added": []}}, "probes.lengths should be"),
     ],
 )
