@@ -49,7 +49,8 @@ class Machine:
 
     def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a script; both its streams are captured."""
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1"}
+        environment.pop("PYTHONPATH", None)
         command = [*self.command, str(script), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -59,7 +60,7 @@ NATIVE = Machine("native", (sys.executable,))
 
 def x86_machine(cpu: str) -> Machine:
     """An x86 CPU by qemu's name."""
-    return Machine(cpu, (_find("qemu-x86_64", "qemu-user"), "-cpu", cpu, sys.executable))
+    return Machine(cpu, (find_tool("qemu-x86_64", "qemu-user"), "-cpu", cpu, sys.executable))
 
 
 def arm_machine(cpu: str, cache: Path) -> Machine:
@@ -68,7 +69,7 @@ def arm_machine(cpu: str, cache: Path) -> Machine:
     return Machine(
         f"aarch64 {cpu}",
         (
-            _find("qemu-aarch64", "qemu-user"),
+            find_tool("qemu-aarch64", "qemu-user"),
             *("-cpu", cpu, "-L", str(root), "-E", f"PYTHONPATH={places}"),
             str(root / "usr" / "bin" / f"python{PYTHON}"),
         ),
@@ -99,7 +100,7 @@ def make_arm(cache: Path) -> str:
 
 def _make_root(cache: Path) -> None:
     """Debian's packages of Python, as apt resolves them for a machine that has none yet."""
-    apt, dpkg = _find("apt-get", "apt"), _find("dpkg", "dpkg")
+    apt, dpkg = find_tool("apt-get", "apt"), find_tool("dpkg", "dpkg")
     if not Path(KEYRING).is_file():
         raise MissingToolError(f"{KEYRING} is missing: apt-get install debian-archive-keyring")
     state = cache / "apt"
@@ -123,13 +124,13 @@ def _make_root(cache: Path) -> None:
         "Dir::Etc::sourceparts": "/dev/null",
     }
     command = [apt, "-qq", *(f"-o{key}={value}" for key, value in options.items())]
-    _run([*command, "update"])
-    _run([*command, "--yes", "--download-only", "install", f"python{PYTHON}", "libstdc++6"])
+    run_tool([*command, "update"])
+    run_tool([*command, "--yes", "--download-only", "install", f"python{PYTHON}", "libstdc++6"])
     # Under its name only when it is whole: the next call would take a part for it.
     partial = cache / "root-partial"
     shutil.rmtree(partial, ignore_errors=True)
     for package in sorted((state / "cache" / "archives").glob("*.deb")):
-        _run([dpkg, "-x", str(package), str(partial)])
+        run_tool([dpkg, "-x", str(package), str(partial)])
     (partial / "proc").mkdir()
     (partial / "proc" / "cpuinfo").write_text(CORE, encoding="utf-8")
     cores = partial / "sys" / "devices" / "system" / "cpu"
@@ -145,10 +146,10 @@ def _install_wheels(cache: Path) -> None:
     locked = cache / "requirements.txt"
     exported = [uv, "export", "--quiet", "--frozen", "--no-default-groups", "--extra", "cpu"]
     options = ["--no-emit-project", "--no-hashes", "--output-file", str(locked)]
-    _run([*exported, *options])
+    run_tool([*exported, *options])
     target = ["--target", str(cache / "wheels"), "--python-version", PYTHON]
     platform = ["--python-platform", "aarch64-manylinux_2_28", "--only-binary", ":all:"]
-    _run([uv, "pip", "install", "--quiet", "-r", str(locked), "--no-deps", *target, *platform])
+    run_tool([uv, "pip", "install", "--quiet", "-r", str(locked), "--no-deps", *target, *platform])
 
 
 def _install_package(cache: Path) -> str:
@@ -157,7 +158,7 @@ def _install_package(cache: Path) -> str:
     shutil.rmtree(built, ignore_errors=True)
     # Without the compiler the build makes a wheel for any platform, as on a user's machine.
     environment = {"CC": COMPILER, "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
-    _run([_uv(), "build", "--quiet", "-o", str(built)], os.environ | environment)
+    run_tool([_uv(), "build", "--quiet", "-o", str(built)], os.environ | environment)
     (wheel,) = built.glob("*.whl")
     source = cache / "source"
     shutil.rmtree(source, ignore_errors=True)
@@ -177,16 +178,31 @@ def _uv() -> str:
     return found
 
 
-def _find(program: str, package: str) -> str:
+def find_tool(program: str, package: str) -> str:
+    """A program's path.
+
+    Raises:
+        MissingToolError: It is not there.
+    """
     found = shutil.which(program)
     if found is None:
         raise MissingToolError(f"{program} is missing: apt-get install {package}")
     return found
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+def run_tool(
+    command: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+    folder: Path = REPOSITORY,
+) -> str:
+    """Run a program in a folder; what it prints.
+
+    Raises:
+        MissingToolError: It failed.
+    """
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, cwd=REPOSITORY
+        command, env=environment, capture_output=True, text=True, check=False, cwd=folder
     )
     if done.returncode:
         raise MissingToolError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout

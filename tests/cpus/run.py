@@ -1,7 +1,7 @@
 """The same results on every CPU: checks run natively and on other CPUs, and a table of them.
 
     make test-cpus
-    python tests/cpus/run.py [--cpu Haswell ...] [--folder build/cpus]
+    python tests/cpus/run.py [--cpu Haswell ...] [--check products ...] [--folder build/cpus]
 
 Where this CPU can hide its instruction sets (see hidden.py), older kinds of x86 run at its speed:
 
@@ -20,10 +20,19 @@ folder the first time (60 MB):
     aarch64 cortex-a72   NEON
     aarch64 max          all that qemu knows: dot products, i8mm, SVE
 
-qemu emulates no AVX-512. A check is a script of this folder, `check_*.py`: it gets the folder, runs
-anywhere with numpy, onnxruntime and what embedport needs, and writes a line of JSON
-for each thing it compares: name, difference, limit. It runs natively first, and may leave there
-what later runs compare with. The exit code is 1 if anything is beyond its limit or does not run.
+qemu emulates no AVX-512. Bochs does, slowly, and a whole machine with it (see bochs.py): on Debian,
+with `apt-get install bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso cpio`; a
+kernel is downloaded into the folder the first time (27 MB):
+
+    skylake-x            AVX-512 without VNNI
+    icelake              AVX-512 with VNNI
+
+They run only when they are asked for: a check takes minutes, and exports have not been tried.
+
+A check is a script of this folder, `check_*.py`: it gets the folder, runs anywhere with numpy,
+onnxruntime and what embedport needs, and writes a line of JSON for each thing it compares: name,
+difference, limit. It runs natively first, and may leave there what later runs compare with. The
+exit code is 1 if anything is beyond its limit or does not run.
 """
 
 from __future__ import annotations
@@ -42,6 +51,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from artifacts import write_artifacts  # noqa: E402
+from bochs import MODELS, BochsMachine, bochs_machine  # noqa: E402
 from hidden import KINDS, CannotHideError, available_kinds, hiding_command  # noqa: E402
 from machines import (  # noqa: E402
     NATIVE,
@@ -54,6 +64,7 @@ from machines import (  # noqa: E402
 )
 from products import write_cases  # noqa: E402
 
+CHECKS = sorted(path.stem.removeprefix("check_") for path in HERE.glob("check_*.py"))
 X86, ARM = ("Haswell", "Nehalem"), ("cortex-a72", "max")
 
 
@@ -85,7 +96,7 @@ class Outcome:
         return bool(self.records) and not self.beyond and not self.error
 
 
-def run_check(machine: Machine, check: Path, folder: Path) -> Outcome:
+def run_check(machine: Machine | BochsMachine, check: Path, folder: Path) -> Outcome:
     """Run a script on a machine."""
     begun = time.monotonic()
     done = machine.run(check, str(folder))
@@ -95,7 +106,7 @@ def run_check(machine: Machine, check: Path, folder: Path) -> Outcome:
     return Outcome(machine.name, check.stem, list(map(json.loads, lines)), seconds, error)
 
 
-def find_machines(wanted: list[str], folder: Path) -> Iterator[Machine]:
+def find_machines(wanted: list[str], folder: Path) -> Iterator[Machine | BochsMachine]:
     """The CPUs that are asked for: first those that this one can imitate."""
     for kind in KINDS:
         if kind in wanted:
@@ -103,6 +114,9 @@ def find_machines(wanted: list[str], folder: Path) -> Iterator[Machine]:
     for cpu in X86:
         if cpu in wanted:
             yield x86_machine(cpu)
+    for cpu in MODELS:
+        if cpu in wanted:
+            yield bochs_machine(cpu, folder / "bochs")
     if any(cpu in wanted for cpu in ARM):
         cache = folder / "aarch64"
         say(f"aarch64: {make_arm(cache)}")
@@ -143,8 +157,12 @@ def main() -> int:
     """Prepare, run, and write the table; the exit code."""
     parser = argparse.ArgumentParser(description="The same results on every CPU.")
     parser.add_argument(
-        "--cpu", action="append", choices=(*KINDS, *X86, *ARM), help="all by default"
+        "--cpu",
+        action="append",
+        choices=(*KINDS, *X86, *MODELS, *ARM),
+        help=f"by default all but {' and '.join(MODELS)}",
     )
+    parser.add_argument("--check", action="append", choices=CHECKS, help="all by default")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "build" / "cpus")
     options = parser.parse_args()
     folder = options.folder.absolute()
@@ -159,7 +177,7 @@ def main() -> int:
     say("Writing products and artifacts")
     write_cases(prepared / "products")
     write_artifacts(prepared / "artifacts")
-    checks = sorted(HERE.glob("check_*.py"))
+    checks = [HERE / f"check_{name}.py" for name in options.check or CHECKS]
     write_head()
     outcomes = []
     # A check's native run leaves what the others compare with.
