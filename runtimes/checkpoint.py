@@ -37,6 +37,8 @@ from .bitsandbytes_parts import check_parts
 # The first transformers that reads is_causal.
 BIDIRECTIONAL = "transformers>=5.2"
 CONFIG = "config.json"
+# How the names of what is quantized end: a bias is not.
+MATRIX = "_proj.weight"
 # What libraries raise for tensors and settings that do not fit.
 LIBRARY_ERRORS = (
     *(RuntimeError, ValueError, LookupError),
@@ -117,17 +119,14 @@ def rounds_tokens(spec: ModelSpec) -> bool:
 
 
 def has_fp8_matrices(spec: ModelSpec) -> bool:
-    """Whether all projections are float8_e4m3fn with one scale per output row and one per token.
-
-    Their sizes must also be multiples of 16, as fp8 products on a GPU require.
-    """
+    """Whether all projections are float8_e4m3fn with one scale per output row and one per token."""
     return _has_scaled_matrices(spec, "fp8", "F8_E4M3")
 
 
 def has_int8_matrices(spec: ModelSpec) -> bool:
     """Whether all projections are int8 with one scale per output row and one per token.
 
-    Neither has zero points. Their sizes are multiples of 16.
+    Neither has zero points.
     """
     return _has_scaled_matrices(spec, "w8a8", "I8")
 
@@ -143,11 +142,10 @@ def _has_scaled_matrices(spec: ModelSpec, precision: str, dtype: str) -> bool:
     is_symmetric = bool(group["weights"].get("symmetric", True))
     return (*form, is_symmetric) == ("token", True, True, True) and all(
         dtype_and_shape(headers, name) == (dtype, shape)
-        and not any(size % 16 for size in shape)
         and dtype_and_shape(headers, f"{name}_scale")[1] == (shape[0], 1)
         and find_tensor(headers, f"{name}_zero_point") is None
         for name, shape in spec.tensor_shapes().items()
-        if "_proj." in name
+        if name.endswith(MATRIX)
     )
 
 
@@ -298,7 +296,7 @@ def _check_tensors(spec: ModelSpec, headers: Mapping[str, TensorInfo]) -> None:
                 f"{info.file}: tensor {info.name} should have shape {list(shape)} by config.json, "
                 f"found {list(info.shape)}"
             )
-        if info.dtype not in DTYPES and "_proj." not in name:
+        if info.dtype not in DTYPES and not name.endswith(MATRIX):
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found {info.dtype}"
             )

@@ -25,6 +25,7 @@ from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import ModelSpec
 from ..errors import DeviceError, InputError, require
 from ..machine.engine import AMPERE
+from ..quantize.formats import matrices
 from ..requirements import meets
 from ..texts.prompts import find_answers
 from .batching import pad
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # The first compute capability with fp8 products that take one scale per token.
 HOPPER = (9, 0)
+# What divides the sizes of 8-bit matrices that a GPU multiplies.
+SIZES = 16
 # FlashAttention's largest head_dim, and the first torch that has it for variable-length batches.
 WIDEST_HEAD, OLDEST = 256, "2.11"
 
@@ -238,7 +241,8 @@ def why_padded(spec: ModelSpec, arithmetic: str) -> str | None:
 def _stays_packed(spec: ModelSpec) -> bool:
     """Whether our layers multiply by the codes of a format that a library owns."""
     if rounds_tokens(spec):
-        return True
+        shapes = [spec.tensor_shapes()[f"{name}.weight"] for name in matrices(spec)]
+        return not any(size % SIZES for shape in shapes for size in shape)
     from .packed.nf4 import has_nf4_matrices
 
     return has_nf4_matrices(spec)

@@ -292,6 +292,28 @@ def test_rounded_activations_do_not_depend_on_the_batch(quantized, monkeypatch, 
     assert {each.weight.element_size() for each in projections(layers)} == {1}
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_rounded_activations_of_any_size_and_with_biases(checkpoints, copied, tmp_path, biases):
+    """In fp32 too, whose result does not depend on the batch; 200 is no multiple of 16."""
+    folder = copied(checkpoints("kv1"))
+    if biases:
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if "self_attn" in name and "_proj" in name]:
+            rows = tensors[name].shape[0]
+            values = np.random.default_rng(rows).standard_normal(rows)
+            tensors[name.replace("weight", "bias")] = values.astype(tensors[name].dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    embedport.quantize_checkpoint(folder, tmp_path / "out", method="w8a8", fast=True)
+    model = embedport.load_embedder(tmp_path / "out", device="cpu")
+    assert model.precision == "w8a8 (computed in fp32)"
+    expected = embedport.load_embedder(folder, device="cpu").encode(TEXTS)
+    found = model.encode(TEXTS)
+    assert agreement(found, expected) > 0.99
+    np.testing.assert_allclose(found, model.encode(TEXTS, batch_tokens=1), rtol=0, atol=2e-4)
+
+
 def projections(layers):
     return [module for name, module in layers.named_modules() if name.endswith("_proj")]
 
