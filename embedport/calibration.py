@@ -20,10 +20,11 @@ from itertools import islice
 from pathlib import Path
 
 from .checkpoint.spec import ModelSpec, Task
-from .errors import InputError
-from .exporters.configuration import read_configuration
+from .checkpoint.tensor_files import read_headers
+from .errors import CheckpointError, InputError
+from .exporters.configuration import fetch_weights, read_configuration
 from .exporters.texts import advised_tokens, encode_samples
-from .runtimes import Embedder, load_embedder
+from .runtimes import Embedder, load
 from .storage import as_place
 from .strict_json import write_jsonl
 from .texts.prompts import EmbeddingTokenizer, RerankerTokenizer
@@ -111,7 +112,8 @@ def build_calibration(
     Raises:
         InputError: An option is wrong, the corpus is missing or invalid or lacks queries or
             documents, or the output exists or cannot be written.
-        CheckpointError: The checkpoint's files are incomplete or damaged.
+        CheckpointError: The checkpoint's files are incomplete or damaged, or it is quantized
+            already, as an artifact is.
 
     >>> corpus = folder / "corpus.txt"
     >>> with corpus.open("w") as file:
@@ -128,6 +130,7 @@ def build_calibration(
         raise InputError("`tokens` and `count` both say how large the set is: give one of them")
     _check_output(output, force)
     spec = read_configuration(model, None, task)
+    _check_unquantized(spec)
     if (spec.task == "reranker") != (embedder is not None):
         raise InputError(
             f"{spec.source.id} is a reranker: `embedder` finds its pairs, give an embedding model"
@@ -141,7 +144,9 @@ def build_calibration(
     if embedder is None:
         built = _build_texts(spec, str(corpus), rows, output, limit, seed)
     else:
-        ranker = load_embedder(embedder)
+        ranker = load(embedder)
+        if not isinstance(ranker, Embedder):
+            raise InputError(f"{embedder} is a reranker: give `embedder` an embedding model")
         built = _build_pairs(spec, str(corpus), rows, output, limit, seed, ranker, progress)
     noun, given = ("texts or pairs", built.texts) if tokens is None else ("tokens", built.tokens)
     wanted = count if tokens is None else tokens
@@ -155,6 +160,18 @@ def build_calibration(
             f"{wanted:,}",
         )
     return built
+
+
+def _check_unquantized(spec: ModelSpec) -> None:
+    """Refuse what takes no calibration texts: a graph, or a checkpoint with codes of its own."""
+    if spec.source.is_local:
+        spec = fetch_weights(spec)  # names an artifact, which has no weights
+        read_headers(spec.source.folder)
+    if spec.quantization is not None:
+        raise CheckpointError(
+            f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
+            f"{spec.quantization.method!r}, and its own codes are taken; give the original"
+        )
 
 
 def _check_output(output: Path, force: bool) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..artifact.card import format_words
 from ..checkpoint.spec import ModelSpec
 from ..quantize.fold import CONSUMERS
 from ..quantize.formats import TABLE, matrices
-from ..quantize.recipe import Recipe
+from ..quantize.recipe import STORED, Recipe
 
 # Nanoseconds for each weight that is searched for its group's range, rounded column by column, or
 # rounded to nearest and written. Fitted to two layers of the 0.6B geometry (GPTQ 6.0 s a layer,
@@ -21,6 +22,8 @@ from ..quantize.recipe import Recipe
 SEARCHED, ROUNDED, WRITTEN = 80, 80, 20
 # Seconds to open and close a session of one layer.
 SESSION = 0.1
+# Seconds to start, and to import torch and a library that writes a format.
+STARTING, IMPORTING = 1.0, 7.0
 # Bytes of the interpreter with numpy, onnx and onnxruntime; of torch with its libraries.
 BASE_BYTES, TORCH_BYTES = 300 << 20, 700 << 20
 # The side of the product that measures how fast this machine multiplies.
@@ -59,10 +62,13 @@ def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray]) -> list[str]:
     formats = dict(recipe.formats)
     # No text's activations reach the table: it has its own rounding whatever the algorithm is.
     if table := formats.pop(TABLE, None):
-        steps.append(f"quantize the embedding table to {table}")
+        steps.append(f"quantize the embedding table to {format_words(table)}")
     for text, count in Counter(formats.values()).items():
         what = f"{count} matrices" if count > 1 else "one matrix"
-        steps.append(f"quantize {what} to {text} by {recipe.algorithm}")
+        if recipe.algorithm == STORED:
+            steps.append(f"take the checkpoint's own codes of {what}, {format_words(text)}")
+        else:
+            steps.append(f"quantize {what} to {format_words(text)} by {recipe.algorithm}")
     return steps
 
 
@@ -81,12 +87,23 @@ def estimate_memory(
 
 
 def estimate_seconds(
-    spec: ModelSpec, recipe: Recipe | None, rows: Sequence[np.ndarray], bytes_written: int
+    spec: ModelSpec,
+    recipe: Recipe | None,
+    rows: Sequence[np.ndarray],
+    bytes_written: int,
+    *,
+    torch: bool = False,
 ) -> float:
     """Seconds, about, on this machine, whose products are measured."""
     weights = _layer_weights(spec)
     total = sum(weights.values()) * spec.num_layers
-    seconds = bytes_written / 1e9 + WRITTEN * 1e-9 * total + SESSION * spec.num_layers
+    seconds = (
+        STARTING
+        + torch * IMPORTING
+        + bytes_written / 1e9
+        + WRITTEN * 1e-9 * total
+        + SESSION * spec.num_layers
+    )
     if recipe is None or not recipe.is_calibrated:
         return seconds
     stages, tokens = _stage_inputs(spec), sum(map(len, rows))

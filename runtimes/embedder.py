@@ -15,7 +15,14 @@ from ..texts.prompts import EmbeddingTokenizer, Encoded, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .info import Model, ModelInfo
 from .reopening import reopen, reopening
-from .vectors import VECTOR_PRECISIONS, check_ranges, measure_ranges, quantize_vectors, shorten
+from .vectors import (
+    VECTOR_PRECISIONS,
+    check_ranges,
+    measure_ranges,
+    mrl_dims,
+    quantize_vectors,
+    shorten,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +215,20 @@ class Embedder:
         self.ranges = ranges
         if self.keeps_ranges:
             record_ranges(self.info.folder, self.ranges)
+
+    def check_measured(self, dim: int | None, precision: str) -> None:
+        """Check that `calibrate` will measure what `encode` needs, before the work.
+
+        Args:
+            dim: As for `encode`.
+            precision: As for `encode`.
+
+        Raises:
+            InputError: The model does not have this `dim`, or ranges are not measured at it.
+        """
+        check_options(self.dim, dim, precision)
+        measured = {str(each): () for each in mrl_dims(self.dim)}
+        check_ranges(precision, dim or self.dim, measured)
 
     @property
     def keeps_ranges(self) -> bool:

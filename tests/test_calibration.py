@@ -15,10 +15,11 @@ import embedport
 from embedport.calibration import LengthSampler, Limit, build_calibration
 from embedport.checkpoint.spec import ModelSpec
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker
-from embedport.errors import InputError
+from embedport.errors import CheckpointError, InputError
 from embedport.exporters import texts
 from embedport.exporters.calibration import builtin
-from embedport.exporters.checkpoints.quantize import estimate_checkpoint
+from embedport.exporters.checkpoints import Options as CheckpointOptions
+from embedport.exporters.checkpoints import estimate_checkpoint
 from embedport.exporters.configuration import read_configuration
 from embedport.exporters.onnx import Options, estimate_onnx
 from embedport.exporters.onnx.plan import plan_export
@@ -172,6 +173,16 @@ class TestTexts:
             build_calibration(builtin_embedder(), corpus, tmp_path / "out.jsonl", **options)
         assert not (tmp_path / "out.jsonl").exists()
 
+    def test_of_the_checkpoint_only(self, corpus, embedder, quantized, tmp_path):
+        """An artifact is not quantized again, and neither is what has codes."""
+        for model, message in (
+            (embedder, "it is an artifact; give the checkpoint"),
+            (quantized("gptq"), "quantized already, by 'gptq', .* give the original"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                build_calibration(model, corpus, tmp_path / "out.jsonl", count=3)
+        assert not (tmp_path / "out.jsonl").exists()
+
     def test_what_exists_is_kept(self, corpus, tmp_path):
         out = tmp_path / "out.jsonl"
         out.write_text("mine")
@@ -259,6 +270,14 @@ class TestPairs:
             build_calibration(
                 builtin_reranker(), corpus, tmp_path / "a.jsonl", count=3, embedder=embedder
             )
+        with pytest.raises(InputError, match="is a reranker: give `embedder` an embedding model"):
+            build_calibration(
+                builtin_reranker(),
+                corpus,
+                tmp_path / "a.jsonl",
+                count=3,
+                embedder=builtin_reranker(),
+            )
         with pytest.raises(InputError, match="is a reranker: `embedder` finds its pairs"):
             build_calibration(builtin_reranker(), corpus, tmp_path / "a.jsonl", count=3)
 
@@ -296,9 +315,8 @@ class TestFewTokens:
     def test_checkpoints(self, checkpoints, tmp_path, caplog):
         texts = tmp_path / "texts.txt"
         texts.write_text("a text about tea\n")
-        estimate_checkpoint(
-            checkpoints("kv8"), tmp_path / "out", method="gptq", group_size=32, calibration=texts
-        )
+        options = CheckpointOptions("gptq", group_size=32, calibration=texts)
+        estimate_checkpoint(checkpoints("kv8"), tmp_path / "out", options)
         assert len(self.warnings(caplog)) == 1
 
     @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ..machine.engine import EngineRecord
 from ..tables import fact_table
 from .manifest import GraphRecord, Manifest
 
+GROUPED = re.compile(r"(int[48])/(\d+)(s?)")
 NOT_VALIDATED = "Not validated yet: `embedport validate {name} {options}`"
 
 
@@ -25,6 +29,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         **({"Adapter": f"`{source.adapter.pinned}`, merged"} if source.adapter else {}),
         "Task": manifest.task,
         "Precision": manifest.precision,
+        **({"Quantized by": describe_recipe(manifest.recipe)} if manifest.recipe else {}),
         **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
         **(_engine_rows(manifest.engine) if manifest.engine else {}),
         "Longest text": f"{manifest.max_length:,} tokens",
@@ -47,6 +52,38 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         f"## Run it\n\n{_usage(manifest, name)}{serving}\n"
         f"## Parity with the reference\n\n{parity}\n"
     )
+
+
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """A manifest's recipe in words: algorithm, rotations, formats, calibration texts."""
+    words = [recipe["algorithm"]]
+    words += ["rotated"] if recipe.get("rotate") else []
+    words += ["heads rotated"] if recipe.get("rotate_heads") else []
+    if recipe.get("arithmetic", "fp32") != "fp32":
+        words.append(f"computed in {recipe['arithmetic']}")
+    formats = ", ".join(
+        f"{count} {'matrix' if count == 1 else 'matrices'} {format_words(text)}"
+        for text, count in Counter(recipe["formats"].values()).most_common()
+    )
+    calibration = recipe.get("calibration")
+    texts = ""
+    if calibration is not None:
+        # Artifacts of before do not count the tokens.
+        tokens = f" of {calibration['tokens']:,} tokens" if "tokens" in calibration else ""
+        texts = (
+            f"; calibrated on {calibration['texts']:,} texts{tokens} ({calibration['source']}), "
+            f"sha256 {calibration['sha256'][:12]}"
+        )
+    return f"{', '.join(words)}: {formats}{texts}"
+
+
+def format_words(text: str) -> str:
+    """A format's text in words: "int4/128s" is "int4 in groups of 128, no zero points"."""
+    match = GROUPED.fullmatch(text)
+    if match is None:
+        return text
+    bits, group, symmetric = match.groups()
+    return f"{bits} in groups of {group}, {'no ' if symmetric else 'with '}zero points"
 
 
 def task_results(manifest: Manifest) -> list[Any]:

@@ -372,6 +372,10 @@ def _check_quantization(recipe: Any, ranges: Any) -> Iterator[tuple[str, Any, st
     if isinstance(recipe, dict):
         formats = recipe.get("formats")
         yield "the recipe's formats", formats, "texts by name", _are_texts(formats)
+        algorithm, calibration = recipe.get("algorithm"), recipe.get("calibration")
+        yield "the recipe's algorithm", algorithm, "a name", isinstance(algorithm, str)
+        expected = "null, or texts, source and sha256"
+        yield "the recipe's calibration", calibration, expected, _is_calibration(calibration)
     if isinstance(ranges, dict):
         for width, bounds in ranges.items():
             expected = f"two lists of {width} numbers, minima and maxima"
@@ -381,6 +385,15 @@ def _check_quantization(recipe: Any, ranges: Any) -> Iterator[tuple[str, Any, st
 def _are_texts(value: Any) -> bool:
     """Whether a value is an object of texts."""
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_calibration(value: Any) -> bool:
+    """Whether a value says which texts calibrated; older artifacts do not count their tokens."""
+    if not isinstance(value, dict):
+        return value is None
+    counts = (value.get("texts"), value.get("tokens", 0))
+    names = (value.get("source"), value.get("sha256"))
+    return all(type(each) is int for each in counts) and all(isinstance(n, str) for n in names)
 
 
 def _are_ranges(width: str, bounds: Any) -> bool:

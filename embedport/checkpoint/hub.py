@@ -67,6 +67,11 @@ class Source:
         return pin(self.id, self.revision)
 
     @property
+    def is_local(self) -> bool:
+        """Whether it was given as a folder, so that nothing is downloaded."""
+        return self.revision is None
+
+    @property
     def is_cached(self) -> bool:
         """Whether the folder is in the hub's cache, which must not be written to."""
         return self.revision is not None or self.folder.resolve().match(SNAPSHOT)

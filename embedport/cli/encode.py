@@ -184,6 +184,7 @@ def encode(
             "cache): give the texts to embed in the same command, or export it first"
         )
     if calibrate is not None:
+        embedder.check_measured(dim, precision)
         embedder.calibrate(read_texts([], calibrate), prompt=prompt, batch_tokens=batch_tokens)
         if only_ranges:
             typer.echo(f"{artifact}: ranges measured with {calibrate}", err=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..artifact.card import describe_recipe
 from ..machine.engine import EngineRecord
 from ..tables import fact_table, size_words
 from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
@@ -118,7 +118,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f"{', '.join(map(str, engine.profiles))}"
         )
     if facts["recipe"] is not None:
-        rows["Precision"] += f"; {_quantization(facts['recipe'])}"
+        rows["Precision"] += f"; {describe_recipe(facts['recipe'])}"
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows
@@ -147,26 +147,6 @@ def _openers(shared: Mapping[str, Any]) -> str:
 def _part(part: str, sizes: Mapping[str, int]) -> str:
     dtypes = ", ".join(f"{size_words(size)} {dtype}" for dtype, size in sizes.items())
     return f"{part}: {dtypes}"
-
-
-def _quantization(recipe: Mapping[str, Any]) -> str:
-    counts = Counter(recipe["formats"].values())
-    formats = ", ".join(
-        f"{count} {'matrix' if count == 1 else 'matrices'} {text}"
-        for text, count in counts.most_common()
-    )
-    rotated = ", rotated" if recipe["rotate"] else ""
-    rotated += ", heads rotated" if recipe.get("rotate_heads") else ""
-    if recipe.get("arithmetic", "fp32") != "fp32":
-        rotated += f", computed in {recipe['arithmetic']}"
-    calibration = recipe["calibration"]
-    texts = ""
-    if calibration is not None:
-        texts = (
-            f"; calibrated on {calibration['texts']:,} texts ({calibration['source']}), "
-            f"sha256 {calibration['sha256'][:12]}"
-        )
-    return f"{recipe['algorithm']}{rotated}: {formats}{texts}"
 
 
 def _verdict(parity: Mapping[str, Any] | None) -> str:

@@ -75,29 +75,33 @@ def quantize(
 
     Example: embedport quantize Qwen/Qwen3-Embedding-0.6B -o qwen3-awq --method awq
     """
-    from ..exporters.checkpoints import estimate_checkpoint, quantize_checkpoint
+    from ..exporters.checkpoints import Options, estimate_checkpoint, quantize_checkpoint
 
-    options: dict[str, Any] = {
-        "method": method,
+    options = Options(
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        double_quant=double_quant,
+        symmetric=symmetric,
+        fast=fast,
+        form=form,
+        calibration=calibration,
+        device=device,
+    )
+    places: dict[str, Any] = {
         "revision": revision,
         "task": task,
         "adapter": adapter,
-        "bits": bits,
-        "group_size": group_size,
-        "double_quant": double_quant,
-        "symmetric": symmetric,
-        "fast": fast,
-        "form": form,
-        "calibration": calibration,
-        "device": device,
         "force": force,
     }
     if dry_run:
-        print_estimate(estimate_checkpoint(checkpoint, out, **options), as_json=as_json)
+        print_estimate(estimate_checkpoint(checkpoint, out, options, **places), as_json=as_json)
         return
     start = time.monotonic()
     with stages() as progress:
-        artifact = quantize_checkpoint(checkpoint, out, **options, progress=progress)
+        artifact = quantize_checkpoint(
+            checkpoint, out, **vars(options), **places, progress=progress
+        )
     seconds = time.monotonic() - start
     if as_json:
         manifest = artifact.manifest

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
 from ...quantize.formats import TABLE, Format, matrices, quantized_bytes
 from ...quantize.recipe import Recipe
@@ -30,7 +31,7 @@ from ...quantize.schemes import QuantizedTensor, QuantScheme
 from ...texts.beir import RetrievalSet
 from ...texts.ranking import NDCG, measure, rank_candidates, rank_documents
 from ..graph.initializers import QuantizedMatrices
-from ..graph.precision import weight_bytes
+from ..graph.precision import Precision, weight_bytes
 from ..graph.qwen3 import Design
 from .choice import Level, Upgrade, choose_within, sort_upgrades
 from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_layer
@@ -119,7 +120,7 @@ class Target:
         min_cosine: The smallest allowed cosine of a text's vector to that of the fp32 model; None
             if only retrieval or the size counts.
         ranking: Retrieval quality to keep.
-        max_bytes: The most bytes of the graph's weights.
+        max_bytes: The most bytes of the graph's weights, no fewer than `smallest_bytes`.
         recipe: The algorithm and rotation that the result will have, still without formats. If it
             is calibrated, texts that judge trials do not calibrate them.
     """
@@ -197,17 +198,16 @@ def search_formats(
         advance: Called after each layer whose matrices were measured.
 
     Raises:
-        InputError: The smallest assignment exceeds the size, not even fp32 keeps the quality, or
-            what keeps it exceeds the size.
+        InputError: Not even fp32 keeps the quality, or what keeps it exceeds the size.
     """
     measured = _select_texts(rows, _measured_tokens(design))
     sensitivities = _measure_matrices(design, quantize, measured, folder, advance)
     options = {matrix.name: _predict(design, matrix) for matrix in sensitivities}
-    smallest = _bytes_of(design, _assign(design, []))
+    smallest = smallest_bytes(design.spec, design.precision, target.recipe)
     trials: list[Trial] = []
     if target.min_cosine is None and target.ranking is None:
         assert target.max_bytes is not None
-        texts = choose_within(options, max(0, target.max_bytes - smallest))
+        texts = choose_within(options, target.max_bytes - smallest)
     else:
         upgrades = sort_upgrades(options)
         judge = _Judge(design, apply, rows, target, folder)
@@ -215,14 +215,13 @@ def search_formats(
             [0.0, *(upgrade.gain for upgrade in upgrades)]
         )
         count = _fewest(np.maximum(errors, 0), target.min_cosine, judge, upgrades)
-        texts = _assign(design, upgrades[:count])
+        texts = _assign(design.spec, upgrades[:count])
         trials = list(judge.trials.values())
-    size = _bytes_of(design, texts)
+    size = _bytes_of(design.spec, design.precision, texts, rotates=target.recipe.rotate)
     if target.max_bytes is not None and size > target.max_bytes:
-        wanted = "the smallest choice" if size == smallest else "what keeps the quality"
         raise InputError(
-            f"{wanted} takes {size:,} bytes, and max_bytes is {target.max_bytes:,}; allow more "
-            "bytes or a lower quality"
+            f"what keeps the quality takes {size:,} bytes, and {target.max_bytes:,} are allowed; "
+            "allow more bytes or a lower quality"
         )
     return Search(
         {name: text for name, text in texts.items() if text != FP32},
@@ -233,6 +232,17 @@ def search_formats(
         trials,
         sensitivities,
     )
+
+
+def smallest_bytes(spec: ModelSpec, precision: Precision, recipe: Recipe) -> int:
+    """The bytes of the smallest model that a search can choose.
+
+    Args:
+        spec: The model.
+        precision: The precision of what is not quantized.
+        recipe: The algorithm and rotation that the result will have.
+    """
+    return _bytes_of(spec, precision, _assign(spec, []), rotates=recipe.rotate)
 
 
 class _Judge:
@@ -260,7 +270,7 @@ class _Judge:
 
     def keeps(self, upgrades: Sequence[Upgrade]) -> bool:
         """Quantize and run a model with the first upgrades; record the trial."""
-        texts = _assign(self._design, upgrades)
+        texts = _assign(self._design.spec, upgrades)
         ranking, loss = self._target.ranking, 0.0
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             model = self._apply(texts, self._calibration, Path(folder))
@@ -268,7 +278,12 @@ class _Judge:
             cosine = float(_cosines(vectors, self._expected).min())
             if ranking is not None:
                 loss = self._ndcg - ranking.ndcg(_run_model(model, ranking.rows, self._folder))
-        size = _bytes_of(self._design, texts)
+        size = _bytes_of(
+            self._design.spec,
+            self._design.precision,
+            texts,
+            rotates=self._target.recipe.rotate,
+        )
         self.trials[len(upgrades)] = Trial(
             dict(Counter(texts.values())), size, cosine, None if ranking is None else loss
         )
@@ -338,7 +353,7 @@ def _measure_matrices(
     """Run the fp32 model and, at the same time, one model for each matrix in 4 bits."""
     names = [TABLE]
     states = embed_rows(design.weights, rows)
-    first = {name: _levels(design, name)[0] for name in (TABLE, *matrices(design.spec))}
+    first = _assign(design.spec, [])
     table = states
     if first[TABLE] != FP32:
         trial = _with_formats(design, {TABLE: first[TABLE]}, quantize)
@@ -370,7 +385,7 @@ def _measure_matrices(
         Sensitivity(
             name,
             first[name],
-            _size(design, name, first[name]),
+            _size(design.spec, name, first[name]),
             max(0.0, 1 - float(_cosines(changed, vectors[0]).mean())),
         )
         for name, changed in zip(names, vectors[1:], strict=True)
@@ -379,44 +394,43 @@ def _measure_matrices(
 
 def _predict(design: Design, matrix: Sensitivity) -> list[Level]:
     """The error of each of a matrix's levels, by that of its first, which was measured."""
-    levels = _levels(design, matrix.name)
+    levels = _levels(design.spec, matrix.name)
     # Of a few inputs nothing is smaller than fp32, which has no error to predict from.
     error = matrix.error / (ERRORS[levels[0]] or 1)
     return [
-        Level(level, _size(design, matrix.name, level), error * ERRORS[level]) for level in levels
+        Level(level, _size(design.spec, matrix.name, level), error * ERRORS[level])
+        for level in levels
     ]
 
 
-def _levels(design: Design, name: str) -> list[str]:
+def _levels(spec: ModelSpec, name: str) -> list[str]:
     """A matrix's levels, without those that take as many bytes as one with less error.
 
     Smaller groups take fewer bytes where the larger ones would be filled up with padding.
     """
     levels: list[str] = []
     for level in reversed(TABLE_LEVELS if name == TABLE else LEVELS):
-        if not levels or _size(design, name, level) < _size(design, name, levels[0]):
+        if not levels or _size(spec, name, level) < _size(spec, name, levels[0]):
             levels.insert(0, level)
     return levels
 
 
-def _assign(design: Design, upgrades: Sequence[Upgrade]) -> dict[str, str]:
-    texts = {name: _levels(design, name)[0] for name in (TABLE, *matrices(design.spec))}
+def _assign(spec: ModelSpec, upgrades: Sequence[Upgrade]) -> dict[str, str]:
+    texts = {name: _levels(spec, name)[0] for name in (TABLE, *matrices(spec))}
     return texts | {upgrade.name: upgrade.level for upgrade in upgrades}
 
 
-def _size(design: Design, name: str, level: str) -> int:
-    shape = design.spec.tensor_shapes()[f"{name}.weight"]
+def _size(spec: ModelSpec, name: str, level: str) -> int:
+    shape = spec.tensor_shapes()[f"{name}.weight"]
     if level == FP32:
         return 4 * math.prod(shape)
     return quantized_bytes(Format.parse(level), (shape[0], shape[1]))
 
 
-def _bytes_of(design: Design, texts: Mapping[str, str]) -> int:
-    formats = _parse(texts)
-    rotation = design.weights.output_rotation
-    # A reranker's rotation is in its head.
-    added = 0 if rotation is None or design.spec.task == "reranker" else rotation.nbytes
-    return weight_bytes(design.spec, replace(design.precision, formats=formats)) + added
+def _bytes_of(
+    spec: ModelSpec, precision: Precision, texts: Mapping[str, str], *, rotates: bool
+) -> int:
+    return weight_bytes(spec, replace(precision, formats=_parse(texts)), rotates=rotates)
 
 
 def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ...checkpoint.spec import ModelSpec
@@ -50,6 +49,11 @@ READERS = {
     "gptq": "GPTQModel, vLLM, or embedport",
     "compressed-tensors": "transformers with compressed-tensors, vLLM, or embedport",
 }
+# Bytes beside a matrix's codes and scales. Of NF4, its sixteen levels and its state as JSON; of
+# scales that are quantized, blocks of so many and 256 levels. Of packed codes, a shape.
+NF4_STATE = {False: 64 + 79, True: 64 + 165}
+NF4_NESTED, NF4_LEVELS = 256, 4 * 256
+SHAPE = 16
 # AutoGPTQ's format has no zero points here: its version 1 cannot store 0, and vLLM's Marlin kernel
 # for it takes symmetric codes only.
 METHODS = {
@@ -207,8 +211,23 @@ def _check_shapes(spec: ModelSpec, plan: Plan) -> None:
             )
 
 
-def quantized_bytes(plan: Plan, shape: tuple[int, int]) -> int:
-    """The approximate bytes of a matrix, scales and zero points included."""
+def stored_bytes(plan: Plan, shape: tuple[int, int]) -> int:
+    """The bytes of a matrix's tensors (see `packing`); of bitsandbytes' NF4 to some 40 bytes."""
     rows, columns = shape
-    group = NF4_BLOCK if plan.name == "bnb-nf4" else plan.group_size or columns
-    return math.prod(shape) * plan.bits // 8 + rows * -(-columns // group) * 5 + 8 * columns
+    codes = rows * columns * plan.bits // 8
+    if plan.name == "bnb-int8":
+        return codes + 4 * rows + 1
+    if plan.name == "bnb-nf4":
+        blocks = rows * columns // NF4_BLOCK
+        scales = (
+            blocks + 4 * -(-blocks // NF4_NESTED) + NF4_LEVELS if plan.double_quant else 4 * blocks
+        )
+        return codes + scales + NF4_STATE[plan.double_quant]
+    groups = rows * columns // (plan.group_size or columns)
+    zero_points = groups * plan.bits // 8
+    total = codes + 2 * groups
+    if plan.method.library == "gptq":
+        return total + zero_points + 4 * columns
+    if plan.method.zero_points:
+        return total + (0 if plan.symmetric else zero_points) + SHAPE
+    return total

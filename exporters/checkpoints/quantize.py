@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from ..texts import (
 )
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
-from .methods import Plan, plan_method, quantized_bytes
+from .methods import Plan, plan_method, stored_bytes
 from .serving import write_serving_files
 from .shards import ShardWriter
 
@@ -57,6 +57,21 @@ PARTS = 6
 SPARE_BYTES = 64 << 20
 HEADS = ("lm_head.weight", "score.weight")
 CALIBRATED = "gptq and awq, and without `fast` with w8a8 and bnb-nf4"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `quantize_checkpoint` that decide what is written; explained there."""
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    double_quant: bool = False
+    symmetric: bool = False
+    fast: bool = False
+    form: str | None = None
+    calibration: str | Path | None = None
+    device: str = "cpu"
 
 
 def quantize_checkpoint(
@@ -122,23 +137,25 @@ def quantize_checkpoint(
     ('checkpoint', 'fp8')
     """
     output = Path(output).expanduser().absolute()
-    # Weights may be gigabytes to download: first check everything that does not need them.
-    spec = read_configuration(checkpoint, revision, task, adapter)
-    plan = plan_method(
-        spec,
-        method,
+    options = Options(
+        method=method,
         bits=bits,
         group_size=group_size,
         double_quant=double_quant,
         symmetric=symmetric,
         fast=fast,
+        form=form,
+        calibration=calibration,
+        device=device,
     )
-    form, rows = _check(spec, plan, form, calibration, device)
+    # Weights may be gigabytes to download: first check everything that does not need them.
+    spec = read_configuration(checkpoint, revision, task, adapter)
+    plan, chosen_form, rows = _plan(spec, options)
     check_place(output, force)
     spec = fetch_weights(spec)
     weights = open_floats(spec)
     plan = replace(plan, dtype=KEPT[weights.tensors["embed_tokens.weight"].dtype])
-    needed_bytes, recipe = _needed_bytes(spec, plan), _recipe(spec, plan)
+    needed_bytes, recipe = _weight_bytes(spec, plan, chosen_form) + SPARE_BYTES, _recipe(spec, plan)
     if recipe.compensation is not None:
         needed_bytes += kept_bytes(spec, rows)
     with (
@@ -148,13 +165,13 @@ def quantize_checkpoint(
         advance = counted(progress, "quantize", spec.num_layers * recipe.passes)
         source, quantize = apply_plan(weights, plan, rows, layers, advance, device)
         write_companions(spec, folder)
-        write_json(folder / "config.json", checkpoint_config(spec, plan, form))
+        write_json(folder / "config.json", checkpoint_config(spec, plan, chosen_form))
         if plan.method.library == "gptq":
             write_json(folder / "quantize_config.json", gptq_config(plan))
-        if form == "sequence-classification":
+        if chosen_form == "sequence-classification":
             turn_into_classifier(folder)
-        write_serving_files(spec, form, folder, output.name)
-        _write_tensors(folder, plan, form, source, quantize, progress)
+        write_serving_files(spec, chosen_form, folder, output.name)
+        _write_tensors(folder, plan, chosen_form, source, quantize, progress)
         write_manifest(
             folder,
             _manifest(weights, plan, describe_calibration(rows, calibration) if rows else None),
@@ -166,60 +183,66 @@ def quantize_checkpoint(
 def estimate_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
+    options: Options,
     *,
-    method: str,
     revision: str | None = None,
     task: Task | None = None,
     adapter: str | Path | None = None,
-    bits: int | None = None,
-    group_size: int | None = None,
-    double_quant: bool = False,
-    symmetric: bool = False,
-    fast: bool = False,
-    form: Form | None = None,
-    calibration: str | Path | None = None,
-    device: str = "cpu",
     force: bool = False,
 ) -> Estimate:
     """Plan a quantization and estimate its cost; writes nothing, and downloads only JSON.
 
-    The arguments are those of `quantize_checkpoint`.
+    Args:
+        checkpoint: A folder in the hub's layout, or a hub id.
+        output: The folder that the artifact would have.
+        options: The options that decide what is written.
+        revision: A branch, tag or commit.
+        task: "embedding" or "reranker".
+        adapter: A LoRA adapter.
+        force: Whether an existing artifact may be replaced.
 
     Raises:
         InputError, CheckpointError, MissingPackageError: As `quantize_checkpoint`.
     """
     spec = read_configuration(checkpoint, revision, task, adapter)
-    plan = plan_method(
-        spec,
-        method,
-        bits=bits,
-        group_size=group_size,
-        double_quant=double_quant,
-        symmetric=symmetric,
-        fast=fast,
-    )
-    _, rows = _check(spec, plan, form, calibration, device)
+    plan, form, rows = _plan(spec, options)
     check_place(Path(output).expanduser().absolute(), force)
-    recipe, size = _recipe(spec, plan), _needed_bytes(spec, plan) - SPARE_BYTES
-    steps = [f"{spec.source.id}: {spec.task}, {method}, for {plan.method.requires}"]
+    if spec.source.is_local:
+        spec = fetch_weights(spec)
+        open_floats(spec)
+    recipe, size = _recipe(spec, plan), _weight_bytes(spec, plan, form)
+    steps = [f"{spec.source.id}: {spec.task}, {plan.name}, for {plan.method.requires}"]
+    uses_torch = "torch" in NEEDED[plan.method.library]
     return Estimate(
         (*steps, *describe_recipe(recipe, rows)),
         size,
-        estimate_memory(spec, recipe, rows, torch="torch" in NEEDED[plan.method.library]),
-        estimate_seconds(spec, recipe, rows, size),
+        estimate_memory(spec, recipe, rows, torch=uses_torch),
+        estimate_seconds(spec, recipe, rows, size, torch=uses_torch),
     )
 
 
-def _check(
-    spec: ModelSpec, plan: Plan, form: Form | None, calibration: str | Path | None, device: str
-) -> tuple[Form | None, list[np.ndarray]]:
-    """Check what does not need the weights; return the form and the calibration texts' ids."""
+def _plan(spec: ModelSpec, options: Options) -> tuple[Plan, Form | None, list[np.ndarray]]:
+    """Check the options, all that does not need the weights.
+
+    Returns:
+        (the plan, a reranker's form, token ids of the calibration texts).
+    """
+    plan = plan_method(
+        spec,
+        options.method,
+        bits=options.bits,
+        group_size=options.group_size,
+        double_quant=options.double_quant,
+        symmetric=options.symmetric,
+        fast=options.fast,
+    )
+    calibration, device = options.calibration, options.device
     if spec.quantization is not None:
         raise CheckpointError(
             f"{spec.source.folder / 'config.json'}: the checkpoint is quantized already, by "
             f"{spec.quantization.method!r}; give the original in bf16, fp16 or fp32"
         )
-    form = _choose_form(spec, form)
+    form = _choose_form(spec, options.form)
     for option, is_given in (("calibration", calibration is not None), ("device", device != "cpu")):
         if is_given and not plan.is_calibrated:
             raise InputError(
@@ -231,15 +254,15 @@ def _check(
         for package in NEEDED[plan.method.library]:
             require(package, "quantize")
     if not plan.is_calibrated:
-        return form, []
+        return plan, form, []
     require("onnxruntime", "cpu")
     most_tokens = CPU_TOKENS if device == "cpu" else None
     rows = tokenize_samples(spec, spec.max_length, calibration, most_tokens=most_tokens)
     warn_of_few_tokens(spec, _recipe(spec, plan), rows)
-    return form, rows
+    return plan, form, rows
 
 
-def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
+def _choose_form(spec: ModelSpec, form: str | None) -> Form | None:
     if spec.task == "embedding":
         if form is not None:
             raise InputError(f"an embedding checkpoint has one form: leave `form` {form} out")
@@ -257,7 +280,7 @@ def _choose_form(spec: ModelSpec, form: Form | None) -> Form | None:
             f"{spec.source.id} joins pairs in its tokenizer, and a classifier would look for their "
             "end at another token: leave `form` out"
         )
-    return form or "causal-lm"
+    return "causal-lm" if form is None else form
 
 
 def _write_tensors(
@@ -301,13 +324,15 @@ def _pieces(
         yield check_finite(source, name, source.read_fp32(name, rows).astype(dtype))
 
 
-def _needed_bytes(spec: ModelSpec, plan: Plan) -> int:
-    total = SPARE_BYTES
+def _weight_bytes(spec: ModelSpec, plan: Plan, form: Form | None) -> int:
+    """The bytes of all tensors."""
+    # A classifier has one row of its own.
+    total = 2 * spec.hidden_size if form == "sequence-classification" else 0
     quantized = set(matrices(spec))
     for name, shape in spec.tensor_shapes().items():
         if name.removesuffix(".weight") in quantized:
-            total += quantized_bytes(plan, (shape[0], shape[1]))
-        else:
+            total += stored_bytes(plan, (shape[0], shape[1]))
+        elif name not in HEADS or form != "sequence-classification":
             total += 2 * math.prod(shape)
     return total
 

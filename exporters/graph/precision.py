@@ -67,11 +67,21 @@ class Precision:
         return stream + tuple(sorted(self.kept, key=_by_layer))
 
 
-def weight_bytes(spec: ModelSpec, precision: Precision) -> int:
-    """The approximate bytes of a graph's weights."""
-    return formats.weight_bytes(
+def weight_bytes(spec: ModelSpec, precision: Precision, *, rotates: bool = False) -> int:
+    """The approximate bytes of a graph's weights.
+
+    Args:
+        spec: The model.
+        precision: The graph's dtypes and formats.
+        rotates: Whether the residual stream is rotated: an embedder's result is then multiplied by
+            a matrix in fp32, while a reranker's head is rotated itself.
+    """
+    total = formats.weight_bytes(
         spec, precision.formats, lambda name: precision.dtype_of(name).bitwidth // 8
     )
+    if rotates and spec.task == "embedding":
+        total += FLOAT.bitwidth // 8 * spec.hidden_size**2
+    return total
 
 
 def _by_layer(name: str) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from ...checkpoint.spec import Task
 from ...checkpoint.weights import Weights
 from ...errors import require
 from ...integrity import record_files
+from ...quantize.recipe import STORED
 from ...quantize.rows import quantize_rows
 from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
@@ -34,7 +35,7 @@ from ..texts import reranker_head, warn_of_few_tokens
 from .apply_recipe import apply_recipe, rotated
 from .consumers import verify_shared, write_shared
 from .continuation import plan_continuation
-from .plan import Options, Plan, adopt_codes, plan_export
+from .plan import Options, Plan, adopt_codes, gives_codes, plan_export
 from .saving import save_graph, save_over_weights
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
@@ -267,11 +268,18 @@ def estimate_onnx(
     plan = plan_export(spec, options)
     require("onnxruntime", "cpu")
     check_place(Path(output).expanduser().absolute(), force)
+    if spec.source.is_local:
+        spec = fetch_weights(spec)
+        plan = adopt_codes(replace(plan, spec=spec), open_weights(spec))
+    elif plan.recipe is not None and gives_codes(spec, options.precision):
+        # The hub's weights, which are not downloaded, have the zero points and the table's dtype.
+        recipe = replace(plan.recipe, algorithm=STORED, rotate_heads=False)
+        plan = replace(plan, recipe=recipe)
     _warn_of_few_tokens(plan)
-    recipe, size = plan.recipe, weight_bytes(spec, plan.precision)
+    recipe, size = plan.recipe, _weight_bytes(plan)
     steps = [f"{spec.source.id}: {spec.task}, {plan.name}, {plan.dialect.name} dialect"]
     if plan.target is not None:
-        recipe, size = plan.target.recipe, plan.target.max_bytes or size
+        recipe, size = plan.target.recipe, min(plan.target.max_bytes or size, size)
         steps.append("measure each matrix in 4 bits, and choose 4, 8 or 32 bits for each")
         if plan.target.min_cosine is not None or plan.target.ranking is not None:
             steps.append(f"quantize and run up to {TRIALS} whole models")
@@ -295,11 +303,16 @@ def _warn_of_few_tokens(plan: Plan) -> None:
 def _needed_bytes(plan: Plan) -> int:
     """Disk that the artifact takes, and the layers that GPTQ keeps beside it."""
     small_files = sum(path.stat().st_size for path in plan.spec.source.folder.glob("*.json"))
-    weights = weight_bytes(plan.spec, plan.precision)
-    total = weights * (1 + plan.shared.openvino) + small_files + (64 << 20)
+    total = _weight_bytes(plan) + small_files + (64 << 20)
     if plan.recipe is not None and plan.recipe.compensation is not None:
         total += kept_bytes(plan.spec, plan.rows)
     return total
+
+
+def _weight_bytes(plan: Plan) -> int:
+    """The bytes of the weights, about; OpenVINO's model has its own copy of them."""
+    rotates = plan.recipe is not None and plan.recipe.rotate
+    return weight_bytes(plan.spec, plan.precision, rotates=rotates) * (1 + plan.shared.openvino)
 
 
 def _prepare(

@@ -18,7 +18,7 @@ from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan
 from ...quantize.recipe import AUTO_ALGORITHM, BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
 from ..calibration.engines import check_device
-from ..calibration.search import RankingTarget, Search, Target
+from ..calibration.search import RankingTarget, Search, Target, smallest_bytes
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import find_dialect
 from ..graph.precision import FLOAT, Precision, find_precision, weight_bytes
@@ -316,15 +316,24 @@ def _check_search(options: Options) -> None:
 
 def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target:
     min_cosine, ranking, max_bytes = options.min_cosine, None, options.max_bytes
+    algorithm = options.algorithm or ("rtn" if options.fast else AUTO_ALGORITHM)
+    recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
+    plain = find_precision("fp32")
     if options.average_bits is not None:
-        max_bytes = int(options.average_bits * weight_bytes(spec, find_precision("fp32")) / 32)
+        max_bytes = int(options.average_bits * weight_bytes(spec, plain) / 32)
+    smallest = smallest_bytes(spec, plain, recipe)
+    if max_bytes is not None and max_bytes < smallest:
+        given = (
+            f"`max_bytes` is {max_bytes:,}"
+            if options.average_bits is None
+            else f"`average_bits` {options.average_bits:g} is {max_bytes:,}"
+        )
+        raise InputError(f"the smallest choice takes {smallest:,} bytes, and {given}; allow more")
     if options.retrieval is not None and options.max_ndcg_loss is not None:
         data, rows = tokenize_retrieval(spec, max_length, options.retrieval)
         ranking = RankingTarget(data, rows, options.max_ndcg_loss)
     elif min_cosine is None and max_bytes is None:
         min_cosine = MIN_COSINE
-    algorithm = options.algorithm or ("rtn" if options.fast else AUTO_ALGORITHM)
-    recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
     return Target(min_cosine, ranking, max_bytes, recipe)
 
 
@@ -343,10 +352,11 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
         raise InputError("precision mixed comes from a recipe or `precision` auto: use one of them")
     if precision not in QUANTIZED:
         if options.sets_format or (options.sets_algorithm and precision != AUTO):
+            # A search chooses the formats, and takes an algorithm and a rotation.
+            taken = "" if precision == AUTO else "`algorithm`, `rotate`, `fast`, "
             raise InputError(
-                f"precision {precision!r} takes none of `algorithm`, `rotate`, `group_size`, "
-                "`embedding_bits` and `arithmetic`: leave them out, or use them with `precision` "
-                f"{', '.join(QUANTIZED)}"
+                f"precision {precision!r} takes none of {taken}`group_size`, `embedding_bits` and "
+                f"`arithmetic`: leave them out, or use them with `precision` {', '.join(QUANTIZED)}"
             )
         return None
     formats = plan_formats(
@@ -368,15 +378,21 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
         balance=precision == "int8" and not (options.algorithm or "").startswith("smoothquant"),
         arithmetic=default if options.arithmetic is None else options.arithmetic,
     )
-    if _gives_codes(spec, precision) and (options.sets_algorithm or options.group_size is not None):
+    if gives_codes(spec, precision) and (
+        options.sets_algorithm
+        or options.group_size is not None
+        or options.calibration is not None
+        or options.device != "cpu"
+    ):
         raise InputError(
             f"{spec.source.id} is quantized to {STORED_BITS[precision]} bits already, and its "
-            "own codes are taken: give none of `algorithm`, `rotate` and `group_size`"
+            "own codes are taken: give none of `algorithm`, `rotate`, `fast`, `group_size`, "
+            "`calibration` and `device`"
         )
     return recipe
 
 
-def _gives_codes(spec: ModelSpec, precision: str) -> bool:
+def gives_codes(spec: ModelSpec, precision: str) -> bool:
     """Whether a precision takes the checkpoint's codes unchanged, by the checkpoint's config."""
     stored, bits = find_stored(spec), STORED_BITS.get(precision)
     return stored is not None and bits is not None and stored.graph_bits == bits

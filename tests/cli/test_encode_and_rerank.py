@@ -106,6 +106,28 @@ class TestEncode:
         assert code == 2
         assert "has no manifest to keep ranges in" in err
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--dim", 20, "--precision", "int8"), "int8 needs each value's range at 20 dim"),
+            (("--dim", 999), "dim should be from 1 to"),
+            (("--precision", "int7"), "precision should be one of"),
+        ],
+    )
+    def test_nothing_is_measured_for_vectors_that_cannot_be(
+        self, run, folders, copied, tmp_path, options, message
+    ):
+        (tmp_path / "sample.txt").write_text("one\ntwo\n")
+        folder = copied(folders / "embedding")
+        before = (folder / "embedport.json").read_bytes()
+        for texts in ((), ("a text",)):
+            code, _, err = run(
+                "encode", folder, *texts, "--calibrate", tmp_path / "sample.txt", *options
+            )
+            assert code == 2
+            assert message in err
+        assert (folder / "embedport.json").read_bytes() == before
+
     def test_instruction(self, run, folders):
         code, out, _ = run("encode", folders / "embedding", "noise", "--instruction", "Find it")
         literal = run("encode", folders / "embedding", "Instruct: Find it\nQuery:noise")[1]

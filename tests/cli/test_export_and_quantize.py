@@ -59,7 +59,7 @@ class TestExport:
         arguments = ("export", "onnx", source, "-o", tmp_path / "out", *options)
         code, out, _ = run(*arguments, "--dry-run")
         assert code == 0
-        assert "quantize 14 matrices to int4/32 by rtn" in out
+        assert "quantize 14 matrices to int4 in groups of 32, with zero points by rtn" in out
         code, out, _ = run(*arguments, "--dry-run", "--json")
         estimate = json.loads(out)
         assert code == 0

@@ -13,14 +13,18 @@ from safetensors.torch import load_file, save_file
 
 import embedport
 from embedport import demo
+from embedport.artifact.card import describe_recipe
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.tensor_files import read_headers
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError, InputError
 from embedport.exporters.calibration.gptq_awq import quantize_layers
+from embedport.exporters.checkpoints import Options, estimate_checkpoint
 from embedport.exporters.checkpoints.methods import plan_method
 from embedport.exporters.checkpoints.packing import gptq_parts, nf4_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
+from embedport.exporters.onnx import Options as OnnxOptions
+from embedport.exporters.onnx import estimate_onnx
 from embedport.exporters.texts import tokenize_samples
 from embedport.quantize import nf4
 from embedport.quantize.formats import Format, matrices
@@ -373,6 +377,44 @@ def test_refused(checkpoints, tmp_path, task, geometry, options, message):
     with pytest.raises(InputError, match=message):
         embedport.quantize_checkpoint(checkpoints(geometry, task), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_knows_the_bytes(quantized, checkpoints, tmp_path, method):
+    written = load_file(quantized(method) / "model.safetensors")
+    estimate = estimate_checkpoint(checkpoints("kv8"), tmp_path / "out", Options(method))
+    # A matrix of NF4 has some JSON, too.
+    slack = 14 * 40 if method == "bnb-nf4" else 0
+    assert estimate.bytes == pytest.approx(size_of(written), abs=slack)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_knows_the_bytes_of_a_classifier(quantized, checkpoints, tmp_path):
+    """It has one row in place of a head."""
+    folder = quantized("w8a8", "reranker", "kv2", form="sequence-classification", fast=True)
+    options = Options("w8a8", form="sequence-classification", fast=True)
+    estimate = estimate_checkpoint(checkpoints("kv2", "reranker"), tmp_path / "out", options)
+    assert estimate.bytes == size_of(load_file(folder / "model.safetensors"))
+
+
+def size_of(tensors):
+    return sum(each.nbytes for each in tensors.values())
+
+
+def test_a_dry_run_refuses_what_the_run_would(exported, tmp_path):
+    with pytest.raises(CheckpointError, match="it is an artifact; give the checkpoint"):
+        estimate_checkpoint(exported("kv8"), tmp_path / "out", Options("fp8"))
+    with pytest.raises(CheckpointError, match="it is an artifact; give the checkpoint"):
+        estimate_onnx(exported("kv8"), tmp_path / "out", OnnxOptions())
+
+
+def test_the_card_says_how(quantized):
+    card = (quantized("awq") / "README.md").read_text()
+    assert "awq+gptaq, heads rotated: 14 matrices int4 in groups of 128, with zero points" in card
+    assert "calibrated on 6 texts of" in card
+    assert "8 matrices int4 in groups of 32, no zero points" in describe_recipe(
+        {"formats": {f"m{i}": "int4/32s" for i in range(8)}, "algorithm": "rtn"}
+    )
 
 
 def test_quantized_already(quantized, tmp_path):

@@ -10,6 +10,7 @@ from embedport.artifact.sizes import graph_sizes
 from embedport.attention import SHORT_ROW
 from embedport.demo.pipeline import builtin_embedder
 from embedport.errors import InputError
+from embedport.exporters.onnx import Options, estimate_onnx
 from embedport.quantize.formats import Format
 from embedport.quantize.recipe import Recipe
 from embedport.texts.samples import builtin_pairs, builtin_samples
@@ -210,6 +211,8 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ({"precision": "auto", "max_bytes": 9, "average_bits": 4}, "say the same"),
         ({"precision": "auto", "average_bits": float("nan")}, "average_bits should be above 0"),
         ({"precision": "auto", "max_bytes": 9}, "the smallest choice takes .* is 9; allow more"),
+        ({"precision": "auto", "average_bits": 0.5}, r"`average_bits` 0\.5 is 1?.*; allow more"),
+        ({"precision": "auto", "group_size": 32}, "'auto' takes none of `group_size`, `embed"),
         ({"precision": "bf16", "group_size": 0}, "takes none of `algorithm`, `rotate`"),
         ({"embedding_bits": 0}, "takes none of `algorithm`, `rotate`"),
         ({"recipe": "recipe.json", "embedding_bits": 0}, "a recipe decides everything"),
@@ -225,10 +228,30 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
         ),
     ],
 )
-def test_options_that_do_not_go_together(checkpoints, tmp_path, options, message):
+def test_options_that_do_not_go_together(checkpoints, tmp_path, monkeypatch, options, message):
+    """That is known before a hub's weights are fetched, and in a dry run."""
+    monkeypatch.setattr("embedport.exporters.onnx.export.fetch_weights", None)
     with pytest.raises(InputError, match=message):
         embedport.export(checkpoints("kv8"), tmp_path / "out", **options)
+    with pytest.raises(InputError, match=message):
+        estimate_onnx(checkpoints("kv8"), tmp_path / "out", Options(**options))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "int8"},  # rotated
+        {"precision": "auto", "max_bytes": 1 << 40},  # no more than fp32
+        {"precision": "int8", "dialect": "standard", "consumers": ["openvino"]},
+    ],
+)
+def test_a_dry_run_knows_the_bytes(checkpoints, tmp_path, options):
+    estimate = estimate_onnx(checkpoints("kv8"), tmp_path / "out", Options(**options))
+    assert not list(tmp_path.iterdir())
+    embedport.export(checkpoints("kv8"), tmp_path / "out", **options)
+    data = [*tmp_path.rglob("*.onnx_data"), *tmp_path.rglob("*.bin")]
+    assert estimate.bytes == pytest.approx(sum(each.stat().st_size for each in data), rel=0.01)
 
 
 @pytest.mark.parametrize(

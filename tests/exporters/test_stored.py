@@ -8,8 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
+from embedport.checkpoint.hub import Source
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError
+from embedport.exporters.onnx import Options, estimate_onnx
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import StoredWeights
@@ -178,10 +180,21 @@ def test_its_own_codes_take_no_algorithm(stored, tmp_path):
     folder, _ = stored(bits=8)
     with pytest.raises(InputError, match="its own codes are taken"):
         embedport.export(folder, tmp_path / "a", precision="int8-weight", algorithm="mse")
+    with pytest.raises(InputError, match=r"none of .* `calibration` and `device`"):
+        embedport.export(folder, tmp_path / "a", precision="int8-weight", calibration="builtin")
     # Other precisions quantize what the codes stand for.
     artifact = embedport.export(folder, tmp_path / "b", precision="int4", algorithm="mse")
     assert artifact.manifest.recipe is not None
     assert artifact.manifest.recipe["algorithm"] == "mse"
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_dry_run_takes_its_codes(stored, tmp_path, monkeypatch, is_local):
+    """Of a hub's checkpoint, too, whose weights are not fetched."""
+    monkeypatch.setattr(Source, "is_local", is_local)
+    estimate = estimate_onnx(stored(bits=4)[0], tmp_path / "out", Options(precision="int4"))
+    assert any("the checkpoint's own codes of" in step for step in estimate.steps)
+    assert not any("calibration texts" in step or "rotate" in step for step in estimate.steps)
 
 
 def test_it_is_no_reference(stored, artifacts):
