@@ -18,6 +18,8 @@ from ..strict_json import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Endings of weights that torch pickles; HQQ writes qmodel.pt.
+PICKLED = (".bin", ".pt", ".pth")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -109,7 +111,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _hint(folder: Path) -> str:
     """The likely reason why a folder has no weights, for a message; "" if there is none."""
-    pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+    pickled = next((file for suffix in PICKLED for file in sorted(folder.glob(f"*{suffix}"))), None)
     if pickled is not None:
         return f"; {pickled.name} is pickled and is not read, convert it"
     if (folder / MANIFEST).exists():

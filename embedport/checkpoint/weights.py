@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from .quantization_config import INSTEAD
 from .spec import ModelSpec
 from .tensor_files import TensorInfo, open_shard, read_headers
 
@@ -62,7 +63,9 @@ class Weights:
             )
         if info.dtype not in DTYPES:
             raise CheckpointError(
-                f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found {info.dtype}"
+                f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found "
+                f"{info.dtype}: weights in fewer bits are read only as config.json's "
+                f"quantization_config declares them; {INSTEAD}"
             )
 
     @property

@@ -132,10 +132,13 @@ class TestDamage:
 
     def test_wrong_dtype(self, single):
         self.change(single, **{"norm.weight": np.ones(64, np.int8)})
-        with pytest.raises(CheckpointError, match=r"norm\.weight should be BF16.*found I8"):
+        with pytest.raises(
+            CheckpointError, match=r"norm\.weight should be BF16.*found I8.*; give the "
+        ):
             open_weights(single)
 
-    def test_pickled_only(self, single):
-        (single / SINGLE).rename(single / "pytorch_model.bin")
-        with pytest.raises(CheckpointError, match="is pickled and is not read"):
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "qmodel.pt"])
+    def test_pickled_only(self, single, name):
+        (single / SINGLE).rename(single / name)
+        with pytest.raises(CheckpointError, match=f"{name} is pickled and is not read"):
             open_weights(single)
