@@ -1,4 +1,4 @@
-"""The head of a sequence classifier: its rows, and the activation of its score."""
+"""The head of a sequence classifier: its rows; and the activation of a reranker's score."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def read_score_rows(
 def read_score_activation(
     rows: int, config: Settings, modules: Modules | None, folder: Path
 ) -> Activation:
-    """The activation of a classifier's score, Sigmoid by default.
+    """The activation of a reranker's score, Sigmoid by default.
 
     With two labels the score is the probability of the second: the sigmoid of the difference.
 
     Args:
-        rows: Rows of the head.
+        rows: Rows of a classifier's head; 1 of another reranker.
         config: The base's config.json.
         modules: The sentence-transformers modules, if the folder has them.
         folder: The folder with the modules, for errors.

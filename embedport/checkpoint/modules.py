@@ -139,7 +139,7 @@ def read_modules(folder: Path, hidden_size: int) -> Modules | None:
     else:
         activation = _read_activation(settings)
         answers = _read_answers(modules[0]) if modules else None
-        outputs = Outputs(steps=(), activation=activation or "sigmoid", answers=answers)
+        outputs = Outputs(steps=(), answers=answers)
     return Modules(kind, inputs, outputs, task == "sequence-classification", activation, max_length)
 
 

@@ -469,7 +469,14 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
         skipped = config.values.get("pad_token_id")
         skipped = skipped if isinstance(skipped, int) else None
         inputs = replace(inputs, skipped_token=skipped, cuts_skipped=spec.causal)
-        activation = read_score_activation(spec.score_rows, config, modules, folder)
+    if spec.task == "reranker":
+        activation = read_score_activation(spec.score_rows or 1, config, modules, folder)
+        if inputs.form == "instruct" and activation != "sigmoid":
+            raise CheckpointError(
+                f"{config.path} asks CrossEncoder for the activation Identity, and by the model "
+                "card, which is followed without modules.json, a score is a probability: put "
+                "sentence-transformers' files beside it, or take the activation out"
+            )
         outputs = replace(outputs, activation=activation)
     for answer in outputs.answers or ():
         if answer is not None and answer >= spec.vocab_size:

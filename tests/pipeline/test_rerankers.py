@@ -119,6 +119,32 @@ def test_logit_score(with_score, tmp_path, yes, no, settings):
     check(with_score(yes, no, **settings), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+        {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+    ],
+)
+def test_logit_score_with_an_activation_in_config_json(with_score, declared):
+    """CrossEncoder looks there for every model whose own settings name none."""
+    folder = with_score()
+    edit(folder / "config.json", **declared)
+    expected = np.asarray(cross_encoder(folder).predict(PAIRS))
+    np.testing.assert_allclose(open_reranker(folder).score(PAIRS), expected, atol=1e-5)
+    sigmoid = "torch.nn.modules.activation.Sigmoid"
+    edit(folder / "config_sentence_transformers.json", activation_fn=sigmoid)
+    assert ModelSpec.from_checkpoint(folder).outputs.activation == "sigmoid"
+
+
+def test_an_activation_beside_the_model_cards_template(descend):
+    folder = descend("reranker")
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    edit(folder / "config.json", sentence_transformers=identity)
+    with pytest.raises(CheckpointError, match="by the model card, .* a score is a probability"):
+        ModelSpec.from_checkpoint(folder)
+
+
 def test_a_pair_of_texts(with_score, tmp_path):
     folder = with_score(first=TEXT, chat=None, prompts={"p": "Judge: "}, default_prompt_name="p")
     check(folder, tmp_path)
