@@ -17,7 +17,7 @@ from ..runtimes.batching import group_indices
 from ..runtimes.embedder import check_encoded, describe_nonfinite
 from ..runtimes.vectors import MRL_DIMS, cosines, mrl_dims
 from ..texts.beir import RetrievalSet
-from ..texts.prompts import Encoded, check_text
+from ..texts.prompts import Encoded, check_list, check_text, is_pair
 from ..texts.ranking import Vectors, unit
 from ..texts.samples import Pair, Sample, builtin_pairs, builtin_samples, prompted_samples
 from .measures import cosine_figures, difference_figures, finite_rows, rank_figures, sigmoid
@@ -396,6 +396,9 @@ def choose_inputs(
     Raises:
         InputError: The inputs are for the other task, or the list is empty.
     """
+    for given, noun in ((texts, "texts"), (pairs, "pairs")):
+        if given is not None:
+            check_list(given, f"{noun} should be a list")
     if task == "embedding":
         if pairs is not None:
             raise InputError("the artifact is an embedding model: give texts, not pairs")
@@ -407,7 +410,7 @@ def choose_inputs(
         if texts is not None:
             raise InputError("the artifact is a reranker: give pairs, not texts")
         chosen = RerankerTask(builtin_pairs() if pairs is None else list(map(_pair, pairs)))
-    if isinstance(texts, str) or not chosen.texts:
+    if not chosen.texts:
         given = pairs if texts is None else texts
         raise InputError(f"give a list of at least one text or pair, found {given!r}")
     return chosen
@@ -420,6 +423,6 @@ def _sample(text: str | Sample) -> Sample:
 def _pair(pair: tuple[str, str] | Pair) -> Pair:
     if isinstance(pair, Pair):
         return pair
-    if isinstance(pair, str) or len(pair) != 2:
+    if not is_pair(pair):
         raise InputError(f"a pair should be (query, document), found {pair!r}")
     return Pair(*pair)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -318,9 +318,14 @@ def _without_end(ids: np.ndarray, skipped: int) -> np.ndarray:
     return ids[: positions[-1] + 1 if len(positions) else 1]
 
 
+def is_pair(value: object) -> bool:
+    """Whether a value is two items in order; a dict's keys are not its texts."""
+    is_other = isinstance(value, str | Mapping | Set) or not isinstance(value, Sized)
+    return not is_other and len(value) == 2
+
+
 def _check_pair(index: int, pair: tuple[str, str]) -> tuple[str, str]:
-    is_one = isinstance(pair, str) or not hasattr(pair, "__len__")
-    if is_one or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    if not is_pair(pair) or not all(isinstance(text, str) for text in pair):
         raise InputError(f"pair {index} should be (query, document), two strings; found {pair!r}")
     query, document = pair
     return check_text(index, query), check_text(index, document)
@@ -344,12 +349,15 @@ def _encode(
 
 
 def check_list(values: Iterable[object], expected: str) -> None:
-    """Refuse a single string, or a value that is not iterable, where a list is expected.
+    """Refuse a value that is not a list of items: neither a list nor anything that is read as one.
+
+    A dict's keys, a table's column names and a set in no order would be taken for the items.
 
     Raises:
         InputError: With `expected` as its text.
     """
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
+    is_list = hasattr(values, "__iter__") and getattr(values, "ndim", 1) > 0
+    if not is_list or isinstance(values, str | Mapping | Set) or hasattr(values, "columns"):
         kind = "one string" if isinstance(values, str) else type(values).__name__
         raise InputError(f"{expected}, found {kind}")
 

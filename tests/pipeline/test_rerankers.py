@@ -141,7 +141,7 @@ def test_an_activation_beside_the_model_cards_template(descend):
     folder = descend("reranker")
     identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
     edit(folder / "config.json", sentence_transformers=identity)
-    with pytest.raises(CheckpointError, match="by the model card, .* a score is a probability"):
+    with pytest.raises(CheckpointError, match=r"by the model card, .* a score is a probability"):
         ModelSpec.from_checkpoint(folder)
 
 

@@ -1,5 +1,6 @@
 """Prompts, token id by token id against transformers with Qwen3's own tokenizer."""
 
+import numpy as np
 import pytest
 
 from embedport.checkpoint.pipeline import Inputs
@@ -130,6 +131,27 @@ def test_a_text_of_40000_tokens(folders):
     assert found.ids[0][-1] == 151643
 
 
+class Table:
+    """What pandas' DataFrame is to a loop: its column names."""
+
+    columns = ("title", "text")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [{"d1": "a text"}, {"a", "text"}, np.array("a text"), Table()],
+    ids=["dict", "set", "array", "table"],
+)
+def test_what_is_read_as_other_items_is_no_list(folders, texts):
+    """A loop over a dict gives its keys: the vectors, or the scores, would be theirs."""
+    embedder = EmbeddingTokenizer(folders["embedding"] / "tokenizer.json", 100)
+    with pytest.raises(InputError, match=f"list of strings, found {type(texts).__name__}"):
+        embedder.encode(texts)
+
+
 def test_bad_texts(folders):
     tokenizer = EmbeddingTokenizer(folders["embedding"] / "tokenizer.json", 100)
     with pytest.raises(InputError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at"):
@@ -143,6 +165,9 @@ def test_bad_texts(folders):
     with pytest.raises(InputError, match="lone surrogate"):
         tokenizer.encode(["fine"], "bad prompt \udcff")
     pairs = RerankerTokenizer(folders["reranker"] / "tokenizer.json", 200)
+    for pair in ({"query": "a", "document": "b"}, {"a", "b"}):
+        with pytest.raises(InputError, match="pair 0 should be"):
+            pairs.encode([pair])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="pair 0 should be"):
         pairs.encode(["query only"])  # ty: ignore[invalid-argument-type]
     with pytest.raises(InputError, match="pair 0 should be"):
