@@ -36,10 +36,12 @@ from .embedder import Embedder, check_options, resolve_prompt
 from .info import choose_length, hash_json, hash_model, read_info
 from .loading import load
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
-from .vectors import IN_8_BITS, check_ranges, quantize_vectors
+from .vectors import CODECS, IN_8_BITS, check_ranges, quantize_vectors
 
 INDEX = "index.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# An index of version 3 is one of version 4 with the first codec.
+EARLIER_VERSION = 3
 # Keys that identify our index.json, of any version, among other programs'.
 OURS = frozenset({"format_version", "model_sha256", "shards"})
 # Maximum bytes of an index: enough for a billion texts.
@@ -57,6 +59,7 @@ FIXED = (
     "max_length",
     "dim",
     "precision",
+    "codec",
     "ranges",
     "format",
     "with_text",
@@ -113,6 +116,7 @@ class Index:
         max_length: Maximum tokens of a text; longer ones were cut.
         dim: Values of a vector.
         precision: The vectors' format, as for `Embedder.encode`.
+        codec: The version of its codes, from `vectors.CODECS`.
         ranges: sha256 of the ranges of 8-bit vectors; None for other formats.
         dtype: numpy's name of the shards' dtype.
         width: Columns of a shard: `dim`, or ceil(dim / 8) with one bit per value.
@@ -132,6 +136,7 @@ class Index:
     max_length: int
     dim: int
     precision: str
+    codec: int
     ranges: str | None
     dtype: str
     width: int
@@ -156,6 +161,8 @@ class Index:
         try:
             values = _load(path)
             version = values.pop("format_version")
+            if version == EARLIER_VERSION:
+                version, values = FORMAT_VERSION, {"codec": 1, **values}
             if version != FORMAT_VERSION or values.keys() != {field.name for field in fields(cls)}:
                 raise ValueError(f"format version {version}")
             return cls(**values | {"shards": tuple(Part(**part) for part in values["shards"])})
@@ -293,6 +300,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         max_length=max_length,
         dim=dim,
         precision=job.precision,
+        codec=CODECS[job.precision],
         ranges=hash_json(info.ranges) if job.precision in IN_8_BITS else None,
         dtype=str(empty.dtype),
         width=empty.shape[1],

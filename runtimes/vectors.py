@@ -9,7 +9,10 @@ import numpy as np
 from ..errors import InputError
 from ..texts.ranking import unit
 
-VECTOR_PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+# Precision to the version of its codes, which a change of rounding raises: a corpus has those of
+# one version. In version 1 of 8 bits half of the codes of "int8" were one higher.
+CODECS = {"float32": 1, "int8": 2, "uint8": 2, "binary": 1, "ubinary": 1}
+VECTOR_PRECISIONS = tuple(CODECS)
 # The precisions that need each value's range.
 IN_8_BITS = ("int8", "uint8")
 MRL_DIMS = (2048, 1024, 512, 256, 128, 64, 32)

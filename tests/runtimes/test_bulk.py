@@ -239,6 +239,26 @@ def test_another_job(job):
     assert stacked(job.output).shape == (1, 64)
 
 
+def test_a_job_of_an_earlier_version(job, artifact, tmp_path):
+    """Its 8-bit codes were rounded otherwise: one corpus has those of one version."""
+    folder = Path(shutil.copytree(artifact, tmp_path / "own"))
+    embedport.load_embedder(folder, device="cpu").calibrate(MANY[:20])
+    for precision, codec in (("float32", 1), ("int8", 2), ("uint8", 2)):
+        output = tmp_path / precision
+        one = replace(job, model=str(folder), output=output, precision=precision)
+        values = json.loads(encode_corpus(one, run_here).to_json())
+        assert values.pop("codec") == codec
+        (output / INDEX).write_text(json.dumps(values | {"format_version": 3}))
+        (output / "000000.npy").unlink()
+        if codec == 1:
+            encode_corpus(one, run_here)
+            assert len(stacked(output)) == len(RAGGED)
+        else:
+            with pytest.raises(InputError, match="another job, whose codec was 1, and is 2 now"):
+                encode_corpus(one, run_here)
+            assert not shards(output)
+
+
 def test_another_model(job, checkpoints, tmp_path):
     encode_corpus(job, run_here)
     other = embedport.export(checkpoints("kv2"), tmp_path / "other", precision="int8").folder
