@@ -6,6 +6,7 @@ import codecs
 import io
 import json
 import logging
+import re
 import signal
 import sys
 import traceback
@@ -35,6 +36,9 @@ from . import (
     validate,
 )
 from .flags import FlagFormatter, with_flags
+
+# What stands around a name in JSON, HTML and messages.
+AROUND_NAMES = re.compile(r'["<>\n]')
 
 
 class _StoppedError(Exception):
@@ -146,7 +150,20 @@ def main() -> None:
     except EmbedportError as error:
         _fail(with_flags(str(error), command), error.exit_code)
     except Exception as error:
+        if (name := _name_without_utf8(error)) is not None:
+            _fail(f"a file's or folder's name is not UTF-8, and has to be: {name!r}; rename it", 2)
         _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
+
+
+def _name_without_utf8(error: Exception) -> str | None:
+    """The name of a file that no text can hold: Python reads its bytes as lone surrogates."""
+    if not isinstance(error, UnicodeEncodeError):
+        return None
+    text, place = error.object, error.start
+    if not "\udc80" <= text[place] <= "\udcff":
+        return None
+    before, after = AROUND_NAMES.split(text[:place])[-1], AROUND_NAMES.split(text[place:])[0]
+    return before + after
 
 
 def _allow_any_terminal() -> None:

@@ -134,6 +134,18 @@ class TestErrors:
             "embedport: this is a bug: ZeroDivisionError: oops (run it again with --debug)\n"
         )
 
+    @pytest.mark.skipif(os.name == "nt", reason="names are text there")
+    def test_a_name_that_is_not_utf8(self, run, folders, tmp_path):
+        """No file of ours can hold it: here index.json, elsewhere a manifest or a report."""
+        path = tmp_path / os.fsdecode(b"b\xffd.txt")
+        path.write_text("tea\n")
+        code, out, err = run("encode", folders / "embedding", "--input", path, "-o", "vectors/")
+        assert (code, out) == (2, "")
+        name = r"'b\udcffd.txt'"
+        assert err == (
+            f"embedport: a file's or folder's name is not UTF-8, and has to be: {name}; rename it\n"
+        )
+
     def test_interrupted(self, run, folders, monkeypatch):
         from embedport import runtimes
 
