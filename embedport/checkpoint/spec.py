@@ -45,6 +45,8 @@ from .tokens import read_length, read_token_settings
 ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
 # Their tensors fill a header of `files.SMALL`; a larger number would only fill the memory.
 MOST_LAYERS = 4096
+# As much as the kernels in C have room for (MAX_WIDTH and MAX_HEAD_DIM in runtimes/kernels).
+MOST_WIDTH, MOST_HEAD_DIM = 65_536, 256
 
 
 @dataclass(frozen=True)
@@ -222,15 +224,11 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         )
     refuse_unknown(config.values, config.path, CONFIG_READ, CONFIG_NOTES)
     config.refuse("hidden_act", "silu", "swish")
-    layers = config.get("num_hidden_layers", int)
-    if layers > MOST_LAYERS:
-        raise CheckpointError(
-            f"{config.path}: num_hidden_layers should be {MOST_LAYERS:,} at most, found {layers:,}"
-        )
+    layers = _read_size(config, "num_hidden_layers", MOST_LAYERS)
     causal = _read_causal(config)
     window, window_layers = _read_windows(config, layers, causal)
     heads, kv_heads, head_dim = _read_heads(config)
-    hidden = config.get("hidden_size", int)
+    hidden = _read_size(config, "hidden_size", MOST_WIDTH)
     positions = config.get("max_position_embeddings", int)
     modules = read_modules(source.pipeline, hidden)
     task = _find_task(source, config, modules, task, adapter)
@@ -242,7 +240,7 @@ def read_spec(source: Source, task: Task | None = None) -> ModelSpec:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=config.get("intermediate_size", int),
+        intermediate_size=_read_size(config, "intermediate_size", MOST_WIDTH),
         vocab_size=config.get("vocab_size", int),
         max_position_embeddings=positions,
         rope=read_rope(config.values, config.path, positions),
@@ -324,6 +322,13 @@ def _check_same_tokenizer(spec: ModelSpec, adapter: Path) -> None:
         )
 
 
+def _read_size(config: Settings, key: str, most: int) -> int:
+    size = config.get(key, int)
+    if size > most:
+        raise CheckpointError(f"{config.path}: {key} should be {most:,} at most, found {size:,}")
+    return size
+
+
 def _read_heads(config: Settings) -> tuple[int, int, int]:
     """(query heads, heads of keys and values, width of a head)."""
     heads = config.get("num_attention_heads", int)
@@ -336,9 +341,10 @@ def _read_heads(config: Settings) -> tuple[int, int, int]:
             f"num_key_value_heads ({kv_heads})"
         )
     head_dim = config.get("head_dim", int, 128)
-    if head_dim % 16:
+    if head_dim % 16 or head_dim > MOST_HEAD_DIM:
         raise CheckpointError(
-            f"{config.path}: head_dim should be a multiple of 16, found {head_dim}"
+            f"{config.path}: head_dim should be a multiple of 16, {MOST_HEAD_DIM} at most, found "
+            f"{head_dim}"
         )
     return heads, kv_heads, head_dim
 

@@ -118,6 +118,8 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ({"hidden_size": "64"}, "hidden_size should be int, found '64'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers should be positive, found 0"),
         ({"num_hidden_layers": 2**31}, "num_hidden_layers should be 4,096 at most"),
+        ({"intermediate_size": 70_000}, "intermediate_size should be 65,536 at most, found 70,000"),
+        ({"head_dim": 272}, "head_dim should be a multiple of 16, 256 at most, found 272"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps should be positive, found nan"),
         ({"rms_norm_eps": True}, "rms_norm_eps should be float, found True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' or 'swish' is supported"),
