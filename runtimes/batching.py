@@ -45,8 +45,9 @@ def count_cores() -> int:
 def core_limit() -> int | None:
     """The limit on cores from OMP_NUM_THREADS and the container's quota; None without either."""
     limits = []
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdigit() and int(threads) > 0:
+    # OpenMP takes a number for each level of nesting: the first is that of an ordinary loop.
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if threads.isdecimal() and int(threads) > 0:
         limits.append(int(threads))
     if (quota := read_quota()) is not None:
         limits.append(max(1, math.ceil(quota)))

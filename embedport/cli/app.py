@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -37,6 +39,8 @@ from . import (
 )
 from .flags import FlagFormatter, with_flags
 
+# What a device without room gives. Our own files are written by functions that name them.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What stands around a name in JSON, HTML and messages.
 AROUND_NAMES = re.compile(r'["<>\n]')
 
@@ -136,6 +140,7 @@ def main() -> None:
 
     If the reader of standard output goes away, typer exits silently with code 1.
     """
+    open_closed_streams()
     _allow_any_terminal()
     command = typer.main.get_command(app)
     handler = logging.StreamHandler(sys.stderr)
@@ -149,10 +154,25 @@ def main() -> None:
         _fail("interrupted", 130)
     except EmbedportError as error:
         _fail(with_flags(str(error), command), error.exit_code)
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            _fail_by_a_bug(error)
+        _fail(f"the output cannot be written: {error.strerror}", 2)
     except Exception as error:
         if (name := _name_without_utf8(error)) is not None:
             _fail(f"a file's or folder's name is not UTF-8, and has to be: {name!r}; rename it", 2)
-        _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
+        _fail_by_a_bug(error)
+
+
+def open_closed_streams() -> None:
+    """Open nothing in place of streams that were closed before the start, as a daemon's may be.
+
+    A file would get the number of such a stream, and the messages of libraries in C with it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            flags, mode = (os.O_WRONLY, "w") if number else (os.O_RDONLY, "r")
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))
 
 
 def _name_without_utf8(error: Exception) -> str | None:
@@ -178,6 +198,10 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def _fail_by_a_bug(error: Exception) -> None:
+    _fail(f"this is a bug: {type(error).__name__}: {error} (run it again with --debug)", 1)
 
 
 def _fail(message: str, code: int) -> None:

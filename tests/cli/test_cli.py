@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import embedport
-from embedport.cli import main
+from embedport.cli import app, main
 from embedport.errors import InputError
 
 
@@ -193,6 +194,33 @@ class TestErrors:
             text=True,
         )
         assert found.stderr == "code 1\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+@pytest.mark.parametrize(
+    ("streams", "code", "message"),
+    [
+        ("> /dev/full", 2, "embedport: the output cannot be written: No space left on device\n"),
+        ("<&- >&-", 0, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(streams, code, message):
+    command = f"{sys.executable} -m embedport --version {streams}"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (code, "", message)
+
+
+def test_closed_streams_are_opened(monkeypatch):
+    """Python has None for each; a file would get its number, and libraries' messages with it."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    app.open_closed_streams()
+    streams = [sys.stdin, sys.stdout, sys.stderr]
+    assert not any(stream.isatty() for stream in streams)
+    assert sys.stdin.read() == ""
+    sys.stderr.write("text")
+    for stream in streams:
+        stream.close()
 
 
 def test_version_and_help():

@@ -54,7 +54,8 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
 def test_the_usual_variable_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(batching, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(batching.os, "sched_getaffinity", lambda pid: range(8), raising=False)
-    for threads, limit, cores in (("3", 3, 3), ("16", 16, 8), ("", None, 8), ("many", None, 8)):
+    cases = {"3": (3, 3), "16": (16, 8), "": (None, 8), "many": (None, 8), "²": (None, 8)}
+    for threads, (limit, cores) in {**cases, " 2,1": (2, 2)}.items():
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         assert (batching.core_limit(), batching.count_cores()) == (limit, cores)
 
