@@ -227,8 +227,12 @@ def describe_fault(error: Exception) -> str:
 
 def titled_text(row: Mapping[str, Any]) -> Any:
     """The "text" of a row, after its "title" if it has one, as BEIR defines a document."""
-    title = row.get("title")
-    return " ".join((title, row["text"])).strip() if title else row["text"]
+    title, text = row.get("title"), row["text"]
+    if not title or not isinstance(text, str):
+        return text
+    if not isinstance(title, str):
+        raise TypeError(f"its title should be a text, found {title!r:.80}")
+    return f"{title} {text}".strip()
 
 
 def row_id(row: Mapping[str, Any], name: str) -> str:
@@ -237,7 +241,8 @@ def row_id(row: Mapping[str, Any], name: str) -> str:
     Raises:
         TypeError: It is an object, a list or bytes.
     """
-    given = row.get("_id", row.get("id"))
+    given = row.get("_id")
+    given = row.get("id") if given is None else given
     if isinstance(given, Mapping | list | bytes):
         raise TypeError(f"its id should be a text or a number, found {given!r:.80}")
     return name if given is None else str(given)

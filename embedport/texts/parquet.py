@@ -122,6 +122,9 @@ def _rows(path: Place, file: Any, group: int, *, prompts: bool = False) -> Itera
     if "text" not in names:
         raise InputError(f'{path} should have a column "text", found {", ".join(names)}')
     columns = [name for name in COLUMNS if name in names]
+    for name in columns:
+        if names.count(name) > 1:
+            raise InputError(f'{path} should have one column "{name}", found {names.count(name)}')
     number = sum(file.metadata.row_group(i).num_rows for i in range(group))
     for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
         for values in batch.to_pylist():

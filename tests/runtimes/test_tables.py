@@ -87,6 +87,7 @@ class TestCorpora:
             ({"body": ["a"]}, 'a column "text", found body'),
             ({"text": ["a", None]}, "row 1 should have a text"),
             ({"text": [1]}, "row 0 should have a text"),
+            ({"text": ["a"], "title": [1]}, "row 0 .*: its title should be a text, found 1"),
             ({"text": ["a"], "id": [b"a"]}, "row 0: its id should be a text or a number, found b"),
             ({"text": ["a"], "prompt": ["query"]}, "row 0 names its own prompt"),
             ({"text": pa.array([], pa.string())}, "holds no text"),
@@ -97,6 +98,12 @@ class TestCorpora:
         with pytest.raises(InputError, match=message):
             encode_corpus(job, run_here)
         assert not job.output.exists()
+
+    def test_a_column_twice(self, job):
+        columns = [pa.array(["a"]), pa.array(["b"])]
+        parquet.write_table(pa.table(columns, names=["text", "text"]), job.input)
+        with pytest.raises(InputError, match='should have one column "text", found 2'):
+            encode_corpus(job, run_here)
 
     def test_a_damaged_file(self, job):
         job.input.write_bytes(b"PAR1 and nothing else")

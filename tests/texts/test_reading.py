@@ -26,6 +26,8 @@ def test_an_id_is_a_text_or_a_number(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "a", "id": 7}\n{"text": "a", "id": null}\n')
     assert [row.id for row in stream_rows(path)] == ["7", "2"]
+    path.write_text('{"text": "a", "_id": null, "id": 7}\n{"text": "a", "_id": 8, "id": 7}\n')
+    assert [row.id for row in stream_rows(path)] == ["7", "8"]
     path.write_text('{"text": "a", "id": 7}\n{"text": "a", "id": {"n": 7}}\n')
     with pytest.raises(InputError, match=r"corpus.jsonl:2 .*its id should be a text or a number"):
         survey(path, 10, 100)
