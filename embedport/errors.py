@@ -15,6 +15,7 @@ Each message names the file and tensor, what was expected, what was found, and w
 from __future__ import annotations
 
 import importlib
+from numbers import Integral
 from types import ModuleType
 
 from .telemetry import turn_off_telemetry
@@ -57,6 +58,16 @@ class VerificationError(EmbedportError):
     """
 
     exit_code = 1
+
+
+def check_integer(name: str, value: object) -> None:
+    """Refuse an option that should be an integer and is not; True would count as 1.
+
+    Raises:
+        InputError: It is not.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise InputError(f"{name} should be an integer, found {value!r}")
 
 
 def require(module: str, extra: str) -> ModuleType:

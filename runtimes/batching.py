@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..attention import SHORT_ROW
-from ..errors import InputError
+from ..errors import InputError, check_integer
 from ..progress import progress_bar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -87,8 +87,9 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         Batches of row numbers, longest rows first, so that memory peaks at the start.
 
     Raises:
-        InputError: The budget is not positive.
+        InputError: The budget is no positive integer.
     """
+    check_integer("batch_tokens", batch_tokens)
     if batch_tokens < 1:
         raise InputError(f"batch_tokens should be at least 1, found {batch_tokens}")
     batches: list[list[int]] = []

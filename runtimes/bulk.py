@@ -162,7 +162,8 @@ class Index:
             values = _load(path)
             version = values.pop("format_version")
             if version == EARLIER_VERSION:
-                version, values = FORMAT_VERSION, {"codec": 1, **values}
+                version = FORMAT_VERSION
+                values.setdefault("codec", 1)
             if version != FORMAT_VERSION or values.keys() != {field.name for field in fields(cls)}:
                 raise ValueError(f"format version {version}")
             return cls(**values | {"shards": tuple(Part(**part) for part in values["shards"])})
@@ -284,7 +285,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         require("pyarrow", "arrow")
     elif job.with_text:
         raise InputError("texts are written beside vectors in Parquet only: --format parquet")
-    dim = job.dim or info.dim
+    dim = info.dim if job.dim is None else int(job.dim)
     check_ranges(job.precision, dim, info.ranges)
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, info.ranges)
     prompt = resolve_prompt(info.inputs, job.prompt)

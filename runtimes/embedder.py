@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 
 from ..artifact.folder import record_ranges
-from ..errors import InputError
-from ..texts.prompts import EmbeddingTokenizer, Encoded, resolve_prompt
+from ..errors import InputError, check_integer
+from ..texts.prompts import EmbeddingTokenizer, Encoded, check_list, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .info import Model, ModelInfo
 from .reopening import reopen, reopening
@@ -186,7 +185,7 @@ class Embedder:
         )
 
     def calibrate(
-        self, texts: Sequence[str], *, prompt: str | None = None, batch_tokens: int | None = None
+        self, texts: Iterable[str], *, prompt: str | None = None, batch_tokens: int | None = None
     ) -> None:
         """Measure the ranges that 8-bit vectors need, and store them in the manifest.
 
@@ -202,6 +201,8 @@ class Embedder:
             InputError: There are fewer than two texts, or a text is not valid Unicode or gives NaN.
             ArtifactError: The manifest cannot be written.
         """
+        check_list(texts, "texts should be a list of strings")
+        texts = list(texts)  # a generator has no length
         if len(texts) < 2:
             raise InputError(f"calibration needs at least two texts, found {len(texts)}")
         vectors = self.encode(texts, prompt=prompt, batch_tokens=batch_tokens)
@@ -281,8 +282,7 @@ def check_options(width: int, dim: int | None, precision: str) -> None:
         )
     if dim is None:
         return
-    if not isinstance(dim, Integral):
-        raise InputError(f"dim should be an integer, found {dim!r}")
+    check_integer("dim", dim)
     if not 1 <= dim <= width:
         raise InputError(f"dim should be from 1 to {width}, found {dim}")
 

@@ -21,7 +21,7 @@ from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.spec import ModelSpec, Task, read_spec
 from ..checkpoint.tensor_files import read_headers
 from ..checkpoint.weights import Weights
-from ..errors import ArtifactError, InputError
+from ..errors import ArtifactError, InputError, check_integer
 from ..files import MANIFEST
 from ..integrity import record_files
 from ..links import check_links
@@ -248,12 +248,13 @@ def choose_length(info: ModelInfo, max_length: int | None) -> int:
     """Choose how many tokens a text may have: `max_length`, or the model's own limit if None.
 
     Raises:
-        InputError: `max_length` exceeds the model's positions.
+        InputError: `max_length` is no integer, or exceeds the model's positions.
     """
     if max_length is None:
         return info.max_length
+    check_integer("max_length", max_length)
     if not 1 <= max_length <= info.max_position_embeddings:
         raise InputError(
             f"max_length should be from 1 to {info.max_position_embeddings}, found {max_length}"
         )
-    return max_length
+    return int(max_length)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, check_integer
 from ..texts.prompts import RerankerTokenizer, check_list
 from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, describe_nonfinite
@@ -183,6 +183,8 @@ class Reranker:
         >>> best.index, best.document
         (1, 'tea: a hot drink')
         """
+        if top_k is not None:
+            check_integer("top_k", top_k)
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k should be at least 1, found {top_k}")
         check_list(documents, "documents should be a list of strings")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.spec import Task
-from ..errors import InputError, require
+from ..errors import InputError, check_integer, require
 from ..runtimes.torch import find_device
 from ..runtimes.vectors import mrl_dims
 from ..texts.beir import RetrievalSet, read_beir
@@ -76,6 +76,8 @@ def record_reference(
     """
     path = Path(output).expanduser()
     _check_place(path, force)
+    if max_length is not None:
+        check_integer("max_length", max_length)
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length should be at least 1, found {max_length}")
     data = None

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...checkpoint.spec import ModelSpec
 from ...checkpoint.weights import Weights
-from ...errors import InputError
+from ...errors import InputError, check_integer
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
 from ...quantize.recipe import AUTO_ALGORITHM, BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
@@ -273,6 +273,9 @@ def adopt_codes(plan: Plan, weights: Weights) -> Plan:
 
 def _check_outputs(spec: ModelSpec, options: Options) -> None:
     outputs, dim, max_length = options.outputs, options.dim, options.max_length
+    for name, number in (("dim", dim), ("max_length", max_length)):
+        if number is not None:
+            check_integer(name, number)
     if outputs not in ("pooled", "hidden"):
         raise InputError(f"output should be pooled or hidden, found {outputs!r}")
     if spec.task == "reranker" and (outputs == "hidden" or dim is not None):

@@ -113,6 +113,8 @@ def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
         ("embedding", {"dim": 65}, "dim should be from 1 to 64, found 65"),
         ("embedding", {"dim": 8, "outputs": "hidden"}, "`outputs` hidden has none"),
         ("embedding", {"max_length": 99999}, "max_length should be from 1 to 32768"),
+        ("embedding", {"max_length": 8.0}, "max_length should be an integer, found 8"),
+        ("embedding", {"dim": True}, "dim should be an integer, found True"),
         ("embedding", {"precision": "fp16", "calibration": "nowhere.txt"}, "cannot be read"),
         ("reranker", {"outputs": "hidden"}, "a reranker gives scores"),
         ("reranker", {"dim": 8}, "a reranker gives scores"),

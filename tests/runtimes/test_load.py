@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from threading import Event
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -162,6 +163,22 @@ def test_dim_is_checked_before_any_text(embedder):
     with pytest.raises(InputError, match=r"dim should be an integer, found 8\.0"):
         embedder.encode(["a"], dim=8.0)
     assert embedder.encode(["a"], dim=np.int64(8)).shape == (1, 8)
+
+
+def test_what_is_no_integer(embedder, reranker):
+    """True counts as 1 elsewhere: a text would be cut to one token, a vector to one value."""
+    folder: Any = embedder.artifact.folder
+    for name, call in {
+        "dim": lambda x: embedder.encode(["a"], dim=x),
+        "batch_tokens": lambda x: embedder.encode(["a"], batch_tokens=x),
+        "top_k": lambda x: reranker.rank("a", ["b"], top_k=x),
+        "max_length": lambda x: embedport.load(folder, device="cpu", max_length=x),
+    }.items():
+        for value in (True, 8.0, "8"):
+            with pytest.raises(InputError, match=f"{name} should be an integer, found {value!r}"):
+                call(value)
+    length: Any = np.int64(8)
+    assert embedport.load(folder, device="cpu", max_length=length).tokenizer.max_length == 8
 
 
 def test_generators(embedder, reranker):

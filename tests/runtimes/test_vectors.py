@@ -87,7 +87,7 @@ def test_ranges_are_of_each_dimension():
 def test_encode_in_every_precision(embedder):
     with pytest.raises(InputError, match=r"there are none: call `embedder\.calibrate"):
         embedder.encode(TEXTS, precision="int8")
-    embedder.calibrate(TEXTS)
+    embedder.calibrate(iter(TEXTS))
     plain = embedder.encode(TEXTS)
     for precision, width, dtype in (
         ("int8", 96, np.int8),
