@@ -66,7 +66,6 @@ CONFIG_NOTES = frozenset(
         "suppress_tokens",
         "task_specific_params",
         "temperature",
-        "tokenizer_class",
         "top_k",
         "top_p",
         "torch_dtype",
@@ -81,7 +80,7 @@ CONFIG_NOTES = frozenset(
         "use_sep_token",
     ]
 )
-# config.json, keys that `spec` reads.
+# config.json, keys that `spec` and `tokens` read.
 CONFIG_READ = frozenset(
     [
         "architectures",
@@ -112,6 +111,7 @@ CONFIG_READ = frozenset(
         "sentence_transformers",
         "sliding_window",
         "tie_word_embeddings",
+        "tokenizer_class",
         "use_bidirectional_attention",
         "use_sliding_window",
         "vocab_size",

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..strict_json import read_optional_json
 from .keys import shown
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, MODEL_CONFIG = "tokenizer_config.json", "config.json"
 # Classes that use tokenizer.json unchanged, and classes that replace its normalizer and
 # pre-tokenizer with Qwen's.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -63,10 +63,10 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
         raise CheckpointError(
             f"{path}: auto_map names code of the checkpoint's own, which is never run"
         )
-    kind = values.get("tokenizer_class")
+    file, kind = _find_class(values, folder)
     if kind not in (None, *PLAIN_CLASSES, *QWEN_CLASSES):
         raise CheckpointError(
-            f"{path}: tokenizer_class should be one of {', '.join(QWEN_CLASSES + PLAIN_CLASSES)}, "
+            f"{file}: tokenizer_class should be one of {', '.join(QWEN_CLASSES + PLAIN_CLASSES)}, "
             f"found {shown(kind)}"
         )
     names = values.get("model_input_names")
@@ -94,6 +94,15 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
     return bool(split), side
 
 
+def _find_class(values: dict[str, Any], folder: Path) -> tuple[Path, object]:
+    """(file, tokenizer_class): where tokenizer_config.json names none, config.json may."""
+    kind = values.get("tokenizer_class")
+    if kind is not None:
+        return folder / TOKENIZER_CONFIG, kind
+    path = folder / MODEL_CONFIG
+    return path, read_optional_json(path).get("tokenizer_class")
+
+
 def special_tokens(folder: Path) -> tuple[dict[str, str], set[str]]:
     """(named tokens, all special tokens) of a tokenizer, as transformers 5 collects them.
 
@@ -102,7 +111,7 @@ def special_tokens(folder: Path) -> tuple[dict[str, str], set[str]]:
     """
     values = read_optional_json(folder / TOKENIZER_CONFIG)
     sources = (values, _read_token_map(values, folder))
-    is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
+    is_qwen = _find_class(values, folder)[1] not in PLAIN_CLASSES
     named: dict[str, str] = dict.fromkeys(QWEN_DEFAULTS, QWEN_END) if is_qwen else {}
     others: set[str] = set()
     for key, value in ((key, value) for source in sources for key, value in source.items()):
@@ -155,7 +164,7 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     """
     path = folder / TOKENIZER_CONFIG
     values = read_optional_json(path)
-    is_qwen = values.get("tokenizer_class") not in PLAIN_CLASSES
+    is_qwen = _find_class(values, folder)[1] not in PLAIN_CLASSES
     if values.get("add_prefix_space"):
         raise CheckpointError(f"{path}: add_prefix_space is true, and only false is supported")
     if getattr(tokenizer.model, "dropout", None):

@@ -70,6 +70,17 @@ def unsorted(found):
     found["added_tokens"].reverse()
 
 
+def class_in_config(kind, **rules):
+    """config.json names the class, and tokenizer_config.json none; rules of tokenizer.json."""
+
+    def apply(folder):
+        edit(folder / "tokenizer_config.json", tokenizer_class=None)
+        edit(folder / "config.json", tokenizer_class=kind)
+        change(folder, lambda found: found.update(rules))
+
+    return apply
+
+
 def open_tokenizer(folder):
     spec = ModelSpec.from_checkpoint(folder)
     return EmbeddingTokenizer(folder / "tokenizer.json", spec.max_length, spec.inputs)
@@ -89,6 +100,7 @@ COMPUTED = {
     "left": settings(truncation_side="left", model_max_length=4),
     "max_length": settings(max_length=3, truncation=True, padding_side="left"),
     "no class": settings(tokenizer_class=None),
+    "a class in config.json": class_in_config("PreTrainedTokenizerFast", normalizer=None),
     "the file's own": settings(tokenizer_class="PreTrainedTokenizerFast"),
     "another end": settings(eos_token="<|im_end|>"),
     "tokens that are there": another("special_tokens_map.json", eos_token="<|im_end|>"),
@@ -142,6 +154,10 @@ REFUSED = {
     "several files": (
         settings(fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"]),
         "of which transformers chooses by its version",
+    ),
+    "a class in config.json": (
+        class_in_config("GPT2Tokenizer"),
+        r"/config\.json: tokenizer_class should be one of Qwen2Tokenizer.*found 'GPT2Tokenizer'",
     ),
     "another kind": (
         model(type="WordLevel", vocab={"a": 0, "b": 1}, unk_token="a"),
@@ -202,6 +218,7 @@ def test_refused(descend, case):
 OTHER_TOKENS = (
     "a decoder that lacks a token",
     "a decoder with other ids",
+    "a class in config.json",
     "other ids",
     "split, special elsewhere",
     "unsorted",
