@@ -64,11 +64,22 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     If a folder has both, the single file is read, as in transformers.
 
     Raises:
-        CheckpointError: A shard is missing or damaged; or the index names a tensor that its shard
-            lacks, or a file outside the folder.
+        CheckpointError: A shard is missing or damaged; the index names a tensor that its shard
+            lacks, or a file outside the folder; or a tensor is there with "model." and without.
     """
-    if (folder / SINGLE).exists():
-        return read_shard(folder / SINGLE)
+    single = folder / SINGLE
+    tensors = read_shard(single) if single.exists() else _read_shards(folder)
+    for name, info in tensors.items():
+        if (other := tensors.get(f"model.{name}")) is not None:
+            raise CheckpointError(
+                f"{info.file} has tensor {name}, and {other.file.name} {other.name}: one tensor "
+                "under two names, of which transformers takes one or the other; take those out "
+                "that do not belong to the model"
+            )
+    return tensors
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
     index_path = folder / INDEX
     if not index_path.exists():
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{_hint(folder)}")

@@ -48,6 +48,18 @@ def test_bare_names_of_a_reranker_and_prefixed_names_of_an_embedding(checkpoints
     assert open_weights(folder).tensors["norm.weight"].name == "model.norm.weight"
 
 
+def test_a_tensor_under_both_names(checkpoints, copied):
+    """transformers takes the bare one of some of them, and the prefixed one of all of them."""
+    folder = copied(checkpoints())
+    tensors = load_file(folder / SINGLE)
+    save_file({**tensors, "model.norm.weight": 2 * tensors["norm.weight"]}, folder / SINGLE)
+    with pytest.raises(
+        CheckpointError,
+        match=r"has tensor norm\.weight, and model\.safetensors model\.norm\.weight",
+    ):
+        open_weights(folder)
+
+
 class TestDamage:
     """Each error names the file and the tensor, what was expected and what was found."""
 
