@@ -14,6 +14,7 @@ import numpy as np
 from ..artifact.folder import Artifact
 from ..artifact.manifest import Manifest
 from ..checkpoint.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from ..checkpoint.chat import FURTHER as TEMPLATES
 from ..checkpoint.hub import Source, fetch
 from ..checkpoint.modules import MODULES
 from ..checkpoint.pipeline import Inputs, Outputs
@@ -232,7 +233,7 @@ def hash_files(spec: ModelSpec) -> list[tuple[str, str]]:
         folders.add(source.adapter.folder)
         paths.add(source.adapter.folder / ADAPTER_WEIGHTS)
     for folder in folders:
-        for pattern in ("*.json", "*.jinja", "*/config.json"):
+        for pattern in ("*.json", "*.jinja", f"{TEMPLATES}/*.jinja", "*/config.json"):
             paths.update(folder.glob(pattern))
     # Regular files only: reading a pipe or a device would never end.
     regular = [path for path in paths if path.name != MANIFEST and path.is_file()]

@@ -16,6 +16,7 @@ import pytest
 import embedport
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError, require
 from embedport.runtimes import loading
+from embedport.runtimes.info import hash_model, read_info
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 
@@ -163,6 +164,17 @@ def test_dim_is_checked_before_any_text(embedder):
     with pytest.raises(InputError, match=r"dim should be an integer, found 8\.0"):
         embedder.encode(["a"], dim=8.0)
     assert embedder.encode(["a"], dim=np.int64(8)).shape == (1, 8)
+
+
+def test_every_file_that_decides_counts_for_a_models_hash(checkpoints, copied):
+    """A second chat template is one: sentence-transformers then takes messages to have parts."""
+    folder = copied(checkpoints())
+    hashes = {hash_model(read_info(folder))}
+    for name in ("chat_template.jinja", "additional_chat_templates/x.jinja", "2_Dense/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        hashes.add(hash_model(read_info(folder)))
+    assert len(hashes) == 4
 
 
 def test_what_is_no_integer(embedder, reranker):
