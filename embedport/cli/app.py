@@ -155,6 +155,8 @@ def main() -> None:
     except EmbedportError as error:
         _fail(with_flags(str(error), command), error.exit_code)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG and error.filename is not None:
+            _fail(f"{error.filename}: the name is too long for this file system", 2)
         if error.errno not in FULL or error.filename is not None:
             _fail_by_a_bug(error)
         _fail(f"the output cannot be written: {error.strerror}", 2)

@@ -79,6 +79,8 @@ class TestErrors:
                 "is a folder",
             ),
             (["validate", "{embedding}", "--reference", "{here}"], "config.json is missing"),
+            (["encode", "{embedding}", "a", "-o", "x" * 252 + ".npy"], "the name is too long"),
+            (["export", "onnx", "{kv2}", "-o", "x" * 300], "the name is too long"),
         ],
     )
     def test_one_line(self, run, folders, checkpoints, tmp_path, monkeypatch, arguments, message):
