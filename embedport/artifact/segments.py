@@ -6,7 +6,7 @@ The exporter names nodes "{scope}/{operator}_{n}"; consecutive nodes of one scop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 import onnx_ir as ir
@@ -50,8 +50,20 @@ def segments(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
             if value in outputs or any(part_of[node] != i for node, _ in value.uses())
         ]
         part = ir.convenience.extract(graph, list(inputs), exposed)
-        functions = list(model.functions.values())
+        functions = _called(full[i], model)
         yield scope, ir.Model(part, ir_version=model.ir_version, functions=functions)
+
+
+def _called(nodes: Iterable[ir.Node], model: ir.Model) -> list[ir.Function]:
+    """The functions that nodes call, and those that these call: all others cost each part time."""
+    called: dict[ir.OperatorIdentifier, ir.Function] = {}
+    waiting = list(nodes)
+    while waiting:
+        name = waiting.pop().op_identifier()
+        if name in model.functions and name not in called:
+            called[name] = model.functions[name]
+            waiting += called[name].all_nodes()
+    return list(called.values())
 
 
 def _with_branches(node: ir.Node) -> Iterator[ir.Node]:
