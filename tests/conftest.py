@@ -73,6 +73,26 @@ def probes(request):
             yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_inputs(request):
+    """validate takes the short ones of its inputs in modules that do not say LONG.
+
+    Six long texts and five long pairs are most of their tokens, and of a reference's time.
+    """
+    if getattr(request.module, "LONG", False):
+        yield
+        return
+    from embedport.texts.samples import builtin_pairs, builtin_samples
+
+    texts = [sample for sample in builtin_samples() if len(sample.text) < 200]
+    pairs = [pair for pair in builtin_pairs() if len(pair.document) < 200]
+    with (
+        mock.patch("embedport.validation.tasks.builtin_samples", return_value=texts),
+        mock.patch("embedport.validation.tasks.builtin_pairs", return_value=pairs),
+    ):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def few_texts():
     """Exports calibrate on the first built-in texts: all of them take a small model seconds."""

@@ -7,16 +7,11 @@ import pytest
 
 import embedport
 from embedport.demo.pipeline import builtin_embedder, builtin_reranker, run_demo
-from embedport.texts.samples import builtin_pairs, builtin_samples
 
 
 @pytest.fixture
 def small(monkeypatch, small_set):
-    """Short texts and a small retrieval set: long ones take the most time and add nothing."""
-    short = [sample for sample in builtin_samples() if len(sample.text) < 200]
-    pairs = [pair for pair in builtin_pairs() if len(pair.document) < 200]
-    monkeypatch.setattr("embedport.validation.tasks.builtin_samples", lambda: short)
-    monkeypatch.setattr("embedport.validation.tasks.builtin_pairs", lambda: pairs)
+    """A small retrieval set: the whole takes the most time and adds nothing."""
     data = small_set(every=200, others=60)
     monkeypatch.setattr("embedport.texts.beir._builtin", lambda: data)
 

@@ -37,7 +37,7 @@ from embedport.validation.recorded import (
 )
 from embedport.validation.tasks import choose_inputs
 
-PROBES = True
+PROBES = LONG = True
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 200]
 PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 200]
 

@@ -21,6 +21,7 @@ from embedport.validation.library import LibraryReference
 from embedport.validation.tasks import EmbeddingTask, RerankerTask
 from embedport.validation.thresholds import THRESHOLDS, find_thresholds
 
+LONG = True
 ORDER = "documents out of order"
 # Spoilt results are not those that other software gets from the same graph.
 OTHERS = "graphs that differ"
@@ -89,11 +90,14 @@ GRAPHS = ("fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "mixed")
 
 
 @pytest.fixture(scope="module")
-def every_pair_recorded(checkpoints, tmp_path_factory):
-    """The reference's scores of `every_pair`, which take longer than all that judges them."""
-    path = tmp_path_factory.mktemp("reference") / "pairs.reference"
-    embedport.record_reference(checkpoints("kv2", "reranker"), path, pairs=every_pair())
-    return path
+def recorded(checkpoints, tmp_path_factory):
+    """The reference's vectors, and its scores of `every_pair`: they take longer than the rest."""
+    folder = tmp_path_factory.mktemp("reference")
+    places = {task: folder / f"{task}.reference" for task in ("embedding", "reranker")}
+    for task, path in places.items():
+        pairs = every_pair() if task == "reranker" else None
+        embedport.record_reference(checkpoints("kv2", task), path, pairs=pairs)
+    return places
 
 
 @pytest.mark.parametrize(
@@ -107,22 +111,20 @@ def every_pair_recorded(checkpoints, tmp_path_factory):
         ),
     ],
 )
-def test_an_export_passes(folders, tmp_path, every_pair_recorded, task, precision):
+def test_an_export_passes(folders, tmp_path, recorded, task, precision):
     options = {"precision": precision}
     if precision == "mixed":
         options = {"recipe": tmp_path / "recipe.json"}
         formats = {"layers.0.self_attn.q_proj": "int8", "layers.1.mlp.gate_proj": "int8/64s"}
         options["recipe"].write_text(json.dumps({"formats": formats}))
-    made, recorded = folders(task, **options), False
-    reference = made.checkpoint
-    if task == "reranker" and precision not in ("fp32", "int8"):
-        reference, recorded = every_pair_recorded, True
+    made, live = folders(task, **options), precision in ("fp32", "int8")
+    reference = made.checkpoint if live else recorded[task]
     report = embedport.validate(made.artifact, reference, device="cpu", record=False)
     assert report.passed, report.gates
     assert (report.task, report.precision, report.device) == (task, precision, "cpu")
     # Three texts take the default prompt.
-    builtin = len(builtin_samples()) + 3 if task == "embedding" else 36
-    assert report.inputs == (len(every_pair()) if recorded else builtin)
+    pairs = 36 if live else len(every_pair())
+    assert report.inputs == (len(builtin_samples()) + 3 if task == "embedding" else pairs)
     (comparison,) = report.comparisons
     assert comparison.reference == "fp32 on fp16-rounded weights, cpu"
     assert comparison.compared == report.inputs
@@ -134,11 +136,11 @@ def test_an_export_passes(folders, tmp_path, every_pair_recorded, task, precisio
         expected |= {"mean cosine", "1st percentile of cosine", "minimum cosine", "top-10 overlap"}
         assert set(comparison.dimensions) == {32}
     else:
-        expected |= {"top-10 overlap" if recorded else "top-3 overlap"}
+        expected |= {"top-3 overlap" if live else "top-10 overlap"}
     assert set(comparison.figures) == expected
-    if task == "reranker" and not recorded:
+    if task == "reranker" and live:
         # Six documents a query are too few to tell a wrong order from two scores that are close.
-        report = embedport.validate(made.artifact, every_pair_recorded, device="cpu", record=False)
+        report = embedport.validate(made.artifact, recorded[task], device="cpu", record=False)
         (comparison,) = report.comparisons
     # Four bits of random weights reorder more texts.
     tau = comparison.figures["Kendall tau"]
