@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -36,6 +37,8 @@ STAGES = 4
 MLP_STAGE = 2
 # Tokens to run at once: an MLP's states of 3,072 values take 12 KB per token.
 TOKENS_AT_ONCE = 1 << 13
+# Rows of the embedding table that are read at once.
+BLOCK = 256
 
 
 def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
@@ -235,10 +238,17 @@ def _replace(value: ir.Value, name: str) -> ir.Value:
 
 
 def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Each text's embeddings in fp32, [1, tokens, hidden_size]; only the rows needed are read."""
-    name = "embed_tokens.weight"
-    needed_ids = np.unique(np.concatenate(rows))
-    table = {i: weights.read_fp32(name, slice(int(i), int(i) + 1))[0] for i in needed_ids}
+    """Each text's embeddings in fp32, [1, tokens, hidden_size]; only the rows needed are kept.
+
+    They are read in blocks: each read opens the file.
+    """
+    table: dict[int, np.ndarray] = {}
+    needed_ids = np.unique(np.concatenate(rows)).tolist()
+    for block, ids in groupby(needed_ids, key=lambda i: i // BLOCK):
+        start = block * BLOCK
+        end = min(start + BLOCK, weights.spec.vocab_size)
+        values = weights.read_fp32("embed_tokens.weight", slice(start, end))
+        table |= {i: values[i - start].copy() for i in ids}
     return [np.stack([table[i] for i in ids])[None] for ids in rows]
 
 

@@ -8,7 +8,7 @@ import pytest
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.exporters.calibration import layerwise, moments
-from embedport.exporters.calibration.layerwise import Layer, Segment
+from embedport.exporters.calibration.layerwise import BLOCK, Layer, Segment, embed_rows
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
@@ -64,6 +64,19 @@ def test_segments_compute_the_layer(checkpoints, copied, tmp_path, monkeypatch, 
         np.testing.assert_allclose(
             layer.run(ROWS[0], several), np.concatenate(each), rtol=1e-4, atol=1e-5
         )
+
+
+def test_embeddings_are_read_in_blocks(checkpoints, monkeypatch):
+    """Each read opens the file: one for each token takes seconds of a real table."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv2")))
+    table = weights.read_fp32("embed_tokens.weight")
+    last = len(table) - 1
+    rows = [np.array([last, 0, BLOCK, 0]), np.arange(BLOCK - 9, BLOCK + 9), np.arange(9)]
+    read, reads = weights.read, []
+    monkeypatch.setattr(weights, "read", lambda *args: reads.append(args) or read(*args))
+    for ids, found in zip(rows, embed_rows(weights, rows), strict=True):
+        np.testing.assert_array_equal(found, table[ids][None])
+    assert len(reads) == len({0, 1, last // BLOCK})
 
 
 def test_moments_are_means_over_tokens(monkeypatch):
