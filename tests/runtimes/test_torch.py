@@ -22,8 +22,11 @@ from embedport.texts.samples import Pair, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.opening import open_live
 
-TEXTS = [sample.text for sample in builtin_samples() if len(sample.text) < 500] + [""]
-PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < 500]
+# Short ones, and a long one of each kind: fewer tokens, in as many lengths.
+TEXTS = [sample.text for sample in builtin_samples() if len(sample.text) < 200] + [""]
+TEXTS += [max((s.text for s in builtin_samples() if len(s.text) < 500), key=len)]
+PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < 200]
+PAIRS += [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) == 328]
 # Formats that a library runs, and formats whose codes are unpacked.
 RUN, UNPACKED = ("bnb-int8", "bnb-nf4", "w8a8", "fp8"), ("gptq", "awq")
 
