@@ -13,8 +13,8 @@ from embedport.validation.layers import layer_errors
 from embedport.validation.opening import open_live
 
 METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
-SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 300]
-PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 300]
+SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 200]
+PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 200]
 
 
 def validate(folder, checkpoint, task, **options):
