@@ -6,6 +6,7 @@ import lzma
 import os
 import shutil
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,12 @@ def pytest_configure(config):
     starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if starts_workers or find_spec("torch") is None:
         return
+    if getattr(config, "workerinput", {}).get("workerid") == "gw1":
+        # Where no bytecode is yet, workers would compile the same modules at the same time. So the
+        # second begins with half of them, which the first comes to last.
+        for name in ("sympy", "sklearn.metrics", "pandas"):
+            with suppress(ImportError):
+                import_module(name)
     torch = import_module("torch")
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
