@@ -117,7 +117,8 @@ def test_the_same_report(folders, tmp_path, data, task):
         assert "Relative error after each layer" in texts[0]
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+# test_demo validates a reranker without torch each time.
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_neither_torch_nor_the_checkpoint(recordings, tmp_path, task):
     made = recordings(task)
     artifact = shutil.copytree(made.artifact, tmp_path / "artifact")
