@@ -44,6 +44,7 @@ INSIDE = {
     "1.24.4": "",
     "1.26.0": "Vespa",
     "1.27.0": "",
+    "1.28.0": "",
     "1.32.0": "",
 }
 # One artifact for all of these, by task: rerankers are refused by transformers.js and fastembed.
@@ -90,7 +91,7 @@ ROWS = (
     *(
         Row(
             f"onnxruntime {version}" + (f" (that of {inside})" if inside else ""),
-            "older-onnxruntime" if version < "1.27" else "",
+            "older-onnxruntime" if version < "1.28" else "",
             "onnxruntime_.py",
             (f"onnxruntime=={version}", "numpy"),
             precisions=("fp32", "fp16", "int8", "int4"),
