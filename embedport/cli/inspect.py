@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..artifact.card import describe_recipe
 from ..machine.engine import EngineRecord
 from ..tables import fact_table, size_words
 from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
@@ -118,6 +117,8 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f"{', '.join(map(str, engine.profiles))}"
         )
     if facts["recipe"] is not None:
+        from ..artifact.card import describe_recipe
+
         rows["Precision"] += f"; {describe_recipe(facts['recipe'])}"
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"

@@ -180,8 +180,8 @@ def test_an_onnxruntime_too_old_for_it(rerankers, checkpoints, tmp_path, monkeyp
 
 
 def test_an_onnxruntime_too_old_for_the_graph(rerankers, monkeypatch):
-    monkeypatch.setattr(onnxruntime, "__version__", "1.26.9")
-    with pytest.raises(ArtifactError, match=r"needs onnxruntime>=1\.27, found 1\.26\.9"):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.27.0")
+    with pytest.raises(ArtifactError, match=r"needs onnxruntime>=1\.28, found 1\.27\.0"):
         load(rerankers().artifact.folder)
 
 
