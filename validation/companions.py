@@ -65,7 +65,7 @@ QUANTIZATION = "quantize_config.json"
 def files_gate(
     info: ModelInfo, limit: int | None, pairs: Sequence[Pair], rows: Sequence[np.ndarray]
 ) -> list[Gate]:
-    """What other software reads in the folder is what the manifest says, and nothing was added.
+    """The folder's files say what the manifest says, and no file was added.
 
     Args:
         info: The artifact; a checkpoint without a manifest gets no gate.
@@ -152,7 +152,7 @@ def _pair_differences(
 
 
 def _notes(artifact: Artifact, spec: ModelSpec) -> Iterator[str]:
-    """What servers read of a quantized checkpoint besides what transformers reads."""
+    """Notes of a quantized checkpoint that servers read and transformers does not."""
     config = read_json(artifact.folder / "config.json")
     if QUANTIZATION in artifact.manifest.files:
         expected = config.get("quantization_config")

@@ -178,7 +178,7 @@ def _open_openvino(path: Path) -> Opened:
 def _compare(
     opened: Opened, outputs: Sequence[str], info: ModelInfo, few: Few, limits: Limits
 ) -> Iterator[str]:
-    """What is wrong with a graph's results, in words."""
+    """Compare a graph's results with the artifact's; yields each difference, in words."""
     try:
         found = _run(opened, info, few.rows)
     except Exception as error:  # the runtimes' own classes, all of them plain Exceptions

@@ -29,7 +29,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         **({"Adapter": f"`{source.adapter.pinned}`, merged"} if source.adapter else {}),
         "Task": manifest.task,
         "Precision": manifest.precision,
-        **({"Quantized by": describe_recipe(manifest.recipe)} if manifest.recipe else {}),
+        **({"Quantized by": recipe_words(manifest.recipe)} if manifest.recipe else {}),
         **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
         **(_engine_rows(manifest.engine) if manifest.engine else {}),
         "Longest text": f"{manifest.max_length:,} tokens",
@@ -54,7 +54,7 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     )
 
 
-def describe_recipe(recipe: Mapping[str, Any]) -> str:
+def recipe_words(recipe: Mapping[str, Any]) -> str:
     """A manifest's recipe in words: algorithm, rotations, formats, calibration texts."""
     words = [recipe["algorithm"]]
     words += ["rotated"] if recipe.get("rotate") else []

@@ -117,9 +117,9 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
             f"{', '.join(map(str, engine.profiles))}"
         )
     if facts["recipe"] is not None:
-        from ..artifact.card import describe_recipe
+        from ..artifact.card import recipe_words
 
-        rows["Precision"] += f"; {describe_recipe(facts['recipe'])}"
+        rows["Precision"] += f"; {recipe_words(facts['recipe'])}"
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows

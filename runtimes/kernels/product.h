@@ -8,9 +8,9 @@
    stay as in the file. A task unpacks the weights of 32 outputs and up to 512 inputs into a panel, as signed
    values with their zero points subtracted; where UNSIGNED_NIBBLES is set, 4-bit weights stay as they are, and
    zero point x sum of the activations is subtracted from each sum. The panel fits into the cache, and all
-   tiles are multiplied by it. Its layout is [inputs / 4, 32 outputs, 4 inputs]: one instruction adds four products per lane. Four bytes of
-   4-bit weights hold eight inputs, with inputs 0, 2, 4, 6 in their lower halves: activations are stored in
-   that order too. */
+   tiles are multiplied by it. Its layout is [inputs / 4, 32 outputs, 4 inputs]: one instruction adds four
+   products per lane. Four bytes of 4-bit weights hold eight inputs, with inputs 0, 2, 4, 6 in their lower
+   halves: activations are stored in that order too. */
 
 #pragma once
 #include <string.h>

@@ -1,4 +1,4 @@
-"""What goes into an emulated machine and what comes out of it; no machine boots here."""
+"""An emulated machine's input and output; no machine boots here."""
 
 import importlib
 import json

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import embedport
 from embedport import demo
-from embedport.artifact.card import describe_recipe
+from embedport.artifact.card import recipe_words
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.tensor_files import read_headers
 from embedport.checkpoint.weights import Weights
@@ -412,7 +412,7 @@ def test_the_card_says_how(quantized):
     card = (quantized("awq") / "README.md").read_text()
     assert "awq+gptaq, heads rotated: 14 matrices int4 in groups of 128, with zero points" in card
     assert "calibrated on 6 texts of" in card
-    assert "8 matrices int4 in groups of 32, no zero points" in describe_recipe(
+    assert "8 matrices int4 in groups of 32, no zero points" in recipe_words(
         {"formats": {f"m{i}": "int4/32s" for i in range(8)}, "algorithm": "rtn"}
     )
 

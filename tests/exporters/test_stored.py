@@ -190,7 +190,7 @@ def test_its_own_codes_take_no_algorithm(stored, tmp_path):
 
 @pytest.mark.parametrize("is_local", [True, False])
 def test_a_dry_run_takes_its_codes(stored, tmp_path, monkeypatch, is_local):
-    """Of a hub's checkpoint, too, whose weights are not fetched."""
+    """A hub's checkpoint too, whose weights are not fetched."""
     monkeypatch.setattr(Source, "is_local", is_local)
     estimate = estimate_onnx(stored(bits=4)[0], tmp_path / "out", Options(precision="int4"))
     assert any("the checkpoint's own codes of" in step for step in estimate.steps)

@@ -132,7 +132,7 @@ def test_a_text_of_40000_tokens(folders):
 
 
 class Table:
-    """What pandas' DataFrame is to a loop: its column names."""
+    """A loop over it gives the column names, as over pandas' DataFrame."""
 
     columns = ("title", "text")
 
