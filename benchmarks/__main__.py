@@ -9,6 +9,7 @@ import typer
 
 from . import (
     attention,
+    auto_round,
     backend,
     batches,
     bulk,
@@ -64,6 +65,7 @@ def everything(context: typer.Context) -> None:
         levels.compare_levels()
         profiling.profile_int8()
         olive.compare_with_olive()
+        auto_round.compare_with_auto_round()
         openvino.compare_openvino()
         engines.build_rtx_engines(["demo", "0.6b"])
         parity.measure_parity()
@@ -195,6 +197,12 @@ def _levels(
 def _olive(out: Out = RESULTS) -> None:
     """Olive's 4-bit recipe on the demo embedder, beside ours at as many bytes."""
     olive.compare_with_olive(out)
+
+
+@app.command("auto-round")
+def _auto_round(out: Out = RESULTS) -> None:
+    """AutoRound's 4 bits on the demo pair, beside ours of the same formats and texts."""
+    auto_round.compare_with_auto_round(out)
 
 
 @app.command("kernels")

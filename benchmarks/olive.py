@@ -19,6 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from embedport.artifact.folder import Artifact
 
+from .calibration import builtin_rows, save_rows
 from .checkpoint import scratch
 from .held_out import Embed, HeldOut, table_rows
 from .machine import RESULTS, print_table, save
@@ -48,7 +49,7 @@ def compare_with_olive(results: Path = RESULTS) -> None:
     source = builtin_embedder()
     with scratch() as folder:
         held_out = HeldOut(embedport.export(source, folder / "fp32").folder)
-        rows = _tokenize(source)
+        rows = builtin_rows(source)
         figures: dict[str, dict[str, Any]] = {}
 
         def add(name: str, seconds: float, size: int, embed: Embed) -> None:
@@ -58,7 +59,7 @@ def compare_with_olive(results: Path = RESULTS) -> None:
         def build(name: str, kind: str, group: int, texts: Sequence[np.ndarray]) -> None:
             out = folder / f"olive-{len(figures)}"
             calibration = out.with_suffix(".npz")
-            np.savez(calibration, ids=np.concatenate(texts), ends=np.cumsum([*map(len, texts)]))
+            save_rows(texts, calibration)
             arguments = (kind, str(group), str(source), str(calibration), str(out))
             seconds = run(script(SCRIPT, *arguments)).seconds
             model = out / "model.onnx"
@@ -95,15 +96,6 @@ def compare_with_olive(results: Path = RESULTS) -> None:
             file.write_text(json.dumps(recipe | {"seed": seed}))
             export(f"{size} --calibration {BUILTIN}, seed {seed}", recipe=file, calibration=BUILTIN)
         save("olive-demo", {"rows": figures}, results)
-
-
-def _tokenize(checkpoint: Path) -> list[np.ndarray]:
-    """All built-in calibration texts as the export tokenizes them, with their prompts."""
-    from embedport.checkpoint.spec import ModelSpec
-    from embedport.exporters.texts import BUILTIN, tokenize_samples
-
-    spec = ModelSpec.from_checkpoint(checkpoint)
-    return tokenize_samples(spec, spec.max_length, BUILTIN)
 
 
 def graph_bytes(model: Path) -> int:

@@ -109,7 +109,7 @@ def measure_rounding(results: Path = RESULTS, only: str = "", folder: Path | Non
 
     with scratch() as temporary:
         out = temporary / "out"
-        pair = _Pair(folder or builtin_embedder().parent, temporary)
+        pair = Pair(folder or builtin_embedder().parent, temporary)
         file = f"rounding-width-{pair.specs['embedding'].hidden_size}" if folder else NAME
         kept = read_kept(results / f"{file}.json", lambda saved: [saved["machine"]])
         figures: dict[str, dict[str, Any]] = kept.get("rows", {})
@@ -126,7 +126,7 @@ def measure_rounding(results: Path = RESULTS, only: str = "", folder: Path | Non
         for group, algorithm, rotate in CASES:
             name = f"int4/{group}, {algorithm}{', heads rotated' if rotate else ''}"
             recipe = {"algorithm": algorithm, "rotate_heads": rotate}
-            row(name, _by_recipe(f"int4/{group}", recipe, temporary / "recipe.json"))
+            row(name, by_recipe(f"int4/{group}", recipe, temporary / "recipe.json"))
         for name, options in ONNX.items():
             row(name, lambda source, out, o=options: embedport.export(source, out, **o))
         for name, options in CHECKPOINTS.items():
@@ -136,8 +136,15 @@ def measure_rounding(results: Path = RESULTS, only: str = "", folder: Path | Non
             )
 
 
-def _by_recipe(text: str, recipe: dict[str, Any], path: Path) -> Any:
-    """A function that exports with all projections in one format, and a table of 8 bits."""
+def by_recipe(text: str, recipe: dict[str, Any], path: Path, **options: Any) -> Any:
+    """A function that exports with all projections in one format, and a table of 8 bits.
+
+    Args:
+        text: The format, as a recipe writes it.
+        recipe: The recipe's other keys.
+        path: Where the recipe is written.
+        options: Further options of the export.
+    """
     import embedport
     from embedport.checkpoint.spec import ModelSpec
     from embedport.quantize.formats import TABLE, matrices
@@ -145,12 +152,12 @@ def _by_recipe(text: str, recipe: dict[str, Any], path: Path) -> Any:
     def make(source: Path, out: Path) -> Any:
         formats = dict.fromkeys(matrices(ModelSpec.from_checkpoint(source)), text)
         path.write_text(json.dumps(recipe | {"formats": {TABLE: TABLE_FORMAT} | formats}))
-        return embedport.export(source, out, recipe=path)
+        return embedport.export(source, out, recipe=path, **options)
 
     return make
 
 
-class _Pair:
+class Pair:
     """A pair's specs and its results in fp32; or an embedder's alone."""
 
     def __init__(self, checkpoints: Path, folder: Path) -> None:
