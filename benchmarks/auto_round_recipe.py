@@ -20,21 +20,26 @@ import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# AutoRound wants rows of one length: the texts stand in one row after the other.
+# AutoRound wants rows of one length: longer texts are cut, shorter ones padded and masked.
 LENGTH = 128
 
 checkpoint, rows_file, group, kind, out = sys.argv[1:]
 with np.load(rows_file) as arrays:
-    ids = torch.from_numpy(arrays["ids"])
-rows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, 1, LENGTH)
+    texts = np.split(arrays["ids"], arrays["ends"][:-1])
+dataset = []
+for text in texts:
+    ids, mask = np.zeros((2, 1, LENGTH), np.int64)
+    row = text if len(text) <= LENGTH else np.append(text[: LENGTH - 1], text[-1])
+    ids[0, : len(row)], mask[0, : len(row)] = row, 1
+    dataset.append({"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)})
 quantizer = AutoRound(
     AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
     AutoTokenizer.from_pretrained(checkpoint),
     bits=4,
     group_size=int(group),
     sym=kind == "symmetric",
-    dataset=[{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows],
-    nsamples=len(rows),
+    dataset=dataset,
+    nsamples=len(dataset),
     seqlen=LENGTH,
     device_map="cpu",
 )

@@ -4,52 +4,54 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ..artifact.folder import record_parity
-from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import Task
-from ..errors import InputError, require
+from ..errors import InputError
 from ..files import written
 from ..requirements import installed_versions
 from ..runtimes import ModelInfo, load
-from ..texts.beir import RetrievalSet, read_beir, write_candidates
-from ..texts.ranking import candidate_pairs, rank_documents
+from ..texts.beir import RetrievalSet, write_candidates
+from ..texts.ranking import rank_documents
 from ..texts.samples import Pair, Sample
-from .advice import next_steps, other_weights
+from .advice import next_steps
 from .companions import files_gate
 from .details import collect_details
-from .gates import finite_gate, invariance_gate, retrieval_gates, task_gates, token_gate
-from .graphs import Few, graph_gates, run_few
-from .invariance import run_suite
+from .gates import token_gate
+from .graphs import graph_gates
+from .judge import Judged, judge, measure_artifact
 from .layers import layer_errors
 from .machine import describe_export, describe_machine
-from .measures import finite_rows
-from .mteb_scores import TaskReport, TaskScore, compare_scores
-from .mteb_tasks import open_tasks, run_tasks, runner, task_facts
+from .mteb_tasks import open_tasks
 from .page import render
+from .preconditions import (
+    check_layers,
+    check_limits,
+    check_packages,
+    check_same_model,
+    choose_set,
+    compare_weights,
+)
 from .probes import compare_probes, probe_tokens
-from .recorded import RecordedReference, is_recorded, open_recorded
+from .recorded import RecordedReference
+from .recorded_file import is_recorded, open_recorded
 from .recording import find_recorded
-from .reference import Arithmetic, Inputs, Origin, Reference
-from .report import Comparison, Gate, Report, Worst, excerpt
-from .retrieval import CANDIDATES, RetrievalReport, compare_quality
+from .reference import Reference
+from .report import Gate, Report
+from .retrieval import CANDIDATES
 from .settings import settings_gate
 from .table import table_gate
 from .tasks import AnyTask, EmbeddingTask, RerankerTask, choose_inputs
-from .thresholds import Thresholds, find_thresholds
+from .thresholds import find_thresholds
 
 logger = logging.getLogger(__name__)
 
-Results = TypeVar("Results")
-# Inputs that the report lists.
-WORST = 10
 PACKAGES = (
     "embedport",
     "onnxruntime",
@@ -135,14 +137,14 @@ def validate(
     >>> validate(embedder, reference, device="cpu").passed
     True
     """
-    _check_packages(reference, page=page, retrieval=retrieval, mteb=mteb)
+    check_packages(reference, page=page, retrieval=retrieval, mteb=mteb)
     record_folder = find_recorded(artifact) if record else None
     # An Embedder or a Reranker, depending on the task.
     runtime: Any = load(artifact, device=device, task=task)
     info: ModelInfo = runtime.info
     max_length = runtime.tokenizer.max_length
     if page is not None:
-        _check_layers(info)
+        check_layers(info)
     graph = info.artifact.manifest.graph if info.artifact else None
     thresholds = find_thresholds(
         info.precision,
@@ -151,7 +153,7 @@ def validate(
         max_score_difference=max_score_difference,
         max_ndcg_loss=max_ndcg_loss,
     )
-    data = _choose_set(retrieval, task=info.task, save_run=save_run)
+    data = choose_set(retrieval, task=info.task, save_run=save_run)
     tasks = [] if mteb is None else open_tasks(mteb, info.task)
     recorded = None
     if is_recorded(reference):
@@ -163,7 +165,7 @@ def validate(
             recorded.check_set(data)
     inputs = choose_inputs(info.task, texts, pairs, info.prompts)
     is_measured = data is not None or bool(tasks)
-    _check_limits(inputs, is_measured, min_cosine, max_score_difference, max_ndcg_loss)
+    check_limits(inputs, is_measured, min_cosine, max_score_difference, max_ndcg_loss)
     source: Reference
     if recorded is None:
         from .opening import open_live  # needs torch, which a recorded reference does not
@@ -181,8 +183,8 @@ def validate(
     origin = source.origin
     if isinstance(inputs, RerankerTask):
         inputs = replace(inputs, log_odds=origin.log_odds)
-    _check_same_model(info, origin)
-    _compare_weights(info, origin)
+    check_same_model(info, origin)
+    compare_weights(info, origin)
     rows = inputs.artifact_ids(runtime)
     gate = token_gate(inputs, rows, source.token_ids(inputs.inputs))
     if gate.passed:
@@ -190,18 +192,14 @@ def validate(
     runtime_device, tokenizer = runtime.device, runtime.tokenizer.tokenizer
     judged = Judged((gate,))
     if gate.passed:
-        measured = _measure_artifact(runtime, inputs, rows, data, tasks, progress=progress)
+        measured = measure_artifact(runtime, inputs, rows, data, tasks, progress=progress)
         del runtime  # artifact and reference may not fit into memory together
-        pairs = inputs.pairs if isinstance(inputs, RerankerTask) else ()
-        settings = source.settings()
         gates = (
             gate,
-            settings_gate(info, settings),
-            *files_gate(info, (settings or {}).get("max_length"), pairs, rows),
-            table_gate(info, source.table(), tokenizer, rows),
+            *_folder_gates(info, source, inputs, rows, tokenizer),
             *([] if measured.few is None else graph_gates(info, runtime_device, measured.few)),
         )
-        judged = _judge(
+        judged = judge(
             gates, measured, source, inputs, info, thresholds, data, tasks, progress=progress
         )
         if save_run is not None and data is not None:
@@ -253,214 +251,6 @@ def validate(
     return report
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The artifact's results.
-
-    Attributes:
-        raw: As the artifact gives them: vectors, float32 [texts, dim], or scores, float32 [pairs].
-        results: The same, made comparable with the reference's.
-        set_results: Those of the retrieval set; None without one.
-        task_scores: Its scores on MTEB's tasks.
-        invariance: Case of the invariance suite to the worst agreement with the text alone.
-        few: Those of a few inputs alone, for comparison with other software; None for a checkpoint.
-    """
-
-    raw: np.ndarray
-    results: np.ndarray
-    set_results: Any
-    task_scores: list[TaskScore]
-    invariance: dict[str, float]
-    few: Few | None
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Both sides compared; all but the gates is empty if the token ids differ.
-
-    Attributes:
-        gates: In the order in which they are checked.
-        comparisons: One for each run of the reference; the gates use the first.
-        invariance: As in `Measured`.
-        worst: The inputs farthest from the reference, the worst first.
-        retrieval: Quality on the retrieval set, if there is one.
-        mteb: Scores on MTEB's tasks, if there are any.
-        results: The artifact's comparable results.
-        expected: Those of the reference's run that the gates use.
-    """
-
-    gates: tuple[Gate, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    invariance: Mapping[str, float] = field(default_factory=dict)
-    worst: tuple[Worst, ...] = ()
-    retrieval: RetrievalReport | None = None
-    mteb: TaskReport | None = None
-    results: np.ndarray | None = None
-    expected: np.ndarray | None = None
-
-
-def _check_packages(
-    reference: str | Path,
-    *,
-    page: str | Path | None,
-    retrieval: str | Path | RetrievalSet | None,
-    mteb: Sequence[Any] | None,
-) -> None:
-    """Fail now rather than after hours of work."""
-    if page is not None:
-        require("jinja2", "report")
-        require("matplotlib", "report")
-    if retrieval is not None:
-        require("ir_measures", "retrieval")
-    if mteb is not None:
-        if is_recorded(reference):
-            raise InputError(
-                f"{reference} is a recorded reference, which has no results of MTEB's tasks: give "
-                "the checkpoint itself"
-            )
-        require("mteb", "mteb")
-
-
-def _check_layers(info: ModelInfo) -> None:
-    """Require what the page's table by layer runs in: transformers' own layers."""
-    quantization = info.checkpoint and info.checkpoint.quantization
-    if isinstance(quantization, LibraryQuantization):
-        from ..runtimes.checkpoint import require_library
-
-        require_library(quantization)
-
-
-def _measure_artifact(
-    runtime: Any,
-    inputs: AnyTask,
-    rows: list[np.ndarray],
-    data: RetrievalSet | None,
-    tasks: Sequence[Any],
-    *,
-    progress: bool,
-) -> Measured:
-    raw = inputs.run(runtime, progress=progress)
-    set_results = None if data is None else inputs.run_set(runtime, data, progress=progress)
-    task_scores = run_tasks(tasks, runner(runtime, progress=progress), runtime.info)
-    invariance = {}
-    for outcome in run_suite(runtime.model, rows, runtime.tokenizer.max_length, progress=progress):
-        values = inputs.agreement(*map(inputs.comparable, (outcome.results, outcome.alone)))
-        invariance[outcome.case] = float(values.min() if inputs.sense == "≥" else values.max())
-    artifact = runtime.info.artifact
-    has_graph = artifact is not None and artifact.manifest.graph is not None
-    few = run_few(runtime.model, rows, raw) if has_graph else None
-    return Measured(raw, inputs.comparable(raw), set_results, task_scores, invariance, few)
-
-
-def _judge(
-    first: Sequence[Gate],
-    measured: Measured,
-    source: Reference,
-    inputs: AnyTask,
-    info: ModelInfo,
-    thresholds: Thresholds,
-    data: RetrievalSet | None,
-    tasks: Sequence[Any],
-    *,
-    progress: bool,
-) -> Judged:
-    """Run the reference and compare; `first` are the gates that need no results."""
-    describe = source.origin.describe
-    results = measured.results
-    runs = _run_reference(source, inputs.inputs, info.precision, progress)
-    expected = next(iter(runs.values()))
-    if expected.shape[1:] < results.shape[1:]:
-        raise InputError(
-            f"the artifact's vectors have {results.shape[1]} values and the reference's "
-            f"{expected.shape[1]}: give the checkpoint that it was made from"
-        )
-    comparisons = tuple(
-        inputs.compare(results, outputs, describe(arithmetic))
-        for arithmetic, outputs in runs.items()
-    )
-    gates = [
-        *first,
-        finite_gate(inputs, measured.raw),
-        Gate("reference results with NaN", comparisons[0].reference_nonfinite, "≤", 0),
-        *inputs.gates(comparisons[0], results, expected, thresholds),
-        invariance_gate(inputs, measured.invariance, thresholds),
-    ]
-    retrieval = task_report = None
-    if data is not None:
-        quality = inputs.measure(measured.set_results, data)
-        dims = tuple(quality.measures)
-        reference_quality, arithmetic = _first_finite(
-            lambda arithmetic: source.measure(data, dims, arithmetic, progress=progress),
-            lambda quality: quality.nonfinite,
-            runs,
-        )
-        retrieval = compare_quality(quality, reference_quality, data, describe(arithmetic))
-        gates += retrieval_gates(retrieval, quality, reference_quality, thresholds)
-    if tasks:
-        live: Any = source  # a recorded reference is refused with tasks
-        reference_scores, arithmetic = _first_finite(
-            lambda arithmetic: run_tasks(tasks, live.opened(arithmetic, progress=progress), info),
-            lambda scores: sum(score.nonfinite for score in scores),
-            runs,
-        )
-        task_report = compare_scores(
-            [task_facts(task) for task in tasks],
-            measured.task_scores,
-            reference_scores,
-            version=version("mteb"),
-            run=describe(arithmetic),
-        )
-        gates += task_gates(task_report, measured.task_scores, reference_scores, thresholds)
-    return Judged(
-        gates=tuple(gates),
-        comparisons=comparisons,
-        invariance=measured.invariance,
-        worst=_find_worst(inputs, results, expected),
-        retrieval=retrieval,
-        mteb=task_report,
-        results=results,
-        expected=expected,
-    )
-
-
-def _choose_set(
-    retrieval: str | Path | RetrievalSet | None, *, task: Task, save_run: str | Path | None
-) -> RetrievalSet | None:
-    if save_run is not None and (retrieval is None or task == "reranker"):
-        raise InputError("`save_run` writes what an embedding artifact finds: give `retrieval` too")
-    if retrieval is None or isinstance(retrieval, RetrievalSet):
-        data = retrieval
-    else:
-        data = read_beir(retrieval)
-    if data is not None and task == "reranker":
-        candidate_pairs(data)  # fail now rather than after hours of work
-    return data
-
-
-def _check_limits(
-    task: AnyTask,
-    measured: bool,
-    min_cosine: float | None,
-    max_score_difference: float | None,
-    max_ndcg_loss: float | None,
-) -> None:
-    """Refuse a limit that no gate would check."""
-    if min_cosine is not None and isinstance(task, RerankerTask):
-        raise InputError("a reranker gives scores, not vectors: `max_score_difference` limits them")
-    if max_score_difference is not None and isinstance(task, EmbeddingTask):
-        kinds = set(task.is_query.tolist())
-        if len(kinds) == 1:
-            raise InputError(
-                "`max_score_difference` limits the scores of queries and documents, found "
-                f"{'queries' if kinds.pop() else 'documents'} only: give texts of both kinds, each "
-                "with its prompt"
-            )
-    if max_ndcg_loss is not None and not measured:
-        raise InputError(
-            "`max_ndcg_loss` limits what is lost on a set or a task: give `retrieval` or `mteb` too"
-        )
-
-
 def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask, tokens: Gate) -> Gate:
     """The gate on token ids for texts beside the inputs; warn if the lengths differ."""
     if isinstance(source, RecordedReference):
@@ -479,63 +269,12 @@ def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask, toke
     return probe_tokens(runtime, source, inputs, (runtime.info.folder, source.folder))
 
 
-def _check_same_model(info: ModelInfo, origin: Origin) -> None:
-    sizes = (info.hidden_size, info.vocab_size)
-    if sizes != (origin.hidden_size, origin.vocab_size):
-        raise InputError(
-            f"the artifact was made from {info.source}, with hidden_size and vocab_size "
-            f"{sizes}; the reference {origin.id} has {(origin.hidden_size, origin.vocab_size)}"
-        )
-
-
-def _compare_weights(info: ModelInfo, origin: Origin) -> None:
-    """Warn if the artifact was made from other weight files than the reference's.
-
-    Raises:
-        InputError: The reference is recorded and its weight files differ.
-    """
-    difference = other_weights(info, origin)
-    if difference and origin.recorded is not None:
-        raise InputError(f"{difference}: record a reference of the artifact's checkpoint")
-    if difference:
-        logger.warning("%s: the comparison may be between two different models", difference)
-
-
-def _first_finite(
-    run: Callable[[Arithmetic], Results],
-    nonfinite: Callable[[Results], int],
-    arithmetics: Iterable[Arithmetic],
-) -> tuple[Results, Arithmetic]:
-    """The reference's results in the first arithmetic without NaN or infinity, else the last."""
-    *others, last = arithmetics
-    for arithmetic in others:
-        results = run(arithmetic)
-        if not nonfinite(results):
-            return results, arithmetic
-    return run(last), last
-
-
-def _run_reference(
-    source: Reference, inputs: Inputs, precision: str, progress: bool
-) -> dict[Arithmetic, np.ndarray]:
-    """Run the reference in each arithmetic; the run that the gates use comes first."""
-    outputs: dict[Arithmetic, np.ndarray] = {
-        arithmetic: source.run(inputs, arithmetic, progress=progress)
-        for arithmetic in source.arithmetics()
-    }
-    preferred = "fp32" if precision == "fp32" else "fp16"
-    order = sorted(
-        outputs,
-        key=lambda name: (int((~finite_rows(outputs[name])).sum()), name != preferred),
-    )
-    return {arithmetic: outputs[arithmetic] for arithmetic in order}
-
-
-def _find_worst(task: AnyTask, results: np.ndarray, expected: np.ndarray) -> tuple[Worst, ...]:
-    """The inputs farthest from the reference, starting with those that are not finite."""
-    values = task.agreement(results, expected)
-    badness = np.where(np.isnan(values), np.inf, -values if task.sense == "≥" else values)
-    return tuple(
-        Worst(task.names[i], float(values[i]), excerpt(task.texts[i]))
-        for i in np.argsort(-badness, kind="stable")[:WORST]
-    )
+def _folder_gates(
+    info: ModelInfo, source: Reference, inputs: AnyTask, rows: list[np.ndarray], tokenizer: Any
+) -> Iterator[Gate]:
+    """The gates on what the artifact's folder holds, whatever the inputs give."""
+    settings = source.settings()
+    pairs = inputs.pairs if isinstance(inputs, RerankerTask) else ()
+    yield settings_gate(info, settings)
+    yield from files_gate(info, (settings or {}).get("max_length"), pairs, rows)
+    yield table_gate(info, source.table(), tokenizer, rows)

@@ -22,7 +22,8 @@ from .layers import sample_rows
 from .live import LiveReference
 from .opening import open_live
 from .probes import record_probes
-from .recorded import Layers, RecordedReference, describe_set, write_recorded
+from .recorded import Layers, RecordedReference, describe_set
+from .recorded_file import write_recorded
 from .tasks import choose_inputs
 
 

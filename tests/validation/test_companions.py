@@ -17,7 +17,7 @@ from embedport.runtimes import read_info
 from embedport.texts.prompts import RerankerTokenizer
 from embedport.texts.samples import Pair
 from embedport.validation.companions import GATE, files_gate
-from embedport.validation.recorded import read_recorded
+from embedport.validation.recorded_file import read_recorded
 
 PAIRS = [Pair("What is tea?", "A leaf from China."), Pair("Snow?", "It is cold.", "Find weather.")]
 Change = Callable[[Path], object]

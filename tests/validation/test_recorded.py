@@ -28,9 +28,9 @@ from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.opening import open_live
-from embedport.validation.recorded import (
+from embedport.validation.recorded import describe_set
+from embedport.validation.recorded_file import (
     KEY,
-    describe_set,
     is_recorded,
     read_recorded,
     write_recorded,
