@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from embedport.validation import gates
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.tasks import EmbeddingTask, RerankerTask
-from embedport.validation.thresholds import THRESHOLDS, find_thresholds
+from embedport.validation.thresholds import find_thresholds
 
 LONG = True
 ORDER = "documents out of order"
@@ -526,21 +524,6 @@ def test_a_literal_prompt_makes_a_query(folders, tmp_path):
     assert "6 similarities, each of a query and a document" in page.read_text()
 
 
-@pytest.mark.parametrize(
-    ("task", "inputs", "limit", "message"),
-    [
-        ("embedding", {"texts": ["a", "b"]}, "max_score_difference", "found documents only"),
-        ("embedding", {"texts": QUERIES}, "max_score_difference", "found queries only"),
-        ("embedding", {}, "max_ndcg_loss", "`max_ndcg_loss` .* give `retrieval` or `mteb` too"),
-        ("reranker", {}, "max_ndcg_loss", "`max_ndcg_loss` .* give `retrieval` or `mteb` too"),
-        ("reranker", {}, "min_cosine", "a reranker gives scores, not vectors"),
-    ],
-)
-def test_a_limit_that_no_gate_would_hold(folders, task, inputs, limit, message):
-    with pytest.raises(InputError, match=message):
-        validate(folders(task), **inputs, **{limit: 0.5})
-
-
 def test_texts_have_the_callers_numbers(folders, monkeypatch, caplog):
     """Whatever the prompts before them are."""
     samples = [Sample(f"text {i}", "query" if i % 2 else "document") for i in range(20)]
@@ -578,72 +561,4 @@ def test_pairs_may_be_tuples_or_have_an_instruction(folders):
     assert {name for name, value in figures.items() if value is not None} == {
         "mean score difference",
         "maximum score difference",
-    }
-
-
-@pytest.mark.parametrize(
-    ("task", "options", "message"),
-    [
-        ("embedding", {"pairs": PAIRS}, "embedding model: give texts, not pairs"),
-        ("reranker", {"texts": SAMPLES}, "reranker: give pairs, not texts"),
-        ("embedding", {"texts": []}, r"at least one text or pair, found \[\]"),
-        ("reranker", {"pairs": []}, r"at least one text or pair, found \[\]"),
-        ("embedding", {"texts": "one string"}, "texts should be a list, found one string"),
-        ("embedding", {"texts": {"id": "a text"}}, "texts should be a list, found dict"),
-        ("reranker", {"pairs": ["ab"]}, r"a pair should be \(query, document\), found 'ab'"),
-        ("reranker", {"pairs": [{"query": "a", "document": "b"}]}, "a pair should be"),
-        ("embedding", {"texts": ["bad \ud800"]}, "lone surrogate"),
-        ("embedding", {"texts": [Sample("x", "qurey")]}, "no prompt is named 'qurey'"),
-    ],
-)
-def test_wrong_inputs(folders, task, options, message):
-    with pytest.raises(InputError, match=message):
-        validate(folders(task), **options)
-
-
-def test_another_models_checkpoint(folders, checkpoints):
-    with pytest.raises(
-        InputError, match=r"the artifact was made from .*\(64, \d+\); the reference"
-    ):
-        embedport.validate(folders("embedding").artifact, checkpoints("kv1"), device="cpu")
-
-
-def test_a_checkpoint_with_shorter_vectors(folders, tmp_path):
-    made = folders("embedding")
-    checkpoint = Path(shutil.copytree(made.checkpoint, tmp_path / "shorter"))
-    path = checkpoint / "config_sentence_transformers.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 24}))
-    with pytest.raises(InputError, match="vectors have 64 values and the reference's 24"):
-        embedport.validate(made.artifact, checkpoint, ["a"], device="cpu", record=False)
-
-
-def test_other_weights_than_it_was_made_of(folders, checkpoints, caplog):
-    """The geometry is the same: only the hashes tell."""
-    artifact = folders("embedding").artifact
-    for options, warned in (({}, False), ({"dtype": "float32"}, True)):
-        embedport.validate(
-            artifact, checkpoints("kv2", **options), ["a"], device="cpu", record=False
-        )
-        assert ("model.safetensors has the sha256" in caplog.text) == warned
-
-
-def test_unknown_precision():
-    with pytest.raises(InputError, match="for precision 'int3', only for fp32, fp16, bf16"):
-        find_thresholds("int3")
-    assert find_thresholds("fp16", min_cosine=0.9).min_cosine == 0.9
-    assert find_thresholds("fp16", min_cosine=0.9).max_score_difference == 0.01
-
-
-def test_the_documented_limits_are_the_real_ones():
-    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
-    rows = text.split("## Limits")[1].split("## What was measured")[0].splitlines()
-    found = {}
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        if len(cells) == 4 and cells[1].startswith("0."):
-            limits = tuple(map(float, cells[1:]))
-            found |= dict.fromkeys(cells[0].split(", "), limits)
-    assert found == {
-        name: (each.min_cosine, each.max_score_difference, each.max_ndcg_loss)
-        for name, each in THRESHOLDS.items()
     }
