@@ -13,7 +13,7 @@ from ..errors import InputError, require
 from .inputs import BatchTokensOption, DeviceOption, TaskOption, check_task
 
 KEY_VARIABLE = "EMBEDPORT_API_KEY"
-MODULES = ("httptools", "orjson", "prometheus_client", "starlette", "uvicorn")
+MODULES = ("orjson", "prometheus_client", "starlette", "uvicorn")
 
 
 def serve(

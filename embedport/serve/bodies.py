@@ -95,9 +95,11 @@ def read_embedding(body: dict[str, Any], limits: Limits) -> EmbeddingBody:
     prompts = ("input_type", "task", "prompt_name", "instruction")
     _check_names(body, (*known, *prompts, "truncate"))
     texts = _required(body, "input")
+    texts = _check_texts([texts] if isinstance(texts, str) else texts, "input", limits)
+    _check_repeated(body, prompts, len(texts), limits)
     encoding = _choice(body, "encoding_format", {"float": False, "base64": True}, "float")
     return EmbeddingBody(
-        texts=_check_texts([texts] if isinstance(texts, str) else texts, "input", limits),
+        texts=texts,
         model=_string(body, "model"),
         prompt=_prompt(body, prompts),
         dimensions=_positive(body, "dimensions"),
@@ -119,9 +121,10 @@ def read_rerank(body: dict[str, Any], limits: Limits) -> RerankBody:
         documents = [
             one.get("text") if isinstance(one, dict) and len(one) == 1 else one for one in documents
         ]
+    documents = _check_texts(documents, "documents", limits)
     return RerankBody(
-        query=_query(body),
-        documents=_check_texts(documents, "documents", limits),
+        query=_query(body, len(documents), limits),
+        documents=documents,
         model=_string(body, "model"),
         instruction=_string(body, "instruction"),
         top_n=_positive(body, "top_n"),
@@ -147,9 +150,10 @@ def read_tei_rerank(body: dict[str, Any], limits: Limits) -> RerankBody:
         raise RequestError(
             422, "truncation_direction should be 'right'", param="truncation_direction"
         )
+    documents = _check_texts(_required(body, "texts"), "texts", limits)
     return RerankBody(
-        query=_query(body),
-        documents=_check_texts(_required(body, "texts"), "texts", limits),
+        query=_query(body, len(documents), limits),
+        documents=documents,
         model=None,
         instruction=None,
         top_n=None,
@@ -186,21 +190,28 @@ def _check_texts(value: Any, name: str, limits: Limits) -> list[str]:
     return value
 
 
-def _check_size(place: str, text: str, param: str) -> None:
-    if len(text) > TEXT_CHARACTERS:
+def _check_size(place: str, text: str, param: str, most: int = TEXT_CHARACTERS) -> None:
+    if len(text) > most:
         raise RequestError(
             422,
-            f"{place} should have {TEXT_CHARACTERS:,} characters at most, found {len(text):,}",
+            f"{place} should have {most:,} characters at most, found {len(text):,}",
             param=param,
         )
 
 
-def _query(body: dict[str, Any]) -> str:
-    query = _required(body, "query")
-    if not isinstance(query, str):
-        raise RequestError(400, f"query should be a string, found {_kind(query)}", param="query")
-    _check_size("query", query, "query")
-    return query
+def _check_repeated(
+    body: dict[str, Any], names: Collection[str], texts: int, limits: Limits
+) -> None:
+    """Check what is read again before each text: all together no more than a body may hold."""
+    most = min(TEXT_CHARACTERS, limits.body // texts)
+    for name in names:
+        place = f"{name}, which is put before each of {texts:,} texts,"
+        _check_size(place, _string(body, name) or "", name, most)
+
+
+def _query(body: dict[str, Any], documents: int, limits: Limits) -> str:
+    _check_repeated(body, ("query", "instruction"), documents, limits)
+    return _required(body, "query")
 
 
 def _prompt(body: dict[str, Any], fields: Collection[str]) -> str | None:

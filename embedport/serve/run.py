@@ -75,6 +75,8 @@ def serve(
     app = create_app(load_all, limits, api_key=api_key, failed=fail)
     config = uvicorn.Config(
         app,
+        # httptools loses the body of a request that offers h2c, as all of Java's HttpClient do.
+        http="h11",
         log_config=None,
         access_log=False,
         backlog=BACKLOG,

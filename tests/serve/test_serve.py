@@ -177,6 +177,11 @@ class TestRefusals:
             (RERANK, {"query": "a", "documents": "b"}, 400, "a list of strings"),
             (RERANK, {"query": "a", "documents": ["b"], "top_n": 0}, 400, "from 1 on"),
             (RERANK, {"query": "a " * 900, "documents": ["b"]}, 422, "pair 0 has more than"),
+            # Before each of 2,000 texts these would be 18 MB for the tokenizer.
+            (EMBEDDINGS, {"input": ["b"] * 2000, "instruction": "a" * 9000}, 422, "8,388 char"),
+            (EMBEDDINGS, {"input": ["b"] * 2000, "prompt_name": "a:" * 5000}, 422, "8,388 char"),
+            (RERANK, {"query": "a" * 9000, "documents": ["b"] * 2000}, 422, "8,388 characters"),
+            ("/rerank", {"query": "a" * 9000, "texts": ["b"] * 2000}, 422, "each of 2,000 texts"),
             ("/rerank", {"query": "a", "texts": ["b"], "raw_scores": True}, 422, "raw_scores"),
             ("/nothing", {}, 404, "there are POST /v1/embeddings"),
         ],
@@ -321,6 +326,10 @@ class TestCommand:
             with socket.create_connection(("127.0.0.1", client.port)) as connection:
                 connection.sendall(b"no HTTP\r\n\r\n")
                 assert connection.recv(12) == b"HTTP/1.1 400"
+            # Java's HttpClient offers HTTP/2 with each request.
+            offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+            offer |= {"HTTP2-Settings": ""}
+            assert client.post(EMBEDDINGS, {"input": "tea"}, **offer).status == 200
             os.kill(process.pid, signal.SIGTERM)
             assert len(vectors(answer.result())) == 40
         assert process.wait(30) == 0
