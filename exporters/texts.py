@@ -16,6 +16,7 @@ from ..errors import require
 from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import Recipe
 from ..quantize.source import WeightSource
+from ..runtimes.batching import group_indices
 from ..texts.beir import RetrievalSet, read_beir
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer, find_answers, resolve_prompt
 from ..texts.ranking import candidate_pairs
@@ -72,10 +73,11 @@ def tokenize_samples(
     if spec.task == "reranker":
         pairs = read_pairs(calibration) if calibration else calibration_pairs()[:count]
         tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
-        rows = tokenizer.encode([(pair.query, pair.document) for pair in pairs]).ids
+        texts = [(pair.query, pair.document) for pair in pairs]
+        rows = _encode_each(tokenizer, texts, [pair.instruction for pair in pairs])
     else:
-        texts = read_samples(calibration) if calibration else calibration_samples()[:count]
-        rows = encode_samples(EmbeddingTokenizer(path, max_length, spec.inputs), spec, texts)
+        samples = read_samples(calibration) if calibration else calibration_samples()[:count]
+        rows = encode_samples(EmbeddingTokenizer(path, max_length, spec.inputs), spec, samples)
     if calibration is None and most_tokens is not None:
         within = np.cumsum([len(row) for row in rows]) <= most_tokens
         rows = rows[: max(1, int(within.sum()))]
@@ -121,14 +123,20 @@ def encode_samples(
     Raises:
         InputError: A prompt's name is unknown, or a text gives no token.
     """
-    places: dict[str, list[int]] = {}
-    for place, sample in enumerate(samples):
-        places.setdefault(_prompt_text(spec, sample), []).append(place)
+    prompts = [_prompt_text(spec, sample) for sample in samples]
+    return _encode_each(tokenizer, [sample.text for sample in samples], prompts)
+
+
+def _encode_each(
+    tokenizer: Any, inputs: Sequence[Any], prompts: Sequence[str | None]
+) -> list[np.ndarray]:
+    """Token ids of texts or pairs, each with its own prompt or instruction."""
     rows: dict[int, np.ndarray] = {}
-    for prompt, group in places.items():
-        ids = tokenizer.encode([samples[place].text for place in group], prompt).ids
-        rows.update(zip(group, ids, strict=True))
-    return [rows[place] for place in range(len(samples))]
+    for prompt, group in group_indices(prompts).items():
+        rows.update(
+            zip(group, tokenizer.encode([inputs[i] for i in group], prompt).ids, strict=True)
+        )
+    return [rows[i] for i in range(len(inputs))]
 
 
 def _prompt_text(spec: ModelSpec, sample: Sample) -> str:

@@ -190,6 +190,7 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         InputError: The job is invalid, or the folder holds something else.
     """
     index = plan(job, progress=progress)
+    index.to_json().encode()  # a name that is not UTF-8 fails before there is a folder
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
         missing = _missing(job.output, index)

@@ -18,6 +18,7 @@ from ..checkpoint.pooling import Head, pool
 from ..errors import ArtifactError, DeviceError, InputError, require
 from ..files import MANIFEST
 from ..requirements import meets
+from ..tables import size_words
 from .batching import limit_threads
 from .exact import make_exact
 from .ort_custom_ops import register_kernels
@@ -206,9 +207,9 @@ def _check_memory(batch: int, size: int, num_heads: int) -> None:
     available = available_memory()
     if available is not None and needed > available:
         raise InputError(
-            f"attention over {size:,} tokens takes {needed / 1e9:.0f} GB on a CPU in the standard "
+            f"attention over {size:,} tokens takes {size_words(needed)} on a CPU in the standard "
             "dialect, or in any dialect if attention is bidirectional or has a window; "
-            f"{available / 1e9:.0f} GB are free; load with a smaller max_length, or export a "
+            f"{size_words(available)} are free; load with a smaller max_length, or export a "
             "causal model with `dialect` ort, which takes little"
         )
 
@@ -313,6 +314,7 @@ def _create_session(
     options.log_severity_level = 3
     limit_threads(options)
     path = _choose_graph(artifact, device, ort.__version__)
+    str(path).encode()  # else onnxruntime complains of its arguments
     graph: str | bytes = str(path)
     if _is_emulated(artifact, device):
         graph = _emulated(artifact.graph)

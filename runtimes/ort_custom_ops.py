@@ -13,11 +13,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+
 logger = logging.getLogger(__name__)
 
-# For tests: "avx512", "avx2" or "neon" instead of the CPU's best instruction set, or "none".
+# For tests: an instruction set instead of the CPU's best, or "none".
 VARIABLE = "EMBEDPORT_KERNELS"
 NONE = "none"
+CHOICES = ("avx512", "avx2", "neon", NONE)
 # As setup.py names it; the second one on Windows.
 LIBRARY = ("_kernels.so", "_kernels.dll")
 NOT_BUILT = "embedport was built without a C compiler (install gcc or clang, then embedport again)"
@@ -34,6 +37,9 @@ def register_kernels(options: Any) -> str | None:
     Returns:
         The kernels' instruction set, "avx512", "avx2" or "neon"; None if onnxruntime's operators
         run instead (the log says why).
+
+    Raises:
+        InputError: $EMBEDPORT_KERNELS has an unknown value.
     """
     with _lock:
         name, reason = _choose()
@@ -52,6 +58,9 @@ def choose_kernels() -> tuple[str | None, str]:
 
     Returns:
         (The instruction set, "avx512", "avx2" or "neon", and ""; or None and the reason).
+
+    Raises:
+        InputError: $EMBEDPORT_KERNELS has an unknown value.
     """
     with _lock:
         return _choose()
@@ -59,6 +68,8 @@ def choose_kernels() -> tuple[str | None, str]:
 
 def _choose() -> tuple[str | None, str]:
     name = os.environ.get(VARIABLE, "")
+    if name and name not in CHOICES:
+        raise InputError(f"${VARIABLE} should be one of {', '.join(CHOICES)}, found {name!r}")
     if name == NONE:
         return None, f"{VARIABLE} is {NONE}"
     library = find_library()

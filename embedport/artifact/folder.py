@@ -27,6 +27,7 @@ from ..files import MANIFEST
 from ..integrity import check_files, record_files
 from ..leftovers import OLD, lock, tidy_up
 from ..links import check_links
+from ..tables import size_words
 from .card import model_card
 from .manifest import Manifest
 
@@ -115,8 +116,8 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         free = shutil.disk_usage(output.parent).free
         if free < needs:
             raise InputError(
-                f"{output.parent} has {free / 1e9:.2f} GB free, and the artifact needs "
-                f"{needs / 1e9:.2f} GB"
+                f"{output.parent} has {size_words(free)} free, and the artifact needs "
+                f"{size_words(needs)}"
             )
         partial.mkdir()
     except OSError as error:
@@ -131,7 +132,7 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"{output.parent}: disk full while writing; the artifact needs "
-                f"{needs / 1e9:.2f} GB, and {output.name} was not written"
+                f"{size_words(needs)}, and {output.name} was not written"
             ) from error
         raise InputError(f"{output} was not written: {error}") from error
     finally:

@@ -12,6 +12,7 @@ from ..checkpoint.spec import ModelSpec, read_spec
 from ..checkpoint.weights import Weights
 from ..errors import InputError
 from ..runtimes.info import ModelInfo
+from ..tables import size_words
 from .runners import PEERS, Peer, with_sources
 from .workloads import Workload
 
@@ -147,6 +148,6 @@ def check_space(peers: Sequence[Peer], spec: ModelSpec, cache: Path) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"{cache} has {free / 1e9:.1f} GB free, and {', '.join(peer.name for peer in missing)} "
-            f"write at least {needed / 1e9:.1f} GB"
+            f"{cache} has {size_words(free)} free, and {', '.join(peer.name for peer in missing)} "
+            f"write at least {size_words(needed)}"
         )

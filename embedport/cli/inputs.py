@@ -165,7 +165,8 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
             and it is not a terminal.
 
     Raises:
-        InputError: There is no source of texts, or there are two, or the input is unreadable.
+        InputError: There is no source of texts, or there are two, or the input is unreadable or
+            empty.
     """
     if arguments and file is not None:
         raise InputError("give texts as arguments or with --input, not both")
@@ -187,4 +188,7 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not UTF-8: {error}") from error
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    if not lines:  # as a file without texts: the command before the pipe may have failed
+        raise InputError("standard input holds no text")
+    return lines

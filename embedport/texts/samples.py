@@ -98,12 +98,16 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read pairs: {"query": …, "document": …} lines of a .jsonl file.
+    """Read pairs: {"query": …, "document": …, "instruction": …} lines of a .jsonl file.
+
+    Without "instruction", or with null, the model's own is meant.
 
     Raises:
         InputError: The file is missing, empty or malformed; names the line.
     """
-    return _read_jsonl(Path(path), lambda row: Pair(row["query"], row["document"]))
+    return _read_jsonl(
+        Path(path), lambda row: Pair(row["query"], row["document"], row.get("instruction"))
+    )
 
 
 def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:

@@ -28,6 +28,7 @@ from ...files import MANIFEST
 from ...machine.engine import Compatibility, Library, Profile, parse_capability
 from ...machine.gpu import load_tensorrt
 from ...quantize.formats import FP8, QUANTIZED
+from ...tables import size_words
 from ...texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...texts.samples import builtin_pairs, builtin_samples
 from ..graph.dialect_table import find_dialect
@@ -269,8 +270,8 @@ def _check_room(folder: Path, graph: GraphRecord) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"{folder.parent} has {free / 1e9:.2f} GB free beside the graph, and its engine needs "
-            f"about {needed / 1e9:.2f} GB"
+            f"{folder.parent} has {size_words(free)} free beside the graph, and its engine needs "
+            f"about {size_words(needed)}"
         )
 
 

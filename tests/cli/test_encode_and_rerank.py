@@ -65,7 +65,16 @@ class TestEncode:
             code, out, _ = run("encode", folders / "embedding", *more, stdin=piped)
             assert code == 0
             assert [row["text"] for row in json_lines(out)] == TEXTS
-        assert run("encode", folders / "embedding", stdin="") == (0, "", "")
+
+    @pytest.mark.parametrize("verb", [("encode", "embedding"), ("rerank", "reranker", "query")])
+    def test_standard_input_without_texts(self, run, folders, tmp_path, verb):
+        """The command before the pipe failed, as a rule."""
+        name, task, *query = verb
+        out = ("-o", tmp_path / "out.jsonl")
+        for stdin in ("", " \n\n"):
+            code, _, err = run(name, folders / task, *query, *out, stdin=stdin)
+            assert (code, err) == (2, "embedport: standard input holds no text\n")
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_file_of_windows(self, run, folders, tmp_path):
         mark = b"\xef\xbb\xbf"

@@ -84,6 +84,22 @@ def test_exported_with_the_same_integers(quantized, tmp_path, method, bits, prec
     assert artifact.manifest.recipe["algorithm"] == "stored"
 
 
+def test_pairs_with_instructions_of_their_own(checkpoints, tmp_path):
+    spec = ModelSpec.from_checkpoint(checkpoints("kv2", "reranker"))
+    instructions = ["Find the herb.", None, "Find the herb."]
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"query": "tea", "document": "a leaf", "instruction": one} for one in instructions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = RerankerTokenizer(spec.source.pipeline / "tokenizer.json", 99, spec.inputs)
+    for ids, instruction in zip(tokenize_samples(spec, 99, path), instructions, strict=True):
+        np.testing.assert_array_equal(
+            ids, tokenizer.encode([("tea", "a leaf")], instruction).ids[0]
+        )
+    path.write_text('{"query": "tea", "document": "a leaf", "instruction": 3}\n')
+    with pytest.raises(InputError, match=r"pairs.jsonl:1 .*a value is not a string"):
+        tokenize_samples(spec, 99, path)
+
+
 @pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_gptq_holds_the_cores_own_codes(short, quantized, checkpoints, tmp_path, bits):
     options = {"bits": bits, "group_size": 32}

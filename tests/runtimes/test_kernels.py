@@ -12,6 +12,7 @@ import pytest
 
 import embedport
 from embedport.attention import SHORT_ROW
+from embedport.errors import InputError
 from embedport.exporters.graph.builder import GraphBuilder
 from embedport.exporters.graph.dialect import FLOAT, INT8, ScaledTensor
 from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
@@ -389,6 +390,13 @@ def test_every_function_is_run_by_its_kernel(exported, tmp_path, precision):
     assert "RotaryAttention" in functions
     assert operators_run(artifact, tmp_path, kernels=True) == functions
     assert operators_run(artifact, tmp_path, kernels=False) == set()
+
+
+def test_an_unknown_choice_of_kernels_is_refused(exported, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "AVX2")
+    message = r"\$EMBEDPORT_KERNELS should be one of avx512, avx2, neon, none, found 'AVX2'"
+    with pytest.raises(InputError, match=message):
+        embedport.load(exported("kv2").folder, device="cpu")
 
 
 def test_a_package_without_kernels(exported, monkeypatch, caplog):

@@ -63,7 +63,9 @@ def test_no_room_for_the_engine(checkpoints, rtx, tmp_path, monkeypatch):
         return usage(10**12, 0, 1000 if written else 10**12)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with pytest.raises(InputError, match=r"0\.00 GB free beside the graph, and its engine needs"):
+    with pytest.raises(
+        InputError, match=r"1 kB free beside the graph, and its engine needs about \d+ kB"
+    ):
         embedport.export_tensorrt(checkpoints("blocks"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
