@@ -29,7 +29,7 @@ from .answers import (
     tei_answer,
 )
 from .bodies import read_embedding, read_object, read_rerank, read_tei_rerank
-from .errors import Form, RequestError, openai_form, rerank_form, tei_form
+from .errors import Form, RequestError, openai_form, rerank_form, stopping, tei_form
 from .limits import BODY_SECONDS, Gate, Limits, too_large
 from .metrics import CONTENT_TYPE, Metrics
 from .models import Rows, ServedEmbedder, ServedModel, ServedReranker
@@ -134,6 +134,8 @@ class Server:
                 response = await handler(request)
             except ClientDisconnect:
                 pass
+            except asyncio.CancelledError:  # the server stops, and its grace is over
+                response = refuse(stopping(), form)
             except Exception as error:
                 refusal = as_refusal(error)
                 if refusal is not error and refusal.status == 500:

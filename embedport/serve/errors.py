@@ -26,6 +26,11 @@ class RequestError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
+def stopping() -> RequestError:
+    """The refusal of what a server that stops will not answer."""
+    return RequestError(503, "the server is stopping", code="stopping")
+
+
 Form = Callable[[RequestError], dict[str, object]]
 
 

@@ -67,9 +67,12 @@ def serve(
     listener = _listen(host, port)
     failures: list[BaseException] = []
 
+    def stop(*_signal: object) -> None:
+        server.should_exit = True
+
     def fail(error: BaseException) -> None:
         failures.append(error)
-        server.should_exit = True
+        stop()
 
     load_all = partial(_load, names, device, max_length, batch_tokens, task, say)
     app = create_app(load_all, limits, api_key=api_key, failed=fail)
@@ -88,8 +91,9 @@ def serve(
     server = uvicorn.Server(config)
     shown = f"[{host}]" if ":" in host else host
     say(f"listening on http://{shown}:{listener.getsockname()[1]} (Ctrl-C stops)")
-    # uvicorn raises the signal again once it has stopped, which would end the process abnormally.
-    before = {number: signal.signal(number, _ignore) for number in (signal.SIGINT, signal.SIGTERM)}
+    # uvicorn's own handlers come with its start, which takes a moment. When it has stopped, it
+    # raises the signal again, which would end the process abnormally.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listener])
     finally:
@@ -99,10 +103,6 @@ def serve(
     if failures:
         raise failures[0]
     say("stopped")
-
-
-def _ignore(*_arguments: object) -> None:
-    pass
 
 
 def _name(artifacts: Sequence[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import RequestError
+from .errors import stopping
 from .metrics import Metrics
 from .models import Lane, Rows
 
@@ -88,7 +88,7 @@ class Scheduler:
         job = Job(rows, self._loop)
         with self._changed:
             if self._closing:
-                raise RequestError(503, "the server is stopping", code="stopping")
+                raise stopping()
             self._jobs.append(job)
             self._changed.notify()
         return job

@@ -73,9 +73,10 @@ class Client:
 
 
 @contextmanager
-def running(load, *, ready=True, **options):
+def running(load, *, ready=True, grace=None, **options):
     app = create_app(load, **options)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    config = {"port": 0, "log_config": None, "lifespan": "on", "timeout_graceful_shutdown": grace}
+    server = uvicorn.Server(uvicorn.Config(app, **config))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -15,9 +15,9 @@ import pytest
 
 from embedport import query_prompt
 from embedport.errors import InputError
-from embedport.serve import Limits
+from embedport.serve import Limits, serve
 
-from .conftest import Client, running
+from .conftest import Client, running, uvicorn
 
 TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾", "a " * 60]
 EMBEDDINGS, RERANK = "/v1/embeddings", "/v1/rerank"
@@ -304,8 +304,36 @@ class TestState:
             assert client.get("/v1/models", authorization="Bearer secret").status == 200
             assert client.get("/health").status == 200
 
+    def test_what_is_not_done_when_it_stops(self, gated, caplog):
+        with ThreadPoolExecutor() as pool:
+            with running(lambda: {"embedding": gated}, grace=0.1) as client:
+                answers = [gated.block(client, pool)]
+                answers += [pool.submit(client.post, RERANK, {"query": "a", "documents": 3})]
+                answers += [pool.submit(client.post, EMBEDDINGS, {"input": "a"})]
+                client.wait(lambda: client.metric("embedport_queued_texts") == 1)
+                pool.submit(lambda: [answers[2].result(), gated.gate.set()])
+            assert [answer.result().status for answer in answers] == [503, 400, 503]
+        assert answers[2].result().json["error"]["code"] == "stopping"
+        assert "Exception" not in caplog.text
+
 
 class TestCommand:
+    def test_a_signal_before_the_port_answers(self, runners, monkeypatch):
+        """uvicorn's handlers come later: a signal until then was lost."""
+
+        run = uvicorn.Server.run
+
+        def start(server, **options):
+            signal.raise_signal(signal.SIGTERM)
+            run(server, **options)
+
+        monkeypatch.setattr(uvicorn.Server, "run", start)
+        again = threading.Timer(20, signal.raise_signal, [signal.SIGTERM])
+        again.start()
+        serve([str(runners["embedding"].info.folder)], port=0)
+        assert again.is_alive()
+        again.cancel()
+
     def test_stops_when_told_to(self, runners):
         """Requests at work are answered; then it exits with 0."""
         folder = runners["embedding"].info.folder
