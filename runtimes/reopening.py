@@ -32,8 +32,8 @@ def reopening(info: ModelInfo, device: str, max_length: int) -> Reopening:
     if info.checkpoint is not None:
         source = info.checkpoint.source
         folder = source.folder
-        adapter = None if source.adapter is None else str(source.adapter.folder.absolute())
-    return str(folder.absolute()), adapter, info.task, device, max_length
+        adapter = None if source.adapter is None else str(source.adapter.folder)
+    return str(folder), adapter, info.task, device, max_length
 
 
 def reopen(recipe: Reopening, ranges: Mapping[str, Any] | None = None) -> Embedder | Reranker:

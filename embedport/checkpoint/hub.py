@@ -35,7 +35,7 @@ class Source:
     Attributes:
         id: Hub id or folder, as the user gave it.
         revision: Commit hash if it is from the hub.
-        folder: The folder with config.json and the weights.
+        folder: The folder with config.json and the weights, absolute: a program may change its own.
         adapter: The adapter to merge into the weights.
     """
 
@@ -165,7 +165,7 @@ def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source
                 "leave the revision out"
             )
         check_broken_links(folder, CONFIG_PATTERNS + WEIGHT_PATTERNS)
-        return Source(str(checkpoint), None, folder)
+        return Source(str(checkpoint), None, folder.absolute())
     if exists:
         raise InputError(f"{checkpoint} is not a folder; give the checkpoint's folder")
     name, _, named_revision = str(checkpoint).partition("@")
@@ -200,7 +200,8 @@ def _snapshot(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        found = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+        return Path(found).absolute()
     except HFValidationError as error:
         raise InputError(f"{repo_id}: no such folder, and not a hub id: {error}") from error
     except GatedRepoError as error:

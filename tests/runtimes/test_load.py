@@ -69,6 +69,15 @@ def test_a_pickle_is_the_way_to_open_it(folders):
     np.testing.assert_array_equal(again.encode([text]), embedder.encode([text]))
 
 
+def test_a_pickle_of_a_relative_folder(folders, tmp_path, monkeypatch):
+    """A program that changes its own folder would pickle the way to another one."""
+    folder = folders / "embedding"
+    monkeypatch.chdir(folder.parent)
+    embedder = embedport.load(folder.name, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    assert pickle.loads(pickle.dumps(embedder)).info.folder == folder
+
+
 def test_a_pickled_reranker(reranker):
     again = pickle.loads(pickle.dumps(reranker))
     assert again.score([("tea", "a leaf")]) == reranker.score([("tea", "a leaf")])
