@@ -20,6 +20,9 @@ from .models import ServedModel, name_model, served
 
 logger = logging.getLogger(__name__)
 
+# Seconds that an idle connection stays open. Load balancers keep theirs for 60, and would send a
+# request into one that is just being closed.
+IDLE_SECONDS = 75
 # Seconds that requests have to finish after the server is told to stop.
 GRACE_SECONDS = 30
 BACKLOG = 2048
@@ -83,6 +86,7 @@ def serve(
         log_config=None,
         access_log=False,
         backlog=BACKLOG,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
         server_header=False,
     )

@@ -75,8 +75,8 @@ class Client:
 @contextmanager
 def running(load, *, ready=True, grace=None, **options):
     app = create_app(load, **options)
-    config = {"port": 0, "log_config": None, "lifespan": "on", "timeout_graceful_shutdown": grace}
-    server = uvicorn.Server(uvicorn.Config(app, **config))
+    config = {"port": 0, "http": "h11", "log_config": None, "lifespan": "on"}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **config))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -324,6 +324,7 @@ class TestCommand:
         run = uvicorn.Server.run
 
         def start(server, **options):
+            assert server.config.timeout_keep_alive > 60  # what load balancers do
             signal.raise_signal(signal.SIGTERM)
             run(server, **options)
 
