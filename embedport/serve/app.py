@@ -331,7 +331,7 @@ def refuse(error: RequestError, form: Form) -> Response:
     response = to_json(form(error), error.status)
     if error.status in (429, 503):
         response.headers["retry-after"] = "1"
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status == 408:  # what may still come of the body is not read
         response.headers["connection"] = "close"
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"
