@@ -92,6 +92,20 @@ def _check_kind(status: os.stat_result) -> None:
         raise ValueError(f"it should be a regular file, found {kind}")
 
 
+def check_name(name: str | Path) -> None:
+    """Refuse a name that is not UTF-8 before any work: neither JSON nor onnxruntime takes it.
+
+    Raises:
+        InputError: It is not.
+    """
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"a file's or folder's name is not UTF-8, and has to be: {str(name)!r}; rename it"
+        ) from None
+
+
 def is_file_name(name: object) -> bool:
     """Whether a JSON value is a plain file name: no folder part, and not too long."""
     return (

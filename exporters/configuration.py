@@ -9,6 +9,7 @@ from ..checkpoint.modelcard import declared_task
 from ..checkpoint.modules import MODULES
 from ..checkpoint.spec import ModelSpec, Task, read_spec, with_own_head
 from ..checkpoint.tensor_files import INDEX
+from ..files import check_name
 
 
 def read_configuration(
@@ -22,6 +23,7 @@ def read_configuration(
     For a hub id, the weights are downloaded only if the configuration does not tell the task.
     """
     source = fetch(checkpoint, revision, weights=False, adapter=adapter)
+    check_name(source.name)
     if task is None and not (
         (source.pipeline / MODULES).is_file()
         or (source.folder / INDEX).is_file()

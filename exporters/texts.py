@@ -13,6 +13,7 @@ import numpy as np
 from ..checkpoint.spec import ModelSpec
 from ..checkpoint.tokenizer import check_ids
 from ..errors import require
+from ..files import check_name
 from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import Recipe
 from ..quantize.source import WeightSource
@@ -68,6 +69,7 @@ def tokenize_samples(
         CheckpointError: The tokenizer gives ids beyond the embedding table.
     """
     path = spec.source.pipeline / "tokenizer.json"
+    check_name(Path(calibration or BUILTIN).name)  # the manifest has it
     if str(calibration) == BUILTIN:
         calibration, count, most_tokens = None, None, None
     if spec.task == "reranker":

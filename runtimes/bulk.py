@@ -27,6 +27,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
+from ..files import check_name
 from ..progress import progress_bar
 from ..storage import ObjectPath, Place, open_to_read, writing
 from ..strict_json import load_json, parse_json
@@ -190,7 +191,6 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
         InputError: The job is invalid, or the folder holds something else.
     """
     index = plan(job, progress=progress)
-    index.to_json().encode()  # a name that is not UTF-8 fails before there is a folder
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
         missing = _missing(job.output, index)
@@ -286,6 +286,8 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         require("pyarrow", "arrow")
     elif job.with_text:
         raise InputError("texts are written beside vectors in Parquet only: --format parquet")
+    for name in (info.name, job.input.name):
+        check_name(name)
     dim = info.dim if job.dim is None else int(job.dim)
     check_ranges(job.precision, dim, info.ranges)
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, info.ranges)

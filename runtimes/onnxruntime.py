@@ -16,7 +16,7 @@ from ..artifact.folder import Artifact
 from ..attention import SHORT_ROW
 from ..checkpoint.pooling import Head, pool
 from ..errors import ArtifactError, DeviceError, InputError, require
-from ..files import MANIFEST
+from ..files import MANIFEST, check_name
 from ..requirements import meets
 from ..tables import size_words
 from .batching import limit_threads
@@ -314,7 +314,7 @@ def _create_session(
     options.log_severity_level = 3
     limit_threads(options)
     path = _choose_graph(artifact, device, ort.__version__)
-    str(path).encode()  # else onnxruntime complains of its arguments
+    check_name(path)
     graph: str | bytes = str(path)
     if _is_emulated(artifact, device):
         graph = _emulated(artifact.graph)

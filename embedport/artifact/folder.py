@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
-from ..files import MANIFEST
+from ..files import MANIFEST, check_name
 from ..integrity import check_files, record_files
 from ..leftovers import OLD, lock, tidy_up
 from ..links import check_links
@@ -149,6 +149,7 @@ def check_place(output: Path, force: bool) -> None:
     Raises:
         InputError: The path must not be written.
     """
+    check_name(output)
     tidy_up(output)
     if not output.exists() and not output.is_symlink():
         return

@@ -139,7 +139,7 @@ class TestErrors:
         )
 
     @pytest.mark.skipif(os.name == "nt", reason="names are text there")
-    def test_a_name_that_is_not_utf8(self, run, folders, tmp_path):
+    def test_a_name_that_is_not_utf8(self, run, folders, checkpoints, tmp_path, monkeypatch):
         """No file of ours can hold it: here index.json, elsewhere a manifest or a report."""
         path = tmp_path / os.fsdecode(b"b\xffd.txt")
         path.write_text("tea\n")
@@ -152,6 +152,15 @@ class TestErrors:
         # onnxruntime takes no such name either.
         folder = shutil.copytree(folders / "embedding", tmp_path / os.fsdecode(b"b\xffd"))
         assert run("encode", folder, "tea")[2].startswith(said)
+        # And an export says so before it calibrates.
+        monkeypatch.setattr("embedport.exporters.onnx.export.staged", lambda *_, **__: 1 / 0)
+        checkpoint = shutil.copytree(checkpoints(), tmp_path / os.fsdecode(b"c\xff"))
+        for source, out, *options in (
+            (checkpoint, "out"),
+            (checkpoints(), os.fsdecode(b"o\xff")),
+            (checkpoints(), "out", "--precision", "fp16", "--calibration", path),
+        ):
+            assert run("export", "onnx", source, "-o", tmp_path / out, *options)[2].startswith(said)
 
     def test_interrupted(self, run, folders, monkeypatch):
         from embedport import runtimes
