@@ -193,10 +193,12 @@ class Server:
     async def models(self, request: Request) -> Response:
         """OpenAI's /v1/models."""
         del request
+        self._check_ready()
         return to_json(models_answer(list(self._models.values()), self._created))
 
     async def model(self, request: Request) -> Response:
         """OpenAI's /v1/models/NAME."""
+        self._check_ready()
         return to_json(
             model_answer(self._find(request.path_params["name"], ServedModel), self._created)
         )
@@ -225,11 +227,14 @@ class Server:
                 code="invalid_api_key",
             )
 
+    def _check_ready(self) -> None:
+        if self._state != "ready":
+            raise RequestError(503, f"the server is {self._state}; see /health", code=self._state)
+
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncGenerator[bytes]:
         """Read a body within the limits; its bytes count as held until the answer is made."""
-        if self._state != "ready":
-            raise RequestError(503, f"the server is {self._state}; see /health", code=self._state)
+        self._check_ready()
         declared = request.headers.get("content-length")
         with self._gate.admit_bytes(int(declared) if declared is not None else None):
             content = bytearray()

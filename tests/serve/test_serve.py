@@ -271,6 +271,7 @@ class TestState:
             refused = client.post(EMBEDDINGS, {"input": "a"})
             assert refused.status == 503
             assert refused.headers["retry-after"] == "1"
+            assert [client.get(f"/v1/models{name}").status for name in ("", "/a")] == [503, 503]
             go.set()
             client.wait(lambda: client.get("/health").status == 200)
             assert client.post(EMBEDDINGS, {"input": "a"}).status == 200
