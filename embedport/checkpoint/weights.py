@@ -7,6 +7,8 @@ keeps stay in memory. Both naming schemes are read: `Qwen3Model` ("layers.0…",
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +19,18 @@ from .quantization_config import INSTEAD
 from .spec import ModelSpec
 from .tensor_files import TensorInfo, open_shard, read_headers
 
+logger = logging.getLogger(__name__)
+
+# Tensors that checkpoints hold beside what runs: a head that an embedder does not use, and the
+# frequencies of old transformers.
+SPARE = ("lm_head.weight", "score.weight", "rotary_emb.inv_freq")
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 class Weights:
     """A checkpoint's tensors by their `Qwen3Model` names; checked against the spec when opened.
+
+    Opened whole, it warns of tensors that no layer reads: transformers leaves them out too.
 
     Args:
         spec: The checkpoint's spec.
@@ -51,6 +60,10 @@ class Weights:
                 )
             self._check_tensor(info, shape)
             self.tensors[name] = info
+        if names is None and spec.quantization is None:
+            read = {info.name for info in self.tensors.values()}
+            unread = [name for name in tensors if name not in read and not name.endswith(SPARE)]
+            _warn_of_unread(spec.source.folder, tuple(sorted(unread)))
 
     def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
         return headers.get(name) or headers.get(f"model.{name}")
@@ -114,6 +127,18 @@ class Weights:
             )
         row = self.read_fp32(spec.head, slice(yes, yes + 1))[0]
         return row if no is None else row - self.read_fp32(spec.head, slice(no, no + 1))[0]
+
+
+@functools.cache  # once, however often the checkpoint is opened
+def _warn_of_unread(folder: Path, names: tuple[str, ...]) -> None:
+    if names:
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        logger.warning(
+            "%s: no layer of config.json reads %s%s: without effect",
+            folder,
+            ", ".join(names[:3]),
+            more,
+        )
 
 
 def _hint(name: str, headers: dict[str, TensorInfo]) -> str:

@@ -154,3 +154,17 @@ class TestDamage:
         (single / SINGLE).rename(single / name)
         with pytest.raises(CheckpointError, match=f"{name} is pickled and is not read"):
             open_weights(single)
+
+
+def test_tensors_that_nothing_reads_are_named_once(checkpoints, copied, caplog):
+    folder = copied(checkpoints())
+    tensors = load_file(folder / SINGLE)
+    layer = tensors["layers.0.mlp.down_proj.weight"]
+    extra = {f"layers.{i}.mlp.down_proj.weight": layer.copy() for i in range(2, 6)}
+    save_file({**tensors, "lm_head.weight": layer.copy(), **extra}, folder / SINGLE)
+    for _ in range(2):
+        open_weights(folder)
+    names = ", ".join(f"layers.{i}.mlp.down_proj.weight" for i in (2, 3, 4))
+    assert caplog.messages == [
+        f"{folder}: no layer of config.json reads {names} and 1 more: without effect"
+    ]
