@@ -13,6 +13,7 @@ from .reference import Origin
 from .report import Gate
 from .settings import GATE as SETTINGS
 from .table import GATE as ROWS
+from .tensors import GATE as TENSORS
 
 TOKENS = "inputs with other token ids"
 # Failures that belong to the reference.
@@ -85,11 +86,13 @@ def _steps(
         yield "Compare both folders' settings; if the checkpoint changed since, make it again."
     if ROWS in failed:
         yield "Make it again: rows of its embedding table are not those of the checkpoint."
+    if TENSORS in failed:
+        yield "Make it again: tensors that no rounding changes are not those of the checkpoint."
     if FILES in failed:
         yield "Take files that were added out of the folder; if others changed, make it again."
     if GRAPHS in failed:
         yield "Export it again: other software gets other results from a graph of the folder."
-    failed = failed - {SETTINGS, ROWS, FILES, GRAPHS}
+    failed = failed - {SETTINGS, ROWS, TENSORS, FILES, GRAPHS}
     if not failed:
         return
     if failed <= OF_REFERENCE:

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ..artifact.folder import Artifact
 from ..checkpoint.chat import TEMPLATE, infer_format
 from ..checkpoint.hub import Source
 from ..checkpoint.keys import shown
+from ..checkpoint.modules import MODULES
 from ..checkpoint.pipeline import Inputs, Outputs
 from ..checkpoint.spec import ModelSpec, read_spec
 from ..errors import CheckpointError, InputError
@@ -26,6 +25,7 @@ from ..strict_json import read_json
 from ..texts.prompts import RerankerTokenizer, find_answers, load_tokenizer
 from ..texts.samples import Pair
 from .report import Gate
+from .settings import LAYERS, Settings, layer_settings
 
 GATE = "files that differ"
 # Files that other software opens if they are there: weights, graphs, settings, tokenizers.
@@ -47,7 +47,7 @@ FILES = {
     "truncate": SETTINGS,
     "pooling": POOLING,
     "include_prompt": POOLING,
-    "steps": "modules.json",
+    "steps": MODULES,
     "form": TRANSFORMER,
     "message_format": TRANSFORMER,
     "template_values": TRANSFORMER,
@@ -60,25 +60,24 @@ OF_VECTORS = ("pooling", "include_prompt", "steps", "truncate", "similarity")
 OF_TEXTS = ("prompts", "default_prompt", "lower_case", "split_special_tokens", "truncation_side")
 OF_CHATS = ("form", "message_format", "template_values")
 QUANTIZATION = "quantize_config.json"
+# Of a pair that is rendered besides those that are validated, of which all may have the default.
+INSTRUCTION = "Find the statute"
 
 
-def files_gate(
-    info: ModelInfo, limit: int | None, pairs: Sequence[Pair], rows: Sequence[np.ndarray]
-) -> list[Gate]:
-    """The folder's files say what the manifest says, and no file was added.
+def files_gate(info: ModelInfo, settings: Settings, pairs: Sequence[Pair]) -> list[Gate]:
+    """The folder's files say what the manifest and the reference say, and no file was added.
 
     Args:
         info: The artifact; a checkpoint without a manifest gets no gate.
-        limit: Tokens after which the reference's library cuts an input by itself; None if unknown.
+        settings: The reference's; those that are not known are not compared.
         pairs: For a reranker, the pairs that are validated.
-        rows: Their token ids, int64 [tokens] each, by the artifact's tokenizer.
     """
     if info.artifact is None:
         return []
     differences = [f"{name}: it was added" for name in _added(info.artifact)]
     try:
         spec = info.checkpoint or read_spec(Source(info.name, None, info.folder), info.task)
-        differences += _differences(info, spec, limit, pairs, rows)
+        differences += _differences(info, spec, settings, pairs)
     except (CheckpointError, InputError) as error:
         differences.append(str(error))
     return [Gate(GATE, len(differences), "≤", 0, "; ".join(differences))]
@@ -94,16 +93,19 @@ def _added(artifact: Artifact) -> list[str]:
 def _differences(
     info: ModelInfo,
     spec: ModelSpec,
-    limit: int | None,
+    settings: Settings,
     pairs: Sequence[Pair],
-    rows: Sequence[np.ndarray],
 ) -> Iterator[str]:
     artifact = info.artifact
     assert artifact is not None
     for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
         yield from _unlike("config.json", key, getattr(spec, key), getattr(info, key))
+    if info.checkpoint is None and LAYERS in settings:  # a checkpoint's are its settings
+        for key, value in layer_settings(spec).items():
+            expected = settings[LAYERS].get(key)
+            yield from _unlike("config.json", key, value, expected, "the reference")
     # An artifact may cut texts earlier than the files say: the option `max_length`.
-    own = artifact.manifest.max_length
+    own, limit = artifact.manifest.max_length, settings.get("max_length")
     if spec.max_length not in (own, limit) and (limit is not None or spec.max_length < own):
         expected = own if limit is None else limit
         yield (
@@ -111,13 +113,15 @@ def _differences(
             f"{expected:,}"
         )
     if info.task == "embedding":
+        if not (artifact.folder / MODULES).exists():
+            yield f"{MODULES}: it is missing: sentence-transformers would choose its own modules"
         yield from _records(spec.inputs, info.inputs, (*OF_TEXTS, *OF_CHATS))
         yield from _records(spec.outputs, info.outputs, OF_VECTORS)
     else:
         yield from _records(spec.inputs, info.inputs, OF_TEXTS)
         yield from _records(spec.outputs, info.outputs, ("activation",))
-        yield from _pair_differences(info, spec, pairs, rows)
-    yield from _notes(artifact, spec)
+        yield from _pair_differences(info, spec, pairs)
+    yield from _notes(info, spec)
 
 
 def _records(
@@ -127,40 +131,49 @@ def _records(
         yield from _unlike(FILES[key], key, getattr(found, key), getattr(expected, key))
 
 
-def _unlike(file: str, key: str, found: Any, expected: Any) -> Iterator[str]:
+def _unlike(file: str, key: str, found: Any, expected: Any, place: str = MANIFEST) -> Iterator[str]:
     if found != expected:
-        yield (f"{file}: {key}: found {shown(found)}, expected {shown(expected)} as in {MANIFEST}")
+        yield f"{file}: {key}: found {shown(found)}, expected {shown(expected)} as in {place}"
 
 
-def _pair_differences(
-    info: ModelInfo, spec: ModelSpec, pairs: Sequence[Pair], rows: Sequence[np.ndarray]
-) -> Iterator[str]:
+def _pair_differences(info: ModelInfo, spec: ModelSpec, pairs: Sequence[Pair]) -> Iterator[str]:
     """The chat template, which other software renders, gives each pair embedport's tokens."""
     inputs = spec.inputs
     if inputs.form == "instruct":  # transformers' own form has no template; servers have one
-        if not (info.folder / TEMPLATE).exists():
+        if info.checkpoint is None and not (info.folder / TEMPLATE).exists():
             return
         inputs = replace(inputs, form="messages", message_format=infer_format(info.folder))
-    tokenizer = RerankerTokenizer(info.folder / "tokenizer.json", info.max_length, inputs)
-    for i, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+    own, theirs = (
+        RerankerTokenizer(info.folder / "tokenizer.json", info.max_length, form)
+        for form in (info.inputs, inputs)
+    )
+    asked = [replace(pair, instruction=INSTRUCTION) for pair in pairs[:1]]
+    for i, pair in enumerate([*pairs, *asked]):
+        row, other = (
+            tokenizer.encode([(pair.query, pair.document)], pair.instruction).ids[0].tolist()
+            for tokenizer in (own, theirs)
+        )
         # A row that is cut is cut in another place.
-        if len(row) < info.max_length:
-            (ids,) = tokenizer.encode([(pair.query, pair.document)], pair.instruction).ids
-            if ids.tolist() != row.tolist():
-                yield f"{TEMPLATE}: pair {i} has other tokens in it than in embedport"
-                return
+        if len(row) < info.max_length and row != other:
+            which = f"pair {i}" if i < len(pairs) else "a pair with its own instruction"
+            yield f"{TEMPLATE}: {which} has other tokens in it than in embedport"
+            return
 
 
-def _notes(artifact: Artifact, spec: ModelSpec) -> Iterator[str]:
+def _notes(info: ModelInfo, spec: ModelSpec) -> Iterator[str]:
     """Notes of a quantized checkpoint that servers read and transformers does not."""
-    config = read_json(artifact.folder / "config.json")
-    if QUANTIZATION in artifact.manifest.files:
+    config = read_json(info.folder / "config.json")
+    if (info.folder / QUANTIZATION).exists():
         expected = config.get("quantization_config")
-        if read_json(artifact.folder / QUANTIZATION) != expected:
+        if read_json(info.folder / QUANTIZATION) != expected:
             yield f"{QUANTIZATION}: it should be the same as quantization_config in config.json"
     tokens = config.get("classifier_from_token")
     if tokens is not None:
         yes, no = find_answers(spec)
-        tokenizer = load_tokenizer(artifact.folder / "tokenizer.json")
+        tokenizer = load_tokenizer(info.folder / "tokenizer.json")
         if [tokenizer.token_to_id(token) for token in tokens] != [no, yes]:
             yield f"config.json: classifier_from_token: found {shown(tokens)}, expected no and yes"
+    # transformers reads a stored lm_head whatever this says; vLLM takes the table's rows instead.
+    if info.checkpoint is not None and spec.task == "reranker" and spec.score_rows is None:
+        tied = config.get("tie_word_embeddings", False)
+        yield from _unlike("config.json", "tie_word_embeddings", tied, spec.tied, "the weights")

@@ -61,6 +61,11 @@ class LibraryReference(LiveReference):
         """The model without weights, for everything that needs none."""
         return self._empty[0]
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer in transformers, as the library made it."""
+        return self.tokenizing.tokenizer
+
     @property
     def own_limit(self) -> int:
         """Tokens after which the library cuts an input of its own accord."""

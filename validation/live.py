@@ -30,8 +30,9 @@ from ..texts.samples import Pair, Sample
 from .adapted import ReferenceFolder, merge_adapter
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
-from .settings import Settings
+from .settings import LAYERS, TOKENIZER, Settings, layer_settings, tokenizer_settings
 from .table import TableSketch, sketch_table
+from .tensors import Tensors, read_tensors
 
 # An fp32 reference needs this multiple of its weights' size on the GPU, for activations.
 HEADROOM = 1.25
@@ -48,10 +49,12 @@ class LiveReference(ABC):
     Attributes:
         library: The library's name on PyPI.
         packages: The library and the packages it runs on.
+        tokenizer: The checkpoint's tokenizer in transformers.
     """
 
     library: str
     packages: tuple[str, ...]
+    tokenizer: Any
 
     def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
         self.spec, self.max_length, self.device = spec, max_length, device
@@ -270,8 +273,13 @@ class LiveReference(ABC):
 
     def settings(self) -> Settings:
         """The settings that its library read beside the weights: see `Reference`."""
-        sizes = {"positions": self.spec.max_position_embeddings, "max_length": self.own_limit}
-        return {**sizes, **self.declared()}
+        return {
+            "positions": self.spec.max_position_embeddings,
+            "max_length": self.own_limit,
+            LAYERS: layer_settings(self.spec),
+            TOKENIZER: tokenizer_settings(self.tokenizer.backend_tokenizer),
+            **self.declared(),
+        }
 
     @abstractmethod
     def declared(self) -> Settings:
@@ -280,6 +288,10 @@ class LiveReference(ABC):
     def table(self) -> TableSketch:
         """The embedding table: see `Reference`."""
         return sketch_table(self.spec)
+
+    def tensors(self) -> Tensors:
+        """The tensors that are not rounded to few bits: see `Reference`."""
+        return read_tensors(self.spec)
 
 
 def find_device(device: str) -> str:

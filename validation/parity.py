@@ -48,6 +48,7 @@ from .retrieval import CANDIDATES
 from .settings import settings_gate
 from .table import table_gate
 from .tasks import AnyTask, EmbeddingTask, RerankerTask, choose_inputs
+from .tensors import tensors_gate
 from .thresholds import find_thresholds
 
 logger = logging.getLogger(__name__)
@@ -275,6 +276,7 @@ def _folder_gates(
     """The gates on what the artifact's folder holds, whatever the inputs give."""
     settings = source.settings()
     pairs = inputs.pairs if isinstance(inputs, RerankerTask) else ()
-    yield settings_gate(info, settings)
-    yield from files_gate(info, (settings or {}).get("max_length"), pairs, rows)
+    yield settings_gate(info, tokenizer, settings)
+    yield from files_gate(info, settings or {}, pairs)
     yield table_gate(info, source.table(), tokenizer, rows)
+    yield tensors_gate(info, source.tensors())

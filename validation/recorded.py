@@ -23,6 +23,7 @@ from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality
 from .settings import Settings
 from .table import TableSketch
+from .tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class RecordedReference:
         probes: Texts that tell tokenizers apart; None in files of early versions, as are the next.
         declared: The settings that the library read.
         sketch: The embedding table.
+        plain: The tensors that are not rounded to few bits.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class RecordedReference:
     probes: Probes | None = None
     declared: Settings | None = None
     sketch: TableSketch | None = None
+    plain: Tensors | None = None
 
     def choose_inputs(
         self, texts: Any, pairs: Any, revision: str | None
@@ -203,6 +206,10 @@ class RecordedReference:
     def table(self) -> TableSketch | None:
         """The recorded sketch of the embedding table."""
         return self.sketch
+
+    def tensors(self) -> Tensors | None:
+        """The recorded tensors that are not rounded to few bits."""
+        return self.plain
 
     def _check_inputs(self, inputs: Inputs) -> None:
         if list(inputs) != self.inputs:

@@ -3,10 +3,11 @@
 The file is safetensors: reading it executes no code, and a truncated file is detected at once.
 Tensors hold token ids ("ids", "lengths"), results ("results.fp32"), the retrieval quality query by
 query ("retrieval.fp32.256.nDCG@10"), the hidden states of a few texts ("layers.states"), a sketch
-of the embedding table ("table.products") and the token ids of texts that tell tokenizers apart
-("probes.ids"). The rest is one JSON text in the metadata: the inputs, the origin, including the
-weight files' hashes, and the settings that the library read. Early versions wrote neither a sketch
-nor settings nor those texts.
+of the embedding table ("table.products"), the norms and other tensors that are not rounded
+("plain.norm.weight"), and the token ids of texts that tell tokenizers apart ("probes.ids"). The
+rest is one JSON text in the metadata: the inputs, the origin, including the weight files' hashes,
+and the settings that the library read. Early versions wrote neither a sketch nor settings nor those
+texts, and later ones no tensors and no settings of layers and tokenizer.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from .probes import Probes
 from .recorded import Layers, RecordedReference, SetRecord
 from .reference import Arithmetic, Origin
 from .retrieval import SetQuality
-from .settings import Settings
+from .settings import LAYERS, TOKENIZER, Settings
 from .table import DIRECTIONS, TableSketch
+from .tensors import Tensors
 
 FORMAT_VERSION = 1
 KEY = "embedport_reference"
+# Before the name of a tensor that is not rounded to few bits.
+PLAIN = "plain."
 # Largest metadata, in characters; safetensors reads headers of at most 100 MB.
 LARGEST = 20_000_000
 
@@ -60,6 +64,7 @@ def write_recorded(reference: RecordedReference) -> None:
     probes, sketch = reference.probes, reference.sketch
     if sketch is not None:
         tensors |= {f"table.{name}": tensor for name, tensor in vars(sketch).items()}
+    tensors |= {f"{PLAIN}{name}": tensor for name, tensor in (reference.plain or {}).items()}
     if probes is not None:
         tensors |= _packed("probes.", probes.rows)
     for arithmetic, results in reference.results.items():
@@ -210,6 +215,7 @@ class _Reader:
             probes=self._probes(values.get("probes"), read_input),
             declared=None if declared is None else _read_settings(declared),
             sketch=self._sketch(origin),
+            plain=self._plain() or None,
         )
 
     def _probes(
@@ -229,6 +235,13 @@ class _Reader:
             self._tensor("table.products", np.float16, (origin.vocab_size, DIRECTIONS)),
             self._tensor("table.lengths", np.float32, (origin.vocab_size,)),
         )
+
+    def _plain(self) -> Tensors:
+        return {
+            name.removeprefix(PLAIN): self._tensor(name, np.float32, None)
+            for name in self.file.keys()  # noqa: SIM118 (not a dict)
+            if name.startswith(PLAIN)
+        }
 
     def _rows(self, prefix: str, count: int | None) -> list[np.ndarray]:
         lengths = self._tensor(f"{prefix}lengths", np.int32, (count,))
@@ -252,8 +265,10 @@ class _Reader:
             self._tensor(f"{prefix}varies", np.bool_, (queries,)),
         )
 
-    def _tensor(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    def _tensor(self, name: str, dtype: Any, shape: tuple[int | None, ...] | None) -> np.ndarray:
+        """A tensor of the file; a shape of None is any."""
         tensor = self.file.get_tensor(name)
+        shape = tensor.shape if shape is None else shape
         fits = len(tensor.shape) == len(shape) and all(
             expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=True)
         )
@@ -298,6 +313,9 @@ def _read_settings(values: Mapping[str, Any]) -> Settings:
         _whole(values["max_length"])
     for name, prompt in values.get("prompts", {}).items():
         _text(name), _text(prompt)
+    for group in (LAYERS, TOKENIZER):  # early versions did not record these either
+        if not isinstance(values.get(group, {}), dict):
+            raise ValueError(f"{group} should be an object, found {values[group]!r}")
     return values
 
 

@@ -126,6 +126,7 @@ def record_reference(
         probes=record_probes(source),
         declared=source.settings(),
         sketch=source.table(),
+        plain=source.tensors(),
     )
     write_recorded(recorded)
     return recorded

@@ -19,6 +19,7 @@ from ..texts.samples import Pair, Sample
 from .retrieval import SetQuality
 from .settings import Settings
 from .table import TableSketch
+from .tensors import Tensors
 
 Arithmetic = Literal["fp16", "bf16", "fp32"]
 Inputs = Sequence[Sample] | Sequence[Pair]
@@ -137,4 +138,8 @@ class Reference(Protocol):
 
     def table(self) -> TableSketch | None:
         """The embedding table; None if it is not known."""
+        ...
+
+    def tensors(self) -> Tensors | None:
+        """The tensors that are not rounded to few bits; None if they are not known."""
         ...

@@ -1,14 +1,18 @@
 """The settings that a checkpoint declares beside its weights, as its own library read them.
 
-Validated texts use few of a folder's prompts, and none of its similarity function.
+Validated texts use few of a folder's prompts and of its tokenizer's merges, and none of its
+similarity function; in 4 bits they do not tell one base of the rotary embedding from another.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint.pipeline import ROLES
+from ..checkpoint.spec import ModelSpec
 from ..runtimes import ModelInfo
 from .report import Gate
 
@@ -17,9 +21,60 @@ GATE = "settings that differ"
 LONGEST = 200
 # Of a reference; JSON values, since a recorded reference holds them.
 Settings = Mapping[str, Any]
+# Groups of settings that files recorded by earlier versions lack.
+LAYERS, TOKENIZER = "layers", "tokenizer"
 
 
-def settings_gate(info: ModelInfo, settings: Settings | None) -> Gate:
+def layer_settings(spec: ModelSpec) -> Settings:
+    """What config.json says of the layers beside sizes that a weight's shape shows."""
+    return {
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.intermediate_size,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_parameters": spec.rope.to_parameters(),
+        "is_causal": spec.causal,
+        "sliding_window": spec.window,
+        "layers with a window": list(spec.window_layers),
+        "attention_bias": spec.attention_bias,
+    }
+
+
+def tokenizer_settings(tokenizer: Any) -> Settings:
+    """What a tokenizer does to any text between its added tokens; digests of what is long.
+
+    Args:
+        tokenizer: A `tokenizers.Tokenizer`, as a library made it of a folder.
+    """
+    values = json.loads(tokenizer.to_str())
+    model = values["model"]
+    ids = sorted(tokenizer.get_vocab(with_added_tokens=True).items())
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ())]
+    return {
+        "ids of tokens": _digest(ids),
+        "merges": _digest(merges),
+        "normalizer": _parts(values["normalizer"]),
+        "pre_tokenizer": _parts(values["pre_tokenizer"]),
+    }
+
+
+def _parts(rule: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a rule, of sequences within sequences too."""
+    if rule is None:
+        return []
+    nested = rule.get("normalizers", rule.get("pretokenizers"))
+    if nested is None:
+        return [{key: value for key, value in rule.items() if key != "trim_offsets"}]
+    return [part for each in nested for part in _parts(each)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def settings_gate(info: ModelInfo, tokenizer: Any, settings: Settings | None) -> Gate:
     """The artifact declares what the reference's library read.
 
     A smaller width (`dim`) and another limit of tokens (`max_length`) are an exporter's options,
@@ -27,22 +82,26 @@ def settings_gate(info: ModelInfo, settings: Settings | None) -> Gate:
 
     Args:
         info: The artifact, or the checkpoint.
+        tokenizer: Its `tokenizers.Tokenizer`.
         settings: The reference's; None if they are not known.
     """
     if settings is None:
         reason = "this recorded reference has no settings: record it again"
         return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
-    found = _declared(info)
+    missing = [group for group in (LAYERS, TOKENIZER) if group not in settings]
+    basis = f"without {' and '.join(missing)}: record the reference again" if missing else ""
+    if info.checkpoint is None:  # of a graph they are the file's, which `companions` compares
+        settings = {name: value for name, value in settings.items() if name != LAYERS}
+    found, wanted = _flat(_declared(info, tokenizer)), _flat(settings)
     differences = [
         f"{name}: found {_shown(found.get(name))}, expected {_shown(expected)}"
-        for name, expected in _flat(settings).items()
+        for name, expected in wanted.items()
         if found.get(name) != expected
     ]
     if "prompts" in settings:
-        extra = found.keys() - _flat(settings).keys()
         differences += [
             f"{name}: found {_shown(found[name])}, expected none"
-            for name in sorted(extra)
+            for name in sorted(found.keys() - wanted.keys())
             if name.startswith("prompt ")
         ]
     positions = settings["positions"]
@@ -50,18 +109,18 @@ def settings_gate(info: ModelInfo, settings: Settings | None) -> Gate:
         differences.append(
             f"positions: found {info.max_position_embeddings:,}, expected at most {positions:,}"
         )
-    return Gate(GATE, len(differences), "≤", 0, "; ".join(differences))
+    return Gate(GATE, len(differences), "≤", 0, "; ".join(differences), basis)
 
 
-def _declared(info: ModelInfo) -> dict[str, Any]:
-    return _flat(
-        {
-            "prompts": info.inputs.prompts,
-            "default_prompt": info.inputs.default_prompt,
-            "similarity": info.outputs.similarity,
-            "truncate_dim": info.outputs.truncate,
-        }
-    )
+def _declared(info: ModelInfo, tokenizer: Any) -> Settings:
+    return {
+        "prompts": info.inputs.prompts,
+        "default_prompt": info.inputs.default_prompt,
+        "similarity": info.outputs.similarity,
+        "truncate_dim": info.outputs.truncate,
+        LAYERS: layer_settings(info.checkpoint) if info.checkpoint else {},
+        TOKENIZER: tokenizer_settings(tokenizer),
+    }
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
@@ -76,6 +135,8 @@ def _named(settings: Settings) -> Iterator[tuple[str, Any]]:
     for key in ("default_prompt", "similarity", "truncate_dim"):
         if key in settings:
             yield key.replace("_", " "), settings[key]
+    for group in (LAYERS, TOKENIZER):
+        yield from settings.get(group, {}).items()
 
 
 def _shown(value: Any) -> str:

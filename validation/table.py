@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,15 +153,8 @@ def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
     Returns:
         None if no part of a graph turns token ids into rows and does nothing else.
     """
-    graph = artifact.manifest.graph
-    assert graph is not None
-    paths = [artifact.graph]
-    if graph.continuation is not None:
-        paths.append(artifact.folder / graph.continuation.path)
-    if graph.shared is not None:
-        paths += [artifact.folder / path for path in graph.shared.paths]
     seen, tables = [], []
-    for path in paths:
+    for path in graph_paths(artifact):
         model = ir.load(path)
         is_rotated = ROTATION in model.graph.initializers
         emulate_16_bits(model)
@@ -172,6 +166,18 @@ def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
             seen.append(places)
             tables.append((_graph_rows(part, artifact, path), is_rotated))
     return tables
+
+
+def graph_paths(artifact: Artifact) -> list[Path]:
+    """The paths of an artifact's ONNX graphs."""
+    graph = artifact.manifest.graph
+    assert graph is not None
+    paths = [artifact.graph]
+    if graph.continuation is not None:
+        paths.append(artifact.folder / graph.continuation.path)
+    if graph.shared is not None:
+        paths += [artifact.folder / path for path in graph.shared.paths]
+    return paths
 
 
 def _places(part: ir.Model) -> list[tuple[Any, ...]]:

@@ -10,33 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.artifact.folder import Artifact, write_manifest
+from embedport.checkpoint.spec import ModelSpec
 from embedport.runtimes import read_info
 from embedport.texts.prompts import RerankerTokenizer
 from embedport.texts.samples import Pair
 from embedport.validation.companions import GATE, files_gate
 from embedport.validation.recorded_file import read_recorded
+from embedport.validation.settings import layer_settings
 
-PAIRS = [Pair("What is tea?", "A leaf from China."), Pair("Snow?", "It is cold.", "Find weather.")]
+PAIRS = [Pair("What is tea?", "A leaf from China."), Pair("Snow?", "It is cold.")]
 Change = Callable[[Path], object]
 SETTINGS, POOLING = "config_sentence_transformers.json", "1_Pooling/config.json"
 CLS = {"pooling_mode_lasttoken": False, "pooling_mode_cls_token": True}
 
 
-def gate_of(folder, limit=None):
+def gate_of(folder, settings=None):
     """The gate on an artifact's files, for `PAIRS` if it is a reranker."""
     info = read_info(folder)
-    pairs, rows = [], []
-    if info.task == "reranker":
-        tokenizer = RerankerTokenizer(folder / "tokenizer.json", info.max_length, info.inputs)
-        pairs = PAIRS
-        rows = [
-            tokenizer.encode([(pair.query, pair.document)], pair.instruction).ids[0]
-            for pair in pairs
-        ]
-    (gate,) = files_gate(info, limit, pairs, rows)
+    (gate,) = files_gate(info, settings or {}, PAIRS if info.task == "reranker" else [])
     return gate
 
 
@@ -59,6 +54,26 @@ def without_normalize(folder: Path) -> None:
 def other_template(folder: Path) -> None:
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("<Document>: ", "<Doc>: "))
+
+
+def without_template(folder: Path) -> None:
+    """The tokenizer's settings of a published reranker have a template too, one for chats."""
+    (folder / "chat_template.jinja").unlink()
+    chat = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    values("tokenizer_config.json", chat_template=chat)(folder)
+
+
+def without_instructions(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("'system'", "'developer'"))
+
+
+def with_own_head(folder: Path) -> None:
+    """A head beside a configuration that ties it to the table."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors | {"lm_head.weight": head}, path, metadata={"format": "pt"})
 
 
 def last_token_is_padding(folder: Path) -> None:
@@ -92,6 +107,7 @@ EMBEDDER: list[tuple[Change, str]] = [
         values("config.json", max_position_embeddings=65536),
         "max_position_embeddings: found 65536, ",
     ),
+    (lambda folder: (folder / "modules.json").unlink(), "modules.json: it is missing"),
     (
         values("config.json", hidden_size=32),
         "config.json: word_embedding_dimension is 64, and only",
@@ -122,6 +138,18 @@ QUANTIZED: list[tuple[str, Change, str]] = [
         "quantize_config.json: it should be the ",
     ),
     ("reranker", other_template, "chat_template.jinja: pair 0 has other tokens"),
+    ("reranker", without_template, "chat_template.jinja: pair 0 has other tokens"),
+    ("reranker", without_instructions, "chat_template.jinja: a pair with its own instruction has"),
+    (
+        "reranker",
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        "has no chat template (chat_template.jinja, or",
+    ),
+    (
+        "reranker",
+        with_own_head,
+        "config.json: tie_word_embeddings: found True, expected False as in the weights",
+    ),
 ]
 CLASSIFIER: list[tuple[Change, str]] = [
     (other_template, "chat_template.jinja: pair 0 has other tokens"),
@@ -184,7 +212,7 @@ def test_sound_files(folders, quantized):
 
 def test_a_checkpoint_of_another_tool(checkpoints):
     """It has no manifest that its files could differ from."""
-    assert files_gate(read_info(checkpoints()), None, [], []) == []
+    assert files_gate(read_info(checkpoints()), {}, []) == []
 
 
 @pytest.mark.parametrize("name", ADDED)
@@ -205,10 +233,36 @@ def test_a_file_that_nobody_opens(folders, copied):
     assert gate_of(folder).value == 0
 
 
+LAYERS: list[dict[str, Any]] = [
+    {"rope_theta": 1000},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rms_norm_eps": 1e-3},
+    {"head_dim": 32},
+    {"is_causal": False},
+    {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    {"attention_bias": True},
+]
+
+
+@pytest.mark.parametrize("changes", LAYERS, ids=lambda changes: next(iter(changes)))
+def test_other_layers_beside_a_graph(folders, copied, changes):
+    """Nothing that embedport runs reads them there."""
+    model = folders("embedding")
+    folder = copied(model.artifact)
+    settings = {"layers": layer_settings(ModelSpec.from_checkpoint(model.checkpoint))}
+    assert gate_of(folder, settings).value == 0
+    values("config.json", **changes)(folder)
+    write_manifest(folder, Artifact.open(model.artifact).manifest, folder.name)
+    gate = gate_of(folder, settings)
+    assert gate.failed
+    assert "as in the reference" in gate.detail
+
+
 def test_where_texts_are_cut(folders):
     """An artifact may cut them earlier than other software does; that is the reference's limit."""
     folder = folders("embedding", max_length=64).artifact
-    assert [gate_of(folder, limit).value for limit in (None, 32768, 512)] == [0, 0, 1]
+    known = ({}, {"max_length": 32768}, {"max_length": 512})
+    assert [gate_of(folder, settings).value for settings in known] == [0, 0, 1]
 
 
 def test_nothing_else_fails(folders, copied, checkpoints, tmp_path):

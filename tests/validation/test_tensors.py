@@ -1,0 +1,159 @@
+"""Tensors that no rounding changes: a norm, a bias or a Dense module of another model fails."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import embedport
+from embedport.artifact.folder import Artifact, write_manifest
+from embedport.artifact.layout import write_json
+from embedport.checkpoint.spec import ModelSpec
+from embedport.runtimes import read_info
+from embedport.validation.tensors import GATE, read_tensors, tensors_gate
+
+WIDTH = 48
+
+
+def gate_of(folder, checkpoint, **options):
+    return tensors_gate(
+        read_info(folder), read_tensors(ModelSpec.from_checkpoint(checkpoint, **options))
+    )
+
+
+def edit(path, name, change):
+    tensors = load_file(path)
+    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def dense(checkpoints, tmp_path_factory):
+    """(an embedder with a Dense module, its artifact, whose graph holds the module too)."""
+    base = tmp_path_factory.mktemp("dense")
+    folder = Path(shutil.copytree(checkpoints("kv2"), base / "checkpoint"))
+    kinds = ("Transformer", "Pooling", "Dense", "Normalize")
+    paths = ("", "1_Pooling", "2_Dense", "3_Normalize")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    write_json(folder / "modules.json", modules)
+    module = {"in_features": 64, "out_features": WIDTH, "bias": True}
+    write_json(folder / "2_Dense" / "config.json", module)
+    generator = np.random.default_rng(0)
+    tensors = {
+        "linear.weight": generator.standard_normal((WIDTH, 64), np.float32),
+        "linear.bias": generator.standard_normal(WIDTH, np.float32),
+    }
+    save_file(tensors, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+    embedport.export(folder, base / "artifact")
+    return folder, base / "artifact"
+
+
+SOUND: list[dict[str, Any]] = [
+    {"precision": "int4"},
+    {"precision": "int8"},
+    {"precision": "fp16"},
+    {"precision": "int8", "dialect": "standard"},
+    {"consumers": ("sentence-transformers", "older-onnxruntime")},
+]
+
+
+@pytest.mark.parametrize("options", SOUND, ids=str)
+def test_a_sound_graph(folders, options):
+    model = folders("embedding", **options)
+    gate = gate_of(model.artifact, model.checkpoint)
+    assert (gate.value, gate.detail) == (0, "")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bnb-int8", "w8a8", "fp8"])
+def test_a_sound_checkpoint(checkpoints, quantized, method):
+    """Also where the recipe scales channels: of these, factors are in the norms."""
+    assert gate_of(quantized(method), checkpoints("kv8")).value == 0
+
+
+def test_a_graph_of_a_quantized_checkpoint(checkpoints, quantized, tmp_path):
+    embedport.export(quantized("awq"), tmp_path / "stored")
+    assert gate_of(tmp_path / "stored", checkpoints("kv8")).value == 0
+
+
+NORMS = [
+    ("layers.1.self_attn.q_norm.weight", np.ones_like, "gptq"),
+    ("layers.0.self_attn.k_norm.weight", lambda gains: gains[::-1], "awq"),
+    ("layers.0.input_layernorm.weight", lambda gains: gains * 1.02, "gptq"),
+    ("norm.weight", lambda gains: gains * np.r_[-1, gains[1:] ** 0].astype(gains.dtype), "w8a8"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "method"), NORMS)
+def test_another_norm_of_a_quantized_checkpoint(
+    checkpoints, quantized, copied, name, change, method
+):
+    """In 4 bits a small model's results are within the limits all the same."""
+    folder = copied(quantized(method))
+    manifest = Artifact.open(folder).manifest
+    edit(folder / "model.safetensors", name, change)
+    write_manifest(folder, manifest, folder.name)
+    gate = gate_of(folder, checkpoints("kv8"))
+    assert (gate.name, gate.value, gate.failed) == (GATE, 1, True)
+    assert gate.detail.startswith(f"the weights: {name}: it is off by ")
+
+
+def test_another_norm_of_a_graph(folders, copied):
+    model = folders("embedding", precision="int4")
+    folder = copied(model.artifact)
+    manifest, path = Artifact.open(folder).manifest, folder / "onnx" / "model.onnx"
+    graph, name = ir.load(path), "layers.1.self_attn.k_norm.weight"
+    value = graph.graph.initializers[name]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(np.ones_like(value.const_value.numpy()), name=name)
+    ir.save(graph, path)
+    write_manifest(folder, manifest, folder.name)
+    gate = gate_of(folder, model.checkpoint)
+    assert gate.detail.startswith(f"onnx/model.onnx: {name}: it is off by ")
+
+
+def test_another_tool_may_fold_factors_into_norms(checkpoints, rounded, copied):
+    folder = copied(rounded("gptq"))
+    edit(folder / "model.safetensors", "layers.0.input_layernorm.weight", lambda gains: 2 * gains)
+    assert gate_of(folder, checkpoints("kv8")).value == 0
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_another_dense_module_beside_a_graph(dense, copied, name):
+    """sentence-transformers reads it from the folder, where the graph has one of its own."""
+    checkpoint, artifact = dense
+    assert gate_of(artifact, checkpoint).value == 0
+    folder = copied(artifact)
+    manifest = Artifact.open(folder).manifest
+    path = folder / "2_Dense" / "model.safetensors"
+    edit(path, f"linear.{name}", lambda tensor: np.roll(tensor, 1, axis=0))
+    write_manifest(folder, manifest, folder.name)
+    gate = gate_of(folder, checkpoint)
+    assert (gate.value, gate.detail.startswith(f"2_Dense/{name}: it is off by ")) == (1, True)
+    path.unlink()
+    write_manifest(folder, manifest, folder.name)
+    assert "2_Dense/model.safetensors is missing" in gate_of(folder, checkpoint).detail
+
+
+def test_nothing_else_fails(dense, copied, tmp_path):
+    """With a recorded reference too; one of an earlier version does not know."""
+    checkpoint, artifact = dense
+    folder, recorded = copied(artifact), tmp_path / "model.reference"
+    embedport.record_reference(checkpoint, recorded, ["tea"], device="cpu")
+    manifest = Artifact.open(folder).manifest
+    path = folder / "2_Dense" / "model.safetensors"
+    edit(path, "linear.weight", lambda tensor: -tensor)
+    write_manifest(folder, manifest, folder.name)
+    report = embedport.validate(folder, recorded, device="cpu", record=False)
+    (gate,) = [gate for gate in report.gates if gate.failed]
+    assert (gate.name, gate.value) == (GATE, 1)
+    assert report.next_steps == (
+        "Make it again: tensors that no rounding changes are not those of the checkpoint.",
+    )
+    assert tensors_gate(read_info(folder), None).value is None
