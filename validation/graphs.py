@@ -41,6 +41,8 @@ BATCH, EXTRA = 2, 3
 # What a graph may take besides the tokens, without a prompt and without a prefix.
 NOTHING = {"prompt_length": np.zeros(1, np.int64), "kept": np.zeros(1, np.int64)}
 NOTHING |= {"short": np.array(True)}
+# OpenVINO's arithmetic on any CPU.
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 # An error of a runtime, in a line of the report.
 EXCERPT = 200
 
@@ -167,8 +169,7 @@ def _open_openvino(path: Path) -> Opened:
     if find_spec("openvino") is None:
         raise MissingPackageError("openvino is not installed: pip install openvino")
     openvino = import_module("openvino")
-    hints = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", hints)
+    compiled = openvino.Core().compile_model(str(path), "CPU", F32)
     return Opened(
         {value.any_name: () for value in compiled.inputs},
         lambda feeds: {value.any_name: array.copy() for value, array in compiled(feeds).items()},

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..quantize.formats import TABLE
 from ..quantize.hadamard import Rotation
 from ..runtimes import ModelInfo
 from ..runtimes.part_session import open_session
+from .graphs import F32
 from .report import EXCERPT, Gate
 
 # Gives rows of a table, float32 [rows, hidden_size].
@@ -43,6 +46,8 @@ FLOAT_LIMIT = 0.01
 SMALLEST = 2.0**-25
 # The part of the validated texts' tokens whose rows all differ in another basis.
 OTHER_BASIS = 0.9
+# The operator that looks up rows in OpenVINO's format, but for its number.
+LOOKUP = f"{EMBEDDING}/Gather"
 # Rows that the gate names.
 NAMED = 10
 
@@ -148,6 +153,8 @@ def _checkpoint_rows(spec: ModelSpec) -> ReadRows:
 def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
     """Each distinct table of an artifact's graphs, and whether the graph says it is rotated.
 
+    OpenVINO's is among them where openvino is installed.
+
     Graphs have their weights in one file, and usually at the same place.
 
     Returns:
@@ -165,6 +172,9 @@ def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
         if places not in seen:
             seen.append(places)
             tables.append((_graph_rows(part, artifact, path), is_rotated))
+    shared = None if artifact.manifest.graph is None else artifact.manifest.graph.shared
+    if shared is not None and shared.openvino is not None and find_spec("openvino") is not None:
+        tables.append((_openvino_rows(artifact.folder / shared.openvino), False))
     return tables
 
 
@@ -206,6 +216,24 @@ def _graph_rows(part: ir.Model, artifact: Artifact, path: Any) -> ReadRows:
         return states[0].astype(np.float32)
 
     return read
+
+
+def _openvino_rows(path: Path) -> ReadRows:
+    """Reads the rows that OpenVINO's model looks up; its table is in a file of its own."""
+    openvino: Any = import_module("openvino")
+    core = openvino.Core()
+    try:
+        nodes = core.read_model(str(path)).get_ordered_ops()
+        (lookup,) = (node for node in nodes if node.friendly_name.startswith(LOOKUP))
+        ids = openvino.opset13.parameter([1, -1], np.int64)
+        lookup.input(1).replace_source_output(ids.output(0))
+        part = core.compile_model(openvino.Model([lookup.output(0)], [ids], EMBEDDING), "CPU", F32)
+    except Exception as error:  # OpenVINO's own classes, all of them plain Exceptions
+        raise ArtifactError(
+            f"{path}: an operator {LOOKUP} should look up the tokens' rows: {error}: export it "
+            "again"
+        ) from error
+    return lambda rows: part(np.arange(rows.start, rows.stop, dtype=np.int64)[None])[0][0]
 
 
 def _errors(read: ReadRows, sketch: TableSketch, directions: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Each damaged artifact gets a manifest with the right hashes, as a wrong exporter
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,31 @@ def test_a_wrong_row(folders, sketches, copied, task, options, name):
     assert (gate.value, gate.failed) == (len(rows), True)
     for row in rows:
         assert f"{row} {tokenizer.decode([row])!r} (off by about " in gate.detail
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_a_wrong_row_of_openvino(folders, sketches, copied, task):
+    """Its file has a table of its own."""
+    if find_spec("openvino") is None:
+        pytest.skip("OpenVINO is not installed")
+    folder = copied(folders(task, consumers=("openvino",)).artifact)
+    manifest, tokenizer = Artifact.open(folder).manifest, load_tokenizer(folder / "tokenizer.json")
+    place = folder / "openvino" / "openvino_model.xml"
+    assert table_gate(read_info(folder), sketches(task), tokenizer, VALIDATED).value == 0
+    layer = place.read_text().split('name="embed_tokens.weight"')[1]
+    offset = int(layer.split('offset="')[1].split('"')[0])
+    rows, shape = place.with_suffix(".bin"), (manifest.vocab_size, manifest.hidden_size)
+    values = np.memmap(rows, np.float32, "r+", offset, shape)
+    exchange(values)
+    values.flush()
+    write_manifest(folder, manifest, folder.name)
+    gate = table_gate(read_info(folder), sketches(task), tokenizer, VALIDATED)
+    assert gate.value == 2
+    assert gate.detail.startswith(f"{ROW} ")
+    place.write_text(place.read_text().replace('"embed_tokens/', '"table/'))
+    write_manifest(folder, manifest, folder.name)
+    with pytest.raises(ArtifactError, match="an operator embed_tokens/Gather should look up the"):
+        table_gate(read_info(folder), sketches(task), tokenizer, VALIDATED)
 
 
 def test_most_rows_are_wrong(folders, sketches, copied):
