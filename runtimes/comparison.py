@@ -52,6 +52,9 @@ UNLIKE = {
     "int8-weight": Limits(0.9999, 2e-2),
     "int4": Limits(0.9998, 2e-2),
 }
+WIDER = (
+    "so other code rounds to 8 bits here: a wider limit applies than with the kernels on both sides"
+)
 # Against a GPU, or between GPUs: `validate`'s limits for the same arithmetic. Not measured yet.
 ON_GPUS = {
     "fp32": Limits(0.99999, 1e-4),
@@ -337,10 +340,7 @@ def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) 
     if exported.embedport != here.embedport:
         reasons.append(f"another embedport: {exported.embedport} there, {here.embedport} here")
     if device == "cpu" and kinds & UNLIKE.keys() and not _computes_alike(exported, here):
-        reasons.append(
-            "so other code rounds to 8 bits here: a wider limit applies than with the kernels on "
-            "both sides"
-        )
+        reasons.append(WIDER)
     if "int8" in kinds and _may_saturate(exported) != _may_saturate(here):
         where = "here" if _may_saturate(here) else "where it was exported"
         reasons.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..checkpoint.spec import Task
 from ..checkpoint.tokenizer import check_ids
 from ..errors import InputError, UndeclaredTaskError, VerificationError
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer
-from .comparison import Check, compare_witness
+from .comparison import WIDER, Check, compare_witness
 from .embedder import Embedder
 from .info import Model, ModelInfo, choose_length, read_info
 from .onnxruntime import OnnxModel, check_device
@@ -21,6 +22,8 @@ from .reranker import Reranker
 from .stored_graph import find_stored_graph
 from .tensorrt import TensorRTModel
 from .torch import TorchModel, chooses_cpu
+
+logger = logging.getLogger(__name__)
 
 Tokenizer = TypeVar("Tokenizer")
 TOKENIZER = "tokenizer.json"
@@ -164,9 +167,14 @@ def _read_as(model: str | Path, task: Task, adapter: str | Path | None) -> Model
 
 def _load(info: ModelInfo, device: str, max_length: int | None, check: bool) -> Embedder | Reranker:
     runner = _run(info, device, max_length)
-    if check and not (result := compare_witness(runner)).passed:
+    if not check:
+        return runner
+    result = compare_witness(runner)
+    if not result.passed:
         why = "; ".join(result.reasons) or "nothing known differs: its files were changed"
         raise VerificationError(f"{runner.info.folder}: {result} ({why})")
+    if WIDER in result.reasons:
+        logger.warning("%s: %s (%s)", runner.info.folder, result, "; ".join(result.reasons))
     return runner
 
 

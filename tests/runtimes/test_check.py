@@ -96,7 +96,7 @@ def test_rows_are_short_and_long(made):
     assert sorted(pairs.queries) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
-def test_kernels_on_one_side_only(made, monkeypatch):
+def test_kernels_on_one_side_only(made, monkeypatch, caplog):
     """int8 is held to less where other code rounds, and the result says why."""
     folder = made(precision="int8")
     exported = read_witness(folder / WITNESS).machine
@@ -109,6 +109,9 @@ def test_kernels_on_one_side_only(made, monkeypatch):
     assert found.limit == comparison.UNLIKE["int8"].min_cosine
     assert "kernels ran only where it was exported" in found.reasons[0]
     assert "wider limit" in found.reasons[1]
+    embedport.load(folder, device="cpu", check=True)
+    (warning,) = [text for text in caplog.messages if "wider limit" in text]
+    assert warning.startswith(f"{folder}: the same vectors as on ")
     # fp32 differs by the order of sums alone.
     assert embedport.check(made(), device="cpu").limit == comparison.ON_CPUS["fp32"].min_cosine
 
