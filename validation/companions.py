@@ -17,7 +17,7 @@ from ..checkpoint.hub import Source
 from ..checkpoint.keys import shown
 from ..checkpoint.modules import MODULES
 from ..checkpoint.pipeline import Inputs, Outputs
-from ..checkpoint.spec import ModelSpec, read_spec
+from ..checkpoint.spec import CAUSAL_LM, ModelSpec, read_spec
 from ..errors import CheckpointError, InputError
 from ..files import MANIFEST
 from ..runtimes import ModelInfo
@@ -173,7 +173,10 @@ def _notes(info: ModelInfo, spec: ModelSpec) -> Iterator[str]:
         tokenizer = load_tokenizer(info.folder / "tokenizer.json")
         if [tokenizer.token_to_id(token) for token in tokens] != [no, yes]:
             yield f"config.json: classifier_from_token: found {shown(tokens)}, expected no and yes"
-    # transformers reads a stored lm_head whatever this says; vLLM takes the table's rows instead.
     if info.checkpoint is not None and spec.task == "reranker" and spec.score_rows is None:
+        # transformers reads a stored lm_head whatever this says; vLLM takes the table instead.
         tied = config.get("tie_word_embeddings", False)
         yield from _unlike("config.json", "tie_word_embeddings", tied, spec.tied, "the weights")
+        # For another one CrossEncoder makes a head of random numbers.
+        names = config.get("architectures")
+        yield from _unlike("config.json", "architectures", names, [CAUSAL_LM], "the weights")

@@ -42,7 +42,8 @@ from .tensor_files import tensor_names
 from .tokenizer import load_tokenizer
 from .tokens import read_length, read_token_settings
 
-ARCHITECTURES = ("Qwen3Model", "Qwen3ForCausalLM", CLASSIFIER)
+CAUSAL_LM = "Qwen3ForCausalLM"
+ARCHITECTURES = ("Qwen3Model", CAUSAL_LM, CLASSIFIER)
 # Their tensors fill a header of `files.SMALL`; a larger number would only fill the memory.
 MOST_LAYERS = 4096
 # As much as the kernels in C have room for (MAX_WIDTH and MAX_HEAD_DIM in runtimes/kernels).

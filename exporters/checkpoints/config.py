@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ...checkpoint.classifier import CLASSIFIER
-from ...checkpoint.spec import ModelSpec
+from ...checkpoint.spec import CAUSAL_LM, ModelSpec
 from ...quantize.gptq import DAMPING
 from ...strict_json import read_json
 from ...texts.prompts import find_answers, load_tokenizer
@@ -38,7 +38,7 @@ def checkpoint_config(spec: ModelSpec, plan: Plan, form: Form | None) -> dict[st
     config = read_json(spec.source.folder / "config.json") | _rope_values(spec)
     config.pop("rope_parameters" if spec.rope.kind != "default" else "rope_scaling", None)
     if form == "causal-lm":
-        config["tie_word_embeddings"] = spec.tied
+        config |= {"architectures": [CAUSAL_LM], "tie_word_embeddings": spec.tied}
     for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
         config[key] = plan.dtype
     return config | _task_values(spec, form) | {"quantization_config": quantization_config(plan)}

@@ -147,6 +147,11 @@ QUANTIZED: list[tuple[str, Change, str]] = [
     ),
     (
         "reranker",
+        values("config.json", architectures=["Qwen3Model"]),
+        "config.json: architectures: found ['Qwen3Model'], expected ['Qwen3ForCausalLM'] as in",
+    ),
+    (
+        "reranker",
         with_own_head,
         "config.json: tie_word_embeddings: found True, expected False as in the weights",
     ),
