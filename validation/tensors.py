@@ -1,4 +1,4 @@
-"""Tensors that are not rounded to few bits: norms, biases, and the Dense modules' in the folder.
+"""Tensors that are not rounded to few bits: norms, biases, heads, the Dense modules' in the folder.
 
 An artifact keeps them as they were, or with factors that its recipe tells of. In 4 bits the limits
 on vectors have room for a norm without its gains, and a graph that pools has its own Dense modules.
@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from ..quantize.recipe import SCALINGS
 from ..runtimes import ModelInfo
 from ..runtimes.info import FLOATS
+from ..texts.prompts import find_answers
 from .report import Gate
 from .table import FLOAT_LIMIT, graph_paths
 
@@ -29,39 +30,39 @@ Tensors = Mapping[str, np.ndarray]
 
 GATE = "tensors that differ"
 DIRECTIONS = 8
+# A reranker's head in a graph: W_yes - W_no, or one of them.
+HEAD = "score.weight"
 # Tensors that the gate names.
 NAMED = 5
 
 
 def read_tensors(spec: ModelSpec) -> Tensors:
     """Read a reference's tensors, with its adapter if it has one."""
-    names = [name for name, shape in spec.tensor_shapes().items() if len(shape) == 1]
-    weights = open_floats(spec, names)
-    vectors = {name: weights.read_fp32(name) for name in names}
-    return vectors | dict(_dense_tensors(spec.outputs, spec.source.pipeline))
+    return _vectors(spec) | dict(_dense_tensors(spec.outputs, spec.source.pipeline))
 
 
 def tensors_gate(info: ModelInfo, expected: Tensors | None) -> Gate:
     """No tensor is farther from the reference's than rounding to 16 bits explains.
 
-    Those that the recipe's transformations change, or that another tool's may, are left out.
+    Those that the recipe's transformations change are left out.
 
     Args:
         info: The artifact, or the checkpoint.
         expected: The reference's; None if they are not known.
     """
     if expected is None:
-        reason = "this recorded reference has no such tensors: record it again"
-        return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
+        return _unchecked("this recorded reference has no such tensors: record it again")
     kept = _find_kept(info)
+    # A checkpoint of another tool may name its modules otherwise, and runs them itself.
+    outputs = info.outputs if info.artifact is not None else Outputs()
+    if kept is None and not outputs.dense:
+        return _unchecked("another tool may have folded factors into any of them")
     wrong = []
-    for place, read in _readers(info):
+    for place, read in _readers(info) if kept else ():
         for name in filter(kept, expected):
             found = read(name)
             if found is not None and (error := _error(found, expected[name])) is not None:
                 wrong.append(f"{place}: {name}: {error}")
-    # A checkpoint of another tool may name its modules otherwise, and runs them itself.
-    outputs = info.outputs if info.artifact is not None else Outputs()
     try:
         for name, found in _dense_tensors(outputs, info.folder):
             if (error := _error(found, expected.get(name, np.empty(0)))) is not None:
@@ -70,6 +71,19 @@ def tensors_gate(info: ModelInfo, expected: Tensors | None) -> Gate:
         wrong.append(str(error))
     rest = f"; and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
     return Gate(GATE, len(wrong), "≤", 0, "; ".join(wrong[:NAMED]) + rest)
+
+
+def _unchecked(reason: str) -> Gate:
+    return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
+
+
+def _vectors(spec: ModelSpec) -> dict[str, np.ndarray]:
+    """A checkpoint's norms and biases, and the difference of a reranker's two rows."""
+    names = [name for name, shape in spec.tensor_shapes().items() if len(shape) == 1]
+    has_head = spec.task == "reranker"
+    weights = open_floats(spec, [*names, *([spec.head] if has_head else [])])
+    vectors = {name: weights.read_fp32(name) for name in names}
+    return vectors | ({HEAD: weights.answer_row(*find_answers(spec))} if has_head else {})
 
 
 def _dense_tensors(outputs: Outputs, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -85,13 +99,13 @@ def _products(matrix: np.ndarray) -> np.ndarray:
     return matrix @ generator.standard_normal((matrix.shape[1], DIRECTIONS), np.float32)
 
 
-def _find_kept(info: ModelInfo) -> Callable[[str], bool]:
-    """Whether the artifact has a tensor, given by its name, as the reference has it."""
+def _find_kept(info: ModelInfo) -> Callable[[str], bool] | None:
+    """Whether the artifact has a tensor as the reference has it; None if that is not known."""
     manifest = info.artifact.manifest if info.artifact else None
-    recipe = (manifest.recipe if manifest else None) or {}
     is_own = manifest.source.original is None if manifest else info.precision in FLOATS.values()
     if not is_own:
-        return lambda name: False  # another tool may fold factors into any
+        return None
+    recipe = (manifest.recipe if manifest else None) or {}
     is_rotated = bool(recipe.get("rotate"))
     has_factors = bool(recipe.get("balance")) or any(
         name in str(recipe.get("algorithm")) for name in SCALINGS
@@ -103,7 +117,7 @@ def _find_kept(info: ModelInfo) -> Callable[[str], bool]:
         if name.endswith((".q_norm.weight", ".k_norm.weight")):
             return True
         if is_rotated or has_factors:
-            return name == "norm.weight" and not is_rotated
+            return name in ("norm.weight", HEAD) and not is_rotated
         return not (recipe.get("rotate_heads") and name.endswith(".v_proj.bias"))
 
     return is_kept
@@ -112,10 +126,7 @@ def _find_kept(info: ModelInfo) -> Callable[[str], bool]:
 def _readers(info: ModelInfo) -> Iterator[tuple[str, Callable[[str], np.ndarray | None]]]:
     """Each file with such tensors, and what reads them; None for one that a graph has not."""
     if info.checkpoint is not None:
-        shapes = info.checkpoint.tensor_shapes()
-        names = [name for name, shape in shapes.items() if len(shape) == 1]
-        weights = open_floats(info.checkpoint, names)
-        yield "the weights", lambda name: weights.read_fp32(name) if name in names else None
+        yield "the weights", _vectors(info.checkpoint).get
         return
     assert info.artifact is not None
     for path in graph_paths(info.artifact):

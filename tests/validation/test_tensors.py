@@ -79,7 +79,7 @@ def test_a_sound_checkpoint(checkpoints, quantized, method):
 
 def test_a_graph_of_a_quantized_checkpoint(checkpoints, quantized, tmp_path):
     embedport.export(quantized("awq"), tmp_path / "stored")
-    assert gate_of(tmp_path / "stored", checkpoints("kv8")).value == 0
+    assert gate_of(tmp_path / "stored", checkpoints("kv8")).value is None
 
 
 NORMS = [
@@ -121,7 +121,34 @@ def test_another_norm_of_a_graph(folders, copied):
 def test_another_tool_may_fold_factors_into_norms(checkpoints, rounded, copied):
     folder = copied(rounded("gptq"))
     edit(folder / "model.safetensors", "layers.0.input_layernorm.weight", lambda gains: 2 * gains)
-    assert gate_of(folder, checkpoints("kv8")).value == 0
+    gate = gate_of(folder, checkpoints("kv8"))
+    assert (gate.value, gate.basis[:25]) == (None, "not checked: another tool")
+
+
+@pytest.mark.parametrize("form", ["causal-lm", "sequence-classification"])
+def test_another_head_of_a_quantized_reranker(checkpoints, quantized, copied, form):
+    """No row of the embedding table is another, where the head is not tied to it."""
+    checkpoint = checkpoints("kv8", "reranker")
+    folder = copied(quantized("gptq", "reranker", form=form))
+    assert gate_of(folder, checkpoint).value == 0
+    path, manifest = folder / "model.safetensors", Artifact.open(folder).manifest
+    if form == "causal-lm":
+        head = load_file(path)["model.embed_tokens.weight"]
+        save_file(load_file(path) | {"lm_head.weight": head}, path, metadata={"format": "pt"})
+        write_manifest(folder, manifest, folder.name)
+        assert gate_of(folder, checkpoint).value == 0
+    name = "lm_head.weight" if form == "causal-lm" else "score.weight"
+    edit(path, name, lambda rows: np.roll(rows, 1, axis=1))
+    write_manifest(folder, manifest, folder.name)
+    gate = gate_of(folder, checkpoint)
+    assert gate.value == 1
+    assert gate.detail.startswith("the weights: score.weight: it is off by ")
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_the_head_of_a_graph(folders, precision):
+    model = folders("reranker", precision=precision)
+    assert gate_of(model.artifact, model.checkpoint).value == 0
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
