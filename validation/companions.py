@@ -18,10 +18,11 @@ from ..checkpoint.keys import shown
 from ..checkpoint.modules import MODULES
 from ..checkpoint.pipeline import Inputs, Outputs
 from ..checkpoint.spec import CAUSAL_LM, ModelSpec, read_spec
+from ..checkpoint.tokens import special_tokens
 from ..errors import CheckpointError, InputError
 from ..files import MANIFEST
 from ..runtimes import ModelInfo
-from ..strict_json import read_json
+from ..strict_json import read_json, read_optional_json
 from ..texts.prompts import RerankerTokenizer, find_answers, load_tokenizer
 from ..texts.samples import Pair
 from .report import Gate
@@ -180,3 +181,11 @@ def _notes(info: ModelInfo, spec: ModelSpec) -> Iterator[str]:
         # For another one CrossEncoder makes a head of random numbers.
         names = config.get("architectures")
         yield from _unlike("config.json", "architectures", names, [CAUSAL_LM], "the weights")
+    settings = read_optional_json(info.folder / TOKENIZER)
+    if spec.score_rows is not None and settings.get("padding_side", "right") == "right":
+        # transformers looks for the last token that is not this one.
+        padding = special_tokens(info.folder)[0].get("pad_token", "")
+        id_ = load_tokenizer(info.folder / "tokenizer.json").token_to_id(padding)
+        yield from _unlike(
+            "config.json", "pad_token_id", config.get("pad_token_id"), id_, TOKENIZER
+        )

@@ -156,7 +156,15 @@ QUANTIZED: list[tuple[str, Change, str]] = [
         "config.json: tie_word_embeddings: found True, expected False as in the weights",
     ),
 ]
+
+
+def pads_otherwise(folder: Path) -> None:
+    """On the right, with a token that transformers does not skip."""
+    values("tokenizer_config.json", padding_side="right", pad_token="<|im_end|>")(folder)
+
+
 CLASSIFIER: list[tuple[Change, str]] = [
+    (pads_otherwise, "config.json: pad_token_id: found 1019, expected 1021 as in tokenizer_con"),
     (other_template, "chat_template.jinja: pair 0 has other tokens"),
     (last_token_is_padding, "chat_template.jinja: pair 0 has other tokens"),
 ]
