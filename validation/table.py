@@ -48,6 +48,10 @@ SMALLEST = 2.0**-25
 OTHER_BASIS = 0.9
 # The operator that looks up rows in OpenVINO's format, but for its number.
 LOOKUP = f"{EMBEDDING}/Gather"
+# Rows that are compared with each other, those with the largest errors.
+FARTHEST = 512
+# The part of a row's distance from its own place at which another row's is much closer.
+CLOSER = 0.7
 # Rows that the gate names.
 NAMED = 10
 
@@ -136,7 +140,11 @@ def _name_rows(rows: np.ndarray, errors: np.ndarray, tokenizer: Any) -> str:
     """The first rows' token ids with their texts, and how far off each is."""
     named = [
         f"{row} {tokenizer.decode([row], skip_special_tokens=False)[:EXCERPT]!r} "
-        f"(off by about {errors[row]:.1g} of its length)"
+        + (
+            "(exchanged with another)"
+            if errors[row] == np.inf
+            else f"(off by about {errors[row]:.1g} of its length)"
+        )
         for row in rows[:NAMED].tolist()
     ]
     rest = len(rows) - len(named)
@@ -237,7 +245,10 @@ def _openvino_rows(path: Path) -> ReadRows:
 
 
 def _errors(read: ReadRows, sketch: TableSketch, directions: np.ndarray) -> np.ndarray:
-    """How far each row is from the reference's, in that one's length; NaN for a row with NaN."""
+    """How far each row is from the reference's, in that one's length; NaN for a row with NaN.
+
+    Rows that are exchanged are infinitely far, however close they are to each other.
+    """
     errors = np.empty(len(sketch.lengths))
     hidden = len(directions)
     for rows in _chunks(len(errors), hidden):
@@ -251,7 +262,22 @@ def _errors(read: ReadRows, sketch: TableSketch, directions: np.ndarray) -> np.n
         apart /= np.maximum(lengths, np.finfo(np.float32).tiny)
         # A checkpoint's own NaN, which the artifact has too, is no difference.
         errors[rows] = np.where(np.isnan(lengths) & np.isnan(found), 0, apart)
+    errors[_exchanged(read, sketch, directions, np.argsort(errors)[-FARTHEST:])] = np.inf
     return errors
+
+
+def _exchanged(
+    read: ReadRows, sketch: TableSketch, directions: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """The rows of which each is much closer to another's place in the reference than to its own.
+
+    Rounding never does that to both of two rows: it keeps the order of their values.
+    """
+    found = np.concatenate([read(slice(row, row + 1)) for row in rows.tolist()]) @ directions
+    expected = sketch.products[rows].astype(np.float32) * sketch.lengths[rows, None]
+    apart = np.linalg.norm(found[:, None] - expected, axis=2)
+    is_closer = apart < CLOSER * np.diag(apart)[:, None]
+    return rows[(is_closer & is_closer.T).any(axis=1)]
 
 
 def _rotated(sketch: TableSketch, recipe: Mapping[str, Any]) -> np.ndarray:

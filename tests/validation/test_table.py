@@ -105,8 +105,9 @@ def test_a_wrong_row(folders, sketches, copied, task, options, name):
     damage(folder, change)
     gate = table_gate(read_info(folder), sketches(task), tokenizer, VALIDATED)
     assert (gate.value, gate.failed) == (len(rows), True)
+    words = "exchanged with another)" if name == "exchanged" else "off by about "
     for row in rows:
-        assert f"{row} {tokenizer.decode([row])!r} (off by about " in gate.detail
+        assert f"{row} {tokenizer.decode([row])!r} ({words}" in gate.detail
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -260,3 +261,25 @@ def test_rounding_alone_never_fails(form):
         stored[wrong] = stored[wrong[::-1]]
         errors = table._errors(stored.__getitem__, sketch, sketch.directions)
         assert np.flatnonzero(~(errors <= limit)).tolist() == wrong
+
+
+@pytest.mark.parametrize("form", ["int8/128s", "int4/128", "int4/64", "int4/64s"])
+@pytest.mark.parametrize("distance", [0.3, 0.45])
+def test_rows_that_are_close_are_exchanged(form, distance):
+    """As those of words that are alike: within the limit of 4 bits."""
+    from embedport.quantize.formats import Format
+    from embedport.quantize.rtn import quantize_rtn
+
+    values, generator = hard_rows(3000, 256), np.random.default_rng(1)
+    pairs = {300: 301, 500: 600, 700: 701}
+    for first, second in pairs.items():
+        step = generator.standard_normal(256, np.float32) * np.abs(values[first]).clip(0.01, 0.1)
+        step *= distance * np.linalg.norm(values[first]) / np.linalg.norm(step)
+        values[second] = values[first] + step
+    sketch = sketch_rows(values.__getitem__, 3000, 256)
+    stored = quantize_rtn(values, Format.parse(form).scheme).dequantize()
+    errors = table._errors(stored.__getitem__, sketch, sketch.directions)
+    assert (errors < table.LIMITS[form[:4]]).all()
+    stored[[500, 600]] = stored[[600, 500]]
+    errors = table._errors(stored.__getitem__, sketch, sketch.directions)
+    assert np.flatnonzero(~(errors <= table.LIMITS[form[:4]])).tolist() == [500, 600]
