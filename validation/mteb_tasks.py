@@ -115,9 +115,8 @@ def open_tasks(tasks: Iterable[Any], task: Task) -> list[Any]:
         try:
             named = mteb.get_task(given) if isinstance(given, str) else given
         except KeyError as error:  # its message names similar tasks
-            raise InputError(
-                f"mteb {mteb.__version__} has no such task: {error.args[0]}"
-            ) from error
+            message = error.args[0].removeprefix("KeyError: ")
+            raise InputError(f"mteb {mteb.__version__} has no such task: {message}") from error
         opened += getattr(named.metadata, "tasks", None) or [named]
     if not opened:
         raise InputError("give at least one of MTEB's tasks, such as STS17")

@@ -306,20 +306,17 @@ class Report:
         """MTEB's score of each task, of both sides, and the difference with its interval."""
         rows = tuple(
             (
-                row.task,
-                row.measure,
+                f"{row.task}: {row.measure}",
                 "–" if row.samples is None else f"{row.samples:,}",
-                f"{row.artifact:.4f}",
-                f"{row.reference:.4f}",
-                f"{row.difference:+.4f}",
-                row.interval,
+                f"{row.artifact:.4f} ({row.reference:.4f})",
+                f"{row.difference:+.4f} ({row.interval})",
             )
             for row in scores.rows
         )
-        header = ("Task", "Measure", "Queries or pairs", "Artifact", "Reference", "Difference")
+        # A terminal of 80 columns has room for four.
+        header = ("Task", "Queries or pairs", "Score (of the reference)")
         title = f"MTEB {scores.version}, against {scores.reference}"
-        interval = f"{CONFIDENCE} % interval"
-        return Table((*header, interval), rows, title, text=frozenset({0, 1}))
+        return Table((*header, f"Difference ({CONFIDENCE} % interval)"), rows, title)
 
     def invariance_table(self) -> Table:
         """The worst agreement of a text alone and in each arrangement."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import html
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import embedport
 from embedport.texts.samples import Pair, Sample
@@ -171,9 +173,14 @@ def test_tasks_of_mteb_are_on_the_page():
     page = render(report, some_details())
     assert "<h2>MTEB</h2>" in page
     assert "MTEB 2.26, against the reference in bf16, cuda" in page
-    for cell in ("STS17", "250", "0.7800", "0.7900", "-0.0100", "-0.0200 to +0.0000"):
+    cells = ("STS17: cosine_spearman", "250", "0.7800 (0.7900)", "-0.0100 (-0.0200 to +0.0000)")
+    for cell in cells:
         assert f">{cell}</t" in page
-        assert cell in report.to_markdown() or cell == "250"
+        assert f"| {cell} |" in report.to_markdown()
+    assert report.mteb is not None
+    narrow = Console(width=80, file=io.StringIO(), record=True)
+    narrow.print(report.tasks_table(report.mteb))
+    assert {"cosine_spearman", "reference)", "(0.7900)"} <= {*narrow.export_text().split()}
 
 
 @pytest.mark.parametrize("retrieval", [True, False])
