@@ -145,6 +145,7 @@ def main() -> None:
     command = typer.main.get_command(app)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FlagFormatter("embedport: %(message)s", command))
+    handler.addFilter(_is_not_printed_yet)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         command()
@@ -164,6 +165,11 @@ def main() -> None:
         if (name := _name_without_utf8(error)) is not None:
             _fail(f"a file's or folder's name is not UTF-8, and has to be: {name!r}; rename it", 2)
         _fail_by_a_bug(error)
+
+
+def _is_not_printed_yet(record: logging.LogRecord) -> bool:
+    """Leave out records of libraries that print theirs themselves, as huggingface_hub does."""
+    return not logging.getLogger(record.name.partition(".")[0]).handlers
 
 
 def open_closed_streams() -> None:

@@ -138,6 +138,19 @@ class TestErrors:
             "embedport: this is a bug: ZeroDivisionError: oops (run it again with --debug)\n"
         )
 
+    def test_a_warning_is_printed_once(self):
+        """huggingface_hub and datasets have handlers of their own, and pass their records on."""
+        code = (
+            "import logging, embedport.cli.app as app\n"
+            "logging.getLogger('theirs').addHandler(logging.StreamHandler())\n"
+            "names = ('theirs.part', 'embedport.part', 'other')\n"
+            "app.app = app.typer.Typer()\n"
+            "app.app.command()(lambda: [logging.getLogger(n).warning(n) for n in names])\n"
+            "app.main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stderr == "theirs.part\nembedport: embedport.part\nembedport: other\n"
+
     @pytest.mark.skipif(os.name == "nt", reason="names are text there")
     def test_a_name_that_is_not_utf8(self, run, folders, checkpoints, tmp_path, monkeypatch):
         """No file of ours can hold it: here index.json, elsewhere a manifest or a report."""
