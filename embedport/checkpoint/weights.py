@@ -69,16 +69,16 @@ class Weights:
         return headers.get(name) or headers.get(f"model.{name}")
 
     def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name} should have shape {list(shape)} by "
-                f"config.json, found {list(info.shape)}"
-            )
         if info.dtype not in DTYPES:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name} should be {', '.join(DTYPES)}, found "
                 f"{info.dtype}: weights in fewer bits are read only as config.json's "
                 f"quantization_config declares them; {INSTEAD}"
+            )
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} should have shape {list(shape)} by "
+                f"config.json, found {list(info.shape)}"
             )
 
     @property

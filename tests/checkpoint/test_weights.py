@@ -142,8 +142,9 @@ class TestDamage:
         ):
             open_weights(single)
 
-    def test_wrong_dtype(self, single):
-        self.change(single, **{"norm.weight": np.ones(64, np.int8)})
+    @pytest.mark.parametrize("width", [64, 32])  # two 4-bit codes in a byte
+    def test_wrong_dtype(self, single, width):
+        self.change(single, **{"norm.weight": np.ones(width, np.int8)})
         with pytest.raises(
             CheckpointError, match=r"norm\.weight should be BF16.*found I8.*; give the "
         ):
