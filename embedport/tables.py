@@ -69,6 +69,11 @@ def fact_table(facts: Mapping[str, str], title: str = "") -> Table:
     return Table((), tuple(facts.items()), title)
 
 
+def count_words(count: int, one: str, many: str = "") -> str:
+    """Format a number of things: 1 text, 2,000 queries."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def size_words(size: int) -> str:
     """Format a number of bytes: 812 B, 11.4 MB, 2.4 GB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

@@ -70,7 +70,7 @@ def task_gates(
         *(
             Gate(
                 f"{row.task}: {row.measure} loss",
-                -row.difference if row.reference else None,
+                0 - row.difference if row.reference else None,
                 "≤",
                 thresholds.max_ndcg_loss,
                 basis="" if row.reference else "the reference scores 0",

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..errors import require
-from ..tables import Table
+from ..tables import Table, count_words
 from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
 from .layers import LayerError, largest_growth
@@ -93,8 +93,7 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
 def _sentence(report: Report) -> str:
     count = len(report.gates)
     failed = sum(gate.failed for gate in report.gates)
-    noun = "texts" if report.task == "embedding" else "pairs"
-    inputs = f"{report.inputs:,} {noun}"
+    inputs = count_words(report.inputs, "text" if report.task == "embedding" else "pair")
     if not report.comparisons:
         return (
             f"The artifact and the reference make different tokens of some of {inputs}, so nothing "

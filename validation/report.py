@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..strict_json import without_nan
-from ..tables import Table, fact_table
+from ..tables import Table, count_words, fact_table
 from .machine import Machine
 from .mteb_scores import TaskReport
 from .retrieval import CONFIDENCE, RetrievalReport
@@ -279,7 +279,7 @@ class Report:
     def retrieval_table(self, retrieval: RetrievalReport) -> Table:
         """Each measure of both sides, and the difference with its interval."""
         title = (
-            f"Retrieval on {retrieval.name}: {retrieval.queries:,} queries, "
+            f"Retrieval on {retrieval.name}: {count_words(retrieval.queries, 'query', 'queries')}, "
             f"{retrieval.documents:,} documents, against {retrieval.reference}"
         )
         if not retrieval.measured:
@@ -351,7 +351,7 @@ class Report:
     def facts(self) -> dict[str, str]:
         """How it was measured: what ran, where, on which inputs, in which versions."""
         machine = self.machine
-        noun = "texts" if self.task == "embedding" else "pairs"
+        noun = "text" if self.task == "embedding" else "pair"
         memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
         sets = ", ".join(machine.instructions)
         facts = {
@@ -359,10 +359,10 @@ class Report:
             "Exported on": self.exported,
             "Reference": f"{self.reference} in {self.library}",
             "Reference ran in": "; ".join(run.reference for run in self.comparisons),
-            "Inputs": f"{self.inputs:,} {noun}, {self.tokens:,} tokens",
+            "Inputs": f"{count_words(self.inputs, noun)}, {self.tokens:,} tokens",
             "Longest input": f"{self.longest:,} tokens, of {self.max_length:,} that it takes",
             "Date": self.date,
-            "Processor": f"{machine.cpu}, {machine.cores} cores{memory}",
+            "Processor": f"{machine.cpu}, {count_words(machine.cores, 'core')}{memory}",
             "Instruction sets": sets,
             "Computed by": machine.code,
             "System": f"{machine.system}, Python {machine.python}",

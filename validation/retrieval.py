@@ -98,7 +98,7 @@ class RetrievalReport:
         """The reference's nDCG@10 minus the artifact's, at full width; None if not measured."""
         if not self.measured:
             return None
-        return -next(row.difference for row in self.rows if row.measure == NDCG)
+        return 0 - next(row.difference for row in self.rows if row.measure == NDCG)
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:

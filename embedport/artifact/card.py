@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..machine.engine import EngineRecord
-from ..tables import fact_table
+from ..tables import count_words, fact_table
 from .manifest import GraphRecord, Manifest
 
 GROUPED = re.compile(r"(int[48])/(\d+)(s?)")
@@ -62,7 +62,7 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
     if recipe.get("arithmetic", "fp32") != "fp32":
         words.append(f"computed in {recipe['arithmetic']}")
     formats = ", ".join(
-        f"{count} {'matrix' if count == 1 else 'matrices'} {format_words(text)}"
+        f"{count_words(count, 'matrix', 'matrices')} {format_words(text)}"
         for text, count in Counter(recipe["formats"].values()).most_common()
     )
     calibration = recipe.get("calibration")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..strict_json import to_json
-from ..tables import Table, size_words
+from ..tables import Table, count_words, size_words
 from .inputs import TaskOption, check_task
 from .outputs import check_output, stderr_console, stdout_console, write_text
 
@@ -93,8 +93,9 @@ def _print(result: Bench) -> None:
     console.print(_sides_table(result))
     machine, peak = result.machine, result.peak
     console.print(
-        f"{cpu_kind(machine)}, {result.threads} threads per runner; fastest matrix products: int8 "
-        f"{peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} x 10^12 operations per second"
+        f"{cpu_kind(machine)}, {count_words(result.threads, 'thread')} per runner; "
+        f"fastest matrix products: int8 {peak['uint8 x int8']:.2f}, fp32 {peak['fp32']:.2f} "
+        "x 10^12 operations per second"
     )
 
 

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import InputError, require
 from ..strict_json import to_json
+from ..tables import count_words
 from .inputs import (
     AdapterOption,
     BatchTokensOption,
@@ -200,7 +201,8 @@ def encode(
     if out is not None:
         _write(out, inputs, ids, vectors, with_text=with_text)
         count, width = vectors.shape
-        typer.echo(f"{out}: {count:,} vectors of {width}, on {embedder.device}", err=True)
+        made = count_words(count, "vector")
+        typer.echo(f"{out}: {made} of {width}, on {embedder.device}", err=True)
     elif as_json or not sys.stdout.isatty():
         for line in _json_lines(inputs, vectors):
             typer.echo(line)
@@ -237,12 +239,8 @@ def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> N
     if engine == "local" and workers is not None:
         raise InputError("--workers goes with --engine ray")
     index = encode_corpus(job, engines[engine], force=force, progress=True)
-    count = len(index.shards)
-    typer.echo(
-        f"{job.output}: {index.rows:,} vectors of {index.dim} in {count:,} "
-        f"shard{'s' if count > 1 else ''}",
-        err=True,
-    )
+    made, shards = count_words(index.rows, "vector"), count_words(len(index.shards), "shard")
+    typer.echo(f"{job.output}: {made} of {index.dim} in {shards}", err=True)
 
 
 def _absolute(model: Path) -> str:

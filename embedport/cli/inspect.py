@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..machine.engine import EngineRecord
-from ..tables import fact_table, size_words
+from ..tables import count_words, fact_table, size_words
 from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
 from .outputs import stdout_console
 
@@ -257,9 +257,9 @@ def _shards(weights: Mapping[str, Any] | None) -> str:
     if weights is None:
         return "not on this disk"
     shards = weights["shards"]
-    files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
     return (
-        f"{weights['tensors']} tensors, {', '.join(weights['dtypes'])}, {files}, "
+        f"{weights['tensors']} tensors, {', '.join(weights['dtypes'])}, "
+        f"{count_words(len(shards), 'file')}, "
         f"{size_words(sum(shards.values()))}"
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..tables import count_words
 from .inputs import (
     AdapterOption,
     CandidatesOption,
@@ -57,8 +58,7 @@ def reference(
 ) -> None:
     """Run a checkpoint in its own library and record the results that `validate` compares with.
 
-    Copy the file to the artifact's machine: `validate --reference FILE` needs neither torch nor the
-    checkpoint. The file holds the texts or pairs.
+    The file holds the texts or pairs. `validate --reference FILE` runs anywhere without torch.
 
     Example: embedport reference Qwen/Qwen3-Embedding-0.6B -o qwen3.reference
     """
@@ -94,17 +94,17 @@ def reference(
         return
     console = stdout_console()
     origin = recorded.origin
-    noun = "texts" if origin.task == "embedding" else "pairs"
+    noun = "text" if origin.task == "embedding" else "pair"
     runs = "; ".join(map(origin.describe, recorded.results))
     console.print(
         f"{out}: {origin.pinned} in {origin.library} {origin.versions[origin.library]}, {runs}, "
-        f"{len(recorded.inputs):,} {noun}, {out.stat().st_size / 1e6:.1f} MB",
+        f"{count_words(len(recorded.inputs), noun)}, {out.stat().st_size / 1e6:.1f} MB",
         soft_wrap=True,
     )
     if recorded.data is not None:
+        queries = count_words(len(recorded.data.queries), "query", "queries")
         console.print(
-            f"Retrieval on {recorded.data.name}, {len(recorded.data.queries):,} queries: give "
-            "validate the same --retrieval",
+            f"Retrieval on {recorded.data.name}, {queries}: give validate the same --retrieval",
             soft_wrap=True,
         )
     console.print(f"Next: embedport validate ARTIFACT --reference {out}", soft_wrap=True)

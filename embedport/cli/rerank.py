@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InputError
 from ..strict_json import to_json, write_jsonl
+from ..tables import count_words
 from .inputs import (
     AdapterOption,
     BatchTokensOption,
@@ -83,7 +84,8 @@ def rerank(
     )
     if out is not None:
         write_jsonl(out, map(asdict, ranking))
-        typer.echo(f"{out}: {len(ranking):,} documents, on {reranker.device}", err=True)
+        ranked_words = count_words(len(ranking), "document")
+        typer.echo(f"{out}: {ranked_words}, on {reranker.device}", err=True)
     elif as_json or not sys.stdout.isatty():
         for ranked in ranking:
             typer.echo(to_json(asdict(ranked)))

@@ -183,6 +183,22 @@ def test_tasks_of_mteb_are_on_the_page():
     assert {"cosine_spearman", "reference)", "(0.7900)"} <= {*narrow.export_text().split()}
 
 
+def test_one_thing_is_in_the_singular():
+    report = a_report(inputs=1)
+    one_core = dataclasses.replace(report.machine, cores=1)
+    words = dataclasses.replace(report, machine=one_core).to_markdown()
+    assert "| 1 text, 1,234 tokens |" in words
+    assert re.search(r", 1 core[, ]", words)
+    assert "On 1 text the artifact" in render(report, some_details())
+
+
+def test_no_loss_is_zero():
+    """-0.0 would stand in the manifest and on the hub."""
+    same = [dataclasses.replace(row, difference=0.0) for row in a_retrieval("embedding").rows]
+    report = dataclasses.replace(a_retrieval("embedding"), rows=tuple(same))
+    assert str(report.ndcg_loss) == "0.0"
+
+
 @pytest.mark.parametrize("retrieval", [True, False])
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 def test_the_page_in_order(task, retrieval):
