@@ -23,13 +23,13 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
         name: The artifact folder's name.
         parity_table: The last validation's table in Markdown.
     """
-    source = manifest.source
+    source, recipe = manifest.source, manifest.recipe
     rows = {
         "Source": f"`{source.pinned}`",
         **({"Adapter": f"`{source.adapter.pinned}`, merged"} if source.adapter else {}),
         "Task": manifest.task,
         "Precision": manifest.precision,
-        **({"Quantized by": recipe_words(manifest.recipe)} if manifest.recipe else {}),
+        **({"Quantized by": recipe_words(recipe, manifest.task)} if recipe else {}),
         **(_graph_rows(manifest.graph, manifest.precision) if manifest.graph else {}),
         **(_engine_rows(manifest.engine) if manifest.engine else {}),
         "Longest text": f"{manifest.max_length:,} tokens",
@@ -54,8 +54,8 @@ def model_card(manifest: Manifest, name: str, parity_table: str | None = None) -
     )
 
 
-def recipe_words(recipe: Mapping[str, Any]) -> str:
-    """A manifest's recipe in words: algorithm, rotations, formats, calibration texts."""
+def recipe_words(recipe: Mapping[str, Any], task: str) -> str:
+    """A manifest's recipe in words: algorithm, rotations, formats, calibration texts or pairs."""
     words = [recipe["algorithm"]]
     words += ["rotated"] if recipe.get("rotate") else []
     words += ["heads rotated"] if recipe.get("rotate_heads") else []
@@ -70,8 +70,9 @@ def recipe_words(recipe: Mapping[str, Any]) -> str:
     if calibration is not None:
         # Artifacts of before do not count the tokens.
         tokens = f" of {calibration['tokens']:,} tokens" if "tokens" in calibration else ""
+        inputs = count_words(calibration["texts"], "pair" if task == "reranker" else "text")
         texts = (
-            f"; calibrated on {calibration['texts']:,} texts{tokens} ({calibration['source']}), "
+            f"; calibrated on {inputs}{tokens} ({calibration['source']}), "
             f"sha256 {calibration['sha256'][:12]}"
         )
     return f"{', '.join(words)}: {formats}{texts}"

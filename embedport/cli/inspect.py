@@ -119,7 +119,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
     if facts["recipe"] is not None:
         from ..artifact.card import recipe_words
 
-        rows["Precision"] += f"; {recipe_words(facts['recipe'])}"
+        rows["Precision"] += f"; {recipe_words(facts['recipe'], facts['task'])}"
     elif graph is not None and facts["precision"] != "fp32":
         rows["Precision"] += f"; in fp32: {', '.join(graph['kept_in_fp32']) or 'nothing'}"
     return rows

@@ -428,9 +428,13 @@ def test_the_card_says_how(quantized):
     card = (quantized("awq") / "README.md").read_text()
     assert "awq+gptaq, heads rotated: 14 matrices int4 in groups of 128, with zero points" in card
     assert "calibrated on 6 texts of" in card
-    assert "8 matrices int4 in groups of 32, no zero points" in recipe_words(
-        {"formats": {f"m{i}": "int4/32s" for i in range(8)}, "algorithm": "rtn"}
+    calibration = {"texts": 6, "tokens": 40, "source": "built-in", "sha256": "ab"}
+    formats = {f"m{i}": "int4/32s" for i in range(8)}
+    words = recipe_words(
+        {"formats": formats, "algorithm": "gptq", "calibration": calibration}, "reranker"
     )
+    assert "8 matrices int4 in groups of 32, no zero points" in words
+    assert "calibrated on 6 pairs of 40 tokens" in words
 
 
 def test_quantized_already(quantized, tmp_path):
