@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -277,12 +278,14 @@ def _pair_results(task: Any, predictions: Mapping[str, Any]) -> dict[tuple[str, 
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Hide the progress bars of data sets' library."""
+    """Hide the progress bars of data sets' library, and what scikit-learn warns of each probe."""
     datasets = require("datasets", "mteb")
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="sklearn")
+            yield
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -274,7 +274,7 @@ def test_nan_fails_and_the_report_remains(tasks, embedder, spoil):
     assert {gate.name: gate.value for gate in report.gates}["MTEB: NaN or infinity"] == 120
 
 
-def test_a_task_with_one_score_has_no_interval(tasks, embedder):
+def test_a_task_with_one_score_has_no_interval(tasks, embedder, recwarn):
     report = embedport.validate(
         embedder,
         builtin_embedder(),
@@ -287,6 +287,7 @@ def test_a_task_with_one_score_has_no_interval(tasks, embedder):
     (row,) = report.mteb.rows
     assert (row.measure, row.samples, row.low, row.high) == ("accuracy", None, None, None)
     assert "none: one score" in report.to_markdown()
+    assert not [each for each in recwarn if "sklearn" in each.filename]
 
 
 def test_a_reranker_validates(tasks, reranker):
