@@ -114,8 +114,9 @@ def run_demo(folder: Path, say: Callable[[str], None], *, live: bool = False) ->
 
     Raises:
         InputError: The folder exists and is not an earlier demo's.
-        MissingPackageError: `live`, and a package that runs the reference is not installed.
+        MissingPackageError: onnxruntime, or with `live` what runs the reference, is not installed.
     """
+    require("onnxruntime", "cpu")
     if live:
         for package in ("torch", "transformers", "sentence_transformers"):
             require(package, "torch")

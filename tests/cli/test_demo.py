@@ -94,3 +94,15 @@ def test_demo_replaces_only_its_own(run, tmp_path):
     assert code == 2
     assert "is not an earlier demo's" in err
     assert tmp_path.is_dir()
+
+
+def test_without_onnxruntime_an_earlier_demo_stays(run, tmp_path, monkeypatch):
+    (tmp_path / "demo.txt").touch()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = run("demo", "-o", tmp_path)
+    assert (code, err) == (
+        2,
+        "embedport: onnxruntime is not installed: pip install 'embedport[cpu]'\n",
+    )
+    assert (tmp_path / "demo.txt").exists()
+    assert not (tmp_path / "demo.txt").read_text()
