@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..artifact.card import format_words
-from ..checkpoint.spec import ModelSpec
+from ..checkpoint.spec import ModelSpec, Task
 from ..quantize.fold import CONSUMERS
 from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import STORED, Recipe
+from ..tables import count_words
 
 # Nanoseconds for each weight that is searched for its group's range, rounded column by column, or
 # rounded to nearest and written. Fitted to two layers of the 0.6B geometry (GPTQ 6.0 s a layer,
@@ -47,7 +48,7 @@ class Estimate:
     seconds: float
 
 
-def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray]) -> list[str]:
+def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray], task: Task) -> list[str]:
     """A recipe's steps in words."""
     steps = []
     if recipe.rotate:
@@ -58,7 +59,10 @@ def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray]) -> list[str]:
         steps.append("balance outlier channels between norms and matrices")
     if recipe.is_calibrated:
         tokens = sum(map(len, rows))
-        steps.append(f"run {len(rows)} calibration texts of {tokens:,} tokens, layer by layer")
+        inputs = count_words(
+            len(rows), "calibration pair" if task == "reranker" else "calibration text"
+        )
+        steps.append(f"run {inputs} of {tokens:,} tokens, layer by layer")
     formats = dict(recipe.formats)
     # No text's activations reach the table: it has its own rounding whatever the algorithm is.
     if table := formats.pop(TABLE, None):

@@ -261,7 +261,7 @@ class TestPairs:
         options = Options(precision="int4", calibration=built.path)
         estimate = estimate_onnx(builtin_reranker(), tmp_path / "out", options)
         steps = " ".join(estimate.steps)
-        assert f"{built.texts} calibration texts of {built.tokens:,} tokens" in steps
+        assert f"{built.texts} calibration pairs of {built.tokens:,} tokens" in steps
 
     def test_queries_and_an_embedder_are_needed(self, embedder, tmp_path):
         corpus = tmp_path / "corpus.txt"

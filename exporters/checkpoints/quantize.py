@@ -214,7 +214,7 @@ def estimate_checkpoint(
     steps = [f"{spec.source.id}: {spec.task}, {plan.name}, for {plan.method.requires}"]
     uses_torch = "torch" in NEEDED[plan.method.library]
     return Estimate(
-        (*steps, *describe_recipe(recipe, rows)),
+        (*steps, *describe_recipe(recipe, rows, spec.task)),
         size,
         estimate_memory(spec, recipe, rows, torch=uses_torch),
         estimate_seconds(spec, recipe, rows, size, torch=uses_torch),

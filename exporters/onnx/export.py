@@ -284,7 +284,7 @@ def estimate_onnx(
         if plan.target.min_cosine is not None or plan.target.ranking is not None:
             steps.append(f"quantize and run up to {TRIALS} whole models")
     if recipe is not None:
-        steps += describe_recipe(recipe, plan.rows)
+        steps += describe_recipe(recipe, plan.rows, spec.task)
     seconds = estimate_seconds(spec, recipe, plan.rows, size)
     return Estimate(
         tuple(steps),
