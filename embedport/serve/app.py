@@ -235,6 +235,11 @@ class Server:
     async def _body(self, request: Request) -> AsyncGenerator[bytes]:
         """Read a body within the limits; its bytes count as held until the answer is made."""
         self._check_ready()
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise RequestError(
+                415, f"the body should not be compressed, found Content-Encoding {encoding[:50]!r}"
+            )
         declared = request.headers.get("content-length")
         with self._gate.admit_bytes(int(declared) if declared is not None else None):
             content = bytearray()

@@ -1,6 +1,7 @@
 """The server: each answer is the runtime's own, and what cannot be answered is said."""
 
 import base64
+import gzip
 import json
 import os
 import signal
@@ -207,6 +208,12 @@ class TestRefusals:
             assert connection.getresponse().status == 413
             connection.close()
             assert client.post(EMBEDDINGS, {"input": "a"}).status == 200
+
+    def test_compressed_body(self, client):
+        body = gzip.compress(b'{"input": "a"}')
+        answer = client.post(EMBEDDINGS, body, **{"Content-Encoding": "gzip"})
+        assert answer.status == 415
+        assert "found Content-Encoding 'gzip'" in answer.json["error"]["message"]
 
     def test_queue_full(self, gated):
         limits = Limits(texts=4, queue=4)
