@@ -161,5 +161,6 @@ def _compressed_tensors_config(plan: Plan) -> dict[str, Any]:
         ignore=NOT_QUANTIZED,
     )
     # By default transformers unpacks matrices at the model's first call, but sentence-transformers
-    # calls only forward(): unpack on load. Servers with their own kernels ignore this.
+    # calls only forward(): unpack on load. transformers before 5.15, and servers with their own
+    # kernels, ignore this.
     return {**config.model_dump(mode="json"), "dequantize": True}

@@ -47,7 +47,7 @@ class Method:
 READERS = {
     "bitsandbytes": "transformers with bitsandbytes, vLLM, or embedport",
     "gptq": "GPTQModel, vLLM, or embedport",
-    "compressed-tensors": "transformers with compressed-tensors, vLLM, or embedport",
+    "compressed-tensors": "transformers 5.15 or later with compressed-tensors, vLLM, or embedport",
 }
 # Bytes beside a matrix's codes and scales. Of NF4, its sixteen levels and its state as JSON; of
 # scales that are quantized, blocks of so many and 256 levels. Of packed codes, a shape.

@@ -189,6 +189,8 @@ def test_another_graph_with_another_table(folders, sketches, copied, task, name)
     folder = copied(folders(task, consumers=("older-onnxruntime",)).artifact)
     manifest = Artifact.open(folder).manifest
     path = folder / "onnx" / f"{name}.onnx"
+    if not path.exists():
+        pytest.skip("onnxruntime before 1.32 runs no continuation graph")
     model = ir.load(path)
     (part,) = (part for scope, part in segments(model) if scope == EMBEDDING)
     (name,) = part.graph.initializers
