@@ -69,6 +69,10 @@ def fact_table(facts: Mapping[str, str], title: str = "") -> Table:
     return Table((), tuple(facts.items()), title)
 
 
+# A task's input, as count_words takes it.
+INPUT = {"embedding": "text", "reranker": "pair"}
+
+
 def count_words(count: int, one: str, many: str = "") -> str:
     """Format a number of things: 1 text, 2,000 queries."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"

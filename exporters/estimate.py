@@ -15,7 +15,7 @@ from ..checkpoint.spec import ModelSpec, Task
 from ..quantize.fold import CONSUMERS
 from ..quantize.formats import TABLE, matrices
 from ..quantize.recipe import STORED, Recipe
-from ..tables import count_words
+from ..tables import INPUT, count_words
 
 # Nanoseconds for each weight that is searched for its group's range, rounded column by column, or
 # rounded to nearest and written. Fitted to two layers of the 0.6B geometry (GPTQ 6.0 s a layer,
@@ -59,9 +59,7 @@ def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray], task: Task) -> l
         steps.append("balance outlier channels between norms and matrices")
     if recipe.is_calibrated:
         tokens = sum(map(len, rows))
-        inputs = count_words(
-            len(rows), "calibration pair" if task == "reranker" else "calibration text"
-        )
+        inputs = count_words(len(rows), f"calibration {INPUT[task]}")
         steps.append(f"run {inputs} of {tokens:,} tokens, layer by layer")
     formats = dict(recipe.formats)
     # No text's activations reach the table: it has its own rounding whatever the algorithm is.

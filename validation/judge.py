@@ -84,7 +84,16 @@ def measure_artifact(
     *,
     progress: bool,
 ) -> Measured:
-    """Run the artifact on everything that is compared."""
+    """Run the artifact on everything that is compared.
+
+    Args:
+        runtime: The `Embedder` or `Reranker`.
+        inputs: The texts or pairs.
+        rows: Their token ids, int64 [tokens] each.
+        data: The retrieval set; None without one.
+        tasks: MTEB's tasks.
+        progress: Show progress bars on a terminal.
+    """
     raw = inputs.run(runtime, progress=progress)
     set_results = None if data is None else inputs.run_set(runtime, data, progress=progress)
     task_scores = run_tasks(tasks, runner(runtime, progress=progress), runtime.info)
@@ -110,7 +119,22 @@ def judge(
     *,
     progress: bool,
 ) -> Judged:
-    """Run the reference and compare; `first` are the gates that need no results."""
+    """Run the reference and compare.
+
+    Args:
+        first: The gates that need no results.
+        measured: The artifact's results.
+        source: The reference.
+        inputs: The texts or pairs.
+        info: The artifact.
+        thresholds: The limits.
+        data: The retrieval set; None without one.
+        tasks: MTEB's tasks.
+        progress: Show progress bars on a terminal.
+
+    Raises:
+        InputError: The reference's vectors are shorter than the artifact's.
+    """
     describe = source.origin.describe
     results = measured.results
     runs = _run_reference(source, inputs.inputs, info.precision, progress)

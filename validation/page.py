@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..errors import require
-from ..tables import Table, count_words
+from ..tables import INPUT, Table, count_words
 from .charts import POINTS, histogram, layer_lines, retrieval_differences, retrieval_values, scatter
 from .details import Details
 from .layers import LayerError, largest_growth
@@ -93,7 +93,7 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
 def _sentence(report: Report) -> str:
     count = len(report.gates)
     failed = sum(gate.failed for gate in report.gates)
-    inputs = count_words(report.inputs, "text" if report.task == "embedding" else "pair")
+    inputs = count_words(report.inputs, INPUT[report.task])
     if not report.comparisons:
         return (
             f"The artifact and the reference make different tokens of some of {inputs}, so nothing "
@@ -118,7 +118,7 @@ def _reason(gate: Gate) -> str:
 def _agreement(report: Report, details: Details) -> Chart:
     """A histogram of the inputs' distances from the reference, and its caption."""
     embedding = report.task == "embedding"
-    noun, measure = "texts" if embedding else "pairs", report.measure
+    noun, measure = f"{INPUT[report.task]}s", report.measure
     title = f"How far the {noun} are from the reference"
     distances = _distances(report.task, details)
     finite = distances[np.isfinite(distances)]

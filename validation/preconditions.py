@@ -1,4 +1,4 @@
-"""What a validation refuses before it runs anything, and warns about."""
+"""Everything that a validation refuses or warns about before it runs anything."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def check_packages(
     retrieval: str | Path | RetrievalSet | None,
     mteb: Sequence[Any] | None,
 ) -> None:
-    """Fail now rather than after hours of work."""
+    """Fail now rather than after hours of work.
+
+    Raises:
+        MissingPackageError: A package that an option needs is not installed.
+        InputError: MTEB's tasks are asked of a recorded reference.
+    """
     if page is not None:
         require("jinja2", "report")
         require("matplotlib", "report")
@@ -44,7 +49,11 @@ def check_packages(
 
 
 def check_layers(info: ModelInfo) -> None:
-    """Require what the page's table by layer runs in: transformers' own layers."""
+    """Require what the page's table by layer runs in: transformers' own layers.
+
+    Raises:
+        MissingPackageError: The library of a quantized checkpoint is not installed.
+    """
     quantization = info.checkpoint and info.checkpoint.quantization
     if isinstance(quantization, LibraryQuantization):
         from ..runtimes.checkpoint import require_library
@@ -55,7 +64,15 @@ def check_layers(info: ModelInfo) -> None:
 def choose_set(
     retrieval: str | Path | RetrievalSet | None, *, task: Task, save_run: str | Path | None
 ) -> RetrievalSet | None:
-    """Read the retrieval set, and check that the task can use it."""
+    """Read the retrieval set, and check that the task can use it.
+
+    Returns:
+        None if none is asked for.
+
+    Raises:
+        InputError: `save_run` has nothing to write, the set cannot be read, or it has no candidates
+            that a reranker needs.
+    """
     if save_run is not None and (retrieval is None or task == "reranker"):
         raise InputError("`save_run` writes what an embedding artifact finds: give `retrieval` too")
     if retrieval is None or isinstance(retrieval, RetrievalSet):
@@ -74,7 +91,18 @@ def check_limits(
     max_score_difference: float | None,
     max_ndcg_loss: float | None,
 ) -> None:
-    """Refuse a limit that no gate would check."""
+    """Refuse a limit that no gate would check.
+
+    Args:
+        task: The inputs.
+        measured: Whether a retrieval set or MTEB's tasks are measured.
+        min_cosine: The caller's limits; None for those that were not given.
+        max_score_difference: See `min_cosine`.
+        max_ndcg_loss: See `min_cosine`.
+
+    Raises:
+        InputError: A limit is given that nothing here is measured against.
+    """
     if min_cosine is not None and isinstance(task, RerankerTask):
         raise InputError("a reranker gives scores, not vectors: `max_score_difference` limits them")
     if max_score_difference is not None and isinstance(task, EmbeddingTask):
@@ -92,7 +120,11 @@ def check_limits(
 
 
 def check_same_model(info: ModelInfo, origin: Origin) -> None:
-    """Refuse a reference of other sizes."""
+    """Refuse a reference of other sizes.
+
+    Raises:
+        InputError: `hidden_size` or `vocab_size` differs.
+    """
     sizes = (info.hidden_size, info.vocab_size)
     if sizes != (origin.hidden_size, origin.vocab_size):
         raise InputError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checkpoint.spec import Task
 from ..strict_json import without_nan
-from ..tables import Table, count_words, fact_table
+from ..tables import INPUT, Table, count_words, fact_table
 from .machine import Machine
 from .mteb_scores import TaskReport
 from .retrieval import CONFIDENCE, RetrievalReport
@@ -65,6 +65,11 @@ class Gate:
     def verdict(self) -> str:
         """One of "holds", "fails" and "not measured"."""
         return "not measured" if self.passed is None else "holds" if self.passed else "fails"
+
+
+def unchecked(name: str, reason: str) -> Gate:
+    """A gate on a number of differences that could not be counted, and why."""
+    return Gate(name, None, "≤", 0, basis=f"not checked: {reason}")
 
 
 @dataclass(frozen=True)
@@ -351,7 +356,6 @@ class Report:
     def facts(self) -> dict[str, str]:
         """How it was measured: what ran, where, on which inputs, in which versions."""
         machine = self.machine
-        noun = "text" if self.task == "embedding" else "pair"
         memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
         sets = ", ".join(machine.instructions)
         facts = {
@@ -359,7 +363,7 @@ class Report:
             "Exported on": self.exported,
             "Reference": f"{self.reference} in {self.library}",
             "Reference ran in": "; ".join(run.reference for run in self.comparisons),
-            "Inputs": f"{count_words(self.inputs, noun)}, {self.tokens:,} tokens",
+            "Inputs": f"{count_words(self.inputs, INPUT[self.task])}, {self.tokens:,} tokens",
             "Longest input": f"{self.longest:,} tokens, of {self.max_length:,} that it takes",
             "Date": self.date,
             "Processor": f"{machine.cpu}, {count_words(machine.cores, 'core')}{memory}",

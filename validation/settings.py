@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.pipeline import ROLES
 from ..checkpoint.spec import ModelSpec
 from ..runtimes import ModelInfo
-from .report import Gate
+from .report import Gate, unchecked
 
 GATE = "settings that differ"
 # Characters of a value that the gate shows.
@@ -26,7 +26,14 @@ LAYERS, TOKENIZER = "layers", "tokenizer"
 
 
 def layer_settings(spec: ModelSpec) -> Settings:
-    """What config.json says of the layers beside sizes that a weight's shape shows."""
+    """The layers' settings in config.json, as a spec reads them.
+
+    Args:
+        spec: The checkpoint's spec.
+
+    Returns:
+        JSON values by name.
+    """
     return {
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
@@ -43,10 +50,13 @@ def layer_settings(spec: ModelSpec) -> Settings:
 
 
 def tokenizer_settings(tokenizer: Any) -> Settings:
-    """What a tokenizer does to any text between its added tokens; digests of what is long.
+    """A tokenizer's vocabulary and rules, which decide the ids of any text.
 
     Args:
         tokenizer: A `tokenizers.Tokenizer`, as a library made it of a folder.
+
+    Returns:
+        JSON values by name; of the ids and the merges, sha256 digests.
     """
     values = json.loads(tokenizer.to_str())
     model = values["model"]
@@ -86,8 +96,7 @@ def settings_gate(info: ModelInfo, tokenizer: Any, settings: Settings | None) ->
         settings: The reference's; None if they are not known.
     """
     if settings is None:
-        reason = "this recorded reference has no settings: record it again"
-        return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
+        return unchecked(GATE, "this recorded reference has no settings: record it again")
     missing = [group for group in (LAYERS, TOKENIZER) if group not in settings]
     basis = f"without {' and '.join(missing)}: record the reference again" if missing else ""
     if info.checkpoint is None:  # of a graph they are the file's, which `companions` compares

@@ -28,7 +28,7 @@ from ..quantize.hadamard import Rotation
 from ..runtimes import ModelInfo
 from ..runtimes.part_session import open_session
 from .graphs import F32
-from .report import EXCERPT, Gate
+from .report import EXCERPT, Gate, unchecked
 
 # Gives rows of a table, float32 [rows, hidden_size].
 ReadRows = Callable[[slice], np.ndarray]
@@ -108,7 +108,7 @@ def table_gate(
         ArtifactError: A graph cannot look up all of its tokens.
     """
     if sketch is None:
-        return _unchecked("this recorded reference has no embedding table: record it again")
+        return unchecked(GATE, "this recorded reference has no embedding table: record it again")
     recipe = (info.artifact.manifest.recipe if info.artifact else None) or {}
     limit = LIMITS.get(str(recipe.get("formats", {}).get(TABLE))[:4], FLOAT_LIMIT)
     errors = np.zeros(len(sketch.lengths))
@@ -118,7 +118,7 @@ def table_gate(
         assert info.artifact is not None
         tables = _graph_tables(info.artifact)
         if tables is None:
-            return _unchecked(f"a graph has no part of its own named {EMBEDDING}")
+            return unchecked(GATE, f"a graph has no part of its own named {EMBEDDING}")
         for read, has_rotation in tables:
             is_rotated = has_rotation or recipe.get("rotate")
             directions = _rotated(sketch, recipe) if is_rotated else sketch.directions
@@ -127,13 +127,9 @@ def table_gate(
     is_wrong = ~(errors <= limit)
     tokens = np.unique(np.concatenate(validated)).astype(np.intp)
     if is_wrong[tokens].mean() > OTHER_BASIS:
-        return _unchecked("the table is in another basis, the rows of the texts' tokens too")
+        return unchecked(GATE, "the table is in another basis, the rows of the texts' tokens too")
     wrong = np.flatnonzero(is_wrong)
     return Gate(GATE, len(wrong), "≤", 0, _name_rows(wrong, errors, tokenizer))
-
-
-def _unchecked(reason: str) -> Gate:
-    return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
 
 
 def _name_rows(rows: np.ndarray, errors: np.ndarray, tokenizer: Any) -> str:
@@ -168,8 +164,11 @@ def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
     Returns:
         None if no part of a graph turns token ids into rows and does nothing else.
     """
+    graph = artifact.manifest.graph
+    assert graph is not None
     seen, tables = [], []
-    for path in graph_paths(artifact):
+    for name in graph.paths:
+        path = artifact.folder / name
         model = ir.load(path)
         is_rotated = ROTATION in model.graph.initializers
         emulate_16_bits(model)
@@ -180,22 +179,10 @@ def _graph_tables(artifact: Artifact) -> list[tuple[ReadRows, bool]] | None:
         if places not in seen:
             seen.append(places)
             tables.append((_graph_rows(part, artifact, path), is_rotated))
-    shared = None if artifact.manifest.graph is None else artifact.manifest.graph.shared
-    if shared is not None and shared.openvino is not None and find_spec("openvino") is not None:
-        tables.append((_openvino_rows(artifact.folder / shared.openvino), False))
+    openvino = None if graph.shared is None else graph.shared.openvino
+    if openvino is not None and find_spec("openvino") is not None:
+        tables.append((_openvino_rows(artifact.folder / openvino), False))
     return tables
-
-
-def graph_paths(artifact: Artifact) -> list[Path]:
-    """The paths of an artifact's ONNX graphs."""
-    graph = artifact.manifest.graph
-    assert graph is not None
-    paths = [artifact.graph]
-    if graph.continuation is not None:
-        paths.append(artifact.folder / graph.continuation.path)
-    if graph.shared is not None:
-        paths += [artifact.folder / path for path in graph.shared.paths]
-    return paths
 
 
 def _places(part: ir.Model) -> list[tuple[Any, ...]]:

@@ -22,8 +22,8 @@ from ..quantize.recipe import SCALINGS
 from ..runtimes import ModelInfo
 from ..runtimes.info import FLOATS
 from ..texts.prompts import find_answers
-from .report import Gate
-from .table import FLOAT_LIMIT, graph_paths
+from .report import Gate, unchecked
+from .table import FLOAT_LIMIT
 
 # Name to values, float32: a vector, or a Dense matrix's products [out, DIRECTIONS].
 Tensors = Mapping[str, np.ndarray]
@@ -37,7 +37,16 @@ NAMED = 5
 
 
 def read_tensors(spec: ModelSpec) -> Tensors:
-    """Read a reference's tensors, with its adapter if it has one."""
+    """Read a reference's tensors, with its adapter if it has one.
+
+    Returns:
+        Norms and biases by their `Qwen3Model` names, float32 [size]; a reranker's head as `HEAD`,
+        float32 [hidden_size]; each Dense module's bias, float32 [out], and its matrix times random
+        directions, float32 [out, DIRECTIONS].
+
+    Raises:
+        CheckpointError: A tensor is missing, or has another shape or dtype.
+    """
     return _vectors(spec) | dict(_dense_tensors(spec.outputs, spec.source.pipeline))
 
 
@@ -51,12 +60,12 @@ def tensors_gate(info: ModelInfo, expected: Tensors | None) -> Gate:
         expected: The reference's; None if they are not known.
     """
     if expected is None:
-        return _unchecked("this recorded reference has no such tensors: record it again")
+        return unchecked(GATE, "this recorded reference has no such tensors: record it again")
     kept = _find_kept(info)
     # A checkpoint of another tool may name its modules otherwise, and runs them itself.
     outputs = info.outputs if info.artifact is not None else Outputs()
     if kept is None and not outputs.dense:
-        return _unchecked("another tool may have folded factors into any of them")
+        return unchecked(GATE, "another tool may have folded factors into any of them")
     wrong = []
     for place, read in _readers(info) if kept else ():
         for name in filter(kept, expected):
@@ -71,10 +80,6 @@ def tensors_gate(info: ModelInfo, expected: Tensors | None) -> Gate:
         wrong.append(str(error))
     rest = f"; and {len(wrong) - NAMED:,} more" if len(wrong) > NAMED else ""
     return Gate(GATE, len(wrong), "≤", 0, "; ".join(wrong[:NAMED]) + rest)
-
-
-def _unchecked(reason: str) -> Gate:
-    return Gate(GATE, None, "≤", 0, basis=f"not checked: {reason}")
 
 
 def _vectors(spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -129,14 +134,16 @@ def _readers(info: ModelInfo) -> Iterator[tuple[str, Callable[[str], np.ndarray 
         yield "the weights", _vectors(info.checkpoint).get
         return
     assert info.artifact is not None
-    for path in graph_paths(info.artifact):
-        values = ir.load(path).graph.initializers
+    graph = info.artifact.manifest.graph
+    assert graph is not None
+    for path in graph.paths:
+        values = ir.load(info.folder / path).graph.initializers
 
         def read(name: str, values: Any = values) -> np.ndarray | None:
             tensor = values[name].const_value if name in values else None
             return None if tensor is None else tensor.numpy().astype(np.float32).ravel()
 
-        yield path.relative_to(info.folder).as_posix(), read
+        yield path, read
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> str | None:

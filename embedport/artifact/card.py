@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..machine.engine import EngineRecord
-from ..tables import count_words, fact_table
+from ..tables import INPUT, count_words, fact_table
 from .manifest import GraphRecord, Manifest
 
 GROUPED = re.compile(r"(int[48])/(\d+)(s?)")
@@ -70,7 +70,7 @@ def recipe_words(recipe: Mapping[str, Any], task: str) -> str:
     if calibration is not None:
         # Artifacts of before do not count the tokens.
         tokens = f" of {calibration['tokens']:,} tokens" if "tokens" in calibration else ""
-        inputs = count_words(calibration["texts"], "pair" if task == "reranker" else "text")
+        inputs = count_words(calibration["texts"], INPUT[task])
         texts = (
             f"; calibrated on {inputs}{tokens} ({calibration['source']}), "
             f"sha256 {calibration['sha256'][:12]}"

@@ -160,6 +160,12 @@ class GraphRecord:
     shared: SharedRecord | None = None
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all ONNX graphs in the folder, the main one first."""
+        continuation = () if self.continuation is None else (self.continuation.path,)
+        return (self.path, *continuation, *(() if self.shared is None else self.shared.paths))
+
+    @property
     def has_functions(self) -> bool:
         """Whether parts of the graph are functions that embedport's kernels compute on a CPU."""
         return self.dialect == "ort" and self.arithmetic == "fp32"
@@ -283,10 +289,11 @@ class Manifest:
             raise ArtifactError(f"{path} is damaged: {error}") from error
         _check_values(path, values)
         graph: GraphRecord | None = values["graph"]
-        records = [graph, graph.continuation if graph else None, values["engine"]]
-        parts = [record.path for record in records if record]
-        if graph and graph.shared:
-            parts += [*graph.shared.paths, *filter(None, [graph.shared.openvino])]
+        parts = [*(graph.paths if graph else ())]
+        if graph and graph.shared and graph.shared.openvino:
+            parts.append(graph.shared.openvino)
+        if values["engine"]:
+            parts.append(values["engine"].path)
         folders = [dense.path for dense in values["outputs"].dense]
         for name in (*parts, *folders, *values["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tables import count_words
+from ..tables import INPUT, count_words
 from .inputs import (
     AdapterOption,
     CandidatesOption,
@@ -94,7 +94,7 @@ def reference(
         return
     console = stdout_console()
     origin = recorded.origin
-    noun = "text" if origin.task == "embedding" else "pair"
+    noun = INPUT[origin.task]
     runs = "; ".join(map(origin.describe, recorded.results))
     console.print(
         f"{out}: {origin.pinned} in {origin.library} {origin.versions[origin.library]}, {runs}, "

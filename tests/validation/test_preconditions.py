@@ -1,4 +1,4 @@
-"""What a validation refuses before it runs anything, and warns about."""
+"""Everything that a validation refuses or warns about before it runs anything."""
 
 import json
 import shutil
