@@ -110,9 +110,11 @@ def chunk_states(
         cache = None
         if prefix:
             cache = DynamicCache(config=model.config)
-            model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+            # By position: transformers 5.24 renamed `past_key_values`, and any version ignores a
+            # name that it does not know.
+            model(torch.tensor([prefix]), None, None, cache, use_cache=True)
             cache.batch_repeat_interleave(len(chunk))
-        out = model(ids, past_key_values=cache, use_cache=cache is not None)
+        out = model(ids, None, None, cache, use_cache=cache is not None)
         yield chunk.tolist(), out.last_hidden_state
 
 
