@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,63 +74,47 @@ def describe_recipe(recipe: Recipe, rows: Sequence[np.ndarray], task: Task) -> l
     return steps
 
 
-def estimate_memory(
-    spec: ModelSpec, recipe: Recipe | None, rows: Sequence[np.ndarray], *, torch: bool = False
-) -> int:
-    """The largest resident memory in bytes, about."""
-    layer = max(_layer_weights(spec).values())
-    total = BASE_BYTES + torch * TORCH_BYTES + 3 * 4 * layer
-    if recipe is not None and recipe.is_calibrated:
-        stages = _stage_inputs(spec)
-        # Two inputs at once, one being made from the other; in GPTAQ the original model's too.
-        states = (spec.hidden_size + 2 * max(stages)) * (1 + (recipe.compensation == "gptaq"))
-        total += 4 * sum(map(len, rows)) * states + 3 * 8 * max(stages) ** 2
-    return total
-
-
-def estimate_seconds(
+def estimate_cost(
     spec: ModelSpec,
     recipe: Recipe | None,
     rows: Sequence[np.ndarray],
     bytes_written: int,
     *,
     torch: bool = False,
-) -> float:
-    """Seconds, about, on this machine, whose products are measured."""
-    weights = _layer_weights(spec)
-    total = sum(weights.values()) * spec.num_layers
+) -> tuple[int, float]:
+    """The largest resident memory in bytes, and seconds on this machine, both about.
+
+    How fast the machine multiplies is measured.
+    """
+    shapes = spec.tensor_shapes()
+    layer = [shapes[f"{name}.weight"] for name in matrices(spec) if name.startswith("layers.0.")]
+    weights = sum(map(math.prod, layer))
+    memory = BASE_BYTES + torch * TORCH_BYTES + 3 * 4 * max(map(math.prod, layer))
     seconds = (
         STARTING
         + torch * IMPORTING
         + bytes_written / 1e9
-        + WRITTEN * 1e-9 * total
+        + WRITTEN * 1e-9 * weights * spec.num_layers
         + SESSION * spec.num_layers
     )
     if recipe is None or not recipe.is_calibrated:
-        return seconds
+        return memory, seconds
     stages, tokens = _stage_inputs(spec), sum(map(len, rows))
+    # Two inputs at once, one being made from the other; in GPTAQ the original model's too.
+    states = (spec.hidden_size + 2 * max(stages)) * (1 + (recipe.compensation == "gptaq"))
+    memory += 4 * tokens * states + 3 * 8 * max(stages) ** 2
     squares = sum(size**2 for size in stages)
-    corrections = sum(count * columns for (_, columns), count in weights.items())
-    products = tokens * sum(weights.values())
-    sessions = 5
+    corrections = sum(outputs * inputs**2 for outputs, inputs in layer)
+    products, sessions = tokens * weights, 5
     if recipe.compensation is not None:
         # The Hessian is symmetric; its root and inverse are in float64.
         products += tokens * squares / 2 + sum(2 * size**3 for size in stages) + corrections / 2
     if recipe.compensation == "gptaq":
-        products += tokens * (sum(weights.values()) + squares) + 3 * corrections
+        products += tokens * (weights + squares) + 3 * corrections
         sessions *= 2
     seconds += spec.num_layers * (2 * products / _products_per_second() + sessions * SESSION)
-    return seconds * recipe.passes + (SEARCHED + ROUNDED) * 1e-9 * total
-
-
-def _layer_weights(spec: ModelSpec) -> Mapping[tuple[str, int], int]:
-    """The weights of each projection of a layer, by its name and number of inputs."""
-    weights = {}
-    for name in matrices(spec):
-        if name.startswith("layers.0."):
-            shape = spec.tensor_shapes()[f"{name}.weight"]
-            weights[name, shape[1]] = math.prod(shape)
-    return weights
+    rounded = (SEARCHED + ROUNDED) * 1e-9 * weights * spec.num_layers
+    return memory, seconds * recipe.passes + rounded
 
 
 def _stage_inputs(spec: ModelSpec) -> list[int]:

@@ -168,16 +168,18 @@ def advised_tokens(spec: ModelSpec, names: Sequence[str] | None = None) -> tuple
     return largest, inputs[largest], TOKENS_PER_INPUT * inputs[largest]
 
 
-def warn_of_few_tokens(spec: ModelSpec, recipe: Recipe, rows: Sequence[np.ndarray]) -> None:
+def warn_of_few_tokens(spec: ModelSpec, recipe: Recipe | None, rows: Sequence[np.ndarray]) -> None:
     """Warn if GPTQ or GPTAQ would compute a Hessian from too few tokens.
 
     Args:
         spec: The checkpoint's spec.
-        recipe: How it is quantized; without formats, all projections are.
+        recipe: How it is quantized, if it is; without formats, all projections are.
         rows: Token ids of the calibration texts, int64 [tokens] each.
     """
+    if recipe is None or recipe.compensation is None:
+        return
     names = [name for name in recipe.formats if name != TABLE]
-    if recipe.compensation is None or (recipe.formats and not names):
+    if recipe.formats and not names:
         return
     (name, inputs, advised), tokens = advised_tokens(spec, names), sum(map(len, rows))
     # `embedport calibration` ends before the text that would exceed what is advised.

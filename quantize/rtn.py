@@ -76,7 +76,7 @@ class Groups:
         scales = np.maximum(share * (self.high - self.low) / top, TINY)
         scales = scheme.representable(scales)
         zeros = np.clip(np.rint(-share * self.low / scales), 0, top).astype(np.uint8)
-        return scales.astype(np.float32), zeros
+        return scales, zeros
 
     def round(self, scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:
         """The nearest codes, as float32 [out, groups, size]."""

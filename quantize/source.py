@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from ..checkpoint.spec import ModelSpec
-from .schemes import QuantizedTensor
+from .schemes import QuantizedTensor, QuantScheme
 
 # Values of a range of rows: a table of 150,000 is never whole in memory in fp32.
 CHUNK_VALUES = 16 << 20
+
+Quantize = Callable[[np.ndarray, QuantScheme], QuantizedTensor]
 
 
 class WeightSource(Protocol):
@@ -77,3 +79,13 @@ def row_ranges(shape: tuple[int, ...]) -> list[slice]:
     """Cut a tensor of this shape into ranges of rows, of 16 million values at most."""
     step = max(1, CHUNK_VALUES // math.prod(shape[1:]))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def quantize_rows(
+    source: WeightSource, name: str, scheme: QuantScheme, quantize: Quantize
+) -> QuantizedTensor:
+    """Quantize a matrix of any size, one range of rows at a time."""
+    shape = source.spec.tensor_shapes()[f"{name}.weight"]
+    return QuantizedTensor.concatenate(
+        [quantize(source.read_fp32(f"{name}.weight", rows), scheme) for rows in row_ranges(shape)]
+    )

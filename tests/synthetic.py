@@ -30,7 +30,7 @@ from embedport.checkpoint.spec import ModelSpec, Task
 from embedport.checkpoint.tensor_files import INDEX, SINGLE
 from embedport.checkpoint.tokens import SPLIT
 from embedport.exporters.checkpoints.config import checkpoint_config
-from embedport.exporters.checkpoints.methods import plan_method
+from embedport.exporters.checkpoints.methods import Options, plan_method
 from embedport.exporters.checkpoints.packing import gptq_parts, packed_parts
 from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.companions import write_companions
@@ -155,7 +155,7 @@ def round_to_nearest(
         The folder.
     """
     spec = ModelSpec.from_checkpoint(source, task=task)
-    plan, weights = plan_method(spec, method, group_size=group_size), open_floats(spec)
+    plan, weights = plan_method(spec, Options(method, group_size=group_size)), open_floats(spec)
     pack = gptq_parts if method == "gptq" else packed_parts
     out.mkdir()
     write_companions(spec, out)

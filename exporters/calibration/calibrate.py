@@ -12,9 +12,8 @@ from ...checkpoint.weights import Weights
 from ...quantize.formats import TABLE, Format
 from ...quantize.mse import quantize_mse
 from ...quantize.recipe import Recipe
-from ...quantize.rows import quantize_rows
 from ...quantize.schemes import QuantizedTensor
-from ...quantize.source import WeightSource
+from ...quantize.source import WeightSource, quantize_rows
 from .gptq_awq import quantize_layers, scale_layers
 
 

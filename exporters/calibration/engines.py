@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import DeviceError, InputError, require
+from ...quantize import gptq
 from ...quantize.formats import Format
-from ...quantize.gptq import Curvature, quantize_gptq
 from ...quantize.schemes import QuantizedTensor
 from ...quantize.source import DequantizedWeights, WeightSource
 from ..graph.initializers import QuantizedMatrices
@@ -22,29 +23,43 @@ from ..graph.qwen3 import Design
 from .layerwise import Segment
 from .moments import measure_moments
 
+if TYPE_CHECKING:
+    from .torch_segment import TorchSegment
+
 DEVICES = ("cpu", "cuda")
 
 
-class RunsTexts(Protocol):
-    """A segment of a layer: see `layerwise.Segment`."""
+class Engine(ABC):
+    """Runs segments of layers, and quantizes what they lead to.
 
-    names: list[str]
+    Args:
+        source: The weights.
+        formats: The projections' formats.
 
-    def run(
-        self, rows: Sequence[np.ndarray], states: list[np.ndarray], inputs: list[np.ndarray]
-    ) -> list[np.ndarray]:
-        """Run texts through the segment."""
-        ...
+    Attributes:
+        rounding: `quantize.gptq`, or its like on the engine's own arrays.
+    """
 
+    rounding: Any
 
-class Engine(Protocol):
-    """Runs segments of layers, and quantizes what they lead to."""
+    def __init__(self, source: WeightSource, formats: Mapping[str, Format]) -> None:
+        self._source, self._formats = source, formats
 
+    @abstractmethod
     def segment(
         self, layer: int, stage: int, done: Mapping[str, QuantizedTensor]
-    ) -> AbstractContextManager[RunsTexts]:
+    ) -> AbstractContextManager[Segment | TorchSegment]:
         """Open a segment, with the layer's projections that are quantized already."""
-        ...
+
+    @abstractmethod
+    def moments(
+        self, inputs: Sequence[np.ndarray], originals: Sequence[np.ndarray], last: int
+    ) -> tuple[Any, Any]:
+        """`moments.measure_moments`, in the engine's own arrays."""
+
+    def read(self, name: str) -> Any:
+        """A projection's weights, float32 [out, in], as the engine's own array."""
+        return self._source.read_fp32(f"{name}.weight")
 
     def quantize(
         self,
@@ -64,7 +79,16 @@ class Engine(Protocol):
         Raises:
             CheckpointError: The inputs are not finite, or their Hessian cannot be inverted.
         """
-        ...
+        hessian, cross = self.moments(inputs, originals, last)
+        curvature = self.rounding.Curvature(hessian)
+        del hessian
+        done = {}
+        for name in names:
+            weight = self.read(name)
+            if cross is not None:
+                weight = curvature.shifted(weight, cross)
+            done[name] = self.rounding.quantize_gptq(weight, curvature, self._formats[name].scheme)
+        return done
 
 
 def open_engine(
@@ -113,7 +137,7 @@ def _has_product(format: Format) -> bool:
     return scheme.group_size is not None and not format.activations and not scheme.nf4
 
 
-class CpuEngine:
+class CpuEngine(Engine):
     """onnxruntime's products of segments, and numpy's rounding.
 
     Matrices that are quantized in groups are multiplied by the graph's operators, others
@@ -125,9 +149,12 @@ class CpuEngine:
         folder: Where a segment's graph may be written while it runs.
     """
 
+    rounding = gptq
+
     def __init__(self, source: WeightSource, formats: Mapping[str, Format], folder: Path) -> None:
+        super().__init__(source, formats)
         self._design = Design(source, OrtDialect(), PRECISIONS["fp32"])
-        self._source, self._formats, self._folder = source, formats, folder
+        self._folder = folder
 
     def segment(self, layer: int, stage: int, done: Mapping[str, QuantizedTensor]) -> Segment:
         """Open a segment: see `Engine`."""
@@ -140,20 +167,8 @@ class CpuEngine:
             design = replace(self._design, weights=DequantizedWeights(self._source, done))
         return Segment(design, layer, self._folder, stage)
 
-    def quantize(
-        self,
-        names: Sequence[str],
-        inputs: Sequence[np.ndarray],
-        originals: Sequence[np.ndarray],
-        last: int,
-    ) -> dict[str, QuantizedTensor]:
-        """Quantize projections that share their inputs: see `Engine`."""
-        hessian, cross = measure_moments(inputs, originals, last)
-        curvature = Curvature(hessian)
-        done = {}
-        for name in names:
-            weight = self._source.read_fp32(f"{name}.weight")
-            if cross is not None:
-                weight = curvature.shifted(weight, cross)
-            done[name] = quantize_gptq(weight, curvature, self._formats[name].scheme)
-        return done
+    def moments(
+        self, inputs: Sequence[np.ndarray], originals: Sequence[np.ndarray], last: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Second moments of the inputs."""
+        return measure_moments(inputs, originals, last)

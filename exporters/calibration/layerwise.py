@@ -41,24 +41,10 @@ TOKENS_AT_ONCE = 1 << 13
 BLOCK = 256
 
 
-def run_layer(layer: Layer, rows: Sequence[np.ndarray], states: list[np.ndarray]) -> None:
-    """Run texts through a layer.
-
-    Args:
-        layer: The layer, open.
-        rows: Token ids, int64 [tokens] each.
-        states: Each text's states before the layer, float32 [1, tokens, hidden_size]; replaced in
-            the list by those after it.
-    """
-    for i, ids in enumerate(rows):
-        states[i] = layer.run(ids, states[i])
-
-
 class _Part:
     """A part of the model in a session; `with` closes it and deletes its graph.
 
     Args:
-        design: The model.
         g: The part's nodes.
         inputs: Its inputs.
         outputs: Its outputs.
@@ -68,17 +54,13 @@ class _Part:
 
     def __init__(
         self,
-        design: Design,
         g: GraphBuilder,
         inputs: Sequence[ir.Value],
         outputs: Sequence[ir.Value],
         folder: Path,
         name: str,
     ) -> None:
-        dialect = design.dialect
-        model = g.model(
-            inputs, outputs, opsets=dialect.opsets, ir_version=dialect.ir_version, name=name
-        )
+        model = g.model(inputs, outputs, name)
         _remove_unused(model.graph)
         self._temporary = tempfile.TemporaryDirectory(dir=folder)
         path = Path(self._temporary.name) / "part.onnx"
@@ -108,7 +90,7 @@ class Layer(_Part):
         g, probes = described.g, described.taps.probes
         magnitudes = [g.op("ReduceMax", g.op("Abs", x), keepdims=0) for x in probes.values()]
         outputs = [described.out, *magnitudes]
-        super().__init__(design, g, described.inputs, outputs, folder, f"layer_{layer}")
+        super().__init__(g, described.inputs, outputs, folder, f"layer_{layer}")
         self._probes = list(probes)
         self._out = described.out.name
 
@@ -165,9 +147,8 @@ class Segment(_Part):
             outputs = [inputs[2] if value is residual else value for value in outputs]
         # A graph's input cannot be its output.
         outputs = [described.g.op("Identity", v) if v in inputs else v for v in outputs]
-        super().__init__(
-            design, described.g, inputs, outputs, folder, f"layer_{layer}_segment_{stage}"
-        )
+        name = f"layer_{layer}_segment_{stage}"
+        super().__init__(described.g, inputs, outputs, folder, name)
         self._feeds = [value.name for value in inputs]
 
     def run(
@@ -217,7 +198,7 @@ class _Described(NamedTuple):
 
 
 def _describe(design: Design, layer: int) -> _Described:
-    g = GraphBuilder()
+    g = design.dialect.builder()
     ids, mask = text_inputs()
     stream = ir.val("stream", dtype=FLOAT, shape=("batch", "sequence", design.spec.hidden_size))
     batch = describe_inputs(g, design, ids, mask)
@@ -254,10 +235,10 @@ def embed_rows(weights: WeightSource, rows: Sequence[np.ndarray]) -> list[np.nda
 
 def embed_quantized(design: Design, rows: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
     """Each text's embeddings from the design's own, possibly quantized, table."""
-    g = GraphBuilder()
+    g = design.dialect.builder()
     inputs = text_inputs()
     out = embed(g, design, describe_inputs(g, design, *inputs)).residual
-    with _Part(design, g, inputs, [out], folder, "embed_tokens") as part:
+    with _Part(g, inputs, [out], folder, "embed_tokens") as part:
         return [part.session.run(None, _feeds(row))[0] for row in rows]
 
 

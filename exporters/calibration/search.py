@@ -27,14 +27,16 @@ from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
 from ...quantize.formats import TABLE, Format, matrices, quantized_bytes
 from ...quantize.recipe import Recipe
-from ...quantize.schemes import QuantizedTensor, QuantScheme
+from ...quantize.rtn import quantize_rtn
+from ...quantize.schemes import QuantizedTensor
+from ...quantize.source import quantize_rows
 from ...texts.beir import RetrievalSet
 from ...texts.ranking import NDCG, measure, rank_candidates, rank_documents
 from ..graph.initializers import QuantizedMatrices
 from ..graph.precision import Precision, weight_bytes
 from ..graph.qwen3 import Design
 from .choice import Level, Upgrade, choose_within, sort_upgrades
-from .layerwise import Layer, embed_quantized, embed_rows, final_vectors, run_layer
+from .layerwise import Layer, embed_quantized, embed_rows, final_vectors
 from .moments import blocks
 
 # Fewest bytes first; "fp32" is a matrix without a format.
@@ -59,7 +61,6 @@ TRIALS = 8
 # Tokens of a retrieval set to run together, about: states take 4 KB per token of the 0.6B model.
 PART_TOKENS = 1 << 17
 
-Quantize = Callable[[str, QuantScheme], QuantizedTensor]
 # (formats' texts by matrix, calibration texts' token ids, folder) to the quantized model.
 Apply = Callable[[Mapping[str, str], Sequence[np.ndarray], Path], Design]
 
@@ -179,7 +180,6 @@ class Search:
 
 def search_formats(
     design: Design,
-    quantize: Quantize,
     apply: Apply,
     rows: Sequence[np.ndarray],
     target: Target,
@@ -190,7 +190,6 @@ def search_formats(
 
     Args:
         design: The model in fp32, in the `ort` dialect.
-        quantize: A function from a matrix's name and a scheme to the quantized matrix.
         apply: A function that quantizes whole models, by the algorithm of the result.
         rows: Token ids of the texts, int64 [tokens] each.
         target: What to keep.
@@ -201,7 +200,7 @@ def search_formats(
         InputError: Not even fp32 keeps the quality, or what keeps it exceeds the size.
     """
     measured = _select_texts(rows, _measured_tokens(design))
-    sensitivities = _measure_matrices(design, quantize, measured, folder, advance)
+    sensitivities = _measure_matrices(design, measured, folder, advance)
     options = {matrix.name: _predict(design, matrix) for matrix in sensitivities}
     smallest = smallest_bytes(design.spec, design.precision, target.recipe)
     trials: list[Trial] = []
@@ -345,7 +344,6 @@ def _select_texts(rows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
 
 def _measure_matrices(
     design: Design,
-    quantize: Quantize,
     rows: Sequence[np.ndarray],
     folder: Path,
     advance: Callable[[], None],
@@ -356,7 +354,7 @@ def _measure_matrices(
     first = _assign(design.spec, [])
     table = states
     if first[TABLE] != FP32:
-        trial = _with_formats(design, {TABLE: first[TABLE]}, quantize)
+        trial = _with_format(design, TABLE, first[TABLE])
         table = embed_quantized(trial, rows, folder)
     # For each text the states of all models, the fp32 one first: [models, tokens, hidden_size].
     models = [np.empty((len(first) + 1, *state.shape[1:]), np.float32) for state in states]
@@ -372,7 +370,7 @@ def _measure_matrices(
             if not name.startswith(f"layers.{number}."):
                 continue
             names.append(name)
-            trial = _with_formats(design, {name: first[name]}, quantize)
+            trial = _with_format(design, name, first[name])
             with Layer(trial, number, folder) as layer:
                 for ids, all_states, state in zip(rows, models, before, strict=True):
                     all_states[len(names)] = layer.run(ids, state)[0]
@@ -433,10 +431,15 @@ def _bytes_of(
     return weight_bytes(spec, replace(precision, formats=_parse(texts)), rotates=rotates)
 
 
-def _with_formats(design: Design, texts: Mapping[str, str], quantize: Quantize) -> Design:
-    formats = _parse(texts)
-    quantized = QuantizedMatrices(lambda name: quantize(name, formats[name].scheme))
-    return replace(design, precision=replace(design.precision, formats=formats), matrices=quantized)
+def _with_format(design: Design, name: str, text: str) -> Design:
+    """The model with one matrix rounded to nearest."""
+    formats = _parse({name: text})
+
+    def quantize(name: str) -> QuantizedTensor:
+        return quantize_rows(design.weights, name, formats[name].scheme, quantize_rtn)
+
+    precision = replace(design.precision, formats=formats)
+    return replace(design, precision=precision, matrices=QuantizedMatrices(quantize))
 
 
 def _parse(texts: Mapping[str, str]) -> dict[str, Format]:
@@ -454,7 +457,8 @@ def _run_model(design: Design, rows: Sequence[np.ndarray], folder: Path) -> np.n
             states = embed_rows(design.weights, part)
         for number in range(design.spec.num_layers):
             with Layer(design, number, folder) as layer:
-                run_layer(layer, part, states)
+                for i, ids in enumerate(part):  # in place: states may be gigabytes
+                    states[i] = layer.run(ids, states[i])
         vectors.append(final_vectors(design, states))
     return np.concatenate(vectors)
 

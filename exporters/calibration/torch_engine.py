@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from ...quantize import torch_gptq
 from ...quantize.formats import Format
 from ...quantize.schemes import QuantizedTensor
 from ...quantize.source import WeightSource
-from ...quantize.torch_gptq import Curvature, quantize_gptq
+from .engines import Engine
 from .moments import BLOCK, blocks, token_weights
 from .torch_segment import TorchSegment
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """A layer's segments and the rounding of its matrices, on a device of torch.
 
     Memory on the device holds a segment's matrices, a block of tokens, and one matrix with its
@@ -27,34 +28,21 @@ class TorchEngine:
         device: The device.
     """
 
+    rounding = torch_gptq
+
     def __init__(self, source: WeightSource, formats: Mapping[str, Format], device: str) -> None:
-        self._source, self._formats, self._device = source, formats, device
+        super().__init__(source, formats)
+        self._device = device
 
     def segment(self, layer: int, stage: int, done: Mapping[str, QuantizedTensor]) -> TorchSegment:
-        """Open a segment: see `engines.Engine`."""
+        """Open a segment: see `Engine`."""
         return TorchSegment(self._source, layer, stage, done, self._device)
 
-    @torch.inference_mode()
-    def quantize(
-        self,
-        names: Sequence[str],
-        inputs: Sequence[np.ndarray],
-        originals: Sequence[np.ndarray],
-        last: int,
-    ) -> dict[str, QuantizedTensor]:
-        """Quantize projections that share their inputs: see `engines.Engine`."""
-        hessian, cross = self._moments(inputs, originals, last)
-        curvature = Curvature(hessian)
-        del hessian
-        done = {}
-        for name in names:
-            weight = torch.from_numpy(self._source.read_fp32(f"{name}.weight")).to(self._device)
-            if cross is not None:
-                weight = curvature.shifted(weight, cross)
-            done[name] = quantize_gptq(weight, curvature, self._formats[name].scheme)
-        return done
+    def read(self, name: str) -> torch.Tensor:
+        """A projection's weights, float32 [out, in], on the device."""
+        return torch.from_numpy(super().read(name)).to(self._device)
 
-    def _moments(
+    def moments(
         self, inputs: Sequence[np.ndarray], originals: Sequence[np.ndarray], last: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`moments.measure_moments` on the device."""

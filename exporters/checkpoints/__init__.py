@@ -1,5 +1,6 @@
 """Quantized checkpoints in the formats of bitsandbytes, AutoGPTQ and compressed-tensors."""
 
-from .quantize import Options, estimate_checkpoint, quantize_checkpoint
+from .methods import Options
+from .quantize import estimate_checkpoint, quantize_checkpoint
 
 __all__ = ["Options", "estimate_checkpoint", "quantize_checkpoint"]

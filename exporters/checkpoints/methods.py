@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
@@ -10,6 +11,21 @@ from ...quantize.formats import GROUP_SIZES, matrices
 from ...quantize.nf4 import BLOCK as NF4_BLOCK
 from ...quantize.recipe import fit_to_task
 from ...quantize.schemes import QuantScheme, ScaleDtype
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `quantize_checkpoint` that decide what is written; explained there."""
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    double_quant: bool = False
+    symmetric: bool = False
+    fast: bool = False
+    form: str | None = None
+    calibration: str | Path | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -138,22 +154,14 @@ class Plan:
         return f"int{self.bits}/{self.group_size}{'s' if self.symmetric else ''}"
 
 
-def plan_method(
-    spec: ModelSpec,
-    name: str,
-    *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    double_quant: bool = False,
-    symmetric: bool = False,
-    fast: bool = False,
-) -> Plan:
+def plan_method(spec: ModelSpec, options: Options) -> Plan:
     """Check the options against the model.
 
     Raises:
         InputError: The method is unknown, it does not take an option, or its groups, blocks or
             packed words do not divide a matrix.
     """
+    name, bits, group_size = options.method, options.bits, options.group_size
     if name not in METHODS:
         raise InputError(f"method should be one of {', '.join(METHODS)}, found {name!r}")
     method = METHODS[name]
@@ -165,12 +173,12 @@ def plan_method(
         raise InputError(f"`method` {name} has no groups: `group_size` goes with {grouped}")
     if group_size not in (None, *GROUP_SIZES):
         raise InputError(f"group_size should be one of {GROUP_SIZES}, found {group_size}")
-    if double_quant and name != "bnb-nf4":
+    if options.double_quant and name != "bnb-nf4":
         raise InputError(f"`double_quant` goes with `method` bnb-nf4, not with {name}")
-    if symmetric and not method.zero_points:
+    if options.symmetric and not method.zero_points:
         having = ", ".join(key for key, entry in METHODS.items() if entry.zero_points)
         raise InputError(f"`method` {name} has no zero points: `symmetric` goes with {having}")
-    if fast and not method.fast:
+    if options.fast and not method.fast:
         calibrated = ", ".join(key for key, entry in METHODS.items() if entry.fast)
         raise InputError(f"`method` {name} is fast: `fast` goes with {calibrated}")
     plan = Plan(
@@ -178,11 +186,11 @@ def plan_method(
         method,
         bits or method.bits,
         group_size or method.group_size,
-        double_quant,
-        symmetric or not method.zero_points,
-        method.fast if fast else fit_to_task(method.algorithm, spec.task),
+        options.double_quant,
+        options.symmetric or not method.zero_points,
+        method.fast if options.fast else fit_to_task(method.algorithm, spec.task),
         # A float's small values have small steps: rotation would only spread the large ones.
-        rotate_heads=not (fast and method.group_size) and name != "fp8",
+        rotate_heads=not (options.fast and method.group_size) and name != "fp8",
     )
     _check_shapes(spec, plan)
     return plan

@@ -52,12 +52,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def packed_parts(tensor: QuantizedTensor) -> Parts:
     """compressed-tensors' "pack-quantized"."""
-    import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    words = pack_to_int32(torch.from_numpy(tensor.signed_codes()), tensor.scheme.bits)
     parts = {
-        "weight_packed": words.numpy(),
+        "weight_packed": pack(tensor.codes, tensor.scheme.bits),
         "weight_scale": _stored_scales(tensor),
         "weight_shape": np.array(tensor.codes.shape, np.int64),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..calibration.engines import check_device
 from ..calibration.gptq_awq import kept_bytes, kept_layers
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
-from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
+from ..estimate import Estimate, describe_recipe, estimate_cost
 from ..provenance import Progress, counted, source_record, versions
 from ..texts import (
     CPU_TOKENS,
@@ -38,7 +38,7 @@ from ..texts import (
 )
 from .config import FORMS, Form, checkpoint_config, gptq_config
 from .matrices import Quantize, apply_plan, check_finite
-from .methods import Plan, plan_method, stored_bytes
+from .methods import Options, Plan, plan_method, stored_bytes
 from .serving import write_serving_files
 from .shards import ShardWriter
 
@@ -57,21 +57,6 @@ PARTS = 6
 SPARE_BYTES = 64 << 20
 HEADS = ("lm_head.weight", "score.weight")
 CALIBRATED = "gptq and awq, and without `fast` with w8a8 and bnb-nf4"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of `quantize_checkpoint` that decide what is written; explained there."""
-
-    method: str
-    bits: int | None = None
-    group_size: int | None = None
-    double_quant: bool = False
-    symmetric: bool = False
-    fast: bool = False
-    form: str | None = None
-    calibration: str | Path | None = None
-    device: str = "cpu"
 
 
 def quantize_checkpoint(
@@ -213,12 +198,8 @@ def estimate_checkpoint(
     recipe, size = _recipe(spec, plan), _weight_bytes(spec, plan, form)
     steps = [f"{spec.source.id}: {spec.task}, {plan.name}, for {plan.method.requires}"]
     uses_torch = "torch" in NEEDED[plan.method.library]
-    return Estimate(
-        (*steps, *describe_recipe(recipe, rows, spec.task)),
-        size,
-        estimate_memory(spec, recipe, rows, torch=uses_torch),
-        estimate_seconds(spec, recipe, rows, size, torch=uses_torch),
-    )
+    memory, seconds = estimate_cost(spec, recipe, rows, size, torch=uses_torch)
+    return Estimate((*steps, *describe_recipe(recipe, rows, spec.task)), size, memory, seconds)
 
 
 def _plan(spec: ModelSpec, options: Options) -> tuple[Plan, Form | None, list[np.ndarray]]:
@@ -227,15 +208,7 @@ def _plan(spec: ModelSpec, options: Options) -> tuple[Plan, Form | None, list[np
     Returns:
         (the plan, a reranker's form, token ids of the calibration texts).
     """
-    plan = plan_method(
-        spec,
-        options.method,
-        bits=options.bits,
-        group_size=options.group_size,
-        double_quant=options.double_quant,
-        symmetric=options.symmetric,
-        fast=options.fast,
-    )
+    plan = plan_method(spec, options)
     calibration, device = options.calibration, options.device
     if spec.quantization is not None:
         raise CheckpointError(

@@ -16,13 +16,18 @@ DOMAIN = "embedport"
 class GraphBuilder:
     """Records nodes and initializers, and builds the model from them.
 
+    Args:
+        opsets: Operator versions by domain.
+        ir_version: The ONNX file's IR version.
+
     Attributes:
         scope: The part of the model being described; nodes are named "{scope}/{operator}_{n}".
             embedport.artifact.segments cuts a graph into parts by these names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opsets: dict[str, int], ir_version: int) -> None:
         self.scope = ""
+        self._opsets, self._ir_version = opsets, ir_version
         self._tape = ir.tape.Tape()
         self._outermost = self._tape
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
@@ -67,7 +72,6 @@ class GraphBuilder:
         *inputs: ir.Value,
         dtypes: Sequence[ir.DataType],
         describe: Callable[..., Sequence[ir.Value]],
-        opsets: dict[str, int],
         **attributes: int | float,
     ) -> list[ir.Value]:
         """Add a node that calls a model-local function, which the first call defines.
@@ -80,16 +84,15 @@ class GraphBuilder:
             dtypes: The outputs' dtypes. An output that nothing reads is dropped, except the last.
             describe: Takes a builder and the function's inputs, adds the nodes, and returns the
                 outputs.
-            opsets: Operator versions by domain.
             attributes: Constants for the kernel. They are the same at every call, so `describe`
                 may use them too.
         """
         if name not in self._functions:
-            g = _FunctionBuilder()
+            g = _FunctionBuilder(self._opsets, self._ir_version)
             g.scope = name
             parameters = [ir.Value(name=f"{name}/{i}", type=x.type) for i, x in enumerate(inputs)]
             results = describe(g, *parameters)
-            self._functions[name] = g.function(parameters, results, attributes, opsets)
+            self._functions[name] = g.function(parameters, results, attributes)
         return self.op_outputs(name, *inputs, dtypes=dtypes, domain=DOMAIN, **attributes)
 
     def choose(
@@ -137,15 +140,7 @@ class GraphBuilder:
         """Add a weight, under the tensor's name."""
         return self._outermost.initializer(tensor)
 
-    def model(
-        self,
-        inputs: Sequence[ir.Value],
-        outputs: Sequence[ir.Value],
-        *,
-        opsets: dict[str, int],
-        ir_version: int,
-        name: str,
-    ) -> ir.Model:
+    def model(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Model:
         """Build the model from everything recorded."""
         for node in self._tape.nodes:
             # The last output keeps its name: onnxruntime counts a node's outputs by it.
@@ -157,12 +152,12 @@ class GraphBuilder:
             outputs,
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
-            opset_imports=opsets | ({DOMAIN: 1} if self._functions else {}),
+            opset_imports=self._opsets | ({DOMAIN: 1} if self._functions else {}),
             name=name,
         )
         return ir.Model(
             graph,
-            ir_version=ir_version,
+            ir_version=self._ir_version,
             producer_name="embedport",
             functions=list(self._functions.values()),
         )
@@ -182,14 +177,13 @@ class _FunctionBuilder(GraphBuilder):
         inputs: Sequence[ir.Value],
         outputs: Sequence[ir.Value],
         attributes: dict[str, int | float],
-        opsets: dict[str, int],
     ) -> ir.Function:
         """Build the function from everything recorded, named after the scope."""
         integer, real = ir.AttributeType.INT, ir.AttributeType.FLOAT
         return ir.Function(
             DOMAIN,
             self.scope,
-            graph=ir.Graph(inputs, outputs, nodes=self._tape.nodes, opset_imports=opsets),
+            graph=ir.Graph(inputs, outputs, nodes=self._tape.nodes, opset_imports=self._opsets),
             attributes=[
                 ir.Attr(name, integer if isinstance(value, int) else real, None)
                 for name, value in attributes.items()

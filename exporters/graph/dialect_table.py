@@ -6,13 +6,10 @@ from ...errors import InputError
 from .dialect import Dialect
 from .older_dialect import OlderDialect
 from .ort_dialect import OrtDialect
-from .standard_dialect import StandardDialect
 
 # For the graph that other software reads, not for embedport's own.
 OLDER = OlderDialect()
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (OrtDialect(), StandardDialect())
-}
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (OrtDialect(), Dialect())}
 
 
 def find_dialect(name: str) -> Dialect:

@@ -20,6 +20,7 @@ from .dialect import (
     UINT8,
     Activations,
     AttentionValues,
+    Dialect,
     Heads,
     LayerPast,
     Positions,
@@ -39,7 +40,7 @@ ACCURACY_LEVEL = 4
 SMALL_ROW = 128
 
 
-class OrtDialect:
+class OrtDialect(Dialect):
     """GroupQueryAttention, SkipSimplifiedLayerNormalization and QuickGelu of onnxruntime.
 
     In fp32, for CPUs, they are in functions, which embedport has kernels for.
@@ -49,7 +50,6 @@ class OrtDialect:
     # Adds the input query_seqlens; without it a past works only for a batch of one row.
     continues: str | None = "onnxruntime>=1.32"
     opsets = {"": 23, MICROSOFT: 1}  # noqa: RUF012 (read only)
-    ir_version = 11
     # Before 1.27, GatherBlockQuantized reads wrong rows if a row has an odd number of 4-bit groups.
     # In 1.27, SkipSimplifiedLayerNormalization gives NaN now and then.
     requires = "onnxruntime>=1.28"
@@ -91,20 +91,17 @@ class OrtDialect:
         small = g.op("And", short, small)
         return values._replace(small=small, short=short)
 
-    def cos_sin(
-        self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType
-    ) -> tuple[ir.Value, ir.Value]:
+    def cos_sin(self, g: GraphBuilder, angles: ir.Value, compute: ir.DataType) -> list[ir.Value]:
         """Cos and Sin."""
-
-        def describe(f: GraphBuilder, angles: ir.Value) -> list[ir.Value]:
-            return [f.op("Cos", angles), f.op("Sin", angles)]
-
+        plain = super().cos_sin
         if not self._uses_functions(compute):
-            return g.op("Cos", angles), g.op("Sin", angles)
-        cosines, sines = g.call(
-            "CosSin", angles, dtypes=[FLOAT] * 2, describe=describe, opsets=self.opsets
+            return plain(g, angles, compute)
+        return g.call(
+            "CosSin",
+            angles,
+            dtypes=[FLOAT] * 2,
+            describe=lambda f, angles: plain(f, angles, compute),
         )
-        return cosines, sines
 
     def norm(self, g: GraphBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
         """SimplifiedLayerNormalization."""
@@ -116,7 +113,6 @@ class OrtDialect:
             weight,
             dtypes=[FLOAT],
             describe=lambda f, x, weight: [norm(f, x, weight, eps)],
-            opsets=self.opsets,
             epsilon=eps,
         )[0]
 
@@ -139,7 +135,6 @@ class OrtDialect:
                 x.value,
                 dtypes=[FLOAT, FLOAT],
                 describe=lambda f, residual, weight, x: add_norm(f, residual, x, weight, eps),
-                opsets=self.opsets,
                 epsilon=eps,
             )
             return Activations(normed), total
@@ -161,7 +156,6 @@ class OrtDialect:
             weight,
             dtypes=[FLOAT, FLOAT, UINT8, FLOAT],
             describe=describe,
-            opsets=self.opsets,
             epsilon=eps,
             width=width,
         )
@@ -184,7 +178,6 @@ class OrtDialect:
                 up,
                 dtypes=[FLOAT],
                 describe=lambda f, gate, up: [swiglu(f, gate, up)],
-                opsets=self.opsets,
             )
             return Activations(product)
 
@@ -201,7 +194,6 @@ class OrtDialect:
             up,
             dtypes=[FLOAT, UINT8, FLOAT],
             describe=describe,
-            opsets=self.opsets,
             width=width,
         )
         return Activations(product, rows={INT8: Rows(*rows)})
@@ -213,7 +205,6 @@ class OrtDialect:
             x,
             dtypes=[UINT8, FLOAT],
             describe=_round_rows,
-            opsets=self.opsets,
             width=width,
         )
         return Rows(*rows)
@@ -254,7 +245,6 @@ class OrtDialect:
             *inputs,
             dtypes=[FLOAT],
             describe=describe,
-            opsets=self.opsets,
             **attributes,
         )[0]
 
@@ -307,7 +297,6 @@ class OrtDialect:
             *(value for value in inputs if value is not None),
             dtypes=[FLOAT] * (1 if past is None else 3),
             describe=lambda f, *inputs: ort_attention.chosen_by_length(f, norm, spec, *inputs),
-            opsets=self.opsets,
             epsilon=spec.rms_norm_eps,
             scale=attention_scale(spec),
             num_heads=spec.num_heads,

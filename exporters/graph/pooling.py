@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from ...checkpoint.pipeline import Dense, Outputs, PoolingMode
-from ...checkpoint.pooling import FEWEST, SHORTEST, DenseWeights
+from ...checkpoint.pooling import FEWEST, SHORTEST, read_dense
 from .builder import GraphBuilder
 from .dialect import BOOL, FLOAT, INT64, Positions
 from .tensors import lazy_tensor
@@ -89,23 +90,18 @@ def _masked(g: GraphBuilder, states: ir.Value, real: ir.Value, value: float) -> 
     return g.op("Where", mask, states, g.constant(value, FLOAT), dtype=FLOAT)
 
 
-def describe_steps(
-    g: GraphBuilder,
-    vectors: ir.Value,
-    outputs: Outputs,
-    read: Callable[[Dense], DenseWeights],
-) -> ir.Value:
+def describe_steps(g: GraphBuilder, vectors: ir.Value, outputs: Outputs, folder: Path) -> ir.Value:
     """Add the modules after pooling: float32 [batch, width] to [batch, dim].
 
     Args:
         g: The graph.
         vectors: The pooled vectors.
         outputs: The modules.
-        read: Reads a Dense module's tensors.
+        folder: The folder with the Dense modules' tensors.
     """
     for step in outputs.steps:
         if isinstance(step, Dense):
-            vectors = _multiply(g, vectors, step, read)
+            vectors = _multiply(g, vectors, step, folder)
         else:
             vectors = normalize(g, vectors)
     return vectors if outputs.truncate is None else shorten(g, vectors, outputs.truncate)
@@ -122,15 +118,13 @@ def shorten(g: GraphBuilder, vectors: ir.Value, dim: int) -> ir.Value:
     return g.op("Slice", vectors, g.constant([0]), g.constant([dim]), g.constant([1]))
 
 
-def _multiply(
-    g: GraphBuilder, x: ir.Value, dense: Dense, read: Callable[[Dense], DenseWeights]
-) -> ir.Value:
+def _multiply(g: GraphBuilder, x: ir.Value, dense: Dense, folder: Path) -> ir.Value:
     def weight(part: str) -> ir.Value:
         size = (dense.in_features, dense.out_features)
         shape = size if part != "bias" else size[1:]
         # The parts are named like the attributes of DenseWeights.
         tensor = lazy_tensor(
-            f"{dense.path}.{part}", lambda: getattr(read(dense), part).T, FLOAT, shape
+            f"{dense.path}.{part}", lambda: getattr(read_dense(folder, dense), part).T, FLOAT, shape
         )
         return g.initializer(tensor)
 

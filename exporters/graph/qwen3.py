@@ -29,7 +29,6 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from ...checkpoint.pooling import read_dense
 from ...checkpoint.spec import ModelSpec
 from ...quantize.formats import TABLE
 from ...quantize.source import WeightSource
@@ -48,7 +47,6 @@ from .dialect import (
     Positions,
     ScaledTensor,
     apply_scales,
-    standard_attention,
 )
 from .initializers import Float8Matrix, QuantizedMatrices, QuantizedMatrix
 from .masked import Sight, describe_sight
@@ -169,7 +167,7 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
             `kept` and `short` of `Past`, and first the output `present`: like `past`, with `kept`
             tokens.
     """
-    g = GraphBuilder()
+    g = design.dialect.builder()
     spec = design.spec
     inputs = text_inputs()
     prompt_length = None
@@ -197,9 +195,7 @@ def build_model(design: Design, *, continues: bool = False) -> ir.Model:
     return g.model(
         [*inputs, *([] if prompt_length is None else [prompt_length]), *(past or ())],
         outputs,
-        opsets=design.dialect.opsets,
-        ir_version=design.dialect.ir_version,
-        name=f"qwen3_{spec.task}",
+        f"qwen3_{spec.task}",
     )
 
 
@@ -346,8 +342,8 @@ def describe_attention(
     if layer in design.spec.masked_layers:
         assert batch.sight is not None
         position_ids, mask = batch.sight
-        return standard_attention(
-            g, design.dialect.norm, design.spec, heads, position_ids, batch.cache, compute, mask
+        return design.dialect.plain_attention(
+            g, design.spec, heads, position_ids, batch.cache, compute, mask
         )
     past = batch.past
     if past is not None:
@@ -508,8 +504,7 @@ def describe_outputs(
         if dim < spec.hidden_size and rotation is None:
             pooled = shorten(g, pooled, dim)
         return [*hidden, named(normalize(g, pooled), "sentence_embedding", ("batch", dim))]
-    folder = spec.source.pipeline
-    vectors = describe_steps(g, pooled, outputs, lambda dense: read_dense(folder, dense))
+    vectors = describe_steps(g, pooled, outputs, spec.source.pipeline)
     if dim < spec.embedding_dim:
         vectors = shorten(g, vectors, dim)
         vectors = normalize(g, vectors) if outputs.unit_length else vectors

@@ -13,11 +13,10 @@ from ...quantize.formats import TABLE, Format, matrices
 from ...quantize.mse import quantize_mse
 from ...quantize.recipe import STORED, Recipe
 from ...quantize.rotation import RotatedHeads, RotatedWeights
-from ...quantize.rows import Quantize, quantize_rows
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor
 from ...quantize.smoothquant import balanced
-from ...quantize.source import WeightSource
+from ...quantize.source import Quantize, WeightSource, quantize_rows
 from ...quantize.stored import StoredWeights
 from ..calibration.calibrate import calibrate
 from ..graph.initializers import QuantizedMatrices

@@ -16,8 +16,6 @@ from ...checkpoint.weights import Weights
 from ...errors import require
 from ...integrity import record_files
 from ...quantize.recipe import STORED
-from ...quantize.rows import quantize_rows
-from ...quantize.rtn import quantize_rtn
 from ...quantize.source import WeightSource
 from ...quantize.stored import open_weights, warn_of_activations
 from ..calibration.fp16_overflow import choose_fp16, measure_activations
@@ -26,7 +24,7 @@ from ..calibration.search import FP32, TRIALS, Search, search_formats
 from ..classifier import write_classifier
 from ..companions import write_companions
 from ..configuration import fetch_weights, read_configuration
-from ..estimate import Estimate, describe_recipe, estimate_memory, estimate_seconds
+from ..estimate import Estimate, describe_recipe, estimate_cost
 from ..graph.initializers import QuantizedMatrices
 from ..graph.precision import FLOAT16, Precision, weight_bytes
 from ..graph.qwen3 import Design, build_model
@@ -178,7 +176,7 @@ def export(
     weights = open_weights(spec)
     warn_of_activations(spec)
     plan = adopt_codes(replace(plan, spec=spec), weights)
-    _warn_of_few_tokens(plan)
+    warn_of_few_tokens(plan.spec, plan.planned, plan.rows)
     with (
         kept_layers(output, used=plan.is_calibrated) as layers,
         staged(output, force=force, needs=_needed_bytes(plan)) as folder,
@@ -275,29 +273,23 @@ def estimate_onnx(
         # The hub's weights, which are not downloaded, have the zero points and the table's dtype.
         recipe = replace(plan.recipe, algorithm=STORED, rotate_heads=False)
         plan = replace(plan, recipe=recipe)
-    _warn_of_few_tokens(plan)
-    recipe, size = plan.recipe, _weight_bytes(plan)
+    warn_of_few_tokens(plan.spec, plan.planned, plan.rows)
+    recipe, size = plan.planned, _weight_bytes(plan)
     steps = [f"{spec.source.id}: {spec.task}, {plan.name}, {plan.dialect.name} dialect"]
     if plan.target is not None:
-        recipe, size = plan.target.recipe, min(plan.target.max_bytes or size, size)
+        size = min(plan.target.max_bytes or size, size)
         steps.append("measure each matrix in 4 bits, and choose 4, 8 or 32 bits for each")
         if plan.target.min_cosine is not None or plan.target.ranking is not None:
             steps.append(f"quantize and run up to {TRIALS} whole models")
     if recipe is not None:
         steps += describe_recipe(recipe, plan.rows, spec.task)
-    seconds = estimate_seconds(spec, recipe, plan.rows, size)
+    memory, seconds = estimate_cost(spec, recipe, plan.rows, size)
     return Estimate(
         tuple(steps),
         size if plan.target is None or plan.target.max_bytes is not None else None,
-        estimate_memory(spec, recipe, plan.rows),
+        memory,
         seconds * (1 if plan.target is None else 2),
     )
-
-
-def _warn_of_few_tokens(plan: Plan) -> None:
-    recipe = plan.recipe if plan.target is None else plan.target.recipe
-    if recipe is not None:
-        warn_of_few_tokens(plan.spec, recipe, plan.rows)
 
 
 def _needed_bytes(plan: Plan) -> int:
@@ -341,7 +333,7 @@ def _prepare(
             plan.rows,
             layers,
             counted(progress, "quantize", plan.spec.num_layers * plan.recipe.passes),
-            plan.device,
+            plan.options.device,
         )
     elif plan.precision.compute == FLOAT16:
         plan = replace(plan, precision=_calibrate(plan, weights, folder, progress))
@@ -349,8 +341,8 @@ def _prepare(
         source,
         plan.dialect,
         plan.precision,
-        plan.outputs == "hidden",
-        plan.dim,
+        plan.options.outputs == "hidden",
+        plan.options.dim,
         reranker_head(source) if plan.spec.task == "reranker" else None,
         matrices,
     )
@@ -358,7 +350,7 @@ def _prepare(
 
 
 def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> Search:
-    target = plan.target
+    target, device = plan.target, plan.options.device
     assert target is not None
     if target.ranking is not None and plan.spec.task == "reranker":
         target = replace(target, ranking=replace(target.ranking, head=reranker_head(weights)))
@@ -369,13 +361,12 @@ def _search(plan: Plan, weights: Weights, folder: Path, progress: Progress) -> S
         trial = plan.quantized_by(replace(target.recipe, formats=formats))
         assert trial.recipe is not None
         trial_source, matrices = apply_recipe(
-            weights, trial.recipe, trial.precision.formats, rows, folder, lambda: None, plan.device
+            weights, trial.recipe, trial.precision.formats, rows, folder, lambda: None, device
         )
         return Design(trial_source, plan.dialect, trial.precision, matrices=matrices)
 
     return search_formats(
         Design(source, plan.dialect, plan.precision),
-        lambda name, scheme: quantize_rows(source, name, scheme, quantize_rtn),
         apply,
         plan.rows,
         target,
@@ -424,7 +415,7 @@ def _manifest(
     shared: SharedRecord | None,
     search: Search | None,
 ) -> Manifest:
-    spec, precision = plan.spec, plan.precision
+    spec, precision, options = plan.spec, plan.precision, plan.options
     return Manifest(
         task=spec.task,
         format="onnx",
@@ -435,7 +426,7 @@ def _manifest(
             opset=plan.dialect.opsets[""],
             inputs=design.inputs,
             outputs=outputs,
-            output=plan.outputs,
+            output=options.outputs,
             arithmetic=precision.arithmetic,
             kept_in_fp32=precision.kept_in_fp32,
             masked=bool(spec.masked_layers),
@@ -443,7 +434,7 @@ def _manifest(
             limits_pairs=any(format.scheme.limits_pairs for format in precision.formats.values()),
             shared=shared,
         ),
-        embedding_dim=(plan.dim or spec.embedding_dim) if spec.task == "embedding" else None,
+        embedding_dim=(options.dim or spec.embedding_dim) if spec.task == "embedding" else None,
         hidden_size=spec.hidden_size,
         num_heads=spec.num_heads,
         vocab_size=spec.vocab_size,

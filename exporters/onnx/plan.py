@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,7 @@ class Plan:
         max_length: Tokens after which a text is truncated.
         rows: Token ids of the calibration texts, int64 [tokens] each.
         target: What the search keeps; None without a search.
-        stored_bits: The bits of a quantized checkpoint whose codes the graph takes unchanged; None
-            if it takes none.
-        outputs: "pooled" or "hidden".
-        dim: Leading values of the embedding to keep; None for all.
-        calibration: The calibration texts' file; None for the built-in texts.
-        consumers: Other software that will open the artifact.
-        device: Where GPTQ and AWQ run the texts and round, "cpu" or "cuda".
+        options: What was asked for.
     """
 
     spec: ModelSpec
@@ -114,18 +108,17 @@ class Plan:
     max_length: int
     rows: list[np.ndarray]
     target: Target | None = None
-    stored_bits: int | None = None
-    outputs: str = "pooled"
-    dim: int | None = None
-    calibration: str | Path | None = None
-    consumers: Sequence[str] = ()
-    device: str = "cpu"
+    options: Options = field(default_factory=Options)
+
+    @property
+    def planned(self) -> Recipe | None:
+        """The recipe, which of a search has no formats yet."""
+        return self.recipe if self.target is None else self.target.recipe
 
     @property
     def is_calibrated(self) -> bool:
         """Whether GPTQ or AWQ runs the calibration texts."""
-        recipe = self.target.recipe if self.target is not None else self.recipe
-        return recipe is not None and recipe.is_calibrated
+        return self.planned is not None and self.planned.is_calibrated
 
     @property
     def shared(self) -> Shared:
@@ -136,12 +129,12 @@ class Plan:
         """
         return plan_shared(
             self.spec,
-            self.consumers,
+            self.options.consumers,
             self.dialect,
             self.name,
             self.precision,
-            self.outputs,
-            self.dim,
+            self.options.outputs,
+            self.options.dim,
         )
 
     def quantized_by(self, recipe: Recipe) -> Plan:
@@ -160,7 +153,7 @@ class Plan:
         runs_texts = search is not None or self.is_calibrated
         return {
             **self.recipe.to_record(),
-            "calibration": describe_calibration(self.rows, self.calibration)
+            "calibration": describe_calibration(self.rows, self.options.calibration)
             if runs_texts
             else None,
             "search": None if search is None else search.to_record(),
@@ -217,7 +210,6 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         precision = _quantized_precision(spec, name, recipe, dialect.name)
         if runs_texts:
             _check_texts(recipe, rows, options.calibration)
-    takes_codes = not (options.sets_algorithm or options.group_size is not None)
     plan = Plan(
         spec=spec,
         dialect=dialect,
@@ -225,21 +217,16 @@ def plan_export(spec: ModelSpec, options: Options) -> Plan:
         precision=precision,
         recipe=recipe,
         target=_choose_target(spec, options, max_length) if searches else None,
-        stored_bits=STORED_BITS.get(options.precision) if takes_codes else None,
-        outputs=options.outputs,
-        dim=options.dim,
         max_length=max_length,
         rows=rows,
-        calibration=options.calibration,
-        consumers=options.consumers,
-        device=options.device,
+        options=options,
     )
-    if plan.device != "cpu" and not plan.is_calibrated:
+    if options.device != "cpu" and not plan.is_calibrated:
         raise InputError(
             f"this export in {name} rounds without texts: `device` goes with `precision` int4 and "
             "auto, and with `algorithm` gptq, gptaq and awq"
         )
-    check_device(plan.device)
+    check_device(options.device)
     _ = plan.shared  # refuses what the consumers cannot read
     return plan
 
@@ -253,8 +240,10 @@ def adopt_codes(plan: Plan, weights: Weights) -> Plan:
     """
     if not isinstance(weights, StoredWeights):
         return plan
-    recipe, bits = plan.recipe, plan.stored_bits
-    if recipe is not None and bits is not None and weights.gives_codes(bits):
+    recipe, options = plan.recipe, plan.options
+    bits = STORED_BITS.get(options.precision)
+    takes_codes = not (options.sets_algorithm or options.group_size is not None)
+    if recipe is not None and takes_codes and bits is not None and weights.gives_codes(bits):
         plan = plan.quantized_by(stored_recipe(weights, recipe))
     is_rounded_again = plan.target is not None or (
         plan.recipe is not None and plan.recipe.algorithm != STORED

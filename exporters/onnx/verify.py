@@ -151,17 +151,11 @@ def run_parts(
         session = _create_session(part, path, as_loaded=as_loaded)
         read_later = {name for name, last in last_reader.items() if last > i}
         for j in range(len(states)):
-            states[j] = _run_through(session, path, scope, states[j], read_later)
+            values = states[j] | _run_part(session, path, scope, states[j])
+            states[j] = {name: value for name, value in values.items() if name in read_later}
+            del values
         advance()
     return [[values[name] for name in outputs] for values in states]
-
-
-def _run_through(
-    session: Any, path: Path, scope: str, values: dict[str, np.ndarray], kept: set[str]
-) -> dict[str, np.ndarray]:
-    """A batch's values after a part, without those that no later part reads."""
-    all_values = values | _run_part(session, path, scope, values)
-    return {name: value for name, value in all_values.items() if name in kept}
 
 
 def _run_part(

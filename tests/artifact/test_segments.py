@@ -23,7 +23,7 @@ def run(model, feeds):
 
 def chain():
     """Three scopes; the last reads a value of the first, and one node has branches."""
-    g = GraphBuilder()
+    g = GraphBuilder(OPSETS, 10)
     x = ir.val("x", dtype=FLOAT, shape=(None, 4))
     g.scope = "first"
     doubled = g.op("Mul", x, g.constant(2, FLOAT))
@@ -37,7 +37,7 @@ def chain():
         positive, lambda: [g.op("Add", turned, doubled)], lambda: [g.op("Sub", turned, doubled)]
     )
     out.name, out.shape = "out", ir.Shape((None, 4))
-    return g.model([x], [out], opsets=OPSETS, ir_version=10, name="chain")
+    return g.model([x], [out], "chain")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -58,7 +58,7 @@ def test_parts_give_what_the_whole_gives(sign):
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
 def test_each_result_is_rounded_to_16_bits(dtype):
     """x * x overflows or loses digits where it is stored, although a later step divides again."""
-    g = GraphBuilder()
+    g = GraphBuilder(OPSETS, 10)
     x = ir.val("x", dtype=FLOAT, shape=(None, 2))
     g.scope = "only"
     factor = g.initializer(ir.tensor(np.full(2, 1.001).astype(dtype.numpy()), name="factor"))
@@ -66,7 +66,7 @@ def test_each_result_is_rounded_to_16_bits(dtype):
     square = g.op("Mul", square, square)
     out = g.cast(g.op("Div", square, factor), FLOAT)
     out.name, out.shape = "out", ir.Shape((None, 2))
-    model = g.model([x], [out], opsets=OPSETS, ir_version=10, name="halves")
+    model = g.model([x], [out], "halves")
     assert emulate_16_bits(model)
     values = np.array([[300, 0.3]], np.float32)
 

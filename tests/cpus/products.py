@@ -97,12 +97,11 @@ def graph_of(
     emulated: bool = False,
 ) -> bytes:
     """A graph of one input `x`, [1, tokens, WIDTH], and one output."""
-    g = GraphBuilder()
+    g = find_dialect(dialect).builder()
     g.scope = "product"
     x = ir.val("x", dtype=dtype, shape=(1, None, WIDTH))
     out = g.cast(describe(g, x), FLOAT)
-    found = find_dialect(dialect)
-    model = g.model([x], [out], opsets=found.opsets, ir_version=found.ir_version, name="product")
+    model = g.model([x], [out], "product")
     if emulated:
         emulate_16_bits(model)
     return ir.to_proto(model).SerializeToString()

@@ -221,7 +221,7 @@ def test_nf4_holds_the_cores_own_values(short, quantized, checkpoints, tmp_path)
         parts = {key: value for key, value in stored.items() if key.startswith(f"{name}.weight")}
         values = torch.from_numpy(core(name).dequantize()).bfloat16()
         assert torch.equal(unpack_by_bitsandbytes(parts), values)
-    plan = plan_method(weights.spec, "bnb-nf4", double_quant=True)
+    plan = plan_method(weights.spec, Options("bnb-nf4", double_quant=True))
     packed = nf4_parts(tensor := core(name), plan)
     parts = {f"{name}.{part}": torch.from_numpy(value) for part, value in packed.items()}
     absmax, nested = parts[f"{name}.weight.absmax"], parts[f"{name}.weight.nested_absmax"]

@@ -19,6 +19,7 @@ from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
 from embedport.exporters.texts import FEW
+from embedport.quantize import gptq
 from embedport.quantize.formats import Format, plan_formats
 from embedport.texts.samples import builtin_samples
 from tests.synthetic import plant_outliers
@@ -129,6 +130,7 @@ def test_a_recipe_is_replayed_on_the_same_texts_only(checkpoints, short, tmp_pat
         algorithm="gptq",
         calibration=texts,
     )
+    assert {path.name for path in tmp_path.iterdir()} == {texts.name, "first"}  # no layers
     recipe = first.folder / "embedport.json"
     with pytest.raises(
         InputError, match=r"on texts from calibration\.jsonl, and those from built-in give other"
@@ -282,13 +284,13 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
     formats = plan_formats(weights.spec, "int4", dialect="ort")
     del formats["embed_tokens"]
     quantized = []
-    real = engines.quantize_gptq
+    real = gptq.quantize_gptq
 
     def counted(*arguments):
         quantized.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(engines, "quantize_gptq", counted)
+    monkeypatch.setattr(gptq, "quantize_gptq", counted)
 
     def run(folder, layers=None):
         done = iter(range(layers or 99))
@@ -312,8 +314,3 @@ def test_an_interrupted_run_goes_on(checkpoints, tmp_path, monkeypatch):
     quantized.clear()
     quantize_layers(weights, weights, formats, ROWS[:2], tmp_path / "parts", lambda: None)
     assert len(quantized) == 3 * 7
-
-
-def test_nothing_is_left_beside_the_artifact(checkpoints, tmp_path):
-    embedport.export(checkpoints("kv1"), tmp_path / "out", precision="int4", algorithm="gptq")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

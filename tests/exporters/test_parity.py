@@ -14,7 +14,7 @@ PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
 GEOMETRIES = ("kv1", "kv2", "kv8")
 DIALECTS = ("ort", "standard")
 # Minimum cosine, largest difference of score.
-LIMITS = {"fp32": (0.99999, 1e-4), "fp16": (0.9995, 1e-3), "bf16": (0.9995, 5e-3)}
+LIMITS = {"fp32": (0.99999, 1e-6), "fp16": (0.9995, 1e-3), "bf16": (0.9995, 5e-3)}
 CASES = [
     pytest.param(
         geometry,
@@ -50,6 +50,7 @@ def test_embedding(artifacts, reference, geometry, dialect, precision):
     ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "bf16"))],
 )
 def test_reranker(artifacts, reference, geometry, dialect, precision):
+    """One row of the head gives the softmax of two tokens, in fp32 to the last digits."""
     reranker = artifacts(geometry, "reranker", dialect=dialect, precision=precision)
     scores = reranker.score(PAIRS, batch_tokens=2048)
     assert scores.dtype == np.float32
@@ -69,14 +70,6 @@ def test_bf16_has_finer_cosines(artifacts, dialect):
         made_by = {value.producer() for value in node.inputs if value is not None}
         casts = {each for each in made_by if each is not None and each.op_type == "Cast"}
         assert {each.attributes["to"].as_int() for each in casts} == {ir.DataType.FLOAT16}
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_one_row_head_is_the_two_token_softmax(artifacts, reference, geometry, dialect):
-    reranker = artifacts(geometry, "reranker", dialect=dialect, precision="fp32")
-    difference = np.abs(reranker.score(PAIRS) - reference(geometry, "reranker"))
-    assert difference.max() <= 1e-6
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -25,6 +25,7 @@ LIMITS = {
     "int8-weight": (0.998, 0.02),
     "int4": (0.85, 0.2),
 }
+FP8 = {"precision": "fp8", "dialect": "standard"}
 
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
@@ -190,12 +191,6 @@ def test_auto_within_a_size(checkpoints, artifacts, tmp_path):
     assert worst_cosines[1] > worst_cosines[0]
 
 
-def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
-    with pytest.raises(InputError, match="above 0 and at most 1"):
-        embedport.export(checkpoints("kv8"), tmp_path / "a", precision="auto", min_cosine=1.1)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,6 +221,23 @@ def test_auto_refuses_what_cannot_be(checkpoints, tmp_path):
             {"precision": "int8", "dialect": "standard", "embedding_bits": 8},
             "standard dialect keeps its table",
         ),
+        ({"recipe": "nowhere.json"}, r"nowhere\.json is not a recipe"),
+        ({"precision": "auto", "min_cosine": 1.1}, "min_cosine should be above 0 and at most 1"),
+        ({"max_ndcg_loss": 0.1, "retrieval": "builtin"}, "`max_ndcg_loss` goes with `precision`"),
+        ({"precision": "auto", "max_ndcg_loss": 0.1}, "`retrieval` go together"),
+        *(
+            (
+                {"precision": "auto", "max_ndcg_loss": loss, "retrieval": "nowhere"},
+                f"max_ndcg_loss should be from 0 to 1, found {loss}",
+            )
+            for loss in (-1, float("nan"))
+        ),
+        ({"precision": "fp8"}, "fp8 is for engines such as TensorRT: it goes with"),
+        (FP8 | {"algorithm": "gptq"}, "fp8 is rounded to nearest: it takes no `algorithm`"),
+        (FP8 | {"group_size": 64}, "fp8 has one scale an output channel"),
+        ({"precision": "bf16", "arithmetic": "bf16"}, r"takes none of .* and `arithmetic`"),
+        ({"precision": "int4", "arithmetic": "fp16"}, "fp32 or bf16, found 'fp16'"),
+        ({"precision": "int8", "arithmetic": "bf16"}, "int8 activations on CPUs only"),
     ],
 )
 def test_options_that_do_not_go_together(checkpoints, tmp_path, monkeypatch, options, message):
@@ -339,18 +351,3 @@ def test_auto_keeps_retrieval_quality(small_set, tmp_path, limits):
         assert report.retrieval.ndcg_loss is not None
         assert report.retrieval.ndcg_loss <= limit + 1e-3
     assert len(limits) == 1 or found[0.02] < found[0.001]
-
-
-def test_targets_go_with_auto(checkpoints, tmp_path):
-    folder = checkpoints("kv8")
-    with pytest.raises(InputError, match="`max_ndcg_loss` goes with `precision` auto"):
-        embedport.export(folder, tmp_path / "a", max_ndcg_loss=0.1, retrieval="builtin")
-    with pytest.raises(InputError, match="go together"):
-        embedport.export(folder, tmp_path / "a", precision="auto", max_ndcg_loss=0.1)
-    with pytest.raises(InputError, match="min_cosine should be above 0"):
-        embedport.export(folder, tmp_path / "a", precision="auto", min_cosine=1.5)
-    for loss in (-1, float("nan")):
-        with pytest.raises(InputError, match=f"max_ndcg_loss should be from 0 to 1, found {loss}"):
-            embedport.export(
-                folder, tmp_path / "a", precision="auto", max_ndcg_loss=loss, retrieval="nowhere"
-            )

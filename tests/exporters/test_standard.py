@@ -5,7 +5,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from embedport.errors import InputError
 from embedport.exporters.tensorrt.build import parse
 from embedport.machine.gpu import make_logger
 from embedport.runtimes.batching import pad
@@ -94,26 +93,9 @@ def test_weights_are_float8(loaded):
     assert kinds.count(ir.DataType.FLOAT8E4M3FN) == 2 * 7 + 1  # a layer's matrices, the zero point
 
 
-class TestOptions:
-    def test_fp8_is_for_engines(self, checkpoints, artifacts):
-        with pytest.raises(InputError, match="fp8 is for engines such as TensorRT: it goes with"):
-            artifacts("blocks", precision="fp8")
-        with pytest.raises(InputError, match="fp8 is rounded to nearest: it takes no `algorithm`"):
-            artifacts("blocks", precision="fp8", dialect="standard", algorithm="gptq")
-        with pytest.raises(InputError, match="fp8 has one scale an output channel"):
-            artifacts("blocks", precision="fp8", dialect="standard", group_size=64)
-
-    def test_arithmetic(self, artifacts):
-        with pytest.raises(InputError, match=r"takes none of .* and `arithmetic`"):
-            artifacts("blocks", precision="bf16", arithmetic="bf16")
-        with pytest.raises(InputError, match="arithmetic should be fp32 or bf16, found 'fp16'"):
-            artifacts("blocks", precision="int4", arithmetic="fp16")
-        with pytest.raises(InputError, match="onnxruntime multiplies int8 activations on CPUs"):
-            artifacts("blocks", precision="int8", arithmetic="bf16")
-
-    def test_weights_in_groups_for_onnxruntime_on_a_gpu(self, artifacts):
-        """MatMulNBits takes bf16 activations and scales there; on a CPU each result is rounded."""
-        fp32 = artifacts("blocks", precision="int8-weight")
-        bf16 = artifacts("blocks", precision="int8-weight", arithmetic="bf16")
-        cosines = (fp32.encode(TEXTS) * bf16.encode(TEXTS)).sum(axis=1)
-        assert 0.999 < cosines.min() < 0.9999999
+def test_weights_in_groups_for_onnxruntime_on_a_gpu(artifacts):
+    """MatMulNBits takes bf16 activations and scales there; on a CPU each result is rounded."""
+    fp32 = artifacts("blocks", precision="int8-weight")
+    bf16 = artifacts("blocks", precision="int8-weight", arithmetic="bf16")
+    cosines = (fp32.encode(TEXTS) * bf16.encode(TEXTS)).sum(axis=1)
+    assert 0.999 < cosines.min() < 0.9999999

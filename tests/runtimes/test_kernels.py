@@ -13,7 +13,6 @@ import pytest
 import embedport
 from embedport.attention import SHORT_ROW
 from embedport.errors import InputError
-from embedport.exporters.graph.builder import GraphBuilder
 from embedport.exporters.graph.dialect import FLOAT, INT8, ScaledTensor
 from embedport.exporters.graph.initializers import QuantizedMatrices, QuantizedMatrix
 from embedport.exporters.graph.ort_dialect import OrtDialect
@@ -58,13 +57,13 @@ def both(graph, feeds):
 
 def model_of(describe, *widths):
     """A graph as bytes: `describe` gets a builder and an input [batch, size, width] for each."""
-    g = GraphBuilder()
+    g = DIALECT.builder()
     g.scope = "part"
     inputs = [
         ir.val(f"x{i}", dtype=FLOAT, shape=(None, None, width)) for i, width in enumerate(widths)
     ]
     outputs = describe(g, *inputs)
-    model = g.model(inputs, outputs, opsets=DIALECT.opsets, ir_version=11, name="part")
+    model = g.model(inputs, outputs, "part")
     return ir.to_proto(model).SerializeToString()
 
 
