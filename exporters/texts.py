@@ -69,16 +69,18 @@ def tokenize_samples(
         CheckpointError: The tokenizer gives ids beyond the embedding table.
     """
     path = spec.source.pipeline / "tokenizer.json"
-    check_name(Path(calibration or BUILTIN).name)  # the manifest has it
+    check_name(Path(BUILTIN if calibration is None else calibration).name)  # the manifest has it
     if str(calibration) == BUILTIN:
         calibration, count, most_tokens = None, None, None
     if spec.task == "reranker":
-        pairs = read_pairs(calibration) if calibration else calibration_pairs()[:count]
+        pairs = calibration_pairs()[:count] if calibration is None else read_pairs(calibration)
         tokenizer = RerankerTokenizer(path, max_length, spec.inputs)
         texts = [(pair.query, pair.document) for pair in pairs]
         rows = _encode_each(tokenizer, texts, [pair.instruction for pair in pairs])
     else:
-        samples = read_samples(calibration) if calibration else calibration_samples()[:count]
+        samples = (
+            calibration_samples()[:count] if calibration is None else read_samples(calibration)
+        )
         rows = encode_samples(EmbeddingTokenizer(path, max_length, spec.inputs), spec, samples)
     if calibration is None and most_tokens is not None:
         within = np.cumsum([len(row) for row in rows]) <= most_tokens
@@ -206,7 +208,7 @@ def describe_calibration(
         rows: Token ids, int64 [tokens] each.
         calibration: The texts' file; None or `BUILTIN` for the built-in texts.
     """
-    named = Path(calibration or BUILTIN).name
+    named = BUILTIN if calibration is None else Path(calibration).name
     digest = hashlib.sha256()
     for row in rows:
         digest.update(np.int64(len(row)).tobytes())

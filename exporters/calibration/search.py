@@ -334,12 +334,15 @@ def _measured_tokens(design: Design) -> int:
 
 
 def _select_texts(rows: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
-    """Whole texts, so that last tokens stay last: each within `LONGEST`, all within `tokens`."""
+    """Whole texts, so that last tokens stay last: each within `LONGEST`, all within `tokens`.
+
+    Where none is that short, it is the end of the shortest.
+    """
     chosen: list[np.ndarray] = []
     for row in rows:
         if len(row) <= min(LONGEST, tokens - sum(map(len, chosen))):
             chosen.append(row)
-    return chosen or [min(rows, key=len)]
+    return chosen or [min(rows, key=len)[-min(LONGEST, tokens) :]]
 
 
 def _measure_matrices(

@@ -24,7 +24,7 @@ from ...artifact.layout import write_json
 from ...artifact.manifest import SharedRecord
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError, MissingPackageError, VerificationError
-from ...quantize.formats import MIXED, TABLE
+from ...quantize.formats import MIXED, TABLE, ends_in_part
 from ...strict_json import load_json
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import OLDER, find_dialect
@@ -193,7 +193,7 @@ def _check_older(
     spec: ModelSpec, dialect: Dialect, name: str, precision: Precision, names: str
 ) -> None:
     """Refuse what onnxruntime 1.20 has no operators for."""
-    wrong = None
+    wrong, table = None, precision.formats.get(TABLE)
     if dialect.name != "ort":
         wrong = f"the {dialect.name} dialect is ONNX opset {dialect.opsets['']}: use `dialect` ort"
     elif spec.masked_layers:
@@ -208,6 +208,11 @@ def _check_older(
         if name != TABLE
     ):
         wrong = "its MatMulNBits takes 4 bits only: use `precision` int8 or int4"
+    elif table is not None and ends_in_part(spec, table):
+        wrong = (
+            f"the embedding table's groups of {table.scheme.group_size} do not divide its width, "
+            f"{spec.hidden_size}: use `precision` fp32 or fp16"
+        )
     if wrong is not None:
         raise InputError(f"{names} may have onnxruntime 1.20, and {wrong}")
 

@@ -296,14 +296,14 @@ def _needed_bytes(plan: Plan) -> int:
     """Disk that the artifact takes, and the layers that GPTQ keeps beside it."""
     small_files = sum(path.stat().st_size for path in plan.spec.source.folder.glob("*.json"))
     total = _weight_bytes(plan) + small_files + (64 << 20)
-    if plan.recipe is not None and plan.recipe.compensation is not None:
+    if plan.planned is not None and plan.planned.compensation is not None:
         total += kept_bytes(plan.spec, plan.rows)
     return total
 
 
 def _weight_bytes(plan: Plan) -> int:
     """The bytes of the weights, about; OpenVINO's model has its own copy of them."""
-    rotates = plan.recipe is not None and plan.recipe.rotate
+    rotates = plan.planned is not None and plan.planned.rotate
     return weight_bytes(plan.spec, plan.precision, rotates=rotates) * (1 + plan.shared.openvino)
 
 

@@ -273,9 +273,11 @@ def _check_outputs(spec: ModelSpec, options: Options) -> None:
         raise InputError("`dim` shortens the pooled embedding; `outputs` hidden has none")
     if dim is not None and not 1 <= dim <= spec.embedding_dim:
         raise InputError(f"dim should be from 1 to {spec.embedding_dim}, found {dim}")
-    if max_length is not None and not 1 <= max_length <= spec.max_position_embeddings:
+    shortest = 2 if spec.task == "reranker" else 1  # a query and a document
+    if max_length is not None and not shortest <= max_length <= spec.max_position_embeddings:
         raise InputError(
-            f"max_length should be from 1 to {spec.max_position_embeddings}, found {max_length}"
+            f"max_length should be from {shortest} to {spec.max_position_embeddings}, found "
+            f"{max_length}"
         )
 
 
@@ -308,7 +310,9 @@ def _check_search(options: Options) -> None:
 
 def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target:
     min_cosine, ranking, max_bytes = options.min_cosine, None, options.max_bytes
-    algorithm = options.algorithm or ("rtn" if options.fast else AUTO_ALGORITHM)
+    algorithm = options.algorithm
+    if algorithm is None:
+        algorithm = "rtn" if options.fast else AUTO_ALGORITHM
     recipe = Recipe({}, algorithm, rotate=bool(options.rotate), rotate_heads=options.rotate is None)
     plain = find_precision("fp32")
     if options.average_bits is not None:
@@ -359,15 +363,17 @@ def _choose_recipe(spec: ModelSpec, options: Options) -> Recipe | None:
         embedding_bits=options.embedding_bits,
         fast=options.fast,
     )
-    algorithm = BY_TASK[spec.task] if precision == "int4" and not options.fast else "rtn"
+    algorithm = options.algorithm
+    if algorithm is None:
+        algorithm = BY_TASK[spec.task] if precision == "int4" and not options.fast else "rtn"
     # Only GPUs multiply float8, so the rest computes in 16 bits.
     default = "bf16" if precision == FP8 else "fp32"
     recipe = Recipe(
         {name: str(format) for name, format in formats.items()},
-        options.algorithm or algorithm,
+        algorithm,
         rotate=precision == "int8" if options.rotate is None else options.rotate,
         rotate_heads=precision in STORED_BITS and options.rotate is None,
-        balance=precision == "int8" and not (options.algorithm or "").startswith("smoothquant"),
+        balance=precision == "int8" and not algorithm.startswith("smoothquant"),
         arithmetic=default if options.arithmetic is None else options.arithmetic,
     )
     if gives_codes(spec, precision) and (

@@ -1,6 +1,7 @@
 """Files of `--for`, read with onnxruntime, transformers and OpenVINO as the consumers do."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from embedport.artifact.folder import Artifact
 from embedport.errors import ArtifactError, InputError
 from embedport.runtimes.batching import pad
 from embedport.texts.samples import builtin_pairs, builtin_samples
+from tests.synthetic import TINY, write_checkpoint
 
 TEXTS = [sample.text for sample in builtin_samples()[:6]] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()[:6]]
@@ -229,6 +231,19 @@ REFUSED = [
     ("reranker", {"consumers": ["fastembed"]}, "without the reranker's template"),
     ("reranker", {"consumers": ["transformers.js"]}, "no class for Qwen3's rerankers"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("options", "size"), [({"precision": "int8"}, 128), ({"precision": "int4", "fast": True}, 64)]
+)
+def test_a_table_has_whole_groups(small_tokenizer, tmp_path, options, size):
+    """At a width of 160, groups of 128 would be read as groups of 80: a score is 0.04 off."""
+    folder = write_checkpoint(
+        tmp_path / "m", replace(TINY, hidden_size=160), "reranker", small_tokenizer
+    )
+    message = f"triton .* the embedding table's groups of {size} do not divide its width, 160: use"
+    with pytest.raises(InputError, match=message):
+        embedport.export(folder, tmp_path / "artifact", consumers=["triton"], **options)
 
 
 @pytest.mark.parametrize(("task", "options", "message"), REFUSED)

@@ -118,6 +118,7 @@ def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
         ("embedding", {"precision": "fp16", "calibration": "nowhere.txt"}, "cannot be read"),
         ("reranker", {"outputs": "hidden"}, "a reranker gives scores"),
         ("reranker", {"dim": 8}, "a reranker gives scores"),
+        ("reranker", {"max_length": 1}, "max_length should be from 2 to 32768, found 1"),
     ],
 )
 def test_bad_options(checkpoints, tmp_path, task, options, message):

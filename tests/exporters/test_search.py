@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 import embedport
-from embedport.exporters.calibration import choice
+from embedport.checkpoint.spec import ModelSpec
+from embedport.exporters.calibration import choice, search
 from embedport.exporters.calibration.choice import (
     Level,
     _upgrades,
     choose_within,
     sort_upgrades,
 )
+from embedport.exporters.calibration.gptq_awq import kept_bytes
+from embedport.exporters.onnx.export import _needed_bytes
+from embedport.exporters.onnx.plan import Options, plan_export
 from tests.synthetic import Geometry, write_checkpoint
 
 GEOMETRY = Geometry(32, 2, 2, 1, 16, 64)
@@ -93,6 +97,22 @@ def test_upgrades_remove_ever_less_error_per_byte():
         steps = [upgrade.level for upgrade in upgrades if upgrade.name == name]
         assert steps == sorted(steps)
         assert steps[-1] == "f3"
+
+
+def test_texts_that_are_all_long():
+    """Models' states are held at once: of the shortest text its end is taken."""
+    rows = [np.arange(900), np.arange(700), np.arange(3)]
+    assert [len(row) for row in search._select_texts(rows, 512)] == [3]
+    (row,) = search._select_texts(rows[:2], 100)
+    np.testing.assert_array_equal(row, np.arange(600, 700))
+
+
+def test_a_search_needs_room_for_what_it_calibrates(checkpoints):
+    """Finished layers and the texts' states are kept beside the artifact."""
+    spec = ModelSpec.from_checkpoint(checkpoints("kv1"))
+    plans = [plan_export(spec, Options(precision="auto", fast=fast)) for fast in (True, False)]
+    plain, calibrated = map(_needed_bytes, plans)
+    assert calibrated - plain == kept_bytes(spec, plans[1].rows)
 
 
 def test_matrices_narrower_than_their_scales(small_tokenizer, tmp_path):
