@@ -22,24 +22,18 @@ if TYPE_CHECKING:
 def bench(
     artifacts: Annotated[
         list[str],
-        typer.Argument(
-            help="Folders or hub ids; the others are compared with the first.",
-            show_default=False,
-        ),
+        typer.Argument(help="Folders or hub ids; the others are compared with the first."),
     ],
     peers: Annotated[
         list[str] | None,
         typer.Option(
             "--peer",
             help="optimum-int8, openvino-int8, llama.cpp-q8_0, …: an unknown name lists them.",
-            show_default=False,
         ),
     ] = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(
-            help="The checkpoint that peers serve; ideally the artifact's own.", show_default=False
-        ),
+        typer.Option(help="The checkpoint that peers serve; ideally the artifact's own."),
     ] = None,
     rounds: Annotated[
         int,
@@ -50,9 +44,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Run a short version, in a few minutes.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help=".json.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help=".json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     task: TaskOption = None,
 ) -> None:

@@ -17,36 +17,27 @@ def calibration(
         str,
         typer.Argument(
             help="The checkpoint to quantize: a folder or hub id.",
-            show_default=False,
             metavar="MODEL",
         ),
     ],
     corpus: Annotated[
         str,
-        typer.Argument(
-            help="Texts like those to be embedded: .txt, .jsonl, .parquet, or a URI.",
-            show_default=False,
-        ),
+        typer.Argument(help="Texts like those to be embedded: .txt, .jsonl, .parquet, or a URI."),
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="The .jsonl file to write.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .jsonl file to write.")],
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens; default: ten times the inputs of the model's largest matrix.",
-            show_default=False,
+            help="Most tokens; default: ten times the inputs of the model's largest matrix."
         ),
     ] = None,
     count: Annotated[
-        int | None,
-        typer.Option(help="Number of texts or pairs, instead of --tokens.", show_default=False),
+        int | None, typer.Option(help="Number of texts or pairs, instead of --tokens.")
     ] = None,
     embedder: Annotated[
         str | None,
         typer.Option(
-            help="For a reranker: the embedding model that ranks documents for its pairs.",
-            show_default=False,
+            help="For a reranker: the embedding model that ranks documents for its pairs."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses among texts.")] = 0,

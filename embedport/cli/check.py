@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    artifact: Annotated[
-        Path, typer.Argument(help="An artifact's folder, or a hub id.", show_default=False)
-    ],
+    artifact: Annotated[Path, typer.Argument(help="An artifact's folder, or a hub id.")],
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -7,12 +7,8 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str, typer.Argument(help="An artifact's folder, or a hub id.", show_default=False)
-]
-Out = Annotated[
-    Path, typer.Option("-o", "--out", "--output", help="The folder to make.", show_default=False)
-]
+Model = Annotated[str, typer.Argument(help="An artifact's folder, or a hub id.")]
+Out = Annotated[Path, typer.Option("-o", "--out", "--output", help="The folder to make.")]
 
 
 def triton(artifact: Model, out: Out) -> None:
@@ -28,17 +24,11 @@ def triton(artifact: Model, out: Out) -> None:
 
 def docker(
     artifacts: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="ARTIFACT…", help="Artifacts' folders, or hub ids.", show_default=False
-        ),
+        list[str], typer.Argument(metavar="ARTIFACT…", help="Artifacts' folders, or hub ids.")
     ],
     out: Out,
     wheel: Annotated[
-        Path,
-        typer.Option(
-            help="embedport's wheel for Linux: pip wheel --no-deps -w . CLONE", show_default=False
-        ),
+        Path, typer.Option(help="embedport's wheel for Linux: pip wheel --no-deps -w . CLONE")
     ],
 ) -> None:
     """Make a Dockerfile and a compose file of `embedport serve`, with the models beside them.

@@ -37,30 +37,26 @@ MOST_COMPARED = 7
 
 def encode(
     artifact: ModelArgument,
-    texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to embed.", show_default=False)
-    ] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to embed.")] = None,
     file: Annotated[
         str | None,
         typer.Option(
             "--input",
             help=".txt, .jsonl or .parquet, perhaps in an object store (s3://…, gs://…); or - for "
             "standard input.",
-            show_default=False,
         ),
     ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
             help="query, document, another prompt's name, or a literal prompt; default: the "
-            "model's own.",
-            show_default=False,
+            "model's own."
         ),
     ] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="Your own instruction for queries.", show_default=False)
+        str | None, typer.Option(help="Your own instruction for queries.")
     ] = None,
-    dim: Annotated[int | None, typer.Option(help="MRL dimension.", show_default=False)] = None,
+    dim: Annotated[int | None, typer.Option(help="MRL dimension.")] = None,
     precision: Annotated[
         str, typer.Option(help="The vectors' dtype: float32, int8, uint8, binary or ubinary.")
     ] = "float32",
@@ -68,8 +64,7 @@ def encode(
         Path | None,
         typer.Option(
             help="Texts (.txt, .jsonl) to measure the ranges of 8-bit vectors on, once. Without "
-            "texts to embed, only that is done (standard input is --input -).",
-            show_default=False,
+            "texts to embed, only that is done (standard input is --input -)."
         ),
     ] = None,
     output: Annotated[
@@ -80,7 +75,6 @@ def encode(
             "--output",
             help=".npy, .jsonl, .parquet or .arrow; or a folder (vectors/, s3://…/vectors/) for an "
             "--input of any size, written in shards and resumed after a crash.",
-            show_default=False,
         ),
     ] = None,
     form: Annotated[
@@ -91,9 +85,7 @@ def encode(
     ] = False,
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut texts to this many tokens.", show_default=False)
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per text.")
     ] = False,
@@ -101,10 +93,7 @@ def encode(
         str, typer.Option(help="For a folder: local, or ray for a Ray cluster.")
     ] = "local",
     workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Ray workers; default: one per GPU or machine.", show_default=False
-        ),
+        int | None, typer.Option(min=1, help="Ray workers; default: one per GPU or machine.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output file, or start the folder anew.")

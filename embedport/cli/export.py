@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 def export_onnx(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")],
     out: ArtifactOut,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4, fp8 or auto.")
@@ -29,8 +27,7 @@ def export_onnx(
         str | None,
         typer.Option(
             help="Arithmetic of a quantized graph: fp32 for CPUs, bf16 for GPUs; default: fp32, "
-            "except for fp8.",
-            show_default=False,
+            "except for fp8."
         ),
     ] = None,
     dialect: Annotated[
@@ -40,21 +37,16 @@ def export_onnx(
     output: Annotated[
         str, typer.Option(help="pooled, or hidden: last_hidden_state for sentence-transformers.")
     ] = "pooled",
-    dim: Annotated[
-        int | None, typer.Option(help="Bake in an MRL dimension.", show_default=False)
-    ] = None,
+    dim: Annotated[int | None, typer.Option(help="Bake in an MRL dimension.")] = None,
     task: TaskOption = None,
     revision: RevisionOption = None,
     adapter: AdapterOption = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut texts to this many tokens.", show_default=False)
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut texts to this many tokens.")] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
             help="Your texts (.txt, .jsonl) or pairs (.jsonl) for fp16, gptq, awq, auto; default: "
-            "built-in ones, on a CPU 8,192 tokens of them; builtin: all of them.",
-            show_default=False,
+            "built-in ones, on a CPU 8,192 tokens of them; builtin: all of them."
         ),
     ] = None,
     device: Annotated[
@@ -64,8 +56,7 @@ def export_onnx(
         str | None,
         typer.Option(
             help="Quantization algorithm: rtn, mse, gptq, gptaq, awq, smoothquant, awq+gptaq, …; "
-            "default: gptaq for int4 (rerankers: awq+gptq), awq+gptq for auto, otherwise rtn.",
-            show_default=False,
+            "default: gptaq for int4 (rerankers: awq+gptq), awq+gptq for auto, otherwise rtn."
         ),
     ] = None,
     fast: Annotated[
@@ -75,57 +66,39 @@ def export_onnx(
     rotate: Annotated[
         bool | None,
         typer.Option(
-            "--rotate/--no-rotate",
-            help="Rotate outliers away before quantizing; default for int8.",
-            show_default=False,
+            "--rotate/--no-rotate", help="Rotate outliers away before quantizing; default for int8."
         ),
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Inputs that share a scale: 32, 64 or 128; for int8-weight and int4.",
-            show_default=False,
-        ),
+        typer.Option(help="Inputs that share a scale: 32, 64 or 128; for int8-weight and int4."),
     ] = None,
     embedding_bits: Annotated[
-        int | None,
-        typer.Option(help="Bits of the embedding table: 4 or 8.", show_default=False),
+        int | None, typer.Option(help="Bits of the embedding table: 4 or 8.")
     ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
             help="A recipe.json or an artifact's embedport.json to follow; give the same "
-            "--calibration.",
-            show_default=False,
+            "--calibration."
         ),
     ] = None,
     min_cosine: Annotated[
-        float | None,
-        typer.Option(
-            help="For auto: smallest cosine of any text; 0.999 by default.", show_default=False
-        ),
+        float | None, typer.Option(help="For auto: smallest cosine of any text; 0.999 by default.")
     ] = None,
     max_ndcg_loss: Annotated[
-        float | None,
-        typer.Option(help="For auto: largest loss of nDCG@10 on --retrieval.", show_default=False),
+        float | None, typer.Option(help="For auto: largest loss of nDCG@10 on --retrieval.")
     ] = None,
     retrieval: Annotated[
         str | None,
-        typer.Option(
-            help="For auto: a retrieval set: a folder in BEIR layout, or builtin.",
-            show_default=False,
-        ),
+        typer.Option(help="For auto: a retrieval set: a folder in BEIR layout, or builtin."),
     ] = None,
     max_bytes: Annotated[
-        int | None,
-        typer.Option(help="For auto: most bytes of the weights.", show_default=False),
+        int | None, typer.Option(help="For auto: most bytes of the weights.")
     ] = None,
     average_bits: Annotated[
         float | None,
-        typer.Option(
-            help="For auto: the same, as bits for each weight, scales included.",
-            show_default=False,
-        ),
+        typer.Option(help="For auto: the same, as bits for each weight, scales included."),
     ] = None,
     dry_run: DryRunOption = False,
     consumers: Annotated[
@@ -134,7 +107,6 @@ def export_onnx(
             "--for",
             help="Also write what this software opens: sentence-transformers, transformers.js, "
             "tei, fastembed, triton, older-onnxruntime or openvino. May be repeated.",
-            show_default=False,
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact.")] = False,

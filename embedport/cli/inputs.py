@@ -17,24 +17,15 @@ if TYPE_CHECKING:
     from ..texts.samples import Pair, Sample
 
 ModelArgument = Annotated[
-    Path,
-    typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.", show_default=False),
+    Path, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
 ]
-ArtifactOut = Annotated[
-    Path, typer.Option("-o", "--out", help="The artifact's folder.", show_default=False)
-]
+ArtifactOut = Annotated[Path, typer.Option("-o", "--out", help="The artifact's folder.")]
 # For every command that opens a model.
 TaskOption = Annotated[
     str | None,
-    typer.Option(
-        "--task",
-        help="embedding or reranker, if the checkpoint does not declare it.",
-        show_default=False,
-    ),
+    typer.Option("--task", help="embedding or reranker, if the checkpoint does not declare it."),
 ]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="A hub revision.", show_default=False)
-]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="A hub revision.")]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda or tensorrt (graphs only).")
 ]
@@ -44,7 +35,6 @@ BatchTokensOption = Annotated[
         "--batch-tokens",
         min=1,
         help="Most tokens per batch; by default as many as keep the device busy.",
-        show_default=False,
     ),
 ]
 DryRunOption = Annotated[
@@ -58,7 +48,6 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         help="A LoRA adapter's folder, or hub id, to merge into the checkpoint's weights.",
-        show_default=False,
     ),
 ]
 
@@ -67,24 +56,15 @@ AdapterOption = Annotated[
 RetrievalOption = Annotated[
     str | None,
     typer.Option(
-        "--retrieval",
-        help="Also measure retrieval: a folder in BEIR layout, or builtin.",
-        show_default=False,
+        "--retrieval", help="Also measure retrieval: a folder in BEIR layout, or builtin."
     ),
 ]
 MaxQueriesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--max-queries", help="Use only so many queries of the retrieval set.", show_default=False
-    ),
+    int | None, typer.Option("--max-queries", help="Use only so many queries of the retrieval set.")
 ]
 CandidatesOption = Annotated[
     Path | None,
-    typer.Option(
-        "--candidates",
-        help="For a reranker: candidates that replace the set's own.",
-        show_default=False,
-    ),
+    typer.Option("--candidates", help="For a reranker: candidates that replace the set's own."),
 ]
 
 

@@ -32,10 +32,7 @@ FORMS = {
 
 def inspect(
     target: Annotated[
-        str,
-        typer.Argument(
-            help="An artifact's or checkpoint's folder, or a hub id.", show_default=False
-        ),
+        str, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
     ],
     revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

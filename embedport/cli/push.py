@@ -11,15 +11,13 @@ from ..tables import size_words
 
 
 def push(
-    artifact: Annotated[Path, typer.Argument(help="An artifact's folder.", show_default=False)],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.", show_default=False)],
+    artifact: Annotated[Path, typer.Argument(help="An artifact's folder.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
     private: Annotated[
-        bool | None,
-        typer.Option("--private/--public", help="Of a new repository.", show_default=False),
+        bool | None, typer.Option("--private/--public", help="Of a new repository.")
     ] = None,
     license: Annotated[
-        str | None,
-        typer.Option(help="Its license; default: the base model's.", show_default=False),
+        str | None, typer.Option(help="Its license; default: the base model's.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be sent.")

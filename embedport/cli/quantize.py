@@ -17,30 +17,21 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint's folder, or a hub id.", show_default=False)
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")],
     out: ArtifactOut,
-    method: Annotated[
-        str,
-        typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.", show_default=False),
-    ],
-    bits: Annotated[
-        int | None, typer.Option(help="Bits for gptq: 4 or 8; 4 by default.", show_default=False)
-    ] = None,
+    method: Annotated[str, typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.")],
+    bits: Annotated[int | None, typer.Option(help="Bits for gptq: 4 or 8; 4 by default.")] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale, for gptq and awq: 32, 64 or 128; 128 by default.",
-            show_default=False,
+            help="Inputs that share a scale, for gptq and awq: 32, 64 or 128; 128 by default."
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
             help="Your texts (.txt, .jsonl) or pairs (.jsonl) for calibrated methods; default: "
-            "built-in ones, on a CPU 8,192 tokens of them; builtin: all of them.",
-            show_default=False,
+            "built-in ones, on a CPU 8,192 tokens of them; builtin: all of them."
         ),
     ] = None,
     device: Annotated[
@@ -53,15 +44,13 @@ def quantize(
         bool, typer.Option("--symmetric", help="For awq: no zero points, for readers without.")
     ] = False,
     fast: Annotated[
-        bool,
-        typer.Option("--fast", help="For gptq, awq, w8a8, bnb-nf4: simpler; quicker, worse."),
+        bool, typer.Option("--fast", help="For gptq, awq, w8a8, bnb-nf4: simpler; quicker, worse.")
     ] = False,
     form: Annotated[
         str | None,
         typer.Option(
             help="A reranker's architecture: causal-lm (the default) or sequence-classification "
-            "(one logit).",
-            show_default=False,
+            "(one logit)."
         ),
     ] = None,
     task: TaskOption = None,

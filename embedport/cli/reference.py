@@ -27,19 +27,15 @@ if TYPE_CHECKING:
 
 
 def reference(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A folder or hub id.", show_default=False, metavar="CHECKPOINT")
-    ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The output file.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Hub revision.", show_default=False)] = None,
+    checkpoint: Annotated[str, typer.Argument(help="A folder or hub id.", metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The output file.")],
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     adapter: AdapterOption = None,
     task: TaskOption = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            "--input",
-            help="Your texts (.txt, .jsonl) or pairs (.jsonl); default: built-in ones.",
-            show_default=False,
+            "--input", help="Your texts (.txt, .jsonl) or pairs (.jsonl); default: built-in ones."
         ),
     ] = None,
     retrieval: RetrievalOption = None,
@@ -48,10 +44,7 @@ def reference(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_length: Annotated[
         int | None,
-        typer.Option(
-            help="Cut inputs to this many tokens; default: the checkpoint's limit.",
-            show_default=False,
-        ),
+        typer.Option(help="Cut inputs to this many tokens; default: the checkpoint's limit."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -29,28 +29,19 @@ if TYPE_CHECKING:
 
 def rerank(
     artifact: ModelArgument,
-    query: Annotated[str, typer.Argument(help="The query.", show_default=False)],
-    documents: Annotated[
-        list[str] | None, typer.Argument(help="Documents to rank.", show_default=False)
-    ] = None,
+    query: Annotated[str, typer.Argument(help="The query.")],
+    documents: Annotated[list[str] | None, typer.Argument(help="Documents to rank.")] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--input", help=".txt, .jsonl, or - for standard input.", show_default=False),
+        Path | None, typer.Option("--input", help=".txt, .jsonl, or - for standard input.")
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Show only the best so many.", show_default=False)
-    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Show only the best so many.")] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="Your own instruction: what is relevant.", show_default=False)
+        str | None, typer.Option(help="Your own instruction: what is relevant.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help=".jsonl.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help=".jsonl.")] = None,
     device: DeviceOption = "auto",
     batch_tokens: BatchTokensOption = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Cut pairs to this many tokens.", show_default=False)
-    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut pairs to this many tokens.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per document.")
     ] = False,

@@ -22,7 +22,6 @@ def serve(
         typer.Argument(
             metavar="ARTIFACT…",
             help="Folders of artifacts or checkpoints, or hub ids: embedders and rerankers.",
-            show_default=False,
         ),
     ],
     host: Annotated[
@@ -31,17 +30,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            help=f"A file with the key that requests must have (or ${KEY_VARIABLE}).",
-            show_default=False,
-        ),
+        typer.Option(help=f"A file with the key that requests must have (or ${KEY_VARIABLE})."),
     ] = None,
     device: DeviceOption = "auto",
     max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Most tokens of a text; default: the model's.", show_default=False
-        ),
+        int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's.")
     ] = None,
     batch_tokens: BatchTokensOption = None,
     task: TaskOption = None,

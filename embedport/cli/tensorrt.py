@@ -21,17 +21,13 @@ def export_tensorrt(
     source: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint's folder, a hub id, or an artifact of the standard dialect.",
-            show_default=False,
+            help="A checkpoint's folder, a hub id, or an artifact of the standard dialect."
         ),
     ],
     out: ArtifactOut,
     precision: Annotated[
         str | None,
-        typer.Option(
-            help="For a checkpoint: bf16 (the default), fp16, fp8, int8 or int4.",
-            show_default=False,
-        ),
+        typer.Option(help="For a checkpoint: bf16 (the default), fp16, fp8, int8 or int4."),
     ] = None,
     fast: Annotated[
         bool,
@@ -41,8 +37,7 @@ def export_tensorrt(
         list[str] | None,
         typer.Option(
             help="Batch sizes to optimize for: MIN:OPT:MAX in rows x tokens, like "
-            "1x1:8x128:32x512; repeatable.",
-            show_default=False,
+            "1x1:8x128:32x512; repeatable."
         ),
     ] = None,
     target: Annotated[
@@ -51,15 +46,13 @@ def export_tensorrt(
             "--for",
             help="rtx (ahead of time, on any machine, with TensorRT for RTX) or this-gpu (with "
             "TensorRT); by default this-gpu where it is possible.",
-            show_default=False,
         ),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
             help="For rtx, GPUs to build for, like 8.9; repeatable; by default all that can run "
-            "the graph.",
-            show_default=False,
+            "the graph."
         ),
     ] = None,
     version_compatible: Annotated[

@@ -32,19 +32,13 @@ def validate(
         str,
         typer.Option(
             help="The checkpoint it was made from (a folder or hub id), or a file that "
-            "`embedport reference` wrote.",
-            show_default=False,
+            "`embedport reference` wrote."
         ),
     ],
-    revision: Annotated[
-        str | None, typer.Option(help="The reference's hub revision.", show_default=False)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The reference's hub revision.")] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(
-            help="A LoRA adapter's folder, or hub id, to merge into the reference.",
-            show_default=False,
-        ),
+        typer.Option(help="A LoRA adapter's folder, or hub id, to merge into the reference."),
     ] = None,
     file: Annotated[
         Path | None,
@@ -52,15 +46,14 @@ def validate(
             "--input",
             help="Your texts (.txt, .jsonl) or pairs (.jsonl); default: those of a recorded "
             "reference, or built-in ones.",
-            show_default=False,
         ),
     ] = None,
     device: DeviceOption = "auto",
     min_cosine: Annotated[
-        float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
+        float | None, typer.Option(help="Replaces the precision's limit.")
     ] = None,
     max_score_difference: Annotated[
-        float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
+        float | None, typer.Option(help="Replaces the precision's limit.")
     ] = None,
     retrieval: RetrievalOption = None,
     mteb: Annotated[
@@ -68,24 +61,19 @@ def validate(
         typer.Option(
             metavar="TASK,…",
             help="Also run MTEB's tasks on both sides, such as STS17,NFCorpus,SciFact.",
-            show_default=False,
         ),
     ] = None,
     max_queries: MaxQueriesOption = None,
     max_ndcg_loss: Annotated[
-        float | None, typer.Option(help="Replaces the precision's limit.", show_default=False)
+        float | None, typer.Option(help="Replaces the precision's limit.")
     ] = None,
     candidates: CandidatesOption = None,
     save_run: Annotated[
         Path | None,
-        typer.Option(
-            help="Write an embedder's 50 best documents per query, for --candidates.",
-            show_default=False,
-        ),
+        typer.Option(help="Write an embedder's 50 best documents per query, for --candidates."),
     ] = None,
     report: Annotated[
-        Path | None,
-        typer.Option(help="Write a report: .html with charts, .json or .md.", show_default=False),
+        Path | None, typer.Option(help="Write a report: .html with charts, .json or .md.")
     ] = None,
     record: Annotated[
         bool, typer.Option(help="Write all figures into the manifest and the model card.")
