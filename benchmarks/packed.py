@@ -103,7 +103,7 @@ def _products(shapes: Sequence[tuple[int, int]], tokens: int) -> dict[str, float
     from triton.testing import do_bench
 
     from embedport.runtimes.packed import kernels
-    from embedport.runtimes.packed.matrices import ScaledMatrix
+    from embedport.runtimes.packed.matrices import PackedMatrix, ScaledMatrix
     from embedport.runtimes.triton_kernels import round_rows
 
     totals = dict.fromkeys(("bf16", "4 bits, fused", "4 bits, unpacked first", "int8"), 0.0)
@@ -114,17 +114,17 @@ def _products(shapes: Sequence[tuple[int, int]], tokens: int) -> dict[str, float
         codes = torch.randint(0, 256, (outputs, width // 2), device="cuda", dtype=torch.uint8)
         zeros = torch.randint(0, 16, (groups, outputs), device="cuda", dtype=torch.uint8)
         scales = torch.rand((groups, outputs), device="cuda", dtype=torch.bfloat16)
-        parts = (codes, scales, zeros, None, 4, 128)
         buffer = torch.empty_like(weight)
+        matrix = PackedMatrix(codes, scales, zeros, None, 4, 128, width, buffer)
         rows, int8 = round_rows(x, torch.int8), round_rows(weight, torch.int8)
         assert int8.scales is not None
         scaled = ScaledMatrix(int8.values, int8.scales.t().contiguous())
         linear = torch.nn.functional.linear
         for name, steps in {
             "bf16": [partial(linear, x, weight)],
-            "4 bits, fused": [partial(kernels.multiply_packed, x, *parts)],
+            "4 bits, fused": [partial(kernels.multiply_packed, x, matrix)],
             "4 bits, unpacked first": [
-                partial(kernels.unpack, *parts, buffer),
+                partial(kernels.unpack, matrix, buffer),
                 partial(linear, x, buffer),
             ],
             "int8": [partial(scaled, rows, torch.bfloat16)],

@@ -177,6 +177,35 @@ def checkpoints(tmp_path_factory, small_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def exports():
+    """The artifacts of `exported`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def exported(request, exports, tmp_path_factory, checkpoints):
+    """A function (geometry, task, **options of export) -> artifact, cached; tests change copies.
+
+    int4 is rounded to nearest: calibration has tests of its own.
+    """
+    import embedport
+
+    # Other modules' have none.
+    witness = getattr(request.module, "WITNESSES", False)
+
+    def make(geometry="kv2", task="embedding", **options):
+        if options.get("precision") == "int4":
+            options["fast"] = True
+        key = (geometry, task, witness, json.dumps(options, sort_keys=True))
+        if key not in exports:
+            output = tmp_path_factory.mktemp(f"{task}-{geometry}") / "artifact"
+            exports[key] = embedport.export(checkpoints(geometry, task), output, **options)
+        return exports[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def quantized(tmp_path_factory, checkpoints):
     """A function (method, task, **options of quantize_checkpoint) -> a folder, cached.
 

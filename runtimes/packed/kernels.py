@@ -8,12 +8,15 @@ input i + group / 2 in its upper half: both halves meet inputs that lie side by 
 # ruff: noqa: ANN001, ANN202 - the Triton compiler gives a kernel's arguments their types.
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language
 
 from ..triton_kernels import jit, power_of_two
+
+if TYPE_CHECKING:
+    from .matrices import PackedMatrix
 
 # Any, for the type checker: it does not know how a kernel's constants are computed with.
 tl: Any = triton.language
@@ -28,38 +31,26 @@ INT8_OUTPUTS, INT8_TOKENS, INT8_INPUTS = 128, 128, 64
 NEIGHBOURS = 8
 
 
-def multiply_packed(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    bits: int,
-    group: int,
-) -> torch.Tensor:
+def multiply_packed(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
     """X @ W.T, with W unpacked inside the product and rounded to the dtype of x.
 
     Args:
         x: fp16 or bf16 [tokens, in], contiguous.
-        codes: uint8 [out, groups * group * bits / 8].
-        scales: [groups, out], floating point.
-        zeros: uint8 [groups, out], zero points; None for 2^(bits - 1), or with `levels`.
-        levels: float32 [2^bits], the value of each code; None for code - zero point.
-        bits: 4 or 8.
-        group: Inputs that share a scale.
+        matrix: The matrix W.
 
     Returns:
         [tokens, out] in the dtype of x, summed in fp32.
     """
     tokens, width = x.shape
-    outputs = len(codes)
+    outputs = len(matrix.codes)
     out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     block = min(max(power_of_two(tokens), SMALLEST_BLOCK), PACKED_TOKENS)
     grid = (_ceiling(tokens, block), _ceiling(outputs, PACKED_OUTPUTS))
     _multiply_packed[grid](
-        *(x, codes, scales, zeros, levels, out, tokens, outputs, width),
-        bits=bits,
-        group=group,
+        *(x, matrix.codes, matrix.scales, matrix.zeros, matrix.levels),
+        *(out, tokens, outputs, width),
+        bits=matrix.bits,
+        group=matrix.group,
         block_tokens=block,
         block_outputs=PACKED_OUTPUTS,
         enable_fp_fusion=True,
@@ -67,32 +58,14 @@ def multiply_packed(
     return out
 
 
-def unpack(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    levels: torch.Tensor | None,
-    bits: int,
-    group: int,
-    out: torch.Tensor,
-) -> None:
-    """Write a packed matrix's values into `out` [out, in], rounded to its dtype.
-
-    Args:
-        codes: As for `multiply_packed`, and so are the next five.
-        scales: The scales.
-        zeros: The zero points.
-        levels: The value of each code.
-        bits: 4 or 8.
-        group: Inputs that share a scale.
-        out: fp16 or bf16 [out, in], contiguous.
-    """
+def unpack(matrix: PackedMatrix, out: torch.Tensor) -> None:
+    """Write a packed matrix's values into `out` [out, in], fp16 or bf16, rounded to its dtype."""
     outputs, width = out.shape
-    grid = (_ceiling(outputs, UNPACKED_ROWS), len(scales))
+    grid = (_ceiling(outputs, UNPACKED_ROWS), len(matrix.scales))
     _unpack[grid](
-        *(codes, scales, zeros, levels, out, outputs, width),
-        bits=bits,
-        group=group,
+        *(matrix.codes, matrix.scales, matrix.zeros, matrix.levels, out, outputs, width),
+        bits=matrix.bits,
+        group=matrix.group,
         block_outputs=UNPACKED_ROWS,
         enable_fp_fusion=True,
     )

@@ -88,11 +88,10 @@ class PackedMatrix:
 
     def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
         """As `Matrix`."""
-        parts = (self.codes, self.scales, self.zeros, self.levels, self.bits, self.group)
         if len(rows.values) <= FUSED_TOKENS:
-            return kernels.multiply_packed(rows.values, *parts)
+            return kernels.multiply_packed(rows.values, self)
         weight = self.buffer[: len(self.codes) * self.width].view(-1, self.width)
-        kernels.unpack(*parts, weight)
+        kernels.unpack(self, weight)
         return functional.linear(rows.values, weight)
 
 

@@ -29,13 +29,8 @@ CLOSE: Any = {"atol": 2e-6, "rtol": 0}
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, checkpoints):
-    return embedport.export(checkpoints("kv2"), tmp_path_factory.mktemp("bulk") / "model").folder
-
-
-@pytest.fixture(scope="module")
-def embedder(artifact) -> Any:
-    return embedport.load(artifact, device="cpu")
+def artifact(exported):
+    return exported().folder
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +91,7 @@ def stamps(folder):
 def test_vectors_are_those_of_encode(artifact, job, options):
     encode_corpus(replace(job, **options), run_here)
     max_length = options.pop("max_length", None)
-    embedder = embedport.load(artifact, device="cpu", max_length=max_length)
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(artifact, device="cpu", max_length=max_length)
     expected = embedder.encode(RAGGED, **options)
     np.testing.assert_allclose(stacked(job.output), expected, **CLOSE)
     assert len(shards(job.output)) == 9

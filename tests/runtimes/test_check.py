@@ -25,7 +25,7 @@ CASES = [
     ("embedding", {}),
     ("embedding", {"precision": "int8"}),
     ("embedding", {"precision": "int8-weight"}),
-    ("embedding", {"precision": "int4", "fast": True}),
+    ("embedding", {"precision": "int4"}),
     ("embedding", {"precision": "fp16"}),
     ("embedding", {"precision": "bf16"}),
     ("embedding", {"precision": "fp8", "dialect": "standard"}),
@@ -36,24 +36,15 @@ CASES = [
     ("embedding", {"max_length": 8}),
     ("reranker", {}),
     ("reranker", {"precision": "int8"}),
-    ("reranker", {"precision": "int4", "fast": True}),
+    ("reranker", {"precision": "int4"}),
     ("reranker", {"precision": "bf16", "dialect": "standard"}),
 ]
 
 
-@pytest.fixture(scope="module")
-def made(checkpoints, tmp_path_factory):
+@pytest.fixture
+def made(exported):
     """A function (task, **options of export) -> the artifact's folder, cached."""
-    folders = {}
-
-    def make(task="embedding", **options):
-        key = (task, json.dumps(options))
-        if key not in folders:
-            output = tmp_path_factory.mktemp(task) / "artifact"
-            folders[key] = embedport.export(checkpoints("blocks", task), output, **options).folder
-        return folders[key]
-
-    return make
+    return lambda task="embedding", **options: exported("blocks", task, **options).folder
 
 
 def rewrite(folder):

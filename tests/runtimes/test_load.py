@@ -57,8 +57,7 @@ def test_the_other_task_is_refused(folders, checkpoints):
 
 
 def test_a_pickle_is_the_way_to_open_it(folders):
-    embedder = embedport.load(folders / "embedding", device="cpu", max_length=5)
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(folders / "embedding", device="cpu", max_length=5)
     embedder.ranges = {"64": [[0.0] * 64, [1.0] * 64]}
     pickled = pickle.dumps(embedder)
     assert len(pickled) < 5000
@@ -131,8 +130,7 @@ def test_the_tokenizer_is_read_while_the_graph_opens(folders, monkeypatch):
 
     monkeypatch.setattr(loading, "OnnxModel", Opening)
     monkeypatch.setattr(loading, "EmbeddingTokenizer", Read)
-    model = embedport.load(folders / "embedding", device="cpu")
-    assert isinstance(model, embedport.Embedder)
+    model = embedport.load_embedder(folders / "embedding", device="cpu")
     assert model.encode(["a"]).shape == (1, 64)
 
 
@@ -227,8 +225,7 @@ def test_rank(reranker):
 
 
 def test_long_text_is_cut_and_said(folders, caplog):
-    embedder = embedport.load(folders / "embedding", device="cpu", max_length=16)
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(folders / "embedding", device="cpu", max_length=16)
     with caplog.at_level(logging.WARNING):
         vectors = embedder.encode(["short", "word " * 40_000])
     assert "1 of 2 texts cut to 16 tokens, the first is text 1" in caplog.text
@@ -252,8 +249,7 @@ def test_token_beyond_the_table(tmp_path, checkpoints, copied, small_tokenizer):
     geometry = Geometry(64, 1, 4, 2, 32, 160, vocab_size=size)
     write_checkpoint(tmp_path / "checkpoint", geometry, "embedding", small_tokenizer)
     embedport.export(tmp_path / "checkpoint", tmp_path / "out")
-    embedder = embedport.load(tmp_path / "out", device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(tmp_path / "out", device="cpu")
     with pytest.raises(InputError, match=rf"text 1 holds token {size}, .* only {size} rows"):
         embedder.encode(["fine", "</think>"])
 
@@ -292,8 +288,7 @@ def test_a_text_too_long_for_the_memory(tmp_path, checkpoints, monkeypatch):
     from embedport.runtimes import onnxruntime as adapter
 
     embedport.export(checkpoints("kv2"), tmp_path / "out", dialect="standard")
-    embedder = embedport.load(tmp_path / "out", device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
+    embedder = embedport.load_embedder(tmp_path / "out", device="cpu")
     monkeypatch.setattr(adapter, "available_memory", lambda: 10 * 2**20)
     assert embedder.encode(["short"]).shape == (1, 64)
     with pytest.raises(

@@ -18,23 +18,13 @@ from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.stored import find_stored
 from embedport.runtimes import torch as adapter
 from embedport.runtimes.checkpoint import load_base
-from tests.runtimes.test_varlen import LENGTHS, attention, rows_of
+from tests.runtimes.test_varlen import LENGTHS, open_layers, rows_of
 from tests.synthetic import Geometry, round_to_nearest, write_checkpoint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 COMPILE = Path(__file__).parent / "compile_packed.py"
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    """Where kernels run: on a CPU they are interpreted, see conftest.py."""
-    there = torch.cuda.is_available()
-    if (request.param == "cuda") != there:
-        pytest.skip(f"torch has {'a' if there else 'no'} CUDA device here")
-    return request.param
 
 
 def random(device, *shape):
@@ -113,9 +103,8 @@ def test_packed_products(device, dtype, bits, group, form, shape):
     matrix, expected = make_packed(device, dtype, bits, group, form, shape)
     torch.testing.assert_close(unpacked(matrix), expected, rtol=1e-6, atol=1e-7)
     x = random(device, 5, shape[1]).to(dtype)
-    parts = (matrix.codes, matrix.scales, matrix.zeros, matrix.levels, bits, group)
     out = torch.full(shape, float("nan"), dtype=dtype, device=device)
-    kernels.unpack(*parts, out)
+    kernels.unpack(matrix, out)
     torch.testing.assert_close(out, expected.to(dtype), rtol=0, atol=0)
     product = x.float() @ out.float().t()
     limits = {"rtol": 2**-7, "atol": 2e-2}
@@ -185,17 +174,6 @@ def test_matrices_of_one_form_are_one_product():
     torch.testing.assert_close(mixed(rows, dtype).float(), expected, rtol=2**-7, atol=2e-2)
 
 
-def open_layers(monkeypatch, spec, dtype):
-    if torch.cuda.is_available():
-        pytest.skip("tests/gpu runs the layers themselves")
-    from embedport.runtimes import varlen
-    from embedport.runtimes.packed.reading import open_checkpoint
-
-    monkeypatch.setattr(varlen, "varlen_attn", attention)
-    finish = torch.nn.functional.normalize
-    return varlen.PackedLayers(spec, dtype, "cpu", open_checkpoint(spec, dtype, "cpu"), finish)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, small_tokenizer):
     """A function (method) -> a checkpoint of one layer: Triton's interpreter takes its time."""
@@ -226,13 +204,13 @@ def small(tmp_path_factory, small_tokenizer):
         pytest.param("bnb-nf4", marks=pytest.mark.slow),
     ],
 )
-def test_layers(small, monkeypatch, method):
+def test_layers(small, packed, monkeypatch, method):
     """The vectors of the unpacked weights, in 1.1 times the checkpoint's memory at most."""
     from embedport.runtimes.packed import matrices
 
     folder = small(method)
     spec = read_spec(Source("", None, folder), "embedding")
-    layers = open_layers(monkeypatch, spec, torch.float16)
+    layers = open_layers(packed, spec, "float16")
     rows = rows_of(spec)
     ids, lengths = np.concatenate(rows), np.array(LENGTHS)
     found = layers(ids, lengths)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,12 @@ def load(folder, **options) -> Any:
 
 
 @pytest.fixture(scope="module")
-def rerankers(tmp_path_factory, checkpoints):
+def rerankers(exported):
     """A function (geometry, precision) -> reranker on the CPU, cached."""
-    made = {}
 
+    @cache
     def make(geometry="kv2", precision="fp32"):
-        if (geometry, precision) not in made:
-            output = tmp_path_factory.mktemp("artifact") / "model"
-            fast = precision == "int4"  # calibration has tests of its own
-            source = checkpoints(geometry, "reranker")
-            embedport.export(source, output, precision=precision, fast=fast)
-            made[geometry, precision] = load(output)
-        return made[geometry, precision]
+        return load(exported(geometry, "reranker", precision=precision).folder)
 
     return make
 

@@ -21,8 +21,6 @@ import pytest
 from pyarrow import parquet
 from pyarrow.fs import FileSelector, S3FileSystem
 
-import embedport
-
 WEED = shutil.which("weed")
 COUNT = 24_000
 SHARDS = -(-COUNT // 2048)
@@ -99,14 +97,6 @@ def store(tmp_path):
     store = Store(folder)
     yield store
     store.kill()
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory, checkpoints):
-    folder = tmp_path_factory.mktemp("s3") / "model"
-    embedder = embedport.load(embedport.export(checkpoints("kv2"), folder).folder, device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
-    return embedder
 
 
 def workers(root):

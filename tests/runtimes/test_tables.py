@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-import embedport
 from embedport.errors import InputError
 from embedport.runtimes import bulk
 from embedport.runtimes.bulk import Job, encode_corpus, run_here
@@ -17,14 +16,6 @@ from embedport.storage import ObjectPath, as_place
 
 TEXTS = ["one", "two words", "long " * 90, " spaces ", "日本語 🥾", "", "one"] * 5
 IDS = [f"doc-{i}" for i in range(len(TEXTS))]
-
-
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory, checkpoints):
-    folder = tmp_path_factory.mktemp("tables") / "model"
-    embedder = embedport.load(embedport.export(checkpoints("kv2"), folder).folder, device="cpu")
-    assert isinstance(embedder, embedport.Embedder)
-    return embedder
 
 
 @pytest.fixture(scope="module")

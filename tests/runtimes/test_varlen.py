@@ -14,53 +14,10 @@ from embedport.errors import InputError
 from embedport.runtimes import torch as adapter
 from embedport.runtimes.checkpoint import has_fp8_matrices
 
+torch = pytest.importorskip("torch")
 # The interpreter takes its time.
 LENGTHS = (3, 1, 6)
 DTYPES = {"float16": 1e-3, "bfloat16": 8e-3}  # half a step of a value near 1
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    """Where kernels run: on a CPU they are interpreted, see conftest.py."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if (request.param == "cuda") != there:
-        pytest.skip(f"torch has {'a' if there else 'no'} CUDA device here")
-    return request.param
-
-
-@pytest.fixture
-def packed(monkeypatch):
-    """The module as it is on a CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("test_on_a_gpu runs the kernels themselves")
-    from embedport.runtimes import varlen
-
-    monkeypatch.setattr(varlen, "varlen_attn", attention)
-    return varlen
-
-
-def attention(query, key, value, starts, _, longest, __, *, window_size, enable_gqa=True):
-    """FlashAttention's result, and another value for tokens of no text."""
-    import torch
-
-    assert window_size == (-1, 0)
-    assert enable_gqa
-    groups = query.shape[1] // key.shape[1]
-    found = torch.full_like(query, 1000)
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        assert end - start <= longest
-        q, k, v = (each[start:end].transpose(0, 1).float() for each in (query, key, value))
-        k, v = (each.repeat_interleave(groups, dim=0) for each in (k, v))
-        scores = q @ k.mT / q.shape[-1] ** 0.5
-        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
-        found[start:end] = (weights @ v).transpose(0, 1).to(query.dtype)
-    return found
 
 
 def rows_of(spec):
@@ -69,8 +26,6 @@ def rows_of(spec):
 
 
 def open_layers(packed, spec, dtype):
-    import torch
-
     from embedport.runtimes.packed.reading import open_checkpoint
 
     kind = getattr(torch, dtype)
@@ -80,8 +35,6 @@ def open_layers(packed, spec, dtype):
 
 def run(packed, folder, task, dtype):
     """(found, expected): packed layers' vectors, and those of transformers' layers."""
-    import torch
-
     source = folder if isinstance(folder, Source) else Source("", None, folder)
     spec = read_spec(source, task)
     rows = rows_of(spec)
@@ -126,7 +79,6 @@ def test_fp8(packed, quantized, task):
 
 @pytest.mark.parametrize("lengths", [(3, 1, 6), (1, 9, 3), (8,)])
 def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths):
-    import torch
     from torch.nn.attention import SDPBackend
 
     monkeypatch.setattr(packed, "varlen_attn", None)
@@ -143,7 +95,6 @@ def test_long_texts_attend_one_by_one(packed, checkpoints, monkeypatch, lengths)
 
 
 def test_a_long_text_does_not_see_the_next_one(packed, monkeypatch):
-    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     monkeypatch.setattr(packed, "LONG_STEP", 4)
@@ -158,8 +109,6 @@ def test_a_long_text_does_not_see_the_next_one(packed, monkeypatch):
 
 
 def test_attention_is_chosen_for_the_batch_only(packed, checkpoints):
-    import torch
-
     backends = torch.backends.cuda
     order = torch._C._get_sdp_priority_order()
     layers = open_layers(packed, open_spec(checkpoints("kv2")), "bfloat16")
@@ -192,8 +141,6 @@ def test_a_size_that_comes_back_becomes_a_graph(
     packed, tmp_path, small_tokenizer, monkeypatch, caplog
 ):
     import contextlib
-
-    import torch
 
     from tests.synthetic import Geometry, write_checkpoint
 
@@ -241,16 +188,12 @@ def test_a_size_that_comes_back_becomes_a_graph(
 
 def close(rows, expected, dtype):
     """Rounded once, each value to its own precision."""
-    import torch
-
     torch.testing.assert_close(rows.float(), expected, rtol=DTYPES[dtype], atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [96, 128])
 def test_add_norm(device, dtype, width):
-    import torch
-
     from embedport.runtimes.triton_kernels import add_norm
 
     kind = getattr(torch, dtype)
@@ -269,8 +212,6 @@ def test_add_norm(device, dtype, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "half"), [((4, 2), 6), ((3, 1), 8)])
 def test_norm_rope(device, dtype, heads, half):
-    import torch
-
     from embedport.runtimes.triton_kernels import norm_rope
 
     kind, rotated = getattr(torch, dtype), sum(heads)
@@ -293,8 +234,6 @@ def test_norm_rope(device, dtype, heads, half):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul(device, dtype):
-    import torch
-
     from embedport.runtimes.triton_kernels import silu_mul
 
     kind = getattr(torch, dtype)
@@ -304,8 +243,6 @@ def test_silu_mul(device, dtype):
 
 
 def test_to_fp8(device):
-    import torch
-
     from embedport.runtimes.triton_kernels import E4M3, round_rows
 
     values = random(device, (5, 96))[0].bfloat16()
@@ -325,15 +262,11 @@ def test_to_fp8(device):
 
 
 def random(device, *shapes):
-    import torch
-
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
 
 def rms_norm(values, gains):
-    import torch
-
     return values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + 1e-6) * gains.float()
 
 
@@ -358,8 +291,6 @@ def test_sizes_come_back():
 @pytest.fixture
 def hopper(monkeypatch):
     """Every condition of `why_padded` holds but the checkpoint's."""
-    import torch
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -390,8 +321,6 @@ def test_what_is_packed(checkpoints, quantized, hopper, method, reason):
 
 
 def test_what_stands_in_the_way(checkpoints, quantized, hopper):
-    import torch
-
     spec, fp8 = open_spec(checkpoints("kv8")), open_spec(quantized("fp8"))
     assert "on Hopper" in str(adapter.why_padded(fp8, "fp16"))
     assert "wider than 256" in str(adapter.why_padded(replace(spec, head_dim=272), "bf16"))
@@ -425,8 +354,6 @@ def test_fp8_in_blocks_of_16_only(checkpoints, hopper, tmp_path):
 
 
 def test_a_product_in_fp8():
-    import torch
-
     from embedport.runtimes.packed.matrices import ScaledMatrix
     from embedport.runtimes.triton_kernels import E4M3, Rows
 

@@ -147,8 +147,7 @@ def test_ranges_are_kept_in_the_manifest(embedder):
     embedder.calibrate(TEXTS)
     folder = embedder.artifact.folder
     assert json.loads((folder / "embedport.json").read_text())["ranges"] == embedder.ranges
-    again = embedport.load(folder)
-    assert isinstance(again, embedport.Embedder)
+    again = embedport.load_embedder(folder)
     np.testing.assert_array_equal(
         again.encode(TEXTS, precision="int8"), embedder.encode(TEXTS, precision="int8")
     )
