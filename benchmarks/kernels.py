@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 
+from embedport.errors import InputError
 from embedport.runtimes.ort_custom_ops import NONE, VARIABLE, register_kernels
 
 from .checkpoint import checkpoint, scratch
@@ -81,7 +82,9 @@ def _open(graph: Path, name: str) -> Any:
     options.log_severity_level = 3
     # Otherwise the threads of idle sessions would spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with mock.patch.dict(os.environ, {VARIABLE: name}):
-        if register_kernels(options) is None and name != NONE:
-            return None
+    try:
+        with mock.patch.dict(os.environ, {VARIABLE: name}):
+            register_kernels(options)
+    except InputError:
+        return None
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

@@ -55,13 +55,18 @@ def core_limit() -> int | None:
 
 
 def limit_threads(options: Any) -> None:
-    """Keep an onnxruntime session to `core_limit`, which onnxruntime does not read by itself.
+    """Keep an onnxruntime session to this process's cores.
+
+    By itself onnxruntime reads neither `core_limit` nor the CPU affinity of a cpuset or `taskset`:
+    it starts a thread for each of the machine's cores, and prints an error for each core that it
+    may not pin one to.
 
     Args:
         options: onnxruntime.SessionOptions.
     """
-    if core_limit() is not None:
-        options.intra_op_num_threads = count_cores()
+    cores = count_cores()
+    if core_limit() is not None or cores < (os.cpu_count() or cores):
+        options.intra_op_num_threads = cores
 
 
 def read_quota() -> float | None:

@@ -37,7 +37,7 @@ from .embedder import Embedder, check_options, resolve_prompt
 from .info import choose_length, hash_json, hash_model, read_info
 from .loading import load
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
-from .vectors import CODECS, IN_8_BITS, check_ranges, quantize_vectors
+from .vectors import CODECS, IN_8_BITS, quantize_vectors
 
 INDEX = "index.json"
 FORMAT_VERSION = 4
@@ -190,6 +190,12 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
     Raises:
         InputError: The job is invalid, or the folder holds something else.
     """
+    with _as_input_error(job.output):
+        if isinstance(job.output, Path) and job.output.exists() and not job.output.is_dir():
+            raise InputError(
+                f"{job.output} is a file, and shards go into a folder: choose another name, or, "
+                "for one file, a name that ends with .npy, .jsonl, .parquet or .arrow"
+            )
     index = plan(job, progress=progress)
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
@@ -289,7 +295,6 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     for name in (info.name, job.input.name):
         check_name(name)
     dim = info.dim if job.dim is None else int(job.dim)
-    check_ranges(job.precision, dim, info.ranges)
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, info.ranges)
     prompt = resolve_prompt(info.inputs, job.prompt)
     max_length = choose_length(info, job.max_length)

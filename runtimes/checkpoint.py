@@ -44,11 +44,16 @@ LIBRARY_ERRORS = (
     *(RuntimeError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError),
 )
+# Precisions whose matrices and activations are 8-bit: safetensors' dtype of the matrices.
+ROUNDED = {"fp8": "F8_E4M3", "w8a8": "I8"}
 # Reads a tensor by its name: a torch tensor on the CPU, in the stored dtype.
 Read = Callable[[str], Any]
 # torch's choice of attention kernels is global to the process. Hold this lock to change it, or to
 # run on CUDA with the default choice.
 ATTENTION_CHOICE = threading.Lock()
+# Of two threads that redirect the process's standard error, the second would put the first one's
+# buffer in its place for good.
+_SILENCE = threading.Lock()
 
 
 def load_base(spec: ModelSpec, dtype: Any, device: str) -> Any:
@@ -113,28 +118,21 @@ def open_readers(spec: ModelSpec) -> tuple[Read, Read | None]:
     )
 
 
-def rounds_tokens(spec: ModelSpec) -> bool:
-    """Whether all projections and their inputs are 8-bit: see the two functions below."""
-    return has_fp8_matrices(spec) or has_int8_matrices(spec)
-
-
 def has_fp8_matrices(spec: ModelSpec) -> bool:
     """Whether all projections are float8_e4m3fn with one scale per output row and one per token."""
-    return _has_scaled_matrices(spec, "fp8", "F8_E4M3")
-
-
-def has_int8_matrices(spec: ModelSpec) -> bool:
-    """Whether all projections are int8 with one scale per output row and one per token.
-
-    Neither has zero points.
-    """
-    return _has_scaled_matrices(spec, "w8a8", "I8")
-
-
-def _has_scaled_matrices(spec: ModelSpec, precision: str, dtype: str) -> bool:
     quantization = spec.quantization
-    if not isinstance(quantization, LibraryQuantization) or quantization.precision != precision:
+    return quantization is not None and quantization.precision == "fp8" and rounds_tokens(spec)
+
+
+def rounds_tokens(spec: ModelSpec) -> bool:
+    """Whether all projections are 8-bit with one scale per output row and one per token.
+
+    They are float8_e4m3fn, or int8; neither has zero points.
+    """
+    quantization = spec.quantization
+    if not isinstance(quantization, LibraryQuantization) or quantization.precision not in ROUNDED:
         return False
+    dtype = ROUNDED[quantization.precision]
     (group,) = quantization.values["config_groups"].values()
     tokens = group["input_activations"]
     form = (tokens.get("strategy"), tokens.get("dynamic"), tokens.get("symmetric", True))
@@ -360,11 +358,12 @@ def no_loading_bar() -> Generator[None]:
 def _silent() -> Generator[None]:
     """Silence progress bars and warnings, such as that on the unused head; errors still raise."""
     logging = require("transformers", "torch").utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        # compressed-tensors has progress bars of its own that cannot be turned off.
-        with no_loading_bar(), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
+    with _SILENCE:
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            # compressed-tensors has progress bars of its own that cannot be turned off.
+            with no_loading_bar(), contextlib.redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            logging.set_verbosity(level)

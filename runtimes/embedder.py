@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from ..artifact.folder import record_ranges
+from ..checkpoint.pipeline import Outputs
 from ..errors import InputError, check_integer
 from ..texts.prompts import EmbeddingTokenizer, Encoded, check_list, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
@@ -145,7 +146,7 @@ class Embedder:
         encoded = self.tokenizer.encode(texts, text)
         check_encoded(encoded, self.info.vocab_size, self.tokenizer.max_length, "text", first)
         prompt_length = self.prompt_length(text)
-        self.check_pooled(encoded.ids, prompt_length, first)
+        check_pooled(encoded.ids, self.info.outputs, prompt_length, first)
         return self.embed_rows(
             encoded.ids,
             prompt_length=prompt_length,
@@ -244,26 +245,6 @@ class Embedder:
         """Number of a prompt's tokens to leave out of pooling; 0 if the model pools prompts."""
         return 0 if self.info.outputs.include_prompt else self.tokenizer.prompt_length(text)
 
-    def check_pooled(self, rows: Sequence[np.ndarray], prompt_length: int, first: int = 0) -> None:
-        """Refuse a text without a last token to pool: sentence-transformers makes its state zero.
-
-        Args:
-            rows: Token ids of each text behind its prompt, int64 [tokens].
-            prompt_length: Tokens of the prompt that are left out of pooling.
-            first: The first text's number in messages.
-
-        Raises:
-            InputError: A text has no token behind the prompt's.
-        """
-        if "lasttoken" not in self.info.outputs.pooling:
-            return
-        for i, ids in enumerate(rows, first):
-            if len(ids) <= prompt_length:
-                raise InputError(
-                    f"text {i} has no token behind the prompt's {prompt_length}, which the model "
-                    "leaves out of its pooling: it is empty, or max_length is too small"
-                )
-
 
 def check_options(width: int, dim: int | None, precision: str) -> None:
     """Check the requested width and format of vectors.
@@ -285,6 +266,30 @@ def check_options(width: int, dim: int | None, precision: str) -> None:
     check_integer("dim", dim)
     if not 1 <= dim <= width:
         raise InputError(f"dim should be from 1 to {width}, found {dim}")
+
+
+def check_pooled(
+    rows: Sequence[np.ndarray], outputs: Outputs, prompt_length: int, first: int = 0
+) -> None:
+    """Refuse a text without a last token to pool: sentence-transformers makes its state zero.
+
+    Args:
+        rows: Token ids of each text behind its prompt, int64 [tokens].
+        outputs: The model's outputs, with the pooling modes.
+        prompt_length: Tokens of the prompt that are left out of pooling.
+        first: The first text's number in messages.
+
+    Raises:
+        InputError: A text has no token behind the prompt's.
+    """
+    if "lasttoken" not in outputs.pooling:
+        return
+    for i, ids in enumerate(rows, first):
+        if len(ids) <= prompt_length:
+            raise InputError(
+                f"text {i} has no token behind the prompt's {prompt_length}, which the model "
+                "leaves out of its pooling: it is empty, or max_length is too small"
+            )
 
 
 def check_encoded(

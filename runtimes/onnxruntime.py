@@ -27,9 +27,10 @@ from .providers import PROVIDERS, RECORD_NODES, fallen_back, list_providers
 logger = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
-# Messages of onnxruntime's arena, CUDA, and cuBLAS or cuDNN when a GPU's memory is full.
+# Messages of onnxruntime's arena, our kernels, CUDA, and cuBLAS or cuDNN when memory is full.
 FULL = re.compile(
-    "failed to allocate memory|smaller than requested bytes|out of memory|ALLOC_FAILED",
+    "failed to allocate memory|smaller than requested bytes|bad.alloc|memory is full|out of memory|"
+    "ALLOC_FAILED",
     re.IGNORECASE,
 )
 
@@ -109,7 +110,7 @@ class OnnxModel:
 
         Raises:
             InputError: Attention would take more memory than is available, or the batch does not
-                fit into the GPU's memory.
+                fit into the process's or the GPU's memory.
         """
         if self.device == "cpu" and (self._graph.dialect == "standard" or self._masked):
             _check_memory(*input_ids.shape, self._num_heads)
@@ -120,10 +121,7 @@ class OnnxModel:
             past = self._no_past if past is None else past
             size = past.shape[2] + input_ids.shape[1]
             feeds |= _prefix_inputs(past, kept=0, short=size <= SHORT_ROW)
-        if self.device == "cpu":
-            output = self._session.run(self._graph.outputs[:1], feeds)[0]
-        else:
-            output = self._run_on_gpu(feeds)
+        output = self._run(self._graph.outputs[0], feeds)
         if self._head is None:
             return output
         return self._head(pool(output, attention_mask, self._outputs, prompt_length))
@@ -140,18 +138,21 @@ class OnnxModel:
         """
         feeds = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
         feeds |= _prefix_inputs(self._no_past, kept=len(ids), short=short)
-        return self._session.run(["present"], feeds)[0]
+        return self._run("present", feeds)
 
-    def _run_on_gpu(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    def _run(self, output: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
         try:
-            return run_bound(self._session, feeds, "cuda")
+            if self.device == "cpu":
+                return self._session.run([output], feeds)[0]
+            return run_bound(self._session, output, feeds, "cuda")
         except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
             if not FULL.search(str(error)):
                 raise
             rows, tokens = feeds["input_ids"].shape
+            memory = "this process's memory" if self.device == "cpu" else "the GPU's memory"
             raise InputError(
-                f"a batch of {rows} x {tokens} tokens does not fit into the GPU's memory: use a "
-                "smaller batch_tokens, or max_length"
+                f"a batch of {rows} x {tokens} tokens does not fit into {memory}: use a smaller "
+                "batch_tokens, or max_length"
             ) from error
 
 
@@ -181,13 +182,14 @@ def _prefix_inputs(past: np.ndarray, *, kept: int, short: bool) -> dict[str, np.
     return {"past": past, "kept": np.array([kept]), "short": np.array(short)}
 
 
-def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:
-    """Run a session with inputs and its first output bound to a device's memory.
+def run_bound(session: Any, output: str, feeds: dict[str, np.ndarray], memory: str) -> np.ndarray:
+    """Run a session with inputs and an output bound to a device's memory.
 
     Each input is copied once; with `run`, every provider would copy it.
 
     Args:
         session: The session.
+        output: The output's name.
         feeds: Inputs by name.
         memory: "cuda" or "cpu".
     """
@@ -196,7 +198,7 @@ def run_bound(session: Any, feeds: dict[str, np.ndarray], memory: str) -> np.nda
     for name, array in feeds.items():
         value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), memory, 0)
         binding.bind_ortvalue_input(name, value)
-    binding.bind_output(session.get_outputs()[0].name, memory, 0)
+    binding.bind_output(output, memory, 0)
     session.run_with_iobinding(binding)
     return binding.copy_outputs_to_cpu()[0]
 

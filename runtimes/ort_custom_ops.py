@@ -17,7 +17,7 @@ from ..errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# For tests: an instruction set instead of the CPU's best, or "none".
+# An instruction set instead of the CPU's best, or "none": for tests and measurements.
 VARIABLE = "EMBEDPORT_KERNELS"
 NONE = "none"
 CHOICES = ("avx512", "avx2", "neon", NONE)
@@ -39,7 +39,7 @@ def register_kernels(options: Any) -> str | None:
         run instead (the log says why).
 
     Raises:
-        InputError: $EMBEDPORT_KERNELS has an unknown value.
+        InputError: $EMBEDPORT_KERNELS has an unknown value, or names kernels that do not run here.
     """
     with _lock:
         name, reason = _choose()
@@ -47,7 +47,7 @@ def register_kernels(options: Any) -> str | None:
             try:
                 options.register_custom_ops_library(str(find_library()))
             except Exception as error:  # onnxruntime's own classes, all of them plain Exceptions
-                name, reason = None, f"onnxruntime does not take the kernels ({error})"
+                name, reason = _without(f"onnxruntime does not take the kernels ({error})")
     if name is None:
         logger.info("%s: onnxruntime's operators run instead", reason)
     return name
@@ -60,7 +60,7 @@ def choose_kernels() -> tuple[str | None, str]:
         (The instruction set, "avx512", "avx2" or "neon", and ""; or None and the reason).
 
     Raises:
-        InputError: $EMBEDPORT_KERNELS has an unknown value.
+        InputError: $EMBEDPORT_KERNELS has an unknown value, or names kernels that do not run here.
     """
     with _lock:
         return _choose()
@@ -74,16 +74,23 @@ def _choose() -> tuple[str | None, str]:
         return None, f"{VARIABLE} is {NONE}"
     library = find_library()
     if library is None:
-        return None, NOT_BUILT
+        return _without(NOT_BUILT)
     try:
         choose = ctypes.CDLL(str(library)).choose_kernels
     except (OSError, AttributeError) as error:
-        return None, f"the kernels cannot be loaded ({error})"
+        return _without(f"the kernels cannot be loaded ({error})")
     choose.argtypes, choose.restype = [ctypes.c_char_p], ctypes.c_char_p
     chosen = choose(name.encode())
     if chosen is None:
-        return None, f"the CPU has no {name or 'AVX2 with FMA, or NEON'}"
+        return _without(f"the CPU has no {name or 'AVX2 with FMA, or NEON'}")
     return chosen.decode(), ""
+
+
+def _without(reason: str) -> tuple[None, str]:
+    """No kernels, and why; an error if the user has named some."""
+    if name := os.environ.get(VARIABLE):
+        raise InputError(f"${VARIABLE} is {name}, and {reason}: unset it, or set it to {NONE}")
+    return None, reason
 
 
 def find_library() -> Path | None:

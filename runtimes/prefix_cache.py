@@ -7,36 +7,17 @@ share the query. Token ids are not changed: a prefix is what the finished rows h
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from ..attention import SHORT_ROW
 from ..progress import progress_bar
 from .batching import group_indices, make_batches, pad
+from .onnxruntime import OnnxModel
 
 # Maximum length of a prefix. Its keys and values, 0.2 to 0.3 MB per token over all layers, stay in
 # memory while a group runs.
 SHARED_TOKENS = 1024
-
-
-class ContinuingModel(Protocol):
-    """A model that can continue rows from a prefix's keys and values."""
-
-    def read(self, ids: np.ndarray, *, short: bool) -> np.ndarray:
-        """Compute the keys and values of a prefix.
-
-        Args:
-            ids: The prefix's token ids, int64 [tokens].
-            short: Whether the full rows are short (`SHORT_ROW`).
-        """
-        ...
-
-    def __call__(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, past: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Run a batch, int64 [batch, sequence], after the prefix `past`: float32 [batch]."""
-        ...
 
 
 def group_rows(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[list[int]]:
@@ -76,7 +57,7 @@ def shared_length(rows: Sequence[np.ndarray]) -> int:
 
 
 def run_groups(
-    model: ContinuingModel,
+    model: OnnxModel,
     rows: Sequence[np.ndarray],
     groups: Sequence[Sequence[int]],
     *,
@@ -87,7 +68,7 @@ def run_groups(
     """Run rows group by group; each group's common prefix runs once.
 
     Args:
-        model: The model.
+        model: A model that `continues`.
         rows: Token ids, int64 [tokens] each.
         groups: Row numbers, each once; a group's rows are all short or all long (`SHORT_ROW`).
         batch_tokens: The budget of a batch. The prefix counts for every row, since attention holds

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..strict_json import to_json
 from ..tables import fact_table
-from .inputs import DeviceOption
+from .inputs import ArtifactArgument, DeviceOption
 from .outputs import stdout_console
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check(
-    artifact: Annotated[Path, typer.Argument(help="An artifact's folder, or a hub id.")],
+    artifact: ArtifactArgument,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="An artifact's folder, or a hub id.")]
+from .inputs import ArtifactArgument
+
 Out = Annotated[Path, typer.Option("-o", "--out", "--output", help="The folder to make.")]
 
 
-def triton(artifact: Model, out: Out) -> None:
+def triton(artifact: ArtifactArgument, out: Out) -> None:
     """Make a Triton model repository: texts in, vectors or scores out.
 
     Example: embedport deploy triton qwen3-fp16 -o repository
@@ -19,7 +21,7 @@ def triton(artifact: Model, out: Out) -> None:
     from ..deploy import deploy_triton
 
     deploy_triton(artifact, out)
-    _say(out, f"tritonserver --model-repository {out}")
+    _say(out, f"tritonserver --model-repository {shlex.quote(str(out))}")
 
 
 def docker(
@@ -38,10 +40,10 @@ def docker(
     from ..deploy import deploy_docker
 
     deploy_docker(artifacts, out, wheel)
-    _say(out, f"cd {out} && docker compose up --build")
+    _say(out, f"cd {shlex.quote(str(out))} && docker compose up --build")
 
 
-def vespa(artifact: Model, out: Out) -> None:
+def vespa(artifact: ArtifactArgument, out: Out) -> None:
     """Make a Vespa embedder: a part of services.xml, and the model's files.
 
     Example: embedport deploy vespa qwen3-int8 -o vespa

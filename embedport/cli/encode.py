@@ -139,7 +139,7 @@ def encode(
             device=device,
             max_length=max_length,
             task=check_task(task),
-            adapter=None if adapter is None else _absolute(Path(adapter)),
+            adapter=None if adapter is None else _absolute(adapter),
         )
         _encode_corpus(job, engine, workers, force)
         return
@@ -162,6 +162,11 @@ def encode(
         check_output(out)
     check_new(out, force)
     only_ranges = calibrate is not None and not texts and file is None
+    if only_ranges and (out is not None or as_json):
+        raise InputError(
+            "--calibrate without texts measures ranges only, and there are no vectors for -o or "
+            "--json: give texts, or --input - for standard input"
+        )
     inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, in_table)
     embedder = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
@@ -232,9 +237,9 @@ def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> N
     typer.echo(f"{job.output}: {made} of {index.dim} in {shards}", err=True)
 
 
-def _absolute(model: Path) -> str:
+def _absolute(model: str) -> str:
     """A folder's absolute path, so that workers find it; a hub id unchanged."""
-    return str(model.absolute() if model.is_dir() else model)
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def _choose_prompt(prompt: str | None, instruction: str | None) -> str | None:
@@ -276,6 +281,8 @@ def _print(texts: list[str], vectors: np.ndarray) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from ..texts.ranking import unit
+
     console = stdout_console()
     is_float = vectors.dtype.kind == "f"
     style = "+.3f" if is_float else "4d"
@@ -288,6 +295,7 @@ def _print(texts: list[str], vectors: np.ndarray) -> None:
         table.add_row(str(i), Text(" ".join(text.split())), values)
     console.print(table)
     if is_float and 2 <= len(texts) <= MOST_COMPARED:
+        vectors = unit(vectors)
         cosines = Table("Cosine", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for i in range(len(texts)):
             cosines.add_column(str(i), justify="right", no_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -11,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
-from .outputs import print_estimate, print_written, stages, stdout_console, validate_command
+from .outputs import (
+    echo_written,
+    print_estimate,
+    print_written,
+    stages,
+    stdout_console,
+    validate_command,
+)
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -154,24 +160,13 @@ def export_onnx(
     with stages() as progress:
         artifact = run(checkpoint, out, **vars(options), **places, progress=progress)
     seconds = time.monotonic() - start
+    graph = artifact.manifest.graph
+    assert graph is not None
     if as_json:
-        typer.echo(json.dumps(_facts(artifact, seconds)))
+        facts = {"dialect": graph.dialect, "kept_in_fp32": graph.kept_in_fp32}
+        echo_written(artifact, seconds, precision=artifact.manifest.precision, **facts)
     else:
         _print(artifact, seconds)
-
-
-def _facts(artifact: Artifact, seconds: float) -> dict[str, object]:
-    manifest, graph = artifact.manifest, artifact.manifest.graph
-    assert graph is not None
-    return {
-        "artifact": str(artifact.folder),
-        "task": manifest.task,
-        "precision": manifest.precision,
-        "dialect": graph.dialect,
-        "kept_in_fp32": graph.kept_in_fp32,
-        "bytes": artifact.size,
-        "seconds": round(seconds, 3),
-    }
 
 
 def _print(artifact: Artifact, seconds: float) -> None:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from ..texts.beir import RetrievalSet
     from ..texts.samples import Pair, Sample
 
+# Text: a hub id as a path would have a backslash on Windows.
 ModelArgument = Annotated[
-    Path, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
+    str, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
 ]
+ArtifactArgument = Annotated[str, typer.Argument(help="An artifact's folder, or a hub id.")]
 ArtifactOut = Annotated[Path, typer.Option("-o", "--out", help="The artifact's folder.")]
 # For every command that opens a model.
 TaskOption = Annotated[

@@ -83,6 +83,20 @@ def print_written(artifact: Artifact, seconds: float, *facts: str) -> None:
     stdout_console().print(line, soft_wrap=True)
 
 
+def echo_written(artifact: Artifact, seconds: float, **facts: object) -> None:
+    """Print the same as JSON.
+
+    Args:
+        artifact: What was written.
+        seconds: How long it took.
+        facts: Further facts.
+    """
+    manifest = artifact.manifest
+    common = {"artifact": str(artifact.folder), "task": manifest.task}
+    size = {"bytes": artifact.size, "seconds": round(seconds, 3)}
+    typer.echo(json.dumps(common | facts | size))
+
+
 def validate_command(artifact: Artifact) -> str:
     """The command that compares an artifact with the checkpoint that it was made from."""
     options = artifact.manifest.source.options
@@ -126,12 +140,18 @@ def check_new(place: Place | None, force: bool) -> None:
     """Refuse to replace a file of results, which may have taken hours.
 
     Raises:
-        InputError: There is a file and `force` is not given, or the reverse.
+        InputError: There is a file and `force` is not given, or the reverse; or the place cannot
+            be reached.
     """
     if place is None:
         if force:
             raise InputError("`force` replaces an output: give --output")
-    elif not force and place.exists():
+        return
+    try:
+        exists = place.exists()
+    except OSError as error:  # an object store that is not there
+        raise InputError(f"{place} cannot be written: {error}") from error
+    if exists and not force:
         raise InputError(f"{place} exists; choose another place or replace it with `force`")
 
 

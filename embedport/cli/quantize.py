@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
-from .outputs import print_estimate, print_written, stages, stdout_console, validate_command
+from .outputs import (
+    echo_written,
+    print_estimate,
+    print_written,
+    stages,
+    stdout_console,
+    validate_command,
+)
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -93,15 +99,7 @@ def quantize(
         )
     seconds = time.monotonic() - start
     if as_json:
-        manifest = artifact.manifest
-        facts = {
-            "artifact": str(artifact.folder),
-            "task": manifest.task,
-            "method": manifest.precision,
-            "bytes": artifact.size,
-            "seconds": round(seconds, 3),
-        }
-        typer.echo(json.dumps(facts))
+        echo_written(artifact, seconds, method=artifact.manifest.precision)
     else:
         _print(artifact, seconds)
 

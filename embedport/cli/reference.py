@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,7 +101,8 @@ def reference(
             f"Retrieval on {recorded.data.name}, {queries}: give validate the same --retrieval",
             soft_wrap=True,
         )
-    console.print(f"Next: embedport validate ARTIFACT --reference {out}", soft_wrap=True)
+    quoted = shlex.quote(str(out))
+    console.print(f"Next: embedport validate ARTIFACT --reference {quoted}", soft_wrap=True)
 
 
 def _facts(recorded: RecordedReference) -> dict[str, Any]:

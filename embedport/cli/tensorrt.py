@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ import typer
 
 from ..machine.engine import LIBRARIES
 from .inputs import AdapterOption, ArtifactOut, RevisionOption, TaskOption
-from .outputs import print_written, stages, stdout_console
+from .outputs import echo_written, print_written, stages, stdout_console
 
 if TYPE_CHECKING:
     from ..artifact.folder import Artifact
@@ -105,18 +104,14 @@ def export_tensorrt(
     reason = None if engine else "; ".join(str(obstacle(library)) for library in LIBRARIES)
     if as_json:
         facts = {
-            "artifact": str(artifact.folder),
-            "task": artifact.manifest.task,
             "precision": artifact.manifest.precision,
             "engine": engine is not None,
             "library": engine.builder if engine else None,
             "targets": engine.targets if engine else None,
             "products": dict(engine.products) if engine else None,
             "obstacle": reason,
-            "bytes": artifact.size,
-            "seconds": round(seconds, 3),
         }
-        typer.echo(json.dumps(facts))
+        echo_written(artifact, seconds, **facts)
     else:
         options = [f"--profile {text}" for text in profile or []]
         options += ["--version-compatible"] * version_compatible

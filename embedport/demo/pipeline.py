@@ -178,4 +178,4 @@ def _prepare(folder: Path) -> None:
         folder.mkdir(parents=True)
         (folder / MARKER).write_text("Made by `embedport demo`, which replaces this folder.\n")
     except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+        raise InputError(f"{folder} cannot be made: {error.strerror or error}") from error

@@ -61,6 +61,7 @@ def _check(model: str, manifest: Manifest) -> None:
         == "reranker",
         "its inputs are chat messages": inputs.form != "text",
         "its texts are lowercased first": inputs.lower_case,
+        "its long texts are cut at the beginning": inputs.truncation_side == "left",
         "its tokenizer splits special tokens in texts": inputs.split_special_tokens,
         "its graph takes the prompt's length": "prompt_length" in graph.inputs,
     }

@@ -80,16 +80,12 @@ class Profile:
 def choose_profile(profiles: Sequence[Profile], rows: int, tokens: int) -> int:
     """Index of the best profile for a batch: least padding, then `opt` nearest in total tokens.
 
-    Raises:
-        InputError: The batch is too large for all profiles.
+    Args:
+        profiles: The profiles, of which one at least fits the batch.
+        rows: The batch's rows.
+        tokens: Tokens of its longest row.
     """
     fitting = [i for i, profile in enumerate(profiles) if profile.fits(rows, tokens)]
-    if not fitting:
-        raise InputError(
-            f"a batch of {rows} x {tokens} tokens is beyond the engine's profiles "
-            f"({', '.join(map(str, profiles))}); build it with a larger `profiles`, or give a "
-            "smaller batch_tokens or max_length"
-        )
     area = rows * tokens
 
     def cost(i: int) -> tuple[int, float]:

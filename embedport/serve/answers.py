@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import EmbedportError
+from ..errors import EmbedportError, InputError
 from ..runtimes.vectors import shorten
 from .bodies import EmbeddingBody, RerankBody
 from .errors import RequestError
@@ -94,18 +94,13 @@ def tei_answer(
     ]
 
 
-def models_answer(models: Sequence[ServedModel], created: int) -> dict[str, object]:
-    """OpenAI's answer of /v1/models.
+def model_answer(model: ServedModel, created: int) -> dict[str, object]:
+    """OpenAI's description of a model, with what a client of embeddings needs to know.
 
     Args:
-        models: The models.
+        model: The model.
         created: The server's start, in seconds since 1970.
     """
-    return {"object": "list", "data": [model_answer(model, created) for model in models]}
-
-
-def model_answer(model: ServedModel, created: int) -> dict[str, object]:
-    """OpenAI's description of a model, with what a client of embeddings needs to know."""
     answer: dict[str, object] = {
         "id": model.name,
         "object": "model",
@@ -142,8 +137,8 @@ def as_refusal(error: Exception) -> RequestError:
     """An exception of the models as a refusal: our own say what is wrong, others are bugs."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, EmbedportError):
-        return RequestError(400, str(error))
+    if isinstance(error, EmbedportError):  # a GPU that fails is no fault of the request
+        return RequestError(400 if isinstance(error, InputError) else 500, str(error))
     return RequestError(500, f"this is a bug: {type(error).__name__}; the server's log says more")
 
 

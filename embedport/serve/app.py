@@ -24,7 +24,6 @@ from .answers import (
     as_refusal,
     embedding_answer,
     model_answer,
-    models_answer,
     rerank_answer,
     tei_answer,
 )
@@ -194,7 +193,8 @@ class Server:
         """OpenAI's /v1/models."""
         del request
         self._check_ready()
-        return to_json(models_answer(list(self._models.values()), self._created))
+        models = [model_answer(model, self._created) for model in self._models.values()]
+        return to_json({"object": "list", "data": models})
 
     async def model(self, request: Request) -> Response:
         """OpenAI's /v1/models/NAME."""

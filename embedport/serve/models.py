@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import InputError
 from ..runtimes import Embedder, Reranker
 from ..runtimes.batching import choose_batch_tokens, make_batches
-from ..runtimes.embedder import check_encoded
+from ..runtimes.embedder import check_encoded, check_pooled
 from ..texts.prompts import Encoded
 from .errors import RequestError
 
@@ -147,7 +147,7 @@ class ServedEmbedder(ServedModel):
         encoded = self.embedder.tokenizer.encode(texts, text)
         ids = self._checked(encoded, "text", truncate=truncate)
         prompt_length = self.embedder.prompt_length(text)
-        self.embedder.check_pooled(ids, prompt_length)
+        check_pooled(ids, self.info.outputs, prompt_length)
         return Rows(Lane(self, prompt_length), ids)
 
     def pick(self, lengths: Sequence[int]) -> list[int]:

@@ -10,6 +10,8 @@
 #include "ort.h"
 
 enum { ROWS_A_TASK = 8, MAX_VALUES = 17 };
+/* Limits of attributes: products of sizes that are checked against a tensor's do not overflow. */
+enum { MAX_HEADS = 1 << 16, MAX_SIZE = 1 << 28 };
 
 /* An operator: the types of its inputs and outputs; the first `required_...` ones are not optional. */
 struct operator {
@@ -252,11 +254,11 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
         .eps = node->epsilon,
         .scale = node->scale,
         .past = in[STATES].count ? in[STATES].shape[2] : 0,
-        .kept = in[KEPT].data ? *(const int64_t *)in[KEPT].data : 0,
+        .kept = in[KEPT].count ? *(const int64_t *)in[KEPT].data : 0,
     };
     ptrdiff_t tokens = a.batch * a.size, states = a.kv_heads * a.head_dim;
     ptrdiff_t angles = (a.past + a.size) * (a.head_dim / 2);
-    if (a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads || a.head_dim % 2 ||
+    if (a.heads < 1 || a.heads > MAX_HEADS || a.kv_heads < 1 || a.heads % a.kv_heads || a.head_dim % 2 ||
         a.head_dim > MAX_HEAD_DIM || in[Q].count != tokens * a.heads * a.head_dim ||
         in[K].count != tokens * states || in[V].count != tokens * states ||
         (in[V_SCALES].count != 1 && in[V_SCALES].count != tokens) ||
@@ -326,7 +328,8 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context) {
         .zero_points = zero_points.data,
     };
     if ((p.bits != 4 && p.bits != 8) || p.group < 16 || p.group > MAX_GROUP || p.group % 16 ||
-        p.depth < 1 || p.outputs < 1 || x.rank < 1 || x.shape[x.rank - 1] != p.depth)
+        p.depth < 1 || p.depth > MAX_SIZE || p.outputs < 1 || p.outputs > MAX_SIZE || x.rank < 1 ||
+        x.shape[x.rank - 1] != p.depth)
         return refuse(node, "MatMulGroups: shapes do not go together");
     p.groups = (p.depth + p.group - 1) / p.group;
     p.count = x.count / p.depth;

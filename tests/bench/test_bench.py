@@ -47,10 +47,8 @@ def tokenizer_file(tmp_path_factory, real_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, checkpoints):
-    output = tmp_path_factory.mktemp("artifact") / "int8"
-    embedport.export(checkpoints("kv2"), output, precision="int8")
-    return output
+def artifact(exported):
+    return exported(precision="int8").folder
 
 
 @pytest.mark.slow
@@ -163,6 +161,14 @@ def test_physical_cores(tmp_path):
         (folder / "core_id").write_text(f"{number // 2 % 2}\n")
     assert serving.count_physical_cores(tmp_path) == 4
     assert serving.count_physical_cores(tmp_path / "cpu0") is None
+
+
+@pytest.mark.parametrize(("system", "peak"), [("linux", 7 << 10), ("darwin", 7)])
+def test_a_peak_is_in_bytes(monkeypatch, system, peak):
+    monkeypatch.setattr(serving.sys, "platform", system)
+    usage = SimpleNamespace(ru_maxrss=7)
+    monkeypatch.setattr(serving.resource, "getrusage", lambda who: usage)
+    assert serving.peak_bytes() == peak
 
 
 def test_each_side_is_told_the_same_threads(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.errors import InputError
 
 TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
 
@@ -22,8 +23,7 @@ class TestEncode:
         assert code == 0
         rows = json_lines(out)
         assert [row["text"] for row in rows] == TEXTS
-        embedder = embedport.load(folders / "embedding")
-        assert isinstance(embedder, embedport.Embedder)
+        embedder = embedport.load_embedder(folders / "embedding")
         expected = embedder.encode(TEXTS, prompt="query")
         np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-6)
 
@@ -58,6 +58,44 @@ class TestEncode:
         assert np.load(tmp_path / "out.npy").shape == (1, 64)
         code, _, err = run("encode", folders / "embedding", "text", "--force")
         assert (code, "--force replaces an output: give --output" in err) == (2, True)
+
+    def test_a_file_in_a_folders_place(self, run, folders, tmp_path, monkeypatch):
+        """Without a suffix it would be a folder of shards."""
+        (tmp_path / "in.txt").write_text("one")
+        (tmp_path / "vectors").write_text("of another day")
+        monkeypatch.setattr("embedport.runtimes.bulk.survey", lambda *_, **__: pytest.fail("late"))
+        files = ("--input", tmp_path / "in.txt", "-o", tmp_path / "vectors", "--force")
+        code, _, err = run("encode", folders / "embedding", *files)
+        assert code == 2
+        assert "vectors is a file, and shards go into a folder: choose another name" in err
+        assert (tmp_path / "vectors").read_text() == "of another day"
+
+    def test_a_store_that_is_not_there(self, run, folders, tmp_path, monkeypatch):
+        def fail(self):
+            raise OSError("AWS Error NETWORK_CONNECTION")
+
+        monkeypatch.setattr("embedport.storage.ObjectPath.exists", fail)
+        out = f"file://{tmp_path}/out.npy"
+        code, _, err = run("encode", folders / "embedding", "text", "-o", out)
+        assert (code, err) == (
+            2,
+            f"embedport: {out} cannot be written: AWS Error NETWORK_CONNECTION\n",
+        )
+
+    @pytest.mark.parametrize(
+        "command",
+        [("encode", "o/n", "a"), ("rerank", "o/n", "q", "a"), ("check", "o/n")],
+        ids=lambda command: command[0],
+    )
+    def test_a_hub_id_is_no_path(self, run, monkeypatch, command):
+        """Windows would make its slash a backslash."""
+
+        def opened(model, **_options):
+            raise InputError(repr(model))
+
+        for name in ("load", "check"):
+            monkeypatch.setattr(f"embedport.runtimes.{name}", opened)
+        assert run(*command) == (2, "", "embedport: 'o/n'\n")
 
     def test_standard_input(self, run, folders):
         piped = "\n".join(TEXTS) + "\n"
@@ -111,6 +149,9 @@ class TestEncode:
             )
             assert (code, out) == (0, "")
             assert "ranges measured with" in err
+        for more in (("-o", tmp_path / "out.npy"), ("--json",)):
+            code, _, err = run("encode", folder, "--calibrate", tmp_path / "sample.txt", *more)
+            assert (code, "there are no vectors for -o or --json" in err) == (2, True)
         code, _, err = run("encode", checkpoints(), "--calibrate", tmp_path / "sample.txt")
         assert code == 2
         assert "has no manifest to keep ranges in" in err
@@ -165,6 +206,14 @@ class TestEncode:
         cosines = " ".join(f"{value:.2f}" for value in vectors @ vectors[2])
         assert f"2 {cosines}" in [" ".join(line.split()) for line in out.splitlines()]
         assert max(map(len, out.splitlines())) <= 60
+
+    def test_cosines_of_any_length(self, run, folders, monkeypatch):
+        """Without a Normalize module vectors have lengths of their own."""
+        vectors = np.array([[3, 4], [0, 5]], np.float32)
+        monkeypatch.setattr(embedport.Embedder, "encode", lambda *_, **__: vectors)
+        out = run("encode", folders / "embedding", "a", "b", terminal=True)[1]
+        lines = [" ".join(line.split()) for line in out.splitlines()]
+        assert lines[-3:-1] == ["0 1.00 0.80", "1 0.80 1.00"]
 
     def test_nan_is_null(self, run, folders, monkeypatch):
         def encode(_self, texts, **_options):

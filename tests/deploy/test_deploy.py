@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ import yaml
 import embedport
 from embedport.cli import main
 from embedport.deploy import deploy_docker, deploy_triton, deploy_vespa
+from embedport.deploy.packages import open_artifact
 from embedport.errors import InputError
 from embedport.strict_json import load_json
 
@@ -105,8 +107,7 @@ class TestTriton:
         deploy_triton(str(folders / name), tmp_path / "repository")
         triton = Triton(tmp_path / "repository")
         model = triton.open(monkeypatch, name)
-        embedder = embedport.load(folders / "embedding", device="cpu")
-        assert isinstance(embedder, embedport.Embedder)
+        embedder = embedport.load_embedder(folders / "embedding", device="cpu")
         prompts = ["query", "document", "query", "query"]
         plain, prompted, wrong = model.execute(
             [
@@ -131,12 +132,21 @@ class TestTriton:
         assert "TEXT should be UTF-8" in wrong.error
         assert not triton.batches
 
+    def test_a_token_beyond_the_table(self, folders, tmp_path, monkeypatch):
+        """A GPU would take zeros for its row."""
+        deploy_triton(str(folders / "embedding"), tmp_path / "repository")
+        triton = Triton(tmp_path / "repository")
+        model = triton.open(monkeypatch, "embedding")
+        model.manifest = replace(model.manifest, vocab_size=1)
+        (wrong,) = model.execute([triton.request(TEXT=["tea"])])
+        assert "text 0 holds token" in wrong.error
+        assert not triton.batches
+
     def test_scores(self, folders, tmp_path, monkeypatch):
         deploy_triton(str(folders / "reranker"), tmp_path / "repository")
         triton = Triton(tmp_path / "repository")
         model = triton.open(monkeypatch, "reranker")
-        reranker = embedport.load(folders / "reranker", device="cpu")
-        assert isinstance(reranker, embedport.Reranker)
+        reranker = embedport.load_reranker(folders / "reranker", device="cpu")
         queries = ["tea"] * len(TEXTS)
         (found,) = model.execute([triton.request(QUERY=queries, DOCUMENT=TEXTS)])
         expected = reranker.score(list(zip(queries, TEXTS, strict=True)))
@@ -209,6 +219,23 @@ class TestVespa:
         component = ElementTree.parse(tmp_path / "app" / "services-part.xml").getroot()
         assert component.findtext("prepend/query") == "find <it>:"
         assert component.findtext("prepend/document") == "text:"
+
+    @pytest.mark.parametrize(
+        ("inputs", "message"),
+        [
+            ({"form": "messages"}, "its inputs are chat messages"),
+            ({"lower_case": True}, "its texts are lowercased first"),
+            ({"truncation_side": "left"}, "its long texts are cut at the beginning"),
+        ],
+    )
+    def test_what_it_does_not_do(self, folders, tmp_path, monkeypatch, inputs, message):
+        name, artifact = open_artifact(str(folders / "embedding"))
+        manifest = artifact.manifest
+        manifest = replace(manifest, inputs=replace(manifest.inputs, **inputs))
+        changed = (name, replace(artifact, manifest=manifest))
+        monkeypatch.setattr("embedport.deploy.vespa.open_artifact", lambda model: changed)
+        with pytest.raises(InputError, match=message):
+            deploy_vespa(str(folders / "embedding"), tmp_path / "app")
 
     def test_the_graph_runs_beside_its_weights(self, folders, tmp_path):
         deploy_vespa(str(folders / "embedding"), tmp_path / "app")

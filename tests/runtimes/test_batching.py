@@ -1,5 +1,7 @@
 """Batches by length within a token budget."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -71,6 +73,17 @@ def test_sessions_keep_to_the_limit(monkeypatch, tmp_path):
         monkeypatch.setattr(batching, "count_cores", lambda threads=threads: threads)
         session = open_session(ir.Model(graph, ir_version=10), tmp_path, pack=True)
         assert session.get_session_options().intra_op_num_threads == threads
+
+
+@pytest.mark.parametrize(("allowed", "threads"), [(range(8), 0), (range(3), 3)])
+def test_sessions_keep_to_a_cpuset(monkeypatch, allowed, threads):
+    """onnxruntime's default, 0, is a thread for each core of the machine, pinned to it."""
+    monkeypatch.setattr(batching, "core_limit", lambda: None)
+    monkeypatch.setattr(batching.os, "sched_getaffinity", lambda pid: allowed, raising=False)
+    monkeypatch.setattr(batching.os, "cpu_count", lambda: 8)
+    options = SimpleNamespace(intra_op_num_threads=0)
+    batching.limit_threads(options)
+    assert options.intra_op_num_threads == threads
 
 
 def test_pad():

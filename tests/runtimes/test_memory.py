@@ -24,6 +24,7 @@ CUDA = (
 )
 CUBLAS = "[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0"
 FULL = (STATE.RuntimeException(ARENA), STATE.Fail(CUDA), STATE.Fail(CUBLAS))
+KERNEL = STATE.RuntimeException("[ONNXRuntimeError] : 6 : RotaryAttention: memory is full")
 OTHER = STATE.Fail("[ONNXRuntimeError] : 1 : FAIL : Load model failed: invalid protobuf")
 
 
@@ -35,18 +36,21 @@ def failing(error):
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, checkpoints):
-    return embedport.export(checkpoints("kv2"), tmp_path_factory.mktemp("memory") / "model")
+def artifact(exported):
+    return exported()
 
 
-@pytest.mark.parametrize("error", FULL, ids=["arena", "cuda", "cublas"])
-def test_a_batch_that_a_gpu_has_no_room_for(artifact, monkeypatch, error):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("error", [*FULL, KERNEL], ids=["arena", "cuda", "cublas", "kernel"])
+def test_a_batch_that_there_is_no_room_for(artifact, monkeypatch, error, device):
     embedder: Any = embedport.load(artifact.folder, device="cpu")
-    embedder.model.device = "cuda"
-    monkeypatch.setattr(adapter, "run_bound", failing(error))
+    embedder.model.device = device
+    place, name = (embedder.model, "_session") if device == "cpu" else (adapter, "run_bound")
+    fails = (lambda error: SimpleNamespace(run=failing(error))) if device == "cpu" else failing
+    monkeypatch.setattr(place, name, fails(error))
     with pytest.raises(InputError, match=r"a batch of 1 x \d+ tokens does not fit .*batch_tokens"):
         embedder.encode(["a"])
-    monkeypatch.setattr(adapter, "run_bound", failing(OTHER))
+    monkeypatch.setattr(place, name, fails(OTHER))
     with pytest.raises(STATE.Fail, match="invalid protobuf"):
         embedder.encode(["a"])
 

@@ -14,21 +14,12 @@ from embedport.runtimes.onnxruntime import _load_cuda, run_bound
 from embedport.runtimes.providers import RECORD_NODES, engine_cache, fallen_back, list_providers
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, checkpoints):
+@pytest.fixture
+def made(exported):
     """A function (precision, dialect, task) -> artifact, cached."""
-    cached = {}
 
     def make(precision="fp32", dialect="standard", task="embedding"):
-        key = (precision, dialect, task)
-        if key not in cached:
-            cached[key] = embedport.export(
-                checkpoints("blocks", task),
-                tmp_path_factory.mktemp("artifact") / "out",
-                precision=precision,
-                dialect=dialect,
-            )
-        return cached[key]
+        return exported("blocks", task, precision=precision, dialect=dialect)
 
     return make
 
@@ -75,7 +66,9 @@ def test_run_bound(made):
     session = onnxruntime.InferenceSession(made().graph)
     ids = np.arange(12).reshape(2, 6)
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    np.testing.assert_array_equal(run_bound(session, feeds, "cpu"), session.run(None, feeds)[0])
+    expected = session.run(None, feeds)[0]
+    found = run_bound(session, "sentence_embedding", feeds, "cpu")
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_what_fell_back(made):

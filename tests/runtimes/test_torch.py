@@ -1,6 +1,9 @@
 """Checkpoints in torch: plain ones and every quantized format, against transformers itself."""
 
 import json
+import subprocess
+import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from embedport.exporters.classifier import pair_template
 from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import loading
 from embedport.runtimes import torch as adapter
+from embedport.runtimes.checkpoint import _silent as silent
 from embedport.texts.prompts import load_tokenizer
 from embedport.texts.samples import Pair, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
@@ -209,8 +213,7 @@ def test_sharded(checkpoints):
 
 
 def test_either_padding_and_any_batch(checkpoints):
-    model = embedport.load(checkpoints("kv2", dtype="float32"), device="cpu")
-    assert isinstance(model, embedport.Embedder)
+    model = embedport.load_embedder(checkpoints("kv2", dtype="float32"), device="cpu")
     rows = rows_of(model)[:3]
     width = max(map(len, rows)) + 3
     for shift in (lambda row: 0, lambda row: width - len(row), lambda row: 1):
@@ -226,8 +229,7 @@ def test_either_padding_and_any_batch(checkpoints):
 def test_ranges_stay_in_memory(checkpoints, copied):
     folder = copied(checkpoints("kv1"))
     before = sorted(folder.rglob("*"))
-    model = embedport.load(folder, device="cpu")
-    assert isinstance(model, embedport.Embedder)
+    model = embedport.load_embedder(folder, device="cpu")
     model.calibrate(TEXTS)
     assert model.encode(TEXTS[:2], precision="int8").dtype == np.int8
     assert sorted(folder.rglob("*")) == before
@@ -236,8 +238,7 @@ def test_ranges_stay_in_memory(checkpoints, copied):
 
 def test_ranges_of_an_artifact_go_into_its_manifest(quantized, copied):
     folder = copied(quantized("gptq"))
-    model = embedport.load(folder, device="cpu")
-    assert isinstance(model, embedport.Embedder)
+    model = embedport.load_embedder(folder, device="cpu")
     model.calibrate(TEXTS)
     assert json.loads((folder / "embedport.json").read_text())["ranges"] == model.ranges
 
@@ -246,8 +247,7 @@ def test_prompts_lengths_and_devices(checkpoints, monkeypatch):
     import torch
 
     folder = checkpoints("kv1")
-    model = embedport.load(folder, device="cpu", max_length=16)
-    assert isinstance(model, embedport.Embedder)
+    model = embedport.load_embedder(folder, device="cpu", max_length=16)
     assert model.tokenizer.max_length == 16
     assert (model.encode(["gravity"]) * model.encode(["gravity"], prompt="query")).sum() < 0.999
     with pytest.raises(InputError, match="max_length should be from 1 to 32768"):
@@ -263,8 +263,7 @@ def test_prompts_lengths_and_devices(checkpoints, monkeypatch):
 def test_a_full_gpu_is_said(checkpoints, monkeypatch):
     import torch
 
-    model = embedport.load(checkpoints("kv1"), device="cpu")
-    assert isinstance(model, embedport.Embedder)
+    model = embedport.load_embedder(checkpoints("kv1"), device="cpu")
 
     def full(*args, **options):
         raise torch.OutOfMemoryError
@@ -278,7 +277,7 @@ def test_a_full_gpu_is_said(checkpoints, monkeypatch):
 
 
 def test_missing_package(quantized, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'embedport\[quantize\]'"):
         embedport.load(quantized("bnb-nf4"), device="cpu")
 
@@ -287,7 +286,7 @@ def test_missing_package(quantized, monkeypatch):
 def test_rounded_activations_do_not_depend_on_the_batch(quantized, monkeypatch, method):
     """Matrices stay in 8 bits, and no library is needed."""
     folder = quantized(method, "reranker")
-    monkeypatch.setitem(__import__("sys").modules, "compressed_tensors", None)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     model = embedport.load(folder, device="cpu")
     np.testing.assert_allclose(results(model), results(model, batch_tokens=1), rtol=0, atol=2e-4)
     opened: Any = model.model
@@ -398,10 +397,25 @@ def test_on_a_gpu(quantized, checkpoints, method, task):
     assert agreement(results(model), results(embedport.load(folder, device="cpu"))) > 0.99
 
 
-def test_import_stays_light():
-    import subprocess
-    import sys
+def test_standard_error_comes_back():
+    """Two threads load at once: the second waits, and does not put the first one's buffer back."""
+    before, inside, left = sys.stderr, threading.Event(), threading.Event()
 
+    def load():
+        with silent():
+            inside.set()
+            left.wait(60)
+
+    second = threading.Thread(target=load)
+    with silent():
+        second.start()
+        inside.wait(0.3)
+    left.set()
+    second.join()
+    assert sys.stderr is before
+
+
+def test_import_stays_light():
     code = "import sys, embedport.runtimes; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from embedport import query_prompt
-from embedport.errors import InputError
+from embedport.errors import DeviceError, InputError
 from embedport.serve import Limits, serve
+from embedport.serve.answers import as_refusal
 
 from .conftest import Client, running, uvicorn
 
@@ -238,6 +239,11 @@ class TestRefusals:
             assert answer.status == 500
             assert "input[1] gave NaN or infinity in fp32" in answer.json["error"]["message"]
             assert client.post(EMBEDDINGS, {"input": ["fine"]}).status == 200
+
+    def test_a_failing_gpu_is_no_fault_of_the_request(self):
+        assert as_refusal(InputError("a")).status == 400
+        refusal = as_refusal(DeviceError("CUDA: cudaMalloc failed"))
+        assert (refusal.status, refusal.message) == (500, "CUDA: cudaMalloc failed")
 
     def test_a_failing_text_fails_its_own_request(self, gated, caplog):
         with running(lambda: {"embedding": gated}) as client, ThreadPoolExecutor() as pool:

@@ -49,12 +49,6 @@ def test_choose(batch, chosen):
     assert choose_profile(profiles, *batch) == chosen
 
 
-def test_beyond_all_profiles():
-    profiles = [Profile.parse("1x1:1x32:8x8192"), Profile.parse("1x1:32x128:256x512")]
-    with pytest.raises(InputError, match="9 x 513 tokens is beyond the engine's profiles"):
-        choose_profile(profiles, 9, 513)
-
-
 def test_padded():
     profile = Profile.parse("2x16:8x128:32x512")
     assert profile.padded(1, 300) == (2, 300)

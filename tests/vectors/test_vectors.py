@@ -40,18 +40,22 @@ def test_vectors_are_those_recorded(demo, task, precision):
     )
 
 
-def test_the_script_needs_neither_torch_nor_the_package(demo, tmp_path):
-    """As under an emulator: a plain onnxruntime, with the kernels' library if there is one."""
-    folders = [str(demo(task, precision).artifact.folder) for task, precision in CASES]
+def arguments(demo):
+    """Those of the script: the kernels' library if there is one, and the artifacts."""
     here = register_kernels(onnxruntime.SessionOptions())
     kernels = ["--kernels", str(find_library())] if here else []
+    return [*kernels, *(str(demo(task, precision).artifact.folder) for task, precision in CASES)]
+
+
+def test_the_script_needs_neither_torch_nor_the_package(demo, tmp_path):
+    """As under an emulator: a plain onnxruntime."""
     code = (
         "import runpy, sys\n"
         "sys.modules.update(dict.fromkeys(('torch', 'embedport', 'safetensors', 'pytest')))\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", code, str(Path(compare.__file__)), *kernels, *folders]
+    command = [sys.executable, "-c", code, str(Path(compare.__file__)), *arguments(demo)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("of the limit") == len(CASES)
@@ -63,10 +67,7 @@ def test_vectors_are_the_same_without_vnni(demo, tmp_path, kind):
     if kind not in HIDDEN["available_kinds"]():
         pytest.skip("this CPU cannot imitate it")
     hiding = HIDDEN["hiding_command"](kind, tmp_path)
-    folders = [str(demo(task, precision).artifact.folder) for task, precision in CASES]
-    here = register_kernels(onnxruntime.SessionOptions())
-    kernels = ["--kernels", str(find_library())] if here else []
-    command = [*hiding, sys.executable, str(Path(compare.__file__)), *kernels, *folders]
+    command = [*hiding, sys.executable, str(Path(compare.__file__)), *arguments(demo)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("of the limit") == len(CASES)

@@ -5,6 +5,7 @@ package embedport in Triton's image; torch is not needed.
 """
 
 import json
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import triton_python_backend_utils as pb_utils
 
 from embedport.artifact.manifest import Manifest
 from embedport.errors import EmbedportError, InputError
-from embedport.runtimes.batching import make_batches, pad
+from embedport.runtimes.batching import run_batches
+from embedport.runtimes.embedder import check_encoded, check_pooled
 from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 
 # Tokens of a batch of the graph, padding included.
@@ -57,38 +59,47 @@ class TritonPythonModel:
         if self.reranks:
             pairs = list(zip(strings(request, "QUERY"), strings(request, "DOCUMENT"), strict=True))
             instructions = strings(request, "INSTRUCTION") or [None] * len(pairs)
-            rows = [
-                self.tokenizer.encode([pair], instruction).ids[0]
-                for pair, instruction in zip(pairs, instructions, strict=True)
-            ]
+            rows = []
+            for pair, instruction in zip(pairs, instructions, strict=True):
+                rows += self.checked(self.tokenizer.encode([pair], instruction), "pair", len(rows))
             return rows, [0] * len(rows)
         texts = strings(request, "TEXT")
         names = strings(request, "PROMPT") or [None] * len(texts)
         rows, lengths = [], []
         for name, group in groupby(zip(names, texts, strict=True), key=lambda pair: pair[0]):
-            prompt = resolve_prompt(self.manifest.inputs, name)
-            ids = self.tokenizer.encode([text for _, text in group], prompt).ids
-            whole = self.manifest.outputs.include_prompt
+            prompt, outputs = resolve_prompt(self.manifest.inputs, name), self.manifest.outputs
+            encoded = self.tokenizer.encode([text for _, text in group], prompt)
+            ids = self.checked(encoded, "text", len(rows))
+            length = 0 if outputs.include_prompt else self.tokenizer.prompt_length(prompt)
+            check_pooled(ids, outputs, length, len(rows))
             rows += ids
-            lengths += [0 if whole else self.tokenizer.prompt_length(prompt)] * len(ids)
+            lengths += [length] * len(ids)
         return rows, lengths
+
+    def checked(self, encoded, noun, first):
+        """The token ids, if all are in the model's table: a GPU would take others in silence."""
+        manifest = self.manifest
+        check_encoded(encoded, manifest.vocab_size, manifest.max_length, noun, first)
+        return encoded.ids
 
     def run(self, rows, prompt_lengths):
         """Results of rows in batches of similar length; one prompt length a batch."""
-        results = [None] * len(rows)
+        width = () if self.reranks else (self.manifest.embedding_dim,)
+        results = np.empty((len(rows), *width), np.float32)
         for length in set(prompt_lengths):
             members = [i for i, other in enumerate(prompt_lengths) if other == length]
-            for batch in make_batches([len(rows[i]) for i in members], BATCH_TOKENS):
-                numbers = [members[i] for i in batch]
-                for number, result in zip(
-                    numbers, self.run_graph([rows[i] for i in numbers], length), strict=True
-                ):
-                    results[number] = result
+            results[members] = run_batches(
+                partial(self.run_graph, prompt_length=length),
+                [rows[i] for i in members],
+                width,
+                batch_tokens=BATCH_TOKENS,
+                description="",
+                progress=False,
+            )
         return results
 
-    def run_graph(self, rows, prompt_length):
+    def run_graph(self, ids, mask, *, prompt_length):
         """Call the graph's model with one padded batch."""
-        ids, mask = pad(rows)
         feeds = {"input_ids": ids, "attention_mask": mask}
         if "prompt_length" in self.manifest.graph.inputs:
             feeds["prompt_length"] = np.array([prompt_length])
@@ -103,9 +114,8 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(response.error().message())
         return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
-    def respond(self, results):
+    def respond(self, values):
         """A response; NaN and infinity are errors."""
-        values = np.stack(results).astype(np.float32)
         if not np.isfinite(values).all():
             return refuse(f"a text gave NaN or infinity in {self.manifest.precision}")
         if self.reranks:
