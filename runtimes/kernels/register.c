@@ -258,7 +258,8 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     };
     ptrdiff_t tokens = a.batch * a.size, states = a.kv_heads * a.head_dim;
     ptrdiff_t angles = (a.past + a.size) * (a.head_dim / 2);
-    if (a.heads < 1 || a.heads > MAX_HEADS || a.kv_heads < 1 || a.heads % a.kv_heads || a.head_dim % 2 ||
+    if (in[Q].rank != 3 || a.heads < 1 || a.heads > MAX_HEADS || a.kv_heads < 1 ||
+        a.heads % a.kv_heads || a.head_dim % 2 ||
         a.head_dim > MAX_HEAD_DIM || in[Q].count != tokens * a.heads * a.head_dim ||
         in[K].count != tokens * states || in[V].count != tokens * states ||
         (in[V_SCALES].count != 1 && in[V_SCALES].count != tokens) ||

@@ -276,15 +276,28 @@ def test_shapes_that_do_not_go_together_are_refused():
             run(graph, feeds, kernels=True)
 
 
-@needs_kernels
-def test_a_number_of_heads_that_overflows_is_refused(exported):
+def more_heads(graph, node):
     """In 64 bits 2^60 heads of 48 are none: the shapes would seem to go together."""
+    (heads,) = [each for each in node.attribute if each.name == "num_heads"]
+    heads.i += 2**60
+
+
+def by_heads(graph, node):
+    """Queries as [batch, size, heads, head_dim]: the output would have only three of these."""
+    shape = onnx.numpy_helper.from_array(np.array([0, 0, 4, 48]), "shape")
+    reshape = onnx.helper.make_node("Reshape", [node.input[0], "shape"], ["by_heads"])
+    node.input[0] = "by_heads"
+    graph.initializer.append(shape)
+    graph.node.insert(list(graph.node).index(node), reshape)
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", [more_heads, by_heads])
+def test_a_graph_that_would_lead_beyond_the_memory_is_refused(exported, change):
     model = onnx.load(exported("kv2").graph)
-    nodes = [node for node in model.graph.node if node.op_type == "RotaryAttention"]
-    for node in nodes:
-        (heads,) = [each for each in node.attribute if each.name == "num_heads"]
-        heads.i += 2**60
-    assert nodes
+    change(
+        model.graph, next(node for node in model.graph.node if node.op_type == "RotaryAttention")
+    )
     with pytest.raises(Exception, match="RotaryAttention: shapes do not go together"):
         run(model.SerializeToString(), batch(5), kernels=True)
 
