@@ -205,6 +205,15 @@ def exported(request, exports, tmp_path_factory, checkpoints):
     return make
 
 
+@pytest.fixture(scope="module")
+def folders(exported, tmp_path_factory):
+    """The folder of two artifacts, "embedding" and "reranker", which a module may change."""
+    base = tmp_path_factory.mktemp("folders")
+    for task in ("embedding", "reranker"):
+        shutil.copytree(exported(task=task).folder, base / task)
+    return base
+
+
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory, checkpoints):
     """A function (method, task, **options of quantize_checkpoint) -> a folder, cached.

@@ -5,18 +5,9 @@ import sys
 
 import pytest
 
-import embedport
 from embedport.cli import main
 
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, checkpoints):
-    base = tmp_path_factory.mktemp("cli")
-    for task in ("embedding", "reranker"):
-        embedport.export(checkpoints("kv2", task), base / task)
-    return base
 
 
 @pytest.fixture

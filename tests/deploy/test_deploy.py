@@ -25,12 +25,9 @@ TEXTS = ["What is the capital of China?", "tea", "a " * 60, "日本語 🥾"]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, checkpoints):
-    base = tmp_path_factory.mktemp("deploy")
-    for task in ("embedding", "reranker"):
-        embedport.export(checkpoints("kv2", task), base / task)
-    embedport.export(checkpoints("kv2"), base / "older", consumers=["triton"])
-    return base
+def folders(folders, checkpoints):
+    embedport.export(checkpoints("kv2"), folders / "older", consumers=["triton"])
+    return folders
 
 
 class Triton:

@@ -21,14 +21,6 @@ from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, checkpoints):
-    base = tmp_path_factory.mktemp("artifacts")
-    for task in ("embedding", "reranker"):
-        embedport.export(checkpoints("kv2", task), base / task)
-    return base
-
-
-@pytest.fixture(scope="module")
 def embedder(folders):
     return embedport.load(folders / "embedding", device="cpu")
 

@@ -26,6 +26,8 @@ from embedport.texts.samples import Pair, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.opening import open_live
 
+torch = pytest.importorskip("torch")
+
 # Short ones, and a long one of each kind: fewer tokens, in as many lengths.
 TEXTS = [sample.text for sample in builtin_samples() if len(sample.text) < 200] + [""]
 TEXTS += [max((s.text for s in builtin_samples() if len(s.text) < 500), key=len)]
@@ -85,7 +87,6 @@ def test_plain(checkpoints, geometry, task, dtype, precision, limit):
 )
 @pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_as_transformers_runs_it(quantized, method, task):
-    import torch
     from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
 
     folder = quantized(method, task)
@@ -125,8 +126,6 @@ def test_unpacked(quantized, checkpoints, monkeypatch, copied, method, task):
     weights = open_weights(read_spec(Source("", None, folder), task))
     assert isinstance(weights, StoredWeights)
     assert len(weights.schemes) == 14
-    import torch
-
     plain = copied(checkpoints("kv8", task))
     prefix = "model." if task == "reranker" else ""
     tensors = {
@@ -244,8 +243,6 @@ def test_ranges_of_an_artifact_go_into_its_manifest(quantized, copied):
 
 
 def test_prompts_lengths_and_devices(checkpoints, monkeypatch):
-    import torch
-
     folder = checkpoints("kv1")
     model = embedport.load_embedder(folder, device="cpu", max_length=16)
     assert model.tokenizer.max_length == 16
@@ -261,8 +258,6 @@ def test_prompts_lengths_and_devices(checkpoints, monkeypatch):
 
 
 def test_a_full_gpu_is_said(checkpoints, monkeypatch):
-    import torch
-
     model = embedport.load_embedder(checkpoints("kv1"), device="cpu")
 
     def full(*args, **options):
@@ -323,8 +318,6 @@ def projections(layers):
 @pytest.mark.parametrize("rows", [1, 7])
 def test_int8_products_are_exact(rows):
     """Against integer arithmetic, alone and in a batch to the bit; with a token of zeros."""
-    import torch
-
     from embedport.runtimes.rounded_linear import RoundedLinear
 
     generator = np.random.default_rng(0)
@@ -387,8 +380,6 @@ def save_torch(tensors, path):
 @pytest.mark.parametrize("method", [None, *RUN, *UNPACKED])
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 def test_on_a_gpu(quantized, checkpoints, method, task):
-    import torch
-
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA device here")
     folder = quantized(method, task) if method else checkpoints("kv8", task)
