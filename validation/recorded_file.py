@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,15 +23,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..checkpoint.spec import TASKS, Task
+from ..checkpoint.spec import Task
 from ..errors import InputError
 from ..files import written
+from ..records import read_record
 from ..strict_json import parse_json
 from ..texts.samples import Pair, Sample
 from .probes import Probes
 from .recorded import Layers, RecordedReference, SetRecord
 from .reference import Arithmetic, Origin
-from .retrieval import SetQuality
+from .retrieval import EMBEDDER_MEASURES, RERANKER_MEASURES, SetQuality
 from .settings import LAYERS, TOKENIZER, Settings
 from .table import DIRECTIONS, TableSketch
 from .tensors import Tensors
@@ -177,7 +178,7 @@ class _Reader:
         self.path, self.file = path, file
 
     def read(self, values: Mapping[str, Any]) -> RecordedReference:
-        origin = _read_origin(values["origin"])
+        origin = read_record(Origin, values["origin"], "origin")
         arithmetics = values["arithmetics"]
         if not arithmetics or not set(arithmetics) <= set(get_args(Arithmetic)):
             raise ValueError(
@@ -193,8 +194,8 @@ class _Reader:
         shape = (count,) if origin.task == "reranker" else (count, None)
         data, qualities = None, {}
         if values["retrieval"] is not None:
-            data = _read_set(values["retrieval"])
-            qualities = {name: self._quality(name, len(data.queries)) for name in arithmetics}
+            data = read_record(SetRecord, values["retrieval"], "retrieval")
+            qualities = {name: self._quality(name, data, origin.task) for name in arithmetics}
         declared = values.get("settings")
         return RecordedReference(
             path=self.path,
@@ -250,14 +251,18 @@ class _Reader:
         ids = self._tensor(f"{prefix}ids", np.int32, (int(lengths.sum(dtype=np.int64)),))
         return np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
 
-    def _quality(self, arithmetic: str, queries: int) -> SetQuality:
-        prefix = f"retrieval.{arithmetic}."
+    def _quality(self, arithmetic: str, data: SetRecord, task: Task) -> SetQuality:
+        prefix, queries = f"retrieval.{arithmetic}.", len(data.queries)
         measures: dict[int, dict[str, np.ndarray]] = {}
         for name in self.file.keys():  # noqa: SIM118 (not a dict)
             dim, _, measure = name.removeprefix(prefix).partition(".")
             if name.startswith(prefix) and measure:
                 values = self._tensor(name, np.float64, (queries,))
                 measures.setdefault(int(dim), {})[measure] = values
+        names = RERANKER_MEASURES if task == "reranker" else EMBEDDER_MEASURES
+        for dim, values_by_name in measures.items():
+            if values_by_name.keys() != set(names):
+                raise ValueError(f"{prefix}{dim} should have {', '.join(names)}")
         return SetQuality(
             dict(sorted(measures.items(), reverse=True)),
             self._tensor(f"{prefix}lost", np.int64, (queries,)),
@@ -289,24 +294,6 @@ def _read_pair(query: Any, document: Any, instruction: Any = None) -> Pair:
     return Pair(_text(query), _text(document), instruction)
 
 
-def _read_origin(values: Mapping[str, Any]) -> Origin:
-    early: dict[str, Any] = {"adapter": None, "sizes": {}}  # files of early versions lack these
-    values = early | dict(values)
-    if values.keys() != {field.name for field in fields(Origin)}:
-        raise ValueError(f"origin has the keys {sorted(values)}")
-    for key in ("id", "library", "device", "stored", "recorded"):
-        _text(values[key])
-    for key in ("versions", "files"):
-        for name, value in values[key].items():
-            _text(name), _text(value)
-    for name, size in values["sizes"].items():
-        _text(name), _whole(size)
-    if values["task"] not in TASKS:
-        raise ValueError(f"task should be one of {', '.join(TASKS)}, found {values['task']!r}")
-    _whole(values["hidden_size"]), _whole(values["vocab_size"])
-    return Origin(**values)
-
-
 def _read_settings(values: Mapping[str, Any]) -> Settings:
     _whole(values["positions"])
     if "max_length" in values:  # early versions did not record it
@@ -317,14 +304,6 @@ def _read_settings(values: Mapping[str, Any]) -> Settings:
         if not isinstance(values.get(group, {}), dict):
             raise ValueError(f"{group} should be an object, found {values[group]!r}")
     return values
-
-
-def _read_set(values: Mapping[str, Any]) -> SetRecord:
-    data = SetRecord(**values)
-    _text(data.name), _text(data.documents)
-    for query, digest in data.queries.items():
-        _text(query), _text(digest)
-    return data
 
 
 def _text(value: Any) -> str:

@@ -5,32 +5,29 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..checkpoint.hub import pin
-from ..checkpoint.pipeline import (
-    ACTIVATIONS,
-    POOLING_MODES,
-    ROLES,
-    Activation,
-    Form,
-    Inputs,
-    MessageFormat,
-    Outputs,
-)
-from ..checkpoint.spec import TASKS, Task
+from ..checkpoint.pipeline import ACTIVATIONS, ROLES, Inputs, Outputs
+from ..checkpoint.spec import Task
 from ..errors import ArtifactError
 from ..files import is_file_name
 from ..integrity import FileRecord
 from ..machine.engine import EngineRecord
+from ..records import read_record
 from ..strict_json import load_json
 
 FORMAT_VERSION = 5
+# Without one of these the default would give other vectors. Early artifacts lack later fields.
+NEEDED = {
+    "inputs": ("form", "prompts", "default_prompt"),
+    "outputs": ("pooling", "steps", "answers"),
+}
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]
-OUTPUTS = ("pooled", "hidden")
+Output = Literal["pooled", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +148,7 @@ class GraphRecord:
     opset: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    output: str
+    output: Output
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
     masked: bool = False
@@ -253,8 +250,7 @@ class Manifest:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ArtifactError(f"{path} is not a manifest: {error!r}") from error
         if version == 4:  # written by embedport 0.1, before it had inputs and outputs
-            values |= _read_version_4(path, values)
-            values.pop("prompts")
+            values |= _read_version_4(values.get("task"), values.pop("prompts", None))
         elif version != FORMAT_VERSION:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             raise ArtifactError(
@@ -265,113 +261,67 @@ class Manifest:
         if values.keys() != names:
             difference = ", ".join(sorted(values.keys() ^ names))
             raise ArtifactError(f"{path}: missing or unknown keys: {difference}")
-        if values["format"] not in get_args(Format):
-            raise ArtifactError(
-                f"{path}: format should be one of {', '.join(get_args(Format))}, found "
-                f"{values['format']!r}"
-            )
+        try:
+            for part, keys in NEEDED.items():
+                if missing := [key for key in keys if key not in values[part]]:
+                    raise ValueError(f"its {part} lack {missing[0]}")
+            manifest = read_record(cls, values)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}") from error
         for record, formats in (("graph", ("onnx", "tensorrt")), ("engine", ("tensorrt",))):
-            if (values[record] is not None) != (values["format"] in formats):
+            if (values[record] is not None) != (manifest.format in formats):
                 raise ArtifactError(
-                    f"{path}: format {values['format']!r} does not go with {record} "
+                    f"{path}: format {manifest.format!r} does not go with {record} "
                     f"{values[record]!r}"
                 )
-        try:
-            if values["graph"] is not None:
-                values["graph"] = _read_graph(values["graph"])
-            if values["engine"] is not None:
-                values["engine"] = EngineRecord.from_json(values["engine"])
-            values["inputs"] = _read_inputs(values["inputs"])
-            values["outputs"] = Outputs.from_record(values["outputs"])
-            values["source"] = _read_source(values["source"])
-            values["files"] = {name: FileRecord(**f) for name, f in values["files"].items()}
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}") from error
-        _check_values(path, values)
-        graph: GraphRecord | None = values["graph"]
+        for key, value, expected, holds in _checks(manifest):
+            if not holds:
+                raise ArtifactError(f"{path}: {key} should be {expected}, found {value!r:.80}")
+        graph, engine = manifest.graph, manifest.engine
         parts = [*(graph.paths if graph else ())]
         if graph and graph.shared and graph.shared.openvino:
             parts.append(graph.shared.openvino)
-        if values["engine"]:
-            parts.append(values["engine"].path)
-        folders = [dense.path for dense in values["outputs"].dense]
-        for name in (*parts, *folders, *values["files"]):
+        if engine:
+            parts.append(engine.path)
+        folders = [dense.path for dense in manifest.outputs.dense]
+        for name in (*parts, *folders, *manifest.files):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ArtifactError(f"{path}: {name!r} is outside the artifact's folder")
             if not all(map(is_file_name, name.split("/"))):
                 raise ArtifactError(f"{path}: {name[:100]!r} cannot be a file's name")
-        if unlisted := [name for name in parts if name not in values["files"]]:
+        if unlisted := [name for name in parts if name not in manifest.files]:
             raise ArtifactError(f"{path}: {unlisted[0]!r} is not among its files")
-        return cls(**values)
+        return manifest
 
 
-def _check_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Check the values that the runtimes read.
-
-    Raises:
-        ArtifactError: A value has the wrong type, or is not one of the allowed ones.
-    """
-    for key, value, expected, holds in _checks(values):
-        if not holds:
-            raise ArtifactError(f"{path}: {key} should be {expected}, found {value!r:.80}")
-
-
-def _checks(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
-    """(key, value, what it should be, whether it is that) of each value that is checked."""
-    inputs: Inputs = values["inputs"]
-    outputs: Outputs = values["outputs"]
-    graph: GraphRecord | None = values["graph"]
-    source: SourceRecord = values["source"]
-    maps = {"prompts": inputs.prompts, "versions": values["versions"]}
-    for key, named in (maps | {"source's files": source.files}).items():
-        yield key, named, "texts by name", _are_texts(named)
-    for key, value, allowed in (
-        ("task", values["task"], TASKS),
-        ("form of inputs", inputs.form, get_args(Form)),
-        ("message_format", inputs.message_format, get_args(MessageFormat)),
-        ("truncation_side", inputs.truncation_side, ("left", "right")),
-        ("default prompt", inputs.default_prompt, (None, *ROLES, *inputs.prompts)),
-        *(("pooling", mode, POOLING_MODES) for mode in outputs.pooling),
-        *(("activation of Dense", dense.activation, ACTIVATIONS) for dense in outputs.dense),
-        ("activation", outputs.activation, get_args(Activation)),
-        *(("graph's output", graph.output, OUTPUTS) for graph in (graph,) if graph is not None),
-    ):
-        yield key, value, " or ".join(map(str, allowed)), value in allowed
-    for key, value in (
-        ("lower_case", inputs.lower_case),
-        ("split_special_tokens", inputs.split_special_tokens),
-        ("include_prompt", outputs.include_prompt),
-        *((key, getattr(graph, key)) for key in ("masked", "limits_pairs") if graph is not None),
-    ):
-        yield key, value, "true or false", isinstance(value, bool)
-    template_values = inputs.template_values
-    yield "template_values", template_values, "an object", isinstance(template_values, dict)
-    for key in ("recipe", "ranges", "parity"):
-        yield key, values[key], "an object or null", isinstance(values[key], dict | None)
-    yield from _check_quantization(values["recipe"], values["ranges"])
-    for key, text in _texts(values, graph, source):
-        yield key, text, "a text", isinstance(text, str)
-    for key in ("hidden_size", "num_heads", "vocab_size", "max_length", "max_position_embeddings"):
-        yield key, values[key], "a size", _is_size(values[key])
-    for key, size in (("embedding_dim", values["embedding_dim"]), ("truncate", outputs.truncate)):
-        yield key, size, "a size", size is None or _is_size(size)
-    if outputs.truncate is not None and _is_size(values["embedding_dim"]):
-        dim = values["embedding_dim"]
-        yield "embedding_dim", dim, "within truncate", dim <= outputs.truncate
-    yield "pooling", outputs.pooling, "names", bool(outputs.pooling)
-    # Any number: a checkpoint's pad_token_id may be no token's.
-    skipped = inputs.skipped_token
-    yield "skipped_token", skipped, "a number or null", isinstance(skipped, int | None)
-    for answer in outputs.answers or ():
-        is_id = _is_size(answer, least=0) and answer < values["vocab_size"]
-        yield "answers", answer, "token ids", answer is None or is_id
+def _checks(manifest: Manifest) -> Iterator[tuple[str, Any, str, bool]]:
+    """(key, value, what it should be, whether it is that) of what annotations do not say."""
+    inputs, outputs = manifest.inputs, manifest.outputs
+    names = (None, *ROLES, *inputs.prompts)
+    default = inputs.default_prompt
+    yield "default prompt", default, " or ".join(map(str, names)), default in names
     for dense in outputs.dense:
+        kind = dense.activation
+        yield "activation of Dense", kind, " or ".join(ACTIVATIONS), kind in ACTIVATIONS
         for key, size in (("in", dense.in_features), ("out", dense.out_features)):
             yield f"{key}_features of Dense", size, "a size", _is_size(size)
-    for name, record in values["files"].items():
+    yield from _check_quantization(manifest.recipe, manifest.ranges)
+    for key in ("hidden_size", "num_heads", "vocab_size", "max_length", "max_position_embeddings"):
+        yield key, getattr(manifest, key), "a size", _is_size(getattr(manifest, key))
+    dim, truncate = manifest.embedding_dim, outputs.truncate
+    for key, size in (("embedding_dim", dim), ("truncate", truncate)):
+        yield key, size, "a size", size is None or _is_size(size)
+    if truncate is not None and dim is not None:
+        yield "embedding_dim", dim, "within truncate", dim <= truncate
+    yield "pooling", outputs.pooling, "names", bool(outputs.pooling)
+    for answer in outputs.answers or ():
+        is_id = answer is None or 0 <= answer < manifest.vocab_size
+        yield "answers", answer, "token ids", is_id
+    for name, record in manifest.files.items():
         yield f"size of {name[:100]!r}", record.size, "a size", _is_size(record.size, least=0)
-    if graph is not None:
-        yield "graph's outputs", graph.outputs, "names", bool(graph.outputs)
+    if manifest.graph is not None:
+        outputs_of_graph = manifest.graph.outputs
+        yield "graph's outputs", outputs_of_graph, "names", bool(outputs_of_graph)
 
 
 def _check_quantization(recipe: Any, ranges: Any) -> Iterator[tuple[str, Any, str, bool]]:
@@ -415,77 +365,14 @@ def _are_ranges(width: str, bounds: Any) -> bool:
     return all(low <= high for low, high in zip(*bounds, strict=True))
 
 
-def _texts(
-    values: Mapping[str, Any], graph: GraphRecord | None, source: SourceRecord
-) -> Iterator[tuple[str, Any]]:
-    """(key, value) of each value that should be a text."""
-    yield from ((key, values[key]) for key in ("precision", "requires"))
-    yield "source", source.id
-    yield from (("source's original", text) for text in source.original or ())
-    if source.adapter is not None:
-        yield from (("adapter", text) for text in (source.adapter.id, *source.adapter.targets))
-    for name, record in values["files"].items():
-        yield f"sha256 of {name[:100]!r}", record.sha256
-    yield from (("path of Dense", dense.path) for dense in values["outputs"].dense)
-    if graph is None:
-        return
-    for key in ("path", "dialect", "output", "arithmetic"):
-        yield f"graph's {key}", getattr(graph, key)
-    for key in ("inputs", "outputs", "kept_in_fp32"):
-        yield from ((f"graph's {key}", name) for name in getattr(graph, key))
-    if graph.continuation is not None:
-        yield "continuation's path", graph.continuation.path
-        yield "continuation's requires", graph.continuation.requires
-    if graph.shared is not None:
-        for key in ("consumers", "paths", "outputs"):
-            yield from ((f"shared {key}", name) for name in getattr(graph.shared, key))
-        yield "shared requires", graph.shared.requires
-        if graph.shared.openvino is not None:
-            yield "path of OpenVINO's model", graph.shared.openvino
-
-
-def _read_version_4(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def _read_version_4(task: Any, prompts: Any) -> dict[str, Any]:
     """The inputs and outputs that version 4 lacked: those of Qwen's own models."""
-    prompts = values.get("prompts")
-    if not isinstance(prompts, dict):
-        raise ArtifactError(f"{path}: prompts should be texts by name, found {prompts!r:.80}")
-    if values.get("task") == "embedding":
+    if task == "embedding":
         inputs, outputs = Inputs(prompts=prompts), Outputs()
     else:
         inputs, outputs = Inputs(form="instruct"), Outputs(steps=())
     return {"inputs": asdict(inputs), "outputs": asdict(outputs)}
 
 
-def _is_size(value: object, *, least: int = 1) -> bool:
-    return type(value) is int and least <= value < 1 << 53
-
-
-def _read_inputs(values: Mapping[str, Any]) -> Inputs:
-    # Without one of these the default would give other tokens. Early artifacts lack later fields.
-    if missing := [key for key in ("form", "prompts", "default_prompt") if key not in values]:
-        raise ValueError(f"its inputs lack {missing[0]}")
-    return Inputs(**values)
-
-
-def _read_source(values: Mapping[str, Any]) -> SourceRecord:
-    source = SourceRecord(**values)
-    if source.original is not None:
-        source = replace(source, original=tuple(source.original))
-    if source.adapter is None:
-        return source
-    adapter = AdapterRecord(**values["adapter"])
-    return replace(source, adapter=replace(adapter, targets=tuple(adapter.targets)))
-
-
-def _read_graph(values: Mapping[str, Any]) -> GraphRecord:
-    read = dict(values)
-    for key in ("inputs", "outputs", "kept_in_fp32"):
-        read[key] = tuple(read[key])
-    if read.get("continuation") is not None:
-        read["continuation"] = ContinuationRecord(**read["continuation"])
-    if read.get("shared") is not None:
-        shared = dict(read["shared"])
-        for key in ("consumers", "paths", "outputs"):
-            shared[key] = tuple(shared[key])
-        read["shared"] = SharedRecord(**shared)
-    return GraphRecord(**read)
+def _is_size(value: int, *, least: int = 1) -> bool:
+    return least <= value < 1 << 53

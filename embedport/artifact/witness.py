@@ -13,15 +13,15 @@ It holds token ids because it compares arithmetic only, without the tokenizer or
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint.pipeline import Inputs
 from ..checkpoint.spec import Task
 from ..errors import ArtifactError, require
 from ..machine.cpu import read_cpu
+from ..records import read_record
 from ..strict_json import parse_json
 from ..texts.prompts import EmbeddingTokenizer, RerankerTokenizer, resolve_prompt
 from ..texts.samples import builtin_pairs, builtin_samples
@@ -184,7 +184,7 @@ def read_witness(path: Path) -> Witness:
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            machine = _read_machine(parse_json(file.metadata()["machine"]))
+            machine = read_record(Machine, parse_json(file.metadata()["machine"]))
         for name, tensor in tensors.items():
             kinds, rank = ("f", (1, 2)) if name == "results" else ("iu", (1,))
             if tensor.dtype.kind not in kinds or tensor.ndim not in rank:
@@ -199,17 +199,3 @@ def read_witness(path: Path) -> Witness:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ArtifactError(f"{path} is not a witness: {error!r}; export it again") from error
     return witness
-
-
-def _read_machine(values: Mapping[str, Any]) -> Machine:
-    """Restore from the JSON form of `dataclasses.asdict`.
-
-    Raises:
-        TypeError, KeyError: The values are damaged.
-    """
-    read: dict[str, Any] = {**values, "instructions": tuple(values["instructions"])}
-    machine = Machine(**read)
-    names = [machine.cpu, machine.onnxruntime, machine.embedport, *machine.instructions]
-    if not all(isinstance(name, str) for name in [*names, machine.kernels or ""]):
-        raise TypeError(f"its machine is {values}")
-    return machine

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 # A text to a vector, or a pair of texts to a probability.
 Task = Literal["embedding", "reranker"]
@@ -141,23 +141,3 @@ class Outputs:
         dense = self.dense
         full = dense[-1].out_features if dense else hidden_size * len(self.pooling)
         return min(full, self.truncate or full)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Restore from the JSON form of `dataclasses.asdict`.
-
-        Raises:
-            TypeError: Keys are missing or unknown, or a value has the wrong structure.
-        """
-        values = dict(record)
-        for key in ("pooling", "steps"):
-            if not isinstance(values[key], list | tuple):
-                raise TypeError(f"{key} should be a list, found {values[key]!r:.80}")
-        values["pooling"] = tuple(values["pooling"])
-        values["steps"] = tuple(
-            step if step == "normalize" else Dense(**step) for step in values["steps"]
-        )
-        if values["answers"] is not None:
-            yes, no = values["answers"]
-            values["answers"] = (yes, no)
-        return cls(**values)

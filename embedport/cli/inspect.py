@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..machine.engine import EngineRecord
+from ..records import read_record
 from ..tables import count_words, fact_table, size_words
 from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
 from .outputs import stdout_console
@@ -108,7 +109,7 @@ def _artifact_rows(facts: dict[str, Any]) -> dict[str, str]:
         if shared := graph["shared"]:
             rows["Opened by"] = _openers(shared)
     if facts["engine"]:
-        engine = EngineRecord.from_json(facts["engine"])
+        engine = read_record(EngineRecord, facts["engine"])
         rows["Engine"] = (
             f"{engine.path}: {engine.builder}; {engine.targets}; batches "
             f"{', '.join(map(str, engine.profiles))}"

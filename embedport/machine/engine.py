@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..errors import DeviceError, InputError
 
@@ -152,34 +152,10 @@ class EngineRecord:
     capabilities: tuple[Capability, ...] = ()
     products: Mapping[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> EngineRecord:
-        """Restore from a manifest's values.
-
-        Raises:
-            TypeError, KeyError, ValueError: The values are damaged.
-        """
-        device = values["device"]
-        if device is not None:
-            device = Device(device["name"], _pair(device["capability"]))
-        profiles = tuple(
-            Profile(_pair(shapes["min"]), _pair(shapes["opt"]), _pair(shapes["max"]))
-            for shapes in values["profiles"]
-        )
-        if values["hardware_compatible"] not in COMPATIBILITIES:
-            raise ValueError(f"hardware_compatible is {values['hardware_compatible']!r}")
-        library = values.get("library", "tensorrt")
-        if library not in LIBRARIES:
-            raise ValueError(f"library is {library!r}")
-        if (device is None) != (library == "tensorrt-rtx"):
-            raise ValueError(f"device {device} does not go with library {library!r}")
-        parsed: dict[str, Any] = {
-            **values,
-            "device": device,
-            "profiles": profiles,
-            "capabilities": tuple(map(_pair, values.get("capabilities", ()))),
-        }
-        return cls(**parsed)
+    def __post_init__(self) -> None:
+        """Refuse a device that does not go with the library, with a ValueError."""
+        if (self.device is None) != (self.library == "tensorrt-rtx"):
+            raise ValueError(f"device {self.device} does not go with library {self.library!r}")
 
     @property
     def builder(self) -> str:
@@ -236,8 +212,3 @@ class EngineRecord:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    first, second = values
-    return int(first), int(second)

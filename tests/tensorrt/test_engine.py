@@ -14,6 +14,7 @@ from embedport.machine.engine import (
     format_capability,
     parse_capability,
 )
+from embedport.records import read_record
 
 H100, A100 = Device("NVIDIA H100", (9, 0)), Device("NVIDIA A100", (8, 0))
 H200, T4 = Device("NVIDIA H200", (9, 0)), Device("Tesla T4", (7, 5))
@@ -94,21 +95,23 @@ def test_built_ahead_of_time():
 
 
 def test_record_in_json():
-    assert EngineRecord.from_json(json.loads(json.dumps(asdict(RTX)))) == RTX
+    assert read_record(EngineRecord, json.loads(json.dumps(asdict(RTX)))) == RTX
     # Early artifacts lack the library.
     early = {
         key: value
         for key, value in asdict(RECORD).items()
         if key not in ("library", "capabilities", "products")
     }
-    assert EngineRecord.from_json(early) == RECORD
-    with pytest.raises(ValueError, match="library is 'openvino'"):
-        EngineRecord.from_json({**asdict(RECORD), "library": "openvino"})
+    assert read_record(EngineRecord, early) == RECORD
+    with pytest.raises(
+        ValueError, match="library should be tensorrt or tensorrt-rtx, found 'openvino'"
+    ):
+        read_record(EngineRecord, {**asdict(RECORD), "library": "openvino"})
     with pytest.raises(ValueError, match="device None does not go with library 'tensorrt'"):
-        EngineRecord.from_json({**asdict(RECORD), "device": None})
-    assert EngineRecord.from_json(json.loads(json.dumps(asdict(RECORD)))) == RECORD
-    with pytest.raises(ValueError, match="hardware_compatible is 'all'"):
-        EngineRecord.from_json({**asdict(RECORD), "hardware_compatible": "all"})
+        read_record(EngineRecord, {**asdict(RECORD), "device": None})
+    assert read_record(EngineRecord, json.loads(json.dumps(asdict(RECORD)))) == RECORD
+    with pytest.raises(ValueError, match="hardware_compatible should be one of none, ampere"):
+        read_record(EngineRecord, {**asdict(RECORD), "hardware_compatible": "all"})
 
 
 @pytest.mark.parametrize(
