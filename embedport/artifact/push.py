@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.hub import HUB_ID
 from ..errors import ArtifactError, InputError
 from ..files import MANIFEST
+from ..strict_json import load_json
 from .card import task_results
 from .folder import CARD, Artifact
 from .manifest import Manifest
@@ -52,8 +53,8 @@ def has_token() -> bool:
 def prepare(folder: str | Path, repo_id: str, *, license: str | None = None) -> Publication:
     """Put together what is sent; the hub is asked for the base's license only.
 
-    A local checkpoint or adapter that the artifact was made from is named without its folder: paths
-    tell of a machine and its user.
+    A local checkpoint or adapter that the artifact was made from or compared with is named without
+    its folder: paths tell of a machine and its user.
 
     Args:
         folder: The artifact's folder.
@@ -68,11 +69,10 @@ def prepare(folder: str | Path, repo_id: str, *, license: str | None = None) -> 
         raise InputError(f"a repository should be of the form owner/name, found {repo_id!r}")
     artifact = Artifact.open(folder)
     files = {name: artifact.folder / name for name in artifact.manifest.files}
-    manifest = (artifact.folder / MANIFEST).read_text(encoding="utf-8")
-    for path in _local_sources(artifact.manifest):
-        for ascii_only in (True, False):
-            quoted = json.dumps(path, ensure_ascii=ascii_only)
-            manifest = manifest.replace(quoted, json.dumps(Path(path).name))
+    values = load_json(artifact.folder / MANIFEST)
+    paths = _local_sources(artifact.manifest)
+    values |= {key: _without_folders(values[key], paths) for key in ("source", "parity")}
+    manifest = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return Publication(repo_id, files, manifest, _card(artifact, repo_id, license), artifact.size)
 
 
@@ -139,8 +139,7 @@ def _card(artifact: Artifact, repo_id: str, license: str | None) -> str:
     body = re.sub(r"\A---\n.*?\n---\n+", "", body, flags=re.DOTALL)
     # The card's code opens the artifact by its folder; from the hub, by its id.
     body = body.replace(f'("{artifact.folder.resolve().name}"', f'("{repo_id}"')
-    for source in _local_sources(manifest):
-        body = body.replace(source, Path(source).name)
+    body = _without_folders(body, _local_sources(manifest))
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
@@ -151,13 +150,33 @@ def _sources(manifest: Manifest) -> list[str]:
 
 
 def _hub_bases(manifest: Manifest) -> list[str]:
-    return [id_ for id_ in _sources(manifest) if HUB_ID.fullmatch(id_) and not Path(id_).exists()]
+    return list(filter(_is_on_hub, _sources(manifest)))
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether it is a hub id, perhaps with a revision, and no folder here."""
+    id_ = name.partition("@")[0]
+    return HUB_ID.fullmatch(id_) is not None and not Path(id_).exists()
 
 
 def _local_sources(manifest: Manifest) -> list[str]:
-    """Sources whose ids are paths with a folder part, which tells of a machine."""
-    bases = _hub_bases(manifest)
-    return [id_ for id_ in _sources(manifest) if id_ not in bases and len(Path(id_).parts) > 1]
+    """Paths with a folder part, which tells of a machine: of sources, and of a validation's."""
+    # "CHECKPOINT at REVISION with ADAPTER"
+    reference = re.split(" at | with ", str((manifest.parity or {}).get("reference", "")))
+    named = dict.fromkeys([*_sources(manifest), *(manifest.source.original or ()), *reference])
+    return [name for name in named if len(Path(name).parts) > 1 and not _is_on_hub(name)]
+
+
+def _without_folders(value: Any, paths: Sequence[str]) -> Any:
+    """A JSON value whose texts have only the names of these paths."""
+    if isinstance(value, str):
+        for path in paths:
+            value = value.replace(path, Path(path).name)
+    elif isinstance(value, list):
+        value = [_without_folders(item, paths) for item in value]
+    elif isinstance(value, dict):
+        value = {key: _without_folders(item, paths) for key, item in value.items()}
+    return value
 
 
 def _license(base: str) -> str | None:

@@ -241,6 +241,27 @@ def test_a_checkpoint_in_the_working_folder(folder, copied):
     assert json.loads(publication.manifest)["source"]["id"] == "."
 
 
+def test_folders_of_other_machines(folder, copied):
+    """Of what a quantized checkpoint was made from, and of what the artifact was compared with."""
+    made = copied(folder)
+    path = made / "embedport.json"
+    manifest = json.loads(path.read_text())
+    manifest["source"]["original"] = ["--reference", "/home/ann/base", "--adapter", "me/lora@abc"]
+    path.write_text(json.dumps(manifest))
+    reference = "/home/bob/my models/base at 1 with /home/bob/lora"
+    parity = {"inputs": 3, "library": "x", "gates": [], "reference": reference}
+    step = "Compare it with its own checkpoint: that of /home/bob/lora has another."
+    record_parity(made, parity | {"next_steps": [step]}, f"| Reference | {reference} |\n{step}")
+    publication = prepare(made, "me/model", license="mit")
+    for text in (publication.manifest, publication.card):
+        assert "/home/" not in text
+        assert "base at 1 with lora" in text
+        assert "that of lora has another" in text
+    sent = json.loads(publication.manifest)
+    assert sent["source"]["original"] == ["--reference", "base", "--adapter", "me/lora@abc"]
+    assert sent["graph"] == manifest["graph"]
+
+
 @pytest.mark.parametrize(
     "damage", [{"gates": None}, {"gates": [{"name": 7, "value": 1}]}, {"mteb": 1}]
 )
