@@ -16,6 +16,14 @@ from .table import GATE as ROWS
 from .tensors import GATE as TENSORS
 
 TOKENS = "inputs with other token ids"
+# What to do about a gate on the folder, which no precision helps.
+OF_FOLDER = {
+    SETTINGS: "Compare both folders' settings; if the checkpoint changed since, make it again.",
+    ROWS: "Make it again: rows of its embedding table are not those of the checkpoint.",
+    TENSORS: "Make it again: tensors that no rounding changes are not those of the checkpoint.",
+    FILES: "Take files that were added out of the folder; if others changed, make it again.",
+    GRAPHS: "Export it again: other software gets other results from a graph of the folder.",
+}
 # Failures that belong to the reference.
 OF_REFERENCE = {"reference results with NaN", "retrieval: reference's NaN", "MTEB: reference's NaN"}
 # A graph's precision to the next better one.
@@ -51,8 +59,11 @@ def next_steps(
 
 
 def other_weights(info: ModelInfo, origin: Origin) -> str:
-    """How the reference's weight files differ from those the artifact was made of; "" if not."""
-    if info.artifact is None:
+    """How the reference's weight files differ from those the artifact was made of; "" if not.
+
+    Those of a quantized checkpoint's original are not known.
+    """
+    if info.artifact is None or info.artifact.manifest.source.original is not None:
         return ""
     made_from = info.artifact.manifest.source
     for name, sha256 in made_from.files.items():
@@ -62,8 +73,7 @@ def other_weights(info: ModelInfo, origin: Origin) -> str:
                 f"the artifact was made from {made_from.pinned}, whose {name} has the sha256 "
                 f"{sha256[:16]}…; that of {origin.pinned} has {here[:16] + '…' if here else 'none'}"
             )
-    is_bare = made_from.adapter is None and made_from.original is None
-    if origin.adapter is not None and is_bare:
+    if origin.adapter is not None and made_from.adapter is None:
         return (
             f"the artifact was made from {made_from.pinned} without an adapter, and the reference "
             f"has {origin.adapter}"
@@ -82,17 +92,8 @@ def _steps(
             "since, export it again."
         )
         return
-    if SETTINGS in failed:
-        yield "Compare both folders' settings; if the checkpoint changed since, make it again."
-    if ROWS in failed:
-        yield "Make it again: rows of its embedding table are not those of the checkpoint."
-    if TENSORS in failed:
-        yield "Make it again: tensors that no rounding changes are not those of the checkpoint."
-    if FILES in failed:
-        yield "Take files that were added out of the folder; if others changed, make it again."
-    if GRAPHS in failed:
-        yield "Export it again: other software gets other results from a graph of the folder."
-    failed = failed - {SETTINGS, ROWS, TENSORS, FILES, GRAPHS}
+    yield from (step for gate, step in OF_FOLDER.items() if gate in failed)
+    failed = failed - OF_FOLDER.keys()
     if not failed:
         return
     if failed <= OF_REFERENCE:
@@ -133,6 +134,12 @@ def _better(info: ModelInfo, origin: Origin) -> Iterator[str]:
     recipe = info.artifact.manifest.recipe or {}
     if info.precision == "int4" and recipe.get("algorithm") in UNCALIBRATED:
         yield "Calibrate: export with `--precision int4` without `--fast`, at about the same size."
+    if info.artifact.manifest.source.original is not None:
+        yield (
+            "The checkpoint that it was made from is quantized, and that error is in it too: give "
+            "limits for it (`--min-cosine`, `--max-score-difference`), or export the original."
+        )
+        return
     better = BETTER.get(info.precision)
     if better is None:
         yield "fp32 has no better precision: look for another pooling, prompt or checkpoint."

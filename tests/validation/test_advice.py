@@ -10,7 +10,7 @@ import embedport
 from embedport.artifact.folder import Artifact
 from embedport.artifact.sizes import graph_sizes
 from embedport.runtimes import read_info
-from embedport.validation.advice import next_steps
+from embedport.validation.advice import next_steps, other_weights
 from embedport.validation.layers import LayerError, largest_growth
 from embedport.validation.opening import open_live
 from embedport.validation.report import Gate
@@ -102,6 +102,25 @@ def test_steps_fit_the_gate(made, name, words):
     other = replace(origin, files=dict.fromkeys(origin.files, "0" * 64))
     first, *_ = next_steps([Gate(name, 1, "≤", 0)], info, other, ())
     assert first.startswith("Compare it with its own checkpoint: the artifact was made from")
+
+
+def test_the_original_of_a_quantized_checkpoint_may_have_any_weights(made):
+    """An artifact of the quantized one names it as its reference, and does not know its files.
+
+    Its own precision, fp32 as a rule, says nothing of the error.
+    """
+    info, origin = read_info(made.artifact), origin_of(made)
+    other = replace(origin, files=dict.fromkeys(origin.files, "0" * 64), adapter="a/lora")
+    assert "has the sha256" in other_weights(info, other)
+    assert "without an adapter" in other_weights(info, replace(origin, adapter="a/lora"))
+    artifact = info.artifact
+    assert artifact is not None
+    source = replace(artifact.manifest.source, original=("--reference", "a/base"))
+    artifact = replace(artifact, manifest=replace(artifact.manifest, source=source))
+    info = replace(info, artifact=artifact)
+    assert other_weights(info, other) == ""
+    (step,) = next_steps([Gate("minimum cosine", 0.98, "≥", 0.99)], info, other, ())
+    assert step.startswith("The checkpoint that it was made from is quantized")
 
 
 def test_4_bits_rounded_to_nearest_are_calibrated_first(folders):
