@@ -55,8 +55,8 @@ def measure_parity() -> None:
 def _inputs(name: Task) -> EmbeddingTask | RerankerTask:
     task = choose_inputs(name, None, None)
     if isinstance(task, EmbeddingTask):
-        return EmbeddingTask(task.samples[::EVERY])
-    return RerankerTask(task.pairs[::EVERY])
+        return EmbeddingTask(task.inputs[::EVERY])
+    return RerankerTask(task.inputs[::EVERY])
 
 
 def _run(

@@ -80,13 +80,15 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     Raises:
         ValueError: It is none.
     """
-    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any or type(value) is kind:
+        return value
     if is_dataclass(kind):
         return read_record(kind, value, place)
+    origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        records = filter(is_dataclass, args)
-        if isinstance(value, Mapping) and (record := next(records, None)) is not None:
-            return read_record(record, value, place)
+        records: list[Any] = [each for each in args if is_dataclass(each)]
+        if records and isinstance(value, Mapping):
+            return read_record(records[0], value, place)
         for each in args:
             with suppress(ValueError):
                 return _read(each, value, place)
@@ -96,12 +98,7 @@ def _read(kind: Any, value: Any, place: str) -> Any:
             return tuple(_read(*each, place) for each in zip(kinds, value, strict=True))
     elif origin is Mapping and isinstance(value, Mapping):
         return {key: _read(args[1], each, _below(place, key)) for key, each in value.items()}
-    elif (
-        kind is Any
-        or (origin is Literal and value in args)
-        or type(value) is kind
-        or (kind is float and type(value) is int)
-    ):
+    elif (origin is Literal and value in args) or (kind is float and type(value) is int):
         return value
     raise ValueError(f"{place} should be {_words(kind)}, found {value!r:.80}")
 

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, require
 from ..strict_json import read_json
 
 
-class ReferenceFolder:
+def open_folder(spec: ModelSpec, owner: object) -> Path:
     """The folder that a reference's library opens.
 
     Usually the checkpoint's folder. A temporary folder is made for an adapter that comes with its
@@ -26,33 +26,29 @@ class ReferenceFolder:
 
     Args:
         spec: The checkpoint.
-
-    Attributes:
-        folder: The folder; it exists as long as this object.
+        owner: A temporary folder is there as long as this object.
     """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        source = spec.source
-        labels = None if spec.adapter is None else spec.adapter.labels
-        self.folder: Path = source.folder
-        is_whole = source.pipeline == source.folder and not (source.folder / CONFIG).exists()
-        if is_whole and labels is None:
-            return
-        self.folder = Path(mkdtemp(prefix="embedport-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        base_files = [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
-        pipeline_files = [
-            path for path in source.pipeline.iterdir() if path.name not in (CONFIG, WEIGHTS)
-        ]
-        for path in [*base_files, *pipeline_files]:
-            if not (self.folder / path.name).exists():
-                (self.folder / path.name).symlink_to(path.absolute())
-        if labels is not None:
-            path = self.folder / "config.json"
-            config = read_json(path) | {"architectures": [CLASSIFIER], "num_labels": labels}
-            config.pop("id2label", None)
-            path.unlink()
-            path.write_text(json.dumps(config), encoding="utf-8")
+    source = spec.source
+    labels = None if spec.adapter is None else spec.adapter.labels
+    is_whole = source.pipeline == source.folder and not (source.folder / CONFIG).exists()
+    if is_whole and labels is None:
+        return source.folder
+    folder = Path(mkdtemp(prefix="embedport-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    base_files = [source.folder / "config.json", *source.folder.glob("*.safetensors*")]
+    pipeline_files = [
+        path for path in source.pipeline.iterdir() if path.name not in (CONFIG, WEIGHTS)
+    ]
+    for path in [*base_files, *pipeline_files]:
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path.absolute())
+    if labels is not None:
+        path = folder / "config.json"
+        config = read_json(path) | {"architectures": [CLASSIFIER], "num_labels": labels}
+        config.pop("id2label", None)
+        path.unlink()
+        path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
 
 
 def merge_adapter(model: Any, adapter: Adapter) -> Any:

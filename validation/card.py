@@ -85,17 +85,15 @@ class CardReference(LiveReference):
         path = self.folder / "config_sentence_transformers.json"
         settings = read_json(path) if path.exists() else {}
         prompts = {"query": "", "document": "", **(settings.get("prompts") or {})}
-        return prompts, settings.get("default_prompt_name")
+        texts = {name: prompt or "" for name, prompt in prompts.items()}
+        return texts, settings.get("default_prompt_name")
 
     def declared(self) -> Settings:
         """An embedder's prompts, which the card's code reads; a reranker has none."""
         if self.spec.task == "reranker":
             return {}
         prompts, default = self._prompts()
-        return {
-            "prompts": {name: prompt or "" for name, prompt in prompts.items()},
-            "default_prompt": default,
-        }
+        return {"prompts": prompts, "default_prompt": default}
 
     def _pair_ids(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Token ids of pairs with their own instruction or the model card's."""
@@ -141,8 +139,13 @@ class CardReference(LiveReference):
     def answer(self, model: Any, inputs: Inputs, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Run one batch: see `LiveReference`."""
         torch = require("torch", "torch")
-        batch = self.tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt")
-        batch = batch.to(self.device)
+        width = max(map(len, rows))
+        # Left padding; a token that is masked may be any, and not every tokenizer names one.
+        padded = {
+            "input_ids": [[0] * (width - len(row)) + list(row) for row in rows],
+            "attention_mask": [[0] * (width - len(row)) + [1] * len(row) for row in rows],
+        }
+        batch = {key: torch.tensor(each, device=self.device) for key, each in padded.items()}
         if self.answers:
             # Only the last position's logits are computed: the others are not used.
             logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1, self.answers]
@@ -155,7 +158,7 @@ class CardReference(LiveReference):
     ) -> np.ndarray:
         """Like `run`, for inputs that are already tokenized."""
         inputs: Any = rows
-        return self._run(inputs, rows, arithmetic, progress)
+        return self._answers(self.load(arithmetic), inputs, rows, arithmetic, progress)
 
     def layers_of(self, model: Any) -> Any:
         """The module with `embed_tokens` and `layers`."""

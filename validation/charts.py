@@ -61,7 +61,7 @@ STYLE = {
 }
 
 
-def histogram(values: Sequence[float], limit: float | None, *, noun: str, measure: str) -> str:
+def histogram(values: np.ndarray, limit: float | None, *, noun: str, measure: str) -> str:
     """A histogram of the inputs' distances from the reference, on a logarithmic axis.
 
     Args:
@@ -71,7 +71,7 @@ def histogram(values: Sequence[float], limit: float | None, *, noun: str, measur
         noun: Label of the counts, such as "texts".
         measure: Label of the distances, such as "1 − cosine".
     """
-    finite = np.array(values)[np.isfinite(values)]
+    finite = values[np.isfinite(values)]
     logs = np.log10(np.clip(finite, FLOOR, None))
     shown = logs if limit is None or limit <= 0 else np.append(logs, math.log10(limit))
     low, high = _decades(shown)
@@ -96,15 +96,14 @@ def histogram(values: Sequence[float], limit: float | None, *, noun: str, measur
     return _svg(draw, f"Histogram of {measure} over the {noun}")
 
 
-def scatter(reference: Sequence[float], artifact: Sequence[float], *, score: str) -> str:
+def scatter(x: np.ndarray, y: np.ndarray, *, score: str) -> str:
     """The artifact's score of each pair against the reference's, and the diagonal.
 
     Args:
-        reference: Finite scores; at least one.
-        artifact: As many scores, in the same order.
+        x: The reference's finite scores; at least one.
+        y: As many of the artifact's, in the same order.
         score: Label of the scores, such as "cosine".
     """
-    x, y = np.array(reference), np.array(artifact)
     chosen = choose_points(x, y)
     values = np.concatenate([x, y])
     margin = 0.04 * max(float(np.ptp(values)), 1e-6)

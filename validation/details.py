@@ -22,10 +22,10 @@ class Details:
     """Details of a validation that are not in the report.
 
     Attributes:
-        agreement: Each input's cosine, or absolute score difference for a reranker; NaN if a side
-            is not finite. Empty, like the scores, if the token ids differ.
+        agreement: Each input's cosine, or absolute score difference for a reranker, float64
+            [inputs]; NaN if a side is not finite. Empty, like the scores, if the token ids differ.
         reference_scores: The scores of the reference run that the gates use: cosines of every query
-            with every document, or probabilities. All scores here are finite.
+            with every document, or probabilities, float64 [scores]. All are finite.
         artifact_scores: The artifact's scores, in the same order.
         layers: The error after each layer; empty if the residual stream cannot be compared, None if
             it was not measured.
@@ -34,9 +34,9 @@ class Details:
         command: The command line; empty for a call from Python.
     """
 
-    agreement: tuple[float, ...]
-    reference_scores: tuple[float, ...]
-    artifact_scores: tuple[float, ...]
+    agreement: np.ndarray
+    reference_scores: np.ndarray
+    artifact_scores: np.ndarray
     layers: tuple[LayerError, ...] | None
     artifact_files: Mapping[str, str]
     reference_files: Mapping[str, str]
@@ -70,9 +70,9 @@ def collect_details(
         agreement = task.agreement(results, expected)
         artifact_scores, reference_scores = map(np.ravel, task.scores(results, expected))
     return Details(
-        agreement=tuple(agreement.tolist()),
-        reference_scores=tuple(reference_scores.tolist()),
-        artifact_scores=tuple(artifact_scores.tolist()),
+        agreement=agreement,
+        reference_scores=reference_scores,
+        artifact_scores=artifact_scores,
         layers=layers,
         artifact_files=_weight_hashes(info),
         reference_files=dict(reference.files),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from ..runtimes.info import stored_float
 from ..texts.beir import RetrievalSet
 from ..texts.ranking import Vectors, candidate_pairs
 from ..texts.samples import Pair, Sample
-from .adapted import ReferenceFolder, merge_adapter
+from .adapted import merge_adapter, open_folder
 from .reference import Arithmetic, Inputs, Origin
 from .retrieval import SetQuality, score_quality, vector_quality
 from .settings import LAYERS, TOKENIZER, Settings, layer_settings, tokenizer_settings
@@ -50,6 +49,7 @@ class LiveReference(ABC):
         library: The library's name on PyPI.
         packages: The library and the packages it runs on.
         tokenizer: The checkpoint's tokenizer in transformers.
+        folder: The folder that the library opens: the base's weights and the files beside them.
     """
 
     library: str
@@ -58,7 +58,7 @@ class LiveReference(ABC):
 
     def __init__(self, spec: ModelSpec, max_length: int | None, device: str) -> None:
         self.spec, self.max_length, self.device = spec, max_length, device
-        self._opened_folder = ReferenceFolder(spec)
+        self.folder = open_folder(spec, self)
         weights = open_floats(spec)  # checks names: libraries fill a missing tensor randomly
         self.origin = Origin(
             id=spec.source.id,
@@ -77,11 +77,6 @@ class LiveReference(ABC):
             adapter=None if spec.source.adapter is None else spec.source.adapter.pinned,
             sizes=artifact_bytes(spec),
         )
-
-    @property
-    def folder(self) -> Path:
-        """The folder that the library opens: the base's weights and the files beside them."""
-        return self._opened_folder.folder
 
     @property
     @abstractmethod
@@ -162,7 +157,11 @@ class LiveReference(ABC):
             DeviceError: The reference does not fit into the GPU's memory.
             InputError: A batch does not fit.
         """
-        return self._run(inputs, self.token_ids(inputs), arithmetic, progress)
+        answer = self.opened(arithmetic, progress=progress)
+        results = answer(inputs)
+        del answer
+        release_memory(self.device)
+        return results
 
     def opened(
         self, arithmetic: Arithmetic, *, progress: bool = False
@@ -179,19 +178,6 @@ class LiveReference(ABC):
         return lambda inputs: self._answers(
             model, inputs, self.token_ids(inputs), arithmetic, progress
         )
-
-    def _run(
-        self,
-        inputs: Inputs,
-        rows: Sequence[Sequence[int]],
-        arithmetic: Arithmetic,
-        progress: bool,
-    ) -> np.ndarray:
-        model = self.load(arithmetic)
-        results = self._answers(model, inputs, rows, arithmetic, progress)
-        del model
-        release_memory(self.device)
-        return results
 
     def _answers(
         self,
@@ -254,13 +240,28 @@ class LiveReference(ABC):
         *,
         progress: bool = False,
     ) -> SetQuality:
-        """Retrieval quality on a retrieval set: see `Reference`."""
+        """Retrieval quality on a retrieval set.
+
+        Args:
+            data: The retrieval set.
+            dims: MRL dimensions to rank by; (0,) for a reranker.
+            arithmetic: As for `run`.
+            progress: As for `run`.
+        """
         if self.spec.task == "reranker":
             return score_quality(self.score_set(data, arithmetic, progress=progress), data)
         return vector_quality(self.encode_set(data, arithmetic, progress=progress), dims, data)
 
     def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """Hidden states after the embedding table and each layer: see `Reference`."""
+        """Hidden states after the embedding table and each layer, in the last of `arithmetics()`.
+
+        Args:
+            rows: Token ids, int64 [tokens] each.
+
+        Returns:
+            A list of rows for each layer, float32 [tokens, hidden_size]; the last layer's come
+            before the final norm.
+        """
         model = self.load(self.arithmetics()[-1])
         states = watch_layers(self.layers_of(model), rows, self.device)
         del model
@@ -272,7 +273,7 @@ class LiveReference(ABC):
         return open_floats(self.spec, ["norm.weight"]).read_fp32("norm.weight")
 
     def settings(self) -> Settings:
-        """The settings that its library read beside the weights: see `Reference`."""
+        """The settings that its library read beside the weights."""
         return {
             "positions": self.spec.max_position_embeddings,
             "max_length": self.own_limit,
@@ -286,11 +287,11 @@ class LiveReference(ABC):
         """The settings that the library read; without those that it knows nothing of."""
 
     def table(self) -> TableSketch:
-        """The embedding table: see `Reference`."""
+        """The embedding table, sketched."""
         return sketch_table(self.spec)
 
     def tensors(self) -> Tensors:
-        """The tensors that are not rounded to few bits: see `Reference`."""
+        """The tensors that are not rounded to few bits."""
         return read_tensors(self.spec)
 
 

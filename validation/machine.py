@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 from ..artifact.witness import WITNESS, read_witness
 from ..errors import MissingPackageError, require
 from ..machine.cpu import read_cpu
 from ..runtimes import ModelInfo
 from ..runtimes.batching import count_cores
-from ..runtimes.comparison import find_kernels
-from ..runtimes.ort_custom_ops import choose_kernels
+from ..runtimes.onnxruntime import OnnxModel
+from ..runtimes.ort_custom_ops import choose_kernels, register_kernels
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,11 @@ class Machine:
     providers: tuple[str, ...]
 
 
-def describe_machine(info: ModelInfo, device: str) -> Machine:
+def describe_machine(runtime: Any) -> Machine:
     """This machine.
 
     Args:
-        info: The artifact, or the checkpoint.
-        device: The device it ran on.
+        runtime: The artifact's, or the checkpoint's, Embedder or Reranker.
     """
     try:
         ort = require("onnxruntime", "cpu")
@@ -57,7 +57,7 @@ def describe_machine(info: ModelInfo, device: str) -> Machine:
     return Machine(
         cpu=cpu.name or "unknown",
         instructions=cpu.instructions,
-        code=_describe_code(info, device),
+        code=describe_code(runtime.info, runtime.device, runtime.model),
         cores=count_cores(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if os.name == "posix"
@@ -68,16 +68,28 @@ def describe_machine(info: ModelInfo, device: str) -> Machine:
     )
 
 
-def _describe_code(info: ModelInfo, device: str) -> str:
-    if info.artifact is None or info.checkpoint is not None:
-        return "torch"
-    manifest = info.artifact.manifest
-    if manifest.engine is not None:
-        return manifest.engine.builder
-    assert manifest.graph is not None
-    if device != "cpu" or not manifest.graph.has_functions:
+def describe_code(info: ModelInfo, device: str, model: object) -> str:
+    """Whose code computes a model's results.
+
+    Args:
+        info: The artifact, or the checkpoint.
+        device: The device it runs on.
+        model: What runs it.
+    """
+    has_functions = True  # as has the graph of a checkpoint's 4-bit codes
+    if info.checkpoint is not None:
+        if not isinstance(model, OnnxModel):
+            return "torch"
+    else:
+        assert info.artifact is not None
+        manifest = info.artifact.manifest
+        if manifest.engine is not None and device != "cpu":
+            return manifest.engine.builder
+        assert manifest.graph is not None
+        has_functions = manifest.graph.has_functions
+    if device != "cpu" or not has_functions:
         return f"onnxruntime's operators on {device}"
-    kernels = find_kernels(manifest, device)
+    kernels = register_kernels(require("onnxruntime", "cpu").SessionOptions())
     if kernels is None:
         return f"onnxruntime's operators, without embedport's kernels: {choose_kernels()[1]}"
     return f"embedport's kernels for {kernels} and onnxruntime's operators"

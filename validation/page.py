@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
     retrieval: RetrievalReport | None = report.retrieval
     compared = bool(report.comparisons)
     return {
-        "title": PurePath(report.artifact).name,
+        "title": report.name,
         "passed": report.passed,
         "sentence": _sentence(report),
         "reasons": [_reason(gate) for gate in report.gates if gate.failed],
@@ -73,7 +72,7 @@ def _content(report: Report, details: Details) -> dict[str, Any]:
         if compared and report.comparisons[0].dimensions
         else None,
         "agreement": _agreement(report, details) if compared else None,
-        "scores": _scores(report.task, details) if details.reference_scores else None,
+        "scores": _scores(report.task, details) if len(details.reference_scores) else None,
         "layers": _layers(details.layers) if details.layers else None,
         "why_no_layers": _why_no_layers(details),
         "retrieval": _retrieval(report, retrieval) if retrieval else None,
@@ -120,7 +119,7 @@ def _agreement(report: Report, details: Details) -> Chart:
     embedding = report.task == "embedding"
     noun, measure = f"{INPUT[report.task]}s", report.measure
     title = f"How far the {noun} are from the reference"
-    distances = _distances(report.task, details)
+    distances = from_one(details.agreement) if embedding else details.agreement
     finite = distances[np.isfinite(distances)]
     lost = len(distances) - len(finite)
     left_out = f" {lost:,} without a finite result are left out." if lost else ""
@@ -228,12 +227,6 @@ def _hashes(details: Details) -> Table:
     rows = [("artifact", *item) for item in details.artifact_files.items()]
     rows += [("reference", *item) for item in details.reference_files.items()]
     return Table(("Of", "File", "sha256"), tuple(rows), text=frozenset({0, 1}), long=frozenset({2}))
-
-
-def _distances(task: Task, details: Details) -> np.ndarray:
-    """Each input's distance from the reference: float64 [inputs], 0 is best."""
-    values = np.array(details.agreement)
-    return from_one(values) if task == "embedding" else values
 
 
 def _inline(value: float) -> str:

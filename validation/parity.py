@@ -37,17 +37,17 @@ from .preconditions import (
     check_same_model,
     choose_set,
     compare_weights,
+    find_recorded,
 )
 from .probes import compare_probes, probe_tokens
 from .recorded import RecordedReference
 from .recorded_file import is_recorded, open_recorded
-from .recording import find_recorded
 from .reference import Reference
 from .report import Gate, Report
 from .retrieval import CANDIDATES
 from .settings import settings_gate
 from .table import table_gate
-from .tasks import AnyTask, EmbeddingTask, RerankerTask, choose_inputs
+from .tasks import AnyTask, RerankerTask, choose_inputs
 from .tensors import tensors_gate
 from .thresholds import find_thresholds
 
@@ -143,6 +143,7 @@ def validate(
     # An Embedder or a Reranker, depending on the task.
     runtime: Any = load(artifact, device=device, task=task)
     info: ModelInfo = runtime.info
+    machine = describe_machine(runtime)
     max_length = runtime.tokenizer.max_length
     if page is not None:
         check_layers(info)
@@ -189,7 +190,7 @@ def validate(
     rows = inputs.artifact_ids(runtime)
     gate = token_gate(inputs, rows, source.token_ids(inputs.inputs))
     if gate.passed:
-        gate = _probe(runtime, source, inputs, gate)
+        gate = _probe(runtime, source, gate)
     runtime_device, tokenizer = runtime.device, runtime.tokenizer.tokenizer
     judged = Judged((gate,))
     if gate.passed:
@@ -230,7 +231,7 @@ def validate(
         mteb=judged.mteb,
         versions=installed_versions(PACKAGES) | dict(origin.versions),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        machine=describe_machine(info, runtime_device),
+        machine=machine,
         exported=describe_export(info),
         next_steps=next_steps(judged.gates, info, origin, layers),
     )
@@ -252,12 +253,12 @@ def validate(
     return report
 
 
-def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask, tokens: Gate) -> Gate:
+def _probe(runtime: Any, source: Reference, tokens: Gate) -> Gate:
     """The gate on token ids for texts beside the inputs; warn if the lengths differ."""
     if isinstance(source, RecordedReference):
         if source.probes is None:
             return tokens
-        return compare_probes(runtime, source.probes, inputs, source.max_length)
+        return compare_probes(runtime, source.probes, source.max_length)
     length, own = runtime.tokenizer.max_length, source.own_limit
     if length != own:
         logger.warning(
@@ -267,7 +268,7 @@ def _probe(runtime: Any, source: Any, inputs: EmbeddingTask | RerankerTask, toke
             source.origin.runner,
             f"{own:,}",
         )
-    return probe_tokens(runtime, source, inputs, (runtime.info.folder, source.folder))
+    return probe_tokens(runtime, source, (runtime.info.folder, source.folder))
 
 
 def _folder_gates(
@@ -275,7 +276,7 @@ def _folder_gates(
 ) -> Iterator[Gate]:
     """The gates on what the artifact's folder holds, whatever the inputs give."""
     settings = source.settings()
-    pairs = inputs.pairs if isinstance(inputs, RerankerTask) else ()
+    pairs = inputs.inputs if isinstance(inputs, RerankerTask) else ()
     yield settings_gate(info, tokenizer, settings)
     yield from files_gate(info, settings or {}, pairs)
     yield table_gate(info, source.table(), tokenizer, rows)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.hub import fetch
 from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import Task
-from ..errors import InputError, require
+from ..errors import ArtifactError, InputError, require
+from ..files import MANIFEST
 from ..runtimes import ModelInfo
 from ..texts.beir import RetrievalSet, read_beir
 from ..texts.ranking import candidate_pairs
@@ -32,9 +35,10 @@ def check_packages(
 
     Raises:
         MissingPackageError: A package that an option needs is not installed.
-        InputError: MTEB's tasks are asked of a recorded reference.
+        InputError: MTEB's tasks are asked of a recorded reference, or the page has no place.
     """
     if page is not None:
+        check_place(Path(page))
         require("jinja2", "report")
         require("matplotlib", "report")
     if retrieval is not None:
@@ -46,6 +50,51 @@ def check_packages(
                 "the checkpoint itself"
             )
         require("mteb", "mteb")
+
+
+def check_place(path: Path) -> None:
+    """Refuse a file that could not be written later.
+
+    Raises:
+        InputError: It is a folder, or in none.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder")
+
+
+def find_recorded(artifact: str | Path) -> Path | None:
+    """The folder with the manifest and model card to write a validation's figures into.
+
+    Args:
+        artifact: An artifact or a checkpoint, as for `validate`.
+
+    Returns:
+        The folder. None for a checkpoint without a manifest, and, with a warning, for a folder in
+        the hub's cache, which must stay as published.
+
+    Raises:
+        InputError: No such folder or hub id.
+        CheckpointError: The hub does not have it, or cannot be reached.
+        ArtifactError: The folder cannot be written to.
+    """
+    source = fetch(artifact)
+    if not (source.folder / MANIFEST).is_file():
+        return None
+    if source.is_cached:
+        logger.warning(
+            "%s is in the hub's cache, so its figures are not recorded: to record them, validate a "
+            "copy of the folder",
+            artifact,
+        )
+        return None
+    if not os.access(source.folder, os.W_OK):
+        raise ArtifactError(
+            f"{source.folder} is read-only, so the figures cannot be recorded in it: make it "
+            "writable, or validate with `record=False`"
+        )
+    return source.folder
 
 
 def check_layers(info: ModelInfo) -> None:
@@ -62,7 +111,7 @@ def check_layers(info: ModelInfo) -> None:
 
 
 def choose_set(
-    retrieval: str | Path | RetrievalSet | None, *, task: Task, save_run: str | Path | None
+    retrieval: str | Path | RetrievalSet | None, *, task: Task, save_run: str | Path | None = None
 ) -> RetrievalSet | None:
     """Read the retrieval set, and check that the task can use it.
 
@@ -70,11 +119,15 @@ def choose_set(
         None if none is asked for.
 
     Raises:
-        InputError: `save_run` has nothing to write, the set cannot be read, or it has no candidates
-            that a reranker needs.
+        InputError: `save_run` has nothing to write or no place, the set cannot be read, or it has
+            no candidates that a reranker needs.
     """
-    if save_run is not None and (retrieval is None or task == "reranker"):
-        raise InputError("`save_run` writes what an embedding artifact finds: give `retrieval` too")
+    if save_run is not None:
+        if retrieval is None or task == "reranker":
+            raise InputError(
+                "`save_run` writes what an embedding artifact finds: give `retrieval` too"
+            )
+        check_place(Path(save_run))
     if retrieval is None or isinstance(retrieval, RetrievalSet):
         data = retrieval
     else:

@@ -49,22 +49,19 @@ class Probes:
     added: Sequence[str]
 
 
-def probe_tokens(
-    runtime: Any, source: Any, task: EmbeddingTask | RerankerTask, folders: Iterable[Path]
-) -> Gate:
+def probe_tokens(runtime: Any, source: Any, folders: Iterable[Path]) -> Gate:
     """The gate on token ids, for texts that tell tokenizers apart.
 
     Args:
         runtime: The artifact's Embedder or Reranker.
         source: The reference, a `LiveReference`.
-        task: The inputs that are validated; gives the kind of input.
         folders: Folders with a tokenizer.json each, the artifact's and the checkpoint's; their
             added tokens are in the texts.
     """
     short, long = _inputs(runtime.info.task, _added_tokens(folders), runtime.tokenizer.max_length)
-    gate = _compare(runtime, source, task, short)
+    gate = _compare(runtime, source, short)
     if not gate.failed:  # apart from the others, which would be padded to its length
-        gate = _compare(runtime, source, task, [long])
+        gate = _compare(runtime, source, [long])
     return _beside(gate)
 
 
@@ -86,15 +83,12 @@ def record_probes(source: Any) -> Probes:
     return Probes(inputs, rows, added)
 
 
-def compare_probes(
-    runtime: Any, probes: Probes, task: EmbeddingTask | RerankerTask, max_length: int
-) -> Gate:
+def compare_probes(runtime: Any, probes: Probes, max_length: int) -> Gate:
     """The gate on token ids, for the texts of a recorded reference.
 
     Args:
         runtime: The artifact's Embedder or Reranker.
         probes: The recorded token ids.
-        task: The inputs that are validated; gives the kind of input.
         max_length: Tokens after which the recorded texts were cut. For an artifact that cuts texts
             at another length, those that either cuts are left out.
     """
@@ -102,7 +96,7 @@ def compare_probes(
     uncut = len(max(probes.rows, key=len)) + 1 if own == max_length else min(own, max_length)
     kept = [i for i, row in enumerate(probes.rows) if len(row) < uncut]
     inputs, rows = [probes.inputs[i] for i in kept], [probes.rows[i] for i in kept]
-    gate = _compare(runtime, None, task, inputs, rows)
+    gate = _compare(runtime, None, inputs, rows)
     others = [name for name in _added_tokens([runtime.info.folder]) if name not in probes.added]
     if not gate.failed and others:
         detail = f"the added token {others[0]!r} is not one of the reference's tokenizer"
@@ -149,12 +143,11 @@ def _inputs(
 def _compare(
     runtime: Any,
     source: Any,
-    task: EmbeddingTask | RerankerTask,
     inputs: Sequence[Any],
     expected: Sequence[Sequence[int]] | None = None,
 ) -> Gate:
     """Compare token ids of the inputs that the artifact does not refuse."""
-    kind: Any = type(task)
+    kind: Any = EmbeddingTask if runtime.info.task == "embedding" else RerankerTask
     taken, rows = [], []
     for i, given in enumerate(inputs):
         try:

@@ -58,7 +58,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class RecordedReference:
-    """A reference whose results come from a file: see `Reference`.
+    """A reference whose results come from a file; answers as `LiveReference` does.
 
     Attributes:
         path: The file.
@@ -200,7 +200,7 @@ class RecordedReference:
         return self.layers.norm
 
     def settings(self) -> Settings | None:
-        """The recorded settings."""
+        """The recorded settings; None if the file has none, as with the next two."""
         return self.declared
 
     def table(self) -> TableSketch | None:

@@ -14,16 +14,17 @@ from ..checkpoint.spec import Task
 from ..errors import InputError, check_integer, require
 from ..runtimes.torch import find_device
 from ..runtimes.vectors import mrl_dims
-from ..texts.beir import RetrievalSet, read_beir
-from ..texts.prompts import check_text
-from ..texts.ranking import candidate_pairs
+from ..texts.beir import RetrievalSet
+from ..texts.prompts import check_text, resolve_prompt
 from ..texts.samples import Pair, Sample
 from .layers import sample_rows
 from .live import LiveReference
 from .opening import open_live
+from .preconditions import check_place, choose_set
 from .probes import record_probes
 from .recorded import Layers, RecordedReference, describe_set
 from .recorded_file import write_recorded
+from .reference import Inputs
 from .tasks import choose_inputs
 
 
@@ -76,15 +77,13 @@ def record_reference(
     1
     """
     path = Path(output).expanduser()
-    _check_place(path, force)
+    check_place(path)
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; choose another place or replace it with `force`")
     if max_length is not None:
         check_integer("max_length", max_length)
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length should be at least 1, found {max_length}")
-    data = None
     if retrieval is not None:
         require("ir_measures", "retrieval")
-        data = retrieval if isinstance(retrieval, RetrievalSet) else read_beir(retrieval)
     source = open_live(
         checkpoint,
         task=task,
@@ -94,15 +93,12 @@ def record_reference(
         # `validate` falls back to a CPU, where the artifact is on a GPU that torch has not.
         device=find_device(require("torch", "torch"), device),
     )
-    task_inputs = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts)
-    if data is not None and source.spec.task == "reranker":
-        candidate_pairs(data)  # fail now rather than after hours of work
-    inputs = task_inputs.inputs
-    for i, given in enumerate(inputs):
-        for text in asdict(given).values():
-            if text is not None:
-                check_text(i, text)
-    rows = source.token_ids(inputs)
+    longest = source.spec.max_position_embeddings
+    if max_length is not None and not 1 <= max_length <= longest:
+        raise InputError(f"max_length should be from 1 to {longest}, found {max_length}")
+    data = choose_set(retrieval, task=source.spec.task)
+    inputs = choose_inputs(source.spec.task, texts, pairs, source.spec.prompts).inputs
+    rows = _check_inputs(source, inputs)
     arithmetics = source.arithmetics()
     results = {name: source.run(inputs, name, progress=progress) for name in arithmetics}
     qualities = {}
@@ -132,13 +128,18 @@ def record_reference(
     return recorded
 
 
-def _check_place(path: Path, force: bool) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists; choose another place or replace it with `force`")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent}: no such folder")
+def _check_inputs(source: LiveReference, inputs: Inputs) -> list[list[int]]:
+    """Each input's token ids; refuse an input that an artifact would refuse."""
+    for i, given in enumerate(inputs):
+        for text in asdict(given).values():
+            if text is not None:
+                check_text(i, text)
+        if isinstance(given, Sample):
+            resolve_prompt(source.spec.inputs, given.prompt)
+    rows = source.token_ids(inputs)
+    if [] in rows:
+        raise InputError(f"input {rows.index([])} becomes no token: the text is empty")
+    return rows
 
 
 def _record_layers(source: LiveReference, rows: Sequence[Sequence[int]]) -> Layers:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..checkpoint.spec import Task
-from ..texts.beir import RetrievalSet
 from ..texts.samples import Pair, Sample
-from .retrieval import SetQuality
-from .settings import Settings
-from .table import TableSketch
-from .tensors import Tensors
 
+if TYPE_CHECKING:
+    from .live import LiveReference
+    from .recorded import RecordedReference
+
+# A checkpoint's own results: computed here, or read from a file.
+Reference: TypeAlias = "LiveReference | RecordedReference"
 Arithmetic = Literal["fp16", "bf16", "fp32"]
 Inputs = Sequence[Sample] | Sequence[Pair]
 
@@ -81,65 +80,3 @@ class Origin:
         if arithmetic == "fp32" and self.stored != "fp32":
             text = "fp32 on fp16-rounded weights"
         return f"{text}, {self.device}"
-
-
-class Reference(Protocol):
-    """A checkpoint's own results."""
-
-    @property
-    def origin(self) -> Origin:
-        """The checkpoint, and how it was run."""
-        ...
-
-    def token_ids(self, inputs: Inputs) -> list[list[int]]:
-        """Each input's token ids, as the library passes them to its model."""
-        ...
-
-    def arithmetics(self) -> tuple[Arithmetic, ...]:
-        """The arithmetics it runs in, the usual one first."""
-        ...
-
-    def run(self, inputs: Inputs, arithmetic: Arithmetic, *, progress: bool) -> np.ndarray:
-        """Vectors, float32 [inputs, dim], or a reranker's probabilities, [inputs]."""
-        ...
-
-    def measure(
-        self, data: RetrievalSet, dims: Sequence[int], arithmetic: Arithmetic, *, progress: bool
-    ) -> SetQuality:
-        """Retrieval quality on a retrieval set.
-
-        Args:
-            data: The retrieval set.
-            dims: MRL dimensions to rank by; (0,) for a reranker.
-            arithmetic: The arithmetic to run in.
-            progress: Show a progress bar on a terminal.
-        """
-        ...
-
-    def hidden_states(self, rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """Hidden states after the embedding table and each layer, in the last of `arithmetics()`.
-
-        Args:
-            rows: Token ids, int64 [tokens] each.
-
-        Returns:
-            A list of rows for each layer, float32 [tokens, hidden_size]; the last layer's come
-            before the final norm.
-        """
-        ...
-
-    def final_norm(self) -> np.ndarray:
-        """The gains of the final norm, float32 [hidden_size]."""
-        ...
-
-    def settings(self) -> Settings | None:
-        """The settings that its library read beside the weights; None if they are not known."""
-        ...
-
-    def table(self) -> TableSketch | None:
-        """The embedding table; None if it is not known."""
-        ...
-
-    def tensors(self) -> Tensors | None:
-        """The tensors that are not rounded to few bits; None if they are not known."""
-        ...

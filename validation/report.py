@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -159,6 +159,11 @@ class Report:
         return f"Report({self.artifact!r}: {self.verdict()})"
 
     @property
+    def name(self) -> str:
+        """The name of the artifact's folder, which may be given as "."."""
+        return Path(self.artifact).name or Path(self.artifact).resolve().name
+
+    @property
     def passed(self) -> bool:
         """Whether no gate fails."""
         return not any(gate.failed for gate in self.gates)
@@ -267,7 +272,7 @@ class Report:
         runs = self.comparisons
         names = dict.fromkeys(name for run in runs for name in run.figures)
         rows = (
-            *((name, *(number(run.figures.get(name, math.nan)) for run in runs)) for name in names),
+            *((name, *(number(run.figures.get(name)) for run in runs)) for name in names),
             ("inputs compared", *(f"{run.compared:,}" for run in runs)),
             ("reference results with NaN", *(str(run.reference_nonfinite) for run in runs)),
         )
@@ -359,7 +364,7 @@ class Report:
         memory = f", {machine.memory / 2**30:.1f} GiB" if machine.memory else ""
         sets = ", ".join(machine.instructions)
         facts = {
-            "Artifact": f"{PurePath(self.artifact).name}, {self.precision} on {self.device}",
+            "Artifact": f"{self.name}, {self.precision} on {self.device}",
             "Exported on": self.exported,
             "Reference": f"{self.reference} in {self.library}",
             "Reference ran in": "; ".join(run.reference for run in self.comparisons),

@@ -101,7 +101,7 @@ def settings_gate(info: ModelInfo, tokenizer: Any, settings: Settings | None) ->
     basis = f"without {' and '.join(missing)}: record the reference again" if missing else ""
     if info.checkpoint is None:  # of a graph they are the file's, which `companions` compares
         settings = {name: value for name, value in settings.items() if name != LAYERS}
-    found, wanted = _flat(_declared(info, tokenizer)), _flat(settings)
+    found, wanted = dict(_named(_declared(info, tokenizer))), dict(_named(settings))
     differences = [
         f"{name}: found {_shown(found.get(name))}, expected {_shown(expected)}"
         for name, expected in wanted.items()
@@ -132,12 +132,8 @@ def _declared(info: ModelInfo, tokenizer: Any) -> Settings:
     }
 
 
-def _flat(settings: Settings) -> dict[str, Any]:
-    """Name to value; each prompt by itself, and an empty one of a role as if there were none."""
-    return dict(_named(settings))
-
-
 def _named(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """(name, value); each prompt by itself, and an empty one of a role as if there were none."""
     for name, text in settings.get("prompts", {}).items():
         if text or name not in ROLES:
             yield f"prompt {name!r}", text

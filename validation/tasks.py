@@ -39,31 +39,26 @@ UNIT = 1e-2
 class EmbeddingTask:
     """Texts to vectors."""
 
-    samples: list[Sample]
+    inputs: list[Sample]
     sense: ClassVar[Sense] = "≥"  # a higher cosine is better
-
-    @property
-    def inputs(self) -> list[Sample]:
-        """The inputs of artifact and reference."""
-        return self.samples
 
     @property
     def names(self) -> list[str]:
         """Each text's name in the report."""
         return [
             f"text {i} ({'default prompt' if sample.prompt is None else sample.prompt})"
-            for i, sample in enumerate(self.samples)
+            for i, sample in enumerate(self.inputs)
         ]
 
     @property
     def texts(self) -> list[str]:
         """Each input as the report quotes it."""
-        return [sample.text for sample in self.samples]
+        return [sample.text for sample in self.inputs]
 
     @property
     def is_query(self) -> np.ndarray:
         """Mask of the texts that are queries, not documents: bool [texts]."""
-        return np.array([sample.prompt not in DOCUMENTS for sample in self.samples])
+        return np.array([sample.prompt not in DOCUMENTS for sample in self.inputs])
 
     def artifact_ids(self, embedder: Embedder) -> list[np.ndarray]:
         """Each text's token ids, by the artifact's tokenizer.
@@ -77,7 +72,7 @@ class EmbeddingTask:
         """The artifact's vectors: float32 [texts, dim]."""
         encoded = self._encode(embedder)
         check_encoded(encoded, embedder.info.vocab_size, embedder.tokenizer.max_length, "text")
-        vectors = np.empty((len(self.samples), embedder.dim), np.float32)
+        vectors = np.empty((len(self.inputs), embedder.dim), np.float32)
         for prompt, indices in self._by_prompt():
             vectors[indices] = embedder.embed_rows(
                 [encoded.ids[i] for i in indices],
@@ -185,10 +180,10 @@ class EmbeddingTask:
 
     def _encode(self, embedder: Embedder) -> Encoded:
         """Each text's token ids with its prompt, in the order of the texts."""
-        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.samples)
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.inputs)
         truncated: list[int] = []
         for prompt, indices in self._by_prompt():
-            texts = [self.samples[i].text for i in indices]
+            texts = [self.inputs[i].text for i in indices]
             encoded = embedder.tokenizer.encode(texts, embedder.prompt_text(prompt))
             for i, row in zip(indices, encoded.ids, strict=True):
                 rows[i] = row
@@ -197,9 +192,9 @@ class EmbeddingTask:
 
     def _by_prompt(self) -> Iterable[tuple[str | None, list[int]]]:
         """Each prompt with the indices of its texts."""
-        for i, sample in enumerate(self.samples):
+        for i, sample in enumerate(self.inputs):
             check_text(i, (sample.prompt or "") + sample.text)
-        return group_indices(sample.prompt for sample in self.samples).items()
+        return group_indices(sample.prompt for sample in self.inputs).items()
 
 
 @dataclass(frozen=True)
@@ -207,35 +202,30 @@ class RerankerTask:
     """Pairs of texts to probabilities.
 
     Attributes:
-        pairs: The pairs.
+        inputs: The pairs.
         log_odds: Whether the model's library, and therefore the artifact, returns log-odds. They
             are compared as probabilities, because the limits apply to probabilities.
     """
 
-    pairs: list[Pair]
+    inputs: list[Pair]
     log_odds: bool = False
     sense: ClassVar[Sense] = "≤"  # a lower difference is better
 
     @property
-    def inputs(self) -> list[Pair]:
-        """The inputs of artifact and reference."""
-        return self.pairs
-
-    @property
     def names(self) -> list[str]:
         """Each pair's name in the report."""
-        return [f"pair {i}" for i in range(len(self.pairs))]
+        return [f"pair {i}" for i in range(len(self.inputs))]
 
     @property
     def texts(self) -> list[str]:
         """Each input as the report quotes it."""
-        return [f"{pair.query} | {pair.document}" for pair in self.pairs]
+        return [f"{pair.query} | {pair.document}" for pair in self.inputs]
 
     def artifact_ids(self, reranker: Reranker) -> list[np.ndarray]:
         """Each pair's token ids, by the artifact's tokenizer."""
-        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.pairs)
-        for instruction, indices in group_indices(pair.instruction for pair in self.pairs).items():
-            pairs = [(self.pairs[i].query, self.pairs[i].document) for i in indices]
+        rows: list[np.ndarray] = [np.empty(0, np.int64)] * len(self.inputs)
+        for instruction, indices in group_indices(pair.instruction for pair in self.inputs).items():
+            pairs = [(self.inputs[i].query, self.inputs[i].document) for i in indices]
             encoded = reranker.tokenizer.encode(pairs, instruction)
             for i, row in zip(indices, encoded.ids, strict=True):
                 rows[i] = row
@@ -243,7 +233,7 @@ class RerankerTask:
 
     def run(self, reranker: Reranker, *, progress: bool) -> np.ndarray:
         """The artifact's scores: float32 [pairs]."""
-        return score_pairs(partial(reranker.score_pairs, progress=progress), self.pairs)
+        return score_pairs(partial(reranker.score_pairs, progress=progress), self.inputs)
 
     def agreement(self, results: np.ndarray, expected: np.ndarray) -> np.ndarray:
         """The absolute score differences: [n] and [n] to float64 [n]."""
@@ -324,7 +314,7 @@ class RerankerTask:
 
     def _by_query(self, good: np.ndarray) -> list[np.ndarray]:
         """Indices of each query's pairs where `good`, bool [pairs], is true."""
-        queries = group_indices((pair.query, pair.instruction) for pair in self.pairs)
+        queries = group_indices((pair.query, pair.instruction) for pair in self.inputs)
         groups = [np.array(indices) for indices in queries.values()]
         return [rows[good[rows]] for rows in groups if good[rows].any()]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
-from ..files import MANIFEST, check_name
+from ..files import MANIFEST, check_name, written
 from ..integrity import check_files, record_files
 from ..leftovers import OLD, lock, tidy_up
 from ..links import check_links
@@ -202,8 +202,8 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     records = record_files(paths)
     files = {path.relative_to(folder).as_posix(): records[path] for path in paths}
     manifest = replace(manifest, files=files)
-    _write(folder / MANIFEST, manifest.to_json())
-    _write(folder / CARD, model_card(manifest, name))
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    (folder / CARD).write_text(model_card(manifest, name), encoding="utf-8")
     return manifest
 
 
@@ -220,11 +220,8 @@ def record_parity(folder: str | Path, parity: Mapping[str, Any], table: str) -> 
     """
     folder = Path(folder).expanduser()
     manifest = replace(Manifest.from_json(folder / MANIFEST), parity=dict(parity))
-    try:
-        _write(folder / CARD, model_card(manifest, folder.resolve().name, table))
-        _write(folder / MANIFEST, manifest.to_json())
-    except OSError as error:
-        raise ArtifactError(f"{folder}: the figures cannot be recorded: {error}") from error
+    _record(folder / CARD, model_card(manifest, folder.resolve().name, table), "figures")
+    _record(folder / MANIFEST, manifest.to_json(), "figures")
 
 
 def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
@@ -239,14 +236,13 @@ def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
     """
     path = Path(folder).expanduser() / MANIFEST
     manifest = replace(Manifest.from_json(path), ranges=dict(ranges))
-    try:
-        _write(path, manifest.to_json())
-    except OSError as error:
-        raise ArtifactError(f"{path}: the ranges cannot be recorded: {error}") from error
+    _record(path, manifest.to_json(), "ranges")
 
 
-def _write(path: Path, text: str) -> None:
+def _record(path: Path, text: str, what: str) -> None:
     """Replace a small file atomically: a reader sees the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        with written(path) as file:
+            file.write(text.encode())
+    except InputError as error:
+        raise ArtifactError(f"the {what} cannot be recorded: {error}") from error

@@ -27,7 +27,7 @@ NEEDED = {
 }
 
 Format = Literal["onnx", "tensorrt", "checkpoint"]
-Output = Literal["pooled", "hidden"]
+OUTPUTS = ("pooled", "hidden")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class GraphRecord:
     opset: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    output: Output
+    output: str
     arithmetic: str
     kept_in_fp32: tuple[str, ...]
     masked: bool = False
@@ -319,9 +319,9 @@ def _checks(manifest: Manifest) -> Iterator[tuple[str, Any, str, bool]]:
         yield "answers", answer, "token ids", is_id
     for name, record in manifest.files.items():
         yield f"size of {name[:100]!r}", record.size, "a size", _is_size(record.size, least=0)
-    if manifest.graph is not None:
-        outputs_of_graph = manifest.graph.outputs
-        yield "graph's outputs", outputs_of_graph, "names", bool(outputs_of_graph)
+    if (graph := manifest.graph) is not None:
+        yield "graph's output", graph.output, " or ".join(OUTPUTS), graph.output in OUTPUTS
+        yield "graph's outputs", graph.outputs, "names", bool(graph.outputs)
 
 
 def _check_quantization(recipe: Any, ranges: Any) -> Iterator[tuple[str, Any, str, bool]]:

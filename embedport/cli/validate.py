@@ -87,7 +87,7 @@ def validate(
     """
     from ..runtimes import read_info
     from ..validation import validate as run
-    from ..validation.recording import find_recorded
+    from ..validation.preconditions import find_recorded
 
     check_output(report, ".html", ".json", ".md")
     check_output(save_run)

@@ -439,7 +439,7 @@ class TestDamagedArtifact:
             ({"embedding_dim": 63}, r"embedding_dim is 63 .* gives batch x 64: one of them"),
             ({"embedding_dim": None}, "embedding_dim is None"),
             ({"graph": {"output": "hidden"}}, "output hidden, and onnx/model.onnx gives batch x"),
-            ({"graph": {"output": "x"}}, r"graph\.output should be pooled or hidden, found 'x'"),
+            ({"graph": {"output": "x"}}, "graph's output should be pooled or hidden, found 'x'"),
             ({"outputs": {"pooling": []}}, "pooling should be names"),
             ({"outputs": {"steps": {}}}, "steps should be a list, found {}"),
             ({"outputs": {"truncate": 8}}, "embedding_dim should be within truncate, found 64"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import embedport
+from embedport.artifact.folder import Artifact, write_manifest
 from embedport.validation import parity
 
 
@@ -22,6 +23,22 @@ def folders(tmp_path_factory, checkpoints):
             embedport.export(checkpoints("kv2", task), folder, **options)
             made[key] = SimpleNamespace(artifact=folder, checkpoint=checkpoints("kv2", task))
         return made[key]
+
+    return make
+
+
+@pytest.fixture
+def changed(copied):
+    """A function (artifact, change) -> a copy, changed, with the right hashes in its manifest.
+
+    As a wrong exporter would write it. The change is one of the folder, or of a file in it.
+    """
+
+    def make(artifact, change, file=""):
+        folder = copied(artifact)
+        change(folder / file)
+        write_manifest(folder, Artifact.open(artifact).manifest, folder.name)
+        return folder
 
     return make
 

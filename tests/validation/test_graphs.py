@@ -1,7 +1,4 @@
-"""Graphs that validate itself does not run: a wrong one fails, whoever opens it.
-
-Each damaged artifact gets a manifest with the right hashes, as a wrong exporter would write.
-"""
+"""Graphs that validate itself does not run: a wrong one fails, whoever opens it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +12,12 @@ import onnx_ir as ir
 import pytest
 
 import embedport
-from embedport.artifact.folder import Artifact, write_manifest
 from embedport.machine.engine import EngineRecord, Profile
 from embedport.runtimes import read_info
 from embedport.texts.samples import Sample, builtin_pairs, builtin_samples
 from embedport.validation import graphs
 from embedport.validation.graphs import GATE, NOT_RUN, Few, graph_gates, run_few
+from embedport.validation.machine import describe_code
 
 TEXTS = [sample.text for sample in builtin_samples()[:24]]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()[:4]]
@@ -137,12 +134,10 @@ WRONG: list[tuple[str, str, Change, str]] = [
 
 
 @pytest.mark.parametrize(("task", "name", "change", "words"), WRONG)
-def test_a_wrong_graph(folders, copied, results, task, name, change, words):
-    made = folders(task, consumers=FOR)
-    folder, few = copied(made.artifact), results(made.artifact)
-    change(folder / "onnx" / f"{name}.onnx")
-    write_manifest(folder, Artifact.open(made.artifact).manifest, folder.name)
-    (gate,) = graph_gates(read_info(folder), "cpu", few)
+def test_a_wrong_graph(folders, changed, results, task, name, change, words):
+    artifact = folders(task, consumers=FOR).artifact
+    folder = changed(artifact, change, f"onnx/{name}.onnx")
+    (gate,) = graph_gates(read_info(folder), "cpu", results(artifact))
     assert (gate.name, gate.value, gate.failed) == (GATE, 1, True)
     assert f"onnx/{name}.onnx: {words}" in gate.detail
 
@@ -167,15 +162,13 @@ def test_sound_graphs(folders, results, task, count, options):
     assert gate.basis == f"of {count}, run as other software runs them"
 
 
-def test_equal_files_run_once(folders, copied, results):
+def test_equal_files_run_once(folders, changed, results):
     """transformers.js looks for the same graph under another name."""
-    made = folders("embedding", consumers=("transformers.js",), precision="int8")
-    few = results(made.artifact)
-    (gate,) = graph_gates(read_info(made.artifact), "cpu", few)
+    artifact = folders("embedding", consumers=("transformers.js",), precision="int8").artifact
+    few = results(artifact)
+    (gate,) = graph_gates(read_info(artifact), "cpu", few)
     assert gate.title == "graphs that differ (of 2, run as other software runs them)"
-    folder = copied(made.artifact)
-    change_weights(folder / "onnx" / "model_quantized.onnx")
-    write_manifest(folder, Artifact.open(made.artifact).manifest, folder.name)
+    folder = changed(artifact, change_weights, "onnx/model_quantized.onnx")
     (gate,) = graph_gates(read_info(folder), "cpu", few)
     assert gate.value == 1
     assert gate.detail.startswith("onnx/model_quantized.onnx: last_hidden_state has a cosine of ")
@@ -183,15 +176,13 @@ def test_equal_files_run_once(folders, copied, results):
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
-def test_nothing_else_fails(folders, copied, tmp_path, task):
+def test_nothing_else_fails(folders, changed, tmp_path, task):
     """With the checkpoint and with a recorded reference."""
-    made = folders(task, consumers=FOR)
-    folder, recorded = copied(made.artifact), tmp_path / "model.reference"
+    made, recorded = folders(task, consumers=FOR), tmp_path / "model.reference"
     texts = [Sample("What is tea?", "query"), Sample("A leaf from China.")]
     inputs: dict[str, Any] = {"texts": texts} if task == "embedding" else {"pairs": PAIRS[:2]}
     embedport.record_reference(made.checkpoint, recorded, task=task, device="cpu", **inputs)
-    change_weights(folder / "onnx" / "model.onnx")
-    write_manifest(folder, Artifact.open(made.artifact).manifest, folder.name)
+    folder = changed(made.artifact, change_weights, "onnx/model.onnx")
     for reference, given in ((made.checkpoint, inputs), (recorded, {})):
         report = embedport.validate(folder, reference, device="cpu", record=False, **given)
         assert [gate.name for gate in report.gates if gate.failed] == [GATE]
@@ -200,17 +191,20 @@ def test_nothing_else_fails(folders, copied, tmp_path, task):
         )
 
 
-def test_openvino(folders, copied, results, monkeypatch):
+def test_openvino(folders, changed, results, monkeypatch):
     if find_spec("openvino") is None:
         pytest.skip("OpenVINO is not installed")
-    made = folders("embedding", consumers=("openvino",))
-    folder, few = copied(made.artifact), results(made.artifact)
-    (gate,) = graph_gates(read_info(folder), "cpu", few)
+
+    def negate(path: Path) -> None:
+        weights = np.memmap(path, np.float32, "r+")
+        weights[len(weights) // 2 :] *= -1
+        weights.flush()
+
+    artifact = folders("embedding", consumers=("openvino",)).artifact
+    few = results(artifact)
+    (gate,) = graph_gates(read_info(artifact), "cpu", few)
     assert (gate.value, gate.basis[:5]) == (0, "of 2,")
-    weights = np.memmap(folder / "openvino" / "openvino_model.bin", np.float32, "r+")
-    weights[len(weights) // 2 :] *= -1
-    weights.flush()
-    write_manifest(folder, Artifact.open(made.artifact).manifest, folder.name)
+    folder = changed(artifact, negate, "openvino/openvino_model.bin")
     (gate,) = graph_gates(read_info(folder), "cpu", few)
     assert gate.value == 1
     assert gate.detail.startswith("openvino/openvino_model.xml: ")
@@ -235,10 +229,12 @@ def test_what_does_not_run_here(folders, results, monkeypatch):
     assert info.artifact is not None
     profiles = (Profile((1, 1), (1, 8), (1, 8)),)
     engine = EngineRecord(
-        "engine/model.plan", None, "10.0", False, "none", profiles, "tensorrt", ()
+        "engine/model.plan", None, "10.0", False, "none", profiles, "tensorrt-rtx", ()
     )
     manifest = replace(info.artifact.manifest, engine=engine)
     info = replace(info, artifact=replace(info.artifact, manifest=manifest))
+    assert describe_code(info, "cuda", None) == "TensorRT for RTX 10.0"
+    assert "onnxruntime's operators" in describe_code(info, "cpu", None)
     _, left = graph_gates(info, "cpu", few)
     assert (left.value, left.basis) == (
         None,

@@ -131,14 +131,16 @@ def some_details(task="embedding", **changes):
     distances = 10 ** generator.uniform(-9, -4, 40)
     scores = generator.uniform(0, 1, 400)
     values: dict[str, Any] = {
-        "agreement": tuple((1 - distances if task == "embedding" else distances).tolist()),
-        "reference_scores": tuple(scores.tolist()),
-        "artifact_scores": tuple((scores + 1e-3).tolist()),
+        "agreement": 1 - distances if task == "embedding" else distances,
+        "reference_scores": scores,
+        "artifact_scores": scores + 1e-3,
         "layers": tuple(LayerError(i, 90, 1e-4 * (i + 1), 2e-4 * (i + 1), 0.999) for i in range(5)),
         "artifact_files": {"onnx/model.onnx": "a" * 64},
         "reference_files": {"model.safetensors": "b" * 64},
         "command": f"embedport validate {EVIL}",
     }
+    for name in ("agreement", "reference_scores", "artifact_scores"):
+        values[name] = np.array(changes.pop(name, values[name]))
     return Details(**values | changes)
 
 
@@ -190,6 +192,13 @@ def test_one_thing_is_in_the_singular():
     assert "| 1 text, 1,234 tokens |" in words
     assert re.search(r", 1 core[, ]", words)
     assert "On 1 text the artifact" in render(report, some_details())
+
+
+def test_an_artifact_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = a_report(artifact=".", retrieval=False)
+    assert report.facts()["Artifact"] == f"{tmp_path.name}, fp16 on cpu"
+    assert f"<title>{tmp_path.name}: holds</title>" in render(report, some_details())
 
 
 def test_no_loss_is_zero():
@@ -297,6 +306,14 @@ def test_numbers_that_are_none_still_render():
     first_row = page[page.index("Farthest from the reference</h2>") :]
     assert re.findall(r"<td>(.*?)</td>", first_row)[0] == "NaN"
     assert Parsed(page).count("svg") == 5
+
+
+def test_a_figure_that_one_run_has():
+    """Where it gave NaN, fewer inputs are compared, or none."""
+    first, second = a_report().comparisons
+    second = dataclasses.replace(second, figures={"Kendall tau": 1.0})
+    table = a_report(comparisons=(first, second)).to_markdown()
+    assert "| minimum cosine | 0.9991000 | not measured |" in table
 
 
 def test_growth_is_of_layers_that_compare_as_many_tokens():

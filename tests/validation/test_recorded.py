@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import ByteLevel
 
 import embedport
 from embedport.artifact.folder import write_manifest
@@ -24,7 +25,7 @@ from embedport.demo.pipeline import (
 )
 from embedport.errors import InputError
 from embedport.texts.beir import read_beir
-from embedport.texts.samples import builtin_pairs, builtin_samples
+from embedport.texts.samples import Sample, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.opening import open_live
@@ -235,7 +236,7 @@ def test_a_truncated_file(recordings, tmp_path, size):
         (lambda v: v | {"inputs": v["inputs"][:3]}, "tensor lengths should be int32"),
         (lambda v: v | {"arithmetics": ["fp8"]}, "should be some of fp16, bf16, fp32"),
         (lambda v: v | {"arithmetics": ["fp16"]}, r"results\.fp16"),
-        (lambda v: v | {"origin": {}}, "origin has the keys"),
+        (lambda v: v | {"origin": {}}, "missing or unknown keys of origin: device, "),
         (lambda v: v | {"origin": v["origin"] | {"hidden_size": 4}}, "layers.states should be"),
         (lambda v: v | {"origin": v["origin"] | {"versions": 4}}, "is damaged"),
         (lambda v: v | {"max_length": None}, "expected a whole number above 0, found None"),
@@ -294,7 +295,8 @@ def test_inputs_cut_elsewhere(folders, tmp_path):
 
 def test_a_length_without_room(checkpoints, tmp_path):
     for task, max_length, message in (
-        ("embedding", 0, "max_length should be at least 1, found 0"),
+        ("embedding", 0, "max_length should be from 1 to 32768, found 0"),
+        ("embedding", 32769, "max_length should be from 1 to 32768, found 32769"),
         ("reranker", 5, "max_length 5 leaves no room"),
     ):
         with pytest.raises(InputError, match=message):
@@ -305,6 +307,19 @@ def test_a_length_without_room(checkpoints, tmp_path):
                 device="cpu",
                 max_length=max_length,
             )
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([""], "input 0 becomes no token"), ([Sample("x", "qurey")], "no prompt is named 'qurey'")],
+)
+def test_inputs_that_an_artifact_refuses(checkpoints, copied, tmp_path, texts, message):
+    folder = copied(checkpoints("kv2"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = ByteLevel(trim_offsets=False)  # it adds nothing
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InputError, match=message):
+        embedport.record_reference(folder, tmp_path / "file", texts, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/model"])
@@ -339,6 +354,9 @@ def test_widths_that_were_not_recorded(folders, tmp_path, data):
     with pytest.raises(InputError, match="retrieval quality at 64, 32 dimensions, not at 48"):
         validate(narrow, file, retrieval=data)
     assert validate(narrow, file).comparisons
+    lacking = rewritten(file, tmp_path / "lacking", **{"retrieval.fp32.64.R@100": None})
+    with pytest.raises(InputError, match=r"fp32\.64 should have nDCG@10, R@100, RR"):
+        read_recorded(lacking)
 
 
 def test_where_it_is_written(folders, tmp_path, monkeypatch):

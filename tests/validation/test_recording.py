@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import embedport
+from embedport.artifact.folder import record_parity
 from embedport.checkpoint.hub import Source
-from embedport.errors import ArtifactError
-from embedport.validation import parity, recording
-from embedport.validation.recording import find_recorded
+from embedport.errors import ArtifactError, InputError
+from embedport.validation import parity, preconditions
+from embedport.validation.preconditions import find_recorded
 
 COMMIT = "0123456789abcdef"
 
@@ -39,7 +40,7 @@ def test_the_hubs_cache_stays_as_it_is(folders, snapshot, monkeypatch, caplog, b
     artifact = "owner/name" if by_id else snapshot
     if by_id:
         source = Source("owner/name", COMMIT, snapshot)
-        monkeypatch.setattr(recording, "fetch", lambda checkpoint: source)
+        monkeypatch.setattr(preconditions, "fetch", lambda checkpoint: source)
         load = parity.load
         monkeypatch.setattr(parity, "load", lambda _, **options: load(snapshot, **options))
     before = texts_of(snapshot)
@@ -72,6 +73,23 @@ def test_a_read_only_folder_is_refused_before_anything_is_loaded(
     before = texts_of(folder)
     embedport.validate(folder, made.checkpoint, ["a text"], device="cpu", record=False)
     assert texts_of(folder) == before
+
+
+def test_a_page_without_a_place_is_refused_before_anything_is_loaded(folders, tmp_path):
+    made = folders("embedding")
+    for page, message in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.html", "no such fold")):
+        with pytest.raises(InputError, match=message):
+            embedport.validate(made.artifact, "nowhere", page=page)
+
+
+def test_figures_that_cannot_be_written_leave_nothing(folders, copied):
+    folder = copied(folders("embedding").artifact)
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    before = sorted(folder.iterdir())
+    with pytest.raises(ArtifactError, match=r"figures cannot be recorded: .*README\.md cannot be"):
+        record_parity(folder, {}, "| a table |")
+    assert sorted(folder.iterdir()) == before
 
 
 def test_the_page_is_there_when_recording_fails(folders, copied, monkeypatch, tmp_path):

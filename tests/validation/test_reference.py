@@ -70,6 +70,21 @@ def test_prompts_are_those_that_the_folder_names(bare):
     path.unlink()
     assert own == reference.token_ids([Sample("find: a"), Sample("is: a")])
     assert reference.token_ids([Sample("a", "query")]) == reference.token_ids([Sample("a")])
+    path.write_text(json.dumps({"prompts": {"query": None, "document": "is: "}}))
+    assert reference.token_ids([Sample("is: a", "query")]) == reference.token_ids([Sample("a")])
+
+
+def test_a_tokenizer_without_a_padding_token(bare):
+    """The model does not see padding, whichever token it is."""
+    samples = [Sample("tea"), Sample("a longer text")]
+    expected = open_live(bare, task="embedding").run(samples, "fp32")
+    path = bare / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    del settings["pad_token"]
+    path.write_text(json.dumps(settings))
+    reference = open_live(bare, task="embedding")
+    assert reference.tokenizer.pad_token is None
+    np.testing.assert_allclose(reference.run(samples, "fp32"), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("added", [None, "<|im_end|>"])

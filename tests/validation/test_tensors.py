@@ -16,7 +16,7 @@ from embedport.checkpoint.spec import ModelSpec
 from embedport.runtimes import read_info
 from embedport.validation.tensors import GATE, read_tensors, tensors_gate
 
-WIDTH = 48
+WIDTH, DENSE = 48, "2_Dense/model.safetensors"
 
 
 def gate_of(folder, checkpoint, **options):
@@ -25,10 +25,15 @@ def gate_of(folder, checkpoint, **options):
     )
 
 
-def edit(path, name, change):
-    tensors = load_file(path)
-    tensors[name] = np.ascontiguousarray(change(tensors[name]))
-    save_file(tensors, path, metadata={"format": "pt"})
+def edit(name, change):
+    """A change of one tensor in a file."""
+
+    def apply(path):
+        tensors = load_file(path)
+        tensors[name] = np.ascontiguousarray(change(tensors[name]))
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return apply
 
 
 @pytest.fixture(scope="module")
@@ -92,35 +97,33 @@ NORMS = [
 
 @pytest.mark.parametrize(("name", "change", "method"), NORMS)
 def test_another_norm_of_a_quantized_checkpoint(
-    checkpoints, quantized, copied, name, change, method
+    checkpoints, quantized, changed, name, change, method
 ):
     """In 4 bits a small model's results are within the limits all the same."""
-    folder = copied(quantized(method))
-    manifest = Artifact.open(folder).manifest
-    edit(folder / "model.safetensors", name, change)
-    write_manifest(folder, manifest, folder.name)
+    folder = changed(quantized(method), edit(name, change), "model.safetensors")
     gate = gate_of(folder, checkpoints("kv8"))
     assert (gate.name, gate.value, gate.failed) == (GATE, 1, True)
     assert gate.detail.startswith(f"the weights: {name}: it is off by ")
 
 
-def test_another_norm_of_a_graph(folders, copied):
-    model = folders("embedding", precision="int4")
-    folder = copied(model.artifact)
-    manifest, path = Artifact.open(folder).manifest, folder / "onnx" / "model.onnx"
-    graph, name = ir.load(path), "layers.1.self_attn.k_norm.weight"
-    value = graph.graph.initializers[name]
-    assert value.const_value is not None
-    value.const_value = ir.tensor(np.ones_like(value.const_value.numpy()), name=name)
-    ir.save(graph, path)
-    write_manifest(folder, manifest, folder.name)
+def test_another_norm_of_a_graph(folders, changed):
+    model, name = folders("embedding", precision="int4"), "layers.1.self_attn.k_norm.weight"
+
+    def without_gains(path):
+        graph = ir.load(path)
+        value = graph.graph.initializers[name]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(np.ones_like(value.const_value.numpy()), name=name)
+        ir.save(graph, path)
+
+    folder = changed(model.artifact, without_gains, "onnx/model.onnx")
     gate = gate_of(folder, model.checkpoint)
     assert gate.detail.startswith(f"onnx/model.onnx: {name}: it is off by ")
 
 
 def test_another_tool_may_fold_factors_into_norms(checkpoints, rounded, copied):
     folder = copied(rounded("gptq"))
-    edit(folder / "model.safetensors", "layers.0.input_layernorm.weight", lambda gains: 2 * gains)
+    edit("layers.0.input_layernorm.weight", lambda gains: 2 * gains)(folder / "model.safetensors")
     gate = gate_of(folder, checkpoints("kv8"))
     assert (gate.value, gate.basis[:25]) == (None, "not checked: another tool")
 
@@ -138,7 +141,7 @@ def test_another_head_of_a_quantized_reranker(checkpoints, quantized, copied, fo
         write_manifest(folder, manifest, folder.name)
         assert gate_of(folder, checkpoint).value == 0
     name = "lm_head.weight" if form == "causal-lm" else "score.weight"
-    edit(path, name, lambda rows: np.roll(rows, 1, axis=1))
+    edit(name, lambda rows: np.roll(rows, 1, axis=1))(path)
     write_manifest(folder, manifest, folder.name)
     gate = gate_of(folder, checkpoint)
     assert gate.value == 1
@@ -152,31 +155,24 @@ def test_the_head_of_a_graph(folders, precision):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_another_dense_module_beside_a_graph(dense, copied, name):
+def test_another_dense_module_beside_a_graph(dense, changed, name):
     """sentence-transformers reads it from the folder, where the graph has one of its own."""
     checkpoint, artifact = dense
     assert gate_of(artifact, checkpoint).value == 0
-    folder = copied(artifact)
-    manifest = Artifact.open(folder).manifest
-    path = folder / "2_Dense" / "model.safetensors"
-    edit(path, f"linear.{name}", lambda tensor: np.roll(tensor, 1, axis=0))
-    write_manifest(folder, manifest, folder.name)
+    change = edit(f"linear.{name}", lambda tensor: np.roll(tensor, 1, axis=0))
+    folder = changed(artifact, change, DENSE)
     gate = gate_of(folder, checkpoint)
     assert (gate.value, gate.detail.startswith(f"2_Dense/{name}: it is off by ")) == (1, True)
-    path.unlink()
-    write_manifest(folder, manifest, folder.name)
+    (folder / DENSE).unlink()
+    write_manifest(folder, Artifact.open(artifact).manifest, folder.name)
     assert "2_Dense/model.safetensors is missing" in gate_of(folder, checkpoint).detail
 
 
-def test_nothing_else_fails(dense, copied, tmp_path):
+def test_nothing_else_fails(dense, changed, tmp_path):
     """With a recorded reference too; one of an earlier version does not know."""
-    checkpoint, artifact = dense
-    folder, recorded = copied(artifact), tmp_path / "model.reference"
+    (checkpoint, artifact), recorded = dense, tmp_path / "model.reference"
     embedport.record_reference(checkpoint, recorded, ["tea"], device="cpu")
-    manifest = Artifact.open(folder).manifest
-    path = folder / "2_Dense" / "model.safetensors"
-    edit(path, "linear.weight", lambda tensor: -tensor)
-    write_manifest(folder, manifest, folder.name)
+    folder = changed(artifact, edit("linear.weight", lambda tensor: -tensor), DENSE)
     report = embedport.validate(folder, recorded, device="cpu", record=False)
     (gate,) = [gate for gate in report.gates if gate.failed]
     assert (gate.name, gate.value) == (GATE, 1)
