@@ -79,6 +79,12 @@ def _record(path: Path) -> FileRecord:
 
 
 def cache_folder(name: str) -> Path:
-    """The cache folder of this name, below embedport's in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The cache folder of this name, below embedport's in the user's cache folder.
+
+    For a user without a home, as a container's may be, it is a place where nothing can be written.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        base = os.devnull
     return Path(base) / "embedport" / name

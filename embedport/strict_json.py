@@ -88,8 +88,12 @@ def load_json(path: Path, limit: int = SMALL) -> Any:
     return parse_json(read_small(path, limit).decode("utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        path: The file.
+        optional: Whether a missing file counts as an empty object.
 
     Raises:
         CheckpointError: The file is missing, exceeds a limit, or does not hold a JSON object.
@@ -97,6 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = load_json(path)
     except FileNotFoundError:
+        if optional:
+            return {}
         raise CheckpointError(f"{path} is missing: is this a checkpoint's folder?") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
@@ -107,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """Like `read_json`, but empty if there is no such file."""
-    return read_json(path) if path.exists() else {}
+    return read_json(path, optional=True)
 
 
 def without_nan(value: Any) -> Any:

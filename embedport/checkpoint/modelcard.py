@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+
+from ..errors import CheckpointError
+from .pipeline import Task
 
 CARD = "README.md"
 LONGEST = 1 << 20
@@ -12,35 +14,44 @@ LONGEST = 1 << 20
 RERANKER = {"text-ranking", "reranker", "reranking", "cross-encoder"}
 EMBEDDING = {"feature-extraction", "sentence-similarity", "text-embeddings-inference", "embedding"}
 HEADER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
-TAGS = re.compile(r"^tags:\s*\n((?:\s*-\s*.+\n?)+)", re.MULTILINE)
-BASES = re.compile(r"qwen3-(reranker|embedding)", re.IGNORECASE)
+COMMENT = re.compile(r"(^|\s)#.*")
+BASE = re.compile(r"qwen3-(reranker|embedding)", re.IGNORECASE)
 
 
-def declared_task(folder: Path) -> Literal["embedding", "reranker"] | None:
+def declared_task(folder: Path) -> Task | None:
     """The task that a model card names by pipeline_tag, tags or base_model; None if none does.
 
     Args:
         folder: The checkpoint's folder.
+
+    Raises:
+        CheckpointError: The card cannot be read.
     """
     header = _read_header(folder / CARD)
-    tag = re.search(r"^pipeline_tag:\s*['\"]?([\w-]+)", header, re.MULTILINE)
-    tags = TAGS.search(header)
-    words = [tag.group(1)] if tag else []
-    listed = re.findall(r"-\s*['\"]?([\w-]+)", tags.group(1)) if tags else []
-    for names in (words, listed):
-        if RERANKER & set(names):
+    for key in ("pipeline_tag", "tags"):
+        names = {name.strip(" \t-'\"") for name in re.split(r"[\n,\[\]]", _entry(header, key))}
+        if RERANKER & names:
             return "reranker"
-        if EMBEDDING & set(names):
+        if EMBEDDING & names:
             return "embedding"
-    base = BASES.search("\n".join(re.findall(r"^base_model:.*(?:\n\s*-.*)*", header, re.MULTILINE)))
+    base = BASE.search(_entry(header, "base_model"))
     if base is None:
         return None
-    return "reranker" if base.group(1).lower() == "reranker" else "embedding"
+    return "reranker" if base[1].lower() == "reranker" else "embedding"
+
+
+def _entry(header: str, key: str) -> str:
+    """The text of a key's value: the rest of its line, and the lines of a list below it."""
+    entry = re.search(rf"^{key}:(.*(?:\n\s*-.*)*)", header, re.MULTILINE)
+    return entry[1] if entry else ""
 
 
 def _read_header(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        header = HEADER.match(file.read(LONGEST))
-    return header.group(1) if header else ""
+    try:
+        if not path.is_file():
+            return ""
+        with path.open(encoding="utf-8", errors="replace") as file:
+            header = HEADER.match(file.read(LONGEST))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return COMMENT.sub("", header[1]) if header else ""

@@ -152,14 +152,17 @@ def open_shard(path: Path) -> Any:
     """Memory-map a shard: a context manager with `keys()` and `get_slice(name)`.
 
     Raises:
-        CheckpointError: The file is truncated or not safetensors, or its header is too large.
+        CheckpointError: The file cannot be read, is truncated or not safetensors, or its header is
+            too large.
     """
     try:
         _check_header(path)
         return safe_open(path, framework="numpy")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
         again = "download it again"
         if _is_lfs_pointer(path):
             again = "it is a pointer of Git LFS: `git lfs pull` in its clone brings the file"
@@ -170,11 +173,8 @@ def open_shard(path: Path) -> Any:
 
 def _is_lfs_pointer(path: Path) -> bool:
     """Whether a file is what a clone without Git LFS has in place of a large file."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def read_octets(info: TensorInfo) -> bytes:

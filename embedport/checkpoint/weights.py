@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .quantization_config import INSTEAD
 from .spec import ModelSpec
-from .tensor_files import TensorInfo, open_shard, read_headers
+from .tensor_files import TensorInfo, find_tensor, open_shard, read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Weights:
             _warn_of_unread(spec.source.folder, tuple(sorted(unread)))
 
     def _find(self, name: str, headers: dict[str, TensorInfo]) -> TensorInfo | None:
-        return headers.get(name) or headers.get(f"model.{name}")
+        return find_tensor(headers, name)
 
     def _check_tensor(self, info: TensorInfo, shape: tuple[int, ...]) -> None:
         if info.dtype not in DTYPES:

@@ -1,6 +1,7 @@
 """Tokenizers that end the tokenizers library, or are not for the model: errors of ours."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,8 +127,14 @@ def test_what_was_checked_is_remembered(path, monkeypatch):
 
 
 def test_no_cache(path, monkeypatch, tmp_path):
+    """A file in the folder's place; then a user without a home."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_tokenizer(path).encode("a").ids
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.os.path.expanduser", lambda name: name)
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
     assert load_tokenizer(path).encode("a").ids
 
 
