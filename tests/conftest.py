@@ -264,10 +264,10 @@ def rounded(tmp_path_factory, checkpoints):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A function that copies a folder, so that a test may damage it."""
+    """A function (folder, name) that copies a folder, so that a test may change it."""
 
-    def copy(folder):
-        return Path(shutil.copytree(folder, tmp_path / folder.name))
+    def copy(folder, name=None):
+        return Path(shutil.copytree(folder, tmp_path / (name or folder.name)))
 
     return copy
 

@@ -7,6 +7,7 @@ memory than one shard.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
+from tokenizers.processors import Sequence as Processors
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from embedport.artifact.layout import write_json, write_sentence_transformers
@@ -36,7 +39,7 @@ from embedport.exporters.checkpoints.shards import ShardWriter
 from embedport.exporters.companions import write_companions
 from embedport.quantize.formats import matrices
 from embedport.quantize.rtn import quantize_rtn
-from embedport.texts.prompts import DEFAULT_INSTRUCTION, append_end_of_text, query_prompt
+from embedport.texts.prompts import DEFAULT_INSTRUCTION, END_OF_TEXT, query_prompt, token_id
 
 # Qwen's special tokens in the order of their ids (Qwen3's tokenizer.json).
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -139,6 +142,13 @@ def write_checkpoint(
     return folder
 
 
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file, which is created if missing; None takes a key out."""
+    values = json.loads(path.read_text()) if path.exists() else {}
+    values |= changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
 def round_to_nearest(
     source: Path, out: Path, method: str, task: Task = "embedding", *, group_size: int = 128
 ) -> Path:
@@ -218,6 +228,24 @@ def plant_outliers(folder: Path, *, magnitude: float = 3000.0, seed: int = 0) ->
                 columns = (slice(None), channels)
                 change(f"layers.{layer}.{name}", columns, lambda old: old / magnitude)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def append_end_of_text(tokenizer: Tokenizer, path: Path) -> int:
+    """Make the tokenizer end every text with `<|endoftext|>`, and return that token's id.
+
+    The first published tokenizer.json did not add it:
+    https://github.com/QwenLM/Qwen3-Embedding/issues/54
+    """
+    end_id = token_id(tokenizer, END_OF_TEXT, path)
+    if tokenizer.encode("a").ids[-1] != end_id:
+        template = TemplateProcessing(
+            single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, end_id)]
+        )
+        present = tokenizer.post_processor
+        tokenizer.post_processor = (
+            Processors([present, template]) if present is not None else template
+        )
+    return end_id
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> Tokenizer:

@@ -283,12 +283,16 @@ class TestPairs:
 
 
 class TestFewTokens:
+    @pytest.fixture
+    def texts(self, tmp_path):
+        path = tmp_path / "texts.txt"
+        path.write_text("a text about tea\n")
+        return path
+
     def warnings(self, caplog):
         return [each.getMessage() for each in caplog.records if "advised" in each.getMessage()]
 
-    def test_named_with_what_is_advised(self, checkpoints, tmp_path, caplog):
-        texts = tmp_path / "texts.txt"
-        texts.write_text("a text about tea\n")
+    def test_named_with_what_is_advised(self, checkpoints, tmp_path, texts, caplog):
         options: dict[str, Any] = {
             "precision": "int4",
             "algorithm": "gptq",
@@ -312,9 +316,7 @@ class TestFewTokens:
         estimate_onnx(builtin_embedder(), tmp_path / "out", options)
         assert self.warnings(caplog) == []
 
-    def test_checkpoints(self, checkpoints, tmp_path, caplog):
-        texts = tmp_path / "texts.txt"
-        texts.write_text("a text about tea\n")
+    def test_checkpoints(self, checkpoints, tmp_path, texts, caplog):
         options = CheckpointOptions("gptq", group_size=32, calibration=texts)
         estimate_checkpoint(checkpoints("kv8"), tmp_path / "out", options)
         assert len(self.warnings(caplog)) == 1
@@ -327,9 +329,7 @@ class TestFewTokens:
             {"precision": "fp16"},
         ],
     )
-    def test_only_where_it_matters(self, checkpoints, tmp_path, caplog, options):
-        texts = tmp_path / "texts.txt"
-        texts.write_text("a text about tea\n")
+    def test_only_where_it_matters(self, checkpoints, tmp_path, texts, caplog, options):
         if "fast" not in options:
             options = options | {"calibration": texts}
         estimate_onnx(checkpoints("kv8"), tmp_path / "out", Options(**options))

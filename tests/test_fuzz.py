@@ -32,6 +32,7 @@ from embedport.checkpoint.tensor_files import SINGLE
 from embedport.cli import main
 from embedport.errors import EmbedportError
 from tests.synthetic import Geometry, write_checkpoint
+from tests.tokenizer_rules import SECOND, SPECIAL, TEXT, replace, sequence, split, template
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FIFOs, signals and /proc")
 
@@ -76,9 +77,8 @@ NEW = (
     *("tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 # What ends the tokenizers library, or once did.
-PIECE = {"Sequence": {"id": "A", "type_id": 0}}
 TOKENIZERS = [
-    ("post_processor", {"type": "TemplateProcessing", "single": [PIECE] * 3000, "pair": []}),
+    ("post_processor", {"type": "TemplateProcessing", "single": [TEXT] * 3000, "pair": []}),
     ("post_processor", {"type": "BertProcessing", "sep": ["a", 2**32 - 1], "cls": ["b", 7]}),
     ("post_processor", {"type": "Sequence", "processors": []}),
     ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
@@ -89,41 +89,17 @@ TOKENIZERS = [
         "truncation",
         {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 9},
     ),
-]
-
-
-def template(ids, count=1):
-    special = {"x": {"id": "x", "ids": ids, "tokens": ["x"] * len(ids)}}
-    single = [PIECE] + [{"SpecialToken": {"id": "x", "type_id": 0}}] * count
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": special,
-    }
-
-
-def replace(pattern, content, count):
-    each = {"type": "Replace", "pattern": pattern, "content": content}
-    return {"type": "Sequence", "normalizers": [each] * count}
-
-
-def split(regex):
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-TOKENIZERS += [
     ("post_processor", template([1] * 100_000)),
-    ("post_processor", template([1] * 900, 900)),
+    ("post_processor", template([1] * 900, [TEXT, *[SPECIAL] * 900])),
     ("post_processor", template([5000])),
     ("post_processor", template([2**32 - 1])),
     ("post_processor", template([])),
     ("post_processor", template([1]) | {"special_tokens": {}}),
-    ("post_processor", template([1]) | {"single": [PIECE] * 9}),
-    ("post_processor", template([1]) | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]}),
+    ("post_processor", template([1], [TEXT] * 9)),
+    ("post_processor", template([1], [SECOND])),
     ("normalizer", replace({"String": "a"}, "a" * 10, 9)),
     ("normalizer", replace({"Regex": ""}, "a" * 10, 9)),
-    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 40}),
+    ("normalizer", sequence("normalizers", {"type": "ByteLevel"}, 40)),
     ("pre_tokenizer", split("(a|aa)+$")),
     ("pre_tokenizer", split("(((a{1,999}){1,999}){1,999})*")),
     ("pre_tokenizer", split("(" * 3000)),

@@ -20,10 +20,9 @@ from embedport.texts.prompts import (
     RERANKER_SUFFIX,
     EmbeddingTokenizer,
     RerankerTokenizer,
-    append_end_of_text,
     reranker_body,
 )
-from tests.synthetic import train_tokenizer
+from tests.synthetic import append_end_of_text, train_tokenizer
 
 from .answers import mine, train_answers
 from .embedder import PROMPT, Corpus, train_embedder

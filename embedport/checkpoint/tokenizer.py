@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..files import read_small
 from ..integrity import cache_folder
 from ..strict_json import parse_json, read_optional_json
-from .tokens import TOKENIZER_CONFIG
+from .tokens import TOKENIZER_CONFIG, is_qwen
 
 # Maximum bytes of the file; Qwen3's has 11 MB.
 LARGEST = 64 << 20
@@ -69,21 +69,27 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
     with tokenizing(path):
         tokenizer = Tokenizer.from_buffer(data)
-        _check_truncation(tokenizer, path)
+        _check_defaults(tokenizer, path)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode("a")
     return tokenizer
 
 
-def _check_truncation(tokenizer: Tokenizer, path: Path) -> None:
-    """Refuse a side of truncation in tokenizer.json that transformers would take from there."""
+def _check_defaults(tokenizer: Tokenizer, path: Path) -> None:
+    """Refuse settings of tokenizer.json that transformers takes where no other file has them."""
+    config = read_optional_json(path.parent / TOKENIZER_CONFIG)
     side = (tokenizer.truncation or {}).get("direction", "right")
-    config = path.parent / TOKENIZER_CONFIG
-    if side != "right" and not read_optional_json(config).get("truncation_side"):
+    if side != "right" and not config.get("truncation_side"):
         raise CheckpointError(
             f"{path}: truncation has the direction {side!r}, and {TOKENIZER_CONFIG} names no "
             f"truncation_side: name it there, {side!r} or 'right'"
+        )
+    pad = (tokenizer.padding or {}).get("pad_token")
+    if pad is not None and "pad_token" not in config and not is_qwen(config, path.parent):
+        raise CheckpointError(
+            f"{path}: padding has the pad_token {pad!r}, and {TOKENIZER_CONFIG} names none: "
+            "transformers would make it a special token; name it there, or null"
         )
 
 

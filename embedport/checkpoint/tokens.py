@@ -103,6 +103,16 @@ def _find_class(values: dict[str, Any], folder: Path) -> tuple[Path, object]:
     return path, read_optional_json(path).get("tokenizer_class")
 
 
+def is_qwen(values: dict[str, Any], folder: Path) -> bool:
+    """Whether transformers opens a tokenizer as Qwen2Tokenizer, which has its own settings.
+
+    Args:
+        values: The contents of tokenizer_config.json.
+        folder: Its folder.
+    """
+    return _find_class(values, folder)[1] not in PLAIN_CLASSES
+
+
 def special_tokens(folder: Path) -> tuple[dict[str, str], set[str]]:
     """(named tokens, all special tokens) of a tokenizer, as transformers 5 collects them.
 
@@ -111,8 +121,8 @@ def special_tokens(folder: Path) -> tuple[dict[str, str], set[str]]:
     """
     values = read_optional_json(folder / TOKENIZER_CONFIG)
     sources = (values, _read_token_map(values, folder))
-    is_qwen = _find_class(values, folder)[1] not in PLAIN_CLASSES
-    named: dict[str, str] = dict.fromkeys(QWEN_DEFAULTS, QWEN_END) if is_qwen else {}
+    defaults = QWEN_DEFAULTS if is_qwen(values, folder) else ()
+    named: dict[str, str] = dict.fromkeys(defaults, QWEN_END)
     others: set[str] = set()
     for key, value in ((key, value) for source in sources for key, value in source.items()):
         if key in FURTHER and isinstance(value, dict):
@@ -164,7 +174,6 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     """
     path = folder / TOKENIZER_CONFIG
     values = read_optional_json(path)
-    is_qwen = _find_class(values, folder)[1] not in PLAIN_CLASSES
     if values.get("add_prefix_space"):
         raise CheckpointError(f"{path}: add_prefix_space is true, and only false is supported")
     if getattr(tokenizer.model, "dropout", None):
@@ -172,7 +181,7 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
             f"{folder / 'tokenizer.json'}: the model has a dropout of {tokenizer.model.dropout}, "
             "which would give a text other tokens each time; take it out"
         )
-    if is_qwen:
+    if is_qwen(values, folder):
         _check_qwen(tokenizer, folder / "tokenizer.json")
     for key, value in _read_token_map(values, folder).items():
         if key not in FURTHER and (key.startswith("add_") or not key.endswith("_token")):
@@ -200,7 +209,7 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
                     f"{path}: added_tokens_decoder says that {flag} of {shown(content)} "
                     f"is {shown(token[flag])}, but tokenizer.json says {actual}"
                 )
-    if not is_qwen:
+    if not is_qwen(values, folder):
         return
     _check_ids(tokenizer, values, folder)
     # Tokens that are not named have the class's default.

@@ -133,7 +133,8 @@ def _rows(path: Place, file: Any, group: int, *, prompts: bool = False) -> Itera
 
 
 def _row(path: Place, number: int, values: dict[str, Any], prompts: bool) -> Row:
-    prompt = values.get("prompt") or "document"  # a null says nothing
+    prompt = values.get("prompt")
+    prompt = "document" if prompt is None else prompt  # a null says nothing
     if prompt != "document" and not prompts:
         raise InputError(
             f"{path}, row {number} names its own prompt, but all texts get the same one here: take "

@@ -13,8 +13,7 @@ Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,6 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
-from tokenizers.processors import Sequence as ProcessorSequence
-from tokenizers.processors import TemplateProcessing
 
 from ..checkpoint.chat import ChatTemplate, Message
 from ..checkpoint.pipeline import ROLES, Inputs
@@ -98,7 +95,7 @@ class Encoded:
     truncated: list[int]
 
 
-class _TextTokenizer(ABC):
+class _TextTokenizer:
     """A tokenizer, configured by the checkpoint's files.
 
     Args:
@@ -120,7 +117,6 @@ class _TextTokenizer(ABC):
         self.chat = None
         if inputs.form == "messages":
             self.chat = ChatTemplate(path.parent, inputs.message_format, inputs.template_values)
-        self._endings: dict[str, np.ndarray] = {}
         self._pid = os.getpid()
 
     def _check_process(self) -> None:
@@ -132,48 +128,46 @@ class _TextTokenizer(ABC):
     def _cut_to(self, length: int) -> None:
         self.tokenizer.enable_truncation(length, direction=self.inputs.truncation_side)
 
-    def _encode_chats(self, chats: Sequence[tuple[Sequence[Message], str]]) -> Encoded:
-        """Token ids of (messages, key) chats; for the key see `_ending`.
+    def _encode_chats(
+        self,
+        chat: ChatTemplate,
+        chats: Sequence[list[Message]],
+        make: Callable[[str], list[Message]],
+    ) -> Encoded:
+        """Token ids of chats.
 
-        A truncated row gets the template's ending back, because the model reads the last position.
+        A truncated one gets the template's ending back, because the model reads the last position.
+
+        Args:
+            chat: The template.
+            chats: The messages of each chat.
+            make: Makes such messages of a text, which is all that they differ in.
         """
-        assert self.chat is not None
-        texts = [check_text(i, self.chat.render(chat)) for i, (chat, _) in enumerate(chats)]
+        texts = [check_text(i, chat.render(messages)) for i, messages in enumerate(chats)]
         encoded = _encode(self.tokenizer, texts, special=False)
-        for ids, (_, key) in zip(encoded.ids, chats, strict=True):
-            if len(ids) >= self.max_length:
-                ending = self._ending(key)[-len(ids) :]
+        if full := [ids for ids in encoded.ids if len(ids) >= self.max_length]:
+            ending = self._ending(*(chat.render(make(text)) for text in ("0", "1 2 3 4")))
+            ending = ending[-self.max_length :]
+            for ids in full:
                 ids[len(ids) - len(ending) :] = ending
         return encoded
 
-    def _ending(self, key: str) -> np.ndarray:
-        """The tokens that the template puts after a text: the common ending of two renderings.
+    def _ending(self, *rendered: str) -> np.ndarray:
+        """The tokens that the template puts after a text: the common ending of two renderings."""
+        first, second = map(self._whole, rendered)
+        shorter = min(len(first), len(second))
+        same = first[len(first) - shorter :] == second[len(second) - shorter :]
+        count = shorter if same.all() else int(np.argmin(same[::-1]))
+        # One rendering is the other's suffix: the text was not rendered, so no ending is known.
+        return first[len(first) - count :] if count < shorter else first[:0]
 
-        Args:
-            key: The prompt, the only input that the ending depends on.
-        """
-        if key not in self._endings:
-            first, second = (self._skeleton(text, key) for text in ("0", "1 2 3 4"))
-            shorter = min(len(first), len(second))
-            same = first[len(first) - shorter :] == second[len(second) - shorter :]
-            count = shorter if same.all() else int(np.argmin(same[::-1]))
-            # One rendering is the other's suffix: the text was not rendered, so no ending is known.
-            self._endings[key] = first[len(first) - count :] if count < shorter else first[:0]
-        return self._endings[key]
-
-    def _skeleton(self, text: str, key: str) -> np.ndarray:
-        """Token ids of a rendered text, without truncation."""
-        assert self.chat is not None
-        rendered = self.chat.render(self._messages(text, key))
-        whole = self.tokenizer.encode(rendered, add_special_tokens=False)
-        parts = [whole, *whole.overflowing]
+    def _whole(self, text: str) -> np.ndarray:
+        """Token ids of a text without truncation."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        parts = [encoding, *encoding.overflowing]
         if self.inputs.truncation_side == "left":
             parts.reverse()
         return np.asarray([i for part in parts for i in part.ids], np.int64)
-
-    @abstractmethod
-    def _messages(self, text: str, key: str) -> Sequence[Message]:
-        """The messages around a text, for a prompt."""
 
 
 class EmbeddingTokenizer(_TextTokenizer):
@@ -197,9 +191,9 @@ class EmbeddingTokenizer(_TextTokenizer):
         """
         self._check_process()
         check_list(texts, "texts should be a list of strings")
-        if self.chat is not None:
-            checked = [check_text(i, text) for i, text in enumerate(texts)]
-            return self._encode_chats([(self._messages(text, prompt), prompt) for text in checked])
+        if (chat := self.chat) is not None:
+            chats = [chat.text(check_text(i, text), prompt) for i, text in enumerate(texts)]
+            return self._encode_chats(chat, chats, lambda text: chat.text(text, prompt))
         inputs = [check_text(i, prompt + check_text(i, text)) for i, text in enumerate(texts)]
         return _encode(self.tokenizer, inputs, special=True)
 
@@ -214,10 +208,6 @@ class EmbeddingTokenizer(_TextTokenizer):
         encoding = self.tokenizer.encode(prompt)
         _, special = special_tokens(self.folder)
         return len(encoding.ids) - sum(token in special for token in encoding.tokens[-1:])
-
-    def _messages(self, text: str, key: str) -> Sequence[Message]:
-        assert self.chat is not None
-        return self.chat.text(text, key)
 
 
 class RerankerTokenizer(_TextTokenizer):
@@ -273,8 +263,9 @@ class RerankerTokenizer(_TextTokenizer):
         if instruction is None:
             prompt = self.inputs.prompt_text(None)
         prompt = check_text(0, prompt or "")
-        if self.chat is not None:
-            encoded = self._encode_chats([(self.chat.pair(*p, prompt), prompt) for p in checked])
+        if (chat := self.chat) is not None:
+            chats = [chat.pair(query, document, prompt) for query, document in checked]
+            encoded = self._encode_chats(chat, chats, lambda text: chat.pair(text, text, prompt))
         else:
             prompted = [(prompt + query, document) for query, document in checked]
             encoded = _encode(self.tokenizer, prompted, special=True)
@@ -297,10 +288,6 @@ class RerankerTokenizer(_TextTokenizer):
         encoded = _encode(self.tokenizer, bodies, special=True)
         rows = [np.concatenate([self.prefix, ids, self.suffix]) for ids in encoded.ids]
         return Encoded(rows, encoded.truncated)
-
-    def _messages(self, text: str, key: str) -> Sequence[Message]:
-        assert self.chat is not None
-        return self.chat.pair(text, text, key)
 
 
 def _lower(tokenizer: Tokenizer) -> None:
@@ -378,24 +365,6 @@ def check_text(index: int, text: str) -> str:
             f"character {error.start}; repair it with text.encode('utf-8', 'replace').decode()"
         ) from None
     return text
-
-
-def append_end_of_text(tokenizer: Tokenizer, path: Path) -> int:
-    """Make the tokenizer end every text with `<|endoftext|>`, and return that token's id.
-
-    The first published tokenizer.json did not add it:
-    https://github.com/QwenLM/Qwen3-Embedding/issues/54
-    """
-    end_id = token_id(tokenizer, END_OF_TEXT, path)
-    if tokenizer.encode("a").ids[-1] != end_id:
-        template = TemplateProcessing(
-            single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, end_id)]
-        )
-        present = tokenizer.post_processor
-        tokenizer.post_processor = (
-            ProcessorSequence([present, template]) if present is not None else template
-        )
-    return end_id
 
 
 def find_answers(spec: ModelSpec) -> tuple[int, int | None]:

@@ -1,7 +1,6 @@
 """Small random bases, and adapters that PEFT saves for them."""
 
 import json
-import shutil
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,6 @@ CLASSES = {
     "classifier": "AutoModelForSequenceClassification",
 }
 TYPES = {"bare": "FEATURE_EXTRACTION", "causal": "CAUSAL_LM", "classifier": "SEQ_CLS"}
-
-
-def edit(path, **changes):
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | changes))
 
 
 def open_base(folder, kind, **options):
@@ -72,6 +66,13 @@ def scores(model, **options):
     found = embedport.load(model, device="cpu", **options)
     assert isinstance(found, embedport.Reranker)
     return found.score(PAIRS)
+
+
+def passes(artifact, base, **options):
+    """Whether validate passes, by the texts or pairs above."""
+    inputs = {"texts": TEXTS} if artifact.manifest.task == "embedding" else {"pairs": PAIRS}
+    common: dict[str, Any] = {"device": "cpu", "record": False, **inputs}
+    return embedport.validate(artifact.folder, base, **common, **options).passed
 
 
 def cosines(found, expected):
@@ -119,16 +120,6 @@ def adapters(tmp_path_factory):
         return made[key]
 
     return make
-
-
-@pytest.fixture
-def copied(tmp_path):
-    """A function that copies a folder, so that a test may change it."""
-
-    def copy(folder, name=None):
-        return shutil.copytree(folder, tmp_path / (name or folder.name))
-
-    return copy
 
 
 def save_with_adapter(model, folder, **options):

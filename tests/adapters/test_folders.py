@@ -18,8 +18,9 @@ from embedport.checkpoint.lora import AdaptedWeights
 from embedport.checkpoint.spec import ModelSpec
 from embedport.cli.app import app
 from embedport.errors import CheckpointError, InputError
+from tests.synthetic import edit
 
-from .conftest import PAIRS, TEXTS, cosines, edit, save_with_adapter, scores, vectors
+from .conftest import PAIRS, TEXTS, cosines, passes, save_with_adapter, scores, vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,7 +71,7 @@ def test_a_reranker_that_sentence_transformers_saved(bases, tmp_path, kind):
     artifact = embedport.export(folder, tmp_path / "onnx")
     for source in (folder, artifact.folder):
         assert np.abs(scores(source) - expected).max() < 1e-5
-    assert embedport.validate(artifact.folder, folder, pairs=PAIRS, device="cpu").passed
+    assert passes(artifact, folder)
 
 
 def test_the_pipeline_of_the_base(bases, adapters):
@@ -140,17 +141,8 @@ def test_a_wrong_scaling_is_noticed(bases, adapters, tmp_path, monkeypatch, task
     wrong = embedport.export(base, tmp_path / "wrong", adapter=adapter)
     monkeypatch.undo()
     right = embedport.export(base, tmp_path / "right", adapter=adapter)
-    for artifact, passes in ((wrong, False), (right, True)):
-        report = embedport.validate(
-            artifact.folder,
-            base,
-            TEXTS if task == "embedding" else None,
-            PAIRS if task == "reranker" else None,
-            adapter=adapter,
-            device="cpu",
-            record=False,
-        )
-        assert report.passed is passes
+    assert not passes(wrong, base, adapter=adapter)
+    assert passes(right, base, adapter=adapter)
 
 
 @pytest.mark.parametrize(
@@ -292,10 +284,7 @@ def test_an_adapter_in_the_checkpoints_folder(bases, adapters, copied, tmp_path,
     spec = ModelSpec.from_checkpoint(base, adapter=base / place)
     assert len(spec.plan_merge().added) == 6
     artifact = embedport.export(base, tmp_path / "onnx", adapter=base / place)
-    report = embedport.validate(
-        artifact.folder, base, TEXTS, adapter=base / place, device="cpu", record=False
-    )
-    assert report.passed
+    assert passes(artifact, base, adapter=base / place)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -329,10 +318,8 @@ def test_an_adapter_trained_in_another_class(bases, adapters, tmp_path, task, ki
     base = bases(task)
     adapter = adapters(base, kind, **options)
     artifact = embedport.export(base, tmp_path / "onnx", adapter=adapter, task=task)
-    inputs = {"texts": TEXTS} if task == "embedding" else {"pairs": PAIRS}
-    common: dict[str, Any] = {"device": "cpu", "record": False, **inputs}
-    assert embedport.validate(artifact.folder, base, adapter=adapter, **common).passed
-    assert not embedport.validate(artifact.folder, base, **common).passed
+    assert passes(artifact, base, adapter=adapter)
+    assert not passes(artifact, base)
 
 
 @pytest.mark.parametrize("method", ["gptq", "w8a8"])
@@ -427,7 +414,6 @@ def test_hub_ids(bases, adapters, tmp_path, monkeypatch):
 
 def test_an_adapter_of_the_reference_alone(bases, adapters, tmp_path, caplog):
     base, adapter = bases(), adapters(bases(), target_modules="all-linear")
-    embedport.export(base, tmp_path / "onnx")
-    options: Any = {"texts": ["tea"], "device": "cpu", "record": False}
-    assert not embedport.validate(tmp_path / "onnx", base, adapter=adapter, **options).passed
+    artifact = embedport.export(base, tmp_path / "onnx")
+    assert not passes(artifact, base, adapter=adapter)
     assert f"without an adapter, and the reference has {adapter}" in caplog.text

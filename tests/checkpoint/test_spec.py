@@ -10,13 +10,7 @@ from embedport import ModelSpec
 from embedport.artifact.layout import write_sentence_transformers
 from embedport.checkpoint.hub import fetch
 from embedport.errors import CheckpointError, InputError
-from tests.synthetic import DEFAULT_PROMPTS, QWEN3_0_6B, QWEN3_4B, QWEN3_8B
-
-
-def edit(path, **changes):
-    values = json.loads(path.read_text())
-    values.update(changes)
-    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+from tests.synthetic import DEFAULT_PROMPTS, QWEN3_0_6B, QWEN3_4B, QWEN3_8B, edit
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
@@ -211,6 +205,7 @@ class TestHub:
         assert spec.source.id == "Qwen/Qwen3-Embedding-0.6B"
 
     def test_an_artifact_is_fetched_whole(self, checkpoints, tmp_path, monkeypatch):
+        """And the cache is not written to."""
         import huggingface_hub
 
         artifact = embedport.export(checkpoints(), tmp_path / "snapshots" / self.COMMIT)
@@ -221,10 +216,15 @@ class TestHub:
             return str(artifact.folder)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        assert isinstance(embedport.load("me/qwen3-fp32", device="cpu"), embedport.Embedder)
+        before = (artifact.folder / "embedport.json").read_bytes()
+        embedder = embedport.load("me/qwen3-fp32", device="cpu")
+        assert isinstance(embedder, embedport.Embedder)
         assert [revision for revision, _ in asked] == [None, self.COMMIT]
         assert set(artifact.manifest.files) <= set(asked[1][1])
         assert not any(name.startswith("onnx") for name in asked[0][1])
+        embedder.calibrate(["one", "two"])
+        assert embedder.ranges is not None
+        assert (artifact.folder / "embedport.json").read_bytes() == before
 
     @pytest.mark.parametrize("name", ["out/qwen3--int8", "Qwen/Qwen3-Embedding-0.6B.git"])
     def test_not_a_name(self, name):
@@ -247,17 +247,3 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         with pytest.raises(CheckpointError, match="could not be downloaded: ProxyError: 407"):
             fetch("Qwen/Qwen3-Embedding-0.6B")
-
-    def test_the_cache_is_not_written_to(self, checkpoints, tmp_path, monkeypatch):
-        import huggingface_hub
-
-        artifact = embedport.export(checkpoints(), tmp_path / "snapshots" / self.COMMIT)
-        monkeypatch.setattr(
-            huggingface_hub, "snapshot_download", lambda *args, **options: str(artifact.folder)
-        )
-        before = (artifact.folder / "embedport.json").read_bytes()
-        embedder = embedport.load("me/qwen3-fp32", device="cpu")
-        assert isinstance(embedder, embedport.Embedder)
-        embedder.calibrate(["one", "two"])
-        assert embedder.ranges is not None
-        assert (artifact.folder / "embedport.json").read_bytes() == before

@@ -13,32 +13,9 @@ from embedport.checkpoint.tokenizer import MOST_IDS, load_tokenizer
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError
 from embedport.integrity import cache_folder
-from embedport.texts.prompts import EmbeddingTokenizer, append_end_of_text
-
-TEXT = {"Sequence": {"id": "A", "type_id": 0}}
-
-
-def template(ids, single=(TEXT, {"SpecialToken": {"id": "x", "type_id": 0}})):
-    special = {"x": {"id": "x", "ids": ids, "tokens": ["x"] * len(ids)}}
-    return {
-        "type": "TemplateProcessing",
-        "single": list(single),
-        "pair": [TEXT, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": special,
-    }
-
-
-def split(regex):
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-def replace(count):
-    rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
-    return sequence("normalizers", rule, count)
-
-
-def sequence(kind, rule, count):
-    return {"type": "Sequence", kind: [rule] * count}
+from embedport.texts.prompts import EmbeddingTokenizer
+from tests.synthetic import append_end_of_text
+from tests.tokenizer_rules import SECOND, TEXT, replace, sequence, split, template
 
 
 @pytest.fixture
@@ -58,7 +35,7 @@ def change(path, **rules):
         ({"post_processor": template([1] * 600)}, "should add 1000 ids at most"),
         ({"post_processor": template([1], [TEXT] * 9)}, "the text once"),
         ({"post_processor": [template([1])]}, "should be an object with a type"),
-        ({"normalizer": replace(9)}, "3,000,000,000 times as long"),
+        ({"normalizer": replace({"String": "a"}, "a" * 10, 9)}, "3,000,000,000 times as long"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/w=="}}, "Precompiled"),
         ({"normalizer": ["Replace", {"String": "a"}, "aa"]}, "should be an object with a type"),
         ({"pre_tokenizer": sequence("pretokenizers", {"type": "ByteLevel"}, 40)}, "as long"),
@@ -68,10 +45,7 @@ def change(path, **rules):
         # These are panics of its, in Rust, which no `except Exception` sees.
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
         ({"post_processor": template([1]) | {"special_tokens": {}}}, "no entry found"),
-        (
-            {"post_processor": template([1], [{"Sequence": {"id": "B", "type_id": 0}}])},
-            "index out of bounds",
-        ),
+        ({"post_processor": template([1], [SECOND])}, "index out of bounds"),
     ],
 )  # fmt: skip
 def test_rules(path, rules, message):

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
 import embedport
-from tests.synthetic import Geometry, write_checkpoint
+from tests.synthetic import Geometry, edit, write_checkpoint
 
 GEOMETRY = Geometry(64, 3, 4, 2, 16, 160, tied=True)
 TYPES = {
@@ -21,6 +22,20 @@ TYPES = {
     "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
     "LogitScore": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
 }
+OUTPUTS = {
+    "feature-extraction": ("last_hidden_state", "token_embeddings"),
+    "text-generation": ("logits", "causal_logits"),
+    "sequence-classification": ("logits", "scores"),
+}
+# A chat template of a pair's two roles.
+ROLES = (
+    "<|im_start|>system\n{{ messages | selectattr('role', 'eq', 'system')"
+    " | map(attribute='content') | first | default('Judge.', true) }}"
+    "<|im_end|>\n<|im_start|>user\nQ: "
+    "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\nD: "
+    "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
 TEXTS = [
     "What is the capital of China?",
     "The capital of China is Beijing.",
@@ -40,15 +55,9 @@ def write_json(path, values):
     path.write_text(json.dumps(values))
 
 
-def edit(path, **changes):
-    """Change keys of a JSON file; None takes one out."""
-    values = json.loads(path.read_text()) if path.exists() else {}
-    values.update(changes)
-    path.write_text(json.dumps({key: v for key, v in values.items() if v is not None}))
-
-
-def template(tokenizer, end):
-    """A tokenizer whose every text ends with a token, or with none."""
+def end_texts_with(folder, end):
+    """Make the tokenizer end every text with a token, or with none."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if end is None:
         tokenizer.post_processor = ByteLevel(trim_offsets=False)
     else:
@@ -56,6 +65,21 @@ def template(tokenizer, end):
         tokenizer.post_processor = TemplateProcessing(
             single=f"$A {end}", pair=f"$A $B {end}", special_tokens=ids
         )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def messages(task, style=None):
+    """A sentence_bert_config.json: texts, and in a style of theirs messages."""
+    method_output, output = OUTPUTS[task]
+    how = {"method": "forward", "method_output_name": method_output}
+    modalities = (
+        {"text": how} if style is None else {"text": how, "message": {**how, "format": style}}
+    )
+    return {
+        "transformer_task": task,
+        "modality_config": modalities,
+        "module_output_name": output,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +112,28 @@ def descend(tmp_path, bases):
         source, folder = bases(task), tmp_path / name
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         os.link(source / "model.safetensors", folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def with_score(descend, small_tokenizer):
+    """A function that makes a CrossEncoder of a LogitScore."""
+
+    def make(yes="yes", no="no", first=None, chat=ROLES, **settings):
+        folder = descend("reranker")
+        answers = {"true_token_id": small_tokenizer.token_to_id(yes)}
+        if no is not None:
+            answers["false_token_id"] = small_tokenizer.token_to_id(no)
+        write_modules(folder, [("LogitScore", answers)])
+        first = messages("text-generation", "flat") if first is None else first
+        write_json(folder / "sentence_bert_config.json", first)
+        write_json(
+            folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder", **settings}
+        )
+        if chat is not None:
+            (folder / "chat_template.jinja").write_text(chat)
         return folder
 
     return make
@@ -151,6 +197,19 @@ def open_reranker(folder, **options):
     found = embedport.load(folder, device="cpu", **options)
     assert isinstance(found, embedport.Reranker)
     return found
+
+
+def add_biases(folder, seed):
+    """Give the four projections of attention random biases, and declare them."""
+    generator = np.random.default_rng(seed)
+
+    def change(tensors):
+        for name in [name for name in tensors if "self_attn" in name and "proj" in name]:
+            bias = generator.standard_normal(len(tensors[name])).astype(np.float32)
+            tensors[name.replace("weight", "bias")] = bias
+
+    change_tensors(folder, change)
+    edit(folder / "config.json", attention_bias=True)
 
 
 def change_tensors(folder, change):

@@ -9,29 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, DeviceError, InputError
 from embedport.serve.models import ServedEmbedder
+from tests.synthetic import edit
 
-from .conftest import TEXTS, TYPES, change_tensors, edit, open_embedder, template, write_json
+from .conftest import (
+    TEXTS,
+    TYPES,
+    add_biases,
+    end_texts_with,
+    messages,
+    open_embedder,
+    write_json,
+)
 
 LAST = ("Pooling", {"embedding_dimension": 64, "pooling_mode": "lasttoken"})
 UNIT = ("Normalize", {})
-MESSAGES = {
-    "transformer_task": "feature-extraction",
-    "modality_config": {
-        "text": {"method": "forward", "method_output_name": "last_hidden_state"},
-        "message": {
-            "method": "forward",
-            "method_output_name": "last_hidden_state",
-            "format": "flat",
-        },
-    },
-    "module_output_name": "token_embeddings",
-}
+MESSAGES = messages("feature-extraction", "flat")
 TANH = "torch.nn.modules.activation.Tanh"
 
 
@@ -65,9 +62,7 @@ def test_tokens_as_the_tokenizer_gives_them(tmp_path, real_tokenizer, end):
     write_checkpoint(
         folder, Geometry(32, 2, 2, 1, 16, 64), "embedding", real_tokenizer, dtype="float32"
     )
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    template(tokenizer, end)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    end_texts_with(folder, end)
     model = sentence_transformer(folder)
     embedder = open_embedder(folder)
     for ids, text in zip(embedder.tokenizer.encode(TEXTS).ids, TEXTS, strict=True):
@@ -123,8 +118,7 @@ CHAT = (
 
 @pytest.mark.parametrize("style", ["flat", "structured", "auto"])
 def test_texts_through_the_chat_template(with_modules, tmp_path, style):
-    first = json.loads(json.dumps(MESSAGES))
-    first["modality_config"]["message"]["format"] = style
+    first = messages("feature-extraction", style)
     folder = with_modules(LAST, UNIT, prompts={"q": "Be brief."}, default="q", first=first)
     chat = CHAT.replace("message.content", "message.content[0].text") if style != "flat" else CHAT
     (folder / "chat_template.jinja").write_text(chat)
@@ -148,9 +142,7 @@ def test_a_generation_prompt_and_a_long_text(with_modules):
 def test_a_prompt_left_out_of_the_pooling_with_nothing_behind_it(with_modules):
     pooling = {"embedding_dimension": 64, "pooling_mode": "lasttoken", "include_prompt": False}
     folder = with_modules(("Pooling", pooling), prompts={"own": "Say: "}, default="own")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    template(tokenizer, None)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    end_texts_with(folder, None)
     expected = sentence_transformer(folder).encode(["tea", ""])
     assert not expected[1].any()
     embedder = open_embedder(folder)
@@ -181,9 +173,7 @@ def test_a_prompt_left_out_of_the_pooling(with_modules, end):
     """A token at its end belongs to it unless the tokenizer's files name that as special."""
     pooling = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
     folder = with_modules(("Pooling", pooling), UNIT, prompts={"own": "Say: "}, default="own")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    template(tokenizer, end)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    end_texts_with(folder, end)
     expected = sentence_transformer(folder).encode(TEXTS)
     np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
 
@@ -244,16 +234,7 @@ def test_rope_scaling(with_modules, tmp_path, rope):
 
 def test_attention_biases(with_modules, tmp_path):
     folder = with_modules(LAST, UNIT)
-    generator = np.random.default_rng(9)
-
-    def add_biases(tensors):
-        for name in [name for name in tensors if "self_attn" in name and "proj" in name]:
-            size = tensors[name].shape[0]
-            bias = generator.standard_normal(size).astype(np.float32)
-            tensors[name.replace("weight", "bias")] = bias
-
-    change_tensors(folder, add_biases)
-    edit(folder / "config.json", attention_bias=True)
+    add_biases(folder, seed=9)
     expected = check(folder, tmp_path)
     # Rotated, balanced, and without scales that are left for later.
     for precision, least in (("int8", 0.995), ("int4", 0.9)):

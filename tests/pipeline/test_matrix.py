@@ -7,9 +7,9 @@ import pytest
 
 import embedport
 from embedport.validation.thresholds import THRESHOLDS
+from tests.synthetic import edit
 
-from .conftest import PAIRS, TEXTS, edit, open_embedder, open_reranker, write_json, write_modules
-from .test_rerankers import MESSAGES, ROLES
+from .conftest import PAIRS, TEXTS, open_embedder, open_reranker
 
 NN = "torch.nn.modules.activation"
 DENSE = {
@@ -158,17 +158,10 @@ def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
     ],
 )
 @pytest.mark.parametrize("no", ["no", None])
-def test_rerankers(descend, small_tokenizer, tmp_path, no, causal, window, precision):
+def test_rerankers(with_score, tmp_path, no, causal, window, precision):
     from sentence_transformers import CrossEncoder
 
-    folder = descend("reranker")
-    answers = {"true_token_id": small_tokenizer.token_to_id("yes")}
-    if no is not None:
-        answers["false_token_id"] = small_tokenizer.token_to_id(no)
-    write_modules(folder, [("LogitScore", answers)])
-    write_json(folder / "sentence_bert_config.json", MESSAGES)
-    write_json(folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder"})
-    (folder / "chat_template.jinja").write_text(ROLES)
+    folder = with_score(no=no)
     edit(folder / "config.json", is_causal=causal, **window)
     expected = CrossEncoder(str(folder), device="cpu").predict(PAIRS)
     options: Any = {"fast": True, "group_size": 32} if precision == "int4" else {}

@@ -8,9 +8,9 @@ import pytest
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
+from tests.synthetic import edit
 
-from .conftest import PAIRS, TEXTS, edit, open_embedder, open_reranker
-from .test_rerankers import with_score  # noqa: F401 (a fixture)
+from .conftest import PAIRS, TEXTS, open_embedder, open_reranker
 
 DENSE = {
     "in_features": 64,
@@ -39,7 +39,7 @@ def test_modules_are_carried_over(with_modules, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["causal-lm", "sequence-classification"])
-def test_a_reranker_in_both_forms(with_score, tmp_path, form):  # noqa: F811
+def test_a_reranker_in_both_forms(with_score, tmp_path, form):
     from sentence_transformers import CrossEncoder
 
     settings = {"prompts": {"own": "Find a drink."}, "default_prompt_name": "own"}

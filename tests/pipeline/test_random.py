@@ -16,10 +16,20 @@ from tokenizers import Tokenizer
 
 import embedport
 from embedport.checkpoint.pipeline import POOLING_MODES
+from tests.synthetic import edit
 
-from .conftest import PAIRS, TEXTS, change_tensors, edit, template, write_json, write_modules
+from .conftest import (
+    PAIRS,
+    ROLES,
+    TEXTS,
+    add_biases,
+    change_tensors,
+    end_texts_with,
+    messages,
+    write_json,
+    write_modules,
+)
 from .test_matrix import DENSE, NN, PROMPTS, module
-from .test_rerankers import ROLES
 
 EXAMPLES = int(os.environ.get("EMBEDPORT_RANDOM", "6"))
 SEED = int(os.environ.get("EMBEDPORT_RANDOM_SEED", "0"))
@@ -58,11 +68,6 @@ CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'So: ' + eos_token }}{% endif %}"
 )
-OUTPUTS = {
-    "feature-extraction": ("last_hidden_state", "token_embeddings"),
-    "text-generation": ("logits", "causal_logits"),
-    "sequence-classification": ("logits", "scores"),
-}
 
 
 def choose(draw, *values):
@@ -71,25 +76,16 @@ def choose(draw, *values):
 
 def declare_model(draw, folder):
     """Attention, rotary embedding and biases."""
-    generator = np.random.default_rng(draw(st.integers(0, 99)))
+    seed = draw(st.integers(0, 99))
     config = {**choose(draw, *CONFIGS), **choose(draw, *ROPES)}
-    config |= {"rms_norm_eps": choose(draw, 1e-6, 1e-4), "attention_bias": draw(st.booleans())}
-
-    def add_biases(tensors):
-        for name in [name for name in tensors if "self_attn" in name and "proj" in name]:
-            bias = generator.standard_normal(len(tensors[name])).astype(np.float32)
-            tensors[name.replace("weight", "bias")] = bias
-
-    if config["attention_bias"]:
-        change_tensors(folder, add_biases)
-    edit(folder / "config.json", **config)
+    edit(folder / "config.json", rms_norm_eps=choose(draw, 1e-6, 1e-4), **config)
+    if draw(st.booleans()):
+        add_biases(folder, seed)
 
 
 def declare_texts(draw, folder, task, chat):
     """Tokens, limits and template; `chat` is a template or None."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    template(tokenizer, choose(draw, None, "<|endoftext|>", "<|im_end|>", "</think>"))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    end_texts_with(folder, choose(draw, None, "<|endoftext|>", "<|im_end|>", "</think>"))
     edit(
         folder / "tokenizer_config.json",
         truncation_side=choose(draw, "left", "right"),
@@ -97,20 +93,14 @@ def declare_texts(draw, folder, task, chat):
         padding_side=choose(draw, "left", "right"),
         model_max_length=choose(draw, None, 60, 131072),
     )
-    method_output, output = OUTPUTS[task]
-    how: dict[str, Any] = {"method": "forward", "method_output_name": method_output}
-    modalities = {"text": how}
+    style = None
     if chat is not None:
         style = choose(draw, "flat", "structured")
-        modalities["message"] = {**how, "format": style}
         if style == "structured":
             chat = chat.replace("m.content", "m.content[0].text")
             chat = chat.replace("'content'", "'content.0.text'")
         (folder / "chat_template.jinja").write_text(chat)
-    first = {
-        "transformer_task": task,
-        "modality_config": modalities,
-        "module_output_name": output,
+    first = messages(task, style) | {
         "do_lower_case": draw(st.booleans()),
         "max_seq_length": choose(draw, None, 50, 200),
         "processing_kwargs": {

@@ -10,34 +10,19 @@ from safetensors.numpy import load_file
 import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError
+from tests.synthetic import edit
 
 from .conftest import (
     PAIRS,
+    ROLES,
     change_tensors,
-    edit,
+    end_texts_with,
+    messages,
     open_reranker,
-    template,
     write_json,
-    write_modules,
 )
 
 PROBES = True
-ROLES = (
-    "<|im_start|>system\n{{ messages | selectattr('role', 'eq', 'system')"
-    " | map(attribute='content') | first | default('Judge.', true) }}"
-    "<|im_end|>\n<|im_start|>user\nQ: "
-    "{{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\nD: "
-    "{{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
-    "<|im_end|>\n<|im_start|>assistant\n"
-)
-MESSAGES = {
-    "transformer_task": "text-generation",
-    "modality_config": {
-        "text": {"method": "forward", "method_output_name": "logits"},
-        "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
-    },
-    "module_output_name": "causal_logits",
-}
 TEXT = {"transformer_task": "text-generation"}
 
 
@@ -45,27 +30,6 @@ def cross_encoder(folder):
     from sentence_transformers import CrossEncoder
 
     return CrossEncoder(str(folder), device="cpu")
-
-
-@pytest.fixture
-def with_score(descend, small_tokenizer):
-    """A function that makes a CrossEncoder of a LogitScore."""
-
-    def make(yes="yes", no="no", first=MESSAGES, chat=ROLES, **settings):
-        folder = descend("reranker")
-        answers = {"true_token_id": small_tokenizer.token_to_id(yes)}
-        if no is not None:
-            answers["false_token_id"] = small_tokenizer.token_to_id(no)
-        write_modules(folder, [("LogitScore", answers)])
-        write_json(folder / "sentence_bert_config.json", first)
-        write_json(
-            folder / "config_sentence_transformers.json", {"model_type": "CrossEncoder", **settings}
-        )
-        if chat is not None:
-            (folder / "chat_template.jinja").write_text(chat)
-        return folder
-
-    return make
 
 
 @pytest.fixture
@@ -154,13 +118,12 @@ def test_a_structured_template(with_score, tmp_path):
     chat = ROLES.replace(
         "map(attribute='content') | first", "map(attribute='content.0.text') | first"
     )
-    first = json.loads(json.dumps(MESSAGES))
-    first["modality_config"]["message"]["format"] = "structured"
-    check(with_score(first=first, chat=chat), tmp_path)
+    check(with_score(first=messages("text-generation", "structured"), chat=chat), tmp_path)
 
 
 def test_a_long_pair_keeps_the_template_s_end(with_score):
-    folder = with_score(first={**MESSAGES, "max_seq_length": 60})
+    first = messages("text-generation", "flat") | {"max_seq_length": 60}
+    folder = with_score(first=first)
     pairs = [*PAIRS, ("tea", "water " * 200), ("x " * 100, "y")]
     expected = cross_encoder(folder).predict(pairs)
     found = open_reranker(folder).score(pairs)
@@ -172,17 +135,9 @@ def test_classifier(classifier, tmp_path, chat):
     check(classifier(1, chat), tmp_path)
 
 
-def test_classifier_with_an_end_token_that_is_its_padding(
-    classifier, descend, small_tokenizer, tmp_path
-):
-    from tokenizers import Tokenizer
-
-    folder = classifier(1)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    template(tokenizer, "<|endoftext|>")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
-    edit(folder / "config.json", pad_token_id=end)
+def test_classifier_with_an_end_token_that_is_its_padding(classifier, small_tokenizer, tmp_path):
+    folder = classifier(1, pad_token_id=small_tokenizer.token_to_id("<|endoftext|>"))
+    end_texts_with(folder, "<|endoftext|>")
     check(folder, tmp_path)
     options: Any = {"pairs": PAIRS[:2], "device": "cpu", "record": False}
     assert embedport.validate(folder, folder, **options).passed
@@ -192,11 +147,9 @@ def test_classifier_with_an_end_token_that_is_its_padding(
         open_reranker(folder).score(PAIRS)
 
 
-def test_a_text_that_ends_with_padding(classifier):
+def test_a_text_that_ends_with_padding(classifier, small_tokenizer):
     """Attention to one side does not see it, and attention to both sides does."""
-    folder = classifier(1)
-    end = open_reranker(folder).tokenizer.tokenizer.token_to_id("<|endoftext|>")
-    edit(folder / "config.json", pad_token_id=end)
+    folder = classifier(1, pad_token_id=small_tokenizer.token_to_id("<|endoftext|>"))
     pairs = [("tea", "a drink<|endoftext|>")]
     expected = cross_encoder(folder).predict(pairs)
     np.testing.assert_allclose(open_reranker(folder).score(pairs), expected, atol=1e-5)
@@ -209,10 +162,10 @@ def test_a_text_that_ends_with_padding(classifier):
     np.testing.assert_allclose(found, without, atol=1e-5)
 
 
-def test_validate_notices_a_padding_token_that_is_not_skipped(classifier, tmp_path):
-    folder = classifier(1)
-    end = open_reranker(folder).tokenizer.tokenizer.token_to_id("<|endoftext|>")
-    edit(folder / "config.json", pad_token_id=end)
+def test_validate_notices_a_padding_token_that_is_not_skipped(
+    classifier, small_tokenizer, tmp_path
+):
+    folder = classifier(1, pad_token_id=small_tokenizer.token_to_id("<|endoftext|>"))
     artifact = embedport.export(folder, tmp_path / "artifact").folder
     options: Any = {"pairs": PAIRS[:2], "device": "cpu", "record": False}
     assert embedport.validate(artifact, folder, **options).passed
@@ -319,7 +272,13 @@ def test_a_plain_language_model_asks_for_the_task(descend):
     assert isinstance(embedport.load(folder, device="cpu", task="embedding"), embedport.Embedder)
     assert isinstance(embedport.load_embedder(folder, device="cpu"), embedport.Embedder)
     assert isinstance(embedport.load(folder, device="cpu", task="reranker"), embedport.Reranker)
-    for header in ("tags:\n- transformers\n- reranker", "base_model: Qwen/Qwen3-Reranker-0.6B"):
+    for header in (
+        "tags:\n- transformers\n- reranker",
+        "tags: [transformers, reranker]\nbase_model: Qwen/Qwen3-Embedding-0.6B",
+        "pipeline_tag: text-ranking  # not feature-extraction\ntags:\n- sentence-similarity",
+        "base_model: Qwen/Qwen3-Reranker-0.6B",
+        "base_model:\n- Qwen/Qwen3-Reranker-0.6B",
+    ):
         (folder / "README.md").write_text(f"---\n{header}\n---\nA model.\n")
         assert ModelSpec.from_checkpoint(folder).task == "reranker"
 

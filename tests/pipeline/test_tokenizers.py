@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError
 from embedport.texts.prompts import EmbeddingTokenizer
+from tests.synthetic import edit
 
-from .conftest import edit
+from .conftest import messages
 
 TEXTS = [
     "What is tea?",
@@ -22,10 +23,24 @@ TEXTS = [
     "Ångström\u0301 naïve ﬁ 日本語 12345 \r\n x",
 ]
 EXTRA = "<extra>"
+PADDING = {
+    **{"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None},
+    **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"},
+}
 LEFT = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
 # Of transformers' Qwen2Tokenizer, which takes neither from the file.
 OWN = r"transformers' Qwen2Tokenizer"
 ADDS = "'<extra>', not an added token of tokenizer.json: transformers would add it"
+
+
+def padded(kind):
+    """tokenizer.json names the padding token, and tokenizer_config.json none."""
+
+    def apply(folder):
+        edit(folder / "tokenizer_config.json", tokenizer_class=kind, pad_token=None)
+        change(folder, lambda found: found.update(padding=PADDING))
+
+    return apply
 
 
 def model(**values):
@@ -110,6 +125,7 @@ COMPUTED = {
     "a decoder, special elsewhere": decoder(special=True),
     "a decoder that lacks a token": decoder("TokenizersBackend", without="<think>"),
     "a decoder with other ids": decoder("PreTrainedTokenizerFast", swapped=True),
+    "padding": padded("Qwen2Tokenizer"),
     "token types": settings(model_input_names=["input_ids", "token_type_ids", "attention_mask"]),
 }
 REFUSED = {
@@ -125,6 +141,10 @@ REFUSED = {
     "truncation": (
         lambda folder: change(folder, lambda v: v.update(truncation=LEFT)),
         "truncation has the direction 'left', and tokenizer_config.json names no truncation_side",
+    ),
+    "padding": (
+        padded("PreTrainedTokenizerFast"),
+        "padding has the pad_token '<pad>', and tokenizer_config.json names none",
     ),
     "added_tokens": (another("added_tokens.json", **{EXTRA: 5000}), ADDS),
     "add_prefix_space": (settings(add_prefix_space=True), "add_prefix_space is true"),
@@ -196,12 +216,11 @@ def test_variables_of_a_template(descend, case):
     names = ("eos_token", "pad_token", "unk_token", "cls_token", "image_token")
     chat = "{{ messages[0].content }}" + "".join(f"|{{{{ {name} }}}}" for name in names)
     (folder / "chat_template.jinja").write_text(chat)
-    how = {"method": "forward", "method_output_name": "last_hidden_state"}
-    edit(folder / "sentence_bert_config.json", modality_config={"message": how})
+    edit(folder / "sentence_bert_config.json", **messages("feature-extraction", "auto"))
     tokenizer = open_tokenizer(folder)
     theirs: Any = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": "tea"}]
-    expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+    chat = [{"role": "user", "content": "tea"}]
+    expected = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
     np.testing.assert_array_equal(tokenizer.encode(["tea"]).ids[0], expected)
 
 
@@ -220,6 +239,7 @@ OTHER_TOKENS = (
     "a decoder with other ids",
     "a class in config.json",
     "other ids",
+    "padding",
     "split, special elsewhere",
     "unsorted",
 )

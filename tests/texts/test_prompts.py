@@ -10,14 +10,13 @@ from embedport.texts.prompts import (
     END_OF_TEXT,
     EmbeddingTokenizer,
     RerankerTokenizer,
-    append_end_of_text,
     load_tokenizer,
     query_prompt,
     resolve_prompt,
     token_id,
 )
 from embedport.texts.samples import builtin_pairs, builtin_samples
-from tests.synthetic import TINY, write_checkpoint
+from tests.synthetic import TINY, append_end_of_text, write_checkpoint
 
 ODD_TEXTS = [
     "",

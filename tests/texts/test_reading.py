@@ -1,17 +1,20 @@
 """Files of texts and retrieval sets that are not what they should be."""
 
 import gzip
+import json
 import os
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from embedport.errors import InputError
 from embedport.texts import beir as beir_module
 from embedport.texts.beir import read_beir
-from embedport.texts.corpus import stream_rows, survey
 from embedport.texts.samples import read_samples
+from embedport.texts.text_files import stream_rows, survey
 
 
 def test_deep_lines(tmp_path):
@@ -31,6 +34,17 @@ def test_an_id_is_a_text_or_a_number(tmp_path):
     path.write_text('{"text": "a", "id": 7}\n{"text": "a", "id": {"n": 7}}\n')
     with pytest.raises(InputError, match=r"corpus.jsonl:2 .*its id should be a text or a number"):
         survey(path, 10, 100)
+
+
+def test_an_empty_prompt_is_one(tmp_path):
+    """A model's prompt for documents may be another."""
+    rows = [{"text": "a", "prompt": "query"}, {"text": "b", "prompt": ""}, {"text": "c"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        assert [row.prompt for row in stream_rows(path)] == ["query", "", "document"]
+        with pytest.raises(InputError, match="names its own prompt"):
+            survey(path, 10, 100)
 
 
 def test_devices():

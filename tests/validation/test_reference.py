@@ -16,7 +16,6 @@ from embedport.errors import CheckpointError, DeviceError, InputError, MissingPa
 from embedport.texts.prompts import (
     EmbeddingTokenizer,
     RerankerTokenizer,
-    append_end_of_text,
     query_prompt,
 )
 from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
@@ -24,6 +23,7 @@ from embedport.validation import live as module
 from embedport.validation.card import CardReference
 from embedport.validation.live import find_device
 from embedport.validation.opening import open_live
+from tests.synthetic import append_end_of_text
 
 ODD = ["", " \n", "e\u0301", "<|im_end|> inside", "👩‍👩‍👧‍👦", "a" * 3000]
 SAMPLES = [*builtin_samples(), *map(Sample, ODD), Sample("x", query_prompt("Find the statute"))]
