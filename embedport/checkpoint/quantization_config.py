@@ -239,7 +239,7 @@ def _gptq_format(values: Mapping[str, Any], where: str) -> str:
 def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     _refuse(values, where, pack_dtype=("int32",), rotation=(), is_marlin_format=(), adapter=())
     form = _gptq_format(values, where)
-    base = _grouped("gptq", values, where, (4, 8), ZERO_POINT_OFFSETS[form])
+    base = _grouped("gptq", values, where, ZERO_POINT_OFFSETS[form])
     # GPTQModel: name pattern to overrides; a pattern that begins with "-:" is left unquantized.
     place = f"{where}: dynamic"
     dynamic = _object(values.get("dynamic"), place)
@@ -253,7 +253,7 @@ def _read_gptq(values: Mapping[str, Any], where: str) -> StoredQuantization:
 
 def _read_awq(values: Mapping[str, Any], where: str) -> StoredQuantization:
     _one_of(values, where, ("version", "format", "checkpoint_format"), ("gemm",))
-    return StoredQuantization("awq", (_grouped("awq", values, where, (4,)),))
+    return StoredQuantization("awq", (_grouped("awq", values, where),))
 
 
 def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantization:
@@ -266,8 +266,7 @@ def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantizatio
     _refuse(values, where, data_type=("int",), act_bits=(16, 32))
     _refuse(values, where, rotation_config=(), spinquant_config=(), super_bits=())
     layout, offset = AUTO_ROUND[packing]
-    bits = (4, 8) if layout == "gptq" else (4,)
-    base = _grouped(layout, values, where, bits, offset)
+    base = _grouped(layout, values, where, offset)
     extra = _object(values.get("extra_config"), f"{where}: extra_config")
     overrides = []
     for name, override in extra.items():
@@ -282,10 +281,11 @@ def _read_auto_round(values: Mapping[str, Any], where: str) -> StoredQuantizatio
 
 
 def _grouped(
-    layout: Layout, values: Mapping[str, Any], where: str, allowed: tuple[int, ...], offset: int = 0
+    layout: Layout, values: Mapping[str, Any], where: str, offset: int = 0
 ) -> MatrixFormat:
     """Integer codes with one scale per group of inputs; group_size -1 means one per output."""
     bits, size = values.get("bits"), values.get("group_size")
+    allowed = (4,) if layout == "awq" else (4, 8)
     if not _is_integer(bits) or bits not in allowed:
         choices = " or ".join(map(str, allowed))
         raise CheckpointError(f"{where}: bits should be {choices}, found {bits!r}; {INSTEAD}")
@@ -305,9 +305,8 @@ def _with_overrides(
     where: str,
 ) -> tuple[MatrixFormat, ...]:
     """The base format, and the formats of the overrides."""
-    bits = (4,) if base.layout == "awq" else (4, 8)
     others = [
-        _grouped(base.layout, {**values, **override}, where, bits, base.zero_point_offset)
+        _grouped(base.layout, {**values, **override}, where, base.zero_point_offset)
         for override in overrides
     ]
     return tuple(dict.fromkeys([base, *others]))

@@ -81,6 +81,11 @@ def read_token_settings(folder: Path) -> tuple[bool, Literal["left", "right"]]:
             f"{path}: fast_tokenizer_files names {shown(files)}, of which transformers chooses by "
             "its version, and only tokenizer.json is read: take the key out if that is right"
         )
+    if values.get("tokenizer_file"):
+        raise CheckpointError(
+            f"{path}: tokenizer_file names {shown(values['tokenizer_file'])}, which transformers "
+            "before 5.13 opens in place of tokenizer.json: take the key out"
+        )
     split = values.get("split_special_tokens", False)
     if split not in (None, True, False):
         raise CheckpointError(

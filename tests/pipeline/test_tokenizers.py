@@ -119,7 +119,7 @@ COMPUTED = {
     "the file's own": settings(tokenizer_class="PreTrainedTokenizerFast"),
     "another end": settings(eos_token="<|im_end|>"),
     "tokens that are there": another("special_tokens_map.json", eos_token="<|im_end|>"),
-    "names of files": settings(tokenizer_file="/other.json", vocab={"a": 0}),
+    "names of files": settings(vocab_file="/a.json", merges_file="/a.txt", vocab={"a": 0}),
     "max_len": settings(model_max_length=None, max_len=4),
     "a decoder": decoder(),
     "a decoder, special elsewhere": decoder(special=True),
@@ -171,6 +171,10 @@ REFUSED = {
         "added_tokens should be in the order of their ids",
     ),
     "no mask": (settings(model_input_names=["input_ids"]), "without attention_mask"),
+    "another file": (
+        settings(tokenizer_file="/other.json"),
+        "tokenizer_file names '/other.json', which transformers before 5.13 opens",
+    ),
     "several files": (
         settings(fast_tokenizer_files=["tokenizer.json", "tokenizer.4.0.0.json"]),
         "of which transformers chooses by its version",
