@@ -73,18 +73,6 @@ class ObjectPath:
         entries = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
         return {entry.base_name: entry.size for entry in entries if entry.is_file}
 
-    def size(self) -> int:
-        """Its bytes.
-
-        Raises:
-            FileNotFoundError: There is no such object.
-        """
-        filesystem, path = self._locate()
-        info = filesystem.get_file_info(path)
-        if not info.is_file:
-            raise FileNotFoundError(f"there is no {self}")
-        return info.size
-
     def unlink(self) -> None:
         """Delete it."""
         filesystem, path = self._locate()
@@ -131,11 +119,6 @@ def as_place(text: str) -> Place:
     place = ObjectPath(text)
     _open_filesystem(text)  # what is wrong with the URI is said before any work
     return place
-
-
-def size_of(place: Place) -> int:
-    """A file's bytes."""
-    return place.size() if isinstance(place, ObjectPath) else place.stat().st_size
 
 
 def open_to_read(place: Place) -> IO[bytes]:

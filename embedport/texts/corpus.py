@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InputError
 from ..progress import progress_bar
-from ..storage import Place, open_to_read, size_of
+from ..storage import Place, open_to_read
 from ..strict_json import parse_json
 from .prompts import check_text
 
@@ -86,24 +87,23 @@ def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = Fal
     parts: list[Part] = []
     rows = size = crc = 0
     open_part: Part | None = None
-    try:
-        total = size_of(path)
-        with progress_bar("Reading", total, enabled=progress) as advance:
-            for number, offset, line in _lines(path, 0, 1):
-                digest.update(line)
-                size += len(line)
-                advance(len(line))
-                crc = zlib.crc32(line, crc) if open_part else zlib.crc32(line)
-                if parse_row(path, number, line, "") is None:
-                    continue
-                open_part = open_part or Part(rows, 0, offset, number, 0)
-                open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
-                rows += 1
-                if open_part.rows == part_rows or size - open_part.offset >= part_bytes:
-                    parts.append(open_part)
-                    open_part = None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    with (
+        _open(path) as file,
+        progress_bar("Reading", file.seek(0, 2), enabled=progress) as advance,
+    ):
+        for number, offset, line in _lines(path, file):
+            digest.update(line)
+            size += len(line)
+            advance(len(line))
+            crc = zlib.crc32(line, crc) if open_part else zlib.crc32(line)
+            if parse_row(path, number, line, "") is None:
+                continue
+            open_part = open_part or Part(rows, 0, offset, number, 0)
+            open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
+            rows += 1
+            if open_part.rows == part_rows or size - open_part.offset >= part_bytes:
+                parts.append(open_part)
+                open_part = None
     if open_part is not None:
         parts.append(open_part)
     if not parts:
@@ -119,16 +119,14 @@ def read_part(path: Place, part: Part) -> list[Row]:
     """
     rows: list[Row] = []
     crc = 0
-    try:
-        for number, _, line in _lines(path, part.offset, part.line):
+    with _open(path) as file:
+        for number, _, line in _lines(path, file, part.offset, part.line):
             crc = zlib.crc32(line, crc)
             row = parse_row(path, number, line, str(part.first + len(rows)))
             if row is not None:
                 rows.append(row)
             if len(rows) == part.rows:
                 break
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(rows) < part.rows or crc != part.crc32:
         raise InputError(
             f"{path} should hold the same {part.rows:,} texts from line {part.line:,} on as when "
@@ -148,15 +146,15 @@ def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
         InputError: The file is missing, has another suffix, or a line is invalid; names the line.
     """
     is_jsonl(path)
-    try:
-        with progress_bar("Reading", size_of(path), enabled=progress) as advance:
-            for number, _, line in _lines(path, 0, 1):
-                row = _parse(path, number, line, str(number))
-                if row is not None:
-                    yield row
-                advance(len(line))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    with (
+        _open(path) as file,
+        progress_bar("Reading", file.seek(0, 2), enabled=progress) as advance,
+    ):
+        for number, _, line in _lines(path, file):
+            row = _parse(path, number, line, str(number))
+            if row is not None:
+                yield row
+            advance(len(line))
 
 
 def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
@@ -248,19 +246,27 @@ def row_id(row: Mapping[str, Any], name: str) -> str:
     return name if given is None else str(given)
 
 
-def _lines(path: Place, offset: int, number: int) -> Iterator[tuple[int, int, bytes]]:
-    """(number, offset, bytes) of each line, beginning at an offset."""
+@contextmanager
+def _open(path: Place) -> Generator[IO[bytes]]:
     try:
-        file = open_to_read(path)
-    except ValueError as error:
+        with open_to_read(path) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # it is no regular file
         raise InputError(f"{path} cannot be read: {error}") from error
-    with file:
-        file.seek(offset)
-        while line := file.readline(LONGEST_LINE + 1):
-            if len(line) > LONGEST_LINE:
-                raise InputError(
-                    f"{path}:{number} should have {LONGEST_LINE:,} bytes at most, found more"
-                )
-            yield number, offset, line
-            number += 1
-            offset += len(line)
+
+
+def _lines(
+    path: Place, file: IO[bytes], offset: int = 0, number: int = 1
+) -> Iterator[tuple[int, int, bytes]]:
+    """(number, offset, bytes) of each line, beginning at an offset."""
+    file.seek(offset)
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise InputError(
+                f"{path}:{number} should have {LONGEST_LINE:,} bytes at most, found more"
+            )
+        yield number, offset, line
+        number += 1
+        offset += len(line)
