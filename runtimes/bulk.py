@@ -298,7 +298,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     empty = quantize_vectors(np.empty((0, dim), np.float32), job.precision, info.ranges)
     prompt = resolve_prompt(info.inputs, job.prompt)
     max_length = choose_length(info, job.max_length)
-    corpus = survey(job.input, SHARD_ROWS, SHARD_BYTES, progress=progress)
+    corpus = survey(job.input, SHARD_ROWS, SHARD_BYTES, prompt=job.prompt, progress=progress)
     return Index(
         model=info.name,
         model_sha256=hash_model(info),

@@ -167,7 +167,7 @@ def encode(
             "--calibrate without texts measures ranges only, and there are no vectors for -o or "
             "--json: give texts, or --input - for standard input"
         )
-    inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, in_table)
+    inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, prompt, in_table)
     embedder = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
     )
@@ -180,7 +180,8 @@ def encode(
         )
     if calibrate is not None:
         embedder.check_measured(dim, precision)
-        embedder.calibrate(read_texts([], calibrate), prompt=prompt, batch_tokens=batch_tokens)
+        given = read_texts([], calibrate, prompt)
+        embedder.calibrate(given, prompt=prompt, batch_tokens=batch_tokens)
         if only_ranges:
             typer.echo(f"{artifact}: ranges measured with {calibrate}", err=True)
             return
@@ -210,16 +211,16 @@ def _is_folder(out: Place, given: str) -> bool:
 
 
 def _read(
-    texts: list[str], file: str | None, source: Place | None, with_ids: bool
+    texts: list[str], file: str | None, source: Place | None, prompt: str | None, with_ids: bool
 ) -> tuple[list[str], list[str]]:
     """The texts, and an id for each: the file's own if it is read for them, or the number."""
     from ..texts.text_files import PARQUET, read_rows
 
     streamed = with_ids or not isinstance(source, Path) or source.suffix.lower() == PARQUET
     if texts or source is None or not streamed:
-        inputs = read_texts(texts, None if file is None else Path(file))
+        inputs = read_texts(texts, None if file is None else Path(file), prompt)
         return inputs, [str(i) for i in range(len(inputs))]
-    rows = read_rows(source)
+    rows = read_rows(source, prompt)
     return [row.text for row in rows], [row.id for row in rows]
 
 

@@ -137,7 +137,9 @@ def read_set(
     return read_beir(retrieval, candidates=candidates, max_queries=max_queries)
 
 
-def read_texts(arguments: list[str], file: Path | None) -> list[str]:
+def read_texts(
+    arguments: list[str], file: Path | None, prompt: str | None = "document"
+) -> list[str]:
     """Read the texts of the command line.
 
     Args:
@@ -145,6 +147,7 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
         file: A .txt file (one text per line) or .jsonl file ({"text": …}); "-" is standard input,
             one text per line. Standard input is also read if there are neither arguments nor a file
             and it is not a terminal.
+        prompt: The prompt of all texts; a line of a .jsonl file may name no other.
 
     Raises:
         InputError: There is no source of texts, or there are two, or the input is unreadable or
@@ -155,14 +158,12 @@ def read_texts(arguments: list[str], file: Path | None) -> list[str]:
     if arguments:
         return arguments
     if file is not None and str(file) != "-":
+        from ..texts.corpus import check_prompt
         from ..texts.samples import read_samples
 
-        samples = read_samples(file)
-        if any(sample.prompt != "document" for sample in samples):
-            raise InputError(
-                f"{file} has a prompt for each text, which only `validate` and calibration read; "
-                "here all texts share one: take the prompts out of the file, and give --prompt"
-            )
+        samples = read_samples(file, prompt)
+        for number, sample in enumerate(samples, 1):
+            check_prompt(f"{file}, text {number}", sample.prompt, prompt)
         return [sample.text for sample in samples]
     if file is None and sys.stdin.isatty():
         raise InputError("no texts: give them as arguments, with --input, or on standard input")

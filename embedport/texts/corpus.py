@@ -69,13 +69,21 @@ class Corpus:
     parts: tuple[Part, ...]
 
 
-def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = False) -> Corpus:
+def survey(
+    path: Place,
+    part_rows: int,
+    part_bytes: int,
+    *,
+    prompt: str | None = "document",
+    progress: bool = False,
+) -> Corpus:
     """Check every line of a file, and cut it into parts.
 
     Args:
         path: The file.
         part_rows: Maximum texts per part.
         part_bytes: A part ends with the line that reaches this size.
+        prompt: The prompt of all texts; a line may name no other.
         progress: Whether to show a progress bar on a terminal.
 
     Raises:
@@ -96,8 +104,10 @@ def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = Fal
             size += len(line)
             advance(len(line))
             crc = zlib.crc32(line, crc) if open_part else zlib.crc32(line)
-            if parse_row(path, number, line, "") is None:
+            row = _parse(path, number, line, "", prompt)
+            if row is None:
                 continue
+            check_prompt(f"{path}:{number}", row.prompt, prompt)
             open_part = open_part or Part(rows, 0, offset, number, 0)
             open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
             rows += 1
@@ -122,7 +132,7 @@ def read_part(path: Place, part: Part) -> list[Row]:
     with _open(path) as file:
         for number, _, line in _lines(path, file, part.offset, part.line):
             crc = zlib.crc32(line, crc)
-            row = parse_row(path, number, line, str(part.first + len(rows)))
+            row = _parse(path, number, line, str(part.first + len(rows)))
             if row is not None:
                 rows.append(row)
             if len(rows) == part.rows:
@@ -157,28 +167,28 @@ def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
             advance(len(line))
 
 
-def parse_row(path: Place, number: int, line: bytes, name: str) -> Row | None:
-    """The text of a line, with its id; None if the line is blank.
+def check_prompt(place: str, named: str | None, prompt: str | None) -> None:
+    """Check the prompt that a text of a file names, where all texts get one.
 
     Args:
-        path: The file, for messages.
-        number: The line's number, from 1.
-        line: Its bytes.
-        name: The id if the line names none.
+        place: The text's place, for messages.
+        named: What it names; `prompt` if it names none.
+        prompt: The prompt of all texts; None for the model's default prompt.
 
     Raises:
-        InputError: The line is invalid, or names its own prompt.
+        InputError: They differ.
     """
-    row = _parse(path, number, line, name)
-    if row is not None and row.prompt != "document":
+    if named != prompt:
         raise InputError(
-            f"{path}:{number} names its own prompt, but all texts get the same one here: take it "
-            "out, and give `prompt`"
+            f"{place} names its own prompt, {named!r}, but all texts get the same one here: take "
+            "it out, or give it as `prompt`"
         )
-    return row
 
 
-def _parse(path: Place, number: int, line: bytes, name: str) -> Row | None:
+def _parse(
+    path: Place, number: int, line: bytes, name: str, prompt: str | None = "document"
+) -> Row | None:
+    """The text of a line, None if it is blank; `name` and `prompt` are of a line without them."""
     try:
         # Editors on Windows begin a file with a byte order mark.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -186,9 +196,9 @@ def _parse(path: Place, number: int, line: bytes, name: str) -> Row | None:
         if not text.strip():
             return None
         if not is_jsonl(path):
-            return Row(name, text)
+            return Row(name, text, prompt)
         row = parse_json(text)
-        text, prompt = titled_text(row), row.get("prompt", "document")
+        text, prompt = titled_text(row), row.get("prompt", prompt)
         check_text(number, text)
         if prompt is not None:
             check_text(number, prompt)

@@ -14,7 +14,7 @@ from typing import IO, Any
 from ..errors import InputError, require
 from ..progress import progress_bar
 from ..storage import Place, open_to_read
-from .corpus import Corpus, Part, Row, row_id, titled_text
+from .corpus import Corpus, Part, Row, check_prompt, row_id, titled_text
 from .prompts import check_text
 
 COLUMNS = ("_id", "id", "title", "text", "prompt")
@@ -23,7 +23,12 @@ BUFFER = 1 << 20
 
 
 def survey_parquet(
-    path: Place, part_rows: int, part_bytes: int, *, progress: bool = False
+    path: Place,
+    part_rows: int,
+    part_bytes: int,
+    *,
+    prompt: str | None = "document",
+    progress: bool = False,
 ) -> Corpus:
     """Check every row of a file, and cut it into parts: as `embedport.texts.corpus.survey`.
 
@@ -36,7 +41,8 @@ def survey_parquet(
         with progress_bar("Reading", file.metadata.num_rows, enabled=progress) as advance:
             for group in range(file.num_row_groups):
                 start = rows = held = crc = 0
-                for number, row in enumerate(_rows(path, file, group)):
+                for number, row in enumerate(_rows(path, file, group, prompt)):
+                    check_prompt(f"{path}, row {first + rows}", row.prompt, prompt)
                     data = row.text.encode()
                     crc = zlib.crc32(data, crc if rows else 0)
                     rows, held = rows + 1, held + len(data)
@@ -63,7 +69,7 @@ def stream_parquet(path: Place, *, progress: bool = False) -> Iterator[Row]:
         progress_bar("Reading", file.metadata.num_rows, enabled=progress) as advance,
     ):
         for group in range(file.num_row_groups):
-            for row in _rows(path, file, group, prompts=True):
+            for row in _rows(path, file, group):
                 yield row
                 advance(1)
 
@@ -117,7 +123,8 @@ def _hash(source: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _rows(path: Place, file: Any, group: int, *, prompts: bool = False) -> Iterator[Row]:
+def _rows(path: Place, file: Any, group: int, prompt: str | None = "document") -> Iterator[Row]:
+    """The rows of a group; `prompt` is of those that name none."""
     names = file.schema_arrow.names
     if "text" not in names:
         raise InputError(f'{path} should have a column "text", found {", ".join(names)}')
@@ -128,20 +135,15 @@ def _rows(path: Place, file: Any, group: int, *, prompts: bool = False) -> Itera
     number = sum(file.metadata.row_group(i).num_rows for i in range(group))
     for batch in file.iter_batches(READ_ROWS, row_groups=[group], columns=columns):
         for values in batch.to_pylist():
-            yield _row(path, number, values, prompts)
+            yield _row(path, number, values, prompt)
             number += 1
 
 
-def _row(path: Place, number: int, values: dict[str, Any], prompts: bool) -> Row:
-    prompt = values.get("prompt")
-    prompt = "document" if prompt is None else prompt  # a null says nothing
-    if prompt != "document" and not prompts:
-        raise InputError(
-            f"{path}, row {number} names its own prompt, but all texts get the same one here: take "
-            "the column out, and give `prompt`"
-        )
+def _row(path: Place, number: int, values: dict[str, Any], prompt: str | None) -> Row:
     try:
-        text, prompt = check_text(number, titled_text(values)), check_text(number, prompt)
+        text = check_text(number, titled_text(values))
+        if values.get("prompt") is not None:  # a null says nothing
+            prompt = check_text(number, values["prompt"])
     except (InputError, TypeError) as error:
         raise InputError(f"{path}, row {number} should have a text: {error}") from error
     try:

@@ -79,11 +79,14 @@ def _builtin(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def read_samples(path: str | Path) -> list[Sample]:
+def read_samples(path: str | Path, prompt: str | None = "document") -> list[Sample]:
     """Read texts: lines of a .txt file, or {"text": …, "prompt": …} lines of a .jsonl file.
 
-    A "title" goes before the text. Without "prompt" a text is a document; null means the model's
-    default prompt.
+    A "title" goes before the text. A null "prompt" means the model's default prompt.
+
+    Args:
+        path: The file.
+        prompt: The prompt of texts without one.
 
     Raises:
         InputError: The file is missing, empty, has another suffix, or a line is invalid; names the
@@ -91,10 +94,8 @@ def read_samples(path: str | Path) -> list[Sample]:
     """
     path = Path(path)
     if is_jsonl(path):
-        return _read_jsonl(
-            path, lambda row: Sample(titled_text(row), row.get("prompt", "document"))
-        )
-    return _nonempty(path, [Sample(line) for _, line in _lines(path)])
+        return _read_jsonl(path, lambda row: Sample(titled_text(row), row.get("prompt", prompt)))
+    return _nonempty(path, [Sample(line, prompt) for _, line in _lines(path)])
 
 
 def read_pairs(path: str | Path) -> list[Pair]:

@@ -13,20 +13,28 @@ from .parquet import read_parquet_part, stream_parquet, survey_parquet
 PARQUET = ".parquet"
 
 
-def survey(path: Place, part_rows: int, part_bytes: int, *, progress: bool = False) -> Corpus:
+def survey(
+    path: Place,
+    part_rows: int,
+    part_bytes: int,
+    *,
+    prompt: str | None = "document",
+    progress: bool = False,
+) -> Corpus:
     """Check every text of a file, and cut it into parts.
 
     Args:
         path: A .txt, .jsonl or .parquet file.
         part_rows: Maximum texts per part.
         part_bytes: A part ends with the text that reaches this size.
+        prompt: The prompt of all texts, as for `Embedder.encode`; a row may name no other.
         progress: Whether to show a progress bar on a terminal.
 
     Raises:
         InputError: The file is missing, holds no text, has another suffix, or a text is invalid.
     """
     reader = survey_parquet if path.suffix.lower() == PARQUET else corpus.survey
-    return reader(path, part_rows, part_bytes, progress=progress)
+    return reader(path, part_rows, part_bytes, prompt=prompt, progress=progress)
 
 
 def read_part(path: Place, part: Part) -> list[Row]:
@@ -49,11 +57,15 @@ def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
     return reader(path, progress=progress)
 
 
-def read_rows(path: Place) -> list[Row]:
+def read_rows(path: Place, prompt: str | None) -> list[Row]:
     """Read all texts of a file, with their ids.
+
+    Args:
+        path: The file.
+        prompt: As for `survey`.
 
     Raises:
         InputError: As for `survey`.
     """
-    parts = survey(path, sys.maxsize, sys.maxsize).parts
+    parts = survey(path, sys.maxsize, sys.maxsize, prompt=prompt).parts
     return [row for part in parts for row in read_part(path, part)]

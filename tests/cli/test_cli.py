@@ -50,7 +50,7 @@ class TestErrors:
                 "--json prints",
             ),
             (["encode", "{embedding}", "--input", "{here}/lone.jsonl"], "lone surrogate U+D800"),
-            (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "has a prompt for each"),
+            (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "names its own prompt"),
             (["encode", "{reranker}", "a"], "use `embedport rerank`"),
             (["rerank", "{embedding}", "q", "a"], "use `embedport encode`"),
             (["rerank", "{reranker}", "q", "a", "--top-k", "0"], "top_k should be at least 1"),

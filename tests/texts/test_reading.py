@@ -4,17 +4,19 @@ import gzip
 import json
 import os
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedport.cli.inputs import read_texts
 from embedport.errors import InputError
 from embedport.texts import beir as beir_module
 from embedport.texts.beir import read_beir
 from embedport.texts.samples import read_samples
-from embedport.texts.text_files import stream_rows, survey
+from embedport.texts.text_files import read_rows, stream_rows, survey
 
 
 def test_deep_lines(tmp_path):
@@ -45,6 +47,25 @@ def test_an_empty_prompt_is_one(tmp_path):
         assert [row.prompt for row in stream_rows(path)] == ["query", "", "document"]
         with pytest.raises(InputError, match="names its own prompt"):
             survey(path, 10, 100)
+
+
+@pytest.mark.parametrize("named", ["query", "document"])
+def test_a_text_gets_the_prompt_it_names(tmp_path, named):
+    """All texts get one prompt: a row may name it, and no other, not even that of documents."""
+    row = {"text": "a", "prompt": named}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    readers = [
+        partial(read_rows, tmp_path / "a.jsonl"),
+        partial(read_rows, tmp_path / "a.parquet"),
+        partial(read_texts, [], tmp_path / "a.jsonl"),
+    ]
+    for read in readers:
+        assert len(read(prompt=named)) == 1
+        for other in ("query", "document", None):
+            if other != named:
+                with pytest.raises(InputError, match=f"names its own prompt, '{named}'"):
+                    read(prompt=other)
 
 
 def test_devices():
