@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..quantize.formats import Format
 from ..runtimes import ModelInfo
 from ..tables import size_words
 from .companions import GATE as FILES
@@ -36,6 +37,8 @@ BETTER = {
     "bf16": "fp32",
     "fp16": "fp32",
 }
+# Inputs of the smallest group of 4 bits that an export makes by an option.
+SMALL_GROUP = 32
 # Algorithms that round each matrix by itself.
 UNCALIBRATED = ("rtn", "mse")
 
@@ -127,7 +130,8 @@ def _keep(info: ModelInfo, layer: int) -> str:
 
 
 def _better(info: ModelInfo, origin: Origin) -> Iterator[str]:
-    if info.artifact is None or info.artifact.manifest.graph is None:
+    graph = info.artifact.manifest.graph if info.artifact else None
+    if info.artifact is None or graph is None:
         if info.precision not in ("fp32", "fp16", "bf16"):
             yield "Take a method with more bits, or the checkpoint as it is."
         return
@@ -140,14 +144,20 @@ def _better(info: ModelInfo, origin: Origin) -> Iterator[str]:
             "limits for it (`--min-cosine`, `--max-score-difference`), or export the original."
         )
         return
+    schemes = [Format.parse(text).scheme for text in recipe.get("formats", {}).values()]
+    groups = [scheme.group_size or 0 for scheme in schemes if scheme.bits == 4]
+    if info.precision == "int4" and max(groups, default=0) > SMALL_GROUP:
+        yield f"Smaller groups: export with `--precision int4 --group-size {SMALL_GROUP}`."
     better = BETTER.get(info.precision)
     if better is None:
         yield "fp32 has no better precision: look for another pooling, prompt or checkpoint."
         return
     sizes = ""
     if better in origin.sizes:
+        files = info.artifact.manifest.files
+        taken = sum(record.size for name, record in files.items() if name.startswith(graph.path))
         sizes = (
-            f", about {size_words(origin.sizes[better])} of weights; this artifact is "
-            f"{size_words(info.artifact.size)}"
+            f", about {size_words(origin.sizes[better])} of weights; this artifact has "
+            f"{size_words(taken)}"
         )
     yield f"Next better precision: export with `--precision {better}`{sizes}."

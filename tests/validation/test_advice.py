@@ -126,7 +126,10 @@ def test_the_original_of_a_quantized_checkpoint_may_have_any_weights(made):
 def test_4_bits_rounded_to_nearest_are_calibrated_first(folders):
     made = folders("embedding", precision="int4")
     gates = [Gate("minimum cosine", 0.5, "≥", 0.9)]
-    hint, calibrate, better = next_steps(gates, read_info(made.artifact), origin_of(made), None)
+    hint, calibrate, groups, better = next_steps(
+        gates, read_info(made.artifact), origin_of(made), None
+    )
     assert "--report report.html" in hint
     assert "without `--fast`" in calibrate
+    assert "--group-size 32" in groups
     assert "--precision int8-weight" in better
