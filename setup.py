@@ -39,10 +39,15 @@ class BuildKernels(build_ext):
         # Linkers for Windows leave other files beside the library.
         made = Path(self.build_temp, target.name)
         made.parent.mkdir(parents=True, exist_ok=True)
-        compiler = shlex.split(os.environ.get("CC") or ("clang" if WINDOWS else "cc"))
+        compiler = os.environ.get("CC") or ("clang" if WINDOWS else "cc")
         flags = [*ext.extra_compile_args, *([] if WINDOWS else ["-fPIC"]), "-shared"]
+        words = [*flags, "-o", str(made), *ext.sources]
+        if WINDOWS:  # its own rules: a backslash is no quote
+            command = f"{compiler} {subprocess.list2cmdline(words)}"
+        else:
+            command = [*shlex.split(compiler), *words]
         try:
-            subprocess.run([*compiler, *flags, "-o", str(made), *ext.sources], check=True)
+            subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(str(error)) from error
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -107,10 +107,13 @@ def check_name(name: str | Path) -> None:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether a JSON value is a plain file name: no folder part, and not too long."""
+    """Whether a JSON value is a plain file name: no folder part, and not too long.
+
+    On Windows a colon follows a drive, which joins a path elsewhere, or begins a stream.
+    """
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
-        and not {"/", "\\", "\0"} & set(name)
+        and not {"/", "\\", ":", "\0"} & set(name)
         and len(name.encode()) <= LONGEST_NAME
     )

@@ -1,7 +1,7 @@
 """Checks files against a manifest's sha256; each file is hashed once until it changes.
 
 The user's cache folder stores a file's sha256 under its device, inode, size, mtime and ctime, so
-only the first load after a copy or a change hashes gigabytes.
+only the first load after a copy or a change hashes gigabytes. On Windows every load does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ArtifactError
+
+# Windows has the time of creation for ctime: a change that keeps size and mtime would not show.
+CHANGES_SHOW = os.name == "posix"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def check_files(folder: Path, expected: dict[str, FileRecord]) -> None:
 
 def _record(path: Path) -> FileRecord:
     status = path.stat()
+    if not CHANGES_SHOW:
+        return FileRecord(status.st_size, _hash(path))
     identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     # Any write changes ctime, even if mtime is set back afterwards.
     stamp = cache_folder("sha256") / f"{identity}-{status.st_ctime_ns}"
@@ -69,13 +74,17 @@ def _record(path: Path) -> FileRecord:
         sha256 = stamp.read_text(encoding="ascii")
         if len(sha256) == 64:
             return FileRecord(status.st_size, sha256)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = _hash(path)
     # If the cache cannot be written, the next load hashes the file again.
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(sha256, encoding="ascii")
+        stamp.write_bytes(sha256.encode())
     return FileRecord(status.st_size, sha256)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder(name: str) -> Path:

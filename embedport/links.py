@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +44,28 @@ def check_broken_links(folder: Path, patterns: Iterable[str]) -> None:
         for path in folder.glob(pattern):
             if path.is_symlink():
                 _check_link(path)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make a symbolic link; where the system refuses, a hard link or a copy.
+
+    Windows grants symbolic links to administrators and in its developer mode only.
+
+    Args:
+        path: The link to make.
+        target: A file or folder, absolute.
+
+    Raises:
+        OSError: Not even a copy can be made.
+    """
+    for make in (path.symlink_to, path.hardlink_to):
+        with contextlib.suppress(OSError):
+            make(target)
+            return
+    if target.is_dir():
+        shutil.copytree(target, path)
+    else:
+        shutil.copyfile(target, path)
 
 
 def _check_link(path: Path) -> None:

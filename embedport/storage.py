@@ -20,7 +20,8 @@ from typing import IO, Any
 from .errors import InputError, require
 from .files import check_regular, written
 
-URI = re.compile(r"[a-z][a-z0-9+]*://.+")
+# A scheme has two letters or more: one is a drive of Windows.
+URI = re.compile(r"[a-z][a-z0-9+]+://.+")
 BUFFER = 1 << 20
 
 

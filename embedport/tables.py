@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +70,14 @@ class Table:
 def fact_table(facts: Mapping[str, str], title: str = "") -> Table:
     """A table of names and values, without a header."""
     return Table((), tuple(facts.items()), title)
+
+
+def command_words(words: Sequence[str]) -> str:
+    """Format a command, or a part of one, for this system's shell.
+
+    Windows' cmd takes single quotes as part of a word.
+    """
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 # A task's input, as count_words takes it.

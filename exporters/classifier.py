@@ -35,7 +35,7 @@ def write_classifier(spec: ModelSpec, folder: Path) -> None:
     write_json(folder / "config.json", config | classifier_values(spec))
     turn_into_classifier(folder)
     if spec.inputs.form == "instruct":
-        (folder / TEMPLATE).write_text(pair_template(), encoding="utf-8")
+        (folder / TEMPLATE).write_bytes(pair_template().encode())
 
 
 def classifier_values(spec: ModelSpec) -> dict[str, Any]:

@@ -311,7 +311,9 @@ def _computes_alike(exported: Machine, here: Machine) -> bool:
     """Whether both machines run the same code where values are rounded to 8 bits."""
     if exported.kernels or here.kernels:
         return bool(exported.kernels and here.kernels)
-    return (exported.instructions, exported.onnxruntime) == (here.instructions, here.onnxruntime)
+    # Where the instruction sets are not known, as on Windows, by the CPU's name.
+    there, own = exported.instructions or exported.cpu, here.instructions or here.cpu
+    return (there, exported.onnxruntime) == (own, here.onnxruntime)
 
 
 def _reasons(manifest: Manifest, device: str, exported: Machine, here: Machine) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.adapter import CONFIG, WEIGHTS, Adapter
 from ..checkpoint.spec import CLASSIFIER, ModelSpec
 from ..errors import CheckpointError, require
+from ..links import link
 from ..strict_json import read_json
 
 
@@ -41,13 +42,13 @@ def open_folder(spec: ModelSpec, owner: object) -> Path:
     ]
     for path in [*base_files, *pipeline_files]:
         if not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path.absolute())
+            link(folder / path.name, path.absolute())
     if labels is not None:
         path = folder / "config.json"
         config = read_json(path) | {"architectures": [CLASSIFIER], "num_labels": labels}
         config.pop("id2label", None)
         path.unlink()
-        path.write_text(json.dumps(config), encoding="utf-8")
+        path.write_bytes(json.dumps(config).encode())
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from ..checkpoint.adapter import WEIGHTS
 from ..checkpoint.tensor_files import read_headers
 from ..integrity import record_files
 from ..runtimes import ModelInfo
+from ..tables import command_words
 from .layers import LayerError
 from .reference import Origin
 from .tasks import AnyTask
@@ -76,7 +76,7 @@ def collect_details(
         layers=layers,
         artifact_files=_weight_hashes(info),
         reference_files=dict(reference.files),
-        command=shlex.join(command),
+        command=command_words(command),
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from typing import Any
 
 from ..artifact.witness import WITNESS, read_witness
 from ..errors import MissingPackageError, require
-from ..machine.cpu import read_cpu
+from ..machine.cpu import read_cpu, read_memory
 from ..runtimes import ModelInfo
 from ..runtimes.batching import count_cores
 from ..runtimes.onnxruntime import OnnxModel
@@ -59,9 +58,7 @@ def describe_machine(runtime: Any) -> Machine:
         instructions=cpu.instructions,
         code=describe_code(runtime.info, runtime.device, runtime.model),
         cores=count_cores(),
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if os.name == "posix"
-        else 0,
+        memory=read_memory(),
         system=_system(),
         python=platform.python_version(),
         providers=tuple(ort.get_available_providers()) if ort else (),

@@ -17,6 +17,7 @@ import errno
 import os
 import secrets
 import shutil
+import traceback
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,11 @@ def staged(output: Path, *, force: bool, needs: int) -> Generator[Path]:
         yield partial
         check_place(output, force)  # another export may have finished first
         _put_in_place(partial, output)
-    except OSError as error:
+    except BaseException as error:
+        # Windows deletes no file that is mapped: what failed may still hold a session of the graph.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
                 f"{output.parent}: disk full while writing; the artifact needs "
@@ -202,8 +207,8 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     records = record_files(paths)
     files = {path.relative_to(folder).as_posix(): records[path] for path in paths}
     manifest = replace(manifest, files=files)
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    (folder / CARD).write_text(model_card(manifest, name), encoding="utf-8")
+    (folder / MANIFEST).write_bytes(manifest.to_json().encode())
+    (folder / CARD).write_bytes(model_card(manifest, name).encode())
     return manifest
 
 

@@ -108,4 +108,4 @@ def write_sentence_transformers(
 def write_json(path: Path, values: object) -> None:
     """Write a JSON file, and create its folder if needed."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

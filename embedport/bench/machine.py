@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import require
-from ..machine.cpu import read_cpu
+from ..machine.cpu import read_cpu, read_memory
 from ..requirements import installed_versions
 from ..runtimes.batching import count_cores
 from ..runtimes.ort_custom_ops import register_kernels
@@ -37,7 +36,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu.name,
         "cores": count_cores(),
         "flags": list(cpu.instructions),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": read_memory(),
         "python": platform.python_version(),
         "kernels": register_kernels(ort.SessionOptions()),
         "versions": installed_versions(PACKAGES),

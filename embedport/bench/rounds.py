@@ -39,7 +39,7 @@ class Result:
         minimum_cosine: Smallest cosine of its vectors and the first runner's, in the first round;
             None for scores.
         largest_difference: Largest difference from the first runner's scores; None for vectors.
-        peak_bytes: Its largest resident set so far.
+        peak_bytes: Its largest resident set so far; 0 if unknown.
     """
 
     batch_rows: int | None

@@ -104,7 +104,8 @@ def our_runner(info: ModelInfo, threads: int) -> Runner:
     folder = info.folder
     if info.checkpoint is not None and info.checkpoint.source.adapter is not None:
         folder = info.checkpoint.source.adapter.folder  # its config names the base
-    command = (sys.executable, "-m", "embedport.bench.serve", str(folder))
+    # -P: a clone in the current folder is not what is installed.
+    command = (sys.executable, "-P", "-m", "embedport.bench.serve", str(folder))
     command += (str(threads), info.task)
     bits = 8 if info.precision.startswith(("int8", "int4", "mixed")) else 32
     return Runner(f"embedport {info.precision}", command, info.folder, bits, {}, has_batches=True)
@@ -183,7 +184,12 @@ def _key(script: str, source: Path, versions: dict[str, str]) -> str:
 def _run(command: list[str]) -> str:
     """Run a command and return the last line of its output."""
     finished = subprocess.run(
-        command, env=_environment(), capture_output=True, text=True, check=False
+        command,
+        env=_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if finished.returncode:
         raise VerificationError(
@@ -207,14 +213,15 @@ class Worker:
 
     def __init__(self, command: tuple[str, ...]) -> None:
         self._command = command
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=_environment(),
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         self.ready = self._answer()
 
@@ -225,15 +232,15 @@ class Worker:
             VerificationError: The process ended.
         """
         assert self._process.stdin is not None
-        # If the process has ended, `_answer` reports it.
-        with contextlib.suppress(BrokenPipeError):
+        # If the process has ended, `_answer` reports it. Windows knows no broken pipe.
+        with contextlib.suppress(OSError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._answer()
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._process.communicate()
         self._errors.close()
 

@@ -110,7 +110,7 @@ def _sides_table(result: Bench) -> Table:
         (
             name,
             f"{median(runner.cold_start):.2f}",
-            size_words(runner.peak_bytes),
+            size_words(runner.peak_bytes) if runner.peak_bytes else "unknown",
             size_words(runner.bytes),
         )
         for name, runner in result.runners.items()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..tables import command_words
 from .inputs import TaskOption, check_task
 from .outputs import stdout_console
 
@@ -70,8 +70,6 @@ def calibration(
         f"{out}: {built.texts:,} {noun} of {built.tokens:,} tokens, {built.queries:,} queries",
         soft_wrap=True,
     )
-    console.print(
-        f"Next: embedport export onnx {shlex.quote(model)} -o DIR --precision int4 --calibration "
-        f"{shlex.quote(str(out))}",
-        soft_wrap=True,
-    )
+    words = ["embedport", "export", "onnx", model, "-o", "DIR", "--precision", "int4"]
+    words += ["--calibration", str(out)]
+    console.print(f"Next: {command_words(words)}", soft_wrap=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..tables import command_words
 from .inputs import ArtifactArgument
 
 Out = Annotated[Path, typer.Option("-o", "--out", "--output", help="The folder to make.")]
@@ -21,7 +21,7 @@ def triton(artifact: ArtifactArgument, out: Out) -> None:
     from ..deploy import deploy_triton
 
     deploy_triton(artifact, out)
-    _say(out, f"tritonserver --model-repository {shlex.quote(str(out))}")
+    _say(out, f"tritonserver --model-repository {command_words([str(out)])}")
 
 
 def docker(
@@ -40,7 +40,7 @@ def docker(
     from ..deploy import deploy_docker
 
     deploy_docker(artifacts, out, wheel)
-    _say(out, f"cd {shlex.quote(str(out))} && docker compose up --build")
+    _say(out, f"cd {command_words([str(out)])} && docker compose up --build")
 
 
 def vespa(artifact: ArtifactArgument, out: Out) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..tables import command_words
 from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
 from .outputs import (
     echo_written,
@@ -180,7 +180,7 @@ def _print(artifact: Artifact, seconds: float) -> None:
     console.print("Next:")
     texts = '"What is the capital of China?"'
     texts += ' "The capital of China is Beijing."' if verb == "rerank" else " --prompt query"
-    folder = shlex.quote(str(artifact.folder))
+    folder = command_words([str(artifact.folder)])
     for command in (f"embedport {verb} {folder} {texts}", validate_command(artifact)):
         console.print(f"  {command}", soft_wrap=True)
     if "ORIGINAL" in manifest.source.options:

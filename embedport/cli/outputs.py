@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import InputError
-from ..tables import size_words
+from ..tables import command_words, size_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +99,7 @@ def echo_written(artifact: Artifact, seconds: float, **facts: object) -> None:
 def validate_command(artifact: Artifact) -> str:
     """The command that compares an artifact with the checkpoint that it was made from."""
     options = artifact.manifest.source.options
-    return shlex.join(["embedport", "validate", str(artifact.folder), *options])
+    return command_words(["embedport", "validate", str(artifact.folder), *options])
 
 
 def print_estimate(estimate: Estimate, *, as_json: bool) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..tables import INPUT, count_words
+from ..tables import INPUT, command_words, count_words
 from .inputs import (
     AdapterOption,
     CandidatesOption,
@@ -101,7 +100,7 @@ def reference(
             f"Retrieval on {recorded.data.name}, {queries}: give validate the same --retrieval",
             soft_wrap=True,
         )
-    quoted = shlex.quote(str(out))
+    quoted = command_words([str(out)])
     console.print(f"Next: embedport validate ARTIFACT --reference {quoted}", soft_wrap=True)
 
 

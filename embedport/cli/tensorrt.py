@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..machine.engine import LIBRARIES
+from ..tables import command_words
 from .inputs import AdapterOption, ArtifactOut, RevisionOption, TaskOption
 from .outputs import echo_written, print_written, stages, stdout_console
 
@@ -133,7 +133,7 @@ def _print(artifact: Artifact, reason: str | None, options: list[str], seconds: 
         return
     console.print(f"No engine was built: {reason}", soft_wrap=True)
     console.print("Where one of them is, one of:", soft_wrap=True)
-    folder = shlex.quote(str(artifact.folder))
+    folder = command_words([str(artifact.folder)])
     for command in (
         " ".join([f"embedport export tensorrt {folder} -o OUT", *options]),
         f"{folder}/engine/build.sh   (trtexec)",

@@ -176,6 +176,6 @@ def _prepare(folder: Path) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        (folder / MARKER).write_text("Made by `embedport demo`, which replaces this folder.\n")
+        (folder / MARKER).write_bytes(b"Made by `embedport demo`, which replaces this folder.\n")
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror or error}") from error

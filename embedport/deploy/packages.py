@@ -144,4 +144,4 @@ def render(template: str, **values: object) -> str:
 def write(path: Path, text: str) -> None:
     """Write a text file, and create its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode())

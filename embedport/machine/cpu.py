@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +46,28 @@ def read_cpu() -> Cpu:
         text = ""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
-    name = fields.get("model name") or platform.processor() or platform.machine()
+    name = fields.get("model name") or _brand() or platform.processor() or platform.machine()
     if "CPU part" in fields:  # on ARM, Linux gives numbers: Cortex-A72 is part 0xd08 of 0x41
         name = f"{platform.machine()} {fields.get('CPU implementer', '?')}:{fields['CPU part']}"
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     instructions = [flag for flag in X86 if flag in flags]
     instructions += [shown for flag, shown in ARM.items() if flag in flags]
-    return Cpu(name, tuple(instructions) or ALWAYS.get(platform.machine(), ()))
+    return Cpu(name, tuple(instructions) or ALWAYS.get(platform.machine().lower(), ()))
+
+
+def _brand() -> str:
+    """The CPU's name on macOS, such as "Apple M2", where Python says "arm"; "" elsewhere."""
+    if sys.platform == "darwin":
+        command = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+            return done.stdout.strip()
+    return ""
+
+
+def read_memory() -> int:
+    """Bytes of RAM; 0 if the system does not tell Python, as on Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0

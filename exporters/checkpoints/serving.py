@@ -23,11 +23,11 @@ def write_serving_files(spec: ModelSpec, form: Form | None, folder: Path, name: 
         name: The folder's final name.
     """
     if spec.task == "reranker" and spec.inputs.form == "instruct":
-        (folder / TEMPLATE).write_text(pair_template(), encoding="utf-8")
+        (folder / TEMPLATE).write_bytes(pair_template().encode())
     # A template in tokenizer_config.json needs no option.
     has_template = form is not None and (folder / TEMPLATE).is_file()
     guide = _guide(spec, form, name, has_template=has_template)
-    (folder / GUIDE).write_text(guide, encoding="utf-8")
+    (folder / GUIDE).write_bytes(guide.encode())
 
 
 def _guide(spec: ModelSpec, form: Form | None, name: str, *, has_template: bool) -> str:

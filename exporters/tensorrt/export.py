@@ -287,7 +287,7 @@ def _write_scripts(
     engine.mkdir(exist_ok=True)
     from_engine = f"../{graph.path}"
     script = trtexec_script(from_engine, graph.inputs, options)
-    (engine / "build.sh").write_text(script, encoding="utf-8")
+    (engine / "build.sh").write_bytes(script.encode())
     (engine / "build.sh").chmod(0o755)
     check = polygraphy_script(
         from_engine,
@@ -296,7 +296,7 @@ def _write_scripts(
         min_cosine=MIN_COSINE,
         max_difference=MAX_DIFFERENCE,
     )
-    (engine / "check.py").write_text(check, encoding="utf-8")
+    (engine / "check.py").write_bytes(check.encode())
     first = options.profiles[0]
     ids = _sample(folder, manifest)[: first.max[1]]
     scopes = len({str(node.name).split("/")[0] for node in ir.load(folder / graph.path).graph})

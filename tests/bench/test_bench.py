@@ -205,6 +205,16 @@ def test_ours_obeys_a_limit(artifact, checkpoints, monkeypatch, engine):
         assert benchmark.threads == 1
 
 
+def test_ours_is_the_installed_one(artifact, tmp_path, monkeypatch):
+    """Not a clone's in the current folder, which has no kernels, nor its links on Windows."""
+    (tmp_path / "embedport").mkdir()
+    (tmp_path / "embedport" / "__init__.py").write_text("raise SystemExit('the clone')")
+    monkeypatch.chdir(tmp_path)
+    command = runners.our_runner(read_info(artifact), 1).command
+    done = subprocess.run(command[:-1], capture_output=True, text=True)
+    assert "missing 1 required positional argument: 'task'" in done.stderr
+
+
 def test_a_side_that_ends_says_why():
     broken = fake("broken", script="raise SystemExit('no {folder} today {threads}')")
     with pytest.raises(VerificationError, match=r"ended with 1:\nno .* today"):

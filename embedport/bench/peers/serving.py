@@ -8,12 +8,16 @@ import importlib
 import importlib.metadata
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 def count_physical_cores(topology="/sys/devices/system/cpu"):
@@ -117,7 +121,9 @@ def serve(run, threads):
 
 
 def peak_bytes():
-    """The largest resident set of this process so far: macOS counts bytes, Linux KiB."""
+    """The largest resident set of this process: macOS counts bytes, Linux KiB; 0 if unknown."""
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
