@@ -6,6 +6,18 @@ wrong. Results go to standard output, messages to standard error.
 
 from __future__ import annotations
 
-from .app import main
+import sys
+
+
+def main() -> None:
+    """Run the command line, whose modules take a moment to import: Ctrl-C comes then, too."""
+    try:
+        from .app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("embedport: interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+
 
 __all__ = ["main"]

@@ -73,7 +73,10 @@ class _Verbs(TyperGroup):
         """Also accept `--debug` at the end, where it is easily added to a failed command."""
         if args and args[-1] == "--debug" and "--" not in args:
             args = ["--debug", *args[:-1]]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except KeyboardInterrupt as error:
+            raise _StoppedError from error
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""

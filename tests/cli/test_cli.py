@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -184,6 +185,14 @@ class TestErrors:
         monkeypatch.setattr(runtimes, "load", interrupt)
         code, out, err = run("encode", folders / "embedding", "text")
         assert (code, out, err) == (130, "", "embedport: interrupted\n")
+
+    @pytest.mark.parametrize(
+        "moment", ["embedport.cli.app.main", "typer.core.TyperGroup.parse_args"]
+    )
+    def test_interrupted_before_the_verb_runs(self, run, monkeypatch, moment):
+        """While modules are imported, and while typer imports what reads options."""
+        monkeypatch.setattr(moment, mock.Mock(side_effect=KeyboardInterrupt))
+        assert run("encode", "folder", "text") == (130, "", "embedport: interrupted\n")
 
     def test_terminated(self, run, checkpoints, monkeypatch, tmp_path):
         """`docker stop` and service managers send SIGTERM: no working folder is left behind."""
