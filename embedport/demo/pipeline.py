@@ -173,9 +173,13 @@ def _prepare(folder: Path) -> None:
     if folder.exists() and not (folder / MARKER).is_file():
         raise InputError(f"{folder} exists and is not an earlier demo's; choose another place")
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        # The marker stays: a run that is stopped here must not leave a folder that none replaces.
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MARKER:
+                path.unlink()
         (folder / MARKER).write_bytes(b"Made by `embedport demo`, which replaces this folder.\n")
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror or error}") from error

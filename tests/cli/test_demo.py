@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import embedport
-from embedport.demo.pipeline import builtin_embedder, builtin_reranker, run_demo
+from embedport.demo.pipeline import _prepare, builtin_embedder, builtin_reranker, run_demo
 
 
 @pytest.fixture
@@ -34,6 +34,26 @@ def exported_once(monkeypatch, exported, tmp_path_factory):
         return embedport.Artifact.open(shutil.copytree(exported[key], output))
 
     monkeypatch.setattr("embedport.demo.pipeline.export", export)
+
+
+def test_stopped_while_it_replaces_an_earlier_one(tmp_path, monkeypatch):
+    """What is left is still a demo's, and the next one replaces it."""
+    folder = tmp_path / "demo"
+    _prepare(folder)
+    (folder / "embedding").mkdir()
+
+    def stopped(path):
+        for each in path.iterdir():
+            if each.is_file():
+                each.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(folder)
+    _prepare(folder)
+    assert len([*folder.iterdir()]) == 1
 
 
 def test_demo(run, tmp_path, monkeypatch, small, exported_once):
