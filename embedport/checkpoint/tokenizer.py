@@ -60,7 +60,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         data = read_small(path, LARGEST)
         stamp = cache_folder("tokenizers") / f"{hashlib.sha256(data).hexdigest()}-{CHECKS}"
-        if not stamp.exists():
+        if not _is_there(stamp):
             check_structure(parse_json(data.decode("utf-8")))
             with contextlib.suppress(OSError):
                 stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +74,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer.no_truncation()
         tokenizer.encode("a")
     return tokenizer
+
+
+def _is_there(stamp: Path) -> bool:
+    """Whether a file is in the cache folder, which may be one that this user cannot read."""
+    with contextlib.suppress(OSError):
+        return stamp.exists()
+    return False
 
 
 def _check_defaults(tokenizer: Tokenizer, path: Path) -> None:

@@ -112,6 +112,19 @@ def test_no_cache(path, monkeypatch, tmp_path):
     assert load_tokenizer(path).encode("a").ids
 
 
+def test_a_cache_that_may_not_be_looked_at(path, monkeypatch):
+    """As under another user's home, in a container. The user of these tests may look anywhere."""
+    folder, exists = cache_folder("tokenizers"), Path.exists
+
+    def refused(asked):
+        if asked.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return exists(asked)
+
+    monkeypatch.setattr(Path, "exists", refused)
+    assert load_tokenizer(path).encode("a").ids
+
+
 def test_the_real_one(tmp_path, real_tokenizer):
     """It is within all bounds, also with the template that ends texts."""
     path = tmp_path / "tokenizer.json"
