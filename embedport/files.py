@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
 from collections.abc import Generator
 from pathlib import Path
@@ -38,9 +39,10 @@ def written(path: Path) -> Generator[IO[bytes]]:
     Raises:
         InputError: The file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # Not by the process's number: threads share it, and so do containers that write to one volume.
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
-from .errors import ArtifactError
+from .errors import ArtifactError, EmbedportError
+
+# Device, inode, size, mtime and ctime: another file, or other content, has another state. Without
+# ctime, a copy that keeps the mtime would pass for a deleted file whose inode it was given.
+State = tuple[int, int, int, int, int]
 
 # Windows has the time of creation for ctime: a change that keeps size and mtime would not show.
 CHANGES_SHOW = os.name == "posix"
@@ -45,6 +50,20 @@ def check_files(folder: Path, expected: dict[str, FileRecord]) -> None:
     Raises:
         ArtifactError: A file is missing, or its size or sha256 differs.
     """
+    try:
+        _check_sizes(folder, expected)
+        records = record_files(folder / name for name in expected)
+    except OSError as error:  # it is being replaced or deleted, or its disk is failing
+        raise ArtifactError(f"{folder} cannot be read: {error}") from error
+    for name, record in expected.items():
+        if records[folder / name] != record:
+            raise ArtifactError(
+                f"{folder / name} has changed since it was written: sha256 should be "
+                f"{record.sha256}, found {records[folder / name].sha256}; copy or export it again"
+            )
+
+
+def _check_sizes(folder: Path, expected: dict[str, FileRecord]) -> None:
     for name, record in expected.items():
         path = folder / name
         if not path.is_file():
@@ -54,19 +73,51 @@ def check_files(folder: Path, expected: dict[str, FileRecord]) -> None:
             raise ArtifactError(
                 f"{path} should have {record.size:,} bytes, found {size:,}; copy or export it again"
             )
-    records = record_files(folder / name for name in expected)
-    for name, record in expected.items():
-        if records[folder / name] != record:
-            raise ArtifactError(
-                f"{folder / name} has changed since it was written: sha256 should be "
-                f"{record.sha256}, found {records[folder / name].sha256}; copy or export it again"
+
+
+def read_states(paths: Iterable[Path]) -> dict[Path, State]:
+    """The states of those files that are there, for `check_unchanged`."""
+    states = {path: _state(path) for path in paths}
+    return {path: state for path, state in states.items() if state is not None}
+
+
+def check_unchanged(states: Mapping[Path, State], kind: type[EmbedportError]) -> None:
+    """Refuse what was read from files that were replaced meanwhile: it may be of both.
+
+    Args:
+        states: From `read_states`, from before the files were read.
+        kind: The error's class.
+
+    Raises:
+        EmbedportError: A file has another state; it is of the given kind.
+    """
+    for path, state in states.items():
+        if _state(path) != state:
+            raise kind(
+                f"{path} was changed or replaced while the model's files were read: do it again "
+                "when nothing writes them any more"
             )
 
 
+def _state(path: Path) -> State | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
+
+
 def _record(path: Path) -> FileRecord:
-    status = path.stat()
+    with path.open("rb") as file:
+        return _hash(file)
+
+
+def _hash(file: BufferedReader) -> FileRecord:
+    # Of the open file: the path may lead to another one by now.
+    status = os.fstat(file.fileno())
     if not CHANGES_SHOW:
-        return FileRecord(status.st_size, _hash(path))
+        return FileRecord(status.st_size, _digest(file))
     identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     # Any write changes ctime, even if mtime is set back afterwards.
     stamp = cache_folder("sha256") / f"{identity}-{status.st_ctime_ns}"
@@ -74,7 +125,7 @@ def _record(path: Path) -> FileRecord:
         sha256 = stamp.read_text(encoding="ascii")
         if len(sha256) == 64:
             return FileRecord(status.st_size, sha256)
-    sha256 = _hash(path)
+    sha256 = _digest(file)
     # If the cache cannot be written, the next load hashes the file again.
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +133,8 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(status.st_size, sha256)
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder(name: str) -> Path:

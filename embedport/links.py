@@ -14,12 +14,16 @@ def check_links(folder: Path) -> None:
     """Refuse symbolic links that lead out of a folder, except the hub cache's links to its blobs.
 
     Raises:
-        InputError: There is such a link, or a broken one.
+        InputError: There is such a link, or a broken one; or the folder cannot be read.
     """
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parents[1] / "blobs")
-    for path in sorted(folder.rglob("*")):
+    try:
+        paths = sorted(folder.rglob("*"))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error}") from error
+    for path in paths:
         if not path.is_symlink():
             continue
         _check_link(path)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,13 +29,14 @@ import numpy as np
 from ..checkpoint.spec import Task
 from ..errors import InputError, require
 from ..files import check_name
+from ..leftovers import lock
 from ..progress import progress_bar
 from ..storage import ObjectPath, Place, open_to_read, writing
 from ..strict_json import load_json, parse_json
 from ..texts.corpus import Part
 from ..texts.text_files import read_part, survey
 from .embedder import Embedder, check_options, resolve_prompt
-from .info import choose_length, hash_json, hash_model, read_info
+from .info import ModelInfo, choose_length, hash_json, hash_model, read_info
 from .loading import load
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
 from .vectors import CODECS, IN_8_BITS, quantize_vectors
@@ -86,6 +88,8 @@ class Job:
         max_length: As for `load`.
         task: As for `load`.
         adapter: As for `load`.
+        planned: Hashes of the model's files and of its ranges, if they count, as the index has
+            them; `encode_corpus` adds them.
     """
 
     model: str
@@ -101,6 +105,7 @@ class Job:
     max_length: int | None = None
     task: Task | None = None
     adapter: str | None = None
+    planned: tuple[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,12 @@ def encode_corpus(job: Job, run: Engine, *, force: bool = False, progress: bool 
                 "for one file, a name that ends with .npy, .jsonl, .parquet or .arrow"
             )
     index = plan(job, progress=progress)
+    with _alone(job.output):
+        planned = index.model_sha256, index.ranges
+        return _encode(replace(job, planned=planned), index, run, force, progress)
+
+
+def _encode(job: Job, index: Index, run: Engine, force: bool, progress: bool) -> Index:
     with _as_input_error(job.output):
         _prepare(job.output, index, force)
         missing = _missing(job.output, index)
@@ -235,6 +246,13 @@ def open_embedder(job: Job) -> Embedder:
         adapter=job.adapter,
     )
     assert isinstance(embedder, Embedder)
+    info = embedder.info
+    if job.planned not in (None, (hash_model(info), _hash_ranges(info, job.precision))):
+        raise InputError(
+            f"{job.model} holds other files or ranges than when the job was planned: all machines "
+            "must see one model, and it must stay as it is; the same command says whether the job "
+            "can go on"
+        )
     return embedder
 
 
@@ -310,7 +328,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
         dim=dim,
         precision=job.precision,
         codec=CODECS[job.precision],
-        ranges=hash_json(info.ranges) if job.precision in IN_8_BITS else None,
+        ranges=_hash_ranges(info, job.precision),
         dtype=str(empty.dtype),
         width=empty.shape[1],
         rows=corpus.rows,
@@ -320,9 +338,41 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     )
 
 
+def _hash_ranges(info: ModelInfo, precision: str) -> str | None:
+    """A hash of the ranges that vectors of this precision depend on."""
+    return hash_json(info.ranges) if precision in IN_8_BITS else None
+
+
+@contextlib.contextmanager
+def _alone(output: Place) -> Generator[None]:
+    """Create the output folder, and keep other runs out of it until the block ends.
+
+    Shards of different jobs look alike: two that begin in one folder would mix them. An object
+    store has no locks.
+
+    Raises:
+        InputError: Another run writes into the folder, or it cannot be created.
+    """
+    descriptor = None
+    with _as_input_error(output):
+        output.mkdir(parents=True, exist_ok=True)
+        if isinstance(output, Path):
+            try:
+                descriptor = lock(output)
+            except BlockingIOError:
+                raise InputError(
+                    f"another run writes into {output}: wait for it to end, or choose another "
+                    "folder"
+                ) from None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _prepare(output: Place, index: Index, force: bool) -> None:
-    """Create the output folder, or check that it belongs to this job."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Check that the output folder belongs to this job."""
     path = output / INDEX
     if path.exists():
         if not force:

@@ -215,8 +215,8 @@ class Embedder:
                 self.info.name,
             )
         self.ranges = ranges
-        if self.keeps_ranges:
-            record_ranges(self.info.folder, self.ranges)
+        if self.artifact is not None and self.keeps_ranges:
+            record_ranges(self.artifact, ranges)
 
     def check_measured(self, dim: int | None, precision: str) -> None:
         """Check that `calibrate` will measure what `encode` needs, before the work.

@@ -105,6 +105,18 @@ class ModelInfo:
         """Prompt name to the text put before an input."""
         return self.inputs.prompts
 
+    def check_unchanged(self) -> None:
+        """Refuse what was read from files that were replaced since this description was read.
+
+        Raises:
+            ArtifactError: A file of the artifact was replaced.
+            CheckpointError: A file of the checkpoint was replaced.
+        """
+        if self.artifact is not None:
+            self.artifact.check_unchanged()
+        if self.checkpoint is not None:
+            self.checkpoint.source.check_unchanged()
+
 
 def read_info(
     model: str | Path, task: Task | None = None, adapter: str | Path | None = None
@@ -228,16 +240,22 @@ def hash_files(spec: ModelSpec) -> list[tuple[str, str]]:
     source = spec.source
     paths = {info.file for info in read_headers(source.folder).values()}
     paths |= {source.pipeline / dense.path / DENSE_FILE for dense in spec.outputs.dense}
-    folders = {source.folder, source.pipeline}
+    folders = [source.folder]
     if source.adapter is not None:
-        folders.add(source.adapter.folder)
+        folders.append(source.adapter.folder)
         paths.add(source.adapter.folder / ADAPTER_WEIGHTS)
     for folder in folders:
         for pattern in ("*.json", "*.jinja", f"{TEMPLATES}/*.jinja", "*/config.json"):
             paths.update(folder.glob(pattern))
     # Regular files only: reading a pipe or a device would never end.
     regular = [path for path in paths if path.name != MANIFEST and path.is_file()]
-    return sorted((path.name, record.sha256) for path, record in record_files(regular).items())
+
+    def name(path: Path) -> str:
+        # Two Dense modules have files of the same names.
+        number = next(i for i, folder in enumerate(folders) if path.is_relative_to(folder))
+        return f"{number}/{path.relative_to(folders[number]).as_posix()}"
+
+    return sorted((name(path), record.sha256) for path, record in record_files(regular).items())
 
 
 def hash_json(value: object) -> str:

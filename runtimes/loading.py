@@ -180,9 +180,14 @@ def _load(info: ModelInfo, device: str, max_length: int | None, check: bool) -> 
 
 def _run(info: ModelInfo, device: str, max_length: int | None) -> Embedder | Reranker:
     length = choose_length(info, max_length)
+    runner: Embedder | Reranker
     if info.task == "embedding":
-        return Embedder(info, *_open(info, device, lambda: _embedding_tokenizer(info, length)))
-    return Reranker(info, *_open(info, device, lambda: _reranker_tokenizer(info, length)))
+        runner = Embedder(info, *_open(info, device, lambda: _embedding_tokenizer(info, length)))
+    else:
+        runner = Reranker(info, *_open(info, device, lambda: _reranker_tokenizer(info, length)))
+    # Another run may have replaced the folder meanwhile: settings of the one, weights of the other.
+    info.check_unchanged()
+    return runner
 
 
 def _embedding_tokenizer(info: ModelInfo, max_length: int) -> EmbeddingTokenizer:

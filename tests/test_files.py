@@ -1,5 +1,6 @@
 """Only regular files are read, up to a size: a FIFO without a writer would block for ever."""
 
+import hashlib
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from embedport import ModelSpec
+from embedport import ModelSpec, integrity
 from embedport.checkpoint.modelcard import declared_task
 from embedport.checkpoint.tensor_files import open_shard
 from embedport.errors import CheckpointError, InputError
@@ -75,3 +76,48 @@ def test_a_place_where_nothing_can_be_removed(tmp_path):
         written(tmp_path / "file" / "x") as file,
     ):
         file.write(b"")
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """Threads, or processes of two containers with one number: none writes into the other's."""
+    path = tmp_path / "x"
+    with written(path) as outer:
+        outer.write(b"outer, " * 3)
+        with written(path) as inner:
+            inner.write(b"inner")
+        assert path.read_bytes() == b"inner"
+    assert path.read_bytes() == b"outer, " * 3
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_hash_is_of_the_file_that_is_opened(tmp_path, monkeypatch):
+    """Not of one that replaces it meanwhile: the cache would keep that under the first's inode."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "x"
+    path.write_bytes(b"first")
+    place = integrity.cache_folder
+
+    def replacing(name):
+        folder.rename(tmp_path / "kept")
+        folder.mkdir()
+        path.write_bytes(b"other")
+        return place(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(integrity, "cache_folder", replacing)
+        integrity.record_files([path])
+    (record,) = integrity.record_files([tmp_path / "kept" / "x"]).values()
+    assert record.sha256 == hashlib.sha256(b"first").hexdigest()
+
+
+def test_a_copy_that_keeps_the_time_of_change(tmp_path):
+    """It may have a deleted file's inode as well, and is another file."""
+    path = tmp_path / "x"
+    path.write_bytes(b"first")
+    states, before = integrity.read_states([path]), path.stat()
+    while path.stat().st_ctime_ns == before.st_ctime_ns:
+        path.write_bytes(b"other")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match="x was changed or replaced while"):
+        integrity.check_unchanged(states, InputError)

@@ -212,6 +212,7 @@ def validate(
     if page is not None and judged.comparisons:
         torch_device = "cpu" if runtime_device == "cpu" else "cuda"
         layers = layer_errors(info, source, rows, device=torch_device)
+    info.check_unchanged()
     report = Report(
         artifact=str(artifact),
         precision=info.precision,
@@ -248,8 +249,8 @@ def validate(
         text = render(report, details)
         with written(Path(page)) as file:
             file.write(text.encode())
-    if record_folder is not None:
-        record_parity(record_folder, report.to_record(), report.to_markdown())
+    if record_folder is not None and info.artifact is not None:
+        record_parity(info.artifact, report.to_record(), report.to_markdown())
     return report
 
 

@@ -19,13 +19,13 @@ import secrets
 import shutil
 import traceback
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, InputError
 from ..files import MANIFEST, check_name, written
-from ..integrity import check_files, record_files
+from ..integrity import State, check_files, check_unchanged, read_states, record_files
 from ..leftovers import OLD, lock, tidy_up
 from ..links import check_links
 from ..tables import size_words
@@ -44,10 +44,17 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk whose files match its manifest."""
+    """An artifact on disk whose files match its manifest.
+
+    Attributes:
+        folder: Its folder.
+        manifest: Its manifest.
+        states: The states of its files, from before they were compared with the manifest.
+    """
 
     folder: Path
     manifest: Manifest
+    states: Mapping[Path, State] = field(default_factory=dict, compare=False, repr=False)
 
     def __repr__(self) -> str:
         # A manifest is too long for a notebook.
@@ -70,6 +77,7 @@ class Artifact:
             raise InputError(f"{folder}: no such folder")
         manifest = Manifest.from_json(folder / MANIFEST)
         check_links(folder)
+        states = read_states(folder / name for name in manifest.files)
         check_files(folder, dict(manifest.files))
         for name in TOKENIZER_FILES:
             if name not in manifest.files and (folder / name).exists():
@@ -77,7 +85,15 @@ class Artifact:
                     f"{folder / name} was added to the artifact, and would change its tokens: take "
                     "it out"
                 )
-        return cls(folder, manifest)
+        return cls(folder, manifest, states)
+
+    def check_unchanged(self) -> None:
+        """Refuse what was read from files that were replaced since the artifact was opened.
+
+        Raises:
+            ArtifactError: A file has another state.
+        """
+        check_unchanged(self.states, ArtifactError)
 
     @property
     def graph(self) -> Path:
@@ -176,11 +192,12 @@ def _put_in_place(partial: Path, output: Path) -> None:
     except BlockingIOError:
         raise InputError(f"{output} is being replaced by another run: try it again") from None
     try:
-        output.rename(old)
         try:
+            output.rename(old)
             partial.rename(output)
-        except OSError:
-            old.rename(output)
+        except BaseException:  # Ctrl-C, too
+            if old.exists() and not os.path.lexists(output):
+                old.rename(output)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -212,36 +229,62 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> Manifest:
     return manifest
 
 
-def record_parity(folder: str | Path, parity: Mapping[str, Any], table: str) -> None:
+def record_parity(artifact: Artifact, parity: Mapping[str, Any], table: str) -> None:
     """Store a validation's figures in an artifact's manifest and model card.
 
     Args:
-        folder: The artifact's folder.
+        artifact: The artifact that was validated.
         parity: The figures, as JSON values.
         table: The same in Markdown, for the model card.
 
     Raises:
-        ArtifactError: The folder is not an artifact, or cannot be written.
+        ArtifactError: The folder holds another artifact by now, or cannot be written.
     """
-    folder = Path(folder).expanduser()
-    manifest = replace(Manifest.from_json(folder / MANIFEST), parity=dict(parity))
-    _record(folder / CARD, model_card(manifest, folder.resolve().name, table), "figures")
-    _record(folder / MANIFEST, manifest.to_json(), "figures")
+    folder = artifact.folder
+    with _present_manifest(artifact, "figures") as manifest:
+        manifest = replace(manifest, parity=dict(parity))
+        _record(folder / CARD, model_card(manifest, folder.resolve().name, table), "figures")
+        _record(folder / MANIFEST, manifest.to_json(), "figures")
 
 
-def record_ranges(folder: str | Path, ranges: Mapping[str, Any]) -> None:
+def record_ranges(artifact: Artifact, ranges: Mapping[str, Any]) -> None:
     """Store the value ranges of an embedder's vectors in its manifest.
 
     Args:
-        folder: The artifact's folder.
+        artifact: The artifact whose vectors were measured.
         ranges: Vector width to the minimum and maximum of each value.
 
     Raises:
-        ArtifactError: The folder is not an artifact, or cannot be written.
+        ArtifactError: The folder holds another artifact by now, or cannot be written.
     """
-    path = Path(folder).expanduser() / MANIFEST
-    manifest = replace(Manifest.from_json(path), ranges=dict(ranges))
-    _record(path, manifest.to_json(), "ranges")
+    with _present_manifest(artifact, "ranges") as manifest:
+        text = replace(manifest, ranges=dict(ranges)).to_json()
+        _record(artifact.folder / MANIFEST, text, "ranges")
+
+
+@contextlib.contextmanager
+def _present_manifest(artifact: Artifact, what: str) -> Generator[Manifest]:
+    """The manifest to record something in; no other run records or replaces it in the block.
+
+    Raises:
+        ArtifactError: The folder holds another artifact by now, or none.
+    """
+    try:
+        descriptor = lock(artifact.folder, wait=True)
+    except OSError as error:
+        raise ArtifactError(f"the {what} cannot be recorded: {error}") from error
+    try:
+        manifest = Manifest.from_json(artifact.folder / MANIFEST)
+        measured = replace(artifact.manifest, parity=manifest.parity, ranges=manifest.ranges)
+        if manifest != measured:
+            raise ArtifactError(
+                f"the {what} are not recorded: {artifact.folder} was replaced while they were "
+                "measured, and they are its predecessor's; measure again"
+            )
+        yield manifest
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _record(path: Path, text: str, what: str) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError
 from ..files import MANIFEST
+from ..integrity import State, check_unchanged, read_states
 from ..leftovers import tidy_up
 from ..links import check_broken_links
 from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER_CONFIG
 from .adapter import is_adapter, read_base
 
+CARD = "README.md"
 # A checkpoint's configuration, tokenizer, model card and safetensors. Nothing else is downloaded:
 # no pickled weights, no code.
-CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json", "README.md"]
+CONFIG_PATTERNS = ["*.json", "*.jinja", "merges.txt", "*/config.json", CARD]
 CONFIG_PATTERNS += [f"*/{ADAPTER_CONFIG}"]
 # An adapter's folder with one of these files also provides the tokenizer and the pipeline.
 PIPELINE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
@@ -37,12 +40,14 @@ class Source:
         revision: Commit hash if it is from the hub.
         folder: The folder with config.json and the weights, absolute: a program may change its own.
         adapter: The adapter to merge into the weights.
+        states: The states that a local folder's files had before any was read.
     """
 
     id: str
     revision: str | None
     folder: Path
     adapter: Source | None = None
+    states: Mapping[Path, State] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def pipeline(self) -> Path:
@@ -75,6 +80,16 @@ class Source:
     def is_cached(self) -> bool:
         """Whether the folder is in the hub's cache, which must not be written to."""
         return self.revision is not None or self.folder.resolve().match(SNAPSHOT)
+
+    def check_unchanged(self) -> None:
+        """Refuse what was read from a folder whose files were replaced since it was found.
+
+        Raises:
+            CheckpointError: A file has another state.
+        """
+        check_unchanged(self.states, CheckpointError)
+        if self.adapter is not None:
+            self.adapter.check_unchanged()
 
 
 def fetch(
@@ -165,7 +180,8 @@ def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source
                 "leave the revision out"
             )
         check_broken_links(folder, CONFIG_PATTERNS + WEIGHT_PATTERNS)
-        return Source(str(checkpoint), None, folder.absolute())
+        folder = folder.absolute()
+        return Source(str(checkpoint), None, folder, states=_read_states(folder))
     if exists:
         raise InputError(f"{checkpoint} is not a folder; give the checkpoint's folder")
     name, _, named_revision = str(checkpoint).partition("@")
@@ -176,6 +192,12 @@ def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source
             f"{checkpoint} names revision {named_revision}, and {revision} is given: give one"
         )
     return _download(name, named_revision or revision, weights)
+
+
+def _read_states(folder: Path) -> dict[Path, State]:
+    paths = {path for pattern in CONFIG_PATTERNS + WEIGHT_PATTERNS for path in folder.glob(pattern)}
+    # Figures may be recorded in these while another process reads the folder.
+    return read_states(path for path in paths if path.name not in (MANIFEST, CARD))
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Source:

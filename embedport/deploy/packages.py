@@ -98,6 +98,8 @@ def deployment(output: Path, artifacts: Sequence[Artifact]) -> Generator[Path]:
     needs = SMALL + sum(artifact.size for artifact in artifacts)
     with staged(output, force=False, needs=needs) as folder:
         yield folder
+        for artifact in artifacts:
+            artifact.check_unchanged()
 
 
 def copy_graph(path: Path, folder: Path) -> None:

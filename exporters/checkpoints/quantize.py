@@ -157,6 +157,7 @@ def quantize_checkpoint(
             turn_into_classifier(folder)
         write_serving_files(spec, chosen_form, folder, output.name)
         _write_tensors(folder, plan, chosen_form, source, quantize, progress)
+        spec.source.check_unchanged()
         write_manifest(
             folder,
             _manifest(weights, plan, describe_calibration(rows, calibration) if rows else None),

@@ -195,6 +195,7 @@ def export(
             plan, design, weights, continuation, search, folder, progress, advance
         )
         make_witness(folder, manifest, advance)
+        spec.source.check_unchanged()
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
 

@@ -58,6 +58,7 @@ def export_stored(weights: StoredWeights, output: Path) -> Artifact:
             lambda stage, done, total: None,
             lambda: None,
         )
+        plan.spec.source.check_unchanged()
         write_manifest(folder, manifest, output.name)
     return Artifact.open(output)
 

@@ -130,6 +130,7 @@ def export_tensorrt(
     with staged(Path(output), force=force, needs=2 * size) as folder:
         if source_artifact:
             manifest = _copy(source_artifact, folder)
+            source_artifact.check_unchanged()
             if WITNESS not in manifest.files:
                 make_witness(folder, manifest)
         else:

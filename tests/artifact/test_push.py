@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import embedport
-from embedport.artifact.folder import record_parity
+from embedport.artifact.folder import Artifact, record_parity
 from embedport.artifact.push import prepare
 from embedport.errors import ArtifactError
 
@@ -147,7 +147,7 @@ def folder(tmp_path_factory, checkpoints):
     embedport.export(checkpoints("kv2"), folder, consumers=["sentence-transformers"])
     gates = [{"name": "minimum cosine", "value": 0.9999, "passed": True}]
     parity = {"inputs": 3, "library": "sentence-transformers 6.2.0", "gates": gates}
-    record_parity(folder, parity, "| a table |")
+    record_parity(Artifact.open(folder), parity, "| a table |")
     return folder
 
 
@@ -251,7 +251,8 @@ def test_folders_of_other_machines(folder, copied):
     reference = "/home/bob/my models/base at 1 with /home/bob/lora"
     parity = {"inputs": 3, "library": "x", "gates": [], "reference": reference}
     step = "Compare it with its own checkpoint: that of /home/bob/lora has another."
-    record_parity(made, parity | {"next_steps": [step]}, f"| Reference | {reference} |\n{step}")
+    table = f"| Reference | {reference} |\n{step}"
+    record_parity(Artifact.open(made), parity | {"next_steps": [step]}, table)
     publication = prepare(made, "me/model", license="mit")
     for text in (publication.manifest, publication.card):
         assert "/home/" not in text

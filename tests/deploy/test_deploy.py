@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
@@ -17,8 +19,8 @@ import yaml
 import embedport
 from embedport.cli import main
 from embedport.deploy import deploy_docker, deploy_triton, deploy_vespa
-from embedport.deploy.packages import open_artifact
-from embedport.errors import InputError
+from embedport.deploy.packages import deployment, open_artifact
+from embedport.errors import ArtifactError, InputError
 from embedport.strict_json import load_json
 
 TEXTS = ["What is the capital of China?", "tea", "a " * 60, "日本語 🥾"]
@@ -270,4 +272,15 @@ def test_one_line(folders, checkpoints, tmp_path, monkeypatch, capsys, arguments
         main()
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_artifact_that_is_replaced_while_it_is_copied(folders, tmp_path):
+    folder = Path(shutil.copytree(folders / "embedding", tmp_path / "model"))
+    change = deployment(tmp_path / "out", [embedport.Artifact.open(folder)])
+    change.__enter__()
+    shutil.rmtree(folder)
+    shutil.copytree(folders / "embedding", folder)
+    with pytest.raises(ArtifactError, match="was changed or replaced while"):
+        change.__exit__(None, None, None)
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -203,6 +204,28 @@ def test_killed(checkpoints, tmp_path):
     assert left_in(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        embedport.export,
+        lambda *_, **options: embedport.quantize_checkpoint(*_, method="bnb-int8", **options),
+    ],
+    ids=["export", "quantize"],
+)
+def test_a_checkpoint_that_is_replaced_meanwhile(checkpoints, copied, tmp_path, write):
+    """The artifact would have layers of both."""
+    folder = copied(checkpoints("kv2"), "checkpoint")
+    weights = folder / "model.safetensors"
+
+    def replacing(*_):
+        shutil.copyfile(weights, tmp_path / "new")
+        (tmp_path / "new").replace(weights)
+
+    with pytest.raises(CheckpointError, match=r"safetensors was changed or replaced while"):
+        write(folder, tmp_path / "out", progress=replacing)
+    assert left_in(tmp_path) == ["checkpoint"]
+
+
 def test_two_exports_at_once_do_not_tidy_each_other_up(checkpoints, tmp_path):
     there = []
     with (
@@ -229,6 +252,32 @@ def test_killed_while_replacing(tmp_path):
     with staged(tmp_path / "out", force=True, needs=0) as folder:
         (folder / "embedport.json").write_text("new")
     assert (tmp_path / "out" / "embedport.json").read_text() == "new"
+    assert left_in(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_ctrl_c_while_replacing(tmp_path, monkeypatch, done):
+    """There is an artifact all the time, the earlier or the new one, not only from the next run."""
+    out = tmp_path / "out"
+    with staged(out, force=False, needs=0) as folder:
+        (folder / "embedport.json").write_text("earlier")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        first = target == out and not interrupts
+        if done or not first:
+            rename(path, target)
+        if first:
+            interrupts.append(path)
+            raise KeyboardInterrupt
+
+    interrupts: list[Path] = []
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged(out, force=True, needs=0) as folder:
+        (folder / "embedport.json").write_text("new")
+    assert (out / "embedport.json").read_text() == ("new" if done else "earlier")
+    with staged(tmp_path / "out", force=True, needs=0) as folder:
+        (folder / "embedport.json").write_text("next")
     assert left_in(tmp_path) == ["out"]
 
 
@@ -384,7 +433,7 @@ def test_the_file_that_cannot_be_copied_is_named(checkpoints, copied, tmp_path):
 
 def test_parity_is_recorded(artifacts, copied):
     folder = copied(artifacts("kv2").artifact.folder)
-    record_parity(folder, {"cosine": {"minimum": 0.999}}, "| cosine | 0.999 |")
+    record_parity(Artifact.open(folder), {"cosine": {"minimum": 0.999}}, "| cosine | 0.999 |")
     assert Artifact.open(folder).manifest.parity == {"cosine": {"minimum": 0.999}}
     assert "| cosine | 0.999 |" in (folder / "README.md").read_text()
     assert json.loads((folder / "embedport.json").read_text())["parity"]

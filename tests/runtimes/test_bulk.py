@@ -260,6 +260,32 @@ def test_another_model(job, checkpoints, tmp_path):
         encode_corpus(replace(job, model=str(other)), run_here)
 
 
+def test_two_jobs_that_begin_in_one_folder(job):
+    """Their shards look alike: the folder would have vectors of both, and call itself complete."""
+
+    def meanwhile(one, shards, advance):
+        with pytest.raises(InputError, match=r"another run writes into .*vectors: wait"):
+            encode_corpus(replace(job, prompt="query"), run_here)
+        run_here(one, shards, advance)
+
+    index = encode_corpus(job, meanwhile)
+    assert index.prompt == ""
+    assert stacked(job.output).shape == (len(RAGGED), 64)
+
+
+def test_a_model_that_is_replaced_meanwhile(job, artifact, checkpoints, tmp_path):
+    """Between the plan and the start of a worker, perhaps on another machine."""
+    model = Path(shutil.copytree(artifact, tmp_path / "model"))
+
+    def meanwhile(one, shards, advance):
+        embedport.export(checkpoints("kv2"), model, precision="int8", force=True)
+        run_here(one, shards, advance)
+
+    with pytest.raises(InputError, match="model holds other files or ranges than when"):
+        encode_corpus(replace(job, model=str(model)), meanwhile)
+    assert not shards(job.output)
+
+
 def test_a_checkpoint_that_pools_otherwise_is_another_model(job, checkpoints, tmp_path):
     """Its weights, config.json and tokenizer.json are the same: a job must not go on with it."""
     folder = tmp_path / "checkpoint"

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from threading import Event
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport import integrity
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError, require
 from embedport.runtimes import loading
 from embedport.runtimes.info import hash_model, read_info
@@ -67,6 +69,15 @@ def test_a_pickle_of_a_relative_folder(folders, tmp_path, monkeypatch):
     embedder = embedport.load(folder.name, device="cpu")
     monkeypatch.chdir(tmp_path)
     assert pickle.loads(pickle.dumps(embedder)).info.folder == folder
+
+
+def test_a_pickle_of_a_folder_that_was_replaced(folders, checkpoints, copied):
+    """Workers of one pool would give vectors of two models."""
+    folder = copied(folders / "embedding")
+    pickled = pickle.dumps(embedport.load(folder, device="cpu"))
+    embedport.export(checkpoints("kv2"), folder, precision="int8", force=True)
+    with pytest.raises(InputError, match="another artifact than when the model was pickled"):
+        pickle.loads(pickled)
 
 
 def test_a_pickled_reranker(reranker):
@@ -126,6 +137,34 @@ def test_the_tokenizer_is_read_while_the_graph_opens(folders, monkeypatch):
     assert model.encode(["a"]).shape == (1, 64)
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), OSError(5, "Input/output error")])
+def test_files_that_go_while_they_are_checked(folders, monkeypatch, error):
+    """Deleted by another run, or on a disk that fails."""
+    monkeypatch.setattr(integrity, "_record", mock.Mock(side_effect=error))
+    with pytest.raises(ArtifactError, match=rf"embedding cannot be read: .*{error.strerror}"):
+        embedport.load(folders / "embedding", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
+def test_replaced_while_it_is_loaded(folders, checkpoints, copied, monkeypatch, kind):
+    """It would run the weights of one with the settings and tokens of the other."""
+    model = folders / "embedding" if kind == "artifact" else checkpoints("kv2")
+    folder, name = copied(model), "OnnxModel" if kind == "artifact" else "TorchModel"
+    opened: Any = getattr(loading, name)
+
+    def replacing(*arguments):
+        folder.rename(folder.with_name("earlier"))
+        shutil.copytree(model, folder)
+        return opened(*arguments)
+
+    monkeypatch.setattr(loading, name, replacing)
+    error = ArtifactError if kind == "artifact" else CheckpointError
+    with pytest.raises(error, match="was changed or replaced while"):
+        embedport.load(folder, device="cpu")
+    monkeypatch.undo()
+    assert embedport.load(folder, device="cpu").device == "cpu"
+
+
 def test_prompts(embedder):
     query = embedder.encode(["gravity"], prompt="query")
     literal = embedder.encode(["gravity"], prompt=query_prompt(DEFAULT_INSTRUCTION))
@@ -174,6 +213,18 @@ def test_every_file_that_decides_counts_for_a_models_hash(checkpoints, copied):
         (folder / name).write_text("{}")
         hashes.add(hash_model(read_info(folder)))
     assert len(hashes) == 4
+
+
+def test_folders_that_change_places_count_for_a_models_hash(checkpoints, copied):
+    """Two Dense modules have files of the same names; in another order they give other vectors."""
+    folder = copied(checkpoints())
+    hashes = set()
+    for texts in (("{}", "[]"), ("[]", "{}")):
+        for name, text in zip(("2_Dense", "3_Dense"), texts, strict=True):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / "config.json").write_text(text)
+        hashes.add(hash_model(read_info(folder)))
+    assert len(hashes) == 2
 
 
 def test_what_is_no_integer(embedder, reranker):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import embedport
-from embedport.artifact.folder import record_parity
+from embedport.artifact.folder import Artifact, record_parity, record_ranges
 from embedport.checkpoint.hub import Source
 from embedport.errors import ArtifactError, InputError
 from embedport.validation import parity, preconditions
@@ -88,8 +88,23 @@ def test_figures_that_cannot_be_written_leave_nothing(folders, copied):
     (folder / "README.md").mkdir()
     before = sorted(folder.iterdir())
     with pytest.raises(ArtifactError, match=r"figures cannot be recorded: .*README\.md cannot be"):
-        record_parity(folder, {}, "| a table |")
+        record_parity(Artifact.open(folder), {}, "| a table |")
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "record", [lambda made: record_parity(made, {}, ""), lambda made: record_ranges(made, {})]
+)
+def test_an_artifact_gets_no_figures_of_its_predecessor(folders, copied, record):
+    """Another run may replace the folder while it is validated: a passed verdict is not of both."""
+    folder = copied(folders("embedding").artifact)
+    measured = Artifact.open(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(folders("reranker").artifact, folder)
+    before = (folder / "embedport.json").read_bytes()
+    with pytest.raises(ArtifactError, match=r"are not recorded: .* was replaced while"):
+        record(measured)
+    assert (folder / "embedport.json").read_bytes() == before
 
 
 def test_the_page_is_there_when_recording_fails(folders, copied, monkeypatch, tmp_path):
