@@ -110,22 +110,18 @@ def _state(path: Path) -> State | None:
 
 def _record(path: Path) -> FileRecord:
     with path.open("rb") as file:
-        return _hash(file)
-
-
-def _hash(file: BufferedReader) -> FileRecord:
-    # Of the open file: the path may lead to another one by now.
-    status = os.fstat(file.fileno())
-    if not CHANGES_SHOW:
-        return FileRecord(status.st_size, _digest(file))
-    identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
-    # Any write changes ctime, even if mtime is set back afterwards.
-    stamp = cache_folder("sha256") / f"{identity}-{status.st_ctime_ns}"
-    with contextlib.suppress(OSError, ValueError):
-        sha256 = stamp.read_text(encoding="ascii")
-        if len(sha256) == 64:
-            return FileRecord(status.st_size, sha256)
-    sha256 = _digest(file)
+        # Of the open file: the path may lead to another one by now.
+        status = os.fstat(file.fileno())
+        if not CHANGES_SHOW:
+            return FileRecord(status.st_size, _hash(file))
+        identity = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+        # Any write changes ctime, even if mtime is set back afterwards.
+        stamp = cache_folder("sha256") / f"{identity}-{status.st_ctime_ns}"
+        with contextlib.suppress(OSError):
+            sha256 = stamp.read_text(encoding="ascii")
+            if len(sha256) == 64:
+                return FileRecord(status.st_size, sha256)
+        sha256 = _hash(file)
     # If the cache cannot be written, the next load hashes the file again.
     with contextlib.suppress(OSError):
         stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +129,7 @@ def _hash(file: BufferedReader) -> FileRecord:
     return FileRecord(status.st_size, sha256)
 
 
-def _digest(file: BufferedReader) -> str:
+def _hash(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -55,7 +55,7 @@ def read_record(kind: type[Record], values: Any, place: str = "") -> Record:
         where = f" of {place}" if place else ""
         raise ValueError(f"missing or unknown keys{where}: {', '.join(sorted(wrong))}")
     return kind(
-        **{key: _read(kinds[key], each, _below(place, key)) for key, each in values.items()}
+        **{key: _read(kinds[key], value, _below(place, key)) for key, value in values.items()}
     )
 
 
@@ -86,25 +86,25 @@ def _read(kind: Any, value: Any, place: str) -> Any:
         return read_record(kind, value, place)
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        records: list[Any] = [each for each in args if is_dataclass(each)]
+        records: list[Any] = [arg for arg in args if is_dataclass(arg)]
         if records and isinstance(value, Mapping):
             return read_record(records[0], value, place)
-        for each in args:
+        for arg in args:
             with suppress(ValueError):
-                return _read(each, value, place)
+                return _read(arg, value, place)
     elif origin is tuple and isinstance(value, list | tuple):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
-            return tuple(_read(*each, place) for each in zip(kinds, value, strict=True))
+            return tuple(_read(*pair, place) for pair in zip(kinds, value, strict=True))
     elif origin is Mapping and isinstance(value, Mapping):
-        return {key: _read(args[1], each, _below(place, key)) for key, each in value.items()}
+        return {key: _read(args[1], item, _below(place, key)) for key, item in value.items()}
     elif (origin is Literal and value in args) or (kind is float and type(value) is int):
         return value
     raise ValueError(f"{place} should be {_words(kind)}, found {value!r:.80}")
 
 
 def _words(kind: Any) -> str:
-    """What a value of an annotation is, for people."""
+    """An annotation in words, for messages."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         names = list(map(str, args))

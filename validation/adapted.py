@@ -28,6 +28,9 @@ def open_folder(spec: ModelSpec, owner: object) -> Path:
     Args:
         spec: The checkpoint.
         owner: A temporary folder is there as long as this object.
+
+    Returns:
+        The checkpoint's folder, or the temporary one.
     """
     source = spec.source
     labels = None if spec.adapter is None else spec.adapter.labels

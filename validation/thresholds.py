@@ -73,14 +73,21 @@ IN_16_BITS = {
 
 
 def find_thresholds(
-    precision: str, *, arithmetic: str = "fp32", **overrides: float | None
+    precision: str,
+    *,
+    arithmetic: str = "fp32",
+    min_cosine: float | None = None,
+    max_score_difference: float | None = None,
+    max_ndcg_loss: float | None = None,
 ) -> Thresholds:
     """The thresholds of a precision, with overrides.
 
     Args:
         precision: The precision as in a manifest.
         arithmetic: The dtype in which a graph computes everything that is not quantized.
-        **overrides: Limits by name that replace the precision's, but for those that are None.
+        min_cosine: Replaces the precision's.
+        max_score_difference: Replaces the precision's.
+        max_ndcg_loss: Replaces the precision's.
 
     Raises:
         InputError: The precision is unknown.
@@ -92,5 +99,10 @@ def find_thresholds(
     thresholds = THRESHOLDS[precision]
     if arithmetic != "fp32" and precision not in ("fp16", "bf16"):
         thresholds = replace(thresholds, **IN_16_BITS)
+    overrides = {
+        "min_cosine": min_cosine,
+        "max_score_difference": max_score_difference,
+        "max_ndcg_loss": max_ndcg_loss,
+    }
     given = {name: limit for name, limit in overrides.items() if limit is not None}
     return replace(thresholds, **given)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..tables import command_words
-from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
+from .inputs import (
+    AdapterOption,
+    ArtifactOut,
+    CheckpointArgument,
+    DryRunOption,
+    RevisionOption,
+    TaskOption,
+)
 from .outputs import (
     echo_written,
     print_estimate,
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def export_onnx(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")],
+    checkpoint: CheckpointArgument,
     out: ArtifactOut,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-weight, int4, fp8 or auto.")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[
     str, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
 ]
+CheckpointArgument = Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")]
 ArtifactArgument = Annotated[str, typer.Argument(help="An artifact's folder, or a hub id.")]
 ArtifactOut = Annotated[Path, typer.Option("-o", "--out", help="The artifact's folder.")]
 # For every command that opens a model.

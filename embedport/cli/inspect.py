@@ -11,7 +11,7 @@ import typer
 from ..machine.engine import EngineRecord
 from ..records import read_record
 from ..tables import count_words, fact_table, size_words
-from .inputs import AdapterOption, RevisionOption, TaskOption, check_task
+from .inputs import AdapterOption, ModelArgument, RevisionOption, TaskOption, check_task
 from .outputs import stdout_console
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ FORMS = {
 
 
 def inspect(
-    target: Annotated[
-        str, typer.Argument(help="An artifact's or checkpoint's folder, or a hub id.")
-    ],
+    target: ModelArgument,
     revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     task: TaskOption = None,

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .inputs import AdapterOption, ArtifactOut, DryRunOption, RevisionOption, TaskOption
+from .inputs import (
+    AdapterOption,
+    ArtifactOut,
+    CheckpointArgument,
+    DryRunOption,
+    RevisionOption,
+    TaskOption,
+)
 from .outputs import (
     echo_written,
     print_estimate,
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")],
+    checkpoint: CheckpointArgument,
     out: ArtifactOut,
     method: Annotated[str, typer.Option(help="bnb-int8, bnb-nf4, gptq, awq, w8a8 or fp8.")],
     bits: Annotated[int | None, typer.Option(help="Bits for gptq: 4 or 8; 4 by default.")] = None,

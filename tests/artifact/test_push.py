@@ -242,7 +242,7 @@ def test_a_checkpoint_in_the_working_folder(folder, copied):
 
 
 def test_folders_of_other_machines(folder, copied):
-    """Of what a quantized checkpoint was made from, and of what the artifact was compared with."""
+    """A quantized checkpoint's original, and the reference that the artifact was compared with."""
     made = copied(folder)
     path = made / "embedport.json"
     manifest = json.loads(path.read_text())

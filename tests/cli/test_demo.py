@@ -37,7 +37,7 @@ def exported_once(monkeypatch, exported, tmp_path_factory):
 
 
 def test_stopped_while_it_replaces_an_earlier_one(tmp_path, monkeypatch):
-    """What is left is still a demo's, and the next one replaces it."""
+    """The rest is still a demo's, and the next one replaces it."""
     folder = tmp_path / "demo"
     _prepare(folder)
     (folder / "embedding").mkdir()

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import embedport
 from embedport import integrity
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError, require
 from embedport.runtimes import loading
-from embedport.runtimes.info import hash_model, read_info
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
 
 
@@ -48,41 +46,6 @@ def test_the_other_task_is_refused(folders, checkpoints):
     for model in (folders / "embedding", checkpoints("kv2", "embedding")):
         with pytest.raises(InputError, match=r"is an embedding model: use embedport\.load_emb"):
             embedport.load_reranker(model, device="cpu")
-
-
-def test_a_pickle_is_the_way_to_open_it(folders):
-    embedder = embedport.load_embedder(folders / "embedding", device="cpu", max_length=5)
-    embedder.ranges = {"64": [[0.0] * 64, [1.0] * 64]}
-    pickled = pickle.dumps(embedder)
-    assert len(pickled) < 5000
-    again = pickle.loads(pickled)
-    assert repr(again) == repr(embedder)
-    assert again.ranges == embedder.ranges
-    text = "more words than five tokens have room for"
-    np.testing.assert_array_equal(again.encode([text]), embedder.encode([text]))
-
-
-def test_a_pickle_of_a_relative_folder(folders, tmp_path, monkeypatch):
-    """A program that changes its own folder would pickle the way to another one."""
-    folder = folders / "embedding"
-    monkeypatch.chdir(folder.parent)
-    embedder = embedport.load(folder.name, device="cpu")
-    monkeypatch.chdir(tmp_path)
-    assert pickle.loads(pickle.dumps(embedder)).info.folder == folder
-
-
-def test_a_pickle_of_a_folder_that_was_replaced(folders, checkpoints, copied):
-    """Workers of one pool would give vectors of two models."""
-    folder = copied(folders / "embedding")
-    pickled = pickle.dumps(embedport.load(folder, device="cpu"))
-    embedport.export(checkpoints("kv2"), folder, precision="int8", force=True)
-    with pytest.raises(InputError, match="another artifact than when the model was pickled"):
-        pickle.loads(pickled)
-
-
-def test_a_pickled_reranker(reranker):
-    again = pickle.loads(pickle.dumps(reranker))
-    assert again.score([("tea", "a leaf")]) == reranker.score([("tea", "a leaf")])
 
 
 @pytest.mark.parametrize("asked", [None, "0"])
@@ -202,29 +165,6 @@ def test_dim_is_checked_before_any_text(embedder):
     with pytest.raises(InputError, match=r"dim should be an integer, found 8\.0"):
         embedder.encode(["a"], dim=8.0)
     assert embedder.encode(["a"], dim=np.int64(8)).shape == (1, 8)
-
-
-def test_every_file_that_decides_counts_for_a_models_hash(checkpoints, copied):
-    """A second chat template is one: sentence-transformers then takes messages to have parts."""
-    folder = copied(checkpoints())
-    hashes = {hash_model(read_info(folder))}
-    for name in ("chat_template.jinja", "additional_chat_templates/x.jinja", "2_Dense/config.json"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
-        hashes.add(hash_model(read_info(folder)))
-    assert len(hashes) == 4
-
-
-def test_folders_that_change_places_count_for_a_models_hash(checkpoints, copied):
-    """Two Dense modules have files of the same names; in another order they give other vectors."""
-    folder = copied(checkpoints())
-    hashes = set()
-    for texts in (("{}", "[]"), ("[]", "{}")):
-        for name, text in zip(("2_Dense", "3_Dense"), texts, strict=True):
-            (folder / name).mkdir(exist_ok=True)
-            (folder / name / "config.json").write_text(text)
-        hashes.add(hash_model(read_info(folder)))
-    assert len(hashes) == 2
 
 
 def test_what_is_no_integer(embedder, reranker):
