@@ -1,5 +1,6 @@
 """Checkpoints in the hub's layout: small, seeded, of several geometries, made once a session."""
 
+import ctypes
 import gc
 import json
 import lzma
@@ -52,6 +53,14 @@ def pytest_collection_finish():
     """Keep the garbage collector off what stays: of torch and others that is a million objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """Give freed memory back after a module: glibc keeps hundreds of MB of it in its arenas."""
+    yield
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,6 +9,7 @@ import pytest
 
 import embedport
 from embedport.errors import InputError
+from embedport.runtimes.bulk import INDEX
 
 TEXTS = ["What is the capital of China?", "Explain gravity", "日本語 🥾"]
 
@@ -44,6 +45,27 @@ class TestEncode:
         run("encode", folders / "embedding", *TEXTS, "-o", tmp_path / "out.jsonl")
         assert len(json_lines((tmp_path / "out.jsonl").read_text())) == 3
         assert not list(tmp_path.glob(".*partial*"))
+
+    def test_a_folder_of_shards(self, run, folders, tmp_path):
+        corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        command = ("encode", folders / "embedding", "--input", corpus, "-o", f"{output}/")
+        code, out, err = run(*command, "--prompt", "query")
+        assert (code, out) == (0, "")
+        assert f"{output}: 3 vectors of 64 in 1 shard\n" in err
+        for more, message in (
+            ((), "whose prompt was"),
+            (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),
+            (("--workers", "2"), "--workers goes with --engine ray"),
+        ):
+            code, _, err = run(*command, *more)
+            assert (code, err.count("\n")) == (2, 1)
+            assert message in err
+        dotted = tmp_path / "qwen3-0.6B"  # no file of the kind ".6B"
+        assert run(*command[:-1], f"{dotted}/")[0] == 0
+        assert (dotted / INDEX).is_file()
+        code, _, err = run("encode", folders / "embedding", "--input", "-", "-o", f"{output}/")
+        assert (code, "give --input FILE" in err) == (2, True)
 
     def test_a_file_is_not_replaced_unasked(self, run, folders, tmp_path, monkeypatch):
         (tmp_path / "out.npy").write_text("vectors of another day")

@@ -1,5 +1,7 @@
 """The graph against transformers, on real text in ragged batches."""
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -15,25 +17,24 @@ GEOMETRIES = ("kv1", "kv2", "kv8")
 DIALECTS = ("ort", "standard")
 # Minimum cosine, largest difference of score.
 LIMITS = {"fp32": (0.99999, 1e-6), "fp16": (0.9995, 1e-3), "bf16": (0.9995, 5e-3)}
-CASES = [
-    pytest.param(
-        geometry,
-        dialect,
-        precision,
-        # In 16 bits one geometry runs each time.
-        marks=[pytest.mark.slow] if precision != "fp32" and geometry != "kv8" else [],
-    )
-    for geometry in GEOMETRIES
-    for dialect in DIALECTS
-    for precision in LIMITS
-]
+
+
+def cases(fast):
+    """Each geometry, dialect and precision; all that `fast` does not choose are slow."""
+    return [
+        pytest.param(*case, marks=[] if fast(*case) else [pytest.mark.slow])
+        for case in itertools.product(GEOMETRIES, DIALECTS, LIMITS)
+    ]
 
 
 def cosines(a, b):
     return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-@pytest.mark.parametrize(("geometry", "dialect", "precision"), CASES)
+@pytest.mark.parametrize(
+    ("geometry", "dialect", "precision"),
+    cases(lambda geometry, *kind: geometry == "kv8" or kind == ("ort", "fp32")),
+)
 def test_embedding(artifacts, reference, geometry, dialect, precision):
     embedder = artifacts(geometry, "embedding", dialect=dialect, precision=precision)
     vectors = embedder.encode(TEXTS, batch_tokens=2048)
@@ -43,11 +44,13 @@ def test_embedding(artifacts, reference, geometry, dialect, precision):
     assert cosines(vectors, reference(geometry, "embedding")).min() >= LIMITS[precision][0]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
-    "precision",
-    ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "bf16"))],
+    ("geometry", "dialect", "precision"),
+    cases(
+        lambda geometry, dialect, precision: (
+            precision == "fp32" and (dialect == "ort" or geometry == "kv8")
+        )
+    ),
 )
 def test_reranker(artifacts, reference, geometry, dialect, precision):
     """One row of the head gives the softmax of two tokens, in fp32 to the last digits."""

@@ -35,7 +35,13 @@ def loaded(artifacts):
     )
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+# A reranker's graph is an embedder's with other outputs.
+BOTH = pytest.mark.parametrize(
+    "task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)]
+)
+
+
+@BOTH
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tensorrt_parses_it(loaded, name, task):
     """Engines of these graphs are built in tests/tensorrt."""

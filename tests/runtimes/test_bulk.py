@@ -383,37 +383,6 @@ def test_another_programs_folder_is_never_begun_anew(job):
     assert left == ["000000.npy", "2024.npy", INDEX]
 
 
-def test_command_line(job, artifact):
-    def run(*options):
-        command = [*COMMAND, artifact, "--input", job.input, "--output", job.output, *options]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    ended = run("--prompt", "query")
-    assert (ended.returncode, ended.stdout) == (0, "")
-    assert f"{job.output}: 35 vectors of 64 in 1 shard\n" in ended.stderr
-    dotted = job.output.with_name("qwen3-0.6B")
-    piped = subprocess.run(
-        [*COMMAND, artifact, "--input", job.input, "-o", f"{dotted}/"], capture_output=True
-    )
-    assert piped.returncode == 0
-    assert (dotted / INDEX).is_file()
-    command = [*COMMAND, artifact, "--input", "-", "-o", f"{job.output}/"]
-    ended = subprocess.run(command, capture_output=True, text=True, input="text")
-    assert (ended.returncode, "give --input FILE" in ended.stderr) == (2, True)
-    for options, message in (
-        ((), "whose prompt was"),
-        (("--engine", "spark"), "engine should be one of local, ray, found 'spark'"),
-        (("--workers", "2"), "--workers goes with --engine ray"),
-    ):
-        ended = run(*options)
-        assert ended.returncode == 2
-        assert ended.stderr.count("\n") == 1
-        assert message in ended.stderr
-    ended = subprocess.run([*COMMAND, artifact, "text", "--force"], capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "give --output" in ended.stderr
-
-
 RAY = """
 import os, signal, sys, threading, time
 from pathlib import Path

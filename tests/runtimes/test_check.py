@@ -24,19 +24,19 @@ WITNESSES = True
 CASES = [
     ("embedding", {}),
     ("embedding", {"precision": "int8"}),
-    ("embedding", {"precision": "int8-weight"}),
+    pytest.param("embedding", {"precision": "int8-weight"}, marks=pytest.mark.slow),
     ("embedding", {"precision": "int4"}),
-    ("embedding", {"precision": "fp16"}),
+    pytest.param("embedding", {"precision": "fp16"}, marks=pytest.mark.slow),
     ("embedding", {"precision": "bf16"}),
     ("embedding", {"precision": "fp8", "dialect": "standard"}),
     ("embedding", {"precision": "int8", "dialect": "standard"}),
-    ("embedding", {"dialect": "standard"}),
+    pytest.param("embedding", {"dialect": "standard"}, marks=pytest.mark.slow),
     ("embedding", {"dim": 32}),
     ("embedding", {"outputs": "hidden"}),
     ("embedding", {"max_length": 8}),
     ("reranker", {}),
     ("reranker", {"precision": "int8"}),
-    ("reranker", {"precision": "int4"}),
+    pytest.param("reranker", {"precision": "int4"}, marks=pytest.mark.slow),
     ("reranker", {"precision": "bf16", "dialect": "standard"}),
 ]
 

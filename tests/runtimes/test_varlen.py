@@ -44,7 +44,10 @@ def run(packed, folder, task, dtype):
     return found, padded(np.concatenate(rows), np.array(LENGTHS))
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float16", 0.99999), ("bfloat16", 0.999)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [("float16", 0.99999), pytest.param("bfloat16", 0.999, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("geometry", ["kv1", "kv2", "kv8"])
 def test_the_same_without_padding(packed, checkpoints, geometry, task, dtype, limit):

@@ -13,6 +13,7 @@ from embedport.validation.layers import layer_errors
 from embedport.validation.opening import open_live
 
 METHODS = ("bnb-int8", "bnb-nf4", "gptq", "awq", "w8a8", "fp8")
+SLOW = ("bnb-int8", "gptq", "fp8")
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 200]
 PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 200]
 
@@ -24,8 +25,8 @@ def validate(folder, checkpoint, task, **options):
 
 @pytest.mark.parametrize(
     "method",
-    # Its path is that of w8a8.
-    [pytest.param(each, marks=[pytest.mark.slow] if each == "fp8" else []) for each in METHODS],
+    # Each of the slow ones is read as another: by the same library, or as the same layers.
+    [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in METHODS],
 )
 @pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_every_method_passes(quantized, checkpoints, task, method):
@@ -43,14 +44,16 @@ def test_every_method_passes(quantized, checkpoints, task, method):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"),
+    ("task", "dtype", "precision"),
     [
-        ("float32", "fp32"),
-        pytest.param("float16", "fp16", marks=pytest.mark.slow),
-        ("bfloat16", "bf16"),
+        ("embedding", "float32", "fp32"),
+        ("reranker", "bfloat16", "bf16"),
+        pytest.param("embedding", "float16", "fp16", marks=pytest.mark.slow),
+        pytest.param("embedding", "bfloat16", "bf16", marks=pytest.mark.slow),
+        pytest.param("reranker", "float32", "fp32", marks=pytest.mark.slow),
+        pytest.param("reranker", "float16", "fp16", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
 def test_a_plain_checkpoint_passes_and_stays_as_it_is(checkpoints, task, dtype, precision):
     folder = checkpoints("kv2", task, dtype=dtype)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
