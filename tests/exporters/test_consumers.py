@@ -27,6 +27,8 @@ def exported(checkpoints, tmp_path_factory):
     made = {}
 
     def make(task, consumers, **options):
+        if options.get("precision") == "int4":
+            options["fast"] = True  # with a table in 4 bits, too
         key = (task, consumers, json.dumps(options))
         if key not in made:
             folder = tmp_path_factory.mktemp("consumers") / "artifact"

@@ -315,6 +315,22 @@ def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):
         embedport.export(checkpoints("kv1"), tmp_path / "out", recipe=path, dialect="standard")
 
 
+def test_a_standard_table_gives_the_same(checkpoints, artifacts, tmp_path):
+    """As a recipe of the other dialect does. At a width of 96 a row has three groups of 32."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"formats": {"embed_tokens": "int8/32s"}}))
+    ort, standard = (
+        embedport.load(
+            embedport.export(
+                checkpoints("kv1"), tmp_path / dialect, recipe=path, dialect=dialect
+            ).folder
+        ).encode(TEXTS[::4])
+        for dialect in ("ort", "standard")
+    )
+    np.testing.assert_allclose(standard, ort, atol=1e-6, rtol=0)
+    assert np.abs(ort - artifacts("kv1").encode(TEXTS[::4])).max() > 1e-5
+
+
 def test_a_folder_that_is_here_is_not_replaced(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="exists; choose another place"):

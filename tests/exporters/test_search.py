@@ -1,6 +1,7 @@
 """Choosing formats: within a size against every choice there is, and in the order of upgrades."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from embedport.exporters.calibration.choice import (
     sort_upgrades,
 )
 from embedport.exporters.calibration.gptq_awq import kept_bytes
+from embedport.exporters.onnx import export
 from embedport.exporters.onnx.export import _needed_bytes
 from embedport.exporters.onnx.plan import Options, plan_export
+from embedport.texts.beir import read_beir
+from embedport.texts.ranking import NDCG, candidate_pairs, measure, rank_candidates
 from tests.synthetic import Geometry, write_checkpoint
 
 GEOMETRY = Geometry(32, 2, 2, 1, 16, 64)
@@ -143,3 +147,60 @@ def test_matrices_narrower_than_a_group(small_tokenizer, tmp_path, target):
     assert found["bytes"] <= target.get("max_bytes", found["bytes"])
     kept = [trial for trial in found["trials"] if trial["min_cosine"] >= found["min_cosine"]]
     assert found["bytes"] == min((trial["bytes"] for trial in kept), default=found["bytes"])
+
+
+def test_texts_that_judge_do_not_calibrate(small_tokenizer, tmp_path, monkeypatch):
+    """A trial would pass on the texts that it was fitted to. The result is fitted to all."""
+    monkeypatch.setattr(search, "TRIALS", 1)
+    geometry = replace(GEOMETRY, num_layers=1)
+    checkpoint = write_checkpoint(tmp_path / "m", geometry, "embedding", small_tokenizer)
+    (tmp_path / "texts.txt").write_text("\n".join(f"text {'a' * i}" for i in range(9)))
+    judged, calibrated = [], []
+    run, apply = search._run_model, export.apply_recipe
+
+    def run_model(design, rows, folder):
+        judged.append({tuple(row) for row in rows})
+        return run(design, rows, folder)
+
+    def apply_recipe(weights, recipe, formats, rows, *rest):
+        calibrated.append({tuple(row) for row in rows})
+        return apply(weights, recipe, formats, rows, *rest)
+
+    monkeypatch.setattr(search, "_run_model", run_model)
+    monkeypatch.setattr(export, "apply_recipe", apply_recipe)
+    artifact = embedport.export(
+        checkpoint,
+        tmp_path / "auto",
+        precision="auto",
+        min_cosine=0.5,
+        calibration=tmp_path / "texts.txt",
+    )
+    recipe = artifact.manifest.recipe
+    assert recipe is not None
+    assert len(calibrated) == len(recipe["search"]["trials"]) + 1 == len(judged)
+    assert [len(rows) for rows in calibrated] == [6] * (len(calibrated) - 1) + [9]
+    assert all(rows == calibrated[-1] - calibrated[0] for rows in judged)
+
+
+def test_a_reranker_keeps_its_ranking(small_tokenizer, small_set, tmp_path, monkeypatch):
+    """The loss that a search records is that of the scores that the two artifacts give."""
+    monkeypatch.setattr(search, "TRIALS", 1)
+    geometry = replace(GEOMETRY, num_layers=1)
+    checkpoint = write_checkpoint(tmp_path / "m", geometry, "reranker", small_tokenizer)
+    folder = small_set(every=200, others=20)
+    data = read_beir(folder)
+
+    def ndcg(name, **options):
+        artifact = embedport.export(checkpoint, tmp_path / name, **options)
+        reranker = embedport.load_reranker(artifact.folder, device="cpu")
+        scores = reranker.score(candidate_pairs(data))
+        ranking = rank_candidates(data.candidates, scores)
+        return measure(ranking, data.relevance, (NDCG,))[NDCG].mean(), artifact
+
+    auto = {"precision": "auto", "fast": True, "retrieval": folder, "max_ndcg_loss": 1.0}
+    (exact, _), (found, artifact) = ndcg("fp32"), ndcg("auto", **auto)
+    recipe = artifact.manifest.recipe
+    assert recipe is not None
+    (trial,) = recipe["search"]["trials"]
+    assert found != exact
+    assert trial["ndcg_loss"] == pytest.approx(exact - found, abs=1e-6)
