@@ -382,6 +382,7 @@ def test_the_16_bit_dtype(checkpoints, tmp_path, dtype):
         ),
         ("embedding", "kv2", {"method": "bnb-nf4"}, "down_proj of 64 x 160 .* blocks of 64 inputs"),
         ("embedding", "kv8", {"method": "gptq", "symmetric": True}, "`symmetric` goes with awq"),
+        ("embedding", "kv8", {"method": "fp8", "fast": True}, "fp8 is fast: `fast` goes with bnb-"),
         ("embedding", "kv8", {"method": "fp8", "form": "causal-lm"}, "has one form"),
         ("reranker", "kv8", {"method": "fp8", "form": "two-rows"}, "form should be one of"),
         ("embedding", "kv8", {"method": "fp8", "calibration": "x.txt"}, "runs no texts"),

@@ -524,11 +524,38 @@ def test_contradictions(with_matrix):
         StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, symmetric))).read_fp32(
             f"{MATRIX}.weight"
         )
+    plain = {"weight": np.ones((32, 128), np.float32)}
+    with pytest.raises(CheckpointError, match=r"down_proj is there twice, as .*weight_packed and"):
+        StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts | plain, config)))
     # Not compressed: its library rounds the weight by these scales when it computes.
     frozen = {"weight": np.ones((32, 128), np.float32), "weight_scale": parts["weight_scale"]}
     message = r"down_proj\.weight_scale is part of a quantized matrix, in a form other than .*int4"
     with pytest.raises(CheckpointError, match=message):
         StoredWeights(ModelSpec.from_checkpoint(with_matrix(frozen, tensors_of())))
+
+
+def test_integers_beyond_their_bits(with_matrix):
+    """Four bits in a byte each: 9 would be the code of -7."""
+    codes = np.zeros((32, 128), np.int8)
+    parts = {"weight": codes, "weight_scale": np.ones((32, 4), np.float32)}
+    config = tensors_of() | {"format": "int-quantized"}
+    folder = with_matrix(parts, config)
+    assert not StoredWeights(ModelSpec.from_checkpoint(folder)).read_fp32(f"{MATRIX}.weight").any()
+    codes[3, 4] = 9
+    weights = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+    with pytest.raises(CheckpointError, match="should hold integers of 4 bits .* found 0 to 9"):
+        weights.read_fp32(f"{MATRIX}.weight")
+
+
+def test_an_order_that_is_none(with_matrix):
+    """compressed-tensors fills g_idx with -1 where the inputs are in order."""
+    config, parts, _ = recorded("compressed-tensors-0.12", "group")
+    parts["weight_g_idx"][:] = -1
+    found = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+    assert found.schemes.keys() == {MATRIX}
+    parts["weight_g_idx"][:] = np.arange(128) // 32
+    ordered = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+    np.testing.assert_array_equal(*(each.read(f"{MATRIX}.weight") for each in (found, ordered)))
 
 
 def test_groups_that_differ_in_zero_points(with_matrix):

@@ -8,10 +8,11 @@ import pytest
 import embedport
 from embedport.artifact.sizes import graph_sizes
 from embedport.attention import SHORT_ROW
+from embedport.checkpoint.spec import ModelSpec
 from embedport.demo.pipeline import builtin_embedder
 from embedport.errors import InputError
 from embedport.exporters.onnx import Options, estimate_onnx
-from embedport.quantize.formats import Format
+from embedport.quantize.formats import Format, plan_formats
 from embedport.quantize.recipe import Recipe
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation import validate
@@ -280,6 +281,8 @@ def test_a_dry_run_knows_the_bytes(checkpoints, tmp_path, options):
         ({"formats": {"layers.0.mlp.up_proj": 8}}, "a format should be text"),
         ({"formats": {"layers.0.mlp.up_proj": "int4/48"}}, "group should be one of"),
         ({"formats": {"embed_tokens": "int8"}}, "not a format of a table"),
+        ({"formats": {"layers.0.mlp.up_proj": "fp8"}}, "fp8 goes with `dialect` standard"),
+        ({"formats": {}, "rotate": True, "rotate_heads": True}, "rotate turns heads too"),
         ({"formats": {}, "rotate": "no"}, "rotate should be bool, found 'no'"),
         ({"formats": {}, "bits": 4}, "'bits' is not part of a recipe"),
         ({"formats": {}, "algorithm": ["rtn"]}, "algorithm should be one of rtn, mse"),
@@ -313,6 +316,17 @@ def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):
     path.write_text(json.dumps({"formats": {"embed_tokens": "int8/64s"}}))
     with pytest.raises(InputError, match="groups of 64 should divide the width, 96"):
         embedport.export(checkpoints("kv1"), tmp_path / "out", recipe=path, dialect="standard")
+    path.write_text(json.dumps({"formats": {"embed_tokens": "int8/32"}}))
+    with pytest.raises(InputError, match=r"int8/32 has zero points, .* use int8/32s or"):
+        embedport.export(checkpoints("kv1"), tmp_path / "out", recipe=path, dialect="standard")
+
+
+@pytest.mark.parametrize(("geometry", "size"), [("kv8", 128), ("blocks", 64)])
+def test_engines_take_whole_groups(checkpoints, geometry, size):
+    """At a width of 192, the second of two groups of 128 would be half one."""
+    spec = ModelSpec.from_checkpoint(checkpoints(geometry))
+    formats = plan_formats(spec, "int4", dialect="standard")
+    assert {str(format) for format in formats.values()} == {f"int4/{size}s"}
 
 
 def test_a_standard_table_gives_the_same(checkpoints, artifacts, tmp_path):

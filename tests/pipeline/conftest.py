@@ -140,6 +140,32 @@ def with_score(descend, small_tokenizer):
 
 
 @pytest.fixture
+def classifier(descend):
+    """A function that makes a sequence classifier of so many labels."""
+
+    def make(labels=1, chat=None, **config):
+        folder = descend("reranker")
+        generator = np.random.default_rng(11)
+
+        def add_head(tensors):
+            tensors["score.weight"] = generator.standard_normal((labels, 64)).astype(np.float32)
+
+        change_tensors(folder, add_head)
+        edit(
+            folder / "config.json",
+            architectures=["Qwen3ForSequenceClassification"],
+            id2label={str(i): str(i) for i in range(labels)},
+            pad_token_id=config.pop("pad_token_id", 1021),
+            **config,
+        )
+        if chat is not None:
+            (folder / "chat_template.jinja").write_text(chat)
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def with_modules(descend):
     """A function that makes an embedder of modules: (name, config) each behind the Transformer."""
 

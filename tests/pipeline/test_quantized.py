@@ -8,9 +8,10 @@ import pytest
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
+from embedport.errors import InputError
 from tests.synthetic import edit
 
-from .conftest import PAIRS, TEXTS, open_embedder, open_reranker
+from .conftest import PAIRS, ROLES, TEXTS, change_tensors, open_embedder, open_reranker
 
 DENSE = {
     "in_features": 64,
@@ -38,18 +39,52 @@ def test_modules_are_carried_over(with_modules, tmp_path):
         assert (cosines / np.linalg.norm(expected, axis=1)).min() > 0.98
 
 
-@pytest.mark.parametrize("form", ["causal-lm", "sequence-classification"])
-def test_a_reranker_in_both_forms(with_score, tmp_path, form):
+@pytest.mark.parametrize(
+    ("form", "no"),
+    [("causal-lm", "Ġof"), ("sequence-classification", "Ġof"), ("causal-lm", None)],
+)
+def test_a_reranker_in_both_forms(with_score, tmp_path, form, no):
     from sentence_transformers import CrossEncoder
 
     settings = {"prompts": {"own": "Find a drink."}, "default_prompt_name": "own"}
-    folder = with_score("Ġthe", "Ġof", **settings)
+    folder = with_score("Ġthe", no, **settings)
     expected = CrossEncoder(str(folder), device="cpu").predict(PAIRS)
     artifact = embedport.quantize_checkpoint(folder, tmp_path / "fp8", method="fp8", form=form)
     found = open_reranker(artifact.folder).score(PAIRS)
     np.testing.assert_allclose(found, expected, atol=0.05)
     theirs = CrossEncoder(str(artifact.folder), device="cpu").predict(PAIRS)
     np.testing.assert_allclose(theirs, expected, atol=0.05)
+    config = json.loads((artifact.folder / "config.json").read_text())
+    # vLLM subtracts two tokens' logits.
+    assert ("classifier_from_token" in config) == (form == "causal-lm" and no is not None)
+
+
+def test_a_classifier_stays_one(classifier, tmp_path):
+    """Two labels become one row: their scores' difference."""
+    from sentence_transformers import CrossEncoder
+
+    folder = classifier(2, ROLES)
+
+    def soften(tensors):
+        tensors["score.weight"] /= 8
+
+    change_tensors(folder, soften)
+    expected = CrossEncoder(str(folder), device="cpu").predict(PAIRS, apply_softmax=True)[:, 1]
+    with pytest.raises(InputError, match="is a classifier and has no head for words"):
+        embedport.quantize_checkpoint(folder, tmp_path / "q", method="fp8", form="causal-lm")
+    artifact = embedport.quantize_checkpoint(folder, tmp_path / "q", method="w8a8", fast=True)
+    found = open_reranker(artifact.folder).score(PAIRS)
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    theirs = CrossEncoder(str(artifact.folder), device="cpu").predict(PAIRS)
+    np.testing.assert_allclose(theirs, expected, atol=0.05)
+
+
+def test_a_pair_of_texts_has_no_classifier(with_score, tmp_path):
+    folder = with_score(first={"transformer_task": "text-generation"}, chat=None)
+    with pytest.raises(InputError, match="joins pairs in its tokenizer"):
+        embedport.quantize_checkpoint(
+            folder, tmp_path / "q", method="fp8", form="sequence-classification"
+        )
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_each_algorithm_is_better_than_the_one_before(scheme, weight, inputs):
     plain = quantize_gptq(weight, Curvature(hessian, act_order=False), scheme)
     ordered = quantize_gptq(weight, Curvature(hessian), scheme)
     assert output_error(plain) < 0.7 * output_error(ranged)
+    assert max(tensor.codes.max() for tensor in (ranged, plain, ordered)) == scheme.levels - 1
     assert output_error(ordered) < output_error(plain)
 
 
@@ -151,7 +152,19 @@ def test_a_hessian_that_is_not_finite():
         Curvature(np.full((200, 200), np.nan))
 
 
-@pytest.mark.parametrize(("bits", "group"), [(3, 32), (8, 8)])
-def test_schemes_that_do_not_exist(bits, group):
+def test_a_hessian_that_is_not_positive():
+    """Rounding makes one: it is damped ten times as much, up to a limit."""
+    hessian = np.diag([2.0, 1.0, -0.05])
+    found = Curvature(hessian, act_order=False).upper
+    damping = 0.1 * np.diag(hessian).mean()
+    np.testing.assert_allclose(found.T @ found, np.linalg.inv(hessian + damping * np.eye(3)), 1e-5)
+    with pytest.raises(CheckpointError, match="cannot be inverted: give more texts"):
+        Curvature(np.diag([1.0, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "nf4"), [(3, 32, False), (8, 8, False), (8, 64, True)]
+)
+def test_schemes_that_do_not_exist(bits, group, nf4):
     with pytest.raises(InputError):
-        QuantScheme(bits, group, symmetric=True)
+        QuantScheme(bits, group, symmetric=True, nf4=nf4)
