@@ -320,7 +320,8 @@ def _compare(
     path: Path, outputs: dict[str, np.ndarray], expected: np.ndarray, ids: np.ndarray
 ) -> None:
     if "score" in outputs:
-        wrong = float(np.abs(outputs["score"] - expected).max()) > MOST_APART
+        # NaN is wrong: OpenVINO's results, unlike onnxruntime's, are not searched for it.
+        wrong = not np.abs(outputs["score"] - expected).max() <= MOST_APART
         words = f"{outputs['score']}, embedport's own graph {expected}"
     elif "sentence_embedding" in outputs:
         vectors = outputs["sentence_embedding"].ravel(), expected.ravel()

@@ -9,10 +9,11 @@ import pytest
 
 import embedport
 from embedport.artifact.folder import Artifact
-from embedport.errors import ArtifactError, InputError
+from embedport.errors import ArtifactError, InputError, VerificationError
+from embedport.exporters.onnx import consumers
 from embedport.runtimes.batching import pad
 from embedport.texts.samples import builtin_pairs, builtin_samples
-from tests.synthetic import TINY, write_checkpoint
+from tests.synthetic import TINY, edit, write_checkpoint
 
 TEXTS = [sample.text for sample in builtin_samples()[:6]] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()[:6]]
@@ -214,6 +215,44 @@ def test_the_graphs_share_their_weights(exported, copied):
         file.write(b"\n")
     with pytest.raises(ArtifactError, match=r"onnx/model\.onnx should have"):
         Artifact.open(folder)
+
+
+@pytest.mark.parametrize("spoil", [np.negative, lambda values: values * np.nan])
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_another_result_is_no_artifact(checkpoints, tmp_path, monkeypatch, task, spoil):
+    """Of the graph that consumers open, or of OpenVINO, where nothing else looks for NaN."""
+    run = consumers.run_texts
+
+    def spoilt(path, ids):
+        return {name: spoil(values) for name, values in run(path, ids).items()}
+
+    monkeypatch.setattr(consumers, "run_texts", spoilt)
+    with pytest.raises(VerificationError, match="embedport's own graph|a cosine of .* to its own"):
+        embedport.export(checkpoints("blocks", task), tmp_path / "out", consumers=["triton"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_are_not_pooled(checkpoints, copied, tmp_path):
+    """Software that pools itself gets the tokens' vectors alone, and all other is refused."""
+    folder = copied(checkpoints("blocks"))
+    edit(folder / "1_Pooling" / "config.json", include_prompt=False)
+    with pytest.raises(InputError, match="tei reads pooled vectors, and the model leaves its prom"):
+        embedport.export(folder, tmp_path / "out", consumers=["tei"])
+    artifact = embedport.export(folder, tmp_path / "out", consumers=["sentence-transformers"])
+    embedder = embedport.load_embedder(artifact.folder, device="cpu")
+    ids, mask = pad(embedder.tokenizer.encode(TEXTS).ids)
+    found = run(artifact.folder, ids, mask)
+    assert list(found) == ["last_hidden_state"]
+    last = found["last_hidden_state"][np.arange(len(ids)), _last(mask)]
+    last /= np.linalg.norm(last, axis=1, keepdims=True)
+    np.testing.assert_allclose(last, embedder.encode(TEXTS), atol=1e-5, rtol=0)
+
+
+def test_older_versions_mask_no_attention(checkpoints, copied, tmp_path):
+    folder = copied(checkpoints("blocks"))
+    edit(folder / "config.json", is_causal=False)
+    with pytest.raises(InputError, match="1.20, and attention to both sides or in a window takes"):
+        embedport.export(folder, tmp_path / "out", consumers=["tei"])
 
 
 REFUSED = [

@@ -406,6 +406,23 @@ class TestVerification:
         with pytest.raises(VerificationError, match="onnxruntime does not take the graph"):
             verify.verify_graph(graph, self.IDS)
 
+    def test_invalid_by_the_standard(self, artifacts, copied):
+        folder = copied(artifacts("kv2", dialect="standard").artifact.folder)
+        graph = folder / "onnx" / "model.onnx"
+        model = onnx.load(graph, load_external_data=False)
+        model.ir_version = 99
+        graph.write_bytes(model.SerializeToString())
+        with pytest.raises(VerificationError, match="is not a valid ONNX graph"):
+            verify.verify_graph(graph, self.IDS)
+
+    def test_another_score_in_two_parts(self, artifacts):
+        reranker = artifacts("kv2", "reranker")
+        path = reranker.artifact.folder / "onnx" / "continuation.onnx"
+        expected = verify.verify_graph(reranker.artifact.graph, self.IDS)
+        verify.verify_continuation(path, self.IDS, expected)
+        with pytest.raises(VerificationError, match="a text in two parts gives"):
+            verify.verify_continuation(path, self.IDS, expected + 1e-3)
+
 
 def test_a_long_text_is_not_run_whole(checkpoints, tmp_path, monkeypatch):
     """At 8,192 tokens the standard dialect's scores are gigabytes per layer."""

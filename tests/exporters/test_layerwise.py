@@ -5,13 +5,21 @@ import json
 import numpy as np
 import pytest
 
+import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.checkpoint.weights import Weights
 from embedport.exporters.calibration import layerwise, moments
-from embedport.exporters.calibration.layerwise import BLOCK, Layer, Segment, embed_rows
+from embedport.exporters.calibration.layerwise import (
+    BLOCK,
+    Layer,
+    Segment,
+    embed_rows,
+    final_vectors,
+)
 from embedport.exporters.graph.ort_dialect import OrtDialect
 from embedport.exporters.graph.precision import PRECISIONS
 from embedport.exporters.graph.qwen3 import Design
+from tests.synthetic import edit
 
 # The projections that share an input, by the first of them.
 READERS = {
@@ -64,6 +72,21 @@ def test_segments_compute_the_layer(checkpoints, copied, tmp_path, monkeypatch, 
         np.testing.assert_allclose(
             layer.run(ROWS[0], several), np.concatenate(each), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("mode", ["lasttoken", "mean"])
+def test_final_vectors_are_those_of_load(checkpoints, copied, tmp_path, mode):
+    """By which a search judges."""
+    folder = copied(checkpoints("kv2"))
+    edit(folder / "1_Pooling" / "config.json", pooling_mode=mode)
+    weights = Weights(ModelSpec.from_checkpoint(folder))
+    design = Design(weights, OrtDialect(), PRECISIONS["fp32"])
+    states = embed_rows(weights, ROWS)
+    for number in range(weights.spec.num_layers):
+        with Layer(design, number, tmp_path) as layer:
+            states = [layer.run(ids, state) for ids, state in zip(ROWS, states, strict=True)]
+    expected = embedport.load_embedder(folder, device="cpu").embed_rows(ROWS)
+    assert (final_vectors(design, states) * expected).sum(axis=1).min() > 0.999  # torch's in bf16
 
 
 def test_embeddings_are_read_in_blocks(checkpoints, monkeypatch):

@@ -162,9 +162,7 @@ def test_a_hessian_that_is_not_positive():
         Curvature(np.diag([1.0, -1.0]))
 
 
-@pytest.mark.parametrize(
-    ("bits", "group", "nf4"), [(3, 32, False), (8, 8, False), (8, 64, True)]
-)
+@pytest.mark.parametrize(("bits", "group", "nf4"), [(3, 32, False), (8, 8, False), (8, 64, True)])
 def test_schemes_that_do_not_exist(bits, group, nf4):
     with pytest.raises(InputError):
         QuantScheme(bits, group, symmetric=True, nf4=nf4)

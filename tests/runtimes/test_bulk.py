@@ -337,13 +337,42 @@ def test_bad_requests(job, tmp_path, checkpoints):
         ({"max_length": 0}, "max_length should be"),
         ({"model": str(checkpoints("kv2", "reranker"))}, "is a reranker"),
         ({"output": tmp_path}, "holds other files and no index.json"),
+        ({"format": "csv"}, "format should be one of npy, parquet, found 'csv'"),
+        ({"with_text": True}, "texts are written beside vectors in Parquet only"),
     ):
         with pytest.raises(InputError, match=message):
             encode_corpus(replace(job, **change), run_here)
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / INDEX).write_text("{}")
-    with pytest.raises(InputError, match=r"index.json is not an index"):
-        encode_corpus(replace(job, output=tmp_path / "broken"), run_here)
+    for content in ("{}", '{"format_version": 99}', '{"format_version": 4, "rows": 1}', "["):
+        (tmp_path / "broken" / INDEX).write_text(content)
+        with pytest.raises(InputError, match=r"index.json is not an index"):
+            encode_corpus(replace(job, output=tmp_path / "broken"), run_here)
+    with pytest.raises(InputError, match="is another program's"):
+        encode_corpus(replace(job, output=tmp_path / "broken"), run_here, force=True)
+
+
+def test_an_engine_that_leaves_shards_out(job):
+    """Nor is the folder called complete."""
+    with pytest.raises(InputError, match=r"1 shards are missing, such as 000000\.npy"):
+        encode_corpus(job, lambda job, shards, advance: None)
+    assert not json.loads((job.output / INDEX).read_text())["complete"]
+
+
+def test_a_text_that_gives_nan(job, monkeypatch):
+    """The message says which, and the shard is not written."""
+    run = embedport.Embedder.embed_rows
+
+    def spoilt(self, rows, **options):
+        vectors = run(self, rows, **options)
+        vectors[2] = np.nan
+        return vectors
+
+    monkeypatch.setattr(embedport.Embedder, "embed_rows", spoilt)
+    with pytest.raises(
+        InputError, match=r"corpus\.jsonl, 35 texts from line 1: 1 of 35 .* text 2;"
+    ):
+        encode_corpus(job, run_here)
+    assert not shards(job.output)
 
 
 @pytest.mark.parametrize("change", ["shorter", "other texts, as many"])

@@ -226,6 +226,20 @@ def test_another_models_tokens(made, copied):
         embedport.check(folder, device="cpu")
 
 
+def test_another_models_witness(made, copied):
+    """Of another width, and of an embedder in a reranker's folder."""
+    witness = read_witness(made() / WITNESS)
+    for task, other, message in (
+        ("embedding", replace(witness, results=witness.results[:, 1:]), r"shape \(16, 63\), and"),
+        ("reranker", witness, "is an embedder's, and the artifact is a reranker"),
+    ):
+        folder = copied(made(task), task)
+        write_witness(folder / WITNESS, other)
+        rewrite(folder)
+        with pytest.raises(ArtifactError, match=message):
+            embedport.check(folder, device="cpu")
+
+
 def test_without_a_witness(made, copied, checkpoints):
     folder = copied(made())
     (folder / WITNESS).unlink()

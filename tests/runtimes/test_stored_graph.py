@@ -19,6 +19,7 @@ from embedport.runtimes import bulk, loading, read_info
 from embedport.runtimes.onnxruntime import OnnxModel
 from embedport.runtimes.torch import TorchModel
 from embedport.texts.samples import builtin_pairs, builtin_samples
+from tests.synthetic import edit
 
 TEXTS = ["", *[sample.text for sample in builtin_samples() if len(sample.text) < 100][:6]]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs() if len(pair.document) < 100][:4]
@@ -154,7 +155,7 @@ def test_needs_no_torch(rounded, cache, monkeypatch):
 
 
 def test_says_why_it_is_unpacked(rounded, copied, cache, monkeypatch, caplog):
-    """Act-order, an unwritable cache, no onnxruntime: torch runs it, and a warning says so."""
+    """Act-order, masked attention, an unwritable cache, no onnxruntime: a warning says so."""
 
     def load(folder):
         caplog.clear()
@@ -173,6 +174,9 @@ def test_says_why_it_is_unpacked(rounded, copied, cache, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "onnxruntime, which multiplies by 4-bit weights, is not installed" in load(folder)
     monkeypatch.undo()
+    edit(folder / "config.json", is_causal=False)
+    assert "attention has a mask, and in a graph it would take" in load(folder)
+    edit(folder / "config.json", is_causal=None)
     tensors = load_file(folder / "model.safetensors")
     name = "layers.0.mlp.up_proj.g_idx"
     tensors[name] = tensors[name][::-1].copy()

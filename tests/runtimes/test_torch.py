@@ -364,6 +364,25 @@ def test_a_missing_tensor_is_not_made_up(quantized, copied, method):
         embedport.load(folder, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda norm: norm[1:].clone(), r"tensor norm\.weight should have shape \[128\] .*\[127\]"),
+        (lambda norm: norm.to(torch.int8), r"tensor norm\.weight should be .*, found I8"),
+    ],
+)
+def test_another_tensor_is_not_taken(quantized, copied, change, message):
+    """Libraries take codes of what is no projection for values."""
+    folder = copied(quantized("bnb-int8"))
+    (folder / "embedport.json").unlink()
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_torch(path)
+    tensors["norm.weight"] = change(tensors["norm.weight"])
+    save_torch(tensors, path)
+    with pytest.raises(CheckpointError, match=message):
+        embedport.load(folder, device="cpu")
+
+
 def load_torch(path):
     from safetensors.torch import load_file
 
