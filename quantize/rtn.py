@@ -20,14 +20,13 @@ def quantize_rtn(
     Args:
         weight: float32 [out, in].
         scheme: The quantization scheme.
-        share: The fraction of each group's range that the codes cover; values beyond are clipped.
-            By default 1; with limited pairs, each row's share with the least error.
+        share: With limited pairs, the fraction of each row's range that the codes cover; values
+            beyond are clipped. By default, each row's share with the least error.
     """
     if scheme.limits_pairs:
         return _limited(weight, scheme, choose_shares(weight) if share is None else share)
     groups = Groups.of(weight, scheme)
-    scales, zeros = groups.ranges(1.0 if share is None else share)
-    return groups.quantize(scales, zeros)
+    return groups.quantize(*groups.ranges(1.0))
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def test_another_result_is_no_artifact(checkpoints, tmp_path, monkeypatch, task,
         return {name: spoil(values) for name, values in run(path, ids).items()}
 
     monkeypatch.setattr(consumers, "run_texts", spoilt)
-    with pytest.raises(VerificationError, match="embedport's own graph|a cosine of .* to its own"):
+    with pytest.raises(VerificationError, match=r"embedport's own graph|a cosine of"):
         embedport.export(checkpoints("blocks", task), tmp_path / "out", consumers=["triton"])
     assert not (tmp_path / "out").exists()
 
@@ -251,7 +251,7 @@ def test_prompts_that_are_not_pooled(checkpoints, copied, tmp_path):
 def test_older_versions_mask_no_attention(checkpoints, copied, tmp_path):
     folder = copied(checkpoints("blocks"))
     edit(folder / "config.json", is_causal=False)
-    with pytest.raises(InputError, match="1.20, and attention to both sides or in a window takes"):
+    with pytest.raises(InputError, match=r"1\.20, and attention to both sides or in"):
         embedport.export(folder, tmp_path / "out", consumers=["tei"])
 
 

@@ -543,7 +543,7 @@ def test_integers_beyond_their_bits(with_matrix):
     assert not StoredWeights(ModelSpec.from_checkpoint(folder)).read_fp32(f"{MATRIX}.weight").any()
     codes[3, 4] = 9
     weights = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
-    with pytest.raises(CheckpointError, match="should hold integers of 4 bits .* found 0 to 9"):
+    with pytest.raises(CheckpointError, match=r"should hold integers of 4 bits .* found 0 to 9"):
         weights.read_fp32(f"{MATRIX}.weight")
 
 

@@ -16,6 +16,7 @@ from embedport.exporters.calibration.torch_engine import TorchEngine
 from embedport.quantize.formats import TABLE, Format, plan_formats
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
+from tests.pipeline.conftest import add_biases
 
 ROWS = [np.random.default_rng(i).integers(0, 1000, size) for i, size in enumerate((1, 9, 80))]
 
@@ -36,12 +37,16 @@ def read(folder, **changes):
         {"is_causal": False},
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 512},
+        {"attention_bias": True},
     ],
-    ids=["causal", "both ways", "window", "yarn"],
+    ids=["causal", "both ways", "window", "yarn", "biases"],
 )
 def test_segments(checkpoints, copied, tmp_path, config):
     """Before anything is quantized, and with quantized projections but for their activations."""
-    weights, formats = read(copied(checkpoints("kv2")), **config)
+    folder = copied(checkpoints("kv2"))
+    if "attention_bias" in config:
+        add_biases(folder, seed=0)
+    weights, formats = read(folder, **config)
     engines = [CpuEngine(weights, formats, tmp_path), TorchEngine(weights, formats, "cpu")]
     names = [name for name in formats if name.startswith("layers.0.")]
     done = {

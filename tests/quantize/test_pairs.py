@@ -76,6 +76,14 @@ def test_the_scale_is_the_one_with_the_least_error(kind):
     assert best.sum() < errors(quantize_rtn(weight, LIMITED, float(SHARES[-1]))).sum()
 
 
+def test_a_search_errs_less():
+    def error(tensor):
+        return ((tensor.dequantize() - weight) ** 2).sum()
+
+    weight = WEIGHTS["normal"].astype(np.float32)
+    assert error(quantize_mse(weight, LIMITED)) < 0.999 * error(quantize_rtn(weight, LIMITED))
+
+
 def test_what_is_within_the_limit_already_is_rounded_to_nearest():
     weight = np.tile([1, -1], (3, WIDTH))[:, :WIDTH] * RANDOM.uniform(0.1, 1, (3, WIDTH))
     limited, plain = (quantize_rtn(weight.astype(np.float32), each) for each in (LIMITED, PLAIN))

@@ -64,6 +64,15 @@ def test_rounding_errs_by_half_a_step(scheme, weight):
         assert set(tensor.zero_points.ravel()) == {2 ** (scheme.bits - 1)}
 
 
+@pytest.mark.parametrize("scheme", [each for each in SCHEMES if not each.symmetric])
+def test_a_zero_point_is_at_the_end_of_values_of_one_sign(scheme, weight):
+    for values, zero in ((np.abs(weight), 0), (-np.abs(weight), scheme.levels - 1)):
+        tensor = quantize_rtn(values, scheme)
+        assert set(tensor.zero_points.ravel()) == {zero}
+        steps = np.repeat(tensor.scales, scheme.group_size, axis=1)[:, :200]
+        assert (np.abs(tensor.dequantize() - values) <= 0.5001 * steps).all()
+
+
 def test_zeros_stay_zeros():
     for scheme in SCHEMES:
         assert not quantize_mse(np.zeros((2, 96), np.float32), scheme).dequantize().any()

@@ -1,6 +1,8 @@
 """Weights that stay quantized on a GPU: kernels in Triton's interpreter, layers on a CPU."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ from embedport.quantize.stored import find_stored
 from embedport.runtimes import torch as adapter
 from embedport.runtimes.checkpoint import load_base
 from tests.runtimes.test_varlen import LENGTHS, open_layers, rows_of
-from tests.synthetic import Geometry, round_to_nearest, write_checkpoint
+from tests.synthetic import Geometry, edit, round_to_nearest, write_checkpoint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -177,14 +179,17 @@ def test_matrices_of_one_form_are_one_product():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, small_tokenizer):
     """A function (method) -> a checkpoint of one layer: Triton's interpreter takes its time."""
-    base = tmp_path_factory.mktemp("packed")
     geometry = Geometry(64, 1, 2, 1, 32, 64)
-    source = write_checkpoint(base / "source", geometry, "embedding", small_tokenizer)
+    source = write_checkpoint(
+        tmp_path_factory.mktemp("packed") / "source", geometry, "embedding", small_tokenizer
+    )
 
     def make(method):
-        out = base / method.replace(" ", "-")
+        out = tmp_path_factory.mktemp("packed") / "checkpoint"
         if method in ("gptq", "awq"):
             return round_to_nearest(source, out, method, group_size=32)
+        if method.endswith("in part"):
+            return keep_one(make(method.removesuffix(" in part")), source, out)
         name, _, double = method.partition(" ")
         fast, double_quant = name in ("bnb-nf4", "w8a8"), bool(double)
         return embedport.quantize_checkpoint(
@@ -194,12 +199,34 @@ def small(tmp_path_factory, small_tokenizer):
     return make
 
 
+def keep_one(folder, source, out):
+    """A copy of a checkpoint with one projection as it was, as lists of exceptions leave them."""
+    from safetensors.torch import load_file, save_file
+
+    kept = "layers.0.self_attn.v_proj"
+    shutil.copytree(folder, out)
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(out / "model.safetensors").items()
+        if not name.startswith(f"{kept}.")
+    }
+    tensors[f"{kept}.weight"] = load_file(source / "model.safetensors")[f"{kept}.weight"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    if config["quant_method"] == "bitsandbytes":
+        config["llm_int8_skip_modules"] = [kept]
+    edit(out / "config.json", quantization_config=config)
+    (out / "embedport.json").unlink(missing_ok=True)
+    return out
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        "awq",
-        "bnb-nf4 double",
+        "awq in part",
+        "bnb-nf4 double in part",
         "w8a8",
+        pytest.param("awq", marks=pytest.mark.slow),
         pytest.param("gptq", marks=pytest.mark.slow),
         pytest.param("bnb-nf4", marks=pytest.mark.slow),
     ],
