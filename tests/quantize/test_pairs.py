@@ -20,6 +20,7 @@ INPUTS = RANDOM.standard_normal((400, WIDTH)) @ RANDOM.standard_normal((WIDTH, W
 HESSIAN = INPUTS.T @ INPUTS / len(INPUTS)
 ROUNDINGS = {
     "rtn": quantize_rtn,
+    "rtn, clipped": partial(quantize_rtn, share=0.6),
     "mse": quantize_mse,
     "mse by importance": partial(
         quantize_mse, importance=np.linspace(0, 9, WIDTH, dtype=np.float32)
