@@ -158,8 +158,8 @@ def plan_method(spec: ModelSpec, options: Options) -> Plan:
     """Check the options against the model.
 
     Raises:
-        InputError: The method is unknown, it does not take an option, or its groups, blocks or
-            packed words do not divide a matrix.
+        InputError: The method is unknown, it does not take an option, or its groups or blocks do not
+            divide a matrix.
     """
     name, bits, group_size = options.method, options.bits, options.group_size
     if name not in METHODS:
@@ -197,6 +197,7 @@ def plan_method(spec: ModelSpec, options: Options) -> Plan:
 
 
 def _check_shapes(spec: ModelSpec, plan: Plan) -> None:
+    # Packed words are filled: rows are heads of 16 values, or as many as another's inputs.
     for matrix in matrices(spec):
         rows, columns = spec.tensor_shapes()[f"{matrix}.weight"]
         if plan.group_size is not None and columns % plan.group_size:
@@ -205,11 +206,6 @@ def _check_shapes(spec: ModelSpec, plan: Plan) -> None:
             raise InputError(
                 f"{matrix} of {rows} x {columns} cannot be in groups of {plan.group_size}; "
                 f"use {advice}"
-            )
-        if plan.group_size is not None and rows % (32 // plan.bits):
-            raise InputError(
-                f"{matrix} of {rows} x {columns} cannot be packed: its rows should be a multiple "
-                f"of {32 // plan.bits}; use `method` w8a8, fp8, bnb-int8 or bnb-nf4"
             )
         if plan.name == "bnb-nf4" and columns % NF4_BLOCK:
             raise InputError(

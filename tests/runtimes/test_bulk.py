@@ -120,6 +120,7 @@ def test_what_is_there_is_not_done_again(job, monkeypatch):
     lost, cut = shards(job.output)[2:4]
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
+    (job.output / f".{lost.name}.partial-0").write_bytes(b"of a run that was killed")
     encode_corpus(job, run_here)
     np.testing.assert_array_equal(stacked(job.output), vectors)
     again = {name for name, stamp in stamps(job.output).items() if before[name] != stamp}

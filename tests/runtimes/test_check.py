@@ -18,6 +18,7 @@ from embedport.artifact.witness import WITNESS, read_witness, write_witness
 from embedport.errors import ArtifactError, InputError, VerificationError
 from embedport.runtimes import Reranker, comparison
 from embedport.runtimes.ort_custom_ops import VARIABLE
+from tests.synthetic import edit
 
 WITNESSES = True
 
@@ -224,6 +225,15 @@ def test_another_models_tokens(made, copied):
         ArtifactError, match=r"token ids should be from 0 to \d+, found \d+ to 1000000"
     ):
         embedport.check(folder, device="cpu")
+
+
+def test_prompts_that_are_not_pooled(checkpoints, copied, tmp_path):
+    """The graph takes their length: a witness's rows have none."""
+    folder = copied(checkpoints("blocks"))
+    edit(folder / "1_Pooling" / "config.json", include_prompt=False)
+    artifact = embedport.export(folder, tmp_path / "out")
+    assert "prompt_length" in artifact.manifest.graph.inputs
+    assert embedport.check(artifact.folder, device="cpu").passed
 
 
 def test_another_models_witness(made, copied):

@@ -17,6 +17,7 @@ from embedport.exporters.tensorrt.export import _choose_library
 from embedport.exporters.tensorrt.options import EngineOptions, Target
 from embedport.machine.engine import Profile
 from embedport.runtimes import read_info
+from tests.synthetic import edit
 
 PROFILES = ["1x1:2x8:4x64", "2x16:8x64:16x128"]
 # RTX calls timing caches deprecated.
@@ -227,6 +228,15 @@ def test_bad_requests(artifacts_of_other_dialects, checkpoints, graphs, tmp_path
     with pytest.raises(InputError, match="the pooled output in the ort dialect, and TensorRT"):
         export(artifacts_of_other_dialects)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_that_are_not_pooled(checkpoints, without, copied, tmp_path):
+    """Their length is a further input, and an engine's would not be fed."""
+    folder = copied(checkpoints("blocks"))
+    edit(folder / "1_Pooling" / "config.json", include_prompt=False)
+    with pytest.raises(InputError, match="the model leaves its prompts out of pooling"):
+        embedport.export_tensorrt(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_asked_for_and_cannot_be(graphs, without, tmp_path):
