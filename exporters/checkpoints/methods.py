@@ -158,8 +158,8 @@ def plan_method(spec: ModelSpec, options: Options) -> Plan:
     """Check the options against the model.
 
     Raises:
-        InputError: The method is unknown, it does not take an option, or its groups or blocks do not
-            divide a matrix.
+        InputError: The method is unknown, it does not take an option, or its groups or blocks do
+            not divide a matrix.
     """
     name, bits, group_size = options.method, options.bits, options.group_size
     if name not in METHODS:
