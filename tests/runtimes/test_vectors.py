@@ -76,6 +76,16 @@ def test_rankings_survive_eight_bits():
     assert np.corrcoef(*np.concatenate(cosines))[0, 1] > 0.9995
 
 
+def test_only_unit_vectors_are_normalized_again():
+    vectors = 3 * unit(5, 96)
+    np.testing.assert_array_equal(shorten(vectors, 64, unit_length=False), vectors[:, :64])
+    cut = shorten(unit(5, 96), 64)
+    np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(cut[:, 0] / cut[:, 1], vectors[:, 0] / vectors[:, 1], rtol=1e-5)
+    ranges = measure_ranges(vectors, unit_length=False)
+    np.testing.assert_allclose(ranges["64"][1], vectors[:, :64].max(axis=0), rtol=1e-4)
+
+
 def test_ranges_are_of_each_dimension():
     vectors = unit(50, 96)
     ranges = measure_ranges(vectors)
