@@ -558,6 +558,16 @@ def test_an_order_that_is_none(with_matrix):
     np.testing.assert_array_equal(*(each.read(f"{MATRIX}.weight") for each in (found, ordered)))
 
 
+def test_what_is_not_quantized_is_checked_too(with_matrix):
+    config, parts, _ = recorded("gptqmodel", "ordered")
+    folder = with_matrix(parts, config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"][1:].copy()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor norm\.weight should have shape \[32\]"):
+        StoredWeights(ModelSpec.from_checkpoint(folder))
+
+
 def test_groups_that_differ_in_zero_points(with_matrix):
     """Each matrix has the group whose parts are there, in any order of the groups."""
     config, parts, expected = recorded("compressed-tensors-0.12", "group-asymmetric")

@@ -108,6 +108,31 @@ def test_kernels_on_one_side_only(made, monkeypatch, caplog):
     assert embedport.check(made(), device="cpu").limit == comparison.ON_CPUS["fp32"].min_cosine
 
 
+def test_limits_by_machine(made):
+    """The narrow ones where the same code rounds: the kernels, or one onnxruntime's on one CPU."""
+    manifest = Artifact.open(made(precision="int8")).manifest
+    kernels = replace(
+        read_witness(made() / WITNESS).machine, kernels="avx2", instructions=("avx2",)
+    )
+    plain = replace(kernels, kernels=None)
+    unknown = replace(plain, instructions=())
+    for exported, here, narrow in (
+        (kernels, replace(kernels, kernels="neon", onnxruntime="9", instructions=("neon",)), True),
+        (kernels, plain, False),
+        (plain, kernels, False),
+        (plain, plain, True),
+        (plain, replace(plain, cpu="another"), True),
+        (plain, replace(plain, instructions=("avx512f",)), False),
+        (plain, replace(plain, onnxruntime="9"), False),
+        (unknown, unknown, True),
+        (unknown, replace(unknown, cpu="another"), False),
+    ):
+        expected = comparison.ON_CPUS if narrow else comparison.UNLIKE
+        assert comparison.find_limits(manifest, "cpu", exported, here) == expected["int8"]
+        found = comparison.find_limits(manifest, "cuda", exported, here)
+        assert found == comparison.ON_GPUS["int8"]
+
+
 def test_tampered_scales_are_found(made, copied):
     """The manifest's hashes are right again, and the vectors are not."""
     folder = copied(made(precision="int8"))
@@ -215,15 +240,15 @@ def test_a_length_that_differs(made, copied):
     assert "(limit 0.9999999)" in found.figures
 
 
-def test_another_models_tokens(made, copied):
+@pytest.mark.parametrize(("token", "found"), [(1024, r"\d+ to 1024"), (-1, r"-1 to \d+")])
+def test_another_models_tokens(made, copied, token, found):
+    """A graph takes -1 for the table's last row."""
     folder = copied(made())
     witness = read_witness(folder / WITNESS)
-    witness.rows[3][0] = 10**6
+    witness.rows[3][0] = token
     write_witness(folder / WITNESS, witness)
     rewrite(folder)
-    with pytest.raises(
-        ArtifactError, match=r"token ids should be from 0 to \d+, found \d+ to 1000000"
-    ):
+    with pytest.raises(ArtifactError, match=f"token ids should be from 0 to 1023, found {found}"):
         embedport.check(folder, device="cpu")
 
 
