@@ -111,6 +111,10 @@ def test_kernels_on_one_side_only(made, monkeypatch, caplog):
 def test_limits_by_machine(made):
     """The narrow ones where the same code rounds: the kernels, or one onnxruntime's on one CPU."""
     manifest = Artifact.open(made(precision="int8")).manifest
+    assert manifest.recipe is not None
+    # A table is looked up, not multiplied.
+    formats = manifest.recipe["formats"] | {"embed_tokens": "int4/64"}
+    manifest = replace(manifest, recipe={**manifest.recipe, "formats": formats})
     kernels = replace(
         read_witness(made() / WITNESS).machine, kernels="avx2", instructions=("avx2",)
     )
