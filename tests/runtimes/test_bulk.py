@@ -117,14 +117,16 @@ def test_what_is_there_is_not_done_again(job, monkeypatch):
     assert stamps(job.output) == before
     monkeypatch.undo()
     monkeypatch.setattr(bulk, "SHARD_ROWS", 4)
-    lost, cut = shards(job.output)[2:4]
+    lost, cut, folded, cast = shards(job.output)[2:6]
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
+    np.save(folded, np.load(folded).reshape(-1, 32))
+    np.save(cast, np.load(cast).view(np.int32))
     (job.output / f".{lost.name}.partial-0").write_bytes(b"of a run that was killed")
     encode_corpus(job, run_here)
     np.testing.assert_array_equal(stacked(job.output), vectors)
     again = {name for name, stamp in stamps(job.output).items() if before[name] != stamp}
-    assert again == {lost.name, cut.name}
+    assert again == {lost.name, cut.name, folded.name, cast.name}
 
 
 @pytest.mark.usefixtures("small_shards")
