@@ -6,6 +6,8 @@ The same products run on other CPUs by `make test-cpus`.
 import logging
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,7 +18,7 @@ from embedport.errors import VerificationError
 from embedport.quantize.formats import Format
 from embedport.quantize.rtn import quantize_rtn
 from embedport.quantize.schemes import QuantScheme
-from embedport.runtimes.exact import saturates
+from embedport.runtimes.exact import NO_KLEIDIAI, make_exact, saturates
 
 HERE = Path(__file__).parent
 PRODUCTS = runpy.run_path(str(HERE / "products.py"))
@@ -59,6 +61,18 @@ def test_every_format_with_8_bit_activations_limits_pairs():
     assert Format.parse("int8").scheme.limits_pairs
     for text in ("fp8", "int8/128", "int8/32s", "int4/64"):
         assert not Format.parse(text).scheme.limits_pairs
+
+
+@pytest.mark.parametrize(
+    ("form", "entries"), [("int4/64s", {NO_KLEIDIAI: "1"}), ("int4/64", {}), ("int8/128s", {})]
+)
+def test_kleidiai_multiplies_no_symmetric_4_bits(form, entries):
+    """Which is seen on ARM alone: it rounds a token's activations by one scale."""
+    graph, recipe = SimpleNamespace(limits_pairs=True), {"formats": {"matrix": form}}
+    artifact: Any = SimpleNamespace(manifest=SimpleNamespace(graph=graph, recipe=recipe))
+    found: dict[str, str] = {}
+    make_exact(SimpleNamespace(add_session_config_entry=found.__setitem__), artifact)
+    assert found == entries
 
 
 @pytest.fixture(scope="module")
