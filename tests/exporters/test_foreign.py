@@ -555,7 +555,8 @@ def test_an_order_that_is_none(with_matrix):
     assert found.schemes.keys() == {MATRIX}
     parts["weight_g_idx"][:] = np.arange(128) // 32
     ordered = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
-    np.testing.assert_array_equal(*(each.read(f"{MATRIX}.weight") for each in (found, ordered)))
+    values, expected = (each.read(f"{MATRIX}.weight") for each in (found, ordered))
+    np.testing.assert_array_equal(values, expected)
 
 
 def test_what_is_not_quantized_is_checked_too(with_matrix):

@@ -334,7 +334,7 @@ def test_a_standard_table_gives_the_same(checkpoints, artifacts, tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"formats": {"embed_tokens": "int8/32s"}}))
     ort, standard = (
-        embedport.load(
+        embedport.load_embedder(
             embedport.export(
                 checkpoints("kv1"), tmp_path / dialect, recipe=path, dialect=dialect
             ).folder

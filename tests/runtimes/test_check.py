@@ -261,7 +261,9 @@ def test_prompts_that_are_not_pooled(checkpoints, copied, tmp_path):
     folder = copied(checkpoints("blocks"))
     edit(folder / "1_Pooling" / "config.json", include_prompt=False)
     artifact = embedport.export(folder, tmp_path / "out")
-    assert "prompt_length" in artifact.manifest.graph.inputs
+    graph = artifact.manifest.graph
+    assert graph is not None
+    assert "prompt_length" in graph.inputs
     assert embedport.check(artifact.folder, device="cpu").passed
 
 
