@@ -256,6 +256,21 @@ def test_a_job_of_an_earlier_version(job, artifact, tmp_path):
             assert not shards(output)
 
 
+def test_other_ranges(job, artifact, tmp_path):
+    """Of a model that was calibrated again: codes of both would be in one corpus."""
+    folder = Path(shutil.copytree(artifact, tmp_path / "own"))
+    embedder = embedport.load_embedder(folder, device="cpu")
+    embedder.calibrate(MANY[:20])
+    job = replace(job, model=str(folder), precision="int8")
+    encode_corpus(job, run_here)
+    encode_corpus(replace(job, output=tmp_path / "binary", precision="binary"), run_here)
+    embedder.calibrate(RAGGED)
+    with pytest.raises(InputError, match="another job, whose ranges was"):
+        encode_corpus(job, run_here)
+    # Bits have no ranges.
+    encode_corpus(replace(job, output=tmp_path / "binary", precision="binary"), run_here)
+
+
 def test_another_model(job, checkpoints, tmp_path):
     encode_corpus(job, run_here)
     other = embedport.export(checkpoints("kv2"), tmp_path / "other", precision="int8").folder
