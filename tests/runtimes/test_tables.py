@@ -34,7 +34,7 @@ def job(embedder, tmp_path, monkeypatch):
 
 def check(table, expected, *, with_text):
     assert table.schema.field("vector").type == pa.list_(pa.float32(), expected.shape[1])
-    assert table.column_names == ["id", "text", "vector"] if with_text else ["id", "vector"]
+    assert table.column_names == ["id", *["text"] * with_text, "vector"]
     assert table["id"].to_pylist() == IDS
     if with_text:
         assert table["text"].to_pylist() == TEXTS
@@ -67,8 +67,14 @@ class TestCorpora:
         check(parquet.read_table(shards), expected, with_text=False)
         assert {path: path.stat().st_mtime_ns for path in shards[2:]} == before
 
-    def test_another_format_is_another_job(self, job):
+    def test_another_format_is_another_job(self, job, monkeypatch):
         encode_corpus(job, run_here)
+        with pytest.raises(InputError, match="whose with_text was False, and is True now"):
+            encode_corpus(replace(job, with_text=True), run_here)
+        with monkeypatch.context() as patch:
+            patch.setattr(bulk, "SHARD_ROWS", 3)
+            with pytest.raises(InputError, match="whose shards was another; choose"):
+                encode_corpus(job, run_here)
         with pytest.raises(InputError, match="whose format was 'parquet', and is 'npy' now"):
             encode_corpus(replace(job, format="npy"), run_here)
 
