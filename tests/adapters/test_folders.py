@@ -1,6 +1,7 @@
 """Adapters' folders: what of them runs, what is refused, what artifacts say of them."""
 
 import json
+import pickle
 import shutil
 import sys
 from typing import Any
@@ -49,6 +50,13 @@ def test_an_embedder_that_sentence_transformers_saved(bases, tmp_path):
     report = embedport.validate(artifact.folder, folder, TEXTS, device="cpu")
     assert report.passed
     assert report.library.startswith("sentence-transformers")
+
+
+def test_a_pickle_keeps_its_adapter(bases, adapters):
+    """A worker would give the base's vectors."""
+    embedder = embedport.load_embedder(bases(), device="cpu", adapter=adapters(bases()))
+    again = pickle.loads(pickle.dumps(embedder))
+    np.testing.assert_array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
 
 
 @pytest.mark.parametrize("kind", ["text-generation", "sequence-classification"])
