@@ -21,6 +21,7 @@ from embedport.quantize.stored import StoredWeights, open_weights
 from embedport.runtimes import loading
 from embedport.runtimes import torch as adapter
 from embedport.runtimes.checkpoint import _silent as silent
+from embedport.runtimes.checkpoint import rounds_tokens
 from embedport.texts.prompts import load_tokenizer
 from embedport.texts.samples import Pair, builtin_pairs, builtin_samples
 from embedport.validation.card import CardReference
@@ -381,6 +382,33 @@ def test_another_tensor_is_not_taken(quantized, copied, change, message):
     save_torch(tensors, path)
     with pytest.raises(CheckpointError, match=message):
         embedport.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("input_activations", {}),
+        ("input_activations", {"strategy": "tensor"}),
+        ("input_activations", {"dynamic": False}),
+        ("input_activations", {"symmetric": False}),
+        ("weights", {"symmetric": False}),
+        ("weights", None),
+    ],
+)
+def test_what_is_rounded_otherwise(quantized, copied, part, changes):
+    """Only its library runs it: our layers would leave zero points and static scales out."""
+    folder = copied(quantized("w8a8"))
+    (folder / "embedport.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    if changes is None:
+        path = next(folder.glob("*.safetensors"))
+        name = "layers.1.mlp.up_proj.weight_zero_point"
+        save_torch(load_torch(path) | {name: torch.zeros(256, 1, dtype=torch.int8)}, path)
+    else:
+        group[part] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    assert rounds_tokens(ModelSpec.from_checkpoint(folder)) == (changes == {})
 
 
 def load_torch(path):
