@@ -141,8 +141,6 @@ def _pair_differences(info: ModelInfo, spec: ModelSpec, pairs: Sequence[Pair]) -
     """The chat template, which other software renders, gives each pair embedport's tokens."""
     inputs = spec.inputs
     if inputs.form == "instruct":  # transformers' own form has no template; servers have one
-        if info.checkpoint is None and not (info.folder / TEMPLATE).exists():
-            return
         inputs = replace(inputs, form="messages", message_format=infer_format(info.folder))
     own, theirs = (
         RerankerTokenizer(info.folder / "tokenizer.json", info.max_length, form)

@@ -1,16 +1,20 @@
 """Merged weights and their results, against PeftModel.merge_and_unload()."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.checkpoint.lora import AdaptedWeights
 from embedport.checkpoint.spec import ModelSpec
+from embedport.errors import CheckpointError
 
-from .conftest import PAIRS, TEXTS, cosines, merged, scores, vectors
+from .conftest import PAIRS, TEXTS, cosines, merged, open_base, scores, vectors
 
 # PEFT's, of what it saves and of what transformers will call otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,6 +135,24 @@ def test_reranker(bases, adapters, tmp_path):
     for found in (scores(base, adapter=adapter), scores(artifact.folder)):
         assert np.abs(found - expected).max() < 1e-5
     assert np.ptp(expected) > 1e-3
+
+
+def test_what_peft_misses_or_refuses(bases, adapters, tmp_path):
+    """It only warns of a tensor that is missing, and leaves that module as it was."""
+    from embedport.validation.adapted import merge_adapter
+
+    folder = Path(shutil.copytree(adapters(bases()), tmp_path / "adapter"))
+    adapter = ModelSpec.from_checkpoint(bases(), adapter=folder).adapter
+    assert adapter is not None
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(min(tensors))
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="PEFT says: Found missing adapter keys"):
+        merge_adapter(open_base(bases(), "bare"), adapter)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="PEFT cannot merge it: "):
+        merge_adapter(open_base(bases(), "bare"), adapter)
 
 
 @pytest.mark.parametrize("labels", [1, 2])

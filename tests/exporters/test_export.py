@@ -327,6 +327,38 @@ def test_another_export_was_quicker(tmp_path):
     assert left_in(tmp_path) == ["out"]
 
 
+def test_another_run_is_replacing_it(tmp_path):
+    """No other run's artifact is put in its place meanwhile, and nothing is lost."""
+    out = tmp_path / "out"
+    with staged(out, force=False, needs=0) as folder:
+        (folder / "embedport.json").write_text("earlier")
+    held = lock(out)
+    assert held is not None
+    with (
+        pytest.raises(InputError, match="out is being replaced by another run: try it again"),
+        staged(out, force=True, needs=0),
+    ):
+        pass
+    os.close(held)
+    assert left_in(tmp_path) == ["out"]
+    assert (out / "embedport.json").read_text() == "earlier"
+
+
+def test_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match="file cannot be written: "),
+        staged(tmp_path / "file" / "out", force=False, needs=0),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match=r"out was not written: .*Input/output error"),
+        staged(tmp_path / "out", force=False, needs=0),
+    ):
+        raise OSError(5, "Input/output error")
+    assert left_in(tmp_path) == ["file"]
+
+
 def test_interrupted(checkpoints, tmp_path):
     def stop(stage, done, total):
         raise KeyboardInterrupt

@@ -15,6 +15,7 @@ import pytest
 
 import embedport
 from embedport import integrity
+from embedport.artifact.manifest import Manifest
 from embedport.errors import ArtifactError, CheckpointError, DeviceError, InputError, require
 from embedport.runtimes import loading
 from embedport.texts.prompts import DEFAULT_INSTRUCTION, query_prompt
@@ -310,6 +311,18 @@ def test_memory_of_a_long_text_is_linear(embedder, kernels):
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     # All scores of 4 heads would take 1 GB.
     assert int(found.stdout) * 1024 < 2.5e8
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+def test_a_manifest_of_version_4(folders, copied, task):
+    """It had prompts, and no other inputs and outputs than those of Qwen's own models."""
+    path = copied(folders / task) / "embedport.json"
+    expected = Manifest.from_json(path)
+    values = json.loads(path.read_text()) | {"format_version": 4}
+    values["prompts"] = values.pop("inputs")["prompts"]
+    del values["outputs"]
+    path.write_text(json.dumps(values))
+    assert Manifest.from_json(path) == expected
 
 
 class TestDamagedArtifact:

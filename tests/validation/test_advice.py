@@ -123,6 +123,14 @@ def test_the_original_of_a_quantized_checkpoint_may_have_any_weights(made):
     assert step.startswith("The checkpoint that it was made from is quantized")
 
 
+def test_a_layer_that_is_not_quantized_is_only_named(folders):
+    made = folders("embedding")
+    gates = [Gate("minimum cosine", 0.5, "≥", 0.9)]
+    layer, _ = next_steps(gates, read_info(made.artifact), origin_of(made), layers(0.0, 0.1, 0.3))
+    assert layer.startswith("The error grows most in layer 2: ")
+    assert layer.endswith(" after it.")
+
+
 def test_4_bits_rounded_to_nearest_are_calibrated_first(folders):
     made = folders("embedding", precision="int4")
     gates = [Gate("minimum cosine", 0.5, "≥", 0.9)]

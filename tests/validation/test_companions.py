@@ -59,6 +59,11 @@ def without_template(folder: Path) -> None:
     values("tokenizer_config.json", chat_template=chat)(folder)
 
 
+def of_a_language_model(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    values("config.json", architectures=["Qwen3ForCausalLM"])(folder)
+
+
 def without_instructions(folder: Path) -> None:
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("'system'", "'developer'"))
@@ -120,6 +125,7 @@ RERANKER: list[tuple[Change, str]] = [
     (values("config.json", num_labels=2, id2label={"0": "n", "1": "y"}), "a Sigmoid for each of"),
     (other_template, "chat_template.jinja: pair 0 has other tokens in it than in embedport"),
     (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: pair 0 has"),
+    (of_a_language_model, "has no chat template (chat_template.jinja, or"),
 ]
 QUANTIZED: list[tuple[str, Change, str]] = [
     ("embedding", values(POOLING, include_prompt=False), "include_prompt: found False, expected T"),

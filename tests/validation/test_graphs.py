@@ -162,6 +162,15 @@ def test_sound_graphs(folders, results, task, count, options):
     assert gate.basis == f"of {count}, run as other software runs them"
 
 
+def test_vectors_of_another_width(folders, results):
+    folder = folders("embedding").artifact
+    few = results(folder)
+    narrow = replace(few, results=few.results[:, :63])
+    (gate,) = graph_gates(read_info(folder), "cpu", narrow)
+    assert gate.failed
+    assert "has the shape [4, 64], and the artifact's [4, 63]" in gate.detail
+
+
 def test_equal_files_run_once(folders, changed, results):
     """transformers.js looks for the same graph under another name."""
     artifact = folders("embedding", consumers=("transformers.js",), precision="int8").artifact

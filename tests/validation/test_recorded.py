@@ -26,6 +26,7 @@ from embedport.demo.pipeline import (
 from embedport.errors import InputError
 from embedport.texts.beir import read_beir
 from embedport.texts.samples import Sample, builtin_pairs, builtin_samples
+from embedport.validation import recorded_file
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
 from embedport.validation.opening import open_live
@@ -197,13 +198,19 @@ def test_a_file_of_an_early_version(recordings, tmp_path):
     ]
 
 
-def test_what_is_written_is_read(recordings, tmp_path):
+def test_what_is_written_is_read(recordings, tmp_path, monkeypatch):
     for task in ("embedding", "reranker"):
         found = read_recorded(recordings(task).file)
         again = replace(found, path=tmp_path / task)
         write_recorded(again)
         assert (tmp_path / task).read_bytes() == recordings(task).file.read_bytes()
         assert found.inputs == inputs_of(task)["texts" if task == "embedding" else "pairs"]
+        with pytest.raises(InputError, match="has hidden states of other texts than this"):
+            found.hidden_states(found.layers.rows[::-1])
+    monkeypatch.setattr(recorded_file, "LARGEST", 1000)
+    with pytest.raises(InputError, match=r"characters, and a recorded reference holds 1,000: rec"):
+        write_recorded(replace(found, path=tmp_path / "large"))
+    assert not (tmp_path / "large").exists()
 
 
 def test_another_checkpoint(recordings, checkpoints, tmp_path):
@@ -243,6 +250,7 @@ def test_a_truncated_file(recordings, tmp_path, size):
         (lambda v: v | {"retrieval": {"name": "x"}}, "is damaged"),
         (lambda v: v | {"settings": {"prompts": {}}}, "is damaged"),
         (lambda v: v | {"settings": {"positions": 9, "max_length": 0}}, "is damaged"),
+        (lambda v: v | {"settings": {"positions": 9, "layers": []}}, "layers should be an object"),
         (lambda v: v | {"probes": {"inputs": [], "added": []}}, "probes.lengths should be"),
     ],
 )
@@ -277,6 +285,8 @@ def test_it_has_its_own_texts(recordings):
         validate(made.artifact, made.file, texts=["tea"])
     with pytest.raises(InputError, match="is a file and has no revision 'main'"):
         validate(made.artifact, made.file, revision="main")
+    with pytest.raises(InputError, match="is a recorded reference: record it with `adapter`"):
+        validate(made.artifact, made.file, adapter="lora")
 
 
 def test_inputs_cut_elsewhere(folders, tmp_path):

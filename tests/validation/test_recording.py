@@ -105,6 +105,9 @@ def test_an_artifact_gets_no_figures_of_its_predecessor(folders, copied, record)
     with pytest.raises(ArtifactError, match=r"are not recorded: .* was replaced while"):
         record(measured)
     assert (folder / "embedport.json").read_bytes() == before
+    shutil.rmtree(folder)
+    with pytest.raises(ArtifactError, match=r"cannot be recorded: .*No such file or directory"):
+        record(measured)
 
 
 def test_the_page_is_there_when_recording_fails(folders, copied, monkeypatch, tmp_path):

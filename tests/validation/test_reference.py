@@ -67,6 +67,8 @@ def test_prompts_are_those_that_the_folder_names(bare):
     reference = open_live(bare, task="embedding", max_length=64)
     assert reference.origin.library == "transformers"
     own = reference.token_ids([Sample("a", "query"), Sample("a")])
+    prompts = {"query": "find: ", "document": "is: "}
+    assert reference.declared() == {"prompts": prompts, "default_prompt": None}
     path.unlink()
     assert own == reference.token_ids([Sample("find: a"), Sample("is: a")])
     assert reference.token_ids([Sample("a", "query")]) == reference.token_ids([Sample("a")])

@@ -177,10 +177,15 @@ def normalize_otherwise(values):
     }
 
 
+def do_not_normalize(values):
+    values["normalizer"] = None
+
+
 TOKENS = [
     (exchange_merges, "merges: found '"),
     (exchange_ids, "ids of tokens: found '"),
     (split_contractions, "pre_tokenizer: found [{'type': 'Split', "),
+    (do_not_normalize, "normalizer: found [], expected [{'type': 'NFC'}]"),
     (normalize_otherwise, "normalizer: found [{'type': 'NFC'}, {'type': 'Lowercase'}"),
 ]
 

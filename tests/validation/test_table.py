@@ -234,6 +234,15 @@ def test_an_unknown_basis_is_not_checked(folders, sketches, copied):
     )
 
 
+def test_a_graph_without_a_part_for_its_table_is_not_checked(folders, sketches, monkeypatch):
+    folder = folders("embedding").artifact
+    monkeypatch.setattr(table, "EMBEDDING", "another_name")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    gate = table_gate(read_info(folder), sketches("embedding"), tokenizer, VALIDATED)
+    assert (gate.value, gate.passed) == (None, None)
+    assert gate.basis == "not checked: a graph has no part of its own named another_name"
+
+
 def hard_rows(count, width):
     """Rows as of trained tables: outlier channels, all lengths, zeros, one value, tiny values."""
     generator = np.random.default_rng(0)

@@ -163,6 +163,9 @@ def test_another_dense_module_beside_a_graph(dense, changed, name):
     folder = changed(artifact, change, DENSE)
     gate = gate_of(folder, checkpoint)
     assert (gate.value, gate.detail.startswith(f"2_Dense/{name}: it is off by ")) == (1, True)
+    assert "2_Dense/bias: it has the shape [48], and the reference's [0]" in (
+        tensors_gate(read_info(artifact), {}).detail
+    )
     (folder / DENSE).unlink()
     write_manifest(folder, Artifact.open(artifact).manifest, folder.name)
     assert "2_Dense/model.safetensors is missing" in gate_of(folder, checkpoint).detail
