@@ -3,7 +3,9 @@
 from typing import Any
 
 import embedport
+from embedport.errors import CheckpointError, InputError
 from embedport.texts.samples import Sample
+from embedport.validation.library import LibraryReference
 
 PROBES = True
 TOKENS = "inputs with other token ids"
@@ -42,3 +44,38 @@ def test_another_length_is_said(folders, caplog, tmp_path):
     caplog.clear()
     assert check(folders, "embedding").passed
     assert "cuts inputs" not in caplog.text
+
+
+def test_a_text_that_an_artifact_refuses_is_left_out(folders, spoil):
+    """As a classifier refuses texts that end with its padding token."""
+
+    def refuse(runtime):
+        encode = runtime.tokenizer.encode
+
+        def refusing(texts, *arguments):
+            if any("camelCase" in str(text) for text in texts):
+                raise InputError("it is refused")
+            return encode(texts, *arguments)
+
+        runtime.tokenizer.encode = refusing
+
+    spoil(refuse)
+    report = check(folders, "reranker")
+    assert report.passed
+    assert token_gate(report).value == 0
+
+
+def test_a_text_that_a_library_refuses_is_not_recorded(checkpoints, tmp_path, monkeypatch):
+    token_ids = LibraryReference.token_ids
+
+    def refusing(self, inputs):
+        if any("camelCase" in given.text for given in inputs):
+            raise CheckpointError("it is refused")
+        return token_ids(self, inputs)
+
+    monkeypatch.setattr(LibraryReference, "token_ids", refusing)
+    file = tmp_path / "model.reference"
+    found = embedport.record_reference(checkpoints("kv2"), file, SAMPLES, device="cpu").probes
+    assert found is not None
+    assert len(found.inputs) == len(found.rows) > 10
+    assert not any("camelCase" in repr(given) for given in found.inputs)
