@@ -325,6 +325,10 @@ def test_a_manifest_of_version_4(folders, copied, task):
     assert Manifest.from_json(path) == expected
 
 
+CALIBRATION = {"texts": 1, "source": "a", "sha256": ""}
+RECIPE = {"formats": {}, "algorithm": "rtn"}
+
+
 class TestDamagedArtifact:
     @pytest.fixture
     def folder(self, folders, copied):
@@ -420,6 +424,17 @@ class TestDamagedArtifact:
             ({"recipe": {}}, "the recipe's formats should be texts by name"),
             ({"engine": {}}, "missing or unknown keys of engine: "),
             ({"ranges": {"64": None}}, "ranges at 64 should be two lists of 64 numbers"),
+            ({"recipe": RECIPE | {"algorithm": 5}}, "the recipe's algorithm should be a name"),
+            ({"recipe": RECIPE | {"calibration": []}}, "calibration should be null, or texts"),
+            (
+                {"recipe": RECIPE | {"calibration": {"texts": 1, "source": "a"}}},
+                "the recipe's calibration should be null, or texts, source and sha256",
+            ),
+            (
+                {"recipe": RECIPE | {"calibration": CALIBRATION | {"tokens": "9"}}},
+                "the recipe's calibration should be null, or texts, source and sha256",
+            ),
+            ({"ranges": {"3": [[0, 0], [1, 1]]}}, "ranges at 3 should be two lists of 3"),
             ({"ranges": {"2": [[0, 0], [1, "x"]]}}, "ranges at 2 should be two lists of 2"),
             ({"ranges": {"2": [[0, 0], [1, -1]]}}, "ranges at 2 should be two lists of 2"),
             ({"ranges": {"2": [[0, 0], [1, 1e999]]}}, "is not a manifest|ranges at 2 should be"),
