@@ -129,8 +129,10 @@ def validate(
     Raises:
         InputError: The inputs are wrong; a limit applies to something that is not measured; the
             reference is a different model; or its file is damaged or of another checkpoint.
-        ArtifactError: It is not an artifact, or its folder is not writable.
-        CheckpointError: The reference is not a complete Qwen3 checkpoint.
+        ArtifactError: It is not an artifact, its folder is not writable, or it was replaced
+            meanwhile.
+        CheckpointError: The reference is not a complete Qwen3 checkpoint, or was replaced
+            meanwhile.
         DeviceError: The requested device is not available.
         MissingPackageError: torch, transformers or sentence-transformers is not installed, or mteb
             for `mteb`.
@@ -213,6 +215,8 @@ def validate(
         torch_device = "cpu" if runtime_device == "cpu" else "cuda"
         layers = layer_errors(info, source, rows, device=torch_device)
     info.check_unchanged()
+    if not isinstance(source, RecordedReference):
+        source.spec.source.check_unchanged()
     report = Report(
         artifact=str(artifact),
         precision=info.precision,

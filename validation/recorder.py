@@ -68,7 +68,8 @@ def record_reference(
 
     Raises:
         InputError: The inputs are wrong, or the output exists or cannot be written.
-        CheckpointError: It is not a complete Qwen3 checkpoint, or its library cannot open it.
+        CheckpointError: It is not a complete Qwen3 checkpoint, its library cannot open it, or it
+            was replaced meanwhile.
         DeviceError: torch has no GPU, or the checkpoint does not fit into its memory.
         MissingPackageError: torch, transformers or sentence-transformers is not installed.
 
@@ -124,6 +125,7 @@ def record_reference(
         sketch=source.table(),
         plain=source.tensors(),
     )
+    source.spec.source.check_unchanged()
     write_recorded(recorded)
     return recorded
 

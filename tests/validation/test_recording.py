@@ -10,8 +10,9 @@ import pytest
 import embedport
 from embedport.artifact.folder import Artifact, record_parity, record_ranges
 from embedport.checkpoint.hub import Source
-from embedport.errors import ArtifactError, InputError
+from embedport.errors import ArtifactError, CheckpointError, InputError
 from embedport.validation import parity, preconditions
+from embedport.validation.library import LibraryReference
 from embedport.validation.preconditions import find_recorded
 
 COMMIT = "0123456789abcdef"
@@ -108,6 +109,44 @@ def test_an_artifact_gets_no_figures_of_its_predecessor(folders, copied, record)
     shutil.rmtree(folder)
     with pytest.raises(ArtifactError, match=r"cannot be recorded: .*No such file or directory"):
         record(measured)
+
+
+def rewrite(path):
+    """Another run writes the same bytes again."""
+    path.write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint"])
+def test_no_verdict_of_a_model_that_is_replaced_meanwhile(
+    folders, checkpoints, copied, spoil, kind
+):
+    """The gates on its files would be of one, and the results of another."""
+    folder = copied(folders("embedding").artifact if kind == "artifact" else checkpoints("kv2"))
+    spoil(lambda runtime: rewrite(folder / "config.json"))
+    error = ArtifactError if kind == "artifact" else CheckpointError
+    with pytest.raises(error, match=r"config\.json was changed or replaced while"):
+        embedport.validate(folder, checkpoints("kv2"), ["tea"], device="cpu", record=False)
+
+
+@pytest.mark.parametrize("verb", ["validate", "record"])
+def test_no_results_of_a_reference_that_is_replaced_meanwhile(
+    folders, copied, tmp_path, monkeypatch, verb
+):
+    """A recorded one would name the weights of one model beside the results of another."""
+    made, run = folders("embedding"), LibraryReference.run
+    folder, file = copied(made.checkpoint), tmp_path / "model.reference"
+
+    def replaced(self, *arguments, **options):
+        rewrite(folder / "model.safetensors")
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(LibraryReference, "run", replaced)
+    with pytest.raises(CheckpointError, match=r"safetensors was changed or replaced while"):
+        if verb == "validate":
+            embedport.validate(made.artifact, folder, ["tea"], device="cpu", record=False)
+        else:
+            embedport.record_reference(folder, file, ["tea"], device="cpu")
+    assert not file.exists()
 
 
 def test_the_page_is_there_when_recording_fails(folders, copied, monkeypatch, tmp_path):
