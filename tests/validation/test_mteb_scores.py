@@ -81,6 +81,19 @@ def test_a_reference_that_scores_nothing_measures_nothing():
     assert [gate.verdict for gate in gates[2:]] == ["not measured", "fails"]
 
 
+def test_nan_of_either_side_fails():
+    facts = [TaskFacts("SciFact", "Retrieval", "ndcg_at_10", "mteb/scifact", "1")]
+    sound, bad = TaskScore(0.5, {}, 0), TaskScore(0.5, {}, 1)
+    for sides, verdicts in (
+        ((bad, sound), ["fails", "holds", "holds"]),
+        ((sound, bad), ["holds", "fails", "holds"]),
+    ):
+        found, expected = ([side] for side in sides)
+        report = compare_scores(facts, found, expected, version="2", run="fp16, cuda")
+        gates = task_gates(report, found, expected, find_thresholds("fp32"))
+        assert [gate.verdict for gate in gates] == verdicts
+
+
 def test_refused_before_the_model_is_loaded(folders, monkeypatch):
     made = folders("embedding")
     recorded = builtin_reference(builtin_embedder())

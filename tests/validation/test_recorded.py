@@ -207,8 +207,9 @@ def test_what_is_written_is_read(recordings, tmp_path, monkeypatch):
         assert found.inputs == inputs_of(task)["texts" if task == "embedding" else "pairs"]
         with pytest.raises(InputError, match="has hidden states of other texts than this"):
             found.hidden_states(found.layers.rows[::-1])
+        reversed_inputs: Any = found.inputs[::-1]
         with pytest.raises(InputError, match="was recorded on other inputs than these"):
-            found.run(found.inputs[::-1], "fp32")
+            found.run(reversed_inputs, "fp32")
     monkeypatch.setattr(recorded_file, "LARGEST", 1000)
     with pytest.raises(InputError, match=r"characters, and a recorded reference holds 1,000: rec"):
         write_recorded(replace(found, path=tmp_path / "large"))
