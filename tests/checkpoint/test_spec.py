@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import embedport
 from embedport import ModelSpec
 from embedport.artifact.layout import write_sentence_transformers
 from embedport.checkpoint.hub import fetch
+from embedport.checkpoint.rope import read_rope
 from embedport.errors import CheckpointError, InputError
 from tests.synthetic import DEFAULT_PROMPTS, QWEN3_0_6B, QWEN3_4B, QWEN3_8B, edit
 
@@ -66,6 +69,32 @@ def test_rope_as_transformers_5_writes_it(checkpoints, copied):
     # Where both stand, transformers 5 takes the one inside.
     edit(folder / "config.json", rope_theta=7000.0)
     assert ModelSpec.from_checkpoint(folder).rope.theta == 5000.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1.5},  # both bounds of the ramp beyond the last pair
+        {"rope_theta": 4.0},
+        {"original_max_position_embeddings": 5},  # both before the first
+        {"original_max_position_embeddings": 64, "truncate": False},
+        {"beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+        {"beta_fast": 1.0, "beta_slow": 3.0},
+        {"factor": 1.0, "mscale": 2.0, "mscale_all_dim": 3.0},
+        {"factor": 0.5},
+        {"mscale": 2.0},
+    ],
+)
+def test_yarn_as_transformers_computes_it(changes):
+    from transformers import Qwen3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0} | changes
+    rope = read_rope({"rope_parameters": parameters}, Path("config.json"), 512)
+    config = Qwen3Config(head_dim=32, max_position_embeddings=512, rope_parameters=parameters)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](config, None)
+    np.testing.assert_allclose(rope.frequencies(32), expected.numpy(), rtol=1e-5)
+    assert rope.attention_factor == pytest.approx(factor)
 
 
 def test_task_of_a_checkpoint_without_modules_json(checkpoints, copied):

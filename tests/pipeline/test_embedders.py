@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import embedport
+from embedport.checkpoint.pipeline import Dense
+from embedport.checkpoint.pooling import read_dense
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, DeviceError, InputError
 from embedport.serve.models import ServedEmbedder
@@ -23,6 +25,7 @@ from .conftest import (
     end_texts_with,
     messages,
     open_embedder,
+    write_dense,
     write_json,
 )
 
@@ -125,7 +128,23 @@ def test_texts_through_the_chat_template(with_modules, tmp_path, style):
     check(folder, tmp_path)
 
 
-def test_a_generation_prompt_and_a_long_text(with_modules):
+def test_several_chat_templates(with_modules):
+    """The one named default, and parts: sentence-transformers infers them from the list."""
+    folder = with_modules(LAST, UNIT, first=messages("feature-extraction", "auto"))
+    templates = [
+        {"name": "other", "template": "no"},
+        {"name": "default", "template": CHAT.replace("message.content", "message.content[0].text")},
+    ]
+    edit(folder / "tokenizer_config.json", chat_template=templates)
+    found, expected = open_embedder(folder), sentence_transformer(folder).encode(TEXTS)
+    np.testing.assert_allclose(found.encode(TEXTS), expected, atol=1e-5)
+    edit(folder / "tokenizer_config.json", chat_template=templates[:1])
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        ModelSpec.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_generation_prompt_and_a_long_text(with_modules, side):
     first = {
         **MESSAGES,
         "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
@@ -133,7 +152,7 @@ def test_a_generation_prompt_and_a_long_text(with_modules):
     }
     folder = with_modules(LAST, UNIT, first=first)
     chat = CHAT + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    edit(folder / "tokenizer_config.json", chat_template=chat)
+    edit(folder / "tokenizer_config.json", chat_template=chat, truncation_side=side)
     texts = [*TEXTS, "x " * 100]
     found = open_embedder(folder).encode(texts)
     np.testing.assert_allclose(found, sentence_transformer(folder).encode(texts), atol=1e-5)
@@ -330,6 +349,43 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
             "image is not supported",
         ),
         ("sentence_bert_config.json", MESSAGES, "has message, and the folder has no chat templ"),
+        ("sentence_bert_config.json", {"model_kwargs": [1]}, "model_kwargs should be an object"),
+        (
+            "sentence_bert_config.json",
+            {"transformer_task": "text-generation"},
+            "with these modules",
+        ),
+        ("sentence_bert_config.json", {"modality_config": [1]}, "modality_config should be an obj"),
+        ("sentence_bert_config.json", {"modality_config": {"text": 1}}, "text should be an object"),
+        ("sentence_bert_config.json", {"modality_config": {}}, "should have text or message"),
+        (
+            "sentence_bert_config.json",
+            messages("text-generation") | {"transformer_task": "feature-extraction"},
+            "module_output_name is 'causal_logits'",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": messages("text-generation")["modality_config"]},
+            "text should take 'last_hidden_state' of 'forward', found 'logits' of 'forward'",
+        ),
+        (
+            "sentence_bert_config.json",
+            messages("feature-extraction", "parts"),
+            "the format of message should be one of auto, flat, structured, found 'parts'",
+        ),
+        ("sentence_bert_config.json", {"processing_kwargs": [1]}, "processing_kwargs should be an"),
+        (
+            "sentence_bert_config.json",
+            {"processing_kwargs": {"text": {"a": 1}}},
+            "text is not supp",
+        ),
+        ("sentence_bert_config.json", {"processing_kwargs": {"chat_template": [1]}}, "an object"),
+        (
+            "sentence_bert_config.json",
+            {"processing_kwargs": {"chat_template": {"max_length": 9}}},
+            "max_length of chat_template is not supported",
+        ),
+        ("sentence_roberta_config.json", {"max_seq_length": 9}, "name it sentence_bert_config"),
         ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class should"),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": "a.B"}}, "auto_map names code"),
         ("checkpoint-9/adapter_config.json", {"r": 8}, "folder holds an adapter: give `adapter`"),
@@ -353,6 +409,7 @@ def test_refused(with_modules, file, changes, message):
             "Transformer of a SentenceTransformer should",
         ),
         (["Transformer"], "should be followed by Pooling, and then Dense"),
+        (["Pooling", "Normalize"], "first module should be a Transformer with the path '', found"),
         (["Transformer", "Pooling", "Transformer"], "should be followed by Pooling, and then"),
         (["Router", "Pooling"], "module Router is not supported"),
         (["my_code.Transformer", "Pooling"], "my_code.Transformer is code of the checkpoint's"),
@@ -380,6 +437,45 @@ def test_modules_refused(with_modules, modules, message):
     )
     with pytest.raises(CheckpointError, match=message):
         ModelSpec.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "0_Transformer"}, "found Transformer in '0_Transformer'; move the files"),
+        ({"name": "1"}, r"each module should have a unique name, found \['1', '1', '2'\]"),
+    ],
+)
+def test_a_first_module_refused(with_modules, changes, message):
+    folder = with_modules(LAST, UNIT)
+    entries = json.loads((folder / "modules.json").read_text())
+    entries[0] |= changes
+    write_json(folder / "modules.json", entries)
+    with pytest.raises(CheckpointError, match=message):
+        ModelSpec.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linear.bias": None}, "missing or unknown: linear.bias"),
+        ({"other.weight": np.ones(2)}, "missing or unknown: other.weight"),
+        ({"linear.weight": np.ones((48, 32))}, r"shape \[32, 48\] in floating .* found F64 of"),
+        ({"linear.bias": np.ones(32, np.int32)}, r"shape \[32\] in floating point, found I32"),
+        ({"residual.weight": np.full((32, 48), np.inf)}, "residual.weight holds NaN or infinity"),
+    ],
+)
+def test_a_damaged_dense(tmp_path, changes, message):
+    config = {"in_features": 48, "out_features": 32, "use_residual": True}
+    dense = Dense("2_Dense", 48, 32, bias=True, activation="Tanh", residual=True)
+    path = tmp_path / "2_Dense" / "model.safetensors"
+    path.parent.mkdir()
+    write_dense(path.parent, config)
+    assert read_dense(tmp_path, dense).weight.shape == (32, 48)
+    tensors = {name: each for name, each in (load_file(path) | changes).items() if each is not None}
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"2_Dense.*{message}"):
+        read_dense(tmp_path, dense)
 
 
 def test_a_pooling_without_modules_json_is_refused(with_modules):

@@ -180,6 +180,21 @@ def test_two_labels_refused(classifier, config, message):
         ModelSpec.from_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"id2label": ["no", "yes"]}, "id2label should be an object"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "should have one label, yes, or two.* 3"),
+        ({"id2label": None, "num_labels": 3}, "should have one label, yes, or two.* found 3"),
+    ],
+)
+def test_labels_refused(classifier, config, message):
+    folder = classifier(1)
+    edit(folder / "config.json", **config)
+    with pytest.raises(CheckpointError, match=message):
+        ModelSpec.from_checkpoint(folder)
+
+
 def test_classifier_with_another_activation(classifier, tmp_path):
     identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
     check(classifier(1, sentence_transformers=identity), tmp_path)
@@ -189,10 +204,16 @@ def test_classifier_with_another_activation(classifier, tmp_path):
         ModelSpec.from_checkpoint(folder)
 
 
-def test_a_template_without_the_two_roles_is_refused(classifier):
-    folder = classifier(
-        1, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    )
+@pytest.mark.parametrize(
+    "chat",
+    [
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        "{% for m in messages if m.role == 'query' %}{{ m.content }}{% endfor %}",
+        "{{ raise_exception('only users') }}",
+    ],
+)
+def test_a_template_without_the_two_roles_is_refused(classifier, chat):
+    folder = classifier(1, chat)
     with pytest.raises(ValueError, match="cannot carry a 'query'/'document' pair"):
         cross_encoder(folder).predict(PAIRS)
     with pytest.raises(CheckpointError, match="does not render the roles 'query' and 'document'"):
