@@ -190,6 +190,8 @@ class TestTexts:
             build_calibration(builtin_embedder(), corpus, out)
         with pytest.raises(InputError, match=r"should end with \.jsonl"):
             build_calibration(builtin_embedder(), corpus, tmp_path / "out.txt")
+        with pytest.raises(InputError, match="cannot be written: no folder"):
+            build_calibration(builtin_embedder(), corpus, tmp_path / "none" / "out.jsonl")
         assert out.read_text() == "mine"
         build_calibration(builtin_embedder(), corpus, out, count=3, force=True)
         assert len(read_samples(out)) == 3
@@ -254,10 +256,19 @@ class TestPairs:
         assert again.path.read_bytes() == built.path.read_bytes()
 
     def test_within_tokens(self, embedder, definitions, tmp_path):
+        some = {"embedder": embedder, "force": True}
         built = build_calibration(
-            builtin_reranker(), definitions, tmp_path / "a.jsonl", tokens=3000, embedder=embedder
+            builtin_reranker(), definitions, tmp_path / "a.jsonl", count=7, **some
         )
-        assert built.tokens <= 3000
+        assert (built.texts, built.queries) == (7, 3)
+        with pytest.raises(InputError, match="holds no pair that fits into 20 tokens"):
+            build_calibration(
+                builtin_reranker(), definitions, tmp_path / "a.jsonl", tokens=20, **some
+            )
+        built = build_calibration(
+            builtin_reranker(), definitions, tmp_path / "a.jsonl", tokens=3000, **some
+        )
+        assert 2500 < built.tokens <= 3000
         options = Options(precision="int4", calibration=built.path)
         estimate = estimate_onnx(builtin_reranker(), tmp_path / "out", options)
         steps = " ".join(estimate.steps)

@@ -136,7 +136,7 @@ class Adapter:
             CheckpointError: A tensor is missing, unknown or has the wrong shape; or PEFT's result
                 is ambiguous.
         """
-        self._check_pairs(shapes, embeds)
+        self._check_pairs(shapes)
         self._check_whole(shapes, embeds)
         replaced = {_tensor(name): info for name, info in self.whole.items()}
         added = {f"{_tensor(module)}.weight": module for module in self.pairs}
@@ -153,13 +153,11 @@ class Adapter:
             {name: info for name, info in replaced.items() if name in shapes},
         )
 
-    def _check_pairs(self, shapes: Mapping[str, tuple[int, ...]], embeds: bool) -> None:
+    def _check_pairs(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse low-rank pairs that do not match the configuration's target modules."""
         modules = self._modules(shapes)
         targets = {module for module in modules if self._names.targets(module)}
         for module in sorted(targets ^ self.pairs.keys()):
-            if embeds and module == "lm_head":
-                continue
             has = module in self.pairs
             note = "" if module in modules else ", and is no matrix of this model"
             raise CheckpointError(

@@ -387,7 +387,7 @@ def _read_compressed_tensors(
         reorders |= group["weights"].get("actorder") in REORDERED
         rounds |= bool(group.get("input_activations"))
     stored = StoredQuantization("compressed-tensors", tuple(formats), reorders, rounds)
-    if rounds and len(groups) == 1:
+    if len(groups) == 1:
         return _run_by_library(values, group, stored, where) or stored
     return stored
 

@@ -29,7 +29,7 @@ class Settings:
 
         Args:
             key: The key.
-            kind: bool, int or float; an integer is read as a float.
+            kind: bool, int or float.
             default: The value if the key is absent.
 
         Raises:
@@ -38,8 +38,6 @@ class Settings:
         value = self.values.get(key, default)
         if value is None:
             raise CheckpointError(f"{self.path}: {key} is missing")
-        if kind is float and type(value) is int:
-            value = float(value)
         if type(value) is not kind:
             raise CheckpointError(
                 f"{self.path}: {key} should be {kind.__name__}, found {shown(value)}"

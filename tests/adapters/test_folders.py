@@ -201,7 +201,25 @@ TENSORS = {
         "token_adapter.deltas' should be named",
     ),
     "no prefix": (lambda x: rename(x, "base_model.model.", ""), "should be named base_model"),
-    "no B": (lambda x: rename(x, "0.self_attn.q_proj.lora_B", "0.self_attn.o_proj.lora_A"), "_B"),
+    "no B": (
+        lambda x: [x.pop(name) for name in list(x) if "2.self_attn.q_proj.lora_B" in name],
+        "q_proj should have lora_A and lora_B, found lora_A only",
+    ),
+    "of no target": (
+        lambda x: rename(x, "0.self_attn.q_proj.lora_B", "0.self_attn.o_proj.lora_A"),
+        "_B",
+    ),
+    "a table's": (
+        lambda x: [
+            rename(
+                x,
+                f"1.self_attn.v_proj.lora_{part}.weight",
+                f"1.self_attn.v_proj.lora_embedding_{part}",
+            )
+            for part in "AB"
+        ],
+        "should be named like that of a linear layer",
+    ),
     "layer beyond": (lambda x: rename(x, "layers.2.self_attn.q", "layers.7.self_attn.q"), "q_proj"),
     "whole, of no module": (
         lambda x: x.update({"base_model.model.dense.weight": np.ones((2, 2), np.float32)}),
@@ -233,6 +251,17 @@ def test_tensors_refused(bases, adapters, copied, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         ModelSpec.from_checkpoint(bases(), adapter=adapter)
     assert str(adapter) in str(caught.value)
+
+
+def test_the_defaults_of_a_configuration(bases, adapters, copied):
+    adapter = copied(adapters(bases(), r=8, lora_alpha=8, use_rslora=True))
+    expected = ModelSpec.from_checkpoint(bases(), adapter=adapter).plan_merge()
+    assert {lora.scaling for lora in expected.added.values()} == {8 / 8**0.5}
+    edit(adapter / "adapter_config.json", r=None, lora_alpha=None)
+    assert ModelSpec.from_checkpoint(bases(), adapter=adapter).plan_merge() == expected
+    edit(adapter / "adapter_config.json", use_rslora=None, lora_alpha=1)
+    plain = ModelSpec.from_checkpoint(bases(), adapter=adapter).plan_merge()
+    assert {lora.scaling for lora in plain.added.values()} == {0.125}
 
 
 def test_a_score_without_rows(bases, adapters, copied):
@@ -267,6 +296,9 @@ def test_a_base_that_is_not_there(bases, adapters, copied, tmp_path):
         edit(adapter / "adapter_config.json", base_model_name_or_path=name)
         with pytest.raises(CheckpointError, match=r"give the base, and .* as `adapter`"):
             embedport.load(adapter, device="cpu")
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(bases()), revision=7)
+    with pytest.raises(CheckpointError, match="revision should be a text, found 7"):
+        embedport.load(adapter, device="cpu")
     edit(adapter / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(CheckpointError, match="should name the base, found None"):
         embedport.load(adapter, device="cpu")
@@ -294,18 +326,45 @@ def test_an_adapter_in_the_checkpoints_folder(bases, adapters, copied, tmp_path,
     assert passes(artifact, base, adapter=base / place)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_a_tied_head_is_not_adapted(bases, adapters, target):
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("reranker", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("reranker", {"target_modules": ["q_proj", "lm_head"]}),
+        ("reranker", {"modules_to_save": ["embed_tokens"]}),
+        ("embedding", {"target_modules": ["q_proj", "lm_head"]}),
+    ],
+)
+def test_a_tied_head_is_not_adapted(bases, adapters, task, options):
     """PEFT's model differs there before and after merging."""
-    base = bases("reranker")
-    adapter = adapters(base, "causal", target_modules=["q_proj", target])
+    base = bases(task)
+    adapter = adapters(base, "causal", **options)
     with pytest.raises(CheckpointError, match="which are one tensor in the base"):
         AdaptedWeights(ModelSpec.from_checkpoint(base, adapter=adapter))
 
 
+@pytest.mark.parametrize("kind", ["bare", "causal"])
+def test_an_embedder_has_no_head_to_adapt(bases, adapters, kind):
+    base = bases("embedding", tied=False)
+    adapter = adapters(base, kind, target_modules=["q_proj", "lm_head"])
+    spec = ModelSpec.from_checkpoint(base, adapter=adapter)
+    assert {name.split(".")[-2] for name in spec.plan_merge().added} == {"q_proj"}
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("bare", None), ("causal", None), ("classifier", 1)])
+def test_all_linear_as_it_was_asked_for(bases, adapters, copied, kind, labels):
+    """PEFT writes the names instead, and reads both."""
+    base = bases("embedding" if kind == "bare" else "reranker", tied=False)
+    adapter = copied(adapters(base, kind, labels=labels, target_modules="all-linear"))
+    expected = ModelSpec.from_checkpoint(base, adapter=adapter).plan_merge()
+    edit(adapter / "adapter_config.json", target_modules="all-linear")
+    assert ModelSpec.from_checkpoint(base, adapter=adapter).plan_merge() == expected
+
+
 def test_a_classifiers_artifact(bases, adapters, tmp_path):
     base = bases("reranker")
-    adapter = adapters(base, "classifier", labels=1)
+    targets = ["q_proj", "v_proj", "lm_head"]  # it has no lm_head
+    adapter = adapters(base, "classifier", labels=1, target_modules=targets)
     artifact = embedport.export(base, tmp_path / "onnx", adapter=adapter)
     report = embedport.validate(
         artifact.folder, base, adapter=adapter, pairs=PAIRS, device="cpu", record=False

@@ -36,7 +36,7 @@ def test_when_compiled(tmp_path, text, message):
     [
         "{% generation %}\n  {{ messages[0].content }}{% endgeneration %}\n!",
         "{{ messages | tojson }}{{ 'é<' | tojson(indent=1) }}{{ 'é' | tojson(ensure_ascii=true) }}",
-        "{% for m in 'abc' %}\n  {% if loop.index == 2 %}{% break %}{% endif %}{{ m }}\n{% endfor %}",
+        "{% for m in 'ab' %}\n  {% if m == 'b' %}{% break %}{% endif %}{{ m }}\n{% endfor %}",
         "{% if add_generation_prompt or tools or documents %}no{% else %}yes{% endif %}",
     ],
 )

@@ -125,6 +125,16 @@ def test_pooling_and_prompts_of_sentence_transformers(checkpoints, copied):
         ModelSpec.from_checkpoint(folder)
 
 
+def test_task_that_the_files_contradict(checkpoints, copied):
+    folder = copied(checkpoints(task="embedding"))
+    with pytest.raises(InputError, match=r"task is 'reranker', but modules\.json makes it a Sent"):
+        ModelSpec.from_checkpoint(folder, task="reranker")
+    (folder / "modules.json").unlink()
+    edit(folder / "config.json", architectures=["Qwen3Model", "Qwen3ForTokenClassification"])
+    with pytest.raises(CheckpointError, match="architectures should be one of Qwen3Model, Qwen3F"):
+        ModelSpec.from_checkpoint(folder, task="embedding")
+
+
 def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
     folder = copied(checkpoints())
     edit(folder / "tokenizer_config.json", model_max_length=1e30)
@@ -175,6 +185,23 @@ def test_max_length_is_the_smallest_of_the_files(checkpoints, copied):
         ),
         ({"rope_scaling": [1]}, r"rope_scaling should be an object, found \[1\]"),
         ({"rope_theta": None}, "rope_theta is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported, only 1"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supp"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4,
+                    "original_max_position_embeddings": 0.5,
+                }
+            },
+            "original_max_position_embeddings should be a positive whole number, found 0.5",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": "no"}},
+            "truncate should be true or false, found 'no'",
+        ),
+        ({"architectures": "Qwen3Model"}, "architectures should be a list of names"),
         ({"quantization_config": {"bits": 4}}, "quantized by None"),
     ],
 )

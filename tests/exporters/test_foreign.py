@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,11 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import embedport
-from embedport.checkpoint.quantization_config import LibraryQuantization, StoredQuantization
+from embedport.checkpoint.quantization_config import (
+    LibraryQuantization,
+    StoredQuantization,
+    read_quantization,
+)
 from embedport.checkpoint.spec import ModelSpec
 from embedport.cli import main
 from embedport.errors import CheckpointError
@@ -468,6 +473,12 @@ def tensors_of(**weights):
         (FP8 | {"weight_block_size": [128]}, "weight_block_size should be two numbers"),
         (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt should be 'float', found 'ue8m0'"),
         (FP8 | {"modules_to_convert": ["embed_tokens"]}, "modules_to_convert should be absent"),
+        (
+            tensors_of() | {"config_groups": {"a": {"weights": WEIGHTS, "rotation": {"x": 1}}}},
+            "config_groups: a: rotation is not known",
+        ),
+        (GPTQ | {"quant_method": "awq", "bits": 8}, "bits should be 4, found 8"),
+        ([1], r"should be an object, found \[1\]"),
         ({"quant_method": "quark"}, ".* is not read, only by 'gptq', .*; give the original"),
     ],
 )
@@ -476,6 +487,56 @@ def test_refused(plain, tmp_path, config, message):
     set_config(folder, config)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*quantization_config.*{message}"):
         ModelSpec.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "words", "graph_group"),
+    [
+        (tensors_of(strategy=None), "w4a16", "int4, one scale per 32 inputs of an output", 32),
+        (tensors_of(strategy=None, group_size=-1), "w4a16", "int4, one scale per output", 128),
+        (tensors_of(strategy=None, group_size=None), "w4a16", "int4, one scale", None),
+        (tensors_of(group_size=192), "w4a16", "int4, one scale per 192 inputs of an output", 64),
+        (tensors_of(group_size=16), "w4a16", "int4, one scale per 16 inputs of an output", None),
+        (
+            tensors_of(strategy="block", block_structure="16x32"),
+            "w4a16",
+            "int4, one scale per 16 outputs x 32 inputs",
+            None,
+        ),
+        (GPTQ, "gptq", "int4, one scale per 32 inputs of an output", 32),
+        (GPTQ | {"bits": 8, "group_size": 256}, "gptq-8", "int8, one scale per 256 inputs of", 128),
+        (AUTO_ROUND | {"bits": 8}, "w8a16", "int8, one scale per 32 inputs of an output", 32),
+        (FP8, "fp8", "float8, one scale per 128 outputs x 128 inputs", None),
+    ],
+)
+def test_which_codes_share_a_scale(config, precision, words, graph_group):
+    found = read_quantization(config, Path("config.json"))
+    assert isinstance(found, StoredQuantization)
+    (format_,) = found.formats
+    assert (found.precision, format_.graph_group) == (precision, graph_group)
+    assert str(format_).startswith(words)
+    assert not format_.has_zero_points
+
+
+@pytest.mark.parametrize("sizes", ["16x32x1", "16x-32", [16, 0], [16, 32.0], [16]])
+def test_blocks_refused(sizes):
+    config = tensors_of(strategy="block", block_structure=sizes)
+    with pytest.raises(CheckpointError, match="weights should have strategy tensor"):
+        read_quantization(config, Path("config.json"))
+
+
+def test_groups_of_activations_are_not_left_to_the_library(compressed):
+    """It would be told of one of them."""
+    values = json.loads((compressed("W8A8")[0] / "config.json").read_text())["quantization_config"]
+    (group,) = values["config_groups"].values()
+    assert isinstance(read_quantization(values, Path("config.json")), LibraryQuantization)
+    values["config_groups"] = {
+        "a": group | {"targets": ["re:.*q_proj"]},
+        "b": group | {"targets": ["re:.*k_proj"]},
+    }
+    found = read_quantization(values, Path("config.json"))
+    assert isinstance(found, StoredQuantization)
+    assert found.rounds_activations
 
 
 @pytest.mark.parametrize(

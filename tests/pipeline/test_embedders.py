@@ -187,12 +187,16 @@ def test_a_template_that_reads_the_task_is_refused(with_modules):
     np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"])
-def test_a_prompt_left_out_of_the_pooling(with_modules, end):
+@pytest.mark.parametrize(
+    ("end", "named"),
+    [("<|im_start|>", None), ("<|im_start|>", ["<|im_start|>"]), ("<|im_end|>", None)],
+)
+def test_a_prompt_left_out_of_the_pooling(with_modules, end, named):
     """A token at its end belongs to it unless the tokenizer's files name that as special."""
     pooling = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
     folder = with_modules(("Pooling", pooling), UNIT, prompts={"own": "Say: "}, default="own")
     end_texts_with(folder, end)
+    edit(folder / "tokenizer_config.json", additional_special_tokens=named)
     expected = sentence_transformer(folder).encode(TEXTS)
     np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
 
@@ -274,7 +278,8 @@ def test_lower_case(with_modules, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"truncation_side": "left"}, {"split_special_tokens": True}])
 def test_the_tokenizer_s_settings(with_modules, tmp_path, changes):
-    folder = with_modules(LAST, UNIT, first={"max_seq_length": 12})
+    without_effect = {"torch_dtype": "float32", "attn_implementation": "eager", "subfolder": None}
+    folder = with_modules(LAST, UNIT, first={"max_seq_length": 12, "model_kwargs": without_effect})
     edit(folder / "tokenizer_config.json", **changes)
     texts = [*TEXTS, "a <|im_end|> in the middle"]
     expected = sentence_transformer(folder).encode(texts)
@@ -286,6 +291,8 @@ def test_max_seq_length_comes_before_the_tokenizer_s(with_modules):
     edit(folder / "tokenizer_config.json", model_max_length=20)
     assert ModelSpec.from_checkpoint(folder).max_length == 300
     assert sentence_transformer(folder).max_seq_length == 300
+    edit(folder / "sentence_bert_config.json", max_seq_length=32768)
+    assert ModelSpec.from_checkpoint(folder).max_length == 32768
     edit(folder / "sentence_bert_config.json", max_seq_length=10**6)
     with pytest.raises(CheckpointError, match="max_seq_length is 1000000, and the model has 32768"):
         ModelSpec.from_checkpoint(folder)

@@ -28,6 +28,7 @@ PADDING = {
     **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"},
 }
 LEFT = {"direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+OBJECT = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "special": True}
 # Of transformers' Qwen2Tokenizer, which takes neither from the file.
 OWN = r"transformers' Qwen2Tokenizer"
 ADDS = "'<extra>', not an added token of tokenizer.json: transformers would add it"
@@ -64,12 +65,13 @@ def another(name, **values):
     return lambda folder: (folder / name).write_text(json.dumps(values))
 
 
-def decoder(kind="Qwen2Tokenizer", *, without="", swapped=False, special=None, **values):
+def decoder(kind="Qwen2Tokenizer", *, without="", more=(), swapped=False, special=None, **values):
     """tokenizer_config.json with the added tokens of tokenizer.json, or with others."""
 
     def apply(folder):
         found = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
         listed = {str(token.pop("id")): token for token in found}
+        listed |= {str(9000 + i): found[0] | {"content": name} for i, name in enumerate(more)}
         listed = {id_: token for id_, token in listed.items() if token["content"] != without}
         if swapped:
             listed = dict(zip(listed, reversed(listed.values()), strict=True))
@@ -83,6 +85,14 @@ def decoder(kind="Qwen2Tokenizer", *, without="", swapped=False, special=None, *
 
 def unsorted(found):
     found["added_tokens"].reverse()
+
+
+def without_end(folder):
+    path = folder / "tokenizer.json"
+    found = json.loads(path.read_text()) | {"post_processor": None}
+    found["added_tokens"] = [x for x in found["added_tokens"] if x["content"] != "<|endoftext|>"]
+    path.write_text(json.dumps(found))
+    edit(folder / "tokenizer_config.json", eos_token=None, pad_token=None)
 
 
 def class_in_config(kind, **rules):
@@ -147,6 +157,12 @@ REFUSED = {
         "padding has the pad_token '<pad>', and tokenizer_config.json names none",
     ),
     "added_tokens": (another("added_tokens.json", **{EXTRA: 5000}), ADDS),
+    "split": (settings(split_special_tokens="no"), "split_special_tokens should be true or false"),
+    "side": (settings(truncation_side="both"), "truncation_side should be 'left' or 'right'"),
+    "no end token": (
+        without_end,
+        rf"'<\|endoftext\|>' is not an added token, and {OWN} would add it",
+    ),
     "add_prefix_space": (settings(add_prefix_space=True), "add_prefix_space is true"),
     "lstrip": (tokens("<|im_end|>", lstrip=True), f"lstrip of the added token .* {OWN} makes it"),
     "rstrip": (tokens("<|endoftext|>", rstrip=True), "rstrip of the added token"),
@@ -157,6 +173,7 @@ REFUSED = {
         decoder(without="<think>"),
         "added_tokens_decoder lacks '<think>', an added token of tokenizer.json",
     ),
+    "a decoder with a token more": (decoder(more=[EXTRA]), f"added_tokens_decoder names {ADDS}"),
     "a decoder with other ids": (decoder(swapped=True), "gives '</think>' the id '"),
     "other ids": (
         another("added_tokens.json", **{"<think>": 7}),
@@ -183,6 +200,10 @@ REFUSED = {
         class_in_config("GPT2Tokenizer"),
         r"/config\.json: tokenizer_class should be one of Qwen2Tokenizer.*found 'GPT2Tokenizer'",
     ),
+    "no pre-tokenizer": (
+        lambda folder: change(folder, lambda found: found.update(pre_tokenizer=None)),
+        f"pre_tokenizer is None, but that of {OWN} is",
+    ),
     "another kind": (
         model(type="WordLevel", vocab={"a": 0, "b": 1}, unk_token="a"),
         f"type is 'WordLevel'.*{OWN}",
@@ -208,6 +229,10 @@ VARIABLES = {
     "the class": settings(eos_token=None, pad_token=None),
     "none": settings(eos_token=None, pad_token=None, tokenizer_class="PreTrainedTokenizerFast"),
     "the map": another("special_tokens_map.json", cls_token="<|im_end|>", eos_token="<|im_start|>"),
+    "tokens as objects": settings(
+        eos_token={"__type": "AddedToken", **OBJECT}, pad_token=None, add_eos_token=True
+    ),
+    "a map of objects": another("special_tokens_map.json", cls_token=OBJECT, eos_token=OBJECT),
     "a key": settings(image_token="<|im_end|>"),
     "an object": settings(extra_special_tokens={"image_token": "<|im_end|>"}),
 }
@@ -217,7 +242,8 @@ VARIABLES = {
 def test_variables_of_a_template(descend, case):
     folder = descend()
     VARIABLES[case](folder)
-    names = ("eos_token", "pad_token", "unk_token", "cls_token", "image_token")
+    names = ["eos_token", "pad_token", "unk_token", "cls_token", "image_token", "add_eos_token"]
+    names += ["content"]
     chat = "{{ messages[0].content }}" + "".join(f"|{{{{ {name} }}}}" for name in names)
     (folder / "chat_template.jinja").write_text(chat)
     edit(folder / "sentence_bert_config.json", **messages("feature-extraction", "auto"))
@@ -240,6 +266,7 @@ def test_refused(descend, case):
 # Refused because transformers would give other tokens than tokenizer.json does.
 OTHER_TOKENS = (
     "a decoder that lacks a token",
+    "a decoder with a token more",
     "a decoder with other ids",
     "a class in config.json",
     "other ids",

@@ -192,6 +192,12 @@ def test_a_tokenizer_without_an_end_token(folders):
     assert raw.encode("a").ids == [64, 151643]
 
 
+def test_a_word_that_is_no_token(folders):
+    path = folders["reranker"] / "tokenizer.json"
+    with pytest.raises(CheckpointError, match="'no such word' should be a single token"):
+        token_id(load_tokenizer(path), "no such word", path)
+
+
 def test_damaged_tokenizer(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         load_tokenizer(tmp_path / "tokenizer.json")

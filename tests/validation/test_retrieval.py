@@ -80,6 +80,8 @@ def test_the_same_queries_are_taken_each_time(folder):
     few = [read_beir(folder, max_queries=2) for _ in range(2)]
     assert few[0] == few[1]
     assert len(few[0].queries) == len(few[0].relevance) == len(few[0].candidates) == 2
+    with pytest.raises(InputError, match="max_queries should be at least 1, found 0"):
+        read_beir(folder, max_queries=0)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,7 @@ def test_the_same_queries_are_taken_each_time(folder):
         ("corpus.jsonl", None, "has no corpus.jsonl: a retrieval set is"),
         ("corpus.jsonl", "\n", "holds no text"),
         ("corpus.jsonl", "{}\n", "corpus.jsonl:1 should be an object"),
+        ("corpus.jsonl", '{"_id": "a", "text": 7}\n', "corpus.jsonl:1: text should be a string"),
         ("queries.jsonl", '{"_id": "a", "text": "b"}\n' * 2, "queries.jsonl:2: _id should be"),
         ("qrels/test.tsv", None, "test.tsv cannot be read"),
         ("qrels/test.tsv", "q1\tchina\t1\n", "test.tsv:1 should be a header"),
