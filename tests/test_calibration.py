@@ -256,7 +256,7 @@ class TestPairs:
         assert again.path.read_bytes() == built.path.read_bytes()
 
     def test_within_tokens(self, embedder, definitions, tmp_path):
-        some = {"embedder": embedder, "force": True}
+        some: dict[str, Any] = {"embedder": embedder, "force": True}
         built = build_calibration(
             builtin_reranker(), definitions, tmp_path / "a.jsonl", count=7, **some
         )

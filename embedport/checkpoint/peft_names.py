@@ -59,10 +59,8 @@ class ConfiguredNames:
             if self._match("modules_to_save", rf"(^|.*\.){name}($|\..*)", module):
                 return False
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-            is_head = module == "lm_head" or (
-                module == "score" and values.get("task_type") == "SEQ_CLS"
-            )
-            return not is_head and not module.endswith("embed_tokens")
+            # PEFT puts a classifier's score into modules_to_save.
+            return module != "lm_head" and not module.endswith("embed_tokens")
         if not self._names("target_modules", targets, module):
             return False
         layers = values.get("layers_to_transform")

@@ -291,12 +291,14 @@ class RerankerTokenizer(_TextTokenizer):
 
 
 def _lower(tokenizer: Tokenizer) -> None:
-    """Lowercase texts before any other normalization, unless the tokenizer already does."""
+    """Lowercase texts before any other normalization, unless one of the first level already does.
+
+    As sentence-transformers: rules nested deeper do not count.
+    """
     present = tokenizer.normalizer
-    if present is not None and '"Lowercase"' in present.__getstate__().decode():
-        return
-    lower = Lowercase()
-    tokenizer.normalizer = lower if present is None else Normalizers([lower, present])
+    rules = list(present) if isinstance(present, Normalizers) else [present] * (present is not None)
+    if not any(isinstance(rule, Lowercase) for rule in rules):
+        tokenizer.normalizer = Normalizers([Lowercase(), *rules])
 
 
 def _without_end(ids: np.ndarray, skipped: int) -> np.ndarray:

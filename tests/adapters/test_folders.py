@@ -98,6 +98,32 @@ def test_a_tokenizer_that_is_not_the_bases(bases, adapters, copied):
         ModelSpec.from_checkpoint(bases(), adapter=adapter)
 
 
+def test_a_chat_template_that_is_not_the_bases(bases, adapters, copied):
+    base = copied(bases("reranker"), "base")
+    adapter = copied(adapters(bases("reranker"), "classifier", labels=1))
+    chat = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(chat)
+    for folder in (base, adapter):
+        shutil.copy(bases("reranker") / "tokenizer.json", folder)
+    for text in (None, chat, chat + "!"):
+        if text is not None:
+            (adapter / "chat_template.jinja").write_text(text)
+        if text == chat + "!":
+            with pytest.raises(CheckpointError, match="or its chat template, differs from the ba"):
+                ModelSpec.from_checkpoint(base, adapter=adapter)
+        else:
+            spec = ModelSpec.from_checkpoint(base, adapter=adapter)
+            assert spec.inputs.form == "messages"
+
+
+def test_the_task_of_an_adapter(bases, adapters, copied):
+    """PEFT's task type says it where neither modules.json nor a model card does."""
+    base = copied(bases("reranker"), "base")
+    (base / "README.md").unlink(missing_ok=True)
+    adapter = adapters(bases("reranker"), "bare")
+    assert ModelSpec.from_checkpoint(base, adapter=adapter).task == "embedding"
+
+
 def test_an_artifact_and_its_reference(bases, adapters, tmp_path):
     """The command line: made, shown, validated; another adapter, or none, is noticed."""
     base, adapter = bases(), adapters(bases(), target_modules="all-linear")

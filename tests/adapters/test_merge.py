@@ -31,10 +31,11 @@ CONFIGS = {
         "use_rslora": True,
     },
     "all-linear": {"target_modules": "all-linear"},
-    "regex": {"target_modules": r".*\.[12]\..*(gate|up)_proj"},
+    "regex": {"target_modules": r".*\.[12]+\..*(gate|up)_pro.*|layers\.0\.mlp\.up"},
     "excluded": {"target_modules": ALL, "exclude_modules": ["layers.0.mlp.up_proj", "o_proj"]},
     "excluded by regex": {"target_modules": ALL, "exclude_modules": r".*mlp\..*"},
     "layers": {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+    "a layer": {"layers_to_transform": 1, "layers_pattern": ["layers"]},
     "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
     "norms": {"modules_to_save": ["norm", "1.mlp.up_proj"]},
     "eva": {"init_lora_weights": "eva"},
@@ -78,11 +79,14 @@ def test_a_rerankers_own_head(bases, adapters, tied):
     assert check_tensors(spec, merged(base, "causal", adapter)) == 22
 
 
-def test_lora_on_an_untied_head(bases, adapters):
+@pytest.mark.parametrize(("layers", "changed"), [(None, 5), (1, 2)])
+def test_lora_on_an_untied_head(bases, adapters, layers, changed):
+    """A module named in full has its pair whatever the layers are."""
     base = bases("reranker", tied=False)
-    adapter = adapters(base, "causal", target_modules=["lm_head", "embed_tokens", "q_proj"])
+    targets = ["lm_head", "embed_tokens", "q_proj"]
+    adapter = adapters(base, "causal", target_modules=targets, layers_to_transform=layers)
     spec = ModelSpec.from_checkpoint(base, adapter=adapter)
-    assert check_tensors(spec, merged(base, "causal", adapter)) == 5
+    assert check_tensors(spec, merged(base, "causal", adapter)) == changed
 
 
 def peft_vectors(base, kind, adapter, texts):

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from embedport import ModelSpec
-from embedport.checkpoint.tensor_files import open_shard
+from embedport.checkpoint.tensor_files import open_shard, read_headers
 from embedport.errors import CheckpointError
 from embedport.files import SMALL
 
@@ -27,6 +27,14 @@ def test_names_in_an_index(damageable, file):
     (damageable / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"norm\.weight should be in a file beside"):
         ModelSpec.from_checkpoint(damageable)
+
+
+@pytest.mark.parametrize("names", [None, {}, ["norm.weight"]])
+def test_an_index_of_nothing(damageable, names):
+    (damageable / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (damageable / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map should map tensors to sha"):
+        read_headers(damageable)
 
 
 def test_many_tiny_tensors(tmp_path):

@@ -35,6 +35,9 @@ MESSAGES = messages("feature-extraction", "flat")
 TANH = "torch.nn.modules.activation.Tanh"
 
 
+REPLACE = {"type": "Replace", "pattern": {"String": "A"}, "content": "x"}
+
+
 def sentence_transformer(folder, **options):
     from sentence_transformers import SentenceTransformer
 
@@ -122,7 +125,10 @@ CHAT = (
 @pytest.mark.parametrize("style", ["flat", "structured", "auto"])
 def test_texts_through_the_chat_template(with_modules, tmp_path, style):
     first = messages("feature-extraction", style)
-    folder = with_modules(LAST, UNIT, prompts={"q": "Be brief."}, default="q", first=first)
+    # The prompt is a message of its own, and is pooled all the same.
+    mean = {"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": False}
+    prompts = {"q": "Be brief."}
+    folder = with_modules(("Pooling", mean), UNIT, prompts=prompts, default="q", first=first)
     chat = CHAT.replace("message.content", "message.content[0].text") if style != "flat" else CHAT
     (folder / "chat_template.jinja").write_text(chat)
     check(folder, tmp_path)
@@ -197,8 +203,10 @@ def test_a_prompt_left_out_of_the_pooling(with_modules, end, named):
     folder = with_modules(("Pooling", pooling), UNIT, prompts={"own": "Say: "}, default="own")
     end_texts_with(folder, end)
     edit(folder / "tokenizer_config.json", additional_special_tokens=named)
-    expected = sentence_transformer(folder).encode(TEXTS)
-    np.testing.assert_allclose(open_embedder(folder).encode(TEXTS), expected, atol=1e-5)
+    model, embedder = sentence_transformer(folder), open_embedder(folder)
+    np.testing.assert_allclose(embedder.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
+    expected = model.encode(TEXTS, prompt="")
+    np.testing.assert_allclose(embedder.encode(TEXTS, prompt=""), expected, atol=1e-5)
 
 
 def test_vectors_that_are_not_normalized(with_modules, tmp_path):
@@ -274,6 +282,22 @@ def test_lower_case(with_modules, tmp_path):
     upper = open_embedder(folder).encode([text.upper() for text in TEXTS[:2]])
     lower = open_embedder(folder).encode([text.lower() for text in TEXTS[:2]])
     np.testing.assert_allclose(upper, lower, atol=1e-6)
+
+
+LOWER = {"type": "Sequence", "normalizers": [REPLACE, {"type": "Lowercase"}]}
+
+
+@pytest.mark.parametrize(
+    "normalizer", [None, REPLACE, LOWER, {"type": "Sequence", "normalizers": [LOWER]}]
+)
+def test_lower_case_before_or_within_a_tokenizer_s_own_rules(with_modules, normalizer):
+    """Texts are lowercased first, but for rules that do it themselves."""
+    folder = with_modules(LAST, UNIT, first={"do_lower_case": True})
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    values = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": normalizer}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    model, found = sentence_transformer(folder), open_embedder(folder).tokenizer.encode(["ABBA"])
+    assert found.ids[0].tolist() == model.preprocess(["ABBA"])["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("changes", [{"truncation_side": "left"}, {"split_special_tokens": True}])

@@ -44,6 +44,12 @@ def check(folder, tmp_path, **options):
     return expected
 
 
+def test_a_token_that_is_0(with_score):
+    folder = with_score()
+    edit(folder / "1_LogitScore" / "config.json", true_token_id=0)
+    assert ModelSpec.from_checkpoint(folder).outputs.answers[0] == 0
+
+
 @pytest.mark.parametrize(
     ("yes", "no", "settings"),
     [
