@@ -1,5 +1,7 @@
 """Chat templates that fail: errors of ours, whatever jinja2 raises."""
 
+from typing import Any
+
 import pytest
 
 from embedport.checkpoint.chat import ChatTemplate
@@ -45,6 +47,6 @@ def test_as_transformers_renders_it(tmp_path, text):
 
     (tmp_path / "chat_template.jinja").write_text(text)
     template = ChatTemplate(tmp_path, "flat", {})
-    chat = template.text("é < 1", None)
+    chat: Any = template.text("é < 1", None)
     (expected,), _ = render_jinja_template([chat], chat_template=text)
     assert template.render(chat) == expected
