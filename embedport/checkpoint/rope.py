@@ -118,7 +118,7 @@ def read_rope(values: Mapping[str, Any], path: Path, positions: int) -> Rope:
         if name not in (*known, *NUMBERS, "original_max_position_embeddings"):
             raise CheckpointError(f"{where}: {name} is not known here, found {shown(value)}")
     for settings in (values, parameters):
-        if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
+        if settings.get("partial_rotary_factor") not in (None, 1):
             raise CheckpointError(f"{path}: partial_rotary_factor is not supported, only 1")
     theta = parameters.get("rope_theta")
     theta = values.get("rope_theta") if theta is None else theta

@@ -339,6 +339,10 @@ def test_head_dim_and_key_heads_are_transformers_defaults(with_modules):
     folder = with_modules(LAST, UNIT)
     edit(folder / "config.json", head_dim=None)
     assert ModelSpec.from_checkpoint(folder).head_dim == 128
+    # The largest; and a number that nothing reads without a window.
+    edit(folder / "config.json", head_dim=256, max_window_layers=0, use_sliding_window=False)
+    spec = ModelSpec.from_checkpoint(folder)
+    assert (spec.head_dim, spec.window, spec.window_layers) == (256, None, ())
 
 
 def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
