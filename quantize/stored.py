@@ -16,7 +16,7 @@ from ..checkpoint.quantization_config import (
     StoredQuantization,
 )
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.tensor_files import TensorInfo, open_shard, read_headers, read_octets
+from ..checkpoint.tensor_files import TensorInfo, open_holding, read_headers, read_octets
 from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError
 from .schemes import QuantizedTensor, QuantScheme
@@ -276,7 +276,7 @@ class StoredWeights(Weights):
     def _read_part(self, info: TensorInfo) -> np.ndarray:
         if info.dtype == "F8_E4M3":  # numpy has no fp8: read the codes
             return np.frombuffer(read_octets(info), np.uint8).reshape(info.shape)
-        with open_shard(info.file) as shard:
+        with open_holding(info) as shard:
             return shard.get_tensor(info.name)
 
     def _read_named(self, matrix: str, part: str | None) -> np.ndarray:

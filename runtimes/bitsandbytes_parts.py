@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.tensor_files import TensorInfo, dtype_and_shape, find_tensor, open_shard
+from ..checkpoint.tensor_files import TensorInfo, dtype_and_shape, find_tensor, open_holding
 from ..checkpoint.weights import DTYPES
 from ..errors import CheckpointError
 from ..strict_json import parse_json
@@ -118,5 +118,5 @@ def read_state(headers: Mapping[str, TensorInfo], name: str) -> Mapping[str, Any
 
 
 def _read(info: TensorInfo) -> Any:
-    with open_shard(info.file) as shard:
+    with open_holding(info) as shard:
         return shard.get_tensor(info.name)

@@ -27,7 +27,13 @@ from safetensors import safe_open
 from ..bitsandbytes_ import importing_bitsandbytes
 from ..checkpoint.quantization_config import LibraryQuantization
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.tensor_files import TensorInfo, dtype_and_shape, find_tensor, read_headers
+from ..checkpoint.tensor_files import (
+    TensorInfo,
+    dtype_and_shape,
+    find_tensor,
+    open_holding,
+    read_headers,
+)
 from ..checkpoint.weights import DTYPES, Weights
 from ..errors import CheckpointError, MissingPackageError, require
 from ..quantize.stored import open_weights, warn_of_activations
@@ -151,7 +157,7 @@ def read_stored(headers: Mapping[str, TensorInfo], name: str) -> Any:
     """Read a tensor in its stored dtype, with torch: numpy has no fp8."""
     info = find_tensor(headers, name)
     assert info is not None
-    with safe_open(info.file, framework="pt") as shard:
+    with open_holding(info), safe_open(info.file, framework="pt") as shard:
         return shard.get_tensor(info.name)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .adapter import CONFIG, WEIGHTS, Lora
 from .spec import ModelSpec
-from .tensor_files import TensorInfo, open_shard
+from .tensor_files import TensorInfo, open_holding
 from .weights import Weights
 
 # Rows that are held in float64 at a time.
@@ -56,7 +56,7 @@ class AdaptedWeights(Weights):
 
 def _delta(lora: Lora, rows: slice) -> np.ndarray:
     """Rows of scaling * B @ A (transposed for an embedding table), float32."""
-    with open_shard(lora.a.file) as shard:
+    with open_holding(lora.a, lora.b) as shard:
         a, b = shard.get_slice(lora.a.name), shard.get_slice(lora.b.name)
         if lora.is_table:
             left, right = a[:, rows].T, b[:].T

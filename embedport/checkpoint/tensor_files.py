@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -171,6 +172,29 @@ def open_shard(path: Path) -> Any:
         ) from error
 
 
+def open_holding(*tensors: TensorInfo) -> Any:
+    """Memory-map the shard of some tensors as `open_shard` does, if it is still the same.
+
+    Raises:
+        CheckpointError: As for `open_shard`; or the file was replaced since its header was read,
+            and now lacks a tensor, or has one of another dtype or shape.
+    """
+    path = tensors[0].file
+    shard = open_shard(path)
+    for info in tensors:
+        found = None
+        with contextlib.suppress(SafetensorError):
+            view = shard.get_slice(info.name)
+            found = view.get_dtype(), tuple(view.get_shape())
+        if found != (info.dtype, info.shape):
+            raise CheckpointError(
+                f"{path}: tensor {info.name} was {info.dtype} of {list(info.shape)} a moment ago, "
+                f"and is {'missing' if found is None else f'{found[0]} of {list(found[1])}'} now: "
+                "the file was replaced meanwhile; run this again"
+            )
+    return shard
+
+
 def _is_lfs_pointer(path: Path) -> bool:
     """Whether a file is what a clone without Git LFS has in place of a large file."""
     with path.open("rb") as file:
@@ -181,9 +205,9 @@ def read_octets(info: TensorInfo) -> bytes:
     """The raw bytes of a tensor, for dtypes that numpy does not have.
 
     Raises:
-        CheckpointError: The file is damaged.
+        CheckpointError: As for `open_holding`.
     """
-    with open_shard(info.file), info.file.open("rb") as file:
+    with open_holding(info), info.file.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         # safetensors has checked the header.
         start, end = parse_json(file.read(size).decode())[info.name]["data_offsets"]

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .quantization_config import INSTEAD
 from .spec import ModelSpec
-from .tensor_files import TensorInfo, find_tensor, open_shard, read_headers
+from .tensor_files import TensorInfo, find_tensor, open_holding, read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,12 @@ class Weights:
 
         Returns:
             An array of the stored dtype (bfloat16 is `ml_dtypes.bfloat16`) and shape.
+
+        Raises:
+            CheckpointError: The shard was replaced meanwhile, or cannot be read any more.
         """
         info = self.tensors[name]
-        with open_shard(info.file) as shard:
+        with open_holding(info) as shard:
             return shard.get_slice(info.name)[rows]
 
     def read_fp32(self, name: str, rows: slice = slice(None)) -> np.ndarray:

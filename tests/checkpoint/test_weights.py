@@ -5,12 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_file
+from safetensors.torch import save_file as save_torch
 
 from embedport import ModelSpec
 from embedport.checkpoint.tensor_files import INDEX, SINGLE
 from embedport.checkpoint.weights import Weights
 from embedport.errors import CheckpointError
+from embedport.quantize import stored
 
 
 def open_weights(folder):
@@ -169,3 +173,30 @@ def test_tensors_that_nothing_reads_are_named_once(checkpoints, copied, caplog):
     assert caplog.messages == [
         f"{folder}: no layer of config.json reads {names} and 1 more: without effect"
     ]
+
+
+@pytest.mark.parametrize("change", ["removed", "of another shape", "of another dtype"])
+@pytest.mark.parametrize("stored_as", ["floats", "gptq", "fp8"])
+def test_a_file_that_is_replaced_before_it_is_read(
+    checkpoints, rounded, quantized, copied, stored_as, change
+):
+    """Headers are read when a model is opened; tensors of a large one follow minutes later."""
+    makers = {
+        "floats": lambda: checkpoints("kv8"),
+        "gptq": lambda: rounded("gptq"),
+        "fp8": lambda: quantized("fp8"),
+    }
+    path = copied(makers[stored_as]()) / SINGLE
+    weights = stored.open_weights(ModelSpec.from_checkpoint(path.parent))
+    tensors = torch_file(path)
+    matrix = "layers.0.mlp.up_proj."
+    for name in [name for name in tensors if name.startswith(matrix)]:
+        if change == "removed":
+            del tensors[name]
+        elif change == "of another shape":
+            tensors[name] = tensors[name][:-1].clone()
+        else:
+            tensors[name] = tensors[name].to(torch.float64)
+    save_torch(tensors, path)
+    with pytest.raises(CheckpointError, match="was replaced meanwhile"):
+        weights.read_fp32(f"{matrix}weight")
