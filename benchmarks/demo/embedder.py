@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,13 +64,19 @@ def make_pairs(synsets: Sequence[Synset], generator: np.random.Generator) -> lis
 
 
 def train_embedder(
-    synsets: Sequence[Synset], corpus: Corpus, table: np.ndarray, *, steps: int, seed: int
+    synsets: Sequence[Synset],
+    corpus: Corpus,
+    table: np.ndarray,
+    *,
+    steps: int,
+    seed: int,
+    state: Path,
 ) -> Qwen3Model:
-    """Train from the teacher's token vectors; prints the losses."""
+    """Train from the teacher's token vectors; prints the losses. `state`: see `Optimizer`."""
     model = make_model(table, seed)
     compile_parts(model)
-    optimizer = Optimizer(model, LEARNING_RATE, steps, "embedder")
-    for _, pairs in zip(range(steps), pair_batches(synsets, seed), strict=False):
+    optimizer = Optimizer(model, LEARNING_RATE, steps, "embedder", state)
+    for pairs in itertools.islice(pair_batches(synsets, seed), optimizer.done, steps):
         contrast, distance = _losses(model, pairs, corpus)
         optimizer.step(contrast, DISTANCE_WEIGHT * distance)
     return model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ def train_places(
     *,
     steps: int,
     seed: int,
+    state: Path,
 ) -> None:
     """Run the first stage in place, on all layers but the last; prints the losses.
 
@@ -52,6 +54,7 @@ def train_places(
         tokenizers: The embedder's and the reranker's.
         steps: Number of steps, with `PAIRS` pairs each.
         seed: Seed of the pairs.
+        state: See `Optimizer`.
     """
     embedding, pairing = tokenizers
     half = model.config.hidden_size // 2
@@ -64,9 +67,9 @@ def train_places(
     model.train()
     last_layer(model).requires_grad_(False)
     compile_parts(model)
-    optimizer = Optimizer(model, LEARNING_RATE, steps, "places")
-    for _ in range(steps):
-        chosen = generator.integers(CROPS, size=(PAIRS, 2))
+    optimizer = Optimizer(model, LEARNING_RATE, steps, "places", state)
+    chosen_pairs = generator.integers(CROPS, size=(steps, PAIRS, 2))
+    for chosen in chosen_pairs[optimizer.done :]:
         rows, shared = encode_pairs([(queries[q], documents[d]) for q, d in chosen], pairing)
         targets = [(query_targets[q], document_targets[d]) for q, d in chosen]
         distances, hints, marks = [], [], []
