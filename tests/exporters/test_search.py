@@ -182,6 +182,7 @@ def test_texts_that_judge_do_not_calibrate(small_tokenizer, tmp_path, monkeypatc
     assert all(rows == calibrated[-1] - calibrated[0] for rows in judged)
 
 
+@pytest.mark.slow
 def test_a_reranker_keeps_its_ranking(small_tokenizer, small_set, tmp_path, monkeypatch):
     """The loss that a search records is that of the scores that the two artifacts give."""
     monkeypatch.setattr(search, "TRIALS", 1)

@@ -51,7 +51,7 @@ def test_tensorrt_parses_it(loaded, name, task):
     assert parse(trt, "tensorrt-rtx", builder, logger, graph).num_layers > 100
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@BOTH
 @pytest.mark.parametrize("name", VARIANTS)
 def test_types_are_what_strict_inference_finds(loaded, name, task):
     """The checker reads the file with its external data; inference starts without our types."""

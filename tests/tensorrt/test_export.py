@@ -158,7 +158,9 @@ class TestWithoutAnEngine:
         ]
 
     @TIMINGS
-    @pytest.mark.parametrize("task", ["embedding", "reranker"])
+    @pytest.mark.parametrize(
+        "task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)]
+    )
     @pytest.mark.parametrize("spoiled", [False, True])
     def test_check_script(self, engines, rtx, tmp_path, monkeypatch, capfd, task, spoiled):
         """Polygraphy and RTX's builder are real; the engine then runs in onnxruntime."""

@@ -130,6 +130,11 @@ def test_a_text_of_40000_tokens(folders):
     assert found.ids[0][-1] == 151643
 
 
+@pytest.fixture(scope="module")
+def tokenizer(folders):
+    return EmbeddingTokenizer(folders["embedding"] / "tokenizer.json", 100)
+
+
 class Table:
     """A loop over it gives the column names, as over pandas' DataFrame."""
 
@@ -144,23 +149,21 @@ class Table:
     [{"d1": "a text"}, {"a", "text"}, np.array("a text"), Table()],
     ids=["dict", "set", "array", "table"],
 )
-def test_what_is_read_as_other_items_is_no_list(folders, texts):
+def test_what_is_read_as_other_items_is_no_list(tokenizer, texts):
     """A loop over a dict gives its keys: the vectors, or the scores, would be theirs."""
-    embedder = EmbeddingTokenizer(folders["embedding"] / "tokenizer.json", 100)
     with pytest.raises(InputError, match=f"list of strings, found {type(texts).__name__}"):
-        embedder.encode(texts)
+        tokenizer.encode(texts)
 
 
-def test_bad_texts(folders):
-    tokenizer = EmbeddingTokenizer(folders["embedding"] / "tokenizer.json", 100)
+def test_bad_texts(folders, tokenizer):
     with pytest.raises(InputError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at"):
         tokenizer.encode(["fine", "bad \ud800"])
     with pytest.raises(InputError, match="text 0 should be a string, found int"):
-        tokenizer.encode([7])  # ty: ignore[invalid-argument-type]
+        tokenizer.encode([7])
     with pytest.raises(InputError, match="list of strings, found one string"):
         tokenizer.encode("one string")
     with pytest.raises(InputError, match="list of strings, found NoneType"):
-        tokenizer.encode(None)  # ty: ignore[invalid-argument-type]
+        tokenizer.encode(None)
     with pytest.raises(InputError, match="lone surrogate"):
         tokenizer.encode(["fine"], "bad prompt \udcff")
     pairs = RerankerTokenizer(folders["reranker"] / "tokenizer.json", 200)

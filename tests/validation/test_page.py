@@ -367,7 +367,7 @@ def test_of_many_points_the_farthest_are_drawn():
     assert choose_points(x[:9], y[:9]).tolist() == list(range(9))
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_validate_writes_a_page(folders, tmp_path, task):
     texts = [Sample("What is gravity?", "query")]
     texts += [Sample(f"{EVIL} {i} masses attract each other") for i in range(5)]
@@ -433,7 +433,7 @@ def measured(browse, page):
     return json.loads(html.unescape(found[1]))
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize("task", ["embedding", pytest.param("reranker", marks=pytest.mark.slow)])
 def test_a_browser_draws_the_charts(browse, task):
     phone, screen = measured(browse, a_page(task))
     assert (phone["asked"], screen["asked"]) == (360, 1280)

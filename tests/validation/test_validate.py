@@ -290,8 +290,15 @@ def test_lengths_are_the_references():
     assert (length.passed, cosine.passed) == (True, False)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize(
+    ("task", "value"),
+    [
+        ("embedding", np.nan),
+        ("reranker", np.inf),
+        pytest.param("embedding", np.inf, marks=pytest.mark.slow),
+        pytest.param("reranker", np.nan, marks=pytest.mark.slow),
+    ],
+)
 def test_one_nan_fails(folders, spoil, task, value, copied):
     """And the figures are of the other texts, and everything written is JSON."""
     made = folders(task)
