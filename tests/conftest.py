@@ -44,15 +44,15 @@ def pytest_configure(config):
                 import_module(name)
     torch = import_module("torch")
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Triton's kernels run in its interpreter, which it must know before it is imported.
+        os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("bitsandbytes") is not None:
         # Otherwise sentence-transformers imports it, and with it torch's compiler, for seconds.
         from embedport.bitsandbytes_ import importing_bitsandbytes
 
         with importing_bitsandbytes():
             import_module("bitsandbytes")
-    if not torch.cuda.is_available():
-        # Triton's kernels run in its interpreter, which it must know before it is imported.
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_finish():
