@@ -296,7 +296,10 @@ def _lower(tokenizer: Tokenizer) -> None:
     As sentence-transformers: rules nested deeper do not count.
     """
     present = tokenizer.normalizer
-    rules = list(present) if isinstance(present, Normalizers) else [present] * (present is not None)
+    if isinstance(present, Normalizers):
+        rules = list(present)
+    else:
+        rules = [] if present is None else [present]
     if not any(isinstance(rule, Lowercase) for rule in rules):
         tokenizer.normalizer = Normalizers([Lowercase(), *rules])
 

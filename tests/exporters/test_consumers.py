@@ -220,7 +220,7 @@ def test_the_graphs_share_their_weights(exported, copied):
 @pytest.mark.parametrize("spoil", [np.negative, lambda values: values * np.nan])
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 def test_another_result_is_no_artifact(checkpoints, tmp_path, monkeypatch, task, spoil):
-    """Of the graph that consumers open, or of OpenVINO, where nothing else looks for NaN."""
+    """The graph that consumers open is compared; in OpenVINO nothing else looks for NaN."""
     run = consumers.run_texts
 
     def spoilt(path, ids):

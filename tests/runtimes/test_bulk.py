@@ -257,7 +257,7 @@ def test_a_job_of_an_earlier_version(job, artifact, tmp_path):
 
 
 def test_other_ranges(job, artifact, tmp_path):
-    """Of a model that was calibrated again: codes of both would be in one corpus."""
+    """The model was calibrated again: codes of both would be in one corpus."""
     folder = Path(shutil.copytree(artifact, tmp_path / "own"))
     embedder = embedport.load_embedder(folder, device="cpu")
     embedder.calibrate(MANY[:20])

@@ -268,7 +268,7 @@ def test_prompts_that_are_not_pooled(checkpoints, copied, tmp_path):
 
 
 def test_another_models_witness(made, copied):
-    """Of another width, and of an embedder in a reranker's folder."""
+    """The witness has another width, or is an embedder's in a reranker's folder."""
     witness = read_witness(made() / WITNESS)
     for task, other, message in (
         ("embedding", replace(witness, results=witness.results[:, 1:]), r"shape \(16, 63\), and"),
