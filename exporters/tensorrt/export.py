@@ -31,8 +31,8 @@ from ...quantize.formats import FP8, QUANTIZED
 from ...tables import size_words
 from ...texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from ...texts.samples import builtin_pairs, builtin_samples
+from ..configuration import read_configuration
 from ..graph.dialect_table import find_dialect
-from ..graph.qwen3 import INPUTS
 from ..onnx.export import PACKAGES, export
 from ..onnx.verify import verify_graph
 from ..onnx.witness import make_witness
@@ -125,6 +125,17 @@ def export_tensorrt(
     if fast and precision != "int4":
         raise InputError("`fast` is of the precision int4, which runs calibration texts without it")
     source_artifact = _open(source, precision, revision, task, adapter)
+    # Writing the graph takes minutes: everything that does not need it is checked first.
+    if source_artifact:
+        model = source_artifact.manifest
+    else:
+        model = read_configuration(source, revision, task, adapter)
+    if model.task == "embedding" and not model.outputs.include_prompt:
+        raise InputError(
+            f"{source}: the model leaves its prompts out of pooling (include_prompt of its "
+            "Pooling is false), and engines take texts only; export onnx runs it"
+        )
+    options = _fit(options, model.max_position_embeddings, explicit=profiles is not None)
     size = source_artifact.size if source_artifact else 0
     library = _choose_library(options)
     with staged(Path(output), force=force, needs=2 * size) as folder:
@@ -139,12 +150,6 @@ def export_tensorrt(
             )
         graph = manifest.graph
         assert graph is not None
-        if graph.inputs != INPUTS:
-            raise InputError(
-                f"{source}: the model leaves its prompts out of pooling (include_prompt of its "
-                "Pooling is false), and engines take texts only; export onnx runs it"
-            )
-        options = _fit(options, manifest, explicit=profiles is not None)
         if library is not None:
             _check_room(folder, graph)
             record = build_engine(
@@ -180,13 +185,12 @@ def _choose_library(options: EngineOptions) -> Library | None:
     return None
 
 
-def _fit(options: EngineOptions, manifest: Manifest, *, explicit: bool) -> EngineOptions:
-    """Cut the default profiles to the model's length.
+def _fit(options: EngineOptions, longest: int, *, explicit: bool) -> EngineOptions:
+    """Cut the default profiles to the model's length, in tokens.
 
     Raises:
         InputError: A profile that was asked for is longer.
     """
-    longest = manifest.max_position_embeddings
     for profile in options.profiles:
         if explicit and profile.max[1] > longest:
             raise InputError(

@@ -236,9 +236,24 @@ def test_prompts_that_are_not_pooled(checkpoints, without, copied, tmp_path):
     """Their length is a further input, and an engine's would not be fed."""
     folder = copied(checkpoints("blocks"))
     edit(folder / "1_Pooling" / "config.json", include_prompt=False)
-    with pytest.raises(InputError, match="the model leaves its prompts out of pooling"):
-        embedport.export_tensorrt(folder, tmp_path / "out")
+    graph = embedport.export(folder, tmp_path / "graph", dialect="standard")
+    for source in (folder, graph.folder):
+        with pytest.raises(InputError, match="the model leaves its prompts out of pooling"):
+            embedport.export_tensorrt(source, tmp_path / "out", progress=never)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_profile_beyond_the_model(checkpoints, tmp_path):
+    """It is refused before the graph is written, which takes minutes."""
+    with pytest.raises(InputError, match=r"texts of 40,000 tokens, and the model takes 32,768"):
+        embedport.export_tensorrt(
+            checkpoints("blocks"), tmp_path / "out", profiles=["1x1:1x8:1x40000"], progress=never
+        )
+
+
+def never(stage, done, total):
+    """Progress of an export that should not begin."""
+    raise AssertionError(stage)
 
 
 def test_what_was_asked_for_and_cannot_be(graphs, without, tmp_path):
