@@ -38,18 +38,18 @@ def check_request(
     if twice := [name for name, count in Counter(peers).items() if count > 1]:
         raise InputError(f"peer {twice[0]} is given twice")
     if checkpoint is not None and not peers:
-        raise InputError("--checkpoint is for peers, and none is given: give --peer")
+        raise InputError("`checkpoint` is for peers, and none is given: give `peers`")
     if not peers:
         return
     if checkpoint is None:
         raise InputError(
-            "peers serve a checkpoint: give --checkpoint, ideally the one that the artifact was "
+            "peers serve a checkpoint: give `checkpoint`, ideally the one that the artifact was "
             "made from"
         )
     if shutil.which("uv") is None:
         raise InputError(
             "peers run in environments of their own, which uv creates, and uv is not installed: "
-            "pip install uv, or leave --peer out"
+            "pip install uv, or leave `peers` out"
         )
 
 
@@ -117,7 +117,7 @@ def check_workloads(workloads: Sequence[Workload], models: Sequence[ModelInfo | 
             if workload.longest > model.max_position_embeddings:
                 raise InputError(
                     f"{name} takes at most {model.max_position_embeddings} tokens, and the "
-                    f"workload {workload.name} has a row of {workload.longest}; --quick stays "
+                    f"workload {workload.name} has a row of {workload.longest}; `quick` stays "
                     "below 1,000"
                 )
             if largest >= model.vocab_size:

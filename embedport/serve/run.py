@@ -147,7 +147,7 @@ def _listen(host: str, port: int) -> socket.socket:
         # create_server puts the address behind the system's words.
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise InputError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+            f"cannot listen on {host}:{port}: {reason}; choose another `port` or `host`"
         ) from error
     listener.set_inheritable(False)
     return listener

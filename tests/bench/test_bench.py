@@ -293,8 +293,8 @@ def request(artifacts, checkpoint=None, **options):
     ("options", "message"),
     [
         ({"peers": ["optimum"]}, "no peer is named 'optimum'; there are optimum-int8, "),
-        ({"peers": ["optimum-int8"]}, "give --checkpoint, ideally"),
-        ({"checkpoint": "somewhere", "peers": []}, "--checkpoint is for peers"),
+        ({"peers": ["optimum-int8"]}, "give `checkpoint`, ideally"),
+        ({"checkpoint": "somewhere", "peers": []}, "`checkpoint` is for peers"),
         ({"peers": ["optimum-int8"] * 2, "checkpoint": "x"}, "optimum-int8 is given twice"),
         ({"checkpoint": "no/such/folder"}, "no such folder"),
         ({"rounds": 0}, "rounds should be at least 1, found 0"),
