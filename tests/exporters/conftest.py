@@ -2,14 +2,17 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.texts.prompts import EmbeddingTokenizer, RerankerTokenizer
 from embedport.texts.samples import builtin_pairs, builtin_samples
-from tests.synthetic import DEFAULT_PROMPTS
+from tests.foreign import GEOMETRY, MATRIX, set_config
+from tests.synthetic import DEFAULT_PROMPTS, write_checkpoint
 
 TEXTS = [sample.text for sample in builtin_samples()] + [""]
 PAIRS = [(pair.query, pair.document) for pair in builtin_pairs()]
@@ -154,5 +157,29 @@ def quantized(checkpoints, short, tmp_path_factory):
                 checkpoints(geometry, task), folder / f"{task}-{method}", method=method, **options
             )
         return made[key].folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, small_tokenizer):
+    """A checkpoint of one layer, in bf16."""
+    folder = tmp_path_factory.mktemp("plain") / "plain"
+    return write_checkpoint(folder, GEOMETRY, "embedding", small_tokenizer)
+
+
+@pytest.fixture
+def with_matrix(plain, tmp_path):
+    """A function (parts of down_proj, quantization_config) -> the checkpoint with them."""
+
+    def make(parts, config=None):
+        folder = shutil.copytree(plain, tmp_path / f"made-{len(list(tmp_path.iterdir()))}")
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[f"{MATRIX}.weight"]
+        tensors |= {f"{MATRIX}.{part}": value for part, value in parts.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if config is not None:
+            set_config(folder, config)
+        return folder
 
     return make

@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-from dataclasses import replace
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,23 +12,22 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import embedport
-from embedport.checkpoint.quantization_config import (
-    LibraryQuantization,
-    StoredQuantization,
-    read_quantization,
-)
 from embedport.checkpoint.spec import ModelSpec
-from embedport.cli import main
 from embedport.errors import CheckpointError
 from embedport.quantize.stored import StoredWeights
-from embedport.texts.samples import builtin_samples
 from tests.conftest import DATA
-from tests.synthetic import Geometry, write_checkpoint
+from tests.foreign import (
+    GEOMETRY,
+    GPTQ,
+    IGNORED,
+    MATRIX,
+    assert_alike,
+    set_config,
+    tensors_of,
+    vectors,
+)
+from tests.synthetic import write_checkpoint
 
-TEXTS = [sample.text for sample in builtin_samples()][:8]
-GEOMETRY = Geometry(32, 1, 2, 2, 16, 128)
-MATRIX = "layers.0.mlp.down_proj"
-IGNORED = "layers.0.self_attn.v_proj"
 # Cases of tests/data/quantized, and whether their codes go into a graph as they are.
 RECORDED = {
     ("gptqmodel", "act-order"): False,
@@ -59,46 +56,6 @@ def recorded(library, case):
         }
     config = json.loads(bytes(parts.pop("config")))
     return config, parts, parts.pop("expected")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, small_tokenizer):
-    """A checkpoint of one layer, in bf16."""
-    folder = tmp_path_factory.mktemp("plain") / "plain"
-    return write_checkpoint(folder, GEOMETRY, "embedding", small_tokenizer)
-
-
-@pytest.fixture
-def with_matrix(plain, tmp_path):
-    """A function (parts of down_proj, quantization_config) -> the checkpoint with them."""
-
-    def make(parts, config=None):
-        folder = shutil.copytree(plain, tmp_path / f"made-{len(list(tmp_path.iterdir()))}")
-        tensors = load_file(folder / "model.safetensors")
-        del tensors[f"{MATRIX}.weight"]
-        tensors |= {f"{MATRIX}.{part}": value for part, value in parts.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        if config is not None:
-            set_config(folder, config)
-        return folder
-
-    return make
-
-
-def set_config(folder, config):
-    path = folder / "config.json"
-    values = json.loads(path.read_text()) | {"quantization_config": config}
-    path.write_text(json.dumps(values))
-
-
-def vectors(folder):
-    model = embedport.load(folder, device="cpu")
-    assert isinstance(model, embedport.Embedder)
-    return model.encode(TEXTS)
-
-
-def assert_alike(found, expected, limit=0.99999):
-    assert (found * expected).sum(axis=1).min() > limit
 
 
 @pytest.mark.parametrize(("library", "case"), RECORDED)
@@ -180,198 +137,6 @@ def test_static_groups_are_taken(with_matrix, tmp_path):
     assert artifact.manifest.recipe["formats"][MATRIX] == "int4/32"
 
 
-def schemes():
-    """compressed-tensors' presets at the size of the small model."""
-    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
-
-    def preset(name, *, inputs=None, **weights):
-        scheme = preset_name_to_scheme(name, ["Linear"])
-        assert scheme.weights is not None
-        args = QuantizationArgs(**(scheme.weights.model_dump() | weights))
-        activations = scheme.input_activations
-        if activations is not None and inputs is not None:
-            activations = QuantizationArgs(**(activations.model_dump() | inputs))
-        return scheme.model_copy(update={"weights": args, "input_activations": activations})
-
-    block = {"block_structure": [16, 32], "inputs": {"group_size": 32}}
-    both = (preset("FP8_DYNAMIC"), preset("W4A16", group_size=32))
-    return {
-        "W4A16": (preset("W4A16", group_size=32),),
-        "W4A16_ASYM": (preset("W4A16_ASYM", group_size=32),),
-        "W4A16 by channel": (preset("W4A16", group_size=None, strategy="channel"),),
-        "actorder weight": (preset("W4A16", group_size=32, actorder="weight"),),
-        "actorder static": (preset("W4A16_ASYM", group_size=32, actorder="static"),),
-        "W8A16": (preset("W8A16", group_size=None, strategy="channel"),),
-        "W8A16 asymmetric": (
-            preset("W8A16", group_size=None, strategy="channel", symmetric=False),
-        ),
-        "W4AFP8": (preset("W4AFP8", group_size=32),),
-        "W8A8": (preset("W8A8"),),
-        "W8A8 asymmetric": (preset("W8A8", symmetric=False),),
-        "FP8": (preset("FP8"),),
-        "FP8_DYNAMIC": (preset("FP8_DYNAMIC"),),
-        "FP8_BLOCK": (preset("FP8_BLOCK", **block),),
-        "FP8_BLOCK, uneven": (preset("FP8_BLOCK", **block | {"block_structure": [24, 32]}),),
-        "NVFP4": (preset("NVFP4"),),
-        "NVFP4A16": (preset("NVFP4A16"),),
-        "mixed": (
-            both[0].model_copy(update={"targets": ["re:.*down_proj"]}),
-            both[1].model_copy(update={"targets": ["re:.*(q|k|o|up|gate)_proj"]}),
-        ),
-    }
-
-
-# Which compressed-tensors runs, which rounds activations, and whose codes go into a graph.
-SCHEMES = {
-    "W4A16": (False, False, 4),
-    "W4A16_ASYM": (False, False, 4),
-    "W4A16 by channel": (False, False, 4),
-    "actorder weight": (False, False, 4),
-    "actorder static": (False, False, 4),
-    "W8A16": (False, False, 8),
-    "W8A16 asymmetric": (False, False, 8),
-    "W4AFP8": (False, True, 4),
-    "W8A8": (True, True, 8),
-    "W8A8 asymmetric": (True, True, 8),
-    "FP8": (True, True, None),
-    "FP8_DYNAMIC": (True, True, None),
-    "FP8_BLOCK": (True, True, None),
-    "FP8_BLOCK, uneven": (True, True, None),
-    "NVFP4": (False, True, None),
-    "NVFP4A16": (False, False, None),
-    "mixed": (False, True, None),
-}
-
-
-def observe(module):
-    """Give a module the scales and zero points of its weight's ranges."""
-    import torch
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-
-    args, weight = module.quantization_scheme.weights, module.weight.data.float()
-    rows, columns = weight.shape
-    height, width = {
-        "tensor": (rows, columns),
-        "channel": (1, columns),
-        "group": (1, args.group_size),
-        "tensor_group": (1, args.group_size),
-        "block": args.block_structure,
-    }[args.strategy]
-    count = -(-rows // height)
-    weight = torch.nn.functional.pad(weight, (0, 0, 0, count * height - rows))
-    blocks = weight.reshape(count, height, columns // width, width)
-    low, high, divisor = blocks.amin((1, 3)), blocks.amax((1, 3)), None
-    if args.strategy == "tensor_group":
-        divisor = generate_gparam(low.amin().reshape(1), high.amax().reshape(1))
-        module.weight_global_scale.data.copy_(divisor)
-    scales, zeros = calculate_qparams(low, high, args, divisor)
-    module.weight_scale.data.copy_(scales.reshape(module.weight_scale.shape))
-    module.weight_zero_point.data.copy_(zeros.reshape(module.weight_zero_point.shape))
-    for name in ("input_scale", "input_global_scale"):
-        if hasattr(module, name):
-            getattr(module, name).data.fill_(0.05)
-
-
-@pytest.fixture(scope="module")
-def compressed(plain, tmp_path_factory):
-    """A function (a key of SCHEMES) -> (a checkpoint by compressed-tensors, its own unpacking)."""
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        apply_quantization_config,
-    )
-    from transformers import Qwen3Model
-
-    made = {}
-
-    def make(name):
-        if name not in made:
-            model = Qwen3Model.from_pretrained(plain, dtype="bfloat16")
-            groups = {f"group_{i}": each for i, each in enumerate(schemes()[name])}
-            config = QuantizationConfig(config_groups=groups, ignore=["re:.*v_proj"])
-            apply_quantization_config(model, config)
-            modules = {
-                path: module
-                for path, module in model.named_modules()
-                if hasattr(module, "quantization_scheme")
-            }
-            for module in modules.values():
-                observe(module)
-            compressor = ModelCompressor.from_pretrained_model(model)
-            compressor.compress_model(model)
-            for module in modules.values():
-                module.quantization_status = QuantizationStatus.COMPRESSED
-            folder = shutil.copytree(plain, tmp_path_factory.mktemp("compressed") / "checkpoint")
-            model.save_pretrained(folder)
-            compressor.update_config(folder)
-            compressor.decompress_model(model)
-            values = {path: module.weight.detach() for path, module in modules.items()}
-            made[name] = folder, values
-        return made[name]
-
-    return make
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-def test_compressed_tensors(compressed, name):
-    """Each matrix is what compressed-tensors unpacks, bit for bit in its 16 bits."""
-    import torch
-
-    folder, expected = compressed(name)
-    assert len(expected) == 6
-    by_library, rounds, bits = SCHEMES[name]
-    spec = ModelSpec.from_checkpoint(folder)
-    assert isinstance(spec.quantization, LibraryQuantization) == by_library
-    weights = StoredWeights(spec)
-    assert weights.quantization.rounds_activations == rounds
-    assert weights.formats.keys() == expected.keys()
-    assert IGNORED not in weights.formats
-    assert weights.gives_codes(4) == (bits == 4)
-    assert weights.quantization.graph_bits == bits
-    for matrix, values in expected.items():
-        assert values.dtype == torch.bfloat16
-        found = torch.from_numpy(weights.read_fp32(f"{matrix}.weight")).bfloat16()
-        assert torch.equal(found, values), matrix
-
-
-@pytest.mark.parametrize("name", ["W4A16_ASYM", "W8A16", "FP8_BLOCK", "NVFP4", "mixed"])
-def test_compressed_tensors_runs(compressed, plain, tmp_path, caplog, name):
-    """The export and the torch runtime give what the library's numbers give."""
-    folder, values = compressed(name)
-    by_library, rounds, _ = SCHEMES[name]
-    reference = shutil.copytree(plain, tmp_path / "reference")
-    tensors = load_torch(plain / "model.safetensors")
-    tensors |= {f"{matrix}.weight": value for matrix, value in values.items()}
-    save_torch(tensors, reference / "model.safetensors", metadata={"format": "pt"})
-    with caplog.at_level(logging.WARNING):
-        exported = vectors(embedport.export(folder, tmp_path / "fp32").folder)
-    assert ("weights unpacked" in caplog.text) == rounds
-    expected = vectors(embedport.export(reference, tmp_path / "plain").folder)
-    assert_alike(exported, expected, 0.9999)  # its numbers are rounded to 16 bits
-    caplog.clear()
-    loaded = vectors(folder)
-    assert ("weights unpacked" in caplog.text) == (rounds and not by_library)
-    assert_alike(loaded, vectors(reference), 0.99 if by_library else 0.9999)
-
-
-def test_asymmetric_codes_go_into_a_graph(compressed, tmp_path):
-    """W4A16_ASYM in int4 and in fp32: the same numbers."""
-    folder, _ = compressed("W4A16_ASYM")
-    artifact = embedport.export(folder, tmp_path / "int4", precision="int4", embedding_bits=8)
-    assert artifact.manifest.recipe is not None
-    assert artifact.manifest.recipe["algorithm"] == "stored"
-    expected = vectors(embedport.export(folder, tmp_path / "fp32").folder)
-    assert_alike(vectors(artifact.folder), expected, 0.999)
-
-
-def test_fp8_is_quantized_again(compressed, tmp_path, caplog):
-    folder, _ = compressed("FP8_BLOCK")
-    with caplog.at_level(logging.WARNING):
-        embedport.export(folder, tmp_path / "int8", precision="int8")
-    assert "(float8, one scale per 16 outputs x 32 inputs) are unpacked and" in caplog.text
-
-
 @pytest.mark.parametrize("block", [[16, 32], None])
 @pytest.mark.parametrize("scales", ["float32", "bfloat16"])
 def test_fine_grained_fp8(plain, tmp_path, block, scales):
@@ -408,135 +173,6 @@ def test_fine_grained_fp8(plain, tmp_path, block, scales):
         )
         exported = vectors(embedport.export(folder, tmp_path / "int8", precision="fp32").folder)
         assert_alike(vectors(folder), exported, 0.999)
-
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32}
-WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-FP8 = {"quant_method": "fp8"}
-BNB = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-
-
-def tensors_of(**weights):
-    group = {"targets": ["Linear"], "weights": WEIGHTS | weights}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {"group_0": group},
-    }
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (GPTQ | {"bits": 3}, "bits should be 4 or 8, found 3; give the original"),
-        (GPTQ | {"pack_dtype": "int64"}, "pack_dtype should be 'int32', found 'int64'"),
-        (GPTQ | {"format": "gptq_p"}, "format should be 'gptq' or 'gptq_v2', found 'gptq_p'; give"),
-        (
-            GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"},
-            "checkpoint_format and format should be 'gptq' or 'gptq_v2', found 'gptq' and",
-        ),
-        (GPTQ | {"rotation": "hadamard"}, "rotation should be absent, found 'hadamard'"),
-        (GPTQ | {"adapter": {"rank": 8}}, "adapter should be absent, found {'rank': 8}"),
-        (GPTQ | {"dynamic": {"q_proj": {"bits": 2}}}, "dynamic: bits should be 4 or 8, found 2"),
-        (GPTQ | {"dynamic": ["q_proj"]}, "dynamic should be an object"),
-        (AUTO_ROUND | {"bits": 2}, "bits should be 4 or 8, found 2"),
-        (AUTO_ROUND | {"packing_format": "auto_round:mlx"}, "packing_format should be one of"),
-        (AUTO_ROUND | {"packing_format": "auto_round:exllamav2"}, "found 'auto_round:exllamav2'"),
-        (AUTO_ROUND | {"packing_format": 7}, "packing_format should be one of"),
-        (AUTO_ROUND | {"act_bits": 8}, "act_bits should be 16 or 32, found 8"),
-        (AUTO_ROUND | {"data_type": "mx_fp"}, "data_type should be 'int', found 'mx_fp'"),
-        (AUTO_ROUND | {"extra_config": {"x": {"bits": 3}}}, "bits should be 4 or 8, found 3"),
-        (AUTO_ROUND | {"extra_config": {"x": {"data_type": "fp"}}}, "extra_config of x: data_type"),
-        (
-            AUTO_ROUND | {"extra_config": {"x": {"rotation_config": {"type": "hadamard"}}}},
-            "extra_config of x: rotation_config should be absent",
-        ),
-        (
-            tensors_of(type="float", num_bits=8, symmetric=False) | {"format": "float-quantized"},
-            "weights of type float should be symmetric, found symmetric False; give",
-        ),
-        (tensors_of() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is"),
-        (BNB | {"load_in_4bit": True}, "should be load_in_8bit, or load_in_4bit"),
-        (BNB | {"llm_int8_threshold": "6"}, "llm_int8_threshold should be a number, found '6'"),
-        (BNB | {"llm_int8_skip_modules": "score"}, "llm_int8_skip_modules should be a list"),
-        (BNB | {"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype should be 'float16' or"),
-        (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage should be 'uint8'"),
-        (tensors_of(where="x"), "config_groups: group_0: weights: where is not known, found 'x'"),
-        (tensors_of(num_bits=3), r"should be int of 4 bits or int of 8 bits, found 'int' of 3"),
-        (tensors_of(strategy="token"), "weights should have strategy tensor, channel"),
-        (tensors_of(group_size=None), "weights should have strategy tensor, channel"),
-        (tensors_of(dynamic=True), "weights should not be dynamic"),
-        (tensors_of(actorder="other"), "actorder should be weight or group, found 'other'"),
-        (tensors_of() | {"format": "mxfp4-pack-quantized"}, "found 'mxfp4-pack-quantized'; give"),
-        (tensors_of() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is not read"),
-        (FP8 | {"weight_block_size": [128]}, "weight_block_size should be two numbers"),
-        (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt should be 'float', found 'ue8m0'"),
-        (FP8 | {"modules_to_convert": ["embed_tokens"]}, "modules_to_convert should be absent"),
-        (
-            tensors_of() | {"config_groups": {"a": {"weights": WEIGHTS, "rotation": {"x": 1}}}},
-            "config_groups: a: rotation is not known",
-        ),
-        (GPTQ | {"quant_method": "awq", "bits": 8}, "bits should be 4, found 8"),
-        ([1], r"should be an object, found \[1\]"),
-        ({"quant_method": "quark"}, ".* is not read, only by 'gptq', .*; give the original"),
-    ],
-)
-def test_refused(plain, tmp_path, config, message):
-    folder = shutil.copytree(plain, tmp_path / "plain")
-    set_config(folder, config)
-    with pytest.raises(CheckpointError, match=rf"config\.json: .*quantization_config.*{message}"):
-        ModelSpec.from_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "precision", "words", "graph_group"),
-    [
-        (tensors_of(strategy=None), "w4a16", "int4, one scale per 32 inputs of an output", 32),
-        (tensors_of(strategy=None, group_size=-1), "w4a16", "int4, one scale per output", 128),
-        (tensors_of(strategy=None, group_size=None), "w4a16", "int4, one scale", None),
-        (tensors_of(group_size=192), "w4a16", "int4, one scale per 192 inputs of an output", 64),
-        (tensors_of(group_size=16), "w4a16", "int4, one scale per 16 inputs of an output", None),
-        (
-            tensors_of(strategy="block", block_structure="16x32"),
-            "w4a16",
-            "int4, one scale per 16 outputs x 32 inputs",
-            None,
-        ),
-        (GPTQ, "gptq", "int4, one scale per 32 inputs of an output", 32),
-        (GPTQ | {"bits": 8, "group_size": 256}, "gptq-8", "int8, one scale per 256 inputs of", 128),
-        (AUTO_ROUND | {"bits": 8}, "w8a16", "int8, one scale per 32 inputs of an output", 32),
-        (FP8, "fp8", "float8, one scale per 128 outputs x 128 inputs", None),
-    ],
-)
-def test_which_codes_share_a_scale(config, precision, words, graph_group):
-    found = read_quantization(config, Path("config.json"))
-    assert isinstance(found, StoredQuantization)
-    (format_,) = found.formats
-    assert (found.precision, format_.graph_group) == (precision, graph_group)
-    assert str(format_).startswith(words)
-    assert not format_.has_zero_points
-
-
-@pytest.mark.parametrize("sizes", ["16x32x1", "16x-32", [16, 0], [16, 32.0], [16]])
-def test_blocks_refused(sizes):
-    config = tensors_of(strategy="block", block_structure=sizes)
-    with pytest.raises(CheckpointError, match="weights should have strategy tensor"):
-        read_quantization(config, Path("config.json"))
-
-
-def test_groups_of_activations_are_not_left_to_the_library(compressed):
-    """It would be told of one of them."""
-    values = json.loads((compressed("W8A8")[0] / "config.json").read_text())["quantization_config"]
-    (group,) = values["config_groups"].values()
-    assert isinstance(read_quantization(values, Path("config.json")), LibraryQuantization)
-    values["config_groups"] = {
-        "a": group | {"targets": ["re:.*q_proj"]},
-        "b": group | {"targets": ["re:.*k_proj"]},
-    }
-    found = read_quantization(values, Path("config.json"))
-    assert isinstance(found, StoredQuantization)
-    assert found.rounds_activations
 
 
 @pytest.mark.parametrize(
@@ -677,14 +313,6 @@ def test_a_quantized_head(tmp_path, small_tokenizer):
         embedport.load(folder, device="cpu")
 
 
-def test_dense_sparsity(plain, tmp_path):
-    """Older versions of llm-compressor note that nothing is sparse."""
-    folder = shutil.copytree(plain, tmp_path / "plain")
-    dense = {"format": "dense", "sparsity_structure": "unstructured", "global_sparsity": 0.1}
-    set_config(folder, tensors_of() | {"sparsity_config": dense})
-    ModelSpec.from_checkpoint(folder)
-
-
 def test_scales_beyond_fp16(with_matrix):
     """Said of the tensor, not of a result."""
     config, parts, _ = recorded("gptqmodel", "ordered")
@@ -692,46 +320,3 @@ def test_scales_beyond_fp16(with_matrix):
     weights = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
     with pytest.raises(CheckpointError, match=r"down_proj\.scales should be finite, found NaN or"):
         weights.read(f"{MATRIX}.weight")
-
-
-def test_damaged_floats(compressed, tmp_path):
-    """A global scale of zero, codes without their scale, and a table in 8 bits."""
-    import torch
-
-    folder = shutil.copytree(compressed("NVFP4")[0], tmp_path / "nvfp4")
-    tensors = load_torch(folder / "model.safetensors")
-    divisor = f"{MATRIX}.weight_global_scale"
-    save_torch(tensors | {divisor: torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"weight_global_scale should be above 0, found 0"):
-        StoredWeights(ModelSpec.from_checkpoint(folder)).read(f"{MATRIX}.weight")
-    folder = shutil.copytree(compressed("FP8_BLOCK")[0], tmp_path / "fp8")
-    tensors = load_torch(folder / "model.safetensors")
-    table = tensors["embed_tokens.weight"].to(torch.float8_e4m3fn)
-    for changed, message in (
-        ({f"{MATRIX}.weight_scale": None}, r"down_proj\.weight_scale is missing beside"),
-        ({"embed_tokens.weight": table}, "embed_tokens is quantized, and only projections"),
-        ({f"{MATRIX}.weight": tensors[f"{MATRIX}.weight"].float()}, "should be F8_E4M3 of shape"),
-    ):
-        kept = {name: value for name, value in (tensors | changed).items() if value is not None}
-        save_torch(kept, folder / "model.safetensors")
-        with pytest.raises(CheckpointError, match=message):
-            StoredWeights(ModelSpec.from_checkpoint(folder))
-
-
-def test_inspect(compressed, monkeypatch, capsys):
-    """It says how a checkpoint is quantized, and what is done with it."""
-    monkeypatch.setattr("sys.argv", ["embedport", "inspect", str(compressed("NVFP4")[0])])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit):
-        main()
-    said = " ".join(capsys.readouterr().out.split())
-    assert "quantized by compressed-tensors: nvfp4 float4, one scale per 16 inputs of an" in said
-    assert "weights unpacked: its library rounds activations too, which is not done here" in said
-
-
-def test_what_it_is_called(compressed):
-    quantization = ModelSpec.from_checkpoint(compressed("W4A16")[0]).quantization
-    assert isinstance(quantization, StoredQuantization)
-    assert quantization.precision == "w4a16"
-    assert quantization.graph_bits == 4
-    assert replace(quantization, reorders=True).graph_bits is None
