@@ -10,6 +10,7 @@ from embedport.quantize.rotation import RotatedHeads, RotatedWeights
 from embedport.quantize.schemes import QuantScheme
 from embedport.quantize.smoothquant import balanced, factors_help, smoothing_factors
 from embedport.texts.samples import builtin_pairs, builtin_samples
+from tests.pipeline.conftest import add_biases
 from tests.synthetic import plant_outliers
 
 TEXTS = [sample.text for sample in builtin_samples()]
@@ -22,6 +23,11 @@ def forward(source, ids):
 
     def read(name):
         return source.read_fp32(f"{name}.weight").astype(np.float64)
+
+    def project(x, name):
+        bias = f"{name}.bias"
+        added = source.read_fp32(bias) if bias in spec.tensor_shapes() else 0
+        return x @ read(name).T + added
 
     def norm(x, gains):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps) * gains
@@ -40,7 +46,7 @@ def forward(source, ids):
         p = f"layers.{layer}"
         h = norm(x, read(f"{p}.input_layernorm"))
         q, k, v = (
-            (h @ read(f"{p}.self_attn.{name}_proj").T).reshape(len(ids), -1, spec.head_dim)
+            project(h, f"{p}.self_attn.{name}_proj").reshape(len(ids), -1, spec.head_dim)
             for name in "qkv"
         )
         q = turn(norm(q, read(f"{p}.self_attn.q_norm")))
@@ -51,7 +57,7 @@ def forward(source, ids):
         weights = np.exp(np.where(causal, scores - scores.max(), -np.inf))
         weights /= weights.sum(-1, keepdims=True)
         attended = np.einsum("hqk,khd->qhd", weights, v).reshape(len(ids), -1)
-        x = x + attended @ read(f"{p}.self_attn.o_proj").T
+        x = x + project(attended, f"{p}.self_attn.o_proj")
         h = norm(x, read(f"{p}.post_attention_layernorm"))
         gate, up = (h @ read(f"{p}.mlp.{name}_proj").T for name in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ read(f"{p}.mlp.down_proj").T
@@ -59,9 +65,14 @@ def forward(source, ids):
     return out if source.output_rotation is None else out @ source.output_rotation
 
 
-@pytest.fixture(params=["kv1", "kv2", "kv8"])
-def weights(request, checkpoints):
-    return Weights(ModelSpec.from_checkpoint(checkpoints(request.param)))
+@pytest.fixture(params=["kv1", "kv2", "kv8", "biased"])
+def weights(request, checkpoints, copied):
+    if request.param == "biased":
+        folder = copied(checkpoints("kv2"))
+        add_biases(folder, seed=0)
+    else:
+        folder = checkpoints(request.param)
+    return Weights(ModelSpec.from_checkpoint(folder))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +111,8 @@ def test_rotated_heads_leave_all_else(weights):
     for name in weights.spec.tensor_shapes():
         if name != "lm_head.weight":
             same = np.array_equal(rotated.read_fp32(name), weights.read_fp32(name))
-            assert same != name.endswith(("v_proj.weight", "o_proj.weight")), name
+            turned = ("v_proj.weight", "v_proj.bias", "o_proj.weight")
+            assert same != name.endswith(turned), name
 
 
 def test_balance_takes_outlier_channels_away(checkpoints, copied):
