@@ -69,8 +69,7 @@ def tensors_gate(info: ModelInfo, expected: Tensors | None) -> Gate:
     wrong = []
     for place, read in _readers(info) if kept else ():
         for name in filter(kept, expected):
-            found = read(name)
-            if found is not None and (error := _error(found, expected[name])) is not None:
+            if (error := _error(read(name), expected[name])) is not None:
                 wrong.append(f"{place}: {name}: {error}")
     try:
         for name, found in _dense_tensors(outputs, info.folder):
@@ -129,7 +128,7 @@ def _find_kept(info: ModelInfo) -> Callable[[str], bool] | None:
 
 
 def _readers(info: ModelInfo) -> Iterator[tuple[str, Callable[[str], np.ndarray | None]]]:
-    """Each file with such tensors, and what reads them; None for one that a graph has not."""
+    """Each file with such tensors, and what reads them; None for one that it has not."""
     if info.checkpoint is not None:
         yield "the weights", _vectors(info.checkpoint).get
         return
@@ -146,8 +145,10 @@ def _readers(info: ModelInfo) -> Iterator[tuple[str, Callable[[str], np.ndarray 
         yield path, read
 
 
-def _error(found: np.ndarray, expected: np.ndarray) -> str | None:
+def _error(found: np.ndarray | None, expected: np.ndarray) -> str | None:
     """How far values are from the expected ones, if that is beyond the limit."""
+    if found is None:
+        return "it is missing"
     if found.shape != expected.shape:
         return f"it has the shape {list(found.shape)}, and the reference's {list(expected.shape)}"
     apart = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))

@@ -1,6 +1,7 @@
 """Tensors that no rounding changes: a norm, a bias or a Dense module of another model fails."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def test_another_norm_of_a_quantized_checkpoint(
     assert gate.detail.startswith(f"the weights: {name}: it is off by ")
 
 
-def test_another_norm_of_a_graph(folders, changed):
+@pytest.mark.parametrize(("kept", "words"), [(True, "it is off by "), (False, "it is missing")])
+def test_another_norm_of_a_graph(folders, changed, kept, words):
     model, name = folders("embedding", precision="int4"), "layers.1.self_attn.k_norm.weight"
 
     def without_gains(path):
@@ -114,11 +116,13 @@ def test_another_norm_of_a_graph(folders, changed):
         value = graph.graph.initializers[name]
         assert value.const_value is not None
         value.const_value = ir.tensor(np.ones_like(value.const_value.numpy()), name=name)
+        value.name = name if kept else "ones"
         ir.save(graph, path)
 
     folder = changed(model.artifact, without_gains, "onnx/model.onnx")
     gate = gate_of(folder, model.checkpoint)
-    assert gate.detail.startswith(f"onnx/model.onnx: {name}: it is off by ")
+    assert (gate.value, gate.failed) == (1, True)
+    assert gate.detail.startswith(f"onnx/model.onnx: {name}: {words}")
 
 
 def test_another_tool_may_fold_factors_into_norms(checkpoints, rounded, copied):
@@ -169,6 +173,21 @@ def test_another_dense_module_beside_a_graph(dense, changed, name):
     (folder / DENSE).unlink()
     write_manifest(folder, Artifact.open(artifact).manifest, folder.name)
     assert "2_Dense/model.safetensors is missing" in gate_of(folder, checkpoint).detail
+
+
+def test_a_dense_module_beside_a_graph_of_a_quantized_checkpoint(dense):
+    """Its norms may hold another tool's factors; the module is compared all the same."""
+    checkpoint, artifact = dense
+    info, tensors = read_info(artifact), read_tensors(ModelSpec.from_checkpoint(checkpoint))
+    assert info.artifact is not None
+    manifest = info.artifact.manifest
+    source = replace(manifest.source, original=("--reference", "tea"))
+    opened = replace(info.artifact, manifest=replace(manifest, source=source))
+    info = replace(info, artifact=opened)
+    others = {"norm.weight": 2 * tensors["norm.weight"]}
+    assert tensors_gate(info, tensors | others).value == 0
+    others["2_Dense/bias"] = 2 * tensors["2_Dense/bias"]
+    assert tensors_gate(info, tensors | others).detail.startswith("2_Dense/bias: it is off by ")
 
 
 def test_nothing_else_fails(dense, changed, tmp_path):
