@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
+from embedport.checkpoint.tensor_files import SINGLE
 from embedport.checkpoint.weights import Weights
 from embedport.quantize.rotation import RotatedHeads, RotatedWeights
 from embedport.quantize.schemes import QuantScheme
@@ -95,6 +97,33 @@ def test_a_rotation_changes_every_matrix(weights):
     for name in weights.spec.tensor_shapes():
         if len(weights.spec.tensor_shapes()[name]) == 2 and name != "lm_head.weight":
             assert not np.allclose(rotated.read_fp32(name), weights.read_fp32(name), atol=1e-3)
+
+
+def test_a_head_in_a_rotated_basis(checkpoints):
+    """As it reads the final norm's output without gains: in the other basis, with the gains."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv2", "reranker")))
+    rotated = RotatedWeights(weights)
+    expected = rotated.output_rotation @ weights.answer_row(9, 4)
+    np.testing.assert_allclose(rotated.answer_row(9, 4), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gains_in_16_bits_are_exact(checkpoints, copied, dtype):
+    """But for those that 16 bits take for zero: no matrix is divided by it."""
+    folder = copied(checkpoints("kv2"))
+    tensors, name = load_file(folder / SINGLE), "layers.0.input_layernorm.weight"
+    gains = tensors[name].astype(np.float32)
+    gains[:2] = 0, 1e-30
+    save_file({**tensors, name: gains}, folder / SINGLE, metadata={"format": "pt"})
+    weights, kind = Weights(ModelSpec.from_checkpoint(folder)), np.dtype(dtype)
+    smooth = balanced(weights).rounded(kind)
+    found = smooth.read_fp32(name)
+    stored = found.astype(kind).astype(np.float32)
+    np.testing.assert_allclose(stored[2:], found[2:], rtol=2e-7)
+    assert (stored[1] == 0) == (dtype == "float16")
+    for matrix in ("layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight"):
+        product = smooth.read_fp32(matrix) * found
+        np.testing.assert_allclose(product, weights.read_fp32(matrix) * gains, rtol=1e-6)
 
 
 @pytest.mark.parametrize("transform", [RotatedWeights, RotatedHeads.seeded, balanced])

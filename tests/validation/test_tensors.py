@@ -18,6 +18,7 @@ from embedport.runtimes import read_info
 from embedport.validation.tensors import GATE, read_tensors, tensors_gate
 
 WIDTH, DENSE = 48, "2_Dense/model.safetensors"
+FAST = {"fast": True}
 
 
 def gate_of(folder, checkpoint, **options):
@@ -77,10 +78,13 @@ def test_a_sound_graph(folders, options):
     assert (gate.value, gate.detail) == (0, "")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bnb-int8", "w8a8", "fp8"])
-def test_a_sound_checkpoint(checkpoints, quantized, method):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {}) for method in ("gptq", "awq", "bnb-int8", "w8a8", "fp8")), ("w8a8", FAST)],
+)
+def test_a_sound_checkpoint(checkpoints, quantized, method, options):
     """Also where the recipe scales channels: of these, factors are in the norms."""
-    assert gate_of(quantized(method), checkpoints("kv8")).value == 0
+    assert gate_of(quantized(method, **options), checkpoints("kv8")).value == 0
 
 
 def test_a_graph_of_a_quantized_checkpoint(checkpoints, quantized, tmp_path):
