@@ -19,6 +19,8 @@ from embedport.checkpoint.lora import AdaptedWeights
 from embedport.checkpoint.spec import ModelSpec
 from embedport.cli.app import app
 from embedport.errors import CheckpointError, InputError
+from embedport.validation.table import GATE as TABLE_GATE
+from embedport.validation.tensors import GATE as TENSORS_GATE
 from tests.synthetic import edit
 
 from .conftest import PAIRS, TEXTS, cosines, passes, save_with_adapter, scores, vectors
@@ -125,8 +127,12 @@ def test_the_task_of_an_adapter(bases, adapters, copied):
 
 
 def test_an_artifact_and_its_reference(bases, adapters, tmp_path):
-    """The command line: made, shown, validated; another adapter, or none, is noticed."""
-    base, adapter = bases(), adapters(bases(), target_modules="all-linear")
+    """The command line: made, shown, validated; another adapter, or none, is noticed.
+
+    The embedding table and a norm, which `validate` compares by themselves, are the adapter's too.
+    """
+    changed = {"target_modules": ["embed_tokens", "o_proj"], "modules_to_save": ["norm"]}
+    base, adapter = bases(), adapters(bases(), **changed)
     folder = tmp_path / "onnx"
     run("export", "onnx", base, "--adapter", adapter, "-o", folder)
     manifest = Manifest.from_json(folder / "embedport.json")
@@ -146,13 +152,16 @@ def test_an_artifact_and_its_reference(bases, adapters, tmp_path):
     options = ("--reference", base, "--device", "cpu", "--no-record", "--input", file)
     assert run("validate", folder, "--adapter", adapter, *options).exit_code == 0
     assert run("validate", folder, *options).exit_code == 1
-    other = adapters(bases(), target_modules="all-linear", seed=1)
+    other = adapters(bases(), **changed, seed=1)
     assert run("validate", folder, "--adapter", other, *options).exit_code == 1
 
     recorded = tmp_path / "file.reference"
     asked = ("-o", recorded, "--device", "cpu", "--input", file)
     run("reference", base, "--adapter", adapter, *asked)
-    assert embedport.validate(folder, reference=recorded, device="cpu", record=False).passed
+    report = embedport.validate(folder, reference=recorded, device="cpu", record=False)
+    assert report.passed
+    found = {gate.name: gate.value for gate in report.gates}
+    assert (found[TABLE_GATE], found[TENSORS_GATE]) == (0, 0)
     recorded.unlink()
     run("reference", base, "--adapter", other, *asked)
     with pytest.raises(InputError, match=r"whose adapter_model.safetensors has the sha256"):
