@@ -281,6 +281,17 @@ def test_rounding_alone_never_fails(form):
         assert np.flatnonzero(~(errors <= limit)).tolist() == wrong
 
 
+def test_a_row_of_nan():
+    """A checkpoint's own, of a token that nobody uses, is no difference; another one is."""
+    values = hard_rows(64, 32)
+    values[40] = np.nan
+    sketch, found = sketch_rows(values.__getitem__, 64, 32), values.copy()
+    for wrong in ([], [41]):
+        found[wrong] = np.nan
+        errors = table._errors(found.__getitem__, sketch, sketch.directions)
+        assert np.flatnonzero(~(errors <= table.FLOAT_LIMIT)).tolist() == wrong
+
+
 @pytest.mark.parametrize("form", ["int8/128s", "int4/128", "int4/64", "int4/64s"])
 @pytest.mark.parametrize("distance", [0.3, 0.45])
 def test_rows_that_are_close_are_exchanged(form, distance):
