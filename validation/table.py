@@ -21,7 +21,6 @@ from ..artifact.folder import Artifact
 from ..artifact.segments import EMBEDDING, ROTATION, emulate_16_bits, segments
 from ..checkpoint.lora import open_floats
 from ..checkpoint.spec import ModelSpec
-from ..checkpoint.weights import Weights
 from ..errors import ArtifactError
 from ..quantize.formats import TABLE
 from ..quantize.hadamard import Rotation
@@ -150,7 +149,7 @@ def _name_rows(rows: np.ndarray, errors: np.ndarray, tokenizer: Any) -> str:
 def _checkpoint_rows(spec: ModelSpec) -> ReadRows:
     """Reads the rows of a checkpoint; no format of a quantized one quantizes its table."""
     name = f"{TABLE}.weight"
-    weights = open_floats(spec, [name]) if spec.quantization is None else Weights(spec, [name])
+    weights = open_floats(spec, [name])
     return lambda rows: weights.read_fp32(name, rows)
 
 
