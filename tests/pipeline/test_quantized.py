@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 import embedport
+from embedport.artifact.folder import write_manifest
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import InputError
+from embedport.runtimes import read_info
+from embedport.validation.companions import files_gate
 from tests.synthetic import edit
 
 from .conftest import PAIRS, ROLES, TEXTS, change_tensors, open_embedder, open_reranker
@@ -57,6 +60,12 @@ def test_a_reranker_in_both_forms(with_score, tmp_path, form, no):
     config = json.loads((artifact.folder / "config.json").read_text())
     # vLLM subtracts two tokens' logits.
     assert ("classifier_from_token" in config) == (form == "causal-lm" and no is not None)
+    if "classifier_from_token" in config:
+        for tokens, count in ((["Ġof", "Ġthe"], 0), (["Ġthe", "Ġof"], 1), ([7, 8], 1)):
+            edit(artifact.folder / "config.json", classifier_from_token=tokens)
+            write_manifest(artifact.folder, artifact.manifest, "fp8")
+            (gate,) = files_gate(read_info(artifact.folder), {}, [])
+            assert gate.value == gate.detail.count("config.json: classifier_from_token:") == count
 
 
 def test_a_classifier_stays_one(classifier, tmp_path):

@@ -16,7 +16,7 @@ from embedport.machine.engine import EngineRecord, Profile
 from embedport.runtimes import read_info
 from embedport.texts.samples import Sample, builtin_pairs, builtin_samples
 from embedport.validation import graphs
-from embedport.validation.graphs import GATE, NOT_RUN, Few, graph_gates, run_few
+from embedport.validation.graphs import GATE, NOT_RUN, Few, Opened, graph_gates, run_few
 from embedport.validation.machine import describe_code
 
 TEXTS = [sample.text for sample in builtin_samples()[:24]]
@@ -160,6 +160,24 @@ def test_sound_graphs(folders, results, task, count, options):
     (gate,) = graph_gates(read_info(folder), "cpu", results(folder))
     assert (gate.value, gate.detail) == (0, "")
     assert gate.basis == f"of {count}, run as other software runs them"
+
+
+def test_rows_are_padded_on_both_sides(folders, results, monkeypatch):
+    folder, open_onnx, masks = folders("embedding").artifact, graphs._open_onnx, []
+
+    def watched(path: Path) -> Opened:
+        inputs, run = open_onnx(path)
+
+        def watch(feeds):
+            masks.append(feeds["attention_mask"])
+            return run(feeds)
+
+        return Opened(inputs, watch)
+
+    monkeypatch.setattr(graphs, "_open_onnx", watched)
+    graph_gates(read_info(folder), "cpu", results(folder))
+    ends = [(mask[:, 0].all(), mask[:, -1].all()) for mask in masks]
+    assert ends == [(False, True), (True, False)]
 
 
 def test_vectors_of_another_width(folders, results):
