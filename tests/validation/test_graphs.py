@@ -180,13 +180,16 @@ def test_rows_are_padded_on_both_sides(folders, results, monkeypatch):
     assert ends == [(False, True), (True, False)]
 
 
-def test_vectors_of_another_width(folders, results):
+def test_vectors_of_another_width_or_length(folders, results):
     folder = folders("embedding").artifact
     few = results(folder)
     narrow = replace(few, results=few.results[:, :63])
     (gate,) = graph_gates(read_info(folder), "cpu", narrow)
     assert gate.failed
     assert "has the shape [4, 64], and the artifact's [4, 63]" in gate.detail
+    longer = replace(few, results=2 * few.results)
+    (gate,) = graph_gates(read_info(folder), "cpu", longer)
+    assert "has a length 5.00e-01 from the artifact's" in gate.detail
 
 
 def test_equal_files_run_once(folders, changed, results):

@@ -189,9 +189,11 @@ def test_a_dense_module_beside_a_graph_of_a_quantized_checkpoint(dense):
     opened = replace(info.artifact, manifest=replace(manifest, source=source))
     info = replace(info, artifact=opened)
     others = {"norm.weight": 2 * tensors["norm.weight"]}
-    assert tensors_gate(info, tensors | others).value == 0
+    assert tensors_gate(info, {**tensors, **others}).value == 0
     others["2_Dense/bias"] = 2 * tensors["2_Dense/bias"]
-    assert tensors_gate(info, tensors | others).detail.startswith("2_Dense/bias: it is off by ")
+    assert tensors_gate(info, {**tensors, **others}).detail.startswith(
+        "2_Dense/bias: it is off by "
+    )
 
 
 def test_nothing_else_fails(dense, changed, tmp_path):
