@@ -288,7 +288,7 @@ def test_the_rows_that_run():
     found = few_of(lengths, np.zeros((30, 4), np.float32))
     assert [*map(len, found.rows)] == [10, 60, 110, 160]
     assert found.results.tolist() == [row.sum() for row in found.rows]
-    scores = np.linspace(1, 0, 30, dtype=np.float32)
-    assert [*map(len, few_of(lengths, scores).rows)] == [10, 60, 110, 160]
+    scores = np.linspace(0, 1, 30, dtype=np.float32)
+    assert [*map(len, few_of(lengths, scores).rows)] == [160, 110, 60, 10]
     assert [*map(len, few_of([500, 400, 900], scores[:3]).rows)] == [160] * 3
     assert [*map(len, few_of([7], scores[:1]).rows)] == [7]
