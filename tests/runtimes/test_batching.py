@@ -56,8 +56,9 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
 def test_the_usual_variable_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(batching, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(batching.os, "sched_getaffinity", lambda pid: range(8), raising=False)
-    cases = {"3": (3, 3), "16": (16, 8), "": (None, 8), "many": (None, 8), "²": (None, 8)}
-    for threads, (limit, cores) in {**cases, " 2,1": (2, 2)}.items():
+    cases = {"3": (3, 3), "16": (16, 8), " 2,1": (2, 2)}
+    unlimited = dict.fromkeys(("", "0", "many", "²"), (None, 8))
+    for threads, (limit, cores) in (cases | unlimited).items():
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         assert (batching.core_limit(), batching.count_cores()) == (limit, cores)
 

@@ -19,6 +19,7 @@ from embedport.validation.library import LibraryReference
 from embedport.validation.retrieval import (
     bootstrap,
     compare_quality,
+    interval,
     score_quality,
     vector_quality,
 )
@@ -157,6 +158,7 @@ def test_bootstrap():
     half = 1.96 * sample.std() / 20
     expected = (sample.mean() - half, sample.mean() + half)
     np.testing.assert_allclose(bootstrap(sample), expected, atol=0.2 * half)
+    np.testing.assert_allclose(interval(np.arange(1001)), (25, 975))
 
 
 def test_equal_vectors_lose_nothing_and_swapped_ones_show(folder):
