@@ -9,6 +9,7 @@ from typing import Any
 from ..artifact.layout import turn_into_classifier, write_json
 from ..checkpoint.classifier import CLASSIFIER
 from ..checkpoint.spec import ModelSpec
+from ..checkpoint.tokens import special_tokens
 from ..strict_json import load_json
 from ..texts.prompts import (
     DEFAULT_INSTRUCTION,
@@ -43,7 +44,9 @@ def classifier_values(spec: ModelSpec) -> dict[str, Any]:
     path = spec.source.pipeline / "tokenizer.json"
     padding = spec.inputs.skipped_token
     if padding is None and spec.score_rows is None:
-        padding = token_id(load_tokenizer(path), END_OF_TEXT, path)
+        # What the tokenizer pads with; CrossEncoder takes the place before it for the pair's end.
+        name = special_tokens(path.parent)[0].get("pad_token", END_OF_TEXT)
+        padding = token_id(load_tokenizer(path), name, path)
     activation = "activation.Sigmoid" if spec.outputs.activation == "sigmoid" else "linear.Identity"
     return {
         "architectures": [CLASSIFIER],

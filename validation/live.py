@@ -1,8 +1,8 @@
 """A reference that runs here, in torch: the base class of `CardReference` and `LibraryReference`.
 
 On a GPU it runs in fp16 and again in fp32, or in bf16 if fp32 does not fit: Qwen3-8B itself gives
-NaN in fp16. On a CPU it runs in fp32 on weights rounded to fp16, or on the fp32 weights of a
-checkpoint that stores fp32.
+NaN in fp16. On a CPU it runs in fp32 on weights rounded to fp16, or on the weights as they are if
+any is stored in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.lora import open_floats
+from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.spec import ModelSpec
+from ..checkpoint.tensor_files import read_shard
 from ..errors import DeviceError, InputError, require
 from ..integrity import record_files
 from ..progress import progress_bar
@@ -69,7 +71,7 @@ class LiveReference(ABC):
             device=device,
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
-            stored=stored_float(spec),
+            stored=widest_float(spec),
             files={
                 path.name: record.sha256 for path, record in record_files(weights.files).items()
             },
@@ -146,8 +148,8 @@ class LiveReference(ABC):
 
         Args:
             inputs: Texts or pairs.
-            arithmetic: "fp16", "bf16" or "fp32". In "fp32", 16-bit weights are first rounded to
-                fp16; stored fp32 weights are used as they are.
+            arithmetic: "fp16", "bf16" or "fp32". In "fp32", weights are first rounded to fp16,
+                unless any is stored in fp32.
             progress: Show a progress bar on a terminal.
 
         Returns:
@@ -316,12 +318,24 @@ def release_memory(device: str) -> None:
         require("torch", "torch").cuda.empty_cache()
 
 
+def widest_float(spec: ModelSpec) -> str:
+    """The stored dtype, "fp16", "bf16" or "fp32"; "fp32" if any tensor that runs is stored so.
+
+    Rounded to fp16, fp32 norms beside 16-bit matrices, or a Dense module in fp32, are others.
+    """
+    dense = [spec.source.pipeline / module.path / DENSE_FILE for module in spec.outputs.dense]
+    tensors = [*open_floats(spec, spec.tensor_shapes()).tensors.values()]
+    tensors += [tensor for path in dense for tensor in read_shard(path).values()]
+    is_wide = any(tensor.dtype == "F32" for tensor in tensors)
+    return "fp32" if is_wide else stored_float(spec)
+
+
 def choose_dtype(spec: ModelSpec, arithmetic: Arithmetic) -> Any:
     """The torch dtype in which weights are loaded; fp32 arithmetic converts them afterwards."""
     torch = require("torch", "torch")
     if arithmetic == "bf16":
         return torch.bfloat16
-    if arithmetic == "fp32" and stored_float(spec) == "fp32":
+    if arithmetic == "fp32" and widest_float(spec) == "fp32":
         return torch.float32
     return torch.float16
 

@@ -90,7 +90,7 @@ def validate(
     The reference checkpoint runs in its own library: sentence-transformers if its folder declares a
     pipeline for it, otherwise transformers with the model cards' code. On a GPU it runs in fp16,
     and a second time in fp32 if that fits, otherwise in bf16. On a CPU it runs in fp32, with
-    weights rounded to fp16 unless the checkpoint stores fp32.
+    weights rounded to fp16 unless any is stored in fp32.
 
     The gates use the fp16 run; for an fp32 artifact they use the fp32 run, because fp16 is too
     coarse. Either is replaced by a run with fewer NaN or infinite results. Token ids are compared

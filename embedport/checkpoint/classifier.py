@@ -1,15 +1,18 @@
-"""The head of a sequence classifier: its rows; and the activation of a reranker's score."""
+"""A sequence classifier's head and the padding it skips; the activation of a reranker's score."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..strict_json import read_optional_json
 from .adapter import Adapter
 from .keys import shown
 from .modules import Modules, read_activation
 from .pipeline import Activation
 from .settings import Settings
+from .tokenizer import load_tokenizer
+from .tokens import TOKENIZER_CONFIG, special_tokens
 
 CLASSIFIER = "Qwen3ForSequenceClassification"
 
@@ -55,6 +58,35 @@ def read_score_rows(
             f"{rows}: {labels!r}"
         )
     return rows
+
+
+def read_skipped_token(config: Settings, folder: Path) -> int | None:
+    """The token that a sequence classifier skips at the end of its input; None if it skips none.
+
+    Args:
+        config: The base's config.json.
+        folder: The folder with the tokenizer.
+
+    Raises:
+        CheckpointError: The tokenizer pads on the right with another token. transformers would
+            read that padding, and a score would depend on the batch.
+    """
+    skipped = config.values.get("pad_token_id")
+    if not isinstance(skipped, int):
+        return None
+    path = folder / TOKENIZER_CONFIG
+    padding = special_tokens(folder)[0].get("pad_token")
+    if padding is None or read_optional_json(path).get("padding_side") == "left":
+        return skipped
+    actual = load_tokenizer(folder / "tokenizer.json").token_to_id(padding)
+    if actual not in (None, skipped):
+        raise CheckpointError(
+            f"{config.path}: pad_token_id should be {actual}, the id of {padding!r} with which "
+            f"{path} pads on the right, found {skipped}: transformers would score a pair by its "
+            "padding, and differently in each batch; correct one of them, or give padding_side "
+            "left there if single pairs are scored rightly"
+        )
+    return skipped
 
 
 def read_score_activation(

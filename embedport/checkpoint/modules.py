@@ -304,9 +304,12 @@ def _read_modalities(folder: Path, first: Settings, task: str) -> tuple[Form, Me
                 f"{where}: {name} should take {method_output!r} of 'forward', found "
                 f"{entry_output[1]!r} of {entry_output[0]!r}"
             )
+    if "text" not in modalities:
+        raise CheckpointError(
+            f"{where} should have text, without which sentence-transformers takes no plain texts; "
+            f"found {', '.join(modalities) or 'none'}"
+        )
     if "message" not in modalities:
-        if "text" not in modalities:
-            raise CheckpointError(f"{where} should have text or message, found none")
         return "text", "flat"
     style = modalities["message"].get("format", "auto")
     if style == "auto":

@@ -18,7 +18,12 @@ from ..strict_json import read_json
 from .adapter import CONFIG as ADAPTER
 from .adapter import Adapter, Merge, read_adapter
 from .chat import ChatTemplate, has_template, infer_format, read_template
-from .classifier import CLASSIFIER, read_score_activation, read_score_rows
+from .classifier import (
+    CLASSIFIER,
+    read_score_activation,
+    read_score_rows,
+    read_skipped_token,
+)
 from .hub import Source, fetch
 from .keys import CONFIG_NOTES, CONFIG_READ, refuse_unknown, shown
 from .modelcard import declared_task
@@ -473,8 +478,7 @@ def _with_pipeline(spec: ModelSpec, config: Settings, modules: Modules | None) -
     if inputs.form == "messages":
         _check_template(folder, inputs, spec.task)
     if spec.score_rows is not None:
-        skipped = config.values.get("pad_token_id")
-        skipped = skipped if isinstance(skipped, int) else None
+        skipped = read_skipped_token(config, folder)
         inputs = replace(inputs, skipped_token=skipped, cuts_skipped=spec.causal)
     if spec.task == "reranker":
         activation = read_score_activation(spec.score_rows or 1, config, modules, folder)

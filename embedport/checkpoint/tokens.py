@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,6 +215,8 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
                     f"is {shown(token[flag])}, but tokenizer.json says {actual}"
                 )
     if not is_qwen(values, folder):
+        if values.get("split_special_tokens"):
+            _check_special(added, folder)
         return
     _check_ids(tokenizer, values, folder)
     # Tokens that are not named have the class's default.
@@ -222,6 +224,17 @@ def check_as_transformers(tokenizer: Tokenizer, folder: Path) -> None:
     names |= {QWEN_END for key in QWEN_DEFAULTS if key not in values}
     for name in sorted(names):
         _check_flags(added.get(name), name, folder / "tokenizer.json")
+
+
+def _check_special(added: Mapping[str, AddedToken], folder: Path) -> None:
+    """Refuse a named token that is not special in tokenizer.json: transformers makes it so."""
+    for key, name in special_tokens(folder)[0].items():
+        if not added[name].special:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.json'}: special of the added token {shown(name)} is False, "
+                f"and as {key} transformers makes it True and, by split_special_tokens, plain "
+                f"text; make it True here too, or take {key} out of {TOKENIZER_CONFIG}"
+            )
 
 
 def _check_ids(tokenizer: Tokenizer, values: dict[str, Any], folder: Path) -> None:

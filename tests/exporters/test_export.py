@@ -20,10 +20,12 @@ from embedport.artifact.manifest import Manifest
 from embedport.checkpoint.hub import fetch
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError, VerificationError
+from embedport.exporters.classifier import classifier_values
 from embedport.exporters.companions import write_companions
 from embedport.exporters.onnx import export as export_module
 from embedport.exporters.onnx import verify
 from embedport.leftovers import lock
+from tests.synthetic import edit
 
 WITNESSES = True
 
@@ -55,6 +57,14 @@ def test_the_folder(artifacts, checkpoints):
     assert Manifest.from_json(folder / "embedport.json") == manifest
     assert artifact.size == sum((folder / name).stat().st_size for name in manifest.files)
     assert (folder.stat().st_mode & 0o777) == 0o777 & ~current_umask()
+
+
+def test_a_rerankers_files_have_its_padding(checkpoints, copied):
+    """They make it a classifier, which the library reads before its padding."""
+    folder = copied(checkpoints("kv2", "reranker"))
+    assert classifier_values(ModelSpec.from_checkpoint(folder))["pad_token_id"] == 1019
+    edit(folder / "tokenizer_config.json", padding_side="right", pad_token="<|im_end|>")
+    assert classifier_values(ModelSpec.from_checkpoint(folder))["pad_token_id"] == 1021
 
 
 def current_umask():

@@ -392,7 +392,12 @@ def test_hidden_states_go_through_the_same_modules(with_modules, tmp_path):
         ),
         ("sentence_bert_config.json", {"modality_config": [1]}, "modality_config should be an obj"),
         ("sentence_bert_config.json", {"modality_config": {"text": 1}}, "text should be an object"),
-        ("sentence_bert_config.json", {"modality_config": {}}, "should have text or message"),
+        ("sentence_bert_config.json", {"modality_config": {}}, "should have text.*found none"),
+        (
+            "sentence_bert_config.json",
+            {"modality_config": {"message": MESSAGES["modality_config"]["message"]}},
+            "should have text, without which .* takes no plain texts; found message",
+        ),
         (
             "sentence_bert_config.json",
             messages("text-generation") | {"transformer_task": "feature-extraction"},

@@ -143,6 +143,22 @@ def test_a_text_that_ends_with_padding(classifier, small_tokenizer):
     np.testing.assert_allclose(found, without, atol=1e-5)
 
 
+def test_padding_on_the_right_that_is_not_skipped(classifier):
+    """transformers scores the shorter pair by its padding, and each batch otherwise."""
+    folder = classifier(1)  # pad_token_id is <|im_end|>, and the padding <|endoftext|>
+    expected = cross_encoder(folder).predict(PAIRS)  # on the left
+    np.testing.assert_allclose(open_reranker(folder).score(PAIRS), expected, atol=1e-5)
+    edit(folder / "tokenizer_config.json", padding_side="right")
+    found = cross_encoder(folder)
+    together, alone = found.predict(PAIRS), found.predict(PAIRS[:1])
+    assert abs(together[0] - alone[0]) > 1e-3
+    with pytest.raises(CheckpointError, match=r"pad_token_id should be 1019.* found 1021"):
+        ModelSpec.from_checkpoint(folder)
+    edit(folder / "tokenizer_config.json", pad_token="<|im_end|>")
+    expected = cross_encoder(folder).predict(PAIRS)
+    np.testing.assert_allclose(open_reranker(folder).score(PAIRS), expected, atol=1e-5)
+
+
 def test_validate_notices_a_padding_token_that_is_not_skipped(
     classifier, small_tokenizer, tmp_path
 ):

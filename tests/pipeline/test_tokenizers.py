@@ -183,6 +183,14 @@ REFUSED = {
         decoder(special=True, split_special_tokens=True),
         "added_tokens_decoder says that special of '<think>' is True",
     ),
+    "split, special by its name": (
+        settings(
+            tokenizer_class="TokenizersBackend",
+            split_special_tokens=True,
+            extra_special_tokens={"image_token": "<think>"},
+        ),
+        "special of the added token '<think>' is False, and as image_token transformers makes it T",
+    ),
     "unsorted": (
         lambda folder: change(folder, unsorted),
         "added_tokens should be in the order of their ids",

@@ -160,13 +160,14 @@ QUANTIZED: list[tuple[str, Change, str]] = [
 ]
 
 
-def pads_otherwise(folder: Path) -> None:
-    """On the right, with a token that transformers does not skip."""
-    values("tokenizer_config.json", padding_side="right", pad_token="<|im_end|>")(folder)
+def skips_no_padding(folder: Path) -> None:
+    """On the right, where transformers would have to."""
+    values("tokenizer_config.json", padding_side="right")(folder)
+    values("config.json", pad_token_id=None)(folder)
 
 
 CLASSIFIER: list[tuple[Change, str]] = [
-    (pads_otherwise, "config.json: pad_token_id: found 1019, expected 1021 as in tokenizer_con"),
+    (skips_no_padding, "config.json: pad_token_id: found None, expected 1019 as in tokenizer_con"),
     (other_template, "chat_template.jinja: pair 0 has other tokens"),
     (last_token_is_padding, "chat_template.jinja: pair 0 has other tokens"),
 ]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
+from embedport.checkpoint.pipeline import Dense
 from embedport.errors import CheckpointError, DeviceError, InputError, MissingPackageError
 from embedport.texts.prompts import (
     EmbeddingTokenizer,
@@ -318,3 +319,31 @@ def test_shards_and_reranker_names(tmp_path, small_tokenizer):
     save_file(tensors, single / "model.safetensors", metadata={"format": "pt"})
     other = open_live(single, task="reranker", max_length=2048)
     np.testing.assert_array_equal(reference.run(PAIRS[:3], "fp32"), other.run(PAIRS[:3], "fp32"))
+
+
+@pytest.mark.parametrize("wide", [None, "norm.weight", "layers.1.self_attn.k_norm.weight"])
+def test_weights_are_rounded_where_none_is_fp32(checkpoints, copied, wide):
+    folder = copied(checkpoints("kv2"))
+    tensors = load_file(folder / "model.safetensors")
+    if wide is not None:
+        tensors[wide] = tensors[wide].astype(np.float32) + np.float32(1e-5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    reference = open_live(folder, task="embedding", device="cpu")
+    assert reference.origin.stored == ("bf16" if wide is None else "fp32")
+    loaded = reference.load("fp32").state_dict()
+    for name, tensor in tensors.items():
+        found = next(loaded[key] for key in loaded if f".{key}".endswith(f".{name}")).numpy()
+        kept = tensor.astype(np.float32) if wide else tensor.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(found, kept)
+
+
+def test_weights_are_kept_where_a_dense_module_is_fp32(checkpoints, copied):
+    folder = copied(checkpoints("kv2"))
+    spec = open_live(folder, task="embedding", device="cpu").spec
+    dense = Dense("2_Dense", 64, 8, bias=False, activation="Tanh")
+    spec = replace(spec, outputs=replace(spec.outputs, steps=(dense,)))
+    (folder / "2_Dense").mkdir()
+    for dtype, expected in ((np.float16, "bf16"), (np.float32, "fp32")):
+        tensors = {"linear.weight": np.ones((8, 64), dtype)}
+        save_file(tensors, folder / "2_Dense" / "model.safetensors")
+        assert module.widest_float(spec) == expected
