@@ -1,6 +1,7 @@
 """Rerankers as their files declare them, against CrossEncoder."""
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from safetensors.numpy import load_file
 import embedport
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError, InputError
+from embedport.runtimes import read_info
+from embedport.texts.samples import Pair
+from embedport.validation.companions import files_gate
 from tests.synthetic import edit
 
 from .conftest import (
@@ -126,6 +130,28 @@ def test_classifier_with_an_end_token_that_is_its_padding(classifier, small_toke
     edit(folder / "config.json", is_causal=False)
     with pytest.raises(InputError, match="pair 0 ends with the padding token"):
         open_reranker(folder).score(PAIRS)
+
+
+def test_files_of_a_reranker_whose_tokenizer_appends_its_padding(
+    classifier, with_score, small_tokenizer, tmp_path
+):
+    """Only a classifier skips it: other software passes it to a classifier's graph, which reads it.
+
+    CrossEncoder in torch skips it too.
+    """
+    pairs = [Pair(*pair) for pair in PAIRS]
+    folder = classifier(1, pad_token_id=small_tokenizer.token_to_id("<|endoftext|>"))
+    end_texts_with(folder, "<|endoftext|>")
+    artifact = embedport.export(folder, tmp_path / "classifier").folder
+    (gate,) = files_gate(read_info(artifact), {}, pairs)
+    assert "tokenizer.json: pair 0 has other tokens" in gate.detail
+    assert "token 1019 at the end, which a classifier skips as padding" in gate.detail
+    shutil.rmtree(folder)
+    folder = with_score(first=messages("text-generation"), chat=None)
+    end_texts_with(folder, "<|endoftext|>")
+    artifact = embedport.export(folder, tmp_path / "artifact").folder
+    (gate,) = files_gate(read_info(artifact), {}, pairs)
+    assert (gate.value, gate.detail) == (0, "")
 
 
 def test_a_text_that_ends_with_padding(classifier, small_tokenizer):
