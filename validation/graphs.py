@@ -9,7 +9,7 @@ results. Weights stay memory-mapped, one graph at a time. OpenVINO's format take
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..runtimes import ModelInfo
 from ..runtimes.comparison import Limits, most_stretch, other_software_limits
 from ..runtimes.part_session import open_session
 from ..runtimes.vectors import cosines
+from ..texts.prompts import RerankerTokenizer
 from .invariance import Model, pad
 from .measures import sigmoid
 from .report import Gate
@@ -95,6 +96,7 @@ def graph_gates(info: ModelInfo, device: str, few: Few) -> list[Gate]:
     """
     assert info.artifact is not None
     limits = other_software_limits(info.artifact.manifest)
+    few = replace(few, rows=[np.append(few.rows[0], _skipped_end(info)), *few.rows[1:]])
     differences, left = [], _not_run(info.artifact, device)
     run = 0
     for name, outputs in _graphs(info.artifact).items():
@@ -118,6 +120,18 @@ def graph_gates(info: ModelInfo, device: str, few: Few) -> list[Gate]:
     if left:
         gates.append(Gate(NOT_RUN, None, "≤", 0, basis="; ".join(left)))
     return gates
+
+
+def _skipped_end(info: ModelInfo) -> np.ndarray:
+    """The padding with which a classifier's row may end: embedport cuts it off, others do not."""
+    skipped = info.inputs.skipped_token
+    inputs = replace(info.inputs, skipped_token=None)
+    if skipped is not None:
+        tokenizer = RerankerTokenizer(info.folder / "tokenizer.json", info.max_length, inputs)
+        text = tokenizer.tokenizer.id_to_token(skipped)
+        if text is not None and tokenizer.encode([("", text)]).ids[0][-1] == skipped:
+            return np.array([skipped])
+    return np.zeros(0, np.int64)
 
 
 def _graphs(artifact: Artifact) -> dict[str, tuple[str, ...]]:

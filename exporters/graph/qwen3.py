@@ -231,7 +231,11 @@ def describe_inputs(
     if even:
         size = g.op("Add", width, g.op("Mod", width, g.constant(2)))
     arange = g.op("Range", g.constant(0), size, g.constant(1))
-    count = g.op("ReduceSum", attention_mask, g.constant([1]), keepdims=1)
+    skipped = design.spec.inputs.skipped_token if design.spec.inputs.cuts_skipped else None
+    if skipped is None:
+        count = g.op("ReduceSum", attention_mask, g.constant([1]), keepdims=1)
+    else:
+        count = count_to_last(g, input_ids, attention_mask, skipped)
     past_size, all_positions = None, arange
     if past is not None:
         past_size = g.op("Gather", g.op("Shape", past.states, dtype=INT64), g.constant(2), axis=0)
@@ -258,6 +262,22 @@ def describe_inputs(
         past=past,
         sight=describe_sight(g, design.spec, positions),
     )
+
+
+def count_to_last(
+    g: GraphBuilder, input_ids: ir.Value, attention_mask: ir.Value, skipped: int
+) -> ir.Value:
+    """Each row's tokens up to the last that is not `skipped`: int64 [batch, 1], 0 or less if none.
+
+    transformers' classifiers read that one. embedport cuts such tokens off; other software's
+    tokenizer may append one, with a mask of 1.
+    """
+    is_other = g.op("Not", g.op("Equal", input_ids, g.constant(skipped), dtype=BOOL), dtype=BOOL)
+    read = g.op("Mul", attention_mask, g.cast(is_other, INT64))
+    size = g.op("Gather", g.op("Shape", input_ids, dtype=INT64), g.constant(1), axis=0)
+    numbers = g.op("Range", g.constant(1), g.op("Add", size, g.constant(1)), g.constant(1))
+    end = g.op("ReduceMax", g.op("Mul", read, numbers), g.constant([1]), keepdims=1)
+    return g.op("Sub", end, g.op("ArgMax", attention_mask, dtype=INT64, axis=1, keepdims=1))
 
 
 def rotary_cache(g: GraphBuilder, design: Design, arange: ir.Value) -> tuple[ir.Value, ir.Value]:
