@@ -92,24 +92,19 @@ INLINE void norm_rotate_head(const struct attention *a, const float *x, const fl
     }
 }
 
-/* The same, padded with zeros to padded_dim. */
+/* The same, for any head. */
 TARGET static void norm_rotate(const struct attention *a, const float *x, const float *gains,
                                ptrdiff_t position, float factor, float *out) {
-    ptrdiff_t whole = a->head_dim / LANES * LANES;
-    clear(out + whole, a->padded_dim - whole);
     if (a->head_dim % (2 * LANES)) norm_rotate_head(a, x, gains, position, factor, out, 0);
     else norm_rotate_head(a, x, gains, position, factor, out, 1);
 }
 
-/* Copy `count` floats times a factor, padded with zeros to `padded`. */
-INLINE void copy_scaled(const float *from, float factor, float *to, ptrdiff_t count,
-                        ptrdiff_t padded) {
-    for (ptrdiff_t i = 0; i < padded; i += LANES)
-        store(to + i, times(load_part(from + i, count - i), set(factor)));
+/* Copy `count` floats, a multiple of LANES, times a factor. */
+INLINE void copy_scaled(const float *from, float factor, float *to, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i += LANES) store(to + i, times(load(from + i), set(factor)));
 }
 
 static void prepare(struct attention *a) {
-    a->padded_dim = LANES * ceiling(a->head_dim, LANES);
     a->shared_panels = a->past / PANEL;
     a->own_panels = ceiling(a->past + a->size, PANEL) - a->shared_panels;
 }
@@ -119,7 +114,7 @@ static size_t panel_tasks(const struct attention *a) {
 }
 
 static size_t scratch_floats(const struct attention *a) {
-    return panel_tasks(a) * 2 * (size_t)(PANEL * a->padded_dim);
+    return panel_tasks(a) * 2 * (size_t)(PANEL * a->head_dim);
 }
 
 /* The keys of panel number `panel`, which begins at position PANEL * `panel`. The next panels follow it. */
@@ -129,7 +124,7 @@ static inline float *find_keys(const struct attention *a, ptrdiff_t row, ptrdiff
     if (panel < shared) before = head * shared + panel;
     else
         before = a->kv_heads * shared + (row * a->kv_heads + head) * a->own_panels + panel - shared;
-    return a->scratch + before * PANEL * a->padded_dim;
+    return a->scratch + before * PANEL * a->head_dim;
 }
 
 /* The same for values, which are stored after all keys. */
@@ -150,21 +145,21 @@ TARGET static void fill_panel(const struct attention *a, size_t task) {
         head = own / a->own_panels % a->kv_heads;
         panel = a->shared_panels + own % a->own_panels;
     }
-    ptrdiff_t first = panel * PANEL, dim = a->head_dim, padded = a->padded_dim;
+    ptrdiff_t first = panel * PANEL, dim = a->head_dim;
     ptrdiff_t count = is_shared ? PANEL : minimum(PANEL, a->last[row] + 1 - first);
     float *keys = find_keys(a, row, head, panel), *values = find_values(a, row, head, panel);
     float rotated[LANES * MAX_HEAD_DIM], scaled[LANES * MAX_HEAD_DIM];
     for (ptrdiff_t group = 0; group < count; group += LANES) {
         for (ptrdiff_t i = 0; i < LANES; i++) {
             ptrdiff_t position = first + group + i, token = position - a->past;
-            float *key = rotated + i * padded, *value = scaled + i * padded;
+            float *key = rotated + i * dim, *value = scaled + i * dim;
             if (group + i >= count) { /* after the last token */
-                clear(key, padded);
-                clear(value, padded);
+                clear(key, dim);
+                clear(value, dim);
             } else if (token < 0) {
                 ptrdiff_t place = (head * a->past + position) * dim;
-                copy_scaled(a->past_k + place, 1, key, dim, padded);
-                copy_scaled(a->past_v + place, 1, value, dim, padded);
+                copy_scaled(a->past_k + place, 1, key, dim);
+                copy_scaled(a->past_v + place, 1, value, dim);
             } else {
                 ptrdiff_t index = row * a->size + token;
                 ptrdiff_t place = (index * a->kv_heads + head) * dim;
@@ -173,20 +168,19 @@ TARGET static void fill_panel(const struct attention *a, size_t task) {
                     prefetch(a->v + place + AHEAD * a->kv_heads * dim, dim);
                 }
                 norm_rotate(a, a->k + place, a->k_gains, position, 1.0f, key);
-                copy_scaled(a->v + place, a->v_scales[index * a->v_scales_step], value, dim,
-                            padded);
+                copy_scaled(a->v + place, a->v_scales[index * a->v_scales_step], value, dim);
             }
         }
-        for (ptrdiff_t j = 0; j < padded; j += LANES)
-            transpose(rotated + j, padded, keys + j * PANEL + group, PANEL);
+        for (ptrdiff_t j = 0; j < dim; j += LANES)
+            transpose(rotated + j, dim, keys + j * PANEL + group, PANEL);
         for (ptrdiff_t i = 0; i < LANES; i++)
-            for (ptrdiff_t j = 0; j < padded; j += LANES)
-                store(values + (group + i) * padded + j, load(scaled + i * padded + j));
+            for (ptrdiff_t j = 0; j < dim; j += LANES)
+                store(values + (group + i) * dim + j, load(scaled + i * dim + j));
     }
 }
 
 static void keep_states(const struct attention *a, size_t head) {
-    ptrdiff_t dim = a->head_dim, padded = a->padded_dim;
+    ptrdiff_t dim = a->head_dim;
     for (ptrdiff_t token = 0; token < a->kept; token++) {
         const float *keys = find_keys(a, 0, (ptrdiff_t)head, token / PANEL);
         const float *values = find_values(a, 0, (ptrdiff_t)head, token / PANEL);
@@ -194,7 +188,7 @@ static void keep_states(const struct attention *a, size_t head) {
         ptrdiff_t in = token % PANEL;
         for (ptrdiff_t i = 0; i < dim; i++) {
             a->kept_k[place + i] = keys[i * PANEL + in];
-            a->kept_v[place + i] = values[in * padded + i];
+            a->kept_v[place + i] = values[in * dim + i];
         }
     }
 }
@@ -275,23 +269,23 @@ INLINE void prepare_queries(const struct attention *a, struct block *b) {
         ptrdiff_t token = b->row * a->size + b->first + i;
         const float *q = a->q + (token * a->heads + b->head) * a->head_dim;
         if (i + AHEAD < b->count) prefetch(q + AHEAD * a->heads * a->head_dim, a->head_dim);
-        norm_rotate(a, q, a->q_gains, b->start + i, a->scale, b->queries + i * a->padded_dim);
-        clear(b->attended + i * a->padded_dim, a->padded_dim);
+        norm_rotate(a, q, a->q_gains, b->start + i, a->scale, b->queries + i * a->head_dim);
+        clear(b->attended + i * a->head_dim, a->head_dim);
         b->softmax[i] = (struct softmax){-__builtin_inff(), 0};
     }
 }
 
 /* 2. The queries' scores for the keys from `key` on, KEYS at most, as far as one of a tile attends to them. */
 INLINE void score_keys(const struct attention *a, struct block *b, ptrdiff_t key) {
-    ptrdiff_t padded = a->padded_dim, end = minimum(key + KEYS, b->start + b->count);
+    ptrdiff_t dim = a->head_dim, end = minimum(key + KEYS, b->start + b->count);
     for (ptrdiff_t panel = key; panel < end; panel += PANEL) {
         const float *keys = find_keys(a, b->row, b->kv_head, panel / PANEL);
         for (ptrdiff_t i = 0; i < b->count; i += TILE_ROWS) {
             ptrdiff_t tile = minimum(TILE_ROWS, b->count - i);
             ptrdiff_t width = minimum(PANEL, b->start + i + tile - panel);
             if (width > 0)
-                multiply((int)tile, (int)ceiling(width, LANES), 0, padded, b->queries + i * padded,
-                         padded, keys, PANEL, b->scores + i * KEYS + panel - key, KEYS);
+                multiply((int)tile, (int)ceiling(width, LANES), 0, dim, b->queries + i * dim, dim,
+                         keys, PANEL, b->scores + i * KEYS + panel - key, KEYS);
         }
     }
 }
@@ -302,20 +296,20 @@ INLINE void weigh_tile(const struct attention *a, struct block *b, ptrdiff_t key
     ptrdiff_t whole = LANES * ceiling(width, LANES);
     for (ptrdiff_t j = i; j < i + tile; j++)
         weigh(b->scores + j * KEYS, whole, minimum(width, b->start + j + 1 - key), b->softmax + j,
-              b->attended + j * a->padded_dim, a->padded_dim);
+              b->attended + j * a->head_dim, a->head_dim);
 }
 
 /* 4. Add a tile's weighted values. The prefix's values and the row's own are stored apart. */
 INLINE void add_values(const struct attention *a, struct block *b, ptrdiff_t key, ptrdiff_t i,
                        ptrdiff_t tile, ptrdiff_t width) {
-    ptrdiff_t padded = a->padded_dim, shared = minimum(width, a->shared_panels * PANEL - key), end;
+    ptrdiff_t dim = a->head_dim, shared = minimum(width, a->shared_panels * PANEL - key), end;
     for (ptrdiff_t from = 0; from < width; from = end) {
         const float *values = find_values(a, b->row, b->kv_head, (key + from) / PANEL);
         end = from < shared ? shared : width;
-        for (ptrdiff_t j = 0; j < padded; j += 4 * LANES)
-            multiply((int)tile, (int)minimum(4, (padded - j) / LANES), 1, end - from,
-                     b->scores + i * KEYS + from, KEYS, values + j, padded,
-                     b->attended + i * padded + j, padded);
+        for (ptrdiff_t j = 0; j < dim; j += 4 * LANES)
+            multiply((int)tile, (int)minimum(4, (dim - j) / LANES), 1, end - from,
+                     b->scores + i * KEYS + from, KEYS, values + j, dim,
+                     b->attended + i * dim + j, dim);
     }
 }
 
@@ -326,8 +320,8 @@ INLINE void write_block(const struct attention *a, const struct block *b) {
     for (ptrdiff_t i = 0; i < b->inside; i++) {
         vec factor = set(i < b->count ? 1 / b->softmax[i].sum : 0);
         for (ptrdiff_t j = 0; j < dim; j += LANES) {
-            vec x = i < b->count ? load(b->attended + i * a->padded_dim + j) : factor;
-            store_part(out + i * step + j, dim - j, times(x, factor));
+            vec x = i < b->count ? load(b->attended + i * dim + j) : factor;
+            store(out + i * step + j, times(x, factor));
         }
     }
 }

@@ -191,12 +191,12 @@ INLINE __m256i four_inputs(const uint8_t *a) {
     return _mm256_set1_epi32(four);
 }
 
-/* sums += `count` steps by 16 outputs, for 4-bit weights: at most eight, which 16 bits hold. */
-INLINE void add_nibbles(int count, int rows, const uint8_t *a, const int8_t *w, __m256i ones,
+/* sums += eight steps by 16 outputs, for 4-bit weights: 16 bits hold their sums. */
+INLINE void add_nibbles(int rows, const uint8_t *a, const int8_t *w, __m256i ones,
                         __m256i sums[GROUP_ROWS][2]) {
     __m256i words[GROUP_ROWS][2];
 #pragma GCC unroll 8
-    for (int step = 0; step < count; step++, a += 4 * GROUP_ROWS, w += 128) {
+    for (int step = 0; step < 8; step++, a += 4 * GROUP_ROWS, w += 128) {
         __m256i left = _mm256_loadu_si256((const __m256i *)w);
         __m256i right = _mm256_loadu_si256((const __m256i *)(w + 32));
 #pragma GCC unroll 4
@@ -241,12 +241,10 @@ INLINE void multiply_group(int bits, int rows, ptrdiff_t steps, const struct row
         __m256i sums[GROUP_ROWS][2];
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-        if (bits == 4) {
-            ptrdiff_t k = 0;
-            for (; k + 8 <= steps; k += 8)
-                add_nibbles(8, rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
-            if (k < steps) add_nibbles(4, rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
-        } else
+        if (bits == 4)
+            for (ptrdiff_t k = 0; k < steps; k += 8)
+                add_nibbles(rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
+        else
             for (ptrdiff_t k = 0; k < steps; k++)
                 add_bytes(rows, a + 4 * GROUP_ROWS * k, w + 128 * k, ones, sums);
 #pragma GCC unroll 4

@@ -20,7 +20,8 @@ struct rows {
 enum { MAX_WIDTH = 1 << 16, MAX_HEAD_DIM = 256 };
 
 struct attention {
-    ptrdiff_t batch, size, heads, kv_heads, head_dim;
+    ptrdiff_t batch, size, heads, kv_heads;
+    ptrdiff_t head_dim;             /* a multiple of 16 */
     const float *q, *k, *v;         /* [batch, size, heads or kv_heads, head_dim] */
     const float *v_scales;          /* [batch, size], or one for all tokens */
     ptrdiff_t v_scales_step;        /* 1, or 0 for one scale for all */
@@ -35,7 +36,6 @@ struct attention {
     float *kept_k, *kept_v;         /* [kv_heads, kept, head_dim] */
     float *scratch;                 /* scratch_floats() */
     /* Derived by prepare(). */
-    ptrdiff_t padded_dim;    /* head_dim in whole vectors */
     ptrdiff_t shared_panels; /* panels of the prefix, used by all rows */
     ptrdiff_t own_panels;    /* panels of each row */
 };
@@ -47,12 +47,12 @@ struct product {
     const float *x;                  /* [count, depth] */
     const uint8_t *codes;            /* [outputs, groups, group * bits / 8] */
     const float *scales;             /* [outputs, groups] */
-    const uint8_t *zero_points;      /* [outputs, ceil(groups * bits / 8)]; NULL is the middle */
+    const uint8_t *zero_points;      /* of 4 bits: [outputs, ceil(groups / 2)]; NULL is the middle */
     float *out;                      /* [count, outputs] */
     uint8_t *scratch;                /* tile_bytes() */
 };
 
-enum { MAX_GROUP = 256 };
+enum { MAX_GROUP = 128 };
 
 /* A group of rounded inputs, of GROUP_ROWS tokens. */
 struct row_group {

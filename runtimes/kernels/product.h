@@ -18,7 +18,7 @@
 #include "kernels.h"
 #include "vectors.h"
 
-enum { OUTPUTS = 32, INPUTS = 512, SMALLEST_GROUP = 16 };
+enum { OUTPUTS = 32, INPUTS = 512, SMALLEST_GROUP = 32 };
 
 static size_t tile_count(const struct product *p) { return (size_t)ceiling(p->count, GROUP_ROWS); }
 
@@ -115,18 +115,17 @@ static inline struct weight_group weights_of(const struct product *p, const stru
                                  panel->scales + first, panel->zeros + first};
 }
 
-/* A group's zero point; they are [outputs, groups], packed like the weights. */
+/* A group's zero point. */
 static inline int zero_point(const struct product *p, ptrdiff_t output, ptrdiff_t group) {
     if (!p->zero_points) return 1 << (p->bits - 1);
-    const uint8_t *row = p->zero_points + output * ceiling(p->groups * p->bits, 8);
-    return p->bits == 8 ? row[group] : row[group / 2] >> (group % 2 ? 4 : 0) & 15;
+    return p->zero_points[output * ceiling(p->groups, 2) + group / 2] >> (group % 2 ? 4 : 0) & 15;
 }
 
 /* Transpose 16 outputs by 16 four-byte words, of which `count` outputs and `words` words exist. */
 INLINE void turn_words(const uint8_t *from, ptrdiff_t row, ptrdiff_t count, ptrdiff_t words,
                        uint8_t *to) {
     float part[16 * 16];
-    if (count >= 16 && words >= 16 && row % 4 == 0) {
+    if (count >= 16 && words >= 16) {
         transpose((const float *)from, row / 4, (float *)to, 16);
         return;
     }

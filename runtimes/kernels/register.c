@@ -170,7 +170,6 @@ static OrtStatus *compute_plain_norm(void *kernel, OrtKernelContext *context) {
     rows.residual = residual.data, rows.value = value.data, rows.gains = gains.data;
     TRY(write(node, context, 0, residual.shape, residual.rank, &rows.result));
     TRY(write(node, context, 1, residual.shape, residual.rank, &rows.total));
-    if (rows.value && !rows.total) return refuse(node, "AddNorm: the sum has no output");
     return run_rows(node, context, &rows, node->kernels->add_norm);
 }
 
@@ -259,7 +258,7 @@ static OrtStatus *compute_attention(void *kernel, OrtKernelContext *context) {
     ptrdiff_t tokens = a.batch * a.size, states = a.kv_heads * a.head_dim;
     ptrdiff_t angles = (a.past + a.size) * (a.head_dim / 2);
     if (in[Q].rank != 3 || a.heads < 1 || a.heads > MAX_HEADS || a.kv_heads < 1 ||
-        a.heads % a.kv_heads || a.head_dim % 2 ||
+        a.heads % a.kv_heads || a.head_dim % 16 ||
         a.head_dim > MAX_HEAD_DIM || in[Q].count != tokens * a.heads * a.head_dim ||
         in[K].count != tokens * states || in[V].count != tokens * states ||
         (in[V_SCALES].count != 1 && in[V_SCALES].count != tokens) ||
@@ -328,7 +327,7 @@ static OrtStatus *compute_product(void *kernel, OrtKernelContext *context) {
         .scales = scales.data,
         .zero_points = zero_points.data,
     };
-    if ((p.bits != 4 && p.bits != 8) || p.group < 16 || p.group > MAX_GROUP || p.group % 16 ||
+    if ((p.bits != 4 && p.bits != 8) || p.group < 32 || p.group > MAX_GROUP || p.group % 32 ||
         p.depth < 1 || p.depth > MAX_SIZE || p.outputs < 1 || p.outputs > MAX_SIZE || x.rank < 1 ||
         x.shape[x.rank - 1] != p.depth)
         return refuse(node, "MatMulGroups: shapes do not go together");

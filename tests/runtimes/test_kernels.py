@@ -394,11 +394,9 @@ def attention_feeds(batch, size, heads, kv_heads, dim, past):
     }
 
 
-# A part of a vector, more than one, Qwen3's heads, whole vectors and a part, the most.
+# A vector of sixteen, Qwen3's heads, an odd number of vectors, the most.
 @needs_kernels
-@pytest.mark.parametrize(
-    ("dim", "past"), [(2, 0), (30, 70), (128, 0), (128, 70), (200, 0), (256, 70)]
-)
+@pytest.mark.parametrize(("dim", "past"), [(16, 70), (128, 0), (128, 70), (208, 0), (256, 70)])
 def test_sizes_of_heads(instructions, dim, past):
     """The operator alone: its rows, and the first one's keys and values."""
     batch, size, heads, kv_heads = shape = 2, 83, 4, 2
@@ -433,7 +431,7 @@ def test_sizes_of_heads(instructions, dim, past):
 # Each operator's inputs that go together, its outputs and its attributes.
 ALONE: dict[str, tuple[dict[str, np.ndarray], int, dict[str, Any]]] = {
     "RotaryAttention": (
-        attention_feeds(2, 5, 4, 2, 6, 3),
+        attention_feeds(2, 5, 4, 2, 16, 3),
         3,
         {"scale": 1.0, "num_heads": 4, "kv_num_heads": 2},
     ),
@@ -471,23 +469,32 @@ ALONE: dict[str, tuple[dict[str, np.ndarray], int, dict[str, Any]]] = {
     "QuantizeRows": ({"x": random(1, 3, 20)}, 2, {}),
     "CosSin": ({"angles": random(1, 3, 20)}, 2, {}),
 }
+
+
+def groups_of(size):
+    """Weights in other groups: the shapes go together."""
+    count = -(-80 // size)
+    shapes = {"codes": (5, count, size // 2), "zero_points": (5, -(-count // 2))}
+    codes = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+    return {"block_size": size, "scales": random(5, count)} | codes
+
+
 # Changes to them that do not go with the others: another shape, value or attribute.
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     *(
         ("RotaryAttention", change)
         for change in (
-            {"q": random(2, 5, 18)},
-            {"k": random(2, 5, 10)},
-            {"v": random(2, 5, 10)},
+            {"q": random(2, 5, 63)},
+            {"k": random(2, 5, 31)},
+            {"v": random(2, 5, 31)},
             {"v_scales": random(2, 2, 1)},
-            {"q_norm": random(8)},
-            {"k_norm": random(5)},
-            {"cosines": random(7, 3)},
-            {"sines": random(7, 3)},
+            {"k_norm": random(15)},
+            {"cosines": random(7, 8)},
+            {"sines": random(7, 8)},
             {"last": np.array([7], np.int32)},
             {"last": np.array([7, 2], np.int32)},
             {"last": np.array([7, 8], np.int32)},
-            {"states": random(3, 2, 3, 5)},
+            {"states": random(3, 2, 3, 15)},
             {"indices": np.array([0])},
             {"indices": np.array([3, 0])},
             {"indices": np.array([-1, 0])},
@@ -496,8 +503,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"kept": np.array([-1])},
             {"kept": np.array([9])},
             {"num_heads": 3},
-            {"kv_num_heads": 3},
             {"kv_num_heads": 0},
+            {"kv_num_heads": 3} | attention_feeds(2, 5, 4, 3, 16, 3),
+            *(attention_feeds(2, 5, 4, 2, dim, 3) for dim in (8, 24, 272)),
         )
     ),
     *(
@@ -511,11 +519,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
             {"K": 0},
             {"N": 0},
             {"N": 6},
-            {"bits": 5},
+            {"bits": 2, "codes": np.zeros((5, 3, 8), np.uint8)},
             {"bits": 8, "codes": np.zeros((5, 3, 32), np.uint8)},
-            {"block_size": 33},
-            {"block_size": 0},
-            {"block_size": 512, "codes": np.zeros((5, 1, 256), np.uint8), "scales": random(5, 1)},
+            *(groups_of(size) for size in (16, 48, 256)),
         )
     ),
     ("AddNormQuantize", {"residual": random(3, 20)}),
