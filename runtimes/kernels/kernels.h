@@ -52,6 +52,7 @@ struct product {
     uint8_t *scratch;                /* tile_bytes() */
 };
 
+/* Groups of weights have 32, 64 or 128 inputs: GROUP_SIZES in quantize/formats.py. */
 enum { MAX_GROUP = 128 };
 
 /* A group of rounded inputs, of GROUP_ROWS tokens. */
