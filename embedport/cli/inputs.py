@@ -168,11 +168,15 @@ def read_texts(
         return [sample.text for sample in samples]
     if file is None and sys.stdin.isatty():
         raise InputError("no texts: give them as arguments, with --input, or on standard input")
+    from ..texts.corpus import note_blank_lines
+
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not UTF-8: {error}") from error
-    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    if not lines:  # as a file without texts: the command before the pipe may have failed
+    lines = text.replace("\r\n", "\n").split("\n")
+    texts = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not texts:  # as a file without texts: the command before the pipe may have failed
         raise InputError("standard input holds no text")
-    return lines
+    note_blank_lines("standard input", len(texts), texts[-1][0])
+    return [line for _, line in texts]

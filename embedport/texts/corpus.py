@@ -7,6 +7,7 @@ optional "_id" or "id" names it. A .txt file holds one text per line. Blank line
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ..progress import progress_bar
 from ..storage import Place, open_to_read
 from ..strict_json import parse_json
 from .prompts import check_text
+
+logger = logging.getLogger(__name__)
 
 # Maximum bytes of a line; the longest text that a model reads has 200,000.
 LONGEST_LINE = 64 << 20
@@ -93,7 +96,7 @@ def survey(
     is_jsonl(path)
     digest = hashlib.sha256()
     parts: list[Part] = []
-    rows = size = crc = 0
+    rows = size = crc = last = 0
     open_part: Part | None = None
     with (
         _open(path) as file,
@@ -110,7 +113,7 @@ def survey(
             check_prompt(f"{path}:{number}", row.prompt, prompt)
             open_part = open_part or Part(rows, 0, offset, number, 0)
             open_part = replace(open_part, rows=open_part.rows + 1, crc32=crc)
-            rows += 1
+            rows, last = rows + 1, number
             if open_part.rows == part_rows or size - open_part.offset >= part_bytes:
                 parts.append(open_part)
                 open_part = None
@@ -118,6 +121,8 @@ def survey(
         parts.append(open_part)
     if not parts:
         raise InputError(f"{path} holds no text")
+    if not is_jsonl(path):
+        note_blank_lines(path, rows, last)
     return Corpus(size, digest.hexdigest(), rows, tuple(parts))
 
 
@@ -165,6 +170,23 @@ def stream_rows(path: Place, *, progress: bool = False) -> Iterator[Row]:
             if row is not None:
                 yield row
             advance(len(line))
+
+
+def note_blank_lines(place: object, texts: int, last: int) -> None:
+    """Warn of blank lines among texts that are a line each: results are numbered without them.
+
+    Args:
+        place: The file, for the message.
+        texts: The number of texts.
+        last: The number of the line of the last text, from 1.
+    """
+    if last > texts:
+        logger.warning(
+            "%s: %s of %s lines are blank and left out: results are numbered without them",
+            place,
+            f"{last - texts:,}",
+            f"{last:,}",
+        )
 
 
 def check_prompt(place: str, named: str | None, prompt: str | None) -> None:

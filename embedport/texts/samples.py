@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from ..errors import InputError
 from ..files import MOST_TEXT, read_small
 from ..strict_json import parse_json
-from .corpus import describe_fault, is_jsonl, titled_text
+from .corpus import describe_fault, is_jsonl, note_blank_lines, titled_text
 
 T = TypeVar("T")
 # Minimum and maximum characters of a short text.
@@ -95,7 +95,9 @@ def read_samples(path: str | Path, prompt: str | None = "document") -> list[Samp
     path = Path(path)
     if is_jsonl(path):
         return _read_jsonl(path, lambda row: Sample(titled_text(row), row.get("prompt", prompt)))
-    return _nonempty(path, [Sample(line, prompt) for _, line in _lines(path)])
+    lines = _nonempty(path, _lines(path))
+    note_blank_lines(path, len(lines), lines[-1][0])
+    return [Sample(line, prompt) for _, line in lines]
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -131,7 +133,7 @@ def _read_jsonl(path: Path, make: Callable[[dict[str, Any]], T]) -> list[T]:
     return _nonempty(path, rows)
 
 
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
+def _lines(path: Path) -> list[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank."""
     try:
         # A shell's <(command) is a FIFO.

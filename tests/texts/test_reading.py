@@ -1,6 +1,7 @@
 """Files of texts and retrieval sets that are not what they should be."""
 
 import gzip
+import io
 import json
 import os
 import zlib
@@ -36,6 +37,34 @@ def test_an_id_is_a_text_or_a_number(tmp_path):
     path.write_text('{"text": "a", "id": 7}\n{"text": "a", "id": {"n": 7}}\n')
     with pytest.raises(InputError, match=r"corpus.jsonl:2 .*its id should be a text or a number"):
         survey(path, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\n\nb\n \nc\n\n\n", "a.txt: 2 of 5 lines are blank"),
+        ("\r\na\r\n", "a.txt: 1 of 2 lines are blank"),
+        ("a\nb\n\n\n", ""),  # blank lines at the end move nobody's number
+        ("a\nb", ""),
+    ],
+)
+def test_blank_lines_among_texts_are_said(tmp_path, caplog, monkeypatch, text, said):
+    """They are no texts, so the vectors behind them have other numbers than their lines."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    places = {"a.txt": [read_samples, lambda path: survey(path, 1, 100)]}
+    places["standard input"] = [lambda _: read_texts([], None)]
+    for place, readers in places.items():
+        for read in readers:
+            caplog.clear()
+            read(path)
+            assert bool(said) == bool(caplog.messages)
+            assert all(said.replace("a.txt", place) in each for each in caplog.messages)
+    path.with_suffix(".jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    caplog.clear()
+    survey(path.with_suffix(".jsonl"), 10, 100)
+    assert not caplog.messages
 
 
 def test_an_empty_prompt_is_one(tmp_path):
