@@ -62,6 +62,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
         raise _TerminatedError
 
 
+class StandardError(logging.Handler):
+    """Prints to standard error of that moment: a progress bar puts in its own, and goes on below.
+
+    A StreamHandler keeps the one that it was made with, and writes into the bar's line.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 class _Verbs(TyperGroup):
     """Lists the verbs in the order in which they are used."""
 
@@ -146,7 +161,7 @@ def main() -> None:
     open_closed_streams()
     _allow_any_terminal()
     command = typer.main.get_command(app)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StandardError()
     handler.setFormatter(FlagFormatter("embedport: %(message)s", command))
     handler.addFilter(_is_not_printed_yet)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

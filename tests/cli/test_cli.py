@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,9 @@ import pytest
 
 import embedport
 from embedport.cli import app, main
+from embedport.cli.app import StandardError
 from embedport.errors import InputError
+from embedport.progress import progress_bar
 
 
 class TestErrors:
@@ -151,6 +154,22 @@ class TestErrors:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stderr == "theirs.part\nembedport: embedport.part\nembedport: other\n"
+
+    def test_a_warning_has_a_line_of_its_own_beside_a_progress_bar(self, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        handler = StandardError()  # made before the bar, as in `main`
+        monkeypatch.setattr(sys, "stderr", screen := Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        with progress_bar("Encoding", 3):
+            handler.emit(logging.makeLogRecord({"msg": "2 texts cut"}))
+        lines = (
+            re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").split("\n")
+        )
+        assert "Encoding" in screen.getvalue()
+        assert "2 texts cut" in lines
 
     @pytest.mark.skipif(os.name == "nt", reason="names are text there")
     def test_a_name_that_is_not_utf8(self, run, folders, checkpoints, tmp_path, monkeypatch):
