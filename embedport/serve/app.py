@@ -149,8 +149,11 @@ class Server:
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's /v1/embeddings."""
         async with self._body(request) as content:
-            body = read_embedding(read_object(content), self._limits)
+            values = read_object(content)
+            body = read_embedding(values, self._limits)
             model = self._find(body.model, ServedEmbedder)
+            if "prompt_name" in values:
+                model.check_prompt_name(body.prompt)
             if body.dimensions is not None and body.dimensions > model.embedder.dim:
                 raise RequestError(
                     400,
@@ -264,6 +267,8 @@ class Server:
             return fitting[name]
         listed = ", ".join(fitting) or "none of this kind"
         said = "model is missing" if name is None else f"there is no model {name[:200]!r} here"
+        if name in self._models:
+            said = f"{name!r} is no {'embedder' if kind is ServedEmbedder else 'reranker'}"
         raise RequestError(
             400 if name is None else 404,
             f"{said}; served are: {listed}",

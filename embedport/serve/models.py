@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.pipeline import ROLES
 from ..errors import InputError
 from ..runtimes import Embedder, Reranker
 from ..runtimes.batching import choose_batch_tokens, make_batches
@@ -130,6 +131,21 @@ class ServedEmbedder(ServedModel):
     def width(self) -> tuple[int, ...]:
         """The width of a vector."""
         return (self.embedder.dim,)
+
+    def check_prompt_name(self, name: str | None) -> None:
+        """Check the name of a prompt: here a literal prompt would be a name misspelt.
+
+        Raises:
+            RequestError: The model has no such prompt.
+        """
+        names = sorted({*self.info.inputs.prompts, *ROLES})
+        if name not in names:
+            raise RequestError(
+                400,
+                f"no prompt is named {name!r:.80}; there are {', '.join(names)}. Your own "
+                "instruction for queries goes into instruction",
+                param="prompt_name",
+            )
 
     def tokenize(self, texts: Sequence[str], prompt: str | None, *, truncate: bool) -> Rows:
         """Turn texts into rows.

@@ -157,7 +157,8 @@ class TestRefusals:
             (EMBEDDINGS, {"input": ["a"] * 2049}, 422, "2,048 texts at most, found 2,049"),
             (EMBEDDINGS, {"input": "a" * 1_000_001}, 422, "1,000,000 characters at most"),
             (EMBEDDINGS, {"input": "a", "model": "b"}, 404, "served are: embedding"),
-            (EMBEDDINGS, {"input": "a", "model": "reranker"}, 404, "served are: embedding"),
+            (EMBEDDINGS, {"input": "a", "model": "reranker"}, 404, "'reranker' is no embedder"),
+            (RERANK, {"query": "a", "documents": ["a"], "model": "embedding"}, 404, "no reranker"),
             (EMBEDDINGS, {"input": "a", "model": 1}, 400, "model should be a string"),
             (EMBEDDINGS, {"input": "a", "dimensions": 257}, 400, "from 1 to 256, found 257"),
             (EMBEDDINGS, {"input": "a", "dimensions": 0}, 400, "a number from 1 on"),
@@ -165,6 +166,8 @@ class TestRefusals:
             (EMBEDDINGS, {"input": "a", "encoding_format": "int8"}, 400, '"float" or "base64"'),
             (EMBEDDINGS, {"input": "a", "input_type": "image"}, 400, "input_type should be one of"),
             (EMBEDDINGS, {"input": "a", "prompt_name": "queri"}, 400, "no prompt is named"),
+            # As a literal prompt it would stand before the text.
+            (EMBEDDINGS, {"input": "a", "prompt_name": "retrieval.query"}, 400, "document, query"),
             (
                 EMBEDDINGS,
                 {"input": "a", "task": "query", "input_type": "query"},
