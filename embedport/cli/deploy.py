@@ -40,7 +40,8 @@ def docker(
     from ..deploy import deploy_docker
 
     deploy_docker(artifacts, out, wheel)
-    _say(out, f"cd {command_words([str(out)])} && docker compose up --build")
+    start = f"cd {command_words([str(out)])} && docker compose up --build --wait"
+    typer.echo(f"{out}: written; then, with a key in $EMBEDPORT_API_KEY: {start}", err=True)
 
 
 def vespa(artifact: ArtifactArgument, out: Out) -> None:

@@ -178,7 +178,7 @@ class TestDocker:
         out = tmp_path / "service"
         deploy_docker([str(folders / "embedding"), str(folders / "reranker")], out, wheel)
         dockerfile = (out / "Dockerfile").read_text()
-        for source in re.findall(r"^COPY (?!--from)(\S+) ", dockerfile, re.MULTILINE):
+        for source in re.findall(r"^COPY (?!--from)(?:--\S+ )?(\S+) ", dockerfile, re.MULTILINE):
             assert (out / source).exists()
         command = json.loads(re.findall(r"^CMD (.*)$", dockerfile, re.MULTILINE)[-1])
         assert command == ["/models/embedding", "/models/reranker"]
@@ -187,7 +187,12 @@ class TestDocker:
             assert artifact.manifest.task == model.rpartition("/")[2]
         service = yaml.safe_load((out / "compose.yaml").read_text())["services"]["embedport"]
         assert service["ports"] == ["127.0.0.1:8000:8000"]
-        assert re.search(r"^USER 10001$", dockerfile, re.MULTILINE)
+        # Files of umask 077 are their owner's alone.
+        assert re.search(
+            r"^COPY --chown=10001:10001 models .*\n(.*\n)*USER 10001$", dockerfile, re.M
+        )
+        # Docker Compose of 2022 fills in what looks like a variable in this message, too.
+        assert service["environment"]["EMBEDPORT_API_KEY"].count("$") == 1
 
     def test_another_wheel(self, folders, tmp_path):
         with pytest.raises(InputError, match="should be embedport's wheel"):
