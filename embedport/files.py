@@ -48,8 +48,9 @@ def written(path: Path) -> Generator[IO[bytes]]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        # numpy's error for a full disk has a text but no strerror.
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+        # numpy's error for a full disk has a text, a count of values, but no strerror.
+        reason = error.strerror or f"{error} (is the disk full?)"
+        raise InputError(f"{path} cannot be written: {reason}") from error
     finally:
         with contextlib.suppress(OSError):  # on a read-only file system even of a missing file
             partial.unlink()

@@ -78,6 +78,16 @@ def test_a_place_where_nothing_can_be_removed(tmp_path):
         file.write(b"")
 
 
+def test_a_full_disk_in_numpys_words(tmp_path):
+    """numpy's error of a short write has neither number nor reason."""
+    with (
+        pytest.raises(InputError, match=r"100 requested and 7 written .is the disk full"),
+        written(tmp_path / "a.npy"),
+    ):
+        raise OSError("100 requested and 7 written")
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_writers_of_one_file(tmp_path):
     """Threads, or processes of two containers with one number: none writes into the other's."""
     path = tmp_path / "x"
