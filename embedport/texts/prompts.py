@@ -13,6 +13,7 @@ Source of the strings: https://github.com/QwenLM/Qwen3-Embedding (README.md and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def resolve_prompt(inputs: Inputs, prompt: str | None) -> str:
     if named is not None:
         return named
     assert prompt is not None
-    if prompt and prompt.replace("_", "").replace("-", "").isalnum():
+    if re.sub("[._-]", "", prompt).isalnum():  # other models' names are like "retrieval.query"
         names = ", ".join(sorted({*inputs.prompts, *ROLES}))
         raise InputError(
             f"no prompt is named {prompt!r}; there are {names}. A literal "

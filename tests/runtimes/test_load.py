@@ -138,6 +138,8 @@ def test_prompts(embedder):
     assert (query * embedder.encode(["gravity"])).sum() < 0.999
     with pytest.raises(InputError, match="no prompt is named 'qurey'; there are document, query"):
         embedder.encode(["gravity"], prompt="qurey")
+    with pytest.raises(InputError, match=r"no prompt is named 'retrieval\.query'"):  # Jina's
+        embedder.encode(["gravity"], prompt="retrieval.query")
 
 
 def test_empty(embedder, reranker):
