@@ -228,7 +228,7 @@ def load_engine(path: Path, record: EngineRecord, errors: list[str]) -> tuple[Mo
     try:
         record.check(current_device(), trt.__version__)
     except DeviceError as error:
-        raise DeviceError(f"{path}: {error}; device cpu runs the artifact's graph") from error
+        raise DeviceError(f"{path}: {error}; use device='cpu', which runs the graph") from error
     logger = make_logger(
         trt, lambda message, is_error: errors.append(message) if is_error else None
     )
