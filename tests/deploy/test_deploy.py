@@ -187,6 +187,8 @@ class TestDocker:
             assert artifact.manifest.task == model.rpartition("/")[2]
         service = yaml.safe_load((out / "compose.yaml").read_text())["services"]["embedport"]
         assert service["ports"] == ["127.0.0.1:8000:8000"]
+        # Docker may put a proxy into the environment.
+        assert re.search(r"^HEALTHCHECK (.*\n)+.*ProxyHandler\(\{\}\)", dockerfile, re.MULTILINE)
         # Files of umask 077 are their owner's alone.
         assert re.search(
             r"^COPY --chown=10001:10001 models .*\n(.*\n)*USER 10001$", dockerfile, re.M
