@@ -125,8 +125,8 @@ def graph_gates(info: ModelInfo, device: str, few: Few) -> list[Gate]:
 def _skipped_end(info: ModelInfo) -> np.ndarray:
     """The padding with which a classifier's row may end: embedport cuts it off, others do not."""
     skipped = info.inputs.skipped_token
-    inputs = replace(info.inputs, skipped_token=None)
     if skipped is not None:
+        inputs = replace(info.inputs, skipped_token=None)
         tokenizer = RerankerTokenizer(info.folder / "tokenizer.json", info.max_length, inputs)
         text = tokenizer.tokenizer.id_to_token(skipped)
         if text is not None and tokenizer.encode([("", text)]).ids[0][-1] == skipped:

@@ -62,7 +62,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
         raise _TerminatedError
 
 
-class StandardError(logging.Handler):
+class StandardError(logging.StreamHandler):
     """Prints to standard error of that moment: a progress bar puts in its own, and goes on below.
 
     A StreamHandler keeps the one that it was made with, and writes into the bar's line.
@@ -70,11 +70,8 @@ class StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        try:
-            sys.stderr.write(f"{self.format(record)}\n")
-            sys.stderr.flush()
-        except Exception:
-            self.handleError(record)
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Verbs(TyperGroup):
