@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Name to version of the packages that are installed."""
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
+    versions = {name: _version(name) for name in packages}
+    return {name: number for name, number in versions.items() if number is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """A package's version; to read it parses the whole of the package's description."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def meets(requirement: str, version: str) -> bool:

@@ -36,7 +36,7 @@ from tests.tokenizer_rules import SECOND, SPECIAL, TEXT, replace, sequence, spli
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="FIFOs, signals and /proc")
 
-EXAMPLES = int(os.environ.get("EMBEDPORT_FUZZ", "100"))
+EXAMPLES = int(os.environ.get("EMBEDPORT_FUZZ", "60"))
 SEED = int(os.environ.get("EMBEDPORT_FUZZ_SEED", "0"))
 SECONDS, WAIT = 10, 60
 SUFFIXES = (".json", ".jinja", ".safetensors")

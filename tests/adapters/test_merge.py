@@ -55,7 +55,18 @@ def check_tensors(spec, model):
     return changed
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Their like are fast: plain, a layer, excluded.
+        pytest.param(
+            config,
+            id=name,
+            marks=[pytest.mark.slow] if name in ("ranks", "layers", "excluded by regex") else [],
+        )
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_tensors(bases, adapters, config):
     adapter = adapters(bases(), **config)
     spec = ModelSpec.from_checkpoint(bases(), adapter=adapter)

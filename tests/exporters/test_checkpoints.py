@@ -256,8 +256,21 @@ def test_nf4_rounds_to_bitsandbytes_own_codes():
     assert (codes == tensor.codes).mean() > 0.9999  # bitsandbytes multiplies by 1 / absmax
 
 
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "task"),
+    [
+        pytest.param(
+            method,
+            task,
+            # What stays in a reranker is no method's: two of them stand for all.
+            marks=[pytest.mark.slow]
+            if task == "reranker" and method not in ("bnb-int8", "gptq")
+            else [],
+        )
+        for method in METHODS
+        for task in ("embedding", "reranker")
+    ],
+)
 def test_names_and_what_stays_in_16_bits(quantized, checkpoints, method, task):
     folder, prefix = quantized(method, task), PREFIX[task]
     found = load_file(folder / "model.safetensors")

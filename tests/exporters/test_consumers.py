@@ -79,7 +79,13 @@ def _last(mask):
     return mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
 
 
-@pytest.mark.parametrize("precision", MOST_APART)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(each, marks=[pytest.mark.slow] if each in ("fp16", "int4") else [])
+        for each in MOST_APART
+    ],
+)
 def test_a_reranker_for_older_versions(exported, precision):
     reranker = exported("reranker", ALL, precision=precision)
     found = run(reranker.artifact.folder, *pad(reranker.tokenizer.encode(PAIRS).ids))

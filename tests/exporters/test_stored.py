@@ -135,7 +135,10 @@ def test_codes_are_read_bit_for_bit(stored, form, bits, group_size, symmetric):
         np.testing.assert_array_equal(rows, found.dequantize()[3:5])
 
 
-@pytest.mark.parametrize("form", CONFIGS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=[pytest.mark.slow] if form == "gptq" else []) for form in CONFIGS],
+)
 def test_exported_bit_for_bit(stored, tmp_path, form):
     folder, matrices = stored(form)
     artifact = embedport.export(folder, tmp_path / "int4", precision="int4", embedding_bits=8)

@@ -157,7 +157,7 @@ def test_embedders_in_fewer_bits(embedder_of, tmp_path, case, precision):
         (True, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
     ],
 )
-@pytest.mark.parametrize("no", ["no", None])
+@pytest.mark.parametrize("no", [None, pytest.param("no", marks=pytest.mark.slow)])
 def test_rerankers(with_score, tmp_path, no, causal, window, precision):
     from sentence_transformers import CrossEncoder
 

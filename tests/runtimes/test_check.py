@@ -29,16 +29,16 @@ CASES = [
     ("embedding", {"precision": "int4"}),
     pytest.param("embedding", {"precision": "fp16"}, marks=pytest.mark.slow),
     ("embedding", {"precision": "bf16"}),
-    ("embedding", {"precision": "fp8", "dialect": "standard"}),
+    pytest.param("embedding", {"precision": "fp8", "dialect": "standard"}, marks=pytest.mark.slow),
     ("embedding", {"precision": "int8", "dialect": "standard"}),
     pytest.param("embedding", {"dialect": "standard"}, marks=pytest.mark.slow),
     ("embedding", {"dim": 32}),
     ("embedding", {"outputs": "hidden"}),
-    ("embedding", {"max_length": 8}),
+    pytest.param("embedding", {"max_length": 8}, marks=pytest.mark.slow),
     ("reranker", {}),
     ("reranker", {"precision": "int8"}),
     pytest.param("reranker", {"precision": "int4"}, marks=pytest.mark.slow),
-    ("reranker", {"precision": "bf16", "dialect": "standard"}),
+    pytest.param("reranker", {"precision": "bf16", "dialect": "standard"}, marks=pytest.mark.slow),
 ]
 
 

@@ -224,8 +224,8 @@ def keep_one(folder, source, out):
     "method",
     [
         "awq in part",
-        "bnb-nf4 double in part",
         "w8a8",
+        pytest.param("bnb-nf4 double in part", marks=pytest.mark.slow),
         pytest.param("awq", marks=pytest.mark.slow),
         pytest.param("gptq", marks=pytest.mark.slow),
         pytest.param("bnb-nf4", marks=pytest.mark.slow),

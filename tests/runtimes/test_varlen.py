@@ -140,6 +140,7 @@ class StandIn:
         return (1, 0)
 
 
+@pytest.mark.slow
 def test_a_size_that_comes_back_becomes_a_graph(
     packed, tmp_path, small_tokenizer, monkeypatch, caplog
 ):

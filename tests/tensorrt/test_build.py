@@ -82,8 +82,8 @@ def artifacts(tmp_path_factory, sources, rtx):
     return make
 
 
-# Precisions whose engines are built each time: each of the quantized ones, and one in 16 bits.
-RUN = {"embedding": ("bf16", "fp8", "int4"), "reranker": ("int8",)}
+# Precisions whose engines are built each time: each of the quantized ones.
+RUN = {"embedding": ("fp8", "int4"), "reranker": ("int8",)}
 CASES = [
     pytest.param(precision, task, marks=[] if precision in RUN[task] else [pytest.mark.slow])
     for task in HEADS
@@ -121,7 +121,7 @@ def test_each_precision(artifacts, rtx, precision, task):
     ("geometry", "precision"),
     [
         pytest.param("kv1", "bf16", marks=pytest.mark.slow),
-        ("kv1", "int8"),
+        pytest.param("kv1", "int8", marks=pytest.mark.slow),
         pytest.param("kv2", "fp16", marks=pytest.mark.slow),
         pytest.param("kv8", "fp8", marks=pytest.mark.slow),
         ("kv8", "int4"),

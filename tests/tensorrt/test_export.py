@@ -109,7 +109,15 @@ class TestWithoutAnEngine:
             "no GPU can be used here (CUDA: cudaGetDeviceCount failed with cudaErrorNoDevice)"
         )
 
-    @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp8", "int8", "int4"])
+    @pytest.mark.parametrize(
+        "precision",
+        [
+            "fp16",
+            "fp8",
+            "int4",
+            *(pytest.param(each, marks=pytest.mark.slow) for each in ("bf16", "int8")),
+        ],
+    )
     def test_what_is_written(self, without, checkpoints, tmp_path, precision):
         artifact = embedport.export_tensorrt(
             checkpoints("blocks"), tmp_path / "out", precision=precision, fast=precision == "int4"

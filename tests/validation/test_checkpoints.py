@@ -46,8 +46,8 @@ def test_every_method_passes(quantized, checkpoints, task, method):
 @pytest.mark.parametrize(
     ("task", "dtype", "precision"),
     [
-        ("embedding", "float32", "fp32"),
         ("reranker", "bfloat16", "bf16"),
+        pytest.param("embedding", "float32", "fp32", marks=pytest.mark.slow),
         pytest.param("embedding", "float16", "fp16", marks=pytest.mark.slow),
         pytest.param("embedding", "bfloat16", "bf16", marks=pytest.mark.slow),
         pytest.param("reranker", "float32", "fp32", marks=pytest.mark.slow),

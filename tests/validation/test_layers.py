@@ -26,8 +26,15 @@ def errors_of(folders, task):
     return layer_errors(read_info(folders.artifact), reference, rows)
 
 
-@pytest.mark.parametrize("dialect", ["ort", "standard"])
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize(
+    ("task", "dialect"),
+    [
+        ("embedding", "standard"),
+        ("reranker", "ort"),
+        pytest.param("embedding", "ort", marks=pytest.mark.slow),
+        pytest.param("reranker", "standard", marks=pytest.mark.slow),
+    ],
+)
 def test_fp32_is_exact_in_every_layer(folders, task, dialect):
     errors = errors_of(folders(task, dialect=dialect), task)
     assert [each.layer for each in errors] == [0, 1, 2]
@@ -54,7 +61,7 @@ def test_a_graph_that_gives_each_tokens_vector(folders):
     assert max(each.relative_error_max for each in errors) < 2e-6
 
 
-@pytest.mark.parametrize("dim", [None, 48])
+@pytest.mark.parametrize("dim", [48, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_rotated_stream_is_rotated_back(folders, dim):
     plain = errors_of(folders("embedding", precision="int8", rotate=False), "embedding")
     rotated = errors_of(folders("embedding", precision="int8", dim=dim), "embedding")

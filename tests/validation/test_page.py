@@ -208,8 +208,15 @@ def test_no_loss_is_zero():
     assert str(report.ndcg_loss) == "0.0"
 
 
-@pytest.mark.parametrize("retrieval", [True, False])
-@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize(
+    ("task", "retrieval"),
+    [
+        ("embedding", True),
+        ("reranker", False),
+        pytest.param("embedding", False, marks=pytest.mark.slow),
+        pytest.param("reranker", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_in_order(task, retrieval):
     page = a_page(task, retrieval)
     headings = re.findall(r"<h2>(.*?)</h2>", page)

@@ -102,10 +102,10 @@ def recorded(checkpoints, tmp_path_factory):
     ("task", "precision"),
     [
         *(("embedding", precision) for precision in GRAPHS),
-        *(("reranker", precision) for precision in ("fp32", "int8", "int4")),
+        *(("reranker", precision) for precision in ("fp32", "int8")),
         *(
             pytest.param("reranker", precision, marks=pytest.mark.slow)
-            for precision in ("fp16", "bf16", "int8-weight", "mixed")
+            for precision in ("fp16", "bf16", "int8-weight", "int4", "mixed")
         ),
     ],
 )
@@ -432,7 +432,12 @@ def test_the_mrl_gate():
 
 @pytest.mark.parametrize(
     ("precision", "spoilt", "first"),
-    [("fp16", (), "fp16"), ("fp16", ("fp16",), "bf16"), ("fp32", (), "fp32"), ("bf16", (), "fp16")],
+    [
+        ("fp16", ("fp16",), "bf16"),
+        ("fp32", (), "fp32"),
+        pytest.param("fp16", (), "fp16", marks=pytest.mark.slow),
+        pytest.param("bf16", (), "fp16", marks=pytest.mark.slow),
+    ],
 )
 def test_which_reference_decides(folders, monkeypatch, precision, spoilt, first):
     """On a GPU: fp16, unless it gives NaN (as Qwen3-8B does) or the artifact is fp32."""
