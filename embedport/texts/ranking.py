@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,13 +54,14 @@ def measure(
     Args:
         ranking: Query id to document ids, best first.
         relevance: Query id to document id to relevance.
-        names: Names of the measures in ir-measures.
+        names: Names of the measures in ir-measures, with their cutoffs, as "nDCG@10".
 
     Returns:
         Name to float64 [queries], in the order of `ranking`.
     """
     ir_measures = require("ir_measures", "retrieval")
-    measures = {ir_measures.parse_measure(name): name for name in names}
+    # ir-measures' own parser of names takes classes of `ast` that Python 3.14 no longer has.
+    measures = {_find_measure(ir_measures, name): name for name in names}
     # Negative ranks serve as scores: ir-measures would order equal scores by id.
     run = {
         query: {document: -float(rank) for rank, document in enumerate(documents)}
@@ -71,6 +73,12 @@ def measure(
     for result in ir_measures.iter_calc(list(measures), qrels, run):
         values[measures[result.measure]][position[result.query_id]] = result.value
     return values
+
+
+def _find_measure(ir_measures: Any, name: str) -> Any:
+    kind, _, cutoff = name.partition("@")
+    measure = getattr(ir_measures, kind)
+    return measure @ int(cutoff) if cutoff else measure
 
 
 def rank_documents(
