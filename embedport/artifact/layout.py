@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ..checkpoint.modules import MODULES, SETTINGS, TRANSFORMER
+from ..checkpoint.modules import EARLY_POOLING, MODULES, SETTINGS, TRANSFORMER
+from ..checkpoint.pipeline import PoolingMode
 from ..checkpoint.pooling import DENSE_FILE
 from ..strict_json import load_json, read_optional_json
 
@@ -82,19 +84,7 @@ def write_sentence_transformers(
         for i, (path, kind) in enumerate(PLAIN.items())
     ]
     write_json(folder / MODULES, modules)
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": hidden_size,
-            "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": False,
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "pooling_mode_weightedmean_tokens": False,
-            "pooling_mode_lasttoken": True,
-            "include_prompt": True,
-        },
-    )
+    write_json(folder / "1_Pooling" / "config.json", pooling_values(hidden_size, "lasttoken"))
     write_json(
         folder / SETTINGS,
         {
@@ -103,6 +93,23 @@ def write_sentence_transformers(
             "similarity_fn_name": "cosine",
         },
     )
+
+
+def pooling_values(
+    hidden_size: int, mode: PoolingMode, *, include_prompt: bool = True
+) -> dict[str, Any]:
+    """A pooling's settings in the keys that every version of every reader knows.
+
+    Args:
+        hidden_size: Width of a token's vector.
+        mode: How the tokens' vectors become one.
+        include_prompt: Whether the prompt's tokens are pooled too.
+    """
+    return {
+        "word_embedding_dimension": hidden_size,
+        **{key: value == mode for key, value in EARLY_POOLING.items()},
+        "include_prompt": include_prompt,
+    }
 
 
 def write_json(path: Path, values: object) -> None:

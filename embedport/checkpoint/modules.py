@@ -54,6 +54,12 @@ TASKS = {
     "text-generation": ("logits", "causal_logits"),
     "sequence-classification": ("logits", "scores"),
 }
+# Keys of a Transformer with options of loading its model.
+LOADING = tuple(
+    f"{part}_{kind}"
+    for part in ("model", "processor", "tokenizer", "config")
+    for kind in ("args", "kwargs")
+)
 # Keys of early versions, in the order in which several poolings are concatenated.
 EARLY_POOLING: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
@@ -242,11 +248,6 @@ def _read_transformer(folder: Path) -> Settings:
         if (folder / name).exists() and not (folder / TRANSFORMER).exists():
             raise CheckpointError(f"{folder / name}: name it {TRANSFORMER}: no other is read")
     first = _read_file(folder / TRANSFORMER)
-    loading = [
-        f"{part}_{kind}"
-        for part in ("model", "processor", "tokenizer", "config")
-        for kind in ("args", "kwargs")
-    ]
     read = (
         "do_lower_case",
         "max_seq_length",
@@ -254,10 +255,10 @@ def _read_transformer(folder: Path) -> Settings:
         "module_output_name",
         "processing_kwargs",
         "transformer_task",
-        *loading,
+        *LOADING,
     )
     refuse_unknown(first.values, first.path, read, TRANSFORMER_NOTES)
-    for key in loading:
+    for key in LOADING:
         values = first.values.get(key) or {}
         if not isinstance(values, dict):
             raise CheckpointError(f"{first.path}: {key} should be an object, found {values!r}")

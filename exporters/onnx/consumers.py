@@ -22,10 +22,13 @@ import onnx_ir as ir
 
 from ...artifact.layout import write_json
 from ...artifact.manifest import SharedRecord
+from ...checkpoint.modules import TRANSFORMER
 from ...checkpoint.spec import ModelSpec
+from ...checkpoint.tokens import TOKENIZER_CONFIG
 from ...errors import InputError, MissingPackageError, VerificationError
 from ...quantize.formats import MIXED, TABLE, ends_in_part
 from ...strict_json import load_json
+from ...texts.prompts import load_tokenizer
 from ..graph.dialect import Dialect
 from ..graph.dialect_table import OLDER, find_dialect
 from ..graph.precision import Precision
@@ -54,28 +57,30 @@ class Consumer:
 
     Attributes:
         tokens: Whether it reads an embedder's `last_hidden_state`, and pools itself.
-        templates: Whether it puts a reranker's pair into the model's template, or leaves that to
-            its user; otherwise it joins two texts, and expects logits in the first output.
+        plain: Whether it gives texts to the tokenizer as they are, knowing neither templates nor
+            sentence-transformers' settings; of a reranker it expects logits in the first output.
+        crosses: Whether it is sentence-transformers, whose CrossEncoder scores pairs.
         older: Whether its onnxruntime may be one from 1.20 on.
         named: Whether it looks for transformers.js' names.
         openvino: Whether it reads OpenVINO's format and no ONNX.
     """
 
     tokens: bool = False
-    templates: bool = True
+    plain: bool = False
+    crosses: bool = False
     older: bool = False
     named: bool = False
     openvino: bool = False
 
 
 CONSUMERS = {
-    "sentence-transformers": Consumer(tokens=True),
-    "transformers.js": Consumer(tokens=True, named=True),
-    "tei": Consumer(older=True, templates=False),
-    "fastembed": Consumer(templates=False),
+    "sentence-transformers": Consumer(tokens=True, crosses=True),
+    "transformers.js": Consumer(tokens=True, plain=True, named=True),
+    "tei": Consumer(older=True, plain=True),
+    "fastembed": Consumer(plain=True),
     "triton": Consumer(older=True),
     "older-onnxruntime": Consumer(older=True),
-    "openvino": Consumer(openvino=True),
+    "openvino": Consumer(openvino=True, crosses=True),
 }
 
 
@@ -144,7 +149,8 @@ def plan_shared(
     named = those(lambda consumer: consumer.named)
     openvino = those(lambda consumer: consumer.openvino)
     tokens = those(lambda consumer: consumer.tokens)
-    joining = those(lambda consumer: not consumer.templates) if is_reranker else ""
+    plain = those(lambda consumer: consumer.plain)
+    crossing = those(lambda consumer: consumer.crosses)
     pooled = those(lambda consumer: not (consumer.tokens or consumer.openvino))
     if chosen and outputs == "hidden":
         raise InputError("`consumers` decides the outputs: give it without `outputs` hidden")
@@ -154,11 +160,12 @@ def plan_shared(
             f"{tokens or openvino} pools the tokens' vectors itself, which `dim` does not shorten: "
             "leave it out, and truncate there"
         )
-    if joining and spec.inputs.form != "text":
-        raise InputError(
-            f"{joining} joins query and document without the reranker's template, and would give "
-            "scores without meaning: use sentence-transformers, or embedport itself"
-        )
+    if named and is_reranker:
+        raise InputError(f"{named} has no class for Qwen3's rerankers: leave it out of `consumers`")
+    if plain:
+        _check_plain(spec, plain)
+    if crossing and spec.inputs.form == "instruct":
+        _check_crossing(spec, crossing)
     if pooled and not (is_reranker or spec.outputs.include_prompt):
         raise InputError(
             f"{pooled} reads pooled vectors, and the model leaves its prompts out of pooling "
@@ -167,16 +174,14 @@ def plan_shared(
     if older:
         _check_older(spec, dialect, name, precision, older)
     if openvino:
-        _check_openvino(dialect, name, precision)
-    if named and is_reranker:
-        raise InputError(f"{named} has no class for Qwen3's rerankers: leave it out of `consumers`")
+        _check_openvino(spec, dialect, name, precision)
     if named and name not in DTYPES:
         raise InputError(f"{named} has no file name for {name}: it reads {', '.join(DTYPES)}")
     # A reranker's own graph gives the logits too, but not in the standard dialect.
     lacks_output = not is_reranker or dialect.name == "standard"
     stem, dtype = DTYPES[name] if named else ("model", None)
     paths: tuple[str, ...] = ()
-    if older or joining or (tokens and lacks_output):
+    if older or (plain and is_reranker) or (tokens and lacks_output):
         paths = tuple(dict.fromkeys((GRAPH, f"onnx/{stem}.onnx")))
     return Shared(
         names=tuple(chosen),
@@ -187,6 +192,35 @@ def plan_shared(
         openvino=bool(openvino),
         js=dtype,
     )
+
+
+def _check_plain(spec: ModelSpec, names: str) -> None:
+    """Refuse texts that are not the tokenizer's input as they are."""
+    inputs, wrong = spec.inputs, None
+    if inputs.form != "text" and spec.task == "reranker":
+        wrong = "joins query and document without the reranker's template"
+    elif inputs.form != "text":
+        wrong = "puts no text into the model's chat template"
+    elif inputs.lower_case:
+        wrong = f"lowercases no text, as do_lower_case in {TRANSFORMER} asks"
+    elif inputs.split_special_tokens:
+        wrong = f"splits no special token in a text, as {TOKENIZER_CONFIG} asks"
+    if wrong is not None:
+        raise InputError(
+            f"{names} {wrong}, and would give results without meaning: use sentence-transformers, "
+            "or embedport itself"
+        )
+
+
+def _check_crossing(spec: ModelSpec, names: str) -> None:
+    """Refuse a tokenizer that ends the model card's text, which is no pair's end."""
+    path = spec.source.pipeline / "tokenizer.json"
+    if load_tokenizer(path).num_special_tokens_to_add(is_pair=False):
+        raise InputError(
+            f"{path} adds tokens to a text, which stand before the end of the reranker's template; "
+            f"{names} would add them after it, and give other scores: take its post_processor out "
+            "if the model was trained without them, or use embedport itself"
+        )
 
 
 def _check_older(
@@ -217,12 +251,21 @@ def _check_older(
         raise InputError(f"{names} may have onnxruntime 1.20, and {wrong}")
 
 
-def _check_openvino(dialect: Dialect, name: str, precision: Precision) -> None:
+def _check_openvino(spec: ModelSpec, dialect: Dialect, name: str, precision: Precision) -> None:
     if (precision.formats or name == MIXED) and dialect.name != "standard":
         raise InputError(
             "OpenVINO takes quantized weights as the standard dialect stores them: give `dialect` "
             "standard with `consumers` openvino"
         )
+    shapes = spec.tensor_shapes()
+    for matrix, format in precision.formats.items():
+        size, width = format.scheme.group_size, shapes[f"{matrix}.weight"][1]
+        if matrix != TABLE and size is not None and width % size:
+            raise InputError(
+                f"OpenVINO reads weights in whole groups, and those of {size} do not divide the "
+                f"{width} inputs of {matrix}: use `precision` fp32 or fp16, or another "
+                "`group_size`"
+            )
     _import_openvino()
 
 

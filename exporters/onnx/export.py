@@ -34,6 +34,7 @@ from .apply_recipe import apply_recipe, rotated
 from .consumers import verify_shared, write_shared
 from .continuation import plan_continuation
 from .plan import Options, Plan, adopt_codes, gives_codes, plan_export
+from .reader_settings import write_reader_settings
 from .saving import save_graph, save_over_weights
 from .verify import verify_continuation, verify_graph
 from .witness import make_witness
@@ -185,6 +186,7 @@ def export(
         write_companions(spec, folder)
         if spec.task == "reranker":
             write_classifier(spec, folder)
+        write_reader_settings(spec, plan.max_length, folder)
         continuation = plan_continuation(design)
         # A graph's parts: inputs, table, layers, output. A continuation has one more, its states.
         parts = spec.num_layers + 3

@@ -180,6 +180,9 @@ def test_transformers_js(exported, precision, name, dtype):
     assert {*places} == {f"{name}.onnx_data"}
     settings = json.loads((folder / "config.json").read_text())["transformers.js_config"]
     assert settings == {"dtype": dtype, "use_external_data_format": True}
+    # Where it looks for the length of a text; the checkpoint's file says 131,072.
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == 32768
 
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
