@@ -47,10 +47,10 @@ def copy_modules(source: Path, folder: Path) -> bool:
 
 
 def turn_into_classifier(folder: Path) -> None:
-    """Turn a LogitScore reranker's modules, if there are any, into those of a sequence classifier.
+    """Turn a reranker's modules, if there are any, into those of a classifier with one label.
 
     Args:
-        folder: The folder that `copy_modules` has written to.
+        folder: The folder that `copy_modules` has written to, with the classifier's config.json.
     """
     if not (folder / MODULES).is_file():
         return
@@ -61,6 +61,9 @@ def turn_into_classifier(folder: Path) -> None:
     path = folder / TRANSFORMER
     changes = {"transformer_task": "sequence-classification", "module_output_name": "scores"}
     write_json(path, read_optional_json(path) | changes)
+    # CrossEncoder takes the activation from there; that of two labels became a sigmoid.
+    path, config = folder / SETTINGS, load_json(folder / "config.json")
+    write_json(path, read_optional_json(path) | config["sentence_transformers"])
 
 
 def write_sentence_transformers(

@@ -13,6 +13,7 @@ or look into one file only. What is written here means the same to today's libra
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ...artifact.layout import pooling_values, write_json
 from ...checkpoint.modules import LOADING, MODULES, TRANSFORMER
@@ -57,7 +58,7 @@ def _write_modules(spec: ModelSpec, path: Path) -> None:
 
 def _write_tokenizer(spec: ModelSpec, max_length: int, folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
-    values = read_optional_json(path) | {"model_max_length": max_length}
+    values: dict[str, Any] = read_optional_json(path) | {"model_max_length": max_length}
     if values.get("tokenizer_class") in PLAIN_CLASSES:
         values["tokenizer_class"] = PLAIN_CLASSES[0]
     if isinstance(further := values.get("extra_special_tokens"), list):

@@ -5,6 +5,8 @@ import json
 import pytest
 
 import embedport
+from embedport.artifact.layout import turn_into_classifier
+from embedport.checkpoint.modules import MODULES, SETTINGS
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import InputError
 from embedport.exporters.onnx.reader_settings import write_reader_settings
@@ -135,6 +137,23 @@ def test_a_token_that_ends_a_pair(checkpoints, copied, small_tokenizer, tmp_path
 
 def test_openvino_reads_whole_groups(checkpoints, tmp_path):
     """It refuses others itself, with an error of its own that no command line expects."""
-    options = {"precision": "int4", "fast": True, "dialect": "standard", "group_size": 64}
     with pytest.raises(InputError, match=r"those of 64 do not divide the 160 inputs of layers\.0"):
-        embedport.export(checkpoints("kv2"), tmp_path / "out", consumers=["openvino"], **options)
+        embedport.export(
+            checkpoints("kv2"),
+            tmp_path / "out",
+            precision="int4",
+            fast=True,
+            dialect="standard",
+            group_size=64,
+            consumers=["openvino"],
+        )
+
+
+def test_the_activation_of_two_labels(tmp_path):
+    """Their CrossEncoder has none; the one row that is exported takes a sigmoid, in both files."""
+    sigmoid, none = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
+    edit(tmp_path / "config.json", sentence_transformers={"activation_fn": sigmoid})
+    edit(tmp_path / SETTINGS, model_type="CrossEncoder", activation_fn=none)
+    (tmp_path / MODULES).write_text(json.dumps([{"type": TODAY[0], "path": ""}]))
+    turn_into_classifier(tmp_path)
+    assert read(tmp_path, SETTINGS) == {"model_type": "CrossEncoder", "activation_fn": sigmoid}
