@@ -268,10 +268,17 @@ def test_other_layers_beside_a_graph(folders, changed, changes):
     assert "as in the reference" in gate.detail
 
 
-def test_where_texts_are_cut(folders):
-    """An artifact may cut them earlier than other software does; that is the reference's limit."""
+def test_where_texts_are_cut(folders, changed):
+    """Where the artifact cuts them, or at the reference's limit, as other software may."""
     folder = folders("embedding", max_length=64).artifact
     known = ({}, {"max_length": 32768}, {"max_length": 512})
+    assert [gate_of(folder, settings).value for settings in known] == [0, 0, 0]
+
+    def change(folder: Path) -> None:
+        values("sentence_bert_config.json", max_seq_length=32768)(folder)
+        values("tokenizer_config.json", model_max_length=131072)(folder)
+
+    folder = changed(folder, change)
     assert [gate_of(folder, settings).value for settings in known] == [0, 0, 1]
 
 
