@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .checkpoint.spec import ModelSpec, Task
 from .checkpoint.tensor_files import read_headers
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, check_integer
 from .exporters.configuration import fetch_weights, read_configuration
 from .exporters.texts import advised_tokens, encode_samples
 from .runtimes import Embedder, load
@@ -124,8 +124,9 @@ def build_calibration(
     """
     output = Path(output).expanduser()
     for name, value in (("tokens", tokens), ("count", count)):
-        if value is not None and value < 1:
+        if value is not None and check_integer(name, value) < 1:
             raise InputError(f"`{name}` should be at least 1, found {value}")
+    seed = check_integer("seed", seed)
     if tokens is not None and count is not None:
         raise InputError("`tokens` and `count` both say how large the set is: give one of them")
     _check_output(output, force)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..artifact.folder import record_parity
 from ..checkpoint.spec import Task
-from ..errors import InputError
+from ..errors import InputError, check_limit
 from ..files import written
 from ..requirements import installed_versions
 from ..runtimes import ModelInfo, load
@@ -127,8 +127,9 @@ def validate(
         The report; `passed` says whether all gates hold.
 
     Raises:
-        InputError: The inputs are wrong; a limit applies to something that is not measured; the
-            reference is a different model; or its file is damaged or of another checkpoint.
+        InputError: The inputs are wrong; a limit is out of range, or applies to something that is
+            not measured; the reference is a different model; or its file is damaged or of another
+            checkpoint.
         ArtifactError: It is not an artifact, its folder is not writable, or it was replaced
             meanwhile.
         CheckpointError: The reference is not a complete Qwen3 checkpoint, or was replaced
@@ -140,6 +141,9 @@ def validate(
     >>> validate(embedder, reference, device="cpu").passed
     True
     """
+    min_cosine = check_limit("min_cosine", min_cosine)
+    max_score_difference = check_limit("max_score_difference", max_score_difference)
+    max_ndcg_loss = check_limit("max_ndcg_loss", max_ndcg_loss)
     check_packages(reference, page=page, retrieval=retrieval, mteb=mteb)
     record_folder = find_recorded(artifact) if record else None
     # An Embedder or a Reranker, depending on the task.

@@ -82,7 +82,7 @@ def record_reference(
     if path.exists() and not force:
         raise InputError(f"{path} exists; choose another place or replace it with `force`")
     if max_length is not None:
-        check_integer("max_length", max_length)
+        max_length = check_integer("max_length", max_length)
     if retrieval is not None:
         require("ir_measures", "retrieval")
     source = open_live(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...checkpoint.spec import ModelSpec
-from ...errors import InputError
+from ...errors import InputError, check_numbers
 from ...quantize.formats import GROUP_SIZES, matrices
 from ...quantize.nf4 import BLOCK as NF4_BLOCK
 from ...quantize.recipe import fit_to_task
@@ -15,7 +15,11 @@ from ...quantize.schemes import QuantScheme, ScaleDtype
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `quantize_checkpoint` that decide what is written; explained there."""
+    """The options of `quantize_checkpoint` that decide what is written; explained there.
+
+    Raises:
+        InputError: A number is none.
+    """
 
     method: str
     bits: int | None = None
@@ -26,6 +30,9 @@ class Options:
     form: str | None = None
     calibration: str | Path | None = None
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "bits", "group_size")
 
 
 @dataclass(frozen=True)

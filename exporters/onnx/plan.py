@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from ...checkpoint.spec import ModelSpec
 from ...checkpoint.weights import Weights
-from ...errors import InputError, check_integer
+from ...errors import InputError, check_numbers
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
 from ...quantize.recipe import AUTO_ALGORITHM, BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
@@ -44,7 +43,8 @@ class Options:
     """The options of `export` that decide what is in the graph; named and explained there.
 
     Raises:
-        InputError: Options of a search are wrong, or do not go together.
+        InputError: A number is none or out of range; options of a search are wrong, or do not go
+            together.
     """
 
     precision: str = "fp32"
@@ -69,6 +69,7 @@ class Options:
     consumers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_numbers(self, "dim", "max_length", "group_size", "embedding_bits")
         _check_search(self)
 
     @property
@@ -262,9 +263,6 @@ def adopt_codes(plan: Plan, weights: Weights) -> Plan:
 
 def _check_outputs(spec: ModelSpec, options: Options) -> None:
     outputs, dim, max_length = options.outputs, options.dim, options.max_length
-    for name, number in (("dim", dim), ("max_length", max_length)):
-        if number is not None:
-            check_integer(name, number)
     if outputs not in ("pooled", "hidden"):
         raise InputError(f"output should be pooled or hidden, found {outputs!r}")
     if spec.task == "reranker" and (outputs == "hidden" or dim is not None):
@@ -285,27 +283,19 @@ def _check_search(options: Options) -> None:
     precision = options.precision
     if precision == AUTO and options.dialect != "ort" and not options.sets_format:
         raise InputError("`precision` auto measures with onnxruntime's operators: `dialect` ort")
-    min_cosine, max_loss = options.min_cosine, options.max_ndcg_loss
     for name, value in (
-        ("`min_cosine`", min_cosine),
-        ("`max_ndcg_loss`", max_loss),
+        ("`min_cosine`", options.min_cosine),
+        ("`max_ndcg_loss`", options.max_ndcg_loss),
         ("`retrieval`", options.retrieval),
         ("`max_bytes`", options.max_bytes),
         ("`average_bits`", options.average_bits),
     ):
         if value is not None and precision != AUTO:
             raise InputError(f"{name} goes with `precision` auto, not with {precision}")
-    if (max_loss is None) != (options.retrieval is None):
+    if (options.max_ndcg_loss is None) != (options.retrieval is None):
         raise InputError("`max_ndcg_loss` and `retrieval` go together: give both or neither")
-    if min_cosine is not None and not 0 < min_cosine <= 1:
-        raise InputError(f"min_cosine should be above 0 and at most 1, found {min_cosine}")
-    if max_loss is not None and not 0 <= max_loss <= 1:
-        raise InputError(f"max_ndcg_loss should be from 0 to 1, found {max_loss}")
     if options.max_bytes is not None and options.average_bits is not None:
         raise InputError("`max_bytes` and `average_bits` say the same: give one of them")
-    for name, limit in (("max_bytes", options.max_bytes), ("average_bits", options.average_bits)):
-        if limit is not None and not 0 < limit < math.inf:
-            raise InputError(f"{name} should be above 0, found {limit}")
 
 
 def _choose_target(spec: ModelSpec, options: Options, max_length: int) -> Target:

@@ -1,6 +1,7 @@
 """Quantized graphs: close to fp32, the same in every batch, as small as promised."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from embedport.attention import SHORT_ROW
 from embedport.checkpoint.spec import ModelSpec
 from embedport.demo.pipeline import builtin_embedder
 from embedport.errors import InputError
+from embedport.exporters.checkpoints import Options as CheckpointOptions
 from embedport.exporters.onnx import Options, estimate_onnx
 from embedport.quantize.formats import Format, plan_formats
 from embedport.quantize.recipe import Recipe
@@ -206,6 +208,8 @@ def test_auto_within_a_size(checkpoints, artifacts, tmp_path):
         ({"precision": "int4", "max_bytes": 9}, "`max_bytes` goes with `precision` auto"),
         ({"precision": "auto", "max_bytes": 9, "average_bits": 4}, "say the same"),
         ({"precision": "auto", "average_bits": float("nan")}, "average_bits should be above 0"),
+        ({"precision": "auto", "min_cosine": "1"}, "min_cosine should be above 0 .*, found '1'"),
+        ({"precision": "int4", "group_size": 32.0}, "group_size should be an integer, found 32.0"),
         ({"precision": "auto", "max_bytes": 9}, "the smallest choice takes .* is 9; allow more"),
         ({"precision": "auto", "average_bits": 0.5}, r"`average_bits` 0\.5 is 1?.*; allow more"),
         ({"precision": "auto", "group_size": 32}, "'auto' takes none of `group_size`, `embed"),
@@ -252,6 +256,16 @@ def test_options_that_do_not_go_together(checkpoints, tmp_path, monkeypatch, opt
     with pytest.raises(InputError, match=message):
         estimate_onnx(checkpoints("kv8"), tmp_path / "out", Options(**options))
     assert not list(tmp_path.iterdir())
+
+
+def test_numpys_numbers_become_pythons():
+    """JSON, which a manifest is, has no others."""
+    numbers: dict[str, Any] = {"max_length": np.int64(9), "min_cosine": np.float32(0.5)}
+    options = Options("auto", **numbers)
+    assert json.dumps([options.max_length, options.min_cosine]) == "[9, 0.5]"
+    numbers = {"bits": np.int64(4), "group_size": np.uint8(32)}
+    stored = CheckpointOptions("gptq", **numbers)
+    assert json.dumps([stored.bits, stored.group_size]) == "[4, 32]"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,21 @@ def test_a_limit_that_no_gate_would_hold(folders, task, inputs, limit, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("min_cosine", (1.5, 0, -1, float("nan"), float("inf"), "1", True)),
+        ("max_score_difference", (-1e-3, float("nan"), float("inf"), "1")),
+        ("max_ndcg_loss", (-0.1, 1.5, float("nan"), "1")),
+    ],
+)
+def test_a_limit_out_of_range(name, limits):
+    """It is known before anything is opened: every gate would hold, or none."""
+    for limit in limits:
+        with pytest.raises(InputError, match=f"{name} should be .*, found {limit!r}"):
+            embedport.validate("nowhere", "nowhere", **{name: limit})
+
+
+@pytest.mark.parametrize(
     ("task", "options", "message"),
     [
         ("embedding", {"pairs": PAIRS}, "embedding model: give texts, not pairs"),
