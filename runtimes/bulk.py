@@ -309,7 +309,7 @@ def plan(job: Job, *, progress: bool = False) -> Index:
     if job.format == "parquet":
         require("pyarrow", "arrow")
     elif job.with_text:
-        raise InputError("texts are written beside vectors in Parquet only: --format parquet")
+        raise InputError("texts are written beside vectors in Parquet only: `format` parquet")
     for name in (info.name, job.input.name):
         check_name(name)
     dim = info.dim if job.dim is None else int(job.dim)

@@ -288,7 +288,7 @@ def check_pooled(
         if len(ids) <= prompt_length:
             raise InputError(
                 f"text {i} has no token behind the prompt's {prompt_length}, which the model "
-                "leaves out of its pooling: it is empty, or max_length is too small"
+                "leaves out of its pooling: it is empty, or `max_length` is too small"
             )
 
 

@@ -152,7 +152,7 @@ class OnnxModel:
             memory = "this process's memory" if self.device == "cpu" else "the GPU's memory"
             raise InputError(
                 f"a batch of {rows} x {tokens} tokens does not fit into {memory}: use a smaller "
-                "batch_tokens, or max_length"
+                "`batch_tokens`, or `max_length`"
             ) from error
 
 
@@ -211,7 +211,7 @@ def _check_memory(batch: int, size: int, num_heads: int) -> None:
         raise InputError(
             f"attention over {size:,} tokens takes {size_words(needed)} on a CPU in the standard "
             "dialect, or in any dialect if attention is bidirectional or has a window; "
-            f"{size_words(available)} are free; load with a smaller max_length, or export a "
+            f"{size_words(available)} are free; load with a smaller `max_length`, or export a "
             "causal model with `dialect` ort, which takes little"
         )
 

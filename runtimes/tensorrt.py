@@ -115,7 +115,8 @@ class TensorRTModel:
             longest = max(profile.max[1] for profile in self._record.profiles)
             raise InputError(
                 f"a text of {tokens:,} tokens is longer than the {longest:,} that the engine was "
-                "built for; build it with a larger `profiles`, or load it with a smaller max_length"
+                "built for; build it with a larger `profiles`, or load it with a smaller "
+                "`max_length`"
             )
         step = max(fitting)
         with self._lock:

@@ -117,7 +117,7 @@ class TorchModel:
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"a batch of {len(lengths)} x {lengths.max()} tokens does not fit into the GPU's "
-                "memory: use a smaller batch_tokens, or max_length"
+                "memory: use a smaller `batch_tokens`, or `max_length`"
             ) from error
 
     def check_process(self) -> None:

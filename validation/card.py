@@ -102,7 +102,7 @@ class CardReference(LiveReference):
         template = len(prefix) + len(suffix)
         if template >= self.limit:
             raise InputError(
-                f"max_length {self.limit} leaves no room: the reranker's prefix and suffix alone "
+                f"`max_length` {self.limit} leaves no room: the reranker's prefix and suffix alone "
                 f"take {template} tokens"
             )
         bodies = [

@@ -1,15 +1,20 @@
-"""The library names options as Python does, in backticks; here they are spelled as flags."""
+"""The library names options as Python does; here they are spelled as flags.
+
+A name is in backticks, is followed by its value as in device='cpu', or begins a message that says
+what it should be.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-NAME = re.compile(r"`([a-z_]+)(=False)?`")
+NAME = re.compile(r"`([a-z_]+(?:=False)?)`|\b([a-z_]+)='(\w+)'|^([a-z_]+)(?= should )")
 # Options whose keyword in Python is another word.
-KEYWORDS = {"output": "outputs", "profile": "profiles"}
+KEYWORDS = {"output": "outputs", "profile": "profiles", "form": "format"}
 
 
 def with_flags(message: str, command: Any) -> str:
@@ -17,12 +22,28 @@ def with_flags(message: str, command: Any) -> str:
 
     Args:
         message: A message of the library.
-        command: The click command, whose subcommands have the options.
+        command: The click command, whose subcommands have the options. One that another command
+            shares, such as `form`, is that of the command which runs.
     """
     if NAME.search(message) is None:
         return message
-    flags = dict(_flags(command))
-    return NAME.sub(lambda match: flags.get(match[1] + (match[2] or ""), match[0]), message)
+    flags = dict(_flags(command)) | dict(_flags(_running(command)))
+
+    def spell(match: re.Match[str]) -> str:
+        flag = flags.get(match[1] or match[2] or match[4])
+        return match[0] if flag is None else flag if match[2] is None else f"{flag} {match[3]}"
+
+    return NAME.sub(spell, message)
+
+
+def _running(command: Any) -> Any:
+    """The subcommand that the command line names."""
+    for word in sys.argv[1:]:
+        if word in getattr(command, "commands", {}):
+            command = command.commands[word]
+        elif not word.startswith("-"):
+            break
+    return command
 
 
 class FlagFormatter(logging.Formatter):

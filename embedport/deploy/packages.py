@@ -78,7 +78,7 @@ def pooled_graph(artifact: Artifact) -> ServerGraph:
     if graph.output != "pooled":
         raise InputError(
             f"{artifact.folder}: its graph gives hidden states, and the server would have to pool "
-            "them: export it without --output hidden"
+            "them: export it without `outputs` hidden"
         )
     inputs, output, shared = tuple(graph.inputs), graph.outputs[0], graph.shared
     if shared is not None and shared.paths and shared.opset < graph.opset:

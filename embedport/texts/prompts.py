@@ -234,7 +234,7 @@ class RerankerTokenizer(_TextTokenizer):
             room -= fixed
             if room < 1:
                 raise InputError(
-                    f"max_length {max_length} leaves no room: the reranker's prefix and suffix "
+                    f"`max_length` {max_length} leaves no room: the reranker's prefix and suffix "
                     f"alone take {fixed} tokens"
                 )
         self._cut_to(room)

@@ -264,7 +264,7 @@ def adopt_codes(plan: Plan, weights: Weights) -> Plan:
 def _check_outputs(spec: ModelSpec, options: Options) -> None:
     outputs, dim, max_length = options.outputs, options.dim, options.max_length
     if outputs not in ("pooled", "hidden"):
-        raise InputError(f"output should be pooled or hidden, found {outputs!r}")
+        raise InputError(f"outputs should be pooled or hidden, found {outputs!r}")
     if spec.task == "reranker" and (outputs == "hidden" or dim is not None):
         raise InputError("a reranker gives scores: it takes neither `outputs` hidden nor `dim`")
     if outputs == "hidden" and dim is not None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
 
 import embedport
 from embedport.cli import app, main
 from embedport.cli.app import StandardError
+from embedport.cli.flags import with_flags
 from embedport.errors import InputError
 from embedport.progress import progress_bar
 
@@ -31,7 +33,7 @@ class TestErrors:
             (["encode", "{here}", "text"], "is neither an artifact nor a checkpoint"),
             (["encode", "{embedding}", "a", "--device", "cuda"], "has no CUDAExecutionProvider"),
             (["encode", "{embedding}", "a", "--prompt", "qurey"], "no prompt is named 'qurey'"),
-            (["encode", "{embedding}", "a", "--dim", "65"], "dim should be from 1 to 64"),
+            (["encode", "{embedding}", "a", "--dim", "65"], "--dim should be from 1 to 64"),
             (
                 ["encode", "{embedding}", "a", "-o", "x.csv"],
                 "should end with .npy, .jsonl, .parquet or .arrow",
@@ -57,12 +59,15 @@ class TestErrors:
             (["encode", "{embedding}", "--input", "{here}/mixed.jsonl"], "names its own prompt"),
             (["encode", "{reranker}", "a"], "use `embedport rerank`"),
             (["rerank", "{embedding}", "q", "a"], "use `embedport encode`"),
-            (["rerank", "{reranker}", "q", "a", "--top-k", "0"], "top_k should be at least 1"),
+            (
+                ["rerank", "{reranker}", "q", "a", "--top-k", "0"],
+                "embedport: --top-k should be at least 1",
+            ),
             (["export", "onnx", "{here}", "-o", "{here}/out"], "config.json is missing"),
             (["export", "onnx", "Qwen/Nowhere", "-o", "{here}/out"], "the hub cannot be reached"),
             (
                 ["export", "onnx", "{kv2}", "-o", "{here}/out", "--precision", "x"],
-                "precision should",
+                "--precision should",
             ),
             (["export", "onnx", "{here}/bert", "-o", "{here}/out"], "model_type should be 'qwen3'"),
             (
@@ -336,8 +341,30 @@ def test_options_are_spelled_as_flags(run, folders, tmp_path, checkpoints):
         (("--precision", "int8", "--group-size", "32"), "--group-size goes with int8-weight"),
         (("--output", "hidden", "--dim", "8"), "--dim shortens the pooled .* --output hidden has"),
         (("--max-ndcg-loss", "0.1"), "--max-ndcg-loss goes with --precision auto"),
+        (("--output", "mean"), "port: --output should be pooled or"),
     ):
         code, _, err = run(*export, *options)
         assert code == 2
         assert re.search(flags, err)
         assert "`" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "spelled"),
+    [
+        ("quantize", "leave `form` x out", "leave --form x out"),
+        ("encode", "format should be npy, `form`", "--format should be npy, --format"),
+        ("--debug deploy docker", "without `outputs` hidden", "without --output hidden"),
+        ("validate", "no GPU; use device='cpu', or", "no GPU; use --device cpu, or"),
+        ("validate", "use `record=False`", "use --no-record"),
+        (
+            "export onnx",
+            "x: dim should be 1, hidden_size='2'",
+            "x: dim should be 1, hidden_size='2'",
+        ),
+    ],
+)
+def test_how_options_are_spelled(monkeypatch, words, message, spelled):
+    """A name that two commands share is the flag of the command that runs."""
+    monkeypatch.setattr(sys, "argv", ["embedport", *words.split(), "tea", "encode"])
+    assert with_flags(message, typer.main.get_command(app.app)) == spelled

@@ -120,7 +120,7 @@ def test_force_never_deletes_what_is_not_an_artifact(checkpoints, tmp_path):
     [
         ("embedding", {"precision": "fp6"}, "precision should be one of fp32, fp16, bf16"),
         ("embedding", {"dialect": "latin"}, "dialect should be one of ort, standard"),
-        ("embedding", {"outputs": "mean"}, "output should be pooled or hidden"),
+        ("embedding", {"outputs": "mean"}, "outputs should be pooled or hidden"),
         ("embedding", {"dim": 65}, "dim should be from 1 to 64, found 65"),
         ("embedding", {"dim": 8, "outputs": "hidden"}, "`outputs` hidden has none"),
         ("embedding", {"max_length": 99999}, "max_length should be from 1 to 32768"),

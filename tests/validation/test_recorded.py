@@ -310,7 +310,7 @@ def test_a_length_without_room(checkpoints, tmp_path):
     for task, max_length, message in (
         ("embedding", 0, "max_length should be from 1 to 32768, found 0"),
         ("embedding", 32769, "max_length should be from 1 to 32768, found 32769"),
-        ("reranker", 5, "max_length 5 leaves no room"),
+        ("reranker", 5, "`max_length` 5 leaves no room"),
     ):
         with pytest.raises(InputError, match=message):
             embedport.record_reference(
