@@ -178,7 +178,8 @@ def main() -> None:
         _fail(f"the output cannot be written: {error.strerror}", 2)
     except Exception as error:
         if (name := _name_without_utf8(error)) is not None:
-            _fail(f"a file's or folder's name is not UTF-8, and has to be: {name!r}; rename it", 2)
+            advice = "" if _hint() else "; rename it"  # elsewhere it may be UTF-8
+            _fail(f"a file's or folder's name is not UTF-8, and has to be: {name!r}{advice}", 2)
         _fail_by_a_bug(error)
 
 
@@ -230,5 +231,14 @@ def _fail_by_a_bug(error: Exception) -> None:
 def _fail(message: str, code: int) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    print(f"embedport: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    hint = _hint() if code <= 2 else ""  # above, it was stopped
+    print(f"embedport: {' '.join(message.split())}{hint}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
+
+
+def _hint() -> str:
+    """What to do if this locale's encoding may have garbled an argument or a folder's name."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8" or all(map(str.isascii, (*sys.argv, os.environ.get("PWD", "")))):
+        return ""
+    return f" (Python reads arguments and names as {encoding} here: set PYTHONUTF8=1)"

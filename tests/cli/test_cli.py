@@ -200,6 +200,14 @@ class TestErrors:
         ):
             assert run("export", "onnx", source, "-o", tmp_path / out, *options)[2].startswith(said)
 
+    def test_arguments_in_another_encoding(self, run, monkeypatch):
+        """As LC_ALL=C PYTHONUTF8=0 gives them: neither the text nor the name is at fault."""
+        monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+        hint = "here: set PYTHONUTF8=1)"
+        for name, named in (("nowhere", False), ("nö", True)):
+            code, _, err = run("encode", name, "text")
+            assert (code, hint in err, err.count("\n")) == (2, named, 1)
+
     def test_interrupted(self, run, folders, monkeypatch):
         from embedport import runtimes
 
