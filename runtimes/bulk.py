@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -40,6 +41,8 @@ from .info import ModelInfo, choose_length, hash_json, hash_model, read_info
 from .loading import load
 from .shards import SHARD_FORMATS, has_size, is_complete, write_shard
 from .vectors import CODECS, IN_8_BITS, quantize_vectors
+
+logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
 FORMAT_VERSION = 4
@@ -216,7 +219,14 @@ def _encode(job: Job, index: Index, run: Engine, force: bool, progress: bool) ->
     with progress_bar("Encoding", index.rows, enabled=progress) as advance:
         advance(index.rows - sum(part.rows for _, part in missing))
         if missing:
-            run(job, missing, advance)
+            try:
+                run(job, missing, advance)
+            except KeyboardInterrupt:
+                logger.warning(
+                    "%s keeps the shards that are finished: the same command goes on from there",
+                    job.output,
+                )
+                raise
     with _as_input_error(job.output):
         if missing := _missing(job.output, index):
             name = shard_name(missing[0][0], index.format)

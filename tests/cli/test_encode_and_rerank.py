@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -66,6 +67,22 @@ class TestEncode:
         assert (dotted / INDEX).is_file()
         code, _, err = run("encode", folders / "embedding", "--input", "-", "-o", f"{output}/")
         assert (code, "give --input FILE" in err) == (2, True)
+
+    def test_an_interrupted_folder_says_how_to_go_on(
+        self, run, folders, tmp_path, monkeypatch, caplog
+    ):
+        from embedport.runtimes import bulk
+
+        (tmp_path / "in.txt").write_text("tea\n")
+        command = ("encode", folders / "embedding", "--input", tmp_path / "in.txt")
+        command += ("-o", f"{tmp_path}/vectors/")
+        with monkeypatch.context() as changes:
+            changes.setattr(bulk, "encode_shard", mock.Mock(side_effect=KeyboardInterrupt))
+            code, _, err = run(*command)
+        assert (code, err) == (130, "embedport: interrupted\n")
+        [line] = caplog.messages
+        assert line.endswith("finished: the same command goes on from there")
+        assert run(*command)[0] == 0
 
     def test_a_file_is_not_replaced_unasked(self, run, folders, tmp_path, monkeypatch):
         (tmp_path / "out.npy").write_text("vectors of another day")
