@@ -65,11 +65,19 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 class StandardError(logging.StreamHandler):
     """Prints to standard error of that moment: a progress bar puts in its own, and goes on below.
 
-    A StreamHandler keeps the one that it was made with, and writes into the bar's line.
+    A StreamHandler keeps the one that it was made with, and writes into the bar's line. What was
+    printed is not printed again: a command may open the same folder several times.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
+        if (message := record.getMessage()) in self._printed:
+            return
+        self._printed.add(message)
         self.stream = sys.stderr
         super().emit(record)
 

@@ -148,11 +148,14 @@ class TestErrors:
         )
 
     def test_a_warning_is_printed_once(self):
-        """huggingface_hub and datasets have handlers of their own, and pass their records on."""
+        """huggingface_hub and datasets have handlers of their own, and pass their records on.
+
+        A folder that is opened again warns again.
+        """
         code = (
             "import logging, embedport.cli.app as app\n"
             "logging.getLogger('theirs').addHandler(logging.StreamHandler())\n"
-            "names = ('theirs.part', 'embedport.part', 'other')\n"
+            "names = ('theirs.part', 'embedport.part', 'other', 'embedport.part')\n"
             "app.app = app.typer.Typer()\n"
             "app.app.command()(lambda: [logging.getLogger(n).warning(n) for n in names])\n"
             "app.main()\n"
