@@ -38,6 +38,8 @@ class Settings:
         value = self.values.get(key, default)
         if value is None:
             raise CheckpointError(f"{self.path}: {key} is missing")
+        if kind is float and type(value) is int:  # JSON's 1 is 1.0
+            value = float(value)
         if type(value) is not kind:
             raise CheckpointError(
                 f"{self.path}: {key} should be {kind.__name__}, found {shown(value)}"

@@ -97,6 +97,14 @@ def test_yarn_as_transformers_computes_it(changes):
     assert rope.attention_factor == pytest.approx(factor)
 
 
+def test_a_number_without_a_point(checkpoints, copied):
+    """Writers other than Python's have one kind of number: JSON's 1 is 1.0."""
+    folder = copied(checkpoints())
+    edit(folder / "config.json", rms_norm_eps=1)
+    eps = ModelSpec.from_checkpoint(folder).rms_norm_eps
+    assert (eps, type(eps)) == (1, float)
+
+
 def test_task_of_a_checkpoint_without_modules_json(checkpoints, copied):
     folder = copied(checkpoints(task="embedding"))
     (folder / "modules.json").unlink()
