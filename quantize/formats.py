@@ -191,7 +191,17 @@ def plan_formats(
             raise InputError("the standard dialect keeps its table: `embedding_bits` goes with ort")
         return formats
     bits = embedding_bits or (4 if fast else 8)
-    return {TABLE: Format(QuantScheme(bits, TABLE_GROUPS[bits], symmetric=bits == 8))} | formats
+    table = Format(QuantScheme(bits, TABLE_GROUPS[bits], symmetric=bits == 8))
+    _check_table(spec, table)
+    return {TABLE: table} | formats
+
+
+def _check_table(spec: ModelSpec, table: Format) -> None:
+    if splits_a_byte(spec, table):
+        raise InputError(
+            f"{TABLE}: {table} holds two values a byte, and hidden_size is odd, {spec.hidden_size}:"
+            " use `embedding_bits` 8"
+        )
 
 
 def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> dict[str, Format]:
@@ -220,12 +230,19 @@ def parse_formats(spec: ModelSpec, texts: Mapping[str, str], dialect: str) -> di
             format.activations or (dialect, format.scheme.bits) == ("standard", 4)
         ):
             raise InputError(f"{name}: {format} is not a format of a table in dialect {dialect}")
+        if name == TABLE:
+            _check_table(spec, format)
         if name == TABLE and dialect == "standard" and ends_in_part(spec, format):
             raise InputError(
                 f"{name}: groups of {format.scheme.group_size} should divide the width, "
                 f"{spec.hidden_size}, in the standard dialect"
             )
     return formats
+
+
+def splits_a_byte(spec: ModelSpec, table: Format) -> bool:
+    """Whether a row of the table would end within a byte, which onnxruntime does not take."""
+    return table.scheme.bits == 4 and spec.hidden_size % 2 == 1
 
 
 def ends_in_part(spec: ModelSpec, table: Format) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 
 from ...checkpoint.spec import ModelSpec
 from ...errors import InputError
-from ...quantize.formats import TABLE, Format, matrices, quantized_bytes
+from ...quantize.formats import TABLE, Format, matrices, quantized_bytes, splits_a_byte
 from ...quantize.recipe import Recipe
 from ...quantize.rtn import quantize_rtn
 from ...quantize.schemes import QuantizedTensor
@@ -411,6 +411,8 @@ def _levels(spec: ModelSpec, name: str) -> list[str]:
     """
     levels: list[str] = []
     for level in reversed(TABLE_LEVELS if name == TABLE else LEVELS):
+        if name == TABLE and level != FP32 and splits_a_byte(spec, Format.parse(level)):
+            continue
         if not levels or _size(spec, name, level) < _size(spec, name, levels[0]):
             levels.insert(0, level)
     return levels

@@ -1,6 +1,7 @@
 """Quantized graphs: close to fp32, the same in every batch, as small as promised."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from embedport.attention import SHORT_ROW
 from embedport.checkpoint.spec import ModelSpec
 from embedport.demo.pipeline import builtin_embedder
 from embedport.errors import InputError
+from embedport.exporters.calibration.search import _levels
 from embedport.exporters.checkpoints import Options as CheckpointOptions
 from embedport.exporters.onnx import Options, estimate_onnx
-from embedport.quantize.formats import Format, plan_formats
+from embedport.quantize.formats import Format, parse_formats, plan_formats
 from embedport.quantize.recipe import Recipe
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation import validate
@@ -333,6 +335,18 @@ def test_a_standard_table_has_whole_groups(checkpoints, tmp_path):
     path.write_text(json.dumps({"formats": {"embed_tokens": "int8/32"}}))
     with pytest.raises(InputError, match=r"int8/32 has zero points, .* use int8/32s or"):
         embedport.export(checkpoints("kv1"), tmp_path / "out", recipe=path, dialect="standard")
+
+
+def test_a_table_of_an_odd_width_has_8_bits(checkpoints):
+    """onnxruntime takes no row that ends within a byte: it is refused up front."""
+    spec = replace(ModelSpec.from_checkpoint(checkpoints()), hidden_size=65)
+    message = r"embed_tokens: int4/\d+ holds .* hidden_size is odd, 65: use `embedding_bits` 8"
+    with pytest.raises(InputError, match=message):
+        plan_formats(spec, "int4", dialect="ort", fast=True)
+    with pytest.raises(InputError, match=message):
+        parse_formats(spec, {"embed_tokens": "int4/32"}, "ort")
+    assert plan_formats(spec, "int4", dialect="ort")["embed_tokens"].scheme.bits == 8
+    assert _levels(spec, "embed_tokens") == ["int8/128s", "fp32"]
 
 
 @pytest.mark.parametrize(("geometry", "size"), [("kv8", 128), ("blocks", 64)])
