@@ -167,7 +167,7 @@ def encode(
             "--calibrate without texts measures ranges only, and there are no vectors for -o or "
             "--json: give texts, or --input - for standard input"
         )
-    inputs, ids = ([], []) if only_ranges else _read(texts or [], file, source, prompt, in_table)
+    inputs, ids = ([], None) if only_ranges else read_texts(texts or [], file, prompt)
     embedder = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
     )
@@ -180,7 +180,7 @@ def encode(
         )
     if calibrate is not None:
         embedder.check_measured(dim, precision)
-        given = read_texts([], calibrate, prompt)
+        given, _ = read_texts([], calibrate, prompt)
         embedder.calibrate(given, prompt=prompt, batch_tokens=batch_tokens)
         if only_ranges:
             typer.echo(f"{artifact}: ranges measured with {calibrate}", err=True)
@@ -199,7 +199,7 @@ def encode(
         made = count_words(count, "vector")
         typer.echo(f"{out}: {made} of {width}, on {embedder.device}", err=True)
     elif as_json or not sys.stdout.isatty():
-        for line in _json_lines(inputs, vectors):
+        for line in _json_lines(inputs, ids, vectors):
             typer.echo(line)
     else:
         _print(inputs, vectors)
@@ -208,20 +208,6 @@ def encode(
 def _is_folder(out: Place, given: str) -> bool:
     """Whether an output is a folder of shards."""
     return given.endswith("/") or not out.suffix or (isinstance(out, Path) and out.is_dir())
-
-
-def _read(
-    texts: list[str], file: str | None, source: Place | None, prompt: str | None, with_ids: bool
-) -> tuple[list[str], list[str]]:
-    """The texts, and an id for each: the file's own if it is read for them, or the number."""
-    from ..texts.text_files import PARQUET, read_rows
-
-    streamed = with_ids or not isinstance(source, Path) or source.suffix.lower() == PARQUET
-    if texts or source is None or not streamed:
-        inputs = read_texts(texts, None if file is None else Path(file), prompt)
-        return inputs, [str(i) for i in range(len(inputs))]
-    rows = read_rows(source, prompt)
-    return [row.text for row in rows], [row.id for row in rows]
 
 
 def _encode_corpus(job: Job, engine: str, workers: int | None, force: bool) -> None:
@@ -253,13 +239,14 @@ def _choose_prompt(prompt: str | None, instruction: str | None) -> str | None:
     return query_prompt(instruction)
 
 
-def _json_lines(texts: list[str], vectors: np.ndarray) -> Iterator[str]:
-    for text, vector in zip(texts, vectors, strict=True):
-        yield to_json({"text": text, "embedding": vector.tolist()})
+def _json_lines(texts: list[str], ids: list[str] | None, vectors: np.ndarray) -> Iterator[str]:
+    for i, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
+        own = {} if ids is None else {"id": ids[i]}
+        yield to_json(own | {"text": text, "embedding": vector.tolist()})
 
 
 def _write(
-    out: Place, texts: list[str], ids: list[str], vectors: np.ndarray, *, with_text: bool
+    out: Place, texts: list[str], ids: list[str] | None, vectors: np.ndarray, *, with_text: bool
 ) -> None:
     """Write vectors in the format of the file's suffix."""
     import numpy as np
@@ -271,8 +258,9 @@ def _write(
         if out.suffix == ".npy":
             np.save(opened, vectors)
         elif out.suffix == ".jsonl":
-            opened.writelines(f"{line}\n".encode() for line in _json_lines(texts, vectors))
+            opened.writelines(f"{line}\n".encode() for line in _json_lines(texts, ids, vectors))
         else:
+            ids = [str(i) for i in range(len(texts))] if ids is None else ids
             write_table(opened, make_table(ids, vectors, texts if with_text else None), out.suffix)
 
 

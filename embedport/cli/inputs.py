@@ -139,16 +139,19 @@ def read_set(
 
 
 def read_texts(
-    arguments: list[str], file: Path | None, prompt: str | None = "document"
-) -> list[str]:
+    arguments: list[str], file: str | Path | None, prompt: str | None = "document"
+) -> tuple[list[str], list[str] | None]:
     """Read the texts of the command line.
 
     Args:
         arguments: Texts given as arguments.
-        file: A .txt file (one text per line) or .jsonl file ({"text": …}); "-" is standard input,
-            one text per line. Standard input is also read if there are neither arguments nor a file
-            and it is not a terminal.
-        prompt: The prompt of all texts; a line of a .jsonl file may name no other.
+        file: A file of `embedport.texts.text_files`, perhaps in an object store; "-" is standard
+            input, one text per line. Standard input is also read if there are neither arguments nor
+            a file and it is not a terminal.
+        prompt: The prompt of all texts; a row of a file may name no other.
+
+    Returns:
+        The texts, and their ids; None for those of a pipe or of no file.
 
     Raises:
         InputError: There is no source of texts, or there are two, or the input is unreadable or
@@ -157,15 +160,21 @@ def read_texts(
     if arguments and file is not None:
         raise InputError("give texts as arguments or with --input, not both")
     if arguments:
-        return arguments
+        return arguments, None
     if file is not None and str(file) != "-":
+        from ..storage import as_place
         from ..texts.corpus import check_prompt
         from ..texts.samples import read_samples
+        from ..texts.text_files import read_rows
 
-        samples = read_samples(file, prompt)
-        for number, sample in enumerate(samples, 1):
-            check_prompt(f"{file}, text {number}", sample.prompt, prompt)
-        return [sample.text for sample in samples]
+        place = as_place(file) if isinstance(file, str) else file
+        if isinstance(place, Path) and place.is_fifo():  # it can be read once only, as lines
+            samples = read_samples(place, prompt)
+            for number, sample in enumerate(samples, 1):
+                check_prompt(f"{file}, text {number}", sample.prompt, prompt)
+            return [sample.text for sample in samples], None
+        rows = read_rows(place, prompt)
+        return [row.text for row in rows], [row.id for row in rows]
     if file is None and sys.stdin.isatty():
         raise InputError("no texts: give them as arguments, with --input, or on standard input")
     from ..texts.corpus import note_blank_lines
@@ -179,4 +188,4 @@ def read_texts(
     if not texts:  # as a file without texts: the command before the pipe may have failed
         raise InputError("standard input holds no text")
     note_blank_lines("standard input", len(texts), texts[-1][0])
-    return [line for _, line in texts]
+    return [line for _, line in texts], None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +33,8 @@ def rerank(
     query: Annotated[str, typer.Argument(help="The query.")],
     documents: Annotated[list[str] | None, typer.Argument(help="Documents to rank.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--input", help=".txt, .jsonl, or - for standard input.")
+        Path | None,
+        typer.Option("--input", help=".txt, .jsonl or .parquet; or - for standard input."),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Show only the best so many.")] = None,
     instruction: Annotated[
@@ -59,7 +61,7 @@ def rerank(
     if out is not None and as_json:
         raise InputError("--json prints, and -o writes a file: give one of them")
     check_new(out, force)
-    inputs = read_texts(documents or [], file)
+    inputs, ids = read_texts(documents or [], file)
     reranker = load(
         artifact, device=device, max_length=max_length, task=check_task(task), adapter=adapter
     )
@@ -74,17 +76,22 @@ def rerank(
         progress=True,
     )
     if out is not None:
-        write_jsonl(out, map(asdict, ranking))
+        write_jsonl(out, _rows(ranking, ids))
         ranked_words = count_words(len(ranking), "document")
         typer.echo(f"{out}: {ranked_words}, on {reranker.device}", err=True)
     elif as_json or not sys.stdout.isatty():
-        for ranked in ranking:
-            typer.echo(to_json(asdict(ranked)))
+        for row in _rows(ranking, ids):
+            typer.echo(to_json(row))
     else:
-        _print(ranking)
+        _print(ranking, ids)
 
 
-def _print(ranking: list[Ranked]) -> None:
+def _rows(ranking: list[Ranked], ids: list[str] | None) -> Iterator[dict[str, Any]]:
+    for ranked in ranking:
+        yield ({} if ids is None else {"id": ids[ranked.index]}) | asdict(ranked)
+
+
+def _print(ranking: list[Ranked], ids: list[str] | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -92,9 +99,11 @@ def _print(ranking: list[Ranked]) -> None:
     table = Table(box=SIMPLE_HEAD, expand=True)
     table.add_column("Rank", justify="right", no_wrap=True)
     table.add_column("Score", justify="right", no_wrap=True)
-    table.add_column("#", justify="right", no_wrap=True)
+    name = "#" if ids is None else "Id"
+    table.add_column(name, justify="right", overflow="ellipsis", no_wrap=True, max_width=24)
     table.add_column("Document", overflow="ellipsis", no_wrap=True, ratio=1)
     for rank, ranked in enumerate(ranking, 1):
         document = Text(" ".join(ranked.document.split()))
-        table.add_row(str(rank), f"{ranked.score:.4f}", str(ranked.index), document)
+        id = Text(str(ranked.index) if ids is None else ids[ranked.index])
+        table.add_row(str(rank), f"{ranked.score:.4f}", id, document)
     stdout_console().print(table)

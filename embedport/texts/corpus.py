@@ -243,7 +243,7 @@ def is_jsonl(path: Place) -> bool:
     if suffix not in (".jsonl", ".txt", ""):  # a pipe has none
         raise InputError(
             f'{path} should be .txt, one text per line, or .jsonl, one {{"text": …}} per line (or '
-            f".parquet, for `encode`), found {path.suffix}"
+            f".parquet, for `encode` and `rerank`), found {path.suffix}"
         )
     return suffix == ".jsonl"
 

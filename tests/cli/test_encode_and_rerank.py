@@ -44,8 +44,24 @@ class TestEncode:
             found = np.load(tmp_path / f"{name}.npy")
             np.testing.assert_allclose(found, expected, atol=1e-6)
         run("encode", folders / "embedding", *TEXTS, "-o", tmp_path / "out.jsonl")
-        assert len(json_lines((tmp_path / "out.jsonl").read_text())) == 3
+        found = json_lines((tmp_path / "out.jsonl").read_text())
+        assert [set(row) for row in found] == [{"text", "embedding"}] * 3
         assert not list(tmp_path.glob(".*partial*"))
+
+    def test_ids_of_a_file(self, run, folders, tmp_path):
+        """Results can be joined to the user's own rows, whatever their order."""
+        rows = [{"_id": "doc-1", "text": "tea"}, {"id": 7, "text": "car"}, {"text": "a"}]
+        (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        ids = {"tea": "doc-1", "car": "7", "a": "2"}
+        for verb in (("encode", folders / "embedding"), ("rerank", folders / "reranker", "query")):
+            command = (*verb, "--input", tmp_path / "in.jsonl")
+            assert run(*command, "-o", tmp_path / f"{verb[0]}.jsonl")[0] == 0
+            printed = run(*command)[1]
+            assert printed == (tmp_path / f"{verb[0]}.jsonl").read_text()
+            found = json_lines(printed)
+            key = "text" if verb[0] == "encode" else "document"
+            assert {row[key]: row["id"] for row in found} == ids
+        assert " doc-1 " in run(*command, terminal=True)[1]
 
     def test_a_folder_of_shards(self, run, folders, tmp_path):
         corpus, output = tmp_path / "corpus.jsonl", tmp_path / "vectors"

@@ -87,7 +87,7 @@ def test_a_text_gets_the_prompt_it_names(tmp_path, named):
     readers = [
         partial(read_rows, tmp_path / "a.jsonl"),
         partial(read_rows, tmp_path / "a.parquet"),
-        partial(read_texts, [], tmp_path / "a.jsonl"),
+        lambda prompt: read_texts([], tmp_path / "a.jsonl", prompt)[0],
     ]
     for read in readers:
         assert len(read(prompt=named)) == 1
@@ -116,6 +116,11 @@ def test_a_pipe(tmp_path):
     os.write(writing, b"one\ntwo\n")
     os.close(writing)
     assert [each.text for each in read_samples(f"/dev/fd/{reading}")] == ["one", "two"]
+    os.close(reading)
+    reading, writing = os.pipe()
+    os.write(writing, b"one\ntwo\n")
+    os.close(writing)
+    assert read_texts([], f"/dev/fd/{reading}") == (["one", "two"], None)
     os.close(reading)
 
 
