@@ -245,3 +245,10 @@ def change_tensors(folder, change):
     change(tensors)
     path.unlink()
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+# Modules and settings that many folders have.
+LAST = ("Pooling", {"embedding_dimension": 64, "pooling_mode": "lasttoken"})
+UNIT = ("Normalize", {})
+MESSAGES = messages("feature-extraction", "flat")
+TANH = "torch.nn.modules.activation.Tanh"

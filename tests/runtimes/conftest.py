@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 import embedport
+from tests.runtimes.kernels import instructions as instructions
 
 
 @pytest.fixture(scope="module")
