@@ -165,7 +165,8 @@ def _opened(path: Path) -> Generator[Any]:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} is not a whole recorded reference ({error}); record it again or copy it again"
+            f"{path} is not a whole recorded reference ({error}); record it again or copy it "
+            "again, or give the original checkpoint's folder"
         ) from error
     with file:
         yield file

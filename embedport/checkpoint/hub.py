@@ -183,7 +183,7 @@ def _find(checkpoint: str | Path, revision: str | None, weights: bool) -> Source
         folder = folder.absolute()
         return Source(str(checkpoint), None, folder, states=_read_states(folder))
     if exists:
-        raise InputError(f"{checkpoint} is not a folder; give the checkpoint's folder")
+        raise InputError(f"{checkpoint} is a file; give an artifact's or checkpoint's folder")
     name, _, named_revision = str(checkpoint).partition("@")
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{checkpoint}: no such folder, and not a hub id of the form owner/name")
