@@ -150,7 +150,7 @@ class TestExportTensorRT:
         [
             (["--profile", "8x128"], "a profile should be MIN:OPT:MAX"),
             (["--precision", "fp32"], "precision should be one of fp16, bf16, fp8, int8, int4"),
-            (["--hardware-compatible", "any"], "hardware_compatible should be one of none"),
+            (["--hardware-compatible", "any"], "--hardware-compatible should be one of none"),
             (["--for", "this-gpu"], "--for this-gpu: TensorRT is not installed"),
             (["--compute-capability", "sm89"], "a compute capability should be like 8.9"),
         ],

@@ -389,7 +389,7 @@ class TestCommand:
             (["nowhere"], "no such folder"),
             (["{folder}", "{folder}"], "would both be served as"),
             (["{folder}", "--max-queue", "5"], "at least the 2,048 texts of one request"),
-            (["{folder}", "--max-length", "999999"], "max_length should be from 1 to"),
+            (["{folder}", "--max-length", "999999"], "--max-length should be from 1 to"),
             (["{folder}", "--task", "other"], "task should be one of embedding, reranker"),
             (["{folder}", "--task", "reranker"], "its manifest says 'embedding'"),
             (["{folder}", "--api-key-file", "{folder}/none"], "cannot be read"),
