@@ -65,19 +65,21 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 class StandardError(logging.StreamHandler):
     """Prints to standard error of that moment: a progress bar puts in its own, and goes on below.
 
-    A StreamHandler keeps the one that it was made with, and writes into the bar's line. What was
-    printed is not printed again: a command may open the same folder several times.
+    A StreamHandler keeps the one that it was made with, and writes into the bar's line. A warning
+    is printed once, since a command may open the same folder several times; errors, those of a
+    server's requests, each time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._printed: set[str] = set()
+        self._warnings: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        if (message := record.getMessage()) in self._printed:
-            return
-        self._printed.add(message)
+        if record.levelno == logging.WARNING:
+            if (message := record.getMessage()) in self._warnings:
+                return
+            self._warnings.add(message)
         self.stream = sys.stderr
         super().emit(record)
 

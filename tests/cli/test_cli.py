@@ -163,6 +163,13 @@ class TestErrors:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stderr == "theirs.part\nembedport: embedport.part\nembedport: other\n"
 
+    def test_a_server_says_each_error_though_it_is_the_same(self, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
+        handler = StandardError()
+        for level in (logging.WARNING, logging.ERROR) * 2:
+            handler.emit(logging.makeLogRecord({"msg": str(level), "levelno": level}))
+        assert screen.getvalue().split() == ["30", "40", "40"]
+
     def test_a_warning_has_a_line_of_its_own_beside_a_progress_bar(self, monkeypatch):
         class Terminal(io.StringIO):
             def isatty(self):
