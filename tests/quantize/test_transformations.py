@@ -189,3 +189,16 @@ def test_smoothing_is_for_outliers(outlier):
     factors = smoothing_factors(np.abs(inputs).max(axis=0), np.abs(weight).max(axis=0))
     scheme = QuantScheme(8, None, symmetric=True)
     assert factors_help(factors, [weight], inputs, [scheme]) == (outlier > 1)
+
+
+def test_smoothing_is_judged_by_relative_errors():
+    """The factors keep the first token's 30, which a scale of 100 loses: a quarter of its product.
+
+    In the second, a thousand times larger, they cost a few in a thousand, and nothing is lost
+    without them.
+    """
+    weight, factors = np.float32([[1, 127]]), np.float32([100, 1])
+    inputs = np.float32([[12700, 30], [127000, 64000]])
+    schemes = [QuantScheme(8, None, symmetric=True)]
+    assert factors_help(factors, [weight], inputs, schemes)
+    assert not factors_help(factors, [weight], inputs[1:], schemes)
