@@ -210,6 +210,8 @@ def test_a_wrong_scaling_is_noticed(bases, adapters, tmp_path, monkeypatch, task
         ({"target_modules": r"(.*)*q"}, "target_modules should have patterns of"),
         ({"target_modules": ".*" * 9}, "target_modules should have patterns of"),
         ({"target_modules": None}, "target_modules should be names, or a pattern, found None"),
+        ({"target_modules": ["q_proj", 7]}, "target_modules should be names, or a pattern, found"),
+        ({"modules_to_save": "norm"}, "modules_to_save should be names, found 'norm'"),
         ({"target_modules": ["q_proj"]}, "v_proj has lora_A and lora_B, and target_modules"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "o_proj should have lora_A and"),
         ({"modules_to_save": ["norm"]}, "lacks base_model.model.*norm.weight, of the modules_to"),
@@ -271,6 +273,14 @@ TENSORS = {
             {"base_model.model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)}
         ),
         "o_proj.bias belongs to no module",
+    ),
+    "whole, of another shape": (
+        lambda x: x.update({"base_model.model.norm.weight": np.ones(63, np.float32)}),
+        r"norm\.weight should be BF16, F16, F32 of shape \[64\]",
+    ),
+    "more outputs": (
+        lambda x: x.update({n: np.concatenate([v, v]) for n, v in x.items() if "lora_B" in n}),
+        r"q_proj\.lora_B\.weight should be BF16, F16, F32 of shape \[64, 4\]",
     ),
     "integers": (lambda x: x.update({n: v.astype(np.int32) for n, v in x.items()}), "found I32"),
 }
@@ -334,9 +344,10 @@ def test_a_base_that_is_not_there(bases, adapters, copied, tmp_path):
     edit(adapter / "adapter_config.json", base_model_name_or_path=str(bases()), revision=7)
     with pytest.raises(CheckpointError, match="revision should be a text, found 7"):
         embedport.load(adapter, device="cpu")
-    edit(adapter / "adapter_config.json", base_model_name_or_path=None)
-    with pytest.raises(CheckpointError, match="should name the base, found None"):
-        embedport.load(adapter, device="cpu")
+    for name in (None, "", 7):
+        edit(adapter / "adapter_config.json", base_model_name_or_path=name)
+        with pytest.raises(CheckpointError, match=f"should name the base, found {name!r}"):
+            embedport.load(adapter, device="cpu")
 
 
 @pytest.mark.parametrize("method", ["gptq", "fp8"])

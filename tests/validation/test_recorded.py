@@ -25,7 +25,7 @@ from embedport.demo.pipeline import (
 )
 from embedport.errors import InputError
 from embedport.texts.beir import read_beir
-from embedport.texts.samples import Sample, builtin_pairs, builtin_samples
+from embedport.texts.samples import Pair, Sample, builtin_pairs, builtin_samples
 from embedport.validation import recorded_file
 from embedport.validation.card import CardReference
 from embedport.validation.library import LibraryReference
@@ -42,6 +42,7 @@ from embedport.validation.tasks import choose_inputs
 PROBES = LONG = True
 SAMPLES = [sample for sample in builtin_samples() if len(sample.text) < 200]
 PAIRS = [pair for pair in builtin_pairs() if len(pair.document) < 200]
+PAIRS += [Pair("Snow?", "It is cold.", "Find the statute")]
 
 
 @pytest.fixture
