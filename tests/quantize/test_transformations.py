@@ -178,6 +178,29 @@ def test_rotated_artifacts(checkpoints, tmp_path):
     assert np.abs(turned.score(PAIRS) - expected).max() < 0.02
 
 
+def test_smoothing_factors_are_known():
+    """Channels that nothing reads, or that are zero, keep theirs: nothing can be measured there."""
+    activations, weights = np.float32([16, 1, 0, 3]), np.float32([1, 1, 1, 0])
+    np.testing.assert_allclose(smoothing_factors(activations, weights), [2, 0.5, 1, 1])
+
+
+def test_a_balance_estimates_what_the_swiglu_gives(checkpoints):
+    """As large as its two rows, with the gains that both read."""
+    weights = Weights(ModelSpec.from_checkpoint(checkpoints("kv2")))
+    gains, up, gate, down = (
+        weights.read_fp32(f"layers.1.{name}.weight").astype(np.float64)
+        for name in (
+            "post_attention_layernorm",
+            *(f"mlp.{part}_proj" for part in ("up", "gate", "down")),
+        )
+    )
+    sizes = np.linalg.norm(up * gains, axis=1) * np.linalg.norm(gate * gains, axis=1)
+    factors = np.sqrt(sizes / np.abs(down).max(axis=0))
+    expected = down * factors / np.exp(np.log(factors).mean())
+    found = balanced(weights).read_fp32("layers.1.mlp.down_proj.weight")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("outlier", [1, 100])
 def test_smoothing_is_for_outliers(outlier):
     generator = np.random.default_rng(0)
