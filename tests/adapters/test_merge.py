@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import embedport
+from embedport.checkpoint import lora
 from embedport.checkpoint.lora import AdaptedWeights
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError
@@ -40,6 +41,12 @@ CONFIGS = {
     "norms": {"modules_to_save": ["norm", "1.mlp.up_proj"]},
     "eva": {"init_lora_weights": "eva"},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Matrices are merged in several blocks of rows, as large ones are."""
+    monkeypatch.setattr(lora, "BLOCK_ROWS", 24)
 
 
 def check_tensors(spec, model):

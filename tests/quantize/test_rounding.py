@@ -1,9 +1,14 @@
 """Schemes and the three roundings: what a code stands for, and which loses least."""
 
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from embedport.errors import CheckpointError, InputError
+from embedport.quantize import mse, source
 from embedport.quantize.awq import search_factors
 from embedport.quantize.gptq import Curvature, quantize_gptq
 from embedport.quantize.mse import quantize_mse
@@ -96,6 +101,20 @@ def test_each_algorithm_is_better_than_the_one_before(scheme, weight, inputs):
     assert output_error(ordered) < output_error(plain)
 
 
+@pytest.mark.parametrize("scheme", [SCHEMES[0], QuantScheme(8, None, True, limits_pairs=True)])
+def test_a_large_matrix_is_rounded_in_parts(weight, scheme, monkeypatch):
+    importance = np.linspace(1, 9, 200, dtype=np.float32)
+    rounding = partial(quantize_mse, importance=importance)
+    whole = rounding(weight, scheme)
+    spec: Any = SimpleNamespace(tensor_shapes=lambda: {"x.weight": weight.shape})
+    model: Any = SimpleNamespace(spec=spec, read_fp32=lambda name, rows: weight[rows])
+    monkeypatch.setattr(source, "CHUNK_VALUES", 200 * 40)
+    monkeypatch.setattr(mse, "CHUNK_VALUES", 200 * 7)
+    found = source.quantize_rows(model, "x", scheme, rounding)
+    for name in ("codes", "scales", "zero_points"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+
+
 def test_importance_decides_what_is_kept():
     generator = np.random.default_rng(0)
     values = generator.standard_normal((64, 64)).astype(np.float32)
@@ -119,6 +138,38 @@ def test_awq_spares_the_channels_that_matter(weight, inputs):
 
     scaled = output_error(quantize_mse(weight * factors, scheme), factors)
     assert scaled < 0.5 * output_error(quantize_mse(weight, scheme), 1)
+
+
+def test_awq_takes_the_power_that_errs_least(weight, inputs):
+    """Of real inputs, one of which is dead; the factors are around 1."""
+    weight, inputs = weight[:16, :64], inputs[:100, :64]
+    inputs = inputs * np.exp(np.random.default_rng(0).normal(0, 1.5, 64)).astype(np.float32)
+    inputs[:, 3] = 0
+    scheme, sizes = QuantScheme(4, 32, symmetric=False), np.abs(inputs).mean(axis=0)
+    sizes[3] = 1e-6
+
+    def factors(alpha):
+        values = sizes**alpha
+        return (values / np.sqrt(values.max() * values.min())).astype(np.float32)
+
+    def error(alpha):
+        scaled = weight * factors(alpha)
+        importance = (inputs**2).mean(axis=0) / factors(alpha) ** 2
+        found = quantize_mse(scaled, scheme, importance).dequantize() / factors(alpha)
+        return (((found - weight) @ inputs.T) ** 2).sum()
+
+    best = min(np.linspace(0, 1, 11), key=error)
+    assert 0 < best < 1
+    np.testing.assert_allclose(search_factors([weight], inputs, [scheme]), factors(best), rtol=1e-5)
+
+
+def test_gptq_does_not_see_how_large_inputs_are(weight, inputs):
+    hessian = inputs.T @ inputs / len(inputs)
+    large, small = (
+        quantize_gptq(weight, Curvature(hessian * np.float32(size)), SCHEMES[0])
+        for size in (1, 2**-20)
+    )
+    np.testing.assert_array_equal(small.codes, large.codes)
 
 
 def test_dead_inputs_are_no_obstacle(weight, inputs):
