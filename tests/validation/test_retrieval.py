@@ -14,7 +14,7 @@ from embedport.errors import InputError
 from embedport.runtimes.vectors import mrl_dims
 from embedport.texts import ranking
 from embedport.texts.beir import RetrievalSet, read_beir, write_candidates
-from embedport.texts.ranking import candidate_pairs, measure, search
+from embedport.texts.ranking import candidate_pairs, measure, rank_documents, search
 from embedport.validation.library import LibraryReference
 from embedport.validation.retrieval import (
     RetrievalReport,
@@ -134,6 +134,13 @@ def test_search_finds_the_nearest_and_keeps_the_order_of_equal_ones():
     documents = np.eye(4, dtype=np.float32)[[0, 1, 1, 2]]
     queries = np.array([[0, 1, 0, 0], [0, 0, 0.8, 0.6]], np.float32)
     assert search(queries, documents, 3).tolist() == [[1, 2, 0], [3, 0, 1]]
+
+
+def test_prefixes_are_ranked_by_their_own_cosines():
+    """Of a unit vector, a prefix may be short: it counts like one that is long."""
+    data = RetrievalSet("two", {"q": ""}, {"long": "", "short": ""}, {}, {})
+    queries, documents = np.float32([[1, 0, 0]]), np.float32([[0.6, 0.6, 0.53], [0.1, 0, 0.995]])
+    assert rank_documents((queries, documents), 2, data) == {"q": ["short", "long"]}
 
 
 def test_the_memory_of_a_search_does_not_grow_with_the_corpus(monkeypatch):
