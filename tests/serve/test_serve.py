@@ -85,18 +85,36 @@ class TestEmbeddings:
         assert sum(gated.batches) == 61
         assert max(gated.batches) > 4
 
-    def test_a_query_does_not_wait_for_a_large_request(self, gated):
-        with running(lambda: {"embedding": gated}) as client, ThreadPoolExecutor() as pool:
+    def test_a_query_does_not_wait_for_a_large_request(self, gated, models, monkeypatch):
+        """Nor does one of another model."""
+        reranker, before = models["reranker"], []
+        run = reranker.run
+
+        def score(*arguments):
+            before.append(len(gated.batches))
+            return run(*arguments)
+
+        pair = {"query": "tea", "documents": ["a leaf"]}
+        with (
+            running(lambda: models | {"embedding": gated}) as client,
+            ThreadPoolExecutor() as pool,
+            monkeypatch.context() as patch,
+        ):
+            patch.setattr(reranker, "run", score)
             gated.block(client, pool)
             bulk = {"input": [f"text number {i}" for i in range(2000)]}
             slow = pool.submit(client.post, EMBEDDINGS, bulk)
             client.wait(lambda: client.metric("embedport_queued_texts") == 2000)
-            quick = pool.submit(client.post, EMBEDDINGS, {"input": "a query"})
-            client.wait(lambda: client.metric("embedport_queued_texts") == 2001)
+            quick = [
+                pool.submit(client.post, *request)
+                for request in ((EMBEDDINGS, {"input": "a query"}), (RERANK, pair))
+            ]
+            client.wait(lambda: client.metric("embedport_queued_texts") == 2002)
             gated.gate.set()
-            assert quick.result().status == 200
+            assert [answer.result().status for answer in quick] == [200, 200]
             assert not slow.done()
             assert len(vectors(slow.result())) == 2000
+        assert before[0] < len(gated.batches)
 
 
 DOCUMENTS = ["tea is a leaf", "Paris", "a boat with sails", "a " * 40]

@@ -311,6 +311,7 @@ def test_a_length_without_room(checkpoints, tmp_path):
     for task, max_length, message in (
         ("embedding", 0, "max_length should be from 1 to 32768, found 0"),
         ("embedding", 32769, "max_length should be from 1 to 32768, found 32769"),
+        ("embedding", 8.0, "max_length should be an integer, found 8.0"),
         ("reranker", 5, "`max_length` 5 leaves no room"),
     ):
         with pytest.raises(InputError, match=message):
@@ -325,7 +326,11 @@ def test_a_length_without_room(checkpoints, tmp_path):
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [([""], "input 0 becomes no token"), ([Sample("x", "qurey")], "no prompt is named 'qurey'")],
+    [
+        ([""], "input 0 becomes no token"),
+        ([Sample("x", "qurey")], "no prompt is named 'qurey'"),
+        (["tea", "\ud800"], "text 1 is not valid Unicode: lone surrogate"),
+    ],
 )
 def test_inputs_that_an_artifact_refuses(checkpoints, copied, tmp_path, texts, message):
     folder = copied(checkpoints("kv2"))
