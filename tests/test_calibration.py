@@ -274,6 +274,15 @@ class TestPairs:
         steps = " ".join(estimate.steps)
         assert f"{built.texts} calibration pairs of {built.tokens:,} tokens" in steps
 
+    def test_two_documents_are_enough(self, embedder, tmp_path):
+        corpus = tmp_path / "corpus.jsonl"
+        rows = [{"text": "a hot drink", "prompt": "query"}, {"text": "tea"}, {"text": "a boat"}]
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        built = build_calibration(
+            builtin_reranker(), corpus, tmp_path / "a.jsonl", count=2, embedder=embedder
+        )
+        assert {pair.document for pair in read_pairs(built.path)} == {"tea", "a boat"}
+
     def test_queries_and_an_embedder_are_needed(self, embedder, tmp_path):
         corpus = tmp_path / "corpus.txt"
         corpus.write_text("a\nb\nc\n")

@@ -8,6 +8,7 @@ import pytest
 
 import embedport
 from embedport.checkpoint.spec import ModelSpec
+from embedport.errors import InputError
 from embedport.exporters.calibration import choice, search
 from embedport.exporters.calibration.choice import (
     Level,
@@ -101,6 +102,36 @@ def test_upgrades_remove_ever_less_error_per_byte():
         steps = [upgrade.level for upgrade in upgrades if upgrade.name == name]
         assert steps == sorted(steps)
         assert steps[-1] == "f3"
+
+
+class Judge(search._Judge):
+    """Models keep the target from a number of upgrades on; errors are twice those predicted."""
+
+    def __init__(self, errors, needed):
+        self.errors, self.needed, self.trials = errors, needed, {}
+
+    def keeps(self, upgrades):
+        count = len(upgrades)
+        self.trials[count] = search.Trial({}, 0, 1 - 2 * self.errors[count], None)
+        return count >= self.needed
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2, 77, 199, 200])
+def test_the_fewest_upgrades_are_found(needed):
+    """By their predicted errors in a few trials, and by their number alone in the end too."""
+    errors, upgrades = np.linspace(0.2, 0, 201), [choice.Upgrade("m", "int8", 0, 0)] * 200
+    judge = Judge(errors, needed)
+    limit = 1 - 2 * errors[needed] - 1e-9
+    assert search._fewest(errors, limit, judge, upgrades) == needed
+    assert len(judge.trials) <= 4
+    judge = Judge(errors, needed)
+    assert search._fewest(errors, None, judge, upgrades) == needed
+
+
+def test_a_target_that_nothing_keeps():
+    judge = Judge(np.linspace(0.2, 0, 5), 9)
+    with pytest.raises(InputError, match=r"fp32 itself gives a cosine of 1\.0000000 and loses"):
+        search._fewest(judge.errors, 0.9, judge, [choice.Upgrade("m", "int8", 0, 0)] * 4)
 
 
 def test_texts_that_are_all_long():

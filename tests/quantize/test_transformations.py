@@ -180,7 +180,7 @@ def test_rotated_artifacts(checkpoints, tmp_path):
 
 def test_smoothing_factors_are_known():
     """Channels that nothing reads, or that are zero, keep theirs: nothing can be measured there."""
-    activations, weights = np.float32([16, 1, 0, 3]), np.float32([1, 1, 1, 0])
+    activations, weights = np.array([[16, 1, 0, 3], [1, 1, 1, 0]], np.float32)
     np.testing.assert_allclose(smoothing_factors(activations, weights), [2, 0.5, 1, 1])
 
 
@@ -220,8 +220,8 @@ def test_smoothing_is_judged_by_relative_errors():
     The second's is 500 times larger: they cost it a three-hundredth, and without them it loses
     nothing. How large inputs are does not matter.
     """
-    weight, factors = np.float32([[1, 127]]), np.float32([100, 1])
-    inputs = np.float32([[12700, 30], [127000, 64000]]) / np.float32(1e9)
+    weight, factors = np.array([[1, 127]], np.float32), np.array([100, 1], np.float32)
+    inputs = np.array([[12700, 30], [127000, 64000]], np.float32) / np.float32(1e9)
     schemes = [QuantScheme(8, None, symmetric=True)]
     assert factors_help(factors, [weight], inputs, schemes)
     assert not factors_help(factors, [weight], inputs[1:], schemes)

@@ -234,13 +234,13 @@ def test_a_length_that_differs(made, copied):
     folder = copied(made())
     witness = read_witness(folder / WITNESS)
     results = witness.results.copy()
-    results[5] *= 1.001
+    results[5] *= 1.0005  # vectors of this cosine may be 0.00045 apart
     write_witness(folder / WITNESS, replace(witness, results=results))
     rewrite(folder)
     found = embedport.check(folder, device="cpu")
     assert not found.passed
     assert found.min_cosine == pytest.approx(1, abs=1e-12)
-    assert found.max_stretch == pytest.approx(1e-3, rel=1e-2)
+    assert found.max_stretch == pytest.approx(5e-4, rel=1e-2)
     assert "(limit 0.9999999)" in found.figures
 
 

@@ -308,10 +308,11 @@ def test_inputs_cut_elsewhere(folders, tmp_path):
 
 
 def test_a_length_without_room(checkpoints, tmp_path):
+    fraction: Any = 8.0
     for task, max_length, message in (
         ("embedding", 0, "max_length should be from 1 to 32768, found 0"),
         ("embedding", 32769, "max_length should be from 1 to 32768, found 32769"),
-        ("embedding", 8.0, "max_length should be an integer, found 8.0"),
+        ("embedding", fraction, "max_length should be an integer, found 8.0"),
         ("reranker", 5, "`max_length` 5 leaves no room"),
     ):
         with pytest.raises(InputError, match=message):
