@@ -19,6 +19,7 @@ from embedport.checkpoint.lora import AdaptedWeights
 from embedport.checkpoint.spec import ModelSpec
 from embedport.cli.app import app
 from embedport.errors import CheckpointError, InputError
+from embedport.runtimes.info import hash_model, read_info
 from embedport.validation.table import GATE as TABLE_GATE
 from embedport.validation.tensors import GATE as TENSORS_GATE
 from tests.synthetic import edit
@@ -296,6 +297,18 @@ def test_tensors_refused(bases, adapters, copied, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         ModelSpec.from_checkpoint(bases(), adapter=adapter)
     assert str(adapter) in str(caught.value)
+
+
+def test_every_file_of_an_adapter_counts_for_a_models_hash(bases, adapters, copied):
+    """Shards that another adapter made are not kept: they would be of another model."""
+    adapter = copied(adapters(bases()))
+    path = adapter / "adapter_model.safetensors"
+    hashes = {hash_model(read_info(bases())), hash_model(read_info(bases(), adapter=adapter))}
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    hashes.add(hash_model(read_info(bases(), adapter=adapter)))
+    edit(adapter / "adapter_config.json", lora_alpha=7)
+    hashes.add(hash_model(read_info(bases(), adapter=adapter)))
+    assert len(hashes) == 4
 
 
 def test_the_defaults_of_a_configuration(bases, adapters, copied):
