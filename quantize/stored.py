@@ -148,8 +148,11 @@ class StoredWeights(Weights):
     def _find_format(self, matrix: str) -> MatrixFormat | None:
         """The format that a matrix's parts match; None if it is not quantized."""
         formats = [form for form in self.quantization.formats if self._has_codes(matrix, form)]
-        # Those that ask for more parts come first: the others fit as well where these are there.
-        formats.sort(key=lambda form: (form.has_zero_points is not True, not form.has_order))
+        # Those that ask for more parts come first: the others fit as well where these are there. So
+        # do codes of fewer bits with a byte each among those of more, which are the same values.
+        formats.sort(
+            key=lambda form: (form.has_zero_points is not True, not form.has_order, -form.bits)
+        )
         if not formats:
             self._refuse_parts(matrix)
             return None
@@ -165,14 +168,28 @@ class StoredWeights(Weights):
             raise CheckpointError(
                 f"{codes.file}: {matrix} is there twice, as {codes.name} and as {_WEIGHT}"
             )
-        problems = []
-        for form in formats:
-            problem = self._problem(matrix, form)
-            if problem is None:
-                return form
-            problems.append(problem)
-        # Report the problem of the format with the most matching parts.
-        raise CheckpointError(max(problems, key=lambda problem: problem[0])[1])
+        problems = {form: self._problem(matrix, form) for form in formats}
+        fitting = [form for form, problem in problems.items() if problem is None]
+        if not fitting:
+            # Report the problem of the format with the most matching parts.
+            raise CheckpointError(max(filter(None, problems.values()), key=lambda each: each[0])[1])
+        if self._part(matrix, _NAMES[fitting[0].layout].order) is None:
+            self._check_blocks(codes, matrix, fitting)
+        return fitting[0]
+
+    def _check_blocks(self, codes: TensorInfo, matrix: str, fitting: list[MatrixFormat]) -> None:
+        """Refuse formats that give as many scales, each to other values."""
+        shape = self._shapes[f"{matrix}.weight"]
+        blocks = {
+            tuple(min(size or total, total) for size, total in zip(form.block, shape, strict=True))
+            for form in fitting
+        }
+        if len(blocks) > 1:
+            raise CheckpointError(
+                f"{codes.file}: the tensors of {matrix} fit several formats that config.json's "
+                f"quantization_config declares ({' and '.join(map(str, fitting))}), with as many "
+                f"scales in each, and do not show which it is; {INSTEAD}"
+            )
 
     def _refuse_parts(self, matrix: str) -> None:
         """Refuse parts of a quantized matrix that no declared format reads.

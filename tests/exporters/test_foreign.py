@@ -277,6 +277,56 @@ def test_groups_that_differ_in_zero_points(with_matrix):
     np.testing.assert_array_equal(found, expected.astype(ml_dtypes.bfloat16))
 
 
+def groups_of(*weights):
+    """A configuration with a code a byte, and a group of matrices for each form of weights."""
+    config = tensors_of() | {"format": "int-quantized"}
+    groups = (tensors_of(**each)["config_groups"]["group_0"] for each in weights)
+    return config | {"config_groups": {f"group_{i}": group for i, group in enumerate(groups)}}
+
+
+@pytest.mark.parametrize("widths", [(4, 8), (8, 4)])
+def test_groups_that_differ_in_bits(with_matrix, widths):
+    """W4A8 of some matrices and W8A8 of others: both have a byte for each code."""
+    codes = np.arange(32 * 128, dtype=np.int16).astype(np.int8).reshape(32, 128)
+    parts = {"weight": codes, "weight_scale": np.ones((32, 4), np.float32)}
+    config = groups_of(*({"num_bits": width} for width in widths))
+    weights = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+    np.testing.assert_array_equal(weights.read(f"{MATRIX}.weight"), codes)
+
+
+@pytest.mark.parametrize(("height", "is_clear"), [(24, False), (16, True)])
+def test_groups_that_differ_in_blocks(with_matrix, height, is_clear):
+    """32 rows have two scales in blocks of 24 rows and in blocks of 16, for other rows each."""
+    scales = np.arange(8, dtype=np.float32).reshape(2, 4)
+    parts = {"weight": np.ones((32, 128), np.int8), "weight_scale": scales}
+    blocks = [[height, 32], [16, 32], [40, 32]]
+    kind = {"num_bits": 8, "strategy": "block", "group_size": None}
+    config = groups_of(*(kind | {"block_structure": block} for block in blocks))
+    spec = ModelSpec.from_checkpoint(with_matrix(parts, config))
+    if is_clear:
+        found = StoredWeights(spec).read(f"{MATRIX}.weight")
+        np.testing.assert_array_equal(found[::16, ::32], scales)
+        return
+    with pytest.raises(CheckpointError, match=r"down_proj fit several .* 24 outputs .* 16 outputs"):
+        StoredWeights(spec)
+
+
+def test_group_sizes_of_as_many_groups(with_matrix):
+    """128 inputs are two groups of 64 and two of 96, one shorter: g_idx tells."""
+    config, parts, _ = recorded("gptqmodel", "ordered")
+    parts |= {"scales": parts["scales"][:2].copy(), "qzeros": parts["qzeros"][:2].copy()}
+    config |= {"group_size": 64, "dynamic": {".*down_proj": {"group_size": 96}}}
+    order = np.arange(128, dtype=np.int32) // 96
+    spec = ModelSpec.from_checkpoint(with_matrix(parts | {"g_idx": order}, config))
+    found = StoredWeights(spec).read(f"{MATRIX}.weight")
+    alone = config | {"group_size": 96, "dynamic": {}}
+    del parts["g_idx"]
+    expected = StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, alone)))
+    np.testing.assert_array_equal(found, expected.read(f"{MATRIX}.weight"))
+    with pytest.raises(CheckpointError, match=r"fit several .* 64 inputs .* 96 inputs .* do not"):
+        StoredWeights(ModelSpec.from_checkpoint(with_matrix(parts, config)))
+
+
 def test_no_quantization_config(with_matrix):
     """Only quantize_config.json, say: AutoGPTQ's own file."""
     _, parts, _ = recorded("gptqmodel", "ordered")
