@@ -459,7 +459,7 @@ def _run_by_library(
     if values.get("format") not in LIBRARY_FORMATS:
         return None
     kinds = [
-        (args.get("type"), args.get("num_bits")) if isinstance(args, dict) else None
+        (args.get("type", "int"), args.get("num_bits", 8)) if isinstance(args, dict) else None
         for args in (group["weights"], group.get("input_activations"))
     ]
     if kinds[0] != kinds[1] or kinds[0] not in SCHEMES:

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from embedport.checkpoint.quantization_config import StoredQuantization, read_quantization
+from embedport.checkpoint.quantization_config import (
+    LibraryQuantization,
+    StoredQuantization,
+    read_quantization,
+)
 from embedport.checkpoint.spec import ModelSpec
 from embedport.errors import CheckpointError
 from tests.foreign import GPTQ, WEIGHTS, set_config, tensors_of
@@ -103,6 +107,16 @@ def test_which_codes_share_a_scale(config, precision, words, graph_group):
     assert (found.precision, format_.graph_group) == (precision, graph_group)
     assert str(format_).startswith(words)
     assert not format_.has_zero_points
+
+
+def test_what_is_not_said_is_int8():
+    """compressed-tensors' defaults of num_bits and type, of weights and of activations."""
+    weights, tokens = {"strategy": "channel"}, {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens}
+    config = tensors_of() | {"format": "int-quantized", "config_groups": {"group_0": group}}
+    found = read_quantization(config, Path("config.json"))
+    assert isinstance(found, LibraryQuantization)
+    assert found.precision == "w8a8"
 
 
 @pytest.mark.parametrize("sizes", ["16x32x1", "16x-32", [16, 0], [16, 32.0], [16]])
