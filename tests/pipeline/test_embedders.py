@@ -21,7 +21,6 @@ from .conftest import (
     MESSAGES,
     TANH,
     TEXTS,
-    TYPES,
     UNIT,
     add_biases,
     end_texts_with,
@@ -215,7 +214,7 @@ def test_vectors_that_are_not_normalized(with_modules, tmp_path):
     narrow = open_embedder(tmp_path / "narrow")
     np.testing.assert_allclose(narrow.encode(TEXTS), short, atol=1e-5)
     names = [each["type"] for each in json.loads((tmp_path / "artifact/modules.json").read_text())]
-    assert names == [TYPES["Transformer"], TYPES["Pooling"]]
+    assert names == [f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling")]
 
 
 def test_a_declared_width(with_modules, tmp_path):

@@ -13,7 +13,7 @@ import embedport
 from embedport.attention import SHORT_ROW
 from embedport.errors import ArtifactError
 from embedport.runtimes.batching import pad
-from embedport.runtimes.ort_custom_ops import register_kernels
+from embedport.runtimes.ort_custom_ops import choose_kernels, register_kernels
 from embedport.runtimes.prefix_cache import SHARED_TOKENS, group_rows, shared_length
 from embedport.texts.samples import builtin_pairs
 
@@ -24,6 +24,8 @@ RAGGED = ["", "Leaves.", "sugar " * 40, "Chlorophyll takes up light.", "x" * 41,
 LONG = ["sugar " * 400, "light " * 500]
 # Of a probability, as float32 sums in another order.
 MOST_APART = 1e-5
+# onnxruntime's operators sum in another order behind a prefix, and int8 rounds what differs.
+OPERATORS_APART = 1e-3
 
 
 def load(folder, **options) -> Any:
@@ -95,7 +97,8 @@ def test_rank(rerankers, documents):
         pairs = [(QUERY, document) for document in documents]
         expected = plain_scores(reranker, pairs, instruction="Find the reason")
         scores = [found[i] for i in range(len(documents))]
-        np.testing.assert_allclose(scores, expected, atol=MOST_APART, rtol=0)
+        limit = OPERATORS_APART if choose_kernels()[0] is None else MOST_APART
+        np.testing.assert_allclose(scores, expected, atol=limit, rtol=0)
 
 
 def test_what_is_shared_runs_once(rerankers, monkeypatch):
