@@ -22,14 +22,14 @@ class TestValidate:
         assert out.splitlines()[-1].startswith("Holds against ")
         assert "report.md" in err
         assert "**Holds" in (tmp_path / "report.md").read_text()
-        code, out, _ = run(*arguments, "--min-cosine", 1.1, "--json")
+        code, out, _ = run(*arguments, "--min-cosine", 1, "--json")
         assert code == 1
         assert json.loads(out)["passed"] is False
 
     def test_the_verdict_is_on_the_screen(self, run, folders, checkpoints, small_set):
         """Beneath the gates, with each MRL dimension and input left to the report."""
         arguments = ("validate", folders / "embedding", "--reference", checkpoints("kv2"))
-        arguments += ("--retrieval", small_set(400, 20), "--min-cosine", 1.1, "--no-record")
+        arguments += ("--retrieval", small_set(400, 20), "--min-cosine", 1, "--no-record")
         code, out, err = run(*arguments)
         lines = out.splitlines()
         assert code == 1
