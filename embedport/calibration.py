@@ -21,7 +21,8 @@ from pathlib import Path
 
 from .checkpoint.spec import ModelSpec, Task
 from .checkpoint.tensor_files import read_headers
-from .errors import CheckpointError, InputError, check_integer
+from .checks import check_integer
+from .errors import CheckpointError, InputError
 from .exporters.configuration import fetch_weights, read_configuration
 from .exporters.texts import advised_tokens, encode_samples
 from .runtimes import Embedder, load

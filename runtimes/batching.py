@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..attention import SHORT_ROW
-from ..errors import InputError, check_integer
+from ..checks import check_integer
+from ..errors import InputError
 from ..progress import progress_bar
 
 Key = TypeVar("Key", bound=Hashable)

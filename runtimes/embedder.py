@@ -10,7 +10,8 @@ import numpy as np
 
 from ..artifact.folder import record_ranges
 from ..checkpoint.pipeline import Outputs
-from ..errors import InputError, check_integer
+from ..checks import check_integer
+from ..errors import InputError
 from ..texts.prompts import EmbeddingTokenizer, Encoded, check_list, resolve_prompt
 from .batching import choose_batch_tokens, run_batches
 from .info import Model, ModelInfo

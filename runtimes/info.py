@@ -22,7 +22,8 @@ from ..checkpoint.pooling import DENSE_FILE
 from ..checkpoint.spec import ModelSpec, Task, read_spec
 from ..checkpoint.tensor_files import read_headers
 from ..checkpoint.weights import Weights
-from ..errors import ArtifactError, InputError, check_integer
+from ..checks import check_integer
+from ..errors import ArtifactError, InputError
 from ..files import MANIFEST
 from ..integrity import record_files
 from ..links import check_links

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError, check_integer
+from ..checks import check_integer
+from ..errors import InputError
 from ..texts.prompts import RerankerTokenizer, check_list
 from .batching import choose_batch_tokens, run_batches
 from .embedder import check_encoded, describe_nonfinite

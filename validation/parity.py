@@ -13,7 +13,8 @@ import numpy as np
 
 from ..artifact.folder import record_parity
 from ..checkpoint.spec import Task
-from ..errors import InputError, check_limit
+from ..checks import check_limit
+from ..errors import InputError
 from ..files import written
 from ..requirements import installed_versions
 from ..runtimes import ModelInfo, load

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.spec import Task
-from ..errors import InputError, check_integer, require
+from ..checks import check_integer
+from ..errors import InputError, require
 from ..runtimes.torch import find_device
 from ..runtimes.vectors import mrl_dims
 from ..texts.beir import RetrievalSet

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...checkpoint.spec import ModelSpec
-from ...errors import InputError, check_numbers
+from ...checks import check_numbers
+from ...errors import InputError
 from ...quantize.formats import GROUP_SIZES, matrices
 from ...quantize.nf4 import BLOCK as NF4_BLOCK
 from ...quantize.recipe import fit_to_task

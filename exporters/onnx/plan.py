@@ -12,7 +12,8 @@ import numpy as np
 
 from ...checkpoint.spec import ModelSpec
 from ...checkpoint.weights import Weights
-from ...errors import InputError, check_numbers
+from ...checks import check_numbers
+from ...errors import InputError
 from ...quantize.formats import AUTO, FP8, MIXED, QUANTIZED, parse_formats, plan_formats
 from ...quantize.recipe import AUTO_ALGORITHM, BY_TASK, STORED, Recipe
 from ...quantize.stored import StoredWeights, check_readable, find_stored
