@@ -107,6 +107,9 @@ def pooling_values(
         hidden_size: Width of a token's vector.
         mode: How the tokens' vectors become one.
         include_prompt: Whether the prompt's tokens are pooled too.
+
+    Returns:
+        The values of the pooling's config.json.
     """
     return {
         "word_embedding_dimension": hidden_size,

@@ -247,7 +247,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _hint() -> str:
-    """What to do if this locale's encoding may have garbled an argument or a folder's name."""
+    """Advice where this locale's encoding may have garbled an argument or a folder's name."""
     encoding = sys.getfilesystemencoding()
     if encoding == "utf-8" or all(map(str.isascii, (*sys.argv, os.environ.get("PWD", "")))):
         return ""

@@ -19,7 +19,7 @@ class Options:
     """The options of `quantize_checkpoint` that decide what is written; explained there.
 
     Raises:
-        InputError: A number is none.
+        InputError: An option should be an integer and is not.
     """
 
     method: str

@@ -44,8 +44,8 @@ class Options:
     """The options of `export` that decide what is in the graph; named and explained there.
 
     Raises:
-        InputError: A number is none or out of range; options of a search are wrong, or do not go
-            together.
+        InputError: An option should be a number and is not, or is out of range; options of a
+            search are wrong, or do not go together.
     """
 
     precision: str = "fp32"

@@ -43,15 +43,15 @@ def write_reader_settings(spec: ModelSpec, max_length: int, folder: Path) -> Non
 
 
 def _write_modules(spec: ModelSpec, path: Path) -> None:
-    entries = load_json(path)
+    entries, outputs = load_json(path), spec.outputs
     for entry in entries:
         name = entry["type"].rpartition(".")[2]
         entry["type"] = f"{NAMES}.{name}"
-        outputs = spec.outputs
         # The early keys have no order: several poolings might be put together in another one.
         if name == "Pooling" and len(outputs.pooling) == 1:
-            (mode,), include = outputs.pooling, outputs.include_prompt
-            values = pooling_values(spec.hidden_size, mode, include_prompt=include)
+            values = pooling_values(
+                spec.hidden_size, outputs.pooling[0], include_prompt=outputs.include_prompt
+            )
             write_json(path.parent / entry["path"] / "config.json", values)
     write_json(path, entries)
 

@@ -141,7 +141,7 @@ def test_awq_spares_the_channels_that_matter(weight, inputs):
 
 
 def test_awq_takes_the_power_that_errs_least(weight, inputs):
-    """Of real inputs, one of which is dead; the factors are around 1."""
+    """Inputs have real sizes, and one of them is dead; the factors are around 1."""
     weight, inputs = weight[:16, :64], inputs[:100, :64]
     inputs = inputs * np.exp(np.random.default_rng(0).normal(0, 1.5, 64)).astype(np.float32)
     inputs[:, 3] = 0

@@ -137,7 +137,7 @@ def test_search_finds_the_nearest_and_keeps_the_order_of_equal_ones():
 
 
 def test_prefixes_are_ranked_by_their_own_cosines():
-    """Of a unit vector, a prefix may be short: it counts like one that is long."""
+    """A unit vector may have a short prefix: it counts like one that is long."""
     data = RetrievalSet("two", {"q": ""}, {"long": "", "short": ""}, {}, {})
     queries = np.array([[1, 0, 0]], np.float32)
     documents = np.array([[0.6, 0.6, 0.53], [0.1, 0, 0.995]], np.float32)
